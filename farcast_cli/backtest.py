@@ -1,0 +1,131 @@
+"""What a method would have been worth inside the run's own history, and the verdict that follows.
+
+Two statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier, and S, the coherence of the
+run's drift. S decides what to resume from; b decides what to evaluate. Both are always shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from farcast_cli.forecaster import Method, Options, Task, forecast, plain_step, set_step_norm
+from farcast_cli.trajectory import MIN_SNAPSHOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from farcast_cli.gram import Gram
+    from farcast_cli.timeline import Timeline
+
+Purpose = Literal["resume", "evaluation"]
+Verdict = Literal["forecast", "abstain", "untestable"]
+
+COHERENCE_GATE = 0.1  # S over which leaps gained; flat from .05 to .2
+RATIO_GATE = 0.95  # b under which 0 of 86 forecasts were worse than nothing
+MAX_HORIZON = 1.5  # of the history's length
+LOSS_JUMP = 0.7  # b over which the loss rises at once before it falls
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A method at a horizon: b on the clipped step, and the ratio of the step as it would be written."""
+
+    method: str
+    horizon: int
+    ratio: float
+    ratio_as_written: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict on one forecast, with its two numbers (nan where they cannot be had) and the reason in words."""
+
+    verdict: Verdict
+    ratio: float
+    coherence: float
+    reason: str
+
+
+def coherence(gram: Gram, timeline: Timeline) -> float:
+    """S = cos(v[t_0, mid], v[mid, s]): whether the second half of the history moves like the first.
+
+    Returns:
+        -1..1; nan where a half has too few snapshots or nothing moved.
+    """
+    if timeline.num_snapshots < MIN_SNAPSHOTS - 1:
+        return float("nan")
+    middle = timeline.first + timeline.length / 2
+    early, late = timeline.slope(timeline.first, middle), timeline.slope(middle, timeline.origin)
+    total = gram.matrix.sum(axis=0)
+    size = np.sqrt(max(early @ total @ early, 0.0) * max(late @ total @ late, 0.0))
+    return float(early @ total @ late / size) if size > 0 else float("nan")
+
+
+def backtest_ratio(method: Method, task: Task, *, as_written: bool = False) -> float:
+    """||forecast - truth|| / ||persistence - truth|| for the same lead, made at x and judged at s; nan if nothing moved.
+
+    Clipped unless `as_written`: matching a norm puts noise back and would fail a gate where the direction is good.
+    """
+    inner = task.backtest()
+    truth = task.matched_move
+    scale = task.gram.total_norm(truth)
+    if not scale:
+        return float("nan")
+    if as_written:
+        step = forecast(method, inner)
+    else:
+        step = set_step_norm(plain_step(method, inner), inner, "clip")
+    return task.gram.total_norm(step - truth) / scale
+
+
+def score(methods: Sequence[Method], task: Task, horizons: Sequence[int]) -> list[Score]:
+    """b of every method at every horizon that the history can test."""
+    found = []
+    for horizon in horizons:
+        at_horizon = replace(task, horizon=float(horizon))
+        if untestable(at_horizon):
+            continue
+        for method in methods:
+            ratio = backtest_ratio(method, at_horizon)
+            written = backtest_ratio(method, replace(at_horizon, options=Options()), as_written=True)
+            found.append(Score(method.name, horizon, ratio, written))
+    return found
+
+
+def untestable(task: Task) -> str:
+    """Why the history cannot test this horizon; empty where it can."""
+    timeline = task.timeline
+    if timeline.num_snapshots < MIN_SNAPSHOTS:
+        return f"the history holds {timeline.num_snapshots} snapshots, and a test needs {MIN_SNAPSHOTS}"
+    if task.horizon > MAX_HORIZON * timeline.length:
+        return (f"{task.horizon:.0f} steps ahead is more than {MAX_HORIZON} times the history"
+                f" of {timeline.length:.0f} steps")  # fmt: skip
+    return ""
+
+
+def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
+    """Whether the run's own history says that this forecast would help.
+
+    To resume from: S > .1. To evaluate: b < .95. `persistence` moves no weight and always passes; an average to
+    evaluate passes too, because b measures the distance to later weights, at which an average does not aim.
+    """
+    why_not = untestable(task)
+    if why_not:
+        return Decision("untestable", float("nan"), float("nan"), why_not)
+    ratio, steady = backtest_ratio(method, task), coherence(task.gram, task.timeline)
+    if method.name == "persistence":
+        return Decision("forecast", 1.0, steady, "persistence leaves the weights as they are")
+    if purpose == "evaluation" and method.name == "average":
+        return Decision("forecast", ratio, steady, "an average of snapshots, not a forecast: b does not judge it")
+    if purpose == "evaluation":
+        return _gate(ratio < RATIO_GATE, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_GATE}")
+    if method.name == "average":
+        return Decision("abstain", ratio, steady, "resuming from an average puts a run back: it is for evaluation")
+    return _gate(steady > COHERENCE_GATE, ratio, steady, f"coherence S = {steady:.2f}, needed {COHERENCE_GATE}")
+
+
+def _gate(passed: bool, ratio: float, steady: float, reason: str) -> Decision:  # noqa: FBT001 - the gate's own outcome
+    return Decision("forecast" if passed else "abstain", ratio, steady, reason)

@@ -1,0 +1,439 @@
+"""The command line: parse, one library call, render. Heavy imports wait for the commands that compute."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from farcast_cli import __version__
+from farcast_cli.errors import FarcastError, SnapshotError, UsageError
+
+EPILOG = "Exit codes: 0 done, 1 bug, 2 usage, 3 snapshots unusable, 4 unreadable or unsafe file, 5 output, 10 no forecast" \
+    " better than the last checkpoint, 130 interrupted."  # fmt: skip
+
+app = typer.Typer(
+    name="farcast", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""Forecast the weights of a training run from the checkpoints it left on disk.
+
+Reads a folder of snapshots, learns how the weights move, and writes a checkpoint some steps ahead that training
+resumes from. Your own checkpoints are never changed.
+
+  farcast inspect ckpts/               what is there, and what would be forecast
+  farcast fit ckpts/                   learn from it: writes ./forecaster.safetensors
+  farcast backtest --horizon 1000      what a forecast would have been worth
+  farcast predict --horizon 1000       write it; prints its path
+  farcast verify FORECAST --against CKPT   what it was worth, once training got there
+
+Point the trainer's resume option at the path that predict printed.""",
+)  # fmt: skip
+
+
+def _load_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Defaults from a TOML file: keys at the top for every command, tables for one."""
+    path = value or Path("farcast.toml")
+    if value is None and not path.is_file():
+        return None
+    import tomllib
+
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not a readable TOML file: {error}") from error
+    known = {parameter.name for parameter in context.command.params}
+    shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
+    own = content.get(context.info_name or "", {})
+    defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
+    unknown = sorted(key for key in own if key.replace("-", "_") not in known)
+    if unknown:
+        raise UsageError(f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help")
+    renamed = {"for": "purpose", "json": "json_"}
+    context.default_map = {renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v
+                           for k, v in defaults.items()}  # fmt: skip
+    return path
+
+
+def _env(name: str) -> str:
+    return f"FARCAST_{name}"
+
+
+Json = Annotated[bool, typer.Option("--json", envvar=_env("JSON"), help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=_env("QUIET"), help="Only errors on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=_env("VERBOSE"), help="Say more on stderr.")]
+Device = Annotated[str, typer.Option(envvar=_env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
+Threads = Annotated[int, typer.Option(envvar=_env("THREADS"), min=0, help="Worker threads; 0 for one per core.")]
+Config = Annotated[Path | None, typer.Option(envvar=_env("CONFIG"), callback=_load_config, is_eager=True, metavar="FILE",
+                                             help="Defaults for these options; ./farcast.toml if it is there.")]  # fmt: skip
+Forecaster = Annotated[Path, typer.Option(envvar=_env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
+Include = Annotated[list[str] | None, typer.Option(envvar=_env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")]
+Exclude = Annotated[list[str] | None, typer.Option(envvar=_env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
+Steps = Annotated[str | None, typer.Option(envvar=_env("STEPS"), metavar="A:B:K",
+                                           help="Snapshots from step A to B, multiples of K. Parts may be left out.")]  # fmt: skip
+Sample = Annotated[int, typer.Option(envvar=_env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
+Full = Annotated[bool, typer.Option("--full", envvar=_env("FULL"), help="Read all values.")]
+Method = Annotated[str | None, typer.Option(envvar=_env("METHOD"), metavar="NAME",
+                                            help="blend, k5, drift, lfd2, line, average or persistence.")]  # fmt: skip
+Purpose = Annotated[str, typer.Option("--for", envvar=_env("FOR"), metavar="resume|evaluation",
+                                      help="Resume training from the forecast, or evaluate and ship it.")]  # fmt: skip
+StepNorm = Annotated[str | None, typer.Option(envvar=_env("STEP_NORM"), metavar="match|match-plain|clip|free",
+                                              help="How long each tensor's step is; the method's own by default.")]  # fmt: skip
+Scope = Annotated[str, typer.Option(envvar=_env("SCOPE"), metavar="auto|tensor|global",
+                                    help="One fit per tensor or one for all (k5, lfd2).")]  # fmt: skip
+GradWeight = Annotated[float, typer.Option(envvar=_env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:  # noqa: FBT002
+    if version:
+        sys.stdout.write(f"farcast {__version__}\n")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
+    include: Include = None,
+    exclude: Exclude = None,
+    steps: Steps = None,
+    json_: Json = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: ARG001, FBT002
+    verbose: Verbose = False,  # noqa: ARG001, FBT002
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
+    from farcast_cli import render
+    from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, align, discover
+
+    trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None)
+    problems, alignment, fatal = list(trajectory.problems), None, None
+    try:
+        alignment = align(trajectory.snapshots, include=include or (), exclude=exclude or ())
+    except SnapshotError as error:
+        fatal = error
+        problems.append(f"{error}; {error.hint}" if error.hint else str(error))
+    if len(trajectory.snapshots) < MIN_SNAPSHOTS:
+        problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
+    if json_:
+        render.as_json(render.inspect_json(trajectory, alignment, problems))
+    else:
+        render.inspect_table(trajectory, alignment, problems)
+    if fatal:
+        raise typer.Exit(fatal.exit_code)
+
+
+@app.command(epilog="Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000")
+def fit(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
+    output: Annotated[Path, typer.Option("--output", "-o", envvar=_env("FORECASTER"), metavar="FILE",
+                                         help="The forecaster file to write.")] = Path("forecaster.safetensors"),
+    include: Include = None,
+    exclude: Exclude = None,
+    steps: Steps = None,
+    sample: Sample = 16384,
+    full: Full = False,  # noqa: FBT002
+    device: Device = "auto",
+    threads: Threads = 0,
+    json_: Json = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: ARG001, FBT002
+    config: Config = None,  # noqa: ARG001
+) -> None:  # fmt: skip
+    """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
+    from farcast_cli import render
+
+    started, read = time.monotonic(), [0]
+    fitted = _fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, read)
+    from farcast_cli.backtest import coherence
+    from farcast_cli.fitted import save_fitted
+    from farcast_cli.timeline import Timeline
+
+    save_fitted(fitted, output)
+    seconds = time.monotonic() - started
+    if json_:
+        render.as_json(render.fit_json(fitted, output, bytes_read=read[0], seconds=seconds))
+    else:
+        render.paths([output])
+    if not quiet:
+        steady = coherence(fitted.gram, Timeline(fitted.gram.steps, float(fitted.steps[-1])))
+        render.fit_summary(fitted, bytes_read=read[0], seconds=seconds, steady=steady)
+
+
+@app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
+def backtest(
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
+    horizon: Annotated[str | None, typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]", help="Steps ahead.")] = None,
+    forecaster: Forecaster = Path("forecaster.safetensors"),
+    purpose: Purpose = "resume",
+    method: Method = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    steps: Steps = None,
+    sample: Sample = 16384,
+    full: Full = False,  # noqa: FBT002
+    device: Device = "auto",
+    threads: Threads = 0,
+    json_: Json = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: ARG001, FBT002
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Show what every method would have been worth inside the run's own history, and the verdict."""
+    horizons = _horizons(horizon)
+    _check_purpose(purpose)
+    _prepare_torch(device, threads)
+    from farcast_cli import render
+    from farcast_cli.backtest import coherence, decide, score
+    from farcast_cli.fitted import load_fitted
+    from farcast_cli.forecaster import METHODS, Task, find_method
+    from farcast_cli.predict import DEFAULT_METHOD
+    from farcast_cli.timeline import Timeline
+
+    chosen = find_method(method or DEFAULT_METHOD[purpose])  # type: ignore[index]
+    fitted = (_fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, [0])
+              if directory else load_fitted(forecaster))  # fmt: skip
+    timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
+    tasks = {h: Task(fitted.gram, fitted.sample, timeline, float(h), device=_device_name(device)) for h in horizons}
+    decisions = {h: decide(chosen, task, purpose) for h, task in tasks.items()}  # type: ignore[arg-type]
+    scores = score([find_method(method)] if method else list(METHODS.values()), tasks[horizons[0]], horizons)
+    steady = coherence(fitted.gram, timeline)
+    show = render.backtest_table
+    if json_:
+        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions))
+    else:
+        show(fitted.steps[-1], steady, scores, decisions)
+
+
+@app.command(epilog="Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
+             "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'")  # fmt: skip
+def predict(
+    horizon: Annotated[str | None, typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]",
+                                                help="Steps ahead; several are written in one pass.")] = None,
+    to_step: Annotated[int | None, typer.Option(envvar=_env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
+    forecaster: Forecaster = Path("forecaster.safetensors"),
+    output: Annotated[str | None, typer.Option("--output", "-o", envvar=_env("OUTPUT"), metavar="OUT",
+                      help="The checkpoint to write; a folder for them where it ends in / or there are several horizons."
+                      " forecasts/NAME by default.")] = None,
+    purpose: Purpose = "resume",
+    method: Method = None,
+    step_norm: StepNorm = None,
+    scale: Annotated[float, typer.Option(envvar=_env("SCALE"), help="Multiplies the step.")] = 1.0,
+    scope: Scope = "auto",
+    grad_weight: GradWeight = 0.0,
+    origin: Annotated[int | None, typer.Option(envvar=_env("ORIGIN"), metavar="STEP",
+                                               help="Forecast from this snapshot; the last by default.")] = None,
+    optimizer: Annotated[str, typer.Option(envvar=_env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop",
+                                           help="What becomes of the optimiser's state.")] = "copy",
+    counters: Annotated[str, typer.Option(envvar=_env("COUNTERS"), metavar="advance|keep",
+                                          help="Move the trainer's counters and schedule, or leap the weights alone.")] = "advance",
+    dtype: Annotated[str, typer.Option(envvar=_env("DTYPE"), metavar="source|float32|bfloat16|float16",
+                                       help="Element type of the output.")] = "source",
+    max_shard_size: Annotated[str | None, typer.Option(envvar=_env("MAX_SHARD_SIZE"), metavar="SIZE",
+                              help="Shard the output anew, as in 5GB; the source's shards by default.")] = None,
+    eval_cmd: Annotated[str | None, typer.Option(envvar=_env("EVAL_CMD"), metavar="'CMD {ckpt}'",
+                        help="Judge the origin and the forecast by the last number this prints; publish only what is better."
+                        )] = None,
+    maximize: Annotated[bool, typer.Option("--maximize", envvar=_env("MAXIMIZE"), help="A larger number is better.")] = False,  # noqa: FBT002
+    even_if_worse: Annotated[bool, typer.Option("--even-if-worse", envvar=_env("EVEN_IF_WORSE"),
+                                                help="Write it whatever the verdict.")] = False,  # noqa: FBT002
+    overwrite: Annotated[bool, typer.Option("--overwrite", envvar=_env("OVERWRITE"),
+                                            help="Replace an earlier forecast.")] = False,  # noqa: FBT002
+    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=_env("DRY_RUN"), help="Say what would be done.")] = False,  # noqa: FBT002
+    device: Device = "auto",
+    threads: Threads = 0,
+    json_: Json = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+    config: Config = None,  # noqa: ARG001
+) -> None:  # fmt: skip
+    """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
+    for name, value, allowed in (("optimizer", optimizer, ("copy", "zero-momentum", "reset", "drop")),
+                                 ("counters", counters, ("advance", "keep")),
+                                 ("dtype", dtype, ("source", "float32", "bfloat16", "float16"))):  # fmt: skip
+        _check_choice(name, value, allowed)
+    _check_purpose(purpose)
+    _check_horizon_options(horizon, to_step)
+    num_threads = _prepare_torch(device, threads)
+    from farcast_cli import render
+    from farcast_cli.evaluation import Evaluator
+    from farcast_cli.fitted import load_fitted
+    from farcast_cli.forecaster import Options, check_options
+    from farcast_cli.predict import Request, default_notes
+    from farcast_cli.predict import predict as run
+
+    options = Options(step_norm, scale, scope, grad_weight)  # type: ignore[arg-type]
+    check_options(options)
+    fitted = load_fitted(forecaster)
+    start = fitted.steps[-1] if origin is None else origin
+    request = Request(
+        horizons=_horizons(horizon) if to_step is None else (to_step - start,), purpose=purpose, method=method,  # type: ignore[arg-type]
+        options=options, origin_step=origin, optimizer=optimizer, counters=counters, dtype=dtype,  # type: ignore[arg-type]
+        max_shard_bytes=_size(max_shard_size), output=output, even_if_worse=even_if_worse, overwrite=overwrite,
+        dry_run=dry_run, device=_device_name(device), num_threads=num_threads,
+        evaluator=Evaluator(eval_cmd, maximize) if eval_cmd else None,
+    )  # fmt: skip
+    with render.progress(quiet=quiet) as progress:
+        outcomes = run(fitted, request, progress)
+    written = [outcome.path for outcome in outcomes if outcome.path]
+    if not quiet:
+        for outcome in outcomes:
+            render.outcome_summary(outcome, dry_run=dry_run, verbose=verbose)
+        for text in default_notes(fitted, request, outcomes):
+            render.note(f"note: {text}")
+    if json_:
+        render.as_json(render.predict_json(outcomes, dry_run=dry_run))
+    elif not dry_run:
+        render.paths(written)
+    if not written:
+        _no_forecast(outcomes, quiet=quiet)
+
+
+def _no_forecast(outcomes: Any, *, quiet: bool) -> NoReturn:  # noqa: ANN401 - predict's own type, not imported at start
+    from farcast_cli import render
+    from farcast_cli.errors import NoForecastError
+
+    if not quiet:
+        render.note("hint: keep training and fit again, try another --horizon, or write it all the same with --even-if-worse")
+    del outcomes
+    raise typer.Exit(NoForecastError.exit_code)
+
+
+@app.command(epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
+def verify(
+    forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
+    against: Annotated[Path, typer.Option(envvar=_env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
+    reference: Annotated[Path | None, typer.Option(envvar=_env("REFERENCE"), metavar="CKPT",
+                                                   help="What to compare with; the forecast's origin by default.")] = None,
+    threads: Threads = 0,
+    json_: Json = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+    verbose: Verbose = False,  # noqa: FBT002
+    config: Config = None,  # noqa: ARG001
+) -> None:  # fmt: skip
+    """Say what a forecast was worth, once training has reached its step."""
+    _prepare_torch("cpu", threads)
+    from farcast_cli import render
+    from farcast_cli.verify import find_reference
+    from farcast_cli.verify import verify as run
+
+    with render.progress(quiet=quiet) as progress:
+        result = run(forecast, against, reference or find_reference(forecast), progress=progress)
+    if json_:
+        render.as_json(render.verify_json(result))
+    else:
+        render.verify_table(result, verbose=verbose)
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------------
+
+
+def _fit(directory: Path, include: list[str] | None, exclude: list[str] | None, steps: str | None, num_samples: int | None,
+         device: str, threads: int, quiet: bool, read: list[int]) -> Any:  # noqa: ANN401, FBT001, PLR0913
+    from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
+
+    trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None, minimum=MIN_SNAPSHOTS)
+    _prepare_torch(device, threads)
+    import torch
+
+    from farcast_cli import render
+    from farcast_cli.fitted import fit as run
+    from farcast_cli.gram import bytes_to_sample
+
+    with render.progress(quiet=quiet) as progress:
+        told = progress("fit", bytes_to_sample(trajectory.snapshots, num_samples))
+
+        def count(done: int) -> None:
+            read[0] += done
+            told(done)
+
+        return run(trajectory, include=include or (), exclude=exclude or (), num_samples=num_samples,
+                   device=torch.device(_device_name(device)), progress=count)  # fmt: skip
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"--{name} {value}: expected one of {', '.join(allowed)}")
+
+
+def _check_purpose(purpose: str) -> None:
+    _check_choice("for", purpose, ("resume", "evaluation"))
+
+
+def _check_horizon_options(horizon: str | None, to_step: int | None) -> None:
+    if (horizon is None) == (to_step is None):
+        found = "neither" if horizon is None else "both"
+        raise UsageError(f"expected --horizon N (steps ahead) or --to-step N, found {found}", hint="farcast predict --horizon 1000")
+
+
+def _horizons(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        raise UsageError("expected --horizon N[,N...], steps ahead", hint="farcast backtest --horizon 500,1000")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
+    if len(set(parts)) != len(parts):
+        raise UsageError(f"--horizon {text}: a horizon is there twice")
+    return tuple(int(part) for part in parts)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
+        raise UsageError(f"--max-shard-size {text}: expected a size as in 5GB or 500MB")
+    return int(float(number) * units[unit])
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _prepare_torch(device: str, threads: int) -> int:
+    """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    import torch
+
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu")
+    torch.set_num_threads(1)
+    return threads or min(8, len(os.sched_getaffinity(0)))
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """The console script: every error becomes one line, a hint and an exit code."""
+    from click.exceptions import Abort, ClickException
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code or 0)
+    except FarcastError as error:
+        from farcast_cli import render
+
+        render.error(error)
+        sys.exit(error.exit_code)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, Abort):
+        sys.stderr.write("interrupted: nothing was published\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

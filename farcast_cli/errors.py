@@ -1,0 +1,78 @@
+"""What can go wrong, each with its exit code and a hint that mends it.
+
+    FarcastError                 1   (a bug: everything a user can cause has a subclass)
+    |-- UsageError               2   an option that makes no sense
+    |-- SnapshotError            3   the snapshots cannot be used together
+    |   |-- TooFewSnapshotsError
+    |   |-- MixedRunsError
+    |   |-- StepConflictError
+    |   `-- NonFiniteError
+    |-- FileFormatError          4   a file is unreadable
+    |   `-- UnsafeFileError          ... or would run code
+    |-- OutputError              5   the output exists or cannot be written
+    `-- NoForecastError         10   the run's own history says that a forecast would not help
+
+A message is one line in lower case: what, where, expected against found. The hint says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class FarcastError(Exception):
+    """Anything farcast stops for; `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(" ".join(message.split()))
+        self.hint = hint
+
+
+class UsageError(FarcastError):
+    """An option or a combination of options that makes no sense."""
+
+    exit_code = 2
+
+
+class SnapshotError(FarcastError):
+    """The snapshots cannot be used, alone or together."""
+
+    exit_code = 3
+
+
+class TooFewSnapshotsError(SnapshotError):
+    """No snapshots, or fewer than a forecast needs."""
+
+
+class MixedRunsError(SnapshotError):
+    """The snapshots are not one run's: names, shapes or steps disagree."""
+
+
+class StepConflictError(SnapshotError):
+    """A snapshot's step is unknown, or two pieces of evidence contradict each other."""
+
+
+class NonFiniteError(SnapshotError):
+    """NaN or infinity among the weights."""
+
+
+class FileFormatError(FarcastError):
+    """A file is not what its name says, is cut short or is damaged."""
+
+    exit_code = 4
+
+
+class UnsafeFileError(FileFormatError):
+    """A file asks for code to be run when it is read."""
+
+
+class OutputError(FarcastError):
+    """The output exists, lies where it must not, or cannot be written."""
+
+    exit_code = 5
+
+
+class NoForecastError(FarcastError):
+    """By the run's own history no forecast would be better than the last snapshot."""
+
+    exit_code = 10

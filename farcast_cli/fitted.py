@@ -1,0 +1,236 @@
+"""The forecaster file: what `fit` learned, and of which files.
+
+A safetensors file with the Gram matrices and the kept sample; its metadata hold, as one JSON text, where the run is,
+which snapshots were read (with sizes and header hashes) and which tensors. No pickles.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from farcast_cli import __version__
+from farcast_cli.errors import FileFormatError, SnapshotError
+from farcast_cli.gram import Gram, Sample, accumulate
+from farcast_cli.layouts import LAYOUTS
+from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.trajectory import Alignment, align
+from farcast_cli.writer import staged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.trajectory import Trajectory
+
+DEFAULT_FILE = Path("forecaster.safetensors")
+_METADATA_KEY = "farcast"
+
+
+class SnapshotRecord(BaseModel):
+    """A snapshot as it was when it was read; `path` is relative to the run's folder."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    step: int
+    step_source: str
+    bytes: int
+    digest: str
+
+
+class TensorRecord(BaseModel):
+    """A tensor that is forecast, as the last snapshot holds it."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class CopiedRecord(BaseModel):
+    """A tensor that is taken over unchanged, and why."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    reason: str
+
+
+class Provenance(BaseModel):
+    """Of what a forecaster was made. `directory` is relative to the forecaster file."""
+
+    model_config = ConfigDict(frozen=True)
+    schema_version: int = 1
+    farcast_version: str = __version__
+    directory: str
+    layout: str
+    snapshots: tuple[SnapshotRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    copied: tuple[CopiedRecord, ...]
+    num_samples: int | None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A fitted forecaster: the statistic, the kept sample, and where they came from."""
+
+    gram: Gram
+    sample: Sample
+    provenance: Provenance
+    directory: Path
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(record.step for record in self.provenance.snapshots)
+
+    def index_of(self, step: int) -> int:
+        """The index of the snapshot of a step."""
+        if step not in self.steps:
+            raise SnapshotError(f"no snapshot of step {step}: expected one of {', '.join(map(str, self.steps))}")
+        return self.steps.index(step)
+
+
+def fit(
+    trajectory: Trajectory,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    num_samples: int | None,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Fitted:
+    """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None)."""
+    alignment = align(trajectory.snapshots, include=include, exclude=exclude)
+    gram, sample = accumulate(alignment, trajectory.steps, num_samples=num_samples, device=device, progress=progress)
+    _check_one_run(gram, trajectory)
+    records = tuple(
+        SnapshotRecord(path=s.path.relative_to(trajectory.directory).as_posix(), step=s.step, step_source=s.step_source,
+                       bytes=s.num_bytes, digest=s.digest)
+        for s in trajectory.snapshots
+    )  # fmt: skip
+    last = [tensor.entries[-1] for tensor in alignment.tensors]
+    provenance = Provenance(
+        directory=str(trajectory.directory), layout=trajectory.layout, snapshots=records,
+        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name) for e in last),
+        copied=tuple(CopiedRecord(name=c.name, reason=c.reason) for c in alignment.copied),
+        num_samples=num_samples, include=tuple(include), exclude=tuple(exclude),
+    )  # fmt: skip
+    return Fitted(gram, sample, provenance, trajectory.directory)
+
+
+JUMP = 8.0  # times the larger of its neighbours: no optimiser moves like this, another run's weights do
+FLIP = -0.75  # cosine of neighbouring moves; two runs interleaved give -1, pure noise around a point -0.5
+
+
+def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
+    """Two runs of one model have equal names and shapes; only the path of the weights tells them apart.
+
+    Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
+    """
+    moves = gram.matrix.sum(axis=0)[:-2, :-2]
+    sizes = np.sqrt(np.maximum(np.diag(moves), 0))
+    if len(sizes) < 4 or not sizes.all():  # noqa: PLR2004 - a jump needs neighbours on both sides
+        return
+    cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
+    names = [snapshot.path.name for snapshot in trajectory.snapshots]
+    hint = "a trajectory is one run: move the other run to a folder of its own, or choose steps with --steps A:B"
+    from farcast_cli.errors import MixedRunsError
+
+    if np.median(cosines) < FLIP:
+        raise MixedRunsError(f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
+                             f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})", hint=hint)  # fmt: skip
+    rates = sizes / np.diff(trajectory.steps)
+    for index in range(1, len(rates) - 1):
+        if rates[index] > JUMP * max(rates[index - 1], rates[index + 1]):
+            raise MixedRunsError(
+                f"{trajectory.directory}: two runs seem to meet between {names[index]} and {names[index + 1]}: the weights"
+                f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
+                hint=hint,
+            )
+
+
+def save_fitted(fitted: Fitted, path: Path) -> None:
+    """Write the forecaster file, whole or not at all; an older one is replaced."""
+    relative = os.path.relpath(fitted.directory.resolve(), path.resolve().parent)
+    provenance = fitted.provenance.model_copy(update={"directory": relative})
+    arrays = {
+        "steps": fitted.gram.steps, "gram": fitted.gram.matrix, "sample.values": fitted.sample.values,
+        "sample.bounds": fitted.sample.bounds, "sample.sizes": fitted.sample.sizes,
+    }  # fmt: skip
+    with staged(path, overwrite=True) as temporary:
+        temporary.write_bytes(save(arrays, metadata={_METADATA_KEY: provenance.model_dump_json()}))
+
+
+def load_fitted(path: Path) -> Fitted:
+    """Read a forecaster file.
+
+    Raises:
+        FileFormatError: no such file, not a forecaster, or damaged.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
+    try:
+        with safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+            if text is None:
+                raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
+            provenance = Provenance.model_validate_json(text)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        gram = Gram(arrays["steps"], arrays["gram"])
+        sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
+    except (SafetensorError, ValidationError, KeyError, OSError) as error:
+        raise FileFormatError(f"{path}: a damaged forecaster: {str(error).splitlines()[0]}",
+                              hint="write it again with farcast fit CKPTS") from error  # fmt: skip
+    return Fitted(gram, sample, provenance, path.parent / provenance.directory)
+
+
+def reopen(fitted: Fitted, index: int) -> Snapshot:
+    """Open a snapshot that the forecaster was fitted on, and check that it is still the same.
+
+    Raises:
+        SnapshotError: gone or changed since.
+    """
+    record = fitted.provenance.snapshots[index]
+    path = fitted.directory / record.path
+    again = f"farcast fit {fitted.directory}"
+    if not path.exists():
+        raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
+    layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
+    snapshot = layout.read(path).settle(record.step, record.step_source)
+    if snapshot.digest != record.digest:
+        raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
+    return snapshot
+
+
+def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
+    """The alignment of reopened snapshots, in the forecaster's order of tensors."""
+    alignment = align(snapshots, include=fitted.provenance.include, exclude=fitted.provenance.exclude)
+    found = {tensor.name: tensor for tensor in alignment.tensors}
+    names = [record.name for record in fitted.provenance.tensors]
+    if set(names) != set(found):
+        origin = fitted.provenance.snapshots[-1].step
+        raise SnapshotError(
+            f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
+            hint=f"farcast fit {fitted.directory} --steps :{snapshots[-1].step}",
+        )
+    return Alignment(tuple(found[name] for name in names), alignment.copied)
+
+
+def newer_steps(fitted: Fitted) -> list[int]:
+    """Steps in the run's folder, by name, that came after the fit."""
+    try:
+        names = [path.name for path in fitted.directory.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+    found = (find_step_in_name(name) for name in names)
+    return sorted({int(match[1]) for match in found if match and int(match[1]) > fitted.steps[-1]})

@@ -1,0 +1,63 @@
+"""Reading stretches of files the user owns: read-only, checked for length, never mapped.
+
+A file that is cut short while it is read raises an error here; the same under mmap would kill the process.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from farcast_cli.errors import FileFormatError
+
+_LFS_PREFIX = b"version https://git-lfs"
+_MAX_READ = 1 << 30  # one read call stops short of 2 GiB
+
+
+def open_read_only(path: Path) -> int:
+    """A file descriptor for reading; the caller closes it."""
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` (bytes) from byte `offset` of an open file."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done : done + _MAX_READ]], offset + done)
+        if count == 0:
+            expected = offset + len(buffer)
+            raise FileFormatError(
+                f"{path}: file ends early: expected at least {expected} bytes, found {offset + done}",
+                hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
+            )
+        done += count
+
+
+def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
+    """`num_bytes` bytes of a file from byte `offset` on."""
+    fd = open_read_only(path)
+    try:
+        buffer = bytearray(num_bytes)
+        read_into(fd, memoryview(buffer), offset, path)
+    finally:
+        os.close(fd)
+    return bytes(buffer)
+
+
+def file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def refuse_lfs_pointer(path: Path, head: bytes) -> None:
+    """Git LFS leaves a text of some 130 bytes where the file should be; say so rather than 'corrupt'."""
+    if head.startswith(_LFS_PREFIX):
+        raise FileFormatError(
+            f"{path}: this is a git-LFS pointer, not the file itself",
+            hint=f"git -C {path.parent} lfs pull",
+        )

@@ -1,0 +1,140 @@
+"""The safetensors header: parsed and checked in full, and written back, without reading the data.
+
+Layout: 8 bytes little-endian header length n, n bytes of JSON, then the data section without holes.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import FileFormatError
+from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
+from farcast_cli.tensors import BY_CODE, DType, TensorEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """A parsed header: tensors in the order of their data, metadata, and where the data section starts."""
+
+    path: Path
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+    num_bytes: int
+    digest: str
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Parse and check a file's header; costs one small read.
+
+    Raises:
+        FileFormatError: LFS pointer, wrong lengths, bad JSON, duplicate names, overlaps, holes, trailing bytes.
+    """
+    size = file_size(path)
+    head = read_bytes(path, 0, min(size, 32))
+    refuse_lfs_pointer(path, head)
+    length = int.from_bytes(head[:8], "little")
+    limit = min(size - 8, MAX_HEADER_BYTES)
+    if size < 8 or length > limit or head[8:9] != b"{":
+        found = f"a header of {length} bytes" if size >= 8 else f"{size} bytes in all"
+        raise _damaged(path, f"no safetensors header: expected one of at most {max(limit, 0)} bytes, found {found}")
+    raw = read_bytes(path, 8, length)
+    header = _parse(path, raw)
+    metadata = _metadata(path, header.pop("__metadata__", {}))
+    data_start = 8 + length
+    entries = sorted((_entry(path, name, spec, data_start) for name, spec in header.items()), key=_position)
+    _check_gapless(path, entries, data_start, size)
+    digest = hashlib.sha256(raw).hexdigest()
+    return SafetensorsFile(path, tuple(entries), metadata, data_start, size, digest)
+
+
+def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON for tensors whose data follow in the given order; padded so that the data start aligned."""
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    begin = 0
+    for name, dtype, shape in tensors:
+        end = begin + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _position(entry: TensorEntry) -> tuple[int, int]:
+    return entry.offset, entry.num_bytes
+
+
+def _damaged(path: Path, what: str) -> FileFormatError:
+    return FileFormatError(f"{path}: {what}", hint="the file is damaged or half-written: save or download it again")
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise _damaged(path, "the header names a tensor twice")
+        return found
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "the header is not a JSON object")
+    return header
+
+
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise _damaged(path, "__metadata__ is not a map of strings")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
+    if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= spec.keys():
+        raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
+    shape, offsets = spec["shape"], spec["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    if not all(map(_is_count, numbers)) or len(offsets) != 2:  # noqa: PLR2004
+        raise _damaged(path, f"tensor {name!r} has shape {shape} and data_offsets {offsets}")
+    dtype = BY_CODE.get(spec["dtype"]) if isinstance(spec["dtype"], str) else None
+    if dtype is None:
+        raise FileFormatError(f"{path}: tensor {name!r} has the unknown dtype {spec['dtype']!r}")
+    entry = TensorEntry(name, dtype, tuple(shape), path, data_start + offsets[0])
+    if offsets[1] - offsets[0] != entry.num_bytes:
+        raise _damaged(
+            path, f"tensor {name!r}: expected {entry.num_bytes} bytes of data, found {offsets[1] - offsets[0]}"
+        )
+    return entry
+
+
+def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
+    position = data_start
+    for entry in entries:
+        if entry.offset != position:
+            raise _damaged(path, f"tensor {entry.name!r} starts at byte {entry.offset}, expected {position}")
+        position += entry.num_bytes
+    if position != size:
+        raise FileFormatError(
+            f"{path}: expected {position} bytes, found {size}",
+            hint="the file is half-written, cut short or has bytes behind its data: save or download it again",
+        )

@@ -1,0 +1,406 @@
+"""What `torch.save` writes: a zip of one pickle and one record of raw bytes per storage.
+
+Reads the pickle with an unpickler that knows a fixed list of harmless names and builds inert stand-ins, so that
+nothing in the file runs and no tensor is loaded: a tensor becomes a `TensorRef`, which says where its bytes lie.
+The same tree, edited, is written back. Reading needs no torch; writing borrows torch's names for the pickle.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import pickle
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
+from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
+from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, TensorEntry, is_dense, is_row_major
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors take less
+MAX_DEPTH = 64
+STORAGE_ALIGNMENT = 64  # torch.save's own
+_UNTYPED = DType("untyped", 1)
+_PARAMETER_ARGS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """One storage record: `size` counts elements of `dtype` (bytes where it is untyped)."""
+
+    key: str
+    dtype: DType
+    location: str
+    size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor of a torch file, not loaded: a view of a storage; offset and stride count elements."""
+
+    storage: StorageRef
+    dtype: DType
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool = False
+    is_parameter: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a zip record's bytes lie in the file."""
+
+    name: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A torch file's object tree and records. The tree belongs to the reader, who may edit it."""
+
+    path: Path
+    tree: Any
+    records: Mapping[str, Record]
+    prefix: str
+    num_bytes: int
+    digest: str
+
+    def storage_record(self, storage: StorageRef) -> Record:
+        return self.records[f"{self.prefix}/data/{storage.key}"]
+
+    def entry(self, name: str, ref: TensorRef) -> TensorEntry:
+        """The tensor's place in the file."""
+        offset = self.storage_record(ref.storage).offset + ref.offset * ref.dtype.itemsize
+        strides = () if is_row_major(ref.shape, ref.stride) else ref.stride
+        return TensorEntry(name, ref.dtype, ref.shape, self.path, offset, strides)
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A name that a pickle refers to and that stands for itself: a storage class or an element type."""
+
+    module: str
+    name: str
+    dtype: DType
+
+
+def is_torch_zip(path: Path) -> bool:
+    return read_bytes(path, 0, min(file_size(path), 4)) == b"PK\x03\x04"
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """Read a torch file's object tree; costs its directory and its pickle, no tensor data.
+
+    Raises:
+        UnsafeFileError: the pickle names something outside the list of harmless names.
+        FileFormatError: not a torch zip file, damaged, compressed, big-endian, or records that do not fit.
+    """
+    size = file_size(path)
+    head = read_bytes(path, 0, min(size, 32))
+    refuse_lfs_pointer(path, head)
+    if not head.startswith(b"PK\x03\x04"):
+        raise _not_a_zip(path, head)
+    records = _read_records(path, size)
+    pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise _damaged(path, f"expected one data.pkl, found {len(pickles)}")
+    prefix = pickles[0].removesuffix("/data.pkl")
+    _check_byte_order(path, records.get(f"{prefix}/byteorder"))
+    if records[pickles[0]].num_bytes > MAX_PICKLE_BYTES:
+        raise UnsafeFileError(f"{path}: its pickle has {records[pickles[0]].num_bytes} bytes, over the limit")
+    raw = read_bytes(path, records[pickles[0]].offset, records[pickles[0]].num_bytes)
+    tree = _load(path, raw)
+    file = TorchFile(path, tree, records, prefix, size, hashlib.sha256(raw).hexdigest())
+    for _, ref in iter_tensors(tree):
+        _check_ref(file, ref)
+    return file
+
+
+def iter_tensors(tree: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
+    """Every tensor of a tree with the keys that lead to it."""
+    if len(path) > MAX_DEPTH:
+        raise UnsafeFileError(f"objects nested more than {MAX_DEPTH} deep under {path[0]!r}")
+    if isinstance(tree, TensorRef):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from iter_tensors(value, (*path, key))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from iter_tensors(value, (*path, index))
+
+
+def encode_pickle(tree: object) -> bytes:
+    """The pickle of a tree, as torch.save would write it (protocol 2)."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(_with_torch_names(tree))
+    return buffer.getvalue()
+
+
+def zip_info(name: str, *, position: int, num_bytes: int) -> zipfile.ZipInfo:
+    """A record header with a fixed date whose data start at a multiple of 64 bytes when written at `position`."""
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    info.file_size = num_bytes
+    zip64_bytes = 20  # zipfile puts this field in front whenever it is asked to allow for large records
+    start = position + 30 + len(name.encode()) + zip64_bytes + 4
+    padding = -start % STORAGE_ALIGNMENT
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    return info
+
+
+def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
+    if head[:1] == b"\x80":
+        convert = f"import torch; f={str(path)!r}; torch.save(torch.load(f, weights_only=True), f + '.new.pt')"
+        return FileFormatError(
+            f"{path}: an old torch file (before torch 1.6), expected a zip", hint=f'python -c "{convert}"'
+        )
+    return FileFormatError(
+        f"{path}: not a torch file: expected a zip, found {bytes(head[:8])!r}",
+        hint="the file is damaged or something else: save or download it again, or keep it out of this folder",
+    )
+
+
+def _damaged(path: Path, what: str) -> FileFormatError:
+    return FileFormatError(f"{path}: {what}", hint="the file is damaged or half-written: save or download it again")
+
+
+def _read_records(path: Path, size: int) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise _damaged(path, f"not a whole zip file: {error}") from error
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            raise UnsafeFileError(f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly")
+        if info.filename in records:
+            raise _damaged(path, f"record {info.filename!r} is there twice")
+        records[info.filename] = Record(info.filename, _data_offset(path, info, size), info.file_size)
+    _check_overlap(path, records)
+    return records
+
+
+def _data_offset(path: Path, info: zipfile.ZipInfo, size: int) -> int:
+    local = read_bytes(path, info.header_offset, 30)
+    if local[:4] != b"PK\x03\x04":
+        raise _damaged(path, f"record {info.filename!r} has no header")
+    name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
+    offset = info.header_offset + 30 + name_length + extra_length
+    if offset + info.file_size > size:
+        raise _damaged(path, f"record {info.filename!r} reaches beyond the end of the file")
+    return offset
+
+
+def _check_overlap(path: Path, records: Mapping[str, Record]) -> None:
+    end, last = 0, ""
+    for record in sorted(records.values(), key=lambda record: record.offset):
+        if record.offset < end:
+            raise _damaged(path, f"records {last!r} and {record.name!r} overlap")
+        end, last = record.offset + record.num_bytes, record.name
+
+
+def _check_byte_order(path: Path, record: Record | None) -> None:
+    if record is not None and read_bytes(path, record.offset, min(record.num_bytes, 16)) != b"little":
+        raise FileFormatError(f"{path}: written on a big-endian machine; expected little-endian")
+
+
+def _check_ref(file: TorchFile, ref: TensorRef) -> None:
+    """A tensor must lie inside its storage, and the storage inside its record."""
+    record = file.records.get(f"{file.prefix}/data/{ref.storage.key}")
+    if record is None or record.num_bytes < ref.storage.num_bytes:
+        raise _damaged(file.path, f"storage {ref.storage.key!r} is missing or shorter than its tensors")
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(ref.shape, ref.stride, strict=True))
+    end = (ref.offset + (extent if all(ref.shape) else 0)) * ref.dtype.itemsize
+    if ref.offset < 0 or end > ref.storage.num_bytes:
+        raise _damaged(file.path, f"a tensor of shape {list(ref.shape)} reaches beyond its storage {ref.storage.key!r}")
+
+
+def is_streamable(ref: TensorRef) -> bool:
+    """Whether the tensor's elements are one gapless stretch of its storage."""
+    return is_dense(ref.shape, ref.stride)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _counts(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
+        raise UnsafeFileError(f"a tensor's shape or stride is {value!r}")
+    return value
+
+
+def _rebuild_tensor_v2(*args: Any) -> TensorRef:  # noqa: ANN401 - whatever the pickle holds
+    storage, offset, shape, stride, requires_grad = args[:5]
+    if not isinstance(storage, StorageRef) or not isinstance(offset, int):
+        raise UnsafeFileError("a tensor without a storage")
+    shape, stride = _counts(shape), _counts(stride)
+    if len(shape) != len(stride):
+        raise UnsafeFileError(f"a tensor of shape {shape} has stride {stride}")
+    return TensorRef(storage, storage.dtype, offset, shape, stride, bool(requires_grad))
+
+
+def _rebuild_tensor_v3(*args: Any) -> TensorRef:  # noqa: ANN401
+    ref = _rebuild_tensor_v2(*args[:5])
+    if len(args) <= 6 or not isinstance(args[6], Name):  # noqa: PLR2004 - storage, offset, 2 shapes, grad, hooks, dtype
+        raise UnsafeFileError("a tensor without a dtype")
+    return TensorRef(ref.storage, args[6].dtype, ref.offset, ref.shape, ref.stride, ref.requires_grad)
+
+
+def _rebuild_parameter(*args: Any) -> TensorRef:  # noqa: ANN401
+    if len(args) != _PARAMETER_ARGS or not isinstance(args[0], TensorRef):
+        raise UnsafeFileError("a parameter without a tensor")
+    ref = args[0]
+    return TensorRef(ref.storage, ref.dtype, ref.offset, ref.shape, ref.stride, bool(args[1]), is_parameter=True)
+
+
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    """Protocol 2 spells bytes as `_codecs.encode(text, 'latin1')`."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise UnsafeFileError(f"bytes encoded as {encoding!r}")
+    return codecs.latin_1_encode(text)[0]
+
+
+class Size(tuple):  # type: ignore[type-arg]
+    """A torch.Size of a payload; kept apart from a tuple so that it is written back as what it was."""
+
+    __slots__ = ()
+
+
+def _size(*args: Any) -> Size:  # noqa: ANN401
+    return Size(_counts(args[0] if args else ()))
+
+
+_SAFE: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.Size": _size,
+    "collections.OrderedDict": OrderedDict,
+    "collections.Counter": Counter,
+    "_codecs.encode": _encode,
+    "builtins.set": set,
+    "__builtin__.set": set,
+}
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # noqa: SLF001
+    """Python's own unpickler in Python: its memo is a dict, so a huge memo index allocates nothing."""
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(io.BytesIO(raw), encoding="utf-8")
+        self._storages: dict[str, StorageRef] = {}
+
+    def find_class(self, module: str, name: str) -> object:
+        found = _SAFE.get(f"{module}.{name}")
+        if found is not None:
+            return found
+        if module == "torch" and name in BY_STORAGE:
+            return Name(module, name, BY_STORAGE[name])
+        if module == "torch" and name in DTYPES:
+            return Name(module, name, DTYPES[name])
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return Name(module, name, _UNTYPED)
+        raise UnsafeFileError(f"its pickle asks for {module}.{name}")
+
+    def persistent_load(self, pid: object) -> StorageRef:
+        match pid:
+            case ("storage", Name(dtype=dtype), str(key), str(location), int(size)) if size >= 0:
+                made = StorageRef(key, dtype, location, size)
+                return self._storages.setdefault(key, made)
+        raise UnsafeFileError("its pickle refers to something that is not a storage")
+
+
+def _load(path: Path, raw: bytes) -> object:
+    try:
+        return _Unpickler(raw).load()
+    except UnsafeFileError as error:
+        raise UnsafeFileError(
+            f"{path}: {error}, which farcast does not run",
+            hint="save plain data only (tensors, numbers, strings, lists, dicts), or keep the file out of this folder",
+        ) from error
+    except FarcastError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything at all; none of it is ours
+        raise _damaged(path, f"its pickle cannot be read: {type(error).__name__}: {error}") from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a pickle should call: a stand-in that the pickler turns into `function(*args)`."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = field(default=())
+
+
+class _Pickler(pickle.Pickler):
+    """Writes stand-ins back as the torch calls that they were read from."""
+
+    def persistent_id(self, obj: object) -> tuple[object, ...] | None:
+        import torch
+
+        if not isinstance(obj, StorageRef):
+            return None
+        kind = torch.UntypedStorage if obj.dtype is _UNTYPED else getattr(torch, obj.dtype.storage)
+        return ("storage", kind, obj.key, obj.location, obj.size)
+
+    def reducer_override(self, obj: object) -> Any:  # noqa: ANN401 - pickle's own protocol
+        if isinstance(obj, TensorRef):
+            call = _tensor_call(obj)
+            return call.function, call.args
+        if isinstance(obj, _Call):
+            return obj.function, obj.args
+        if isinstance(obj, Size):
+            import torch
+
+            return torch.Size, (tuple(obj),)
+        return NotImplemented
+
+
+def _with_torch_names(tree: Any) -> Any:  # noqa: ANN401
+    """The tree with torch's own element types in place of their names; containers are edited in place."""
+    if isinstance(tree, Name):
+        import torch
+
+        return getattr(torch, tree.name)
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            tree[key] = _with_torch_names(value)
+    elif isinstance(tree, list):
+        tree[:] = [_with_torch_names(value) for value in tree]
+    elif type(tree) is tuple:
+        return tuple(_with_torch_names(value) for value in tree)
+    return tree
+
+
+def _tensor_call(ref: TensorRef) -> _Call:
+    import torch
+
+    args = (ref.storage, ref.offset, ref.shape, ref.stride)
+    grad = ref.requires_grad and not ref.is_parameter
+    if ref.storage.dtype is _UNTYPED:
+        tensor = _Call(
+            torch._utils._rebuild_tensor_v3,  # noqa: SLF001 - the names that torch.save writes
+            (*args, grad, OrderedDict(), getattr(torch, ref.dtype.name)),
+        )
+    else:
+        tensor = _Call(torch._utils._rebuild_tensor_v2, (*args, grad, OrderedDict()))  # noqa: SLF001
+    if not ref.is_parameter:
+        return tensor
+    return _Call(torch._utils._rebuild_parameter, (tensor, ref.requires_grad, OrderedDict()))  # noqa: SLF001

@@ -1,0 +1,18 @@
+"""Checkpoint layouts: which files make up one snapshot. One module per layout, tried in the order of `LAYOUTS`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from farcast_cli.layouts import hf_trainer, hub_folder, loose_safetensors, torch_payload
+from farcast_cli.layouts.base import Layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYOUTS: tuple[Layout, ...] = (hf_trainer.LAYOUT, hub_folder.LAYOUT, loose_safetensors.LAYOUT, torch_payload.LAYOUT)
+
+
+def recognise(path: Path) -> Layout | None:
+    """The layout of what lies at `path`, judged by names alone; None if it is no checkpoint."""
+    return next((layout for layout in LAYOUTS if layout.recognises(path)), None)

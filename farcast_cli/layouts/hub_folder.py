@@ -1,0 +1,25 @@
+"""A folder of weights as the Hugging Face hub holds them: `step1000/` with model.safetensors or shards, no trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from farcast_cli.layouts.base import Layout, Part, Snapshot, files_below, find_weights, name_evidence
+from farcast_cli.layouts.weights_folder import read_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _recognises(path: Path) -> bool:
+    return path.is_dir() and find_weights(path) is not None
+
+
+def _read(path: Path) -> Snapshot:
+    weights, tensors, rough = read_weights(path)
+    known = {part.name for part in weights}
+    others = [Part(file, name, "other") for file, name in files_below(path) if name not in known]
+    return Snapshot(path, LAYOUT.name, (*weights, *others), tensors, name_evidence(path), not_streamable=rough)
+
+
+LAYOUT = Layout("weights-folder", _recognises, _read)

@@ -1,0 +1,34 @@
+"""One safetensors file per snapshot: `step_1000.safetensors`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from farcast_cli.formats.safetensors_file import read_safetensors
+from farcast_cli.layouts.base import Evidence, Layout, Part, Snapshot, name_evidence
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEP_KEYS = ("step", "ss_steps", "global_step")
+"""Metadata keys that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
+
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+
+
+def _recognises(path: Path) -> bool:
+    return path.suffix == ".safetensors" and path.is_file() and not _SHARD.search(path.name)
+
+
+def _read(path: Path) -> Snapshot:
+    file = read_safetensors(path)
+    found = ((key, file.metadata[key]) for key in STEP_KEYS if key in file.metadata)
+    metadata = tuple(Evidence("metadata", f"metadata {key}", int(text)) for key, text in found if text.isdecimal())
+    tensors = {entry.name: entry for entry in file.entries}
+    return Snapshot(
+        path, LAYOUT.name, (Part(path, "", "weights", file),), tensors, (*name_evidence(path), *metadata[:1])
+    )
+
+
+LAYOUT = Layout("safetensors", _recognises, _read)

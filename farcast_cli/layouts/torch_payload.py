@@ -1,0 +1,86 @@
+"""One torch file per snapshot: a bare state dict, or weights beside optimizer, scheduler and step.
+
+What a hand-written training loop saves, nanoGPT's among them.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import FileFormatError
+from farcast_cli.formats.files import read_bytes
+from farcast_cli.formats.torch_file import TensorRef, TorchFile, read_torch_file
+from farcast_cli.layouts.base import Evidence, Layout, Part, Snapshot, name_evidence, weights_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
+STEP_KEYS = ("global_step", "step", "iteration", "iter_num", "step_count", "iter", "num_steps", "steps")
+_NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
+
+
+def _recognises(path: Path) -> bool:
+    return path.suffix in {".pt", ".pth", ".bin"} and path.is_file()
+
+
+def _read(path: Path) -> Snapshot:
+    file = read_torch_file(path)
+    key, weights = _find_weights(path, file.tree)
+    tensors, rough = weights_of(file, weights)
+    evidence = (*_payload_evidence(file.tree if key else {}), *_adam_evidence(file), *name_evidence(path))
+    part = Part(path, "", "state", file, weights_key=key)
+    return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough)
+
+
+def _find_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(tree, dict):
+        for key in WEIGHT_KEYS:
+            if isinstance(tree.get(key), dict) and _holds_tensors(tree[key]):
+                return (key,), tree[key]
+        if any(isinstance(value, TensorRef) for value in tree.values()):
+            return (), tree
+    keys = sorted(map(str, tree))[:8] if isinstance(tree, dict) else type(tree).__name__
+    raise FileFormatError(
+        f"{path}: no weights found: expected a state dict, or one under {', '.join(WEIGHT_KEYS[:3])}; found {keys}",
+        hint="save the weights under 'model', or keep the file out of this folder",
+    )
+
+
+def _holds_tensors(tree: dict[Any, Any]) -> bool:
+    return any(isinstance(value, TensorRef) or (isinstance(value, dict) and _holds_tensors(value)) for value in tree.values())
+
+
+def _payload_evidence(tree: dict[str, Any]) -> tuple[Evidence, ...]:
+    for where, holder in (("", tree), ("train_state.", tree.get("train_state"))):
+        for key in STEP_KEYS:
+            value = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(value, int) and not isinstance(value, bool):
+                return (Evidence("payload", where + key, value),)
+    return ()
+
+
+def _adam_evidence(file: TorchFile) -> tuple[Evidence, ...]:
+    """Adam counts its own steps, per parameter; the largest count is the run's."""
+    if not isinstance(file.tree, dict):
+        return ()
+    for key, value in file.tree.items():
+        state = value.get("state") if isinstance(value, dict) and "param_groups" in value else None
+        if isinstance(state, dict):
+            counts = [number(file, entry["step"]) for entry in state.values() if isinstance(entry, dict) and "step" in entry]
+            known = [count for count in counts if count is not None]
+            if known:
+                return (Evidence("adam step", f"{key}.state.*.step", int(max(known))),)
+    return ()
+
+
+def number(file: TorchFile, value: object) -> int | float | None:
+    """A number, or the one element of a tensor of the file; None for anything else."""
+    if isinstance(value, TensorRef) and value.dtype.name in _NUMBERS and all(size == 1 for size in value.shape):
+        entry = file.entry("", value)
+        return struct.unpack(_NUMBERS[value.dtype.name], read_bytes(file.path, entry.offset, entry.num_bytes))[0]
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+LAYOUT = Layout("torch", _recognises, _read)

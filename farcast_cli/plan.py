@@ -1,0 +1,308 @@
+"""What the forecast checkpoint's files will hold: the origin's own files with stretches of bytes replaced.
+
+A plan is made from headers alone and says for every output file, record by record, where its bytes come from. The
+same tensors under the same names, in the same files, in the same order: whatever read the origin reads the forecast.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from farcast_cli.errors import UsageError
+from farcast_cli.formats.files import file_size
+from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
+from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, encode_pickle, iter_tensors
+from farcast_cli.layouts.base import Part, Snapshot, find_step_in_name
+from farcast_cli.layouts.loose_safetensors import STEP_KEYS
+from farcast_cli.resume import Advanced, StateTree, storages_of
+from farcast_cli.tensors import DTYPES, FORECASTABLE, DType, TensorEntry, canonical_name, is_row_major
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OutputDType = Literal["source", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes of one of the origin's files."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A tensor's values in `dtype`: forecast tensor number `index`, or the origin's own where that is None."""
+
+    entry: TensorEntry
+    index: int | None
+    dtype: DType
+    non_negative: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.entry.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Literal_:
+    """Bytes known in advance."""
+
+    data: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """So many zero bytes."""
+
+    num_bytes: int
+
+
+Piece = Copy | Values | Literal_ | Zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A named stretch of an output file, made of pieces in order."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """An output file; `name` is its path inside the checkpoint, "" where the checkpoint is that one file."""
+
+    name: str
+    container: Literal["raw", "zip"]
+    records: tuple[Record, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(record.num_bytes for record in self.records)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """What the plan changes beside the weights: element type, shard size, BatchNorm's counts, the valid step."""
+
+    index_of: Mapping[str, int]
+    dtype: OutputDType = "source"
+    max_shard_bytes: int | None = None
+    batch_counts: Mapping[str, int] | None = None
+    valid_step: int = 0
+
+    def out_dtype(self, dtype: DType) -> DType:
+        return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FORECASTABLE else dtype
+
+    def pieces(self, entry: TensorEntry) -> tuple[Piece, ...]:
+        """Where a tensor's bytes come from."""
+        if entry.name in (self.batch_counts or {}):
+            return (Literal_(struct.pack("<q", self.batch_counts[entry.name])),)  # type: ignore[index]
+        index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
+        if index is None and dtype is entry.dtype:
+            return (Copy(entry.path, entry.offset, entry.num_bytes),)
+        return (Values(entry, index, dtype, non_negative=entry.name.endswith("running_var")),)
+
+
+def forecast_name(origin: Snapshot, valid_step: int) -> str:
+    """The origin's own name with its step replaced, as wide as before: `step_001000.pt` becomes `step_001250.pt`."""
+    name = origin.path.name
+    found = find_step_in_name(name)
+    if found is None:
+        stem, dot, ending = name.rpartition(".")
+        return f"{stem}-step{valid_step}.{ending}" if dot and origin.path.is_file() else f"{name}-step{valid_step}"
+    digits = found[1]
+    number = valid_step + int(digits) - origin.step
+    return name[: found.start(1)] + str(number).zfill(len(digits)) + name[found.end(1) :]
+
+
+def plan_outputs(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:
+    """The files of the forecast checkpoint, planned from the origin's headers.
+
+    Raises:
+        UsageError: sharding asked of a checkpoint that is one file.
+    """
+    if rewrite.max_shard_bytes is not None:
+        return _resharded(origin, advanced, rewrite)
+    return [output for part in origin.parts if (output := _plan_part(part, advanced, rewrite)) is not None]
+
+
+def _plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile | None:
+    if part.name in advanced.dropped:
+        return None
+    if part.name in advanced.trees:
+        state = advanced.trees[part.name]
+        return _torch_output(state, rewrite) if state.file else _json_output(part.name, state.tree)
+    if isinstance(part.content, SafetensorsFile):
+        return _safetensors_output(part.name, part.content.entries, _metadata(part.content, rewrite), rewrite)
+    if isinstance(part.content, TorchFile):
+        return _torch_output(StateTree(part, part.content.tree, part.content), rewrite)
+    if part.role == "weights-index" and rewrite.dtype != "source":
+        raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")
+    return OutputFile(part.name, "raw", (Record("", (Copy(part.path, 0, file_size(part.path)),)),))
+
+
+def _json_output(name: str, tree: Any) -> OutputFile:  # noqa: ANN401
+    text = json.dumps(tree, indent=2, sort_keys=True) + "\n"  # as the Trainer writes it
+    return OutputFile(name, "raw", (Record("", (Literal_(text.encode()),)),))
+
+
+def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
+    metadata = dict(file.metadata)
+    return metadata | {key: str(rewrite.valid_step) for key in STEP_KEYS if key in metadata}
+
+
+def _safetensors_output(name: str, entries: Iterable[TensorEntry], metadata: Mapping[str, str],
+                        rewrite: Rewrite) -> OutputFile:  # fmt: skip
+    listed = list(entries)
+    header = encode_header(((e.name, rewrite.out_dtype(e.dtype), e.shape) for e in listed), metadata)
+    pieces = [piece for entry in listed for piece in rewrite.pieces(entry)]
+    return OutputFile(name, "raw", (Record("", (Literal_(header), *pieces)),))
+
+
+# --- torch files -----------------------------------------------------------------------------------------------------
+
+
+def _torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
+    file = state.file
+    assert file is not None  # noqa: S101 - the caller's branch
+    overlays = _overlays(state, rewrite)
+    if rewrite.dtype != "source" and state.part.role in {"weights", "state"}:
+        overlays |= _retype(state, rewrite)
+    raw = encode_pickle(state.tree)
+    records = [Record(f"{file.prefix}/data.pkl", (Literal_(raw),))]
+    storages = {f"{file.prefix}/data/{storage.key}": storage for storage in storages_of(state.tree)}
+    for name, record in file.records.items():
+        if name.startswith(f"{file.prefix}/data/") or name == f"{file.prefix}/data.pkl":
+            continue
+        records.append(Record(name, (Copy(file.path, record.offset, record.num_bytes),)))
+    for name, storage in storages.items():
+        records.append(Record(name, _storage_pieces(state, storage, overlays.get(storage.key, []))))
+    return OutputFile(state.part.name, "zip", tuple(records))
+
+
+def _weights_tree(state: StateTree) -> Any:  # noqa: ANN401
+    tree = state.tree
+    for key in state.part.weights_key:
+        tree = tree[key]
+    return tree
+
+
+def _overlays(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Piece]]]:
+    """Replaced stretches of each storage: (byte offset in the storage, piece)."""
+    file, found = state.file, {}
+    if file is None or state.part.role not in {"weights", "state"}:
+        return {}
+    for keys, ref in iter_tensors(_weights_tree(state)):
+        entry = file.entry(".".join(map(str, keys)), ref)
+        if entry.name in rewrite.index_of or entry.name in (rewrite.batch_counts or {}):
+            (piece,) = replace(rewrite, dtype="source").pieces(entry)
+            found.setdefault(ref.storage.key, []).append((ref.offset * ref.dtype.itemsize, piece))
+    return found
+
+
+def _retype(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Piece]]]:
+    """Give every floating tensor of the weights a storage of its own in the new type; aliases keep sharing one."""
+    file = state.file
+    assert file is not None  # noqa: S101
+    weights, made = _weights_tree(state), {}
+    overlays: dict[str, list[tuple[int, Piece]]] = {}
+    places = {id(ref): ref for _, ref in iter_tensors(weights)}
+    names: dict[tuple[Any, ...], str] = {}
+    for keys, ref in iter_tensors(weights):
+        name = ".".join(map(str, keys))
+        place = (ref.storage.key, ref.offset, ref.shape)
+        if place not in names or name in rewrite.index_of:
+            names[place] = name
+    for ref in places.values():
+        dtype = rewrite.out_dtype(ref.dtype)
+        if dtype is ref.dtype or not is_row_major(ref.shape, ref.stride):
+            continue
+        place = (ref.storage.key, ref.offset, ref.shape)
+        if place not in made:
+            entry = file.entry(names[place], ref)
+            storage = StorageRef(f"{dtype.name}_{len(made)}", dtype, ref.storage.location, entry.num_elements)
+            made[place] = storage
+            overlays[storage.key] = [(0, piece) for piece in rewrite.pieces(entry)]
+    _replace_refs(weights, rewrite, made)
+    return overlays
+
+
+def _replace_refs(tree: Any, rewrite: Rewrite, made: Mapping[tuple[Any, ...], StorageRef]) -> None:  # noqa: ANN401
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, TensorRef):
+            storage = made.get((value.storage.key, value.offset, value.shape))
+            if storage is not None and is_row_major(value.shape, value.stride):
+                tree[key] = replace(value, storage=storage, dtype=storage.dtype, offset=0)
+        else:
+            _replace_refs(value, rewrite, made)
+
+
+def _storage_pieces(state: StateTree, storage: StorageRef, overlays: Sequence[tuple[int, Piece]]) -> tuple[Piece, ...]:
+    """A storage's bytes: the origin's with the overlays in their places."""
+    if storage.key in state.literals:
+        return (Literal_(state.literals[storage.key]),)
+    if storage.key in state.zeroed:
+        return (Zeros(storage.num_bytes),)
+    pieces: list[Piece] = []
+    position = 0
+    for offset, piece in sorted(overlays, key=lambda overlay: overlay[0]):
+        if offset > position:
+            pieces.append(_copy(state, storage, position, offset))
+        pieces.append(piece)
+        position = offset + piece.num_bytes
+    if position < storage.num_bytes:
+        pieces.append(_copy(state, storage, position, storage.num_bytes))
+    return tuple(pieces)
+
+
+def _copy(state: StateTree, storage: StorageRef, begin: int, end: int) -> Copy:
+    assert state.file is not None  # noqa: S101
+    return Copy(state.file.path, state.file.storage_record(storage).offset + begin, end - begin)
+
+
+# --- sharding --------------------------------------------------------------------------------------------------------
+
+
+def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:
+    """The weights in shards of a new size, named as transformers names them; everything else as it was."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    files = [part.content for part in origin.parts if isinstance(part.content, SafetensorsFile)]
+    if not files or origin.path.is_file():
+        raise UsageError(f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint, which has no shards",
+                         hint="leave the option out")  # fmt: skip
+    entries = {entry.name: entry for file in files for entry in file.entries}
+    sizes = {name: e.num_elements * rewrite.out_dtype(e.dtype).itemsize for name, e in entries.items()}
+    stem = files[0].path.name.partition("-")[0].removesuffix(".safetensors")
+    split = split_state_dict_into_shards_factory(
+        entries, get_storage_size=lambda entry: sizes[entry.name], get_storage_id=lambda _: None,
+        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=rewrite.max_shard_bytes or 0,
+    )  # fmt: skip
+    metadata = _metadata(files[0], rewrite)
+    outputs = [
+        _safetensors_output(name, [entries[tensor] for tensor in tensors], metadata, rewrite)
+        for name, tensors in split.filename_to_tensors.items()
+    ]
+    if split.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
+        outputs.append(_json_output(f"{stem}.safetensors.index.json", index))
+    others = [part for part in origin.parts if part.role not in {"weights", "weights-index"}]
+    return outputs + [output for part in others if (output := _plan_part(part, advanced, rewrite)) is not None]
+
+

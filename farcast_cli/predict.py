@@ -1,0 +1,362 @@
+"""From a fitted forecaster to a published checkpoint: decide, plan, write in one pass, advance the trainer, rename.
+
+The order matters: everything that can be refused is refused before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from farcast_cli import __version__
+from farcast_cli.backtest import LOSS_JUMP, Decision, Purpose, decide
+from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
+from farcast_cli.errors import OutputError, UsageError
+from farcast_cli.evaluation import Evaluator, Trial, best_trial
+from farcast_cli.fitted import Fitted, newer_steps, realign, reopen
+from farcast_cli.forecaster import Options, Task, find_method, forecast
+from farcast_cli.plan import OutputDType, OutputFile, Rewrite, forecast_name, plan_outputs
+from farcast_cli.resume import HISTORY, Advanced, CountersMode, OptimizerMode, advance, advance_batch_counts
+from farcast_cli.timeline import Timeline
+from farcast_cli.writer import staged
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from farcast_cli.layouts.base import Snapshot
+
+DEFAULT_FOLDER = Path("forecasts")
+SIDECAR = "farcast.json"
+DEFAULT_METHOD: dict[Purpose, str] = {"resume": "blend", "evaluation": "k5"}
+STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked `predict` for. `horizons` are steps after the origin."""
+
+    horizons: tuple[int, ...]
+    purpose: Purpose = "resume"
+    method: str | None = None
+    options: Options = field(default_factory=Options)
+    origin_step: int | None = None
+    optimizer: OptimizerMode = "copy"
+    counters: CountersMode = "advance"
+    dtype: OutputDType = "source"
+    max_shard_bytes: int | None = None
+    output: str | None = None
+    even_if_worse: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    device: str = "cpu"
+    num_threads: int = 1
+    evaluator: Evaluator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One horizon's forecast: where it is (None where none was written), what it is and what was done."""
+
+    horizon: int
+    origin_step: int
+    method: str
+    decision: Decision
+    path: Path | None = None
+    num_forecast: int = 0
+    num_copied: int = 0
+    unchanged_share: float = 1.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def valid_step(self) -> int:
+        return self.origin_step + self.horizon
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All horizons planned and nothing written yet."""
+
+    engine: Engine
+    plans: tuple[tuple[OutputFile, ...], ...]
+    advanced: tuple[Advanced, ...]
+    targets: tuple[Path, ...]
+    snapshots: tuple[Snapshot, ...]
+    origin: Snapshot
+
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Starts a phase of so many bytes; what it returns is told the bytes done."""
+
+
+def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcome]:
+    """Forecast every horizon that the run's history supports, in one pass over the files.
+
+    Returns:
+        one outcome per horizon; `path` is None where the verdict, or the user's own evaluation, was against it.
+
+    Raises:
+        UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
+    """
+    method = find_method(request.method or DEFAULT_METHOD[request.purpose])
+    tasks = [_task(fitted, request, horizon) for horizon in request.horizons]
+    decisions = [decide(method, task, request.purpose) for task in tasks]
+    origin_step = int(tasks[0].timeline.origin)
+    outcomes = [
+        Outcome(horizon, origin_step, method.name, decision)
+        for horizon, decision in zip(request.horizons, decisions, strict=True)
+    ]
+    chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
+    if not chosen:
+        return outcomes
+    steps = [forecast(method, tasks[i]) for i in chosen]
+    prepared = _prepare(fitted, request, [request.horizons[i] for i in chosen], steps)
+    written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
+    for index, outcome in zip(chosen, written, strict=True):
+        outcomes[index] = outcome
+    return outcomes
+
+
+def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome]) -> list[str]:
+    """What a person should know before using the forecasts."""
+    notes = []
+    newer = newer_steps(fitted)
+    if newer and request.origin_step is None:
+        notes.append(f"the run has newer snapshots (up to step {newer[-1]}) than the forecaster: farcast fit {fitted.directory}")
+    for outcome in outcomes:
+        if outcome.path and request.purpose == "resume" and outcome.decision.ratio > LOSS_JUMP:
+            notes.append(f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first and to be ahead some 200 steps later")
+        if outcome.path and request.purpose == "evaluation":
+            notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
+    return list(dict.fromkeys(notes))
+
+
+def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
+    steps = fitted.gram.steps
+    last = len(steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    if last == 0:
+        raise UsageError(f"--origin {request.origin_step}: the first snapshot has no history")
+    if horizon <= 0:
+        raise UsageError(f"horizon {horizon}: expected a step after the origin, {int(steps[last])}")
+    timeline = Timeline(steps, float(steps[last]))
+    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device)
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: Sequence[NDArray[np.float64]]) -> Prepared:
+    last = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    linear = LinearMap.from_steps(steps, last)
+    snapshots = {index: reopen(fitted, index) for index in linear.used}
+    origin = snapshots[last]
+    history = _history(fitted, snapshots, last)
+    targets = [_target(request, origin, horizon, fitted.directory) for horizon in horizons]
+    for target in targets:
+        _check_place(target, fitted.directory, overwrite=request.overwrite)
+    alignment = realign(fitted, [snapshots[index] for index in linear.used])
+    index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
+    advanced, plans = [], []
+    for horizon in horizons:
+        if request.purpose == "resume":
+            _check_end(origin, horizon, request)
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=request.counters)
+        counts = advance_batch_counts(history, horizon) if request.counters == "advance" else {}
+        rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon)
+        advanced.append(moved)
+        plans.append(tuple(plan_outputs(origin, moved, rewrite)))
+    engine = Engine(alignment, linear.restrict(linear.used), torch.device(request.device))
+    used = tuple(snapshots[index] for index in linear.used)
+    return Prepared(engine, tuple(plans), tuple(advanced), tuple(targets), used, origin)
+
+
+def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Snapshot]:
+    """The last few snapshots up to the origin; older ones that have been rotated away are not needed."""
+    found = []
+    for index in range(max(0, last - HISTORY + 1), last + 1):
+        if index in opened:
+            found.append(opened[index])
+        elif (fitted.directory / fitted.provenance.snapshots[index].path).exists():
+            found.append(reopen(fitted, index))
+    return found
+
+
+def _target(request: Request, origin: Snapshot, horizon: int, run: Path) -> Path:
+    name = forecast_name(origin, origin.step + horizon)
+    if request.output is None:
+        if (DEFAULT_FOLDER / name).resolve().is_relative_to(run.resolve()):
+            raise OutputError(f"{DEFAULT_FOLDER / name}: lies inside the run's folder {run}",
+                              hint="the trainer could take it for its own: choose a place outside with -o")  # fmt: skip
+        return DEFAULT_FOLDER / name
+    several = len(request.horizons) > 1 or request.output.endswith(os.sep)
+    return Path(request.output) / name if several else Path(request.output)
+
+
+def _check_place(target: Path, run: Path, *, overwrite: bool) -> None:
+    """Never inside the run's folder, and never over something that farcast did not write."""
+    if target.resolve().is_relative_to(run.resolve()):
+        raise OutputError(f"{target}: lies inside the run's folder {run}",
+                          hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o")  # fmt: skip
+    if os.path.lexists(target):
+        if not overwrite:
+            raise OutputError(f"{target}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
+        if not sidecar_of(target).is_file():
+            raise OutputError(f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT")
+
+
+def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
+    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
+    valid = origin.step + horizon
+    for part in origin.parts:
+        if part.role == "trainer-state" and request.counters == "advance" and isinstance(part.content, dict):
+            total = part.content.get("max_steps")
+            if isinstance(total, int) and 0 < total <= valid:
+                raise UsageError(
+                    f"step {valid} is not before the end of the run: {part.path} says max_steps = {total}",
+                    hint=f"--horizon {max(1, total - origin.step - 1)} or less; --counters keep leaps the weights alone;"
+                    " --for evaluation does not resume",
+                )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write(prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted,
+           progress: Progress) -> list[Outcome]:  # fmt: skip
+    if request.dry_run:
+        return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
+    if request.evaluator is not None:
+        return [_write_best(_only(prepared, i), outcome, request, fitted, progress) for i, outcome in enumerate(outcomes)]
+    with ExitStack() as stack:
+        places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
+        notes = [_enter(stack, sidecar_of(target), overwrite=request.overwrite) for target in prepared.targets]
+        total = sum(total_bytes(plan) for plan in prepared.plans)
+        tally = write_forecasts(prepared.plans, places, prepared.engine, num_threads=request.num_threads,
+                                progress=progress("predict", total))  # fmt: skip
+        finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
+        for index, (place, note) in enumerate(zip(places, notes, strict=True)):
+            _write_sidecar(place, note, _sidecar(prepared, finished[index], request, fitted))
+    return finished
+
+
+def _enter(stack: ExitStack, sidecar: Path, *, overwrite: bool) -> Path | None:
+    """Stage the sidecar that lies beside a single file; one inside a folder is staged with the folder.
+
+    Entered last, it is published first: a forecast that can be seen has its provenance.
+    """
+    if sidecar.name == SIDECAR:
+        return None
+    return stack.enter_context(staged(sidecar, overwrite=overwrite, may_stay_empty=True))
+
+
+def sidecar_of(target: Path) -> Path:
+    """Where a forecast's provenance lies: inside a folder, beside a file."""
+    return target.with_name(f"{target.stem}.{SIDECAR}") if _is_file_name(target) else target / SIDECAR
+
+
+def _is_file_name(target: Path) -> bool:
+    return target.suffix in {".safetensors", ".pt", ".pth", ".bin"}
+
+
+def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
+    """One horizon of several, its step scaled."""
+    linear = prepared.engine.linear
+    picked = LinearMap(linear.weights[[index]] * scale, linear.gain[[index]] * scale, linear.constant[[index]] * scale,
+                       linear.origin)  # fmt: skip
+    return replace(prepared, engine=replace(prepared.engine, linear=picked), plans=(prepared.plans[index],),
+                   advanced=(prepared.advanced[index],), targets=(prepared.targets[index],))  # fmt: skip
+
+
+def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, progress: Progress) -> Outcome:
+    """Write the forecast at a few strengths, let the user's command judge each, publish the best if it beats the origin."""
+    evaluator, target = request.evaluator, prepared.targets[0]
+    assert evaluator is not None  # noqa: S101 - the caller's branch
+    trials = [Trial(0.0, evaluator.score(prepared.origin.path))]
+    with ExitStack() as stack:
+        place = stack.enter_context(staged(target, overwrite=request.overwrite, may_stay_empty=True))
+        note = _enter(stack, sidecar_of(target), overwrite=request.overwrite)
+        tally, kept = Tally(unchanged=[0]), None
+        for strength in STRENGTHS:
+            candidate = place.parent / f"strength-{strength}" / place.name
+            candidate.parent.mkdir()
+            one = _only(prepared, 0, strength)
+            tally_here = write_forecasts(one.plans, [candidate], one.engine, num_threads=request.num_threads,
+                                         progress=progress(f"predict x{strength}", total_bytes(one.plans[0])))  # fmt: skip
+            trials.append(Trial(strength, evaluator.score(candidate)))
+            if best_trial(trials, maximize=evaluator.maximize) is trials[-1]:
+                tally, kept = tally_here, candidate
+        if kept is None and not request.even_if_worse:
+            reason = f"no strength of the step beats the origin's {trials[0].value:g} by the evaluation command"
+            return replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason), trials=tuple(trials))
+        (kept or place.parent / f"strength-{STRENGTHS[0]}" / place.name).rename(place)
+        finished = replace(_finish(prepared, outcome, tally, 0), trials=tuple(trials))
+        _write_sidecar(place, note, _sidecar(prepared, finished, request, fitted))
+    return finished
+
+
+def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
+    one = _only(prepared, index)
+    return replace(_finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
+                   bytes_read=bytes_to_read(one.plans[0], one.engine), bytes_written=total_bytes(one.plans[0]))  # fmt: skip
+
+
+def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
+    alignment, advanced = prepared.engine.alignment, prepared.advanced[index]
+    return replace(
+        outcome, path=prepared.targets[index], num_forecast=len(alignment.tensors), num_copied=len(alignment.copied),
+        unchanged_share=tally.unchanged_share(index), bytes_read=tally.bytes_read,
+        bytes_written=tally.bytes_written // max(1, len(prepared.plans)), seconds=tally.seconds,
+        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes), notes=tuple(advanced.notes),
+    )  # fmt: skip
+
+
+def _write_sidecar(place: Path, beside: Path | None, text: str) -> None:
+    (beside or place / SIDECAR).write_text(text)
+
+
+def _sidecar(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> str:
+    assert outcome.path is not None  # noqa: S101 - only written forecasts have one
+    home = outcome.path.resolve().parent
+    linear = prepared.engine.linear
+    index = prepared.targets.index(outcome.path)
+    sizes = np.array([tensor.num_elements for tensor in prepared.engine.alignment.tensors], dtype=float)
+    mean = sizes @ linear.weights[index] / sizes.sum()
+    content: dict[str, Any] = {
+        "schema_version": 1, "farcast_version": __version__,
+        "origin_step": outcome.origin_step, "valid_step": outcome.valid_step, "horizon": outcome.horizon,
+        "for": request.purpose, "method": outcome.method,
+        "options": {"step_norm": request.options.step_norm, "scale": request.options.scale, "scope": request.options.scope,
+                    "grad_weight": request.options.grad_weight, "optimizer": request.optimizer, "counters": request.counters,
+                    "dtype": request.dtype},
+        "verdict": outcome.decision.verdict, "ratio": _number(outcome.decision.ratio),
+        "coherence": _number(outcome.decision.coherence),
+        "origin": os.path.relpath(prepared.origin.path.resolve(), home),
+        "inputs": [
+            {"path": os.path.relpath(s.path.resolve(), home), "step": s.step, "bytes": s.num_bytes, "digest": s.digest,
+             "mean_weight": float(mean[t])}
+            for t, s in enumerate(prepared.snapshots)
+        ],
+        "fitted_on": {"snapshots": len(fitted.steps), "first_step": fitted.steps[0], "last_step": fitted.steps[-1],
+                      "samples_per_tensor": fitted.provenance.num_samples},
+        "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.alignment.copied],
+        "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
+    }  # fmt: skip
+    if outcome.trials:
+        content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -1,0 +1,282 @@
+"""Everything that is printed: tables, progress, JSON, errors. The only module that does.
+
+stdout carries the result, stderr everything else. Bars and colour appear on a terminal only; NO_COLOR is honoured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from farcast_cli.backtest import Decision, Score
+    from farcast_cli.errors import FarcastError
+    from farcast_cli.fitted import Fitted
+    from farcast_cli.predict import Outcome
+    from farcast_cli.trajectory import Alignment, Trajectory
+    from farcast_cli.verify import Verification
+
+SCHEMA_VERSION = 1
+BAR_WIDTH = 20
+MAX_ROWS = 40
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def error(problem: FarcastError) -> None:
+    console = stderr()
+    console.print(f"[bold red]error:[/] {escape(str(problem))}", soft_wrap=True)
+    if problem.hint:
+        console.print(f"[bold]hint:[/] {escape(problem.hint)}", soft_wrap=True)
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    if not quiet:
+        stderr().print(escape(text), soft_wrap=True)
+
+
+def paths(found: Sequence[Path]) -> None:
+    """The result of a command that writes: paths, one a line, and nothing else."""
+    for path in found:
+        sys.stdout.write(f"{path}\n")
+
+
+def as_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401
+    """JSON has no NaN: a number that could not be had is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar with bytes, rate and time left for each phase, on a terminal; silence elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _phase, _total: lambda _done: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr(), transient=True) as bars:
+
+        def start(phase: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(phase, total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield start
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:  # noqa: PLR2004 - decimal units, as disks are sold
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def bar(ratio: float) -> str:
+    """A ratio from 0 to 1 as a bar, full at 'no better than nothing'."""
+    filled = round(min(max(ratio, 0.0), 1.0) * BAR_WIDTH) if math.isfinite(ratio) else 0
+    return "█" * filled + "·" * (BAR_WIDTH - filled)
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> dict[str, Any]:
+    return {
+        "layout": trajectory.layout,
+        "snapshots": [
+            {"path": str(s.path), "step": s.step, "step_source": s.step_source, "bytes": s.num_bytes,
+             "evidence": [{"source": e.source, "where": e.where, "step": e.step} for e in s.evidence]}
+            for s in trajectory.snapshots
+        ],
+        "num_tensors": len(alignment.tensors) if alignment else 0,
+        "num_parameters": alignment.num_parameters if alignment else 0,
+        "copied": [{"name": c.name, "reason": c.reason} for c in alignment.copied] if alignment else [],
+        "ignored": [{"path": str(i.path), "reason": i.reason} for i in trajectory.ignored],
+        "problems": list(problems),
+    }  # fmt: skip
+
+
+def inspect_table(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> None:
+    console = stdout()
+    count = len(trajectory.snapshots)
+    console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading, justify in (("step", "right"), ("snapshot", "left"), ("size", "right"), ("evidence for the step", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for snapshot in trajectory.snapshots:
+        evidence = ", ".join(f"{e.where}" + ("" if e.step == snapshot.step else f" = {e.step}") for e in snapshot.evidence)
+        table.add_row(str(snapshot.step), snapshot.path.name, size(snapshot.num_bytes), escape(evidence))
+    console.print(table)
+    if alignment:
+        console.print(f"forecast: {len(alignment.tensors)} tensors, {alignment.num_parameters:,} parameters")
+        _grouped(console, "copied", [(c.name, c.reason) for c in alignment.copied])
+    _grouped(console, "not part of the run", [(i.path.name, i.reason) for i in trajectory.ignored])
+    for problem in problems:
+        console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
+    if not problems:
+        console.print(f"next: farcast fit {escape(str(trajectory.directory))}")
+
+
+def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]]) -> None:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in items:
+        by_reason[reason].append(name)
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")  # noqa: PLR2004
+        console.print(f"{title}: {escape(shown)} ({escape(reason)})")
+
+
+# --- fit and backtest ------------------------------------------------------------------------------------------------
+
+
+def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:
+    return {
+        "forecaster": str(path), "origin_step": fitted.steps[-1], "num_snapshots": len(fitted.steps),
+        "num_tensors": len(fitted.provenance.tensors), "sampled": fitted.provenance.num_samples,
+        "bytes_read": bytes_read, "seconds": round(seconds, 3),
+    }  # fmt: skip
+
+
+def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: float) -> None:
+    record = fitted.provenance
+    what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
+    note(f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors,"
+         f" {what}, {size(bytes_read)} in {seconds:.1f} s")  # fmt: skip
+    note(f"coherence S = {steady:.2f} (the run's drift in its first half against its second; above .1 a forecast is worth"
+         " resuming from)")  # fmt: skip
+    span = fitted.steps[-1] - fitted.steps[0]
+    note(f"next: farcast backtest --horizon {max(1, span // 4)}, or farcast predict --horizon {max(1, span // 4)}")
+
+
+def backtest_json(origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, Decision]) -> dict[str, Any]:
+    best = min(scores, key=lambda score: score.ratio, default=None)
+    verdicts = {str(horizon): decision.verdict for horizon, decision in decisions.items()}
+    return {
+        "origin_step": origin_step, "coherence": steady,
+        "scores": [{"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written}
+                   for s in scores],
+        "best": {"method": best.method, "horizon": best.horizon, "ratio": best.ratio} if best else None,
+        "verdict": next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
+    }  # fmt: skip
+
+
+def backtest_table(origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, Decision]) -> None:
+    console = stdout()
+    console.print(f"back-test at origin {origin_step}: error against doing nothing (0 perfect, 1 no better)")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading, justify in (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for score in sorted(scores, key=lambda score: (score.horizon, score.ratio)):
+        colour = "green" if score.ratio < 1 else "red"
+        table.add_row(str(score.horizon), score.method, f"{score.ratio:.2f}", f"[{colour}]{bar(score.ratio)}[/]",
+                      f"{score.ratio_as_written:.2f}")  # fmt: skip
+    console.print(table)
+    console.print(f"coherence S = {steady:.2f}" if math.isfinite(steady) else "coherence S: too few snapshots")
+    for horizon, decision in decisions.items():
+        console.print(f"horizon {horizon}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    decision = outcome.decision
+    content: dict[str, Any] = {
+        "path": str(outcome.path) if outcome.path else None, "origin_step": outcome.origin_step,
+        "valid_step": outcome.valid_step, "horizon": outcome.horizon, "method": outcome.method,
+        "ratio": decision.ratio, "coherence": decision.coherence, "verdict": decision.verdict, "reason": decision.reason,
+        "num_forecast": outcome.num_forecast, "num_copied": outcome.num_copied,
+        "unchanged_share": round(outcome.unchanged_share, 6), "bytes_read": outcome.bytes_read,
+        "bytes_written": outcome.bytes_written, "seconds": round(outcome.seconds, 3),
+        "changes": list(outcome.changes), "notes": list(outcome.notes),
+    }  # fmt: skip
+    if outcome.trials:
+        content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
+    return content
+
+
+def predict_json(outcomes: Sequence[Outcome], *, dry_run: bool) -> dict[str, Any]:
+    content = outcome_json(outcomes[0]) if len(outcomes) == 1 else {"forecasts": [outcome_json(o) for o in outcomes]}
+    return content | {"dry_run": True} if dry_run else content
+
+
+def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+    decision = outcome.decision
+    head = f"step {outcome.origin_step} + {outcome.horizon}"
+    if outcome.path is None:
+        note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
+    else:
+        did = "would write" if dry_run else "wrote"
+        note(f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
+             f" {outcome.num_copied} copied"
+             + ("" if dry_run else f", {outcome.unchanged_share:.1%} of the values unchanged, in {outcome.seconds:.1f} s"))  # fmt: skip
+        verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
+        note(f"expected error b = {decision.ratio:.2f} of doing nothing; coherence S = {decision.coherence:.2f}{verdict}")
+        for text in outcome.notes:
+            note(f"note: {text}")
+        for text in outcome.changes if verbose else ():
+            note(f"  {text}")
+        if outcome.changes and not verbose:
+            note(f"{len(outcome.changes)} counters and rates moved on for resuming (-v lists them)")
+    for trial in outcome.trials:
+        note(f"evaluation at strength {trial.strength:g}: {trial.value:g}" + (" (the origin)" if not trial.strength else ""))
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verify_json(result: Verification) -> dict[str, Any]:
+    return {
+        "ratio": result.ratio, "mean_absolute_error": result.mean_absolute_error, "reference": str(result.reference),
+        "per_tensor": [{"name": t.name, "ratio": t.ratio} for t in result.per_tensor],
+    }  # fmt: skip
+
+
+def verify_table(result: Verification, *, verbose: bool) -> None:
+    console = stdout()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading, justify in (("tensor", "left"), ("values", "right"), ("ratio", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    rows = sorted(result.per_tensor, key=lambda t: -t.num_elements)
+    for tensor in rows if verbose else rows[:MAX_ROWS]:
+        ratio = math.nan if tensor.ratio is None else tensor.ratio
+        colour = "green" if ratio < 1 else "red"
+        table.add_row(escape(tensor.name), f"{tensor.num_elements:,}", "-" if tensor.ratio is None else f"{ratio:.2f}",
+                      f"[{colour}]{bar(ratio)}[/]")  # fmt: skip
+    console.print(table)
+    if len(rows) > MAX_ROWS and not verbose:
+        console.print(f"and {len(rows) - MAX_ROWS} smaller tensors (-v shows all)")
+    if result.ratio is None:
+        console.print("the truth equals the reference: there was nothing to forecast")
+        return
+    better = f"{1 - result.ratio:.0%} closer to the truth than" if result.ratio < 1 else "no closer to the truth than"
+    console.print(f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot it was made from;"
+                  f" mean absolute error {result.mean_absolute_error:.3g}")  # fmt: skip

@@ -1,0 +1,354 @@
+"""Moving a trainer's state h steps on: counters, learning-rate schedules and the optimiser's own step.
+
+Works on the object trees of state files alone (trainer_state.json, optimizer.pt, scheduler.pt, a plain payload), so
+that a layout only has to say which files hold state. Each counter is moved by its own rate, measured between
+snapshots. Optimiser moments are never forecast: copied they do as well as the true ones, extrapolated they do harm.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, iter_tensors, read_torch_file
+from farcast_cli.layouts.torch_payload import number
+from farcast_cli.schedules import Observation, advance_scheduler, is_scheduler_state
+
+if TYPE_CHECKING:
+    from farcast_cli.layouts.base import Part, Snapshot
+
+OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
+CountersMode = Literal["advance", "keep"]
+
+HISTORY = 4  # snapshots that a counter's rate is measured on
+_STATE_ROLES = {"state", "optimizer", "scheduler", "trainer-state"}
+_FLOAT_COUNTERS = {"epoch", "total_flos"}
+_FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
+_PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
+
+Path_ = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value that was rewritten, for people and for the sidecar."""
+
+    where: str
+    old: int | float
+    new: int | float
+
+
+@dataclass(slots=True)
+class StateTree:
+    """A state file's tree after the leap, with the tensors that change: new bytes, or zeros."""
+
+    part: Part
+    tree: Any
+    file: TorchFile | None
+    literals: dict[str, bytes] = field(default_factory=dict)
+    zeroed: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Advanced:
+    """The origin's state files after the leap, by part name, and what was done."""
+
+    trees: dict[str, StateTree]
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    dropped: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _History:
+    """One state file at the last few snapshots: (step, tree, file), the origin last."""
+
+    states: tuple[tuple[int, Any, TorchFile | None], ...]
+
+    def series(self, path: Path_) -> list[tuple[int, int | float]]:
+        """The values of a leaf by step, where it is a number."""
+        found = []
+        for step, tree, file in self.states:
+            value = _leaf(tree, path)
+            if isinstance(value, TensorRef):
+                value = number(file, value) if file else None
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append((step, value))
+        return found
+
+
+def advance(snapshots: Sequence[Snapshot], horizon: int, *, optimizer: OptimizerMode = "copy",
+            counters: CountersMode = "advance") -> Advanced:  # fmt: skip
+    """The state of the last snapshot as it should be `horizon` steps later.
+
+    Args:
+        snapshots: the last few up to the origin, in order; rates are measured on them.
+    """
+    origin = snapshots[-1]
+    histories = _load(snapshots[-HISTORY:])
+    result = Advanced({
+        name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
+        for name, part in ((part.name, part) for part in origin.parts if part.role in _STATE_ROLES)
+    })  # fmt: skip
+    if counters == "advance":
+        for name, state in result.trees.items():
+            _advance_counters(state, histories[name], origin.step + horizon, result)
+        _advance_schedules(result, histories, snapshots, origin.step + horizon)
+    for state in result.trees.values():
+        _treat_optimizers(state, optimizer, result)
+    return result
+
+
+def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, int]:
+    """BatchNorm's `num_batches_tracked` by tensor name, moved on by its own rate."""
+    from farcast_cli.formats.files import read_bytes
+
+    moved = {}
+    for name, entry in snapshots[-1].tensors.items():
+        if name.rpartition(".")[2] == "num_batches_tracked" and entry.dtype.name == "int64" and entry.num_elements == 1:
+            entries = [(s.step, s.tensors[name]) for s in snapshots[-HISTORY:] if name in s.tensors]
+            series = [(step, struct.unpack("<q", read_bytes(e.path, e.offset, 8))[0]) for step, e in entries]
+            new = extrapolate(series, snapshots[-1].step + horizon)
+            if new is not None:
+                moved[name] = int(new)
+    return moved
+
+
+# --- counters --------------------------------------------------------------------------------------------------------
+
+
+def extrapolate(series: Sequence[tuple[int, int | float]], target: int) -> int | Fraction | None:
+    """Where a counter that rose in proportion to the step stands at `target`; None where it did not.
+
+    Exact: rational arithmetic on (step, value), the origin last. Steps that a loss scaler skipped make a counter lag
+    at times; then the last interval's rate holds.
+    """
+    if len(series) < 2:  # noqa: PLR2004 - a rate takes two points
+        return target if series and series[0][0] == series[0][1] else None
+    (s0, v0), (s1, v1) = ((step, Fraction(value)) for step, value in series[-2:])
+    if v1 <= v0 or s1 == s0:
+        return None
+    new = v1 + (v1 - v0) / (s1 - s0) * (target - s1)
+    return int(new) if new.denominator == 1 else new
+
+
+def is_steady(series: Sequence[tuple[int, int | float]]) -> bool:
+    """Whether a counter rose by the same rate between all its points."""
+    (s0, v0), (s1, v1) = series[0], series[-1]
+    return all((v - v0) * (s1 - s0) == (v1 - v0) * (s - s0) for s, v in series)
+
+
+def epoch_at(series: Sequence[tuple[int, int | float]], target: int) -> int | None:
+    """A whole epoch counter at `target`: floor(step / E) for every epoch length E that fits all its values.
+
+    None where the values do not say, because different lengths fit that give different answers.
+    """
+    if any(value < 0 or step < 0 for step, value in series) or not any(value for _, value in series):
+        return None
+    low = max(Fraction(step) / (int(value) + 1) for step, value in series)  # E > low
+    high = min(Fraction(step) / int(value) for step, value in series if value)  # E <= high
+    if low >= high:
+        return None
+    shortest = math.floor(low) + 1
+    answers = {target // shortest, target // math.floor(high)} if math.floor(high) >= shortest else set()
+    return answers.pop() if len(answers) == 1 else None
+
+
+def _advance_counters(state: StateTree, history: _History, target: int, result: Advanced) -> None:
+    name = state.part.name or state.part.path.name
+    adam: list[Change] = []
+    for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
+        series = history.series(path)
+        if not _counts(series):
+            continue  # a setting, not a counter
+        where = f"{name}: {'.'.join(map(str, path))}"
+        new = _moved(path, value, series, target)
+        if new is None:
+            result.notes.append(f"{where} left at {series[-1][1]}: it does not rise steadily with the step")
+            continue
+        if isinstance(value, TensorRef):
+            state.literals[value.storage.key] = _packed(value, new)
+        else:
+            _set(state.tree, path, new)
+        (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
+    if adam:
+        more = f" and {len(adam) - 1} more" if len(adam) > 1 else ""
+        result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
+
+
+def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
+    """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself."""
+    return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
+
+
+def _is_adam_step(path: Path_) -> bool:
+    return path[-1] == "step" and "state" in path
+
+
+def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
+    """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
+    if isinstance(value, int) and not _is_adam_step(path) and not is_steady(series):
+        return epoch_at(series, target) if path[-1] == "epoch" else None
+    new = extrapolate(series, target)
+    if new is None:
+        return None
+    return float(new) if isinstance(value, float) else int(new)
+
+
+def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Path_, int | float | TensorRef]]:  # noqa: ANN401
+    """Every leaf that may count: integers, a few floats, and the optimiser's `step` tensors.
+
+    Left out: weights, schedules (they have rules of their own), and whatever remembers a best value.
+    """
+    if not isinstance(tree, (dict, list)) or (skip and path == skip) or is_scheduler_state(tree):
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if "best" in str(key) or key == "log_history":
+            continue
+        if isinstance(value, (dict, list)):
+            yield from _counters(value, (*path, key), skip=skip)
+        elif isinstance(tree, list) or isinstance(value, bool):
+            continue
+        elif isinstance(value, int) or (isinstance(value, float) and (key in _FLOAT_COUNTERS or key == "step")):
+            yield (*path, key), value
+        elif isinstance(value, TensorRef) and key == "step" and "state" in path and value.dtype.name in _PACK:
+            yield (*path, key), value
+
+
+def _packed(ref: TensorRef, value: float) -> bytes:
+    kind = _PACK[ref.dtype.name]
+    return struct.pack(kind, value if kind in {"<f", "<d"} else int(value))
+
+
+# --- schedules and optimisers ----------------------------------------------------------------------------------------
+
+
+def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snapshots: Sequence[Snapshot],
+                       target: int) -> None:  # fmt: skip
+    """Step every schedule on, and hand its learning rates to the optimiser that it belongs to."""
+    optimizers = [groups for state in result.trees.values() for groups in _param_groups(state.tree)]
+    schedulers = [(name, path) for name, state in result.trees.items() for path in _scheduler_paths(state.tree)]
+    total = _total_steps(result)
+    for index, (name, path) in enumerate(schedulers):
+        state, history = _leaf(result.trees[name].tree, path), histories[name]
+        groups = optimizers[index] if len(optimizers) == len(schedulers) else optimizers[0] if len(optimizers) == 1 else []
+        series = history.series((*path, "last_epoch"))
+        new = extrapolate(series, target)
+        where = ".".join([name or snapshots[-1].path.name, *map(str, path)])
+        if new is None or not is_steady(series):
+            result.notes.append(f"{where} left as it is: last_epoch does not rise steadily with the step")
+            continue
+        seen = [_observation(tree, path) for _, tree, _ in history.states]
+        before = copy.deepcopy([dict(group) for group in groups])
+        note = advance_scheduler(state, groups, int(new), total_steps=total,
+                                 observations=[o for o in seen if o is not None])  # fmt: skip
+        result.changes.append(Change(f"{where}.last_epoch", series[-1][1], int(new)))
+        for old, group in zip(before, groups, strict=True):
+            if old["lr"] != group["lr"]:
+                result.changes.append(Change("optimizer lr", old["lr"], group["lr"]))
+        if note:
+            result.notes.append(f"{where}: {note}")
+
+
+def _total_steps(result: Advanced) -> int | None:
+    """How long the whole run is to be, where trainer_state.json says so."""
+    for state in result.trees.values():
+        if state.part.role == "trainer-state":
+            total = state.tree.get("max_steps")
+            return total if isinstance(total, int) and total > 0 else None
+    return None
+
+
+def _observation(tree: object, path: Path_) -> Observation | None:
+    state = _leaf(tree, path)
+    if isinstance(state, dict) and state.get("_last_lr"):
+        return Observation(int(state["last_epoch"]), float(state["_last_lr"][0]))
+    return None
+
+
+def _scheduler_paths(tree: object, path: Path_ = ()) -> Iterator[Path_]:
+    if is_scheduler_state(tree):
+        yield path
+    elif isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _scheduler_paths(value, (*path, key))
+
+
+def _optimizer_states(tree: object) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict) and isinstance(tree.get("param_groups"), list) and isinstance(tree.get("state"), dict):
+        yield tree
+    elif isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _optimizer_states(value)
+
+
+def _param_groups(tree: object) -> Iterator[list[dict[str, Any]]]:
+    for state in _optimizer_states(tree):
+        yield state["param_groups"]
+
+
+def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -> None:
+    if mode == "drop":
+        _drop_optimizer(state, result)
+    for optimizer in _optimizer_states(state.tree):
+        if mode == "reset":
+            optimizer["state"] = {}
+            result.notes.append("optimizer state reset: moments start at zero, learning rates are kept")
+        elif mode == "zero-momentum":
+            refs = [ref for path, ref in iter_tensors(optimizer["state"]) if path[-1] in _FIRST_MOMENTS]
+            state.zeroed |= {ref.storage.key for ref in refs}
+            result.notes.append(f"{len(refs)} first moments set to zero")
+
+
+def _drop_optimizer(state: StateTree, result: Advanced) -> None:
+    if state.part.role == "optimizer":
+        result.dropped.add(state.part.name)
+        result.notes.append("optimizer.pt left out: a Hugging Face Trainer then restarts the learning rate as well")
+    elif state.part.role == "state" and isinstance(state.tree, dict):
+        for key in [key for key, value in state.tree.items() if any(_optimizer_states(value))]:
+            del state.tree[key]
+            result.notes.append(f"{key!r} left out")
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def _load(snapshots: Sequence[Snapshot]) -> dict[str, _History]:
+    """The state files of the last snapshots by part name; the origin has all of them, older ones may lack some."""
+    by_name: dict[str, list[tuple[int, Any, TorchFile | None]]] = {}
+    for snapshot in snapshots:
+        for part in snapshot.parts:
+            if part.role in _STATE_ROLES:
+                content = part.content if part.content is not None else read_torch_file(part.path)
+                is_torch = isinstance(content, TorchFile)
+                by_name.setdefault(part.name, []).append(
+                    (snapshot.step, content.tree if is_torch else content, content if is_torch else None)  # type: ignore[union-attr]
+                )
+    return {name: _History(tuple(states)) for name, states in by_name.items()}
+
+
+def _leaf(tree: Any, path: Path_) -> Any:  # noqa: ANN401
+    for key in path:
+        if isinstance(tree, dict):
+            tree = tree.get(key)
+        elif isinstance(tree, (list, tuple)) and isinstance(key, int) and key < len(tree):
+            tree = tree[key]
+        else:
+            return None
+    return tree
+
+
+def _set(tree: Any, path: Path_, value: object) -> None:  # noqa: ANN401
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def storages_of(tree: object) -> list[StorageRef]:
+    """The storages that a tree still refers to, each once, in order."""
+    return list({ref.storage.key: ref.storage for _, ref in iter_tensors(tree)}.values())

@@ -1,0 +1,127 @@
+"""Stretches of a tensor at several snapshots, read side by side within a fixed memory budget.
+
+Knows how many bytes to read at once and where a sample of a tensor lies. No tensor is ever whole in memory.
+
+Shapes: T snapshots, N elements of a stretch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from farcast_cli.errors import NonFiniteError
+from farcast_cli.formats.files import open_read_only, read_into
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from farcast_cli.tensors import TensorEntry
+
+SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
+STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
+MAX_STRETCH = 1 << 18  # elements; more gains nothing once a read outweighs its call
+_MAX_OPEN = 64  # per thread, far below the usual limit of 1,024 for a process
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements [start, start + count) of a tensor."""
+
+    start: int
+    count: int
+
+
+class Reader:
+    """Reads stretches of tensors; keeps files open, per thread, because a run has more files than a process may open."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def read(self, entry: TensorEntry, stretch: Stretch, out: torch.Tensor) -> None:
+        """Fill `out` (N bytes x itemsize, uint8) with a stretch's raw bytes."""
+        offset = entry.offset + stretch.start * entry.dtype.itemsize
+        read_into(self._file(entry.path), memoryview(out.numpy()), offset, entry.path)
+
+    def read_values(self, entry: TensorEntry, stretch: Stretch) -> torch.Tensor:
+        """A stretch's values in their own dtype, shape (N,)."""
+        raw = torch.empty(stretch.count * entry.dtype.itemsize, dtype=torch.uint8)
+        self.read(entry, stretch, raw)
+        return raw.view(getattr(torch, entry.dtype.name))
+
+    def read_bytes(self, path: Path, offset: int, num_bytes: int) -> torch.Tensor:
+        raw = torch.empty(num_bytes, dtype=torch.uint8)
+        read_into(self._file(path), memoryview(raw.numpy()), offset, path)
+        return raw
+
+    def _file(self, path: Path) -> int:
+        files: dict[Path, _OpenFile] = self._local.__dict__.setdefault("files", {})
+        if path not in files:
+            if len(files) >= _MAX_OPEN:
+                files.pop(next(iter(files)))
+            files[path] = _OpenFile(path)
+        return files[path].fd
+
+
+class _OpenFile:
+    """A descriptor that is closed with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = open_read_only(path)
+
+    def __del__(self) -> None:
+        fd = getattr(self, "fd", None)
+        if fd is not None:
+            os.close(fd)
+
+
+def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
+    """Blocks spread evenly over a tensor; the whole tensor where it is no larger than the sample.
+
+    Depends on the size alone, so that equal tensors are sampled alike.
+    """
+    if num_elements <= num_samples:
+        return [Stretch(0, num_elements)]
+    num_blocks = max(2, num_samples // SAMPLE_BLOCK)
+    count = min(SAMPLE_BLOCK, num_samples // num_blocks)
+    last_start = num_elements - count
+    return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
+
+
+def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 4) -> Iterator[Stretch]:
+    """The whole tensor in stretches that fit the budget at all snapshots together."""
+    count = max(1 << 12, min(MAX_STRETCH, STRETCH_BYTES // (itemsize * num_snapshots)))
+    for start in range(0, num_elements, count):
+        yield Stretch(start, min(count, num_elements - start))
+
+
+def read_trajectory(
+    reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], dtype: torch.dtype
+) -> torch.Tensor:
+    """Stretches of one tensor at all its snapshots, one after another: shape (T, N), converted to `dtype`.
+
+    Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
+    never move.
+
+    Raises:
+        NonFiniteError: NaN, or an infinity that is not in every snapshot.
+    """
+    values = torch.stack([torch.cat([reader.read_values(entry, piece).to(dtype) for piece in pieces]) for entry in entries])
+    if bool(torch.isfinite(values).all()):
+        return values
+    bad = ~torch.isfinite(values) & ~(values == values[-1]).all(dim=0)
+    if bool(bad.any()):
+        raise non_finite(entries[int(bad.any(dim=1).nonzero()[0])], values[bad][0].item())
+    return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+
+
+def non_finite(entry: TensorEntry, value: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"{entry.path}: tensor {entry.name!r} holds {value}: expected finite numbers",
+        hint="the run diverged or the file is damaged: leave the snapshot out with --steps",
+    )

@@ -1,0 +1,104 @@
+"""What a stored tensor is: its element type, its shape, and where its bytes lie in a file.
+
+Knows the element types of every supported file format under one name, torch's own (`float32`), and which of them
+can be forecast. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: torch's name, the safetensors code and torch's storage class (empty where there is none)."""
+
+    name: str
+    itemsize: int
+    code: str = ""
+    storage: str = ""
+
+
+_TABLE = (
+    DType("float64", 8, "F64", "DoubleStorage"),
+    DType("float32", 4, "F32", "FloatStorage"),
+    DType("float16", 2, "F16", "HalfStorage"),
+    DType("bfloat16", 2, "BF16", "BFloat16Storage"),
+    DType("int64", 8, "I64", "LongStorage"),
+    DType("int32", 4, "I32", "IntStorage"),
+    DType("int16", 2, "I16", "ShortStorage"),
+    DType("int8", 1, "I8", "CharStorage"),
+    DType("uint8", 1, "U8", "ByteStorage"),
+    DType("bool", 1, "BOOL", "BoolStorage"),
+    DType("uint16", 2, "U16"),
+    DType("uint32", 4, "U32"),
+    DType("uint64", 8, "U64"),
+    DType("complex64", 8, "C64", "ComplexFloatStorage"),
+    DType("complex128", 16, "", "ComplexDoubleStorage"),
+    DType("float8_e4m3fn", 1, "F8_E4M3"),
+    DType("float8_e5m2", 1, "F8_E5M2"),
+    DType("float8_e4m3fnuz", 1, "F8_E4M3FNUZ"),
+    DType("float8_e5m2fnuz", 1, "F8_E5M2FNUZ"),
+    DType("float8_e8m0fnu", 1, "F8_E8M0"),
+)
+DTYPES = {dtype.name: dtype for dtype in _TABLE}
+BY_CODE = {dtype.code: dtype for dtype in _TABLE if dtype.code}
+BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
+
+FORECASTABLE = ("float64", "float32", "float16", "bfloat16")
+"""Types whose values move along a path; every other type is copied from the last snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor as it lies in a file: `num_elements` values from byte `offset` on, in storage order.
+
+    `strides` is empty for the usual row-major order. Elementwise work does not care about the order, as long as all
+    snapshots of a tensor share it.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    strides: tuple[int, ...] = ()
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides (in elements) are those of a contiguous tensor; dimensions of size 1 do not matter."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements fill one gapless stretch without overlap, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name without the wrappers that DistributedDataParallel and torch.compile put into it."""
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in {"module", "_orig_mod"}) or name

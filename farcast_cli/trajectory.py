@@ -1,0 +1,332 @@
+"""From a folder to a trajectory: which entries are snapshots of the run, in which order, and what they share.
+
+Knows how steps are settled (by evidence, cross-checked) and how tensors are matched between snapshots.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError
+from farcast_cli.layouts import recognise
+from farcast_cli.layouts.base import Evidence, Layout, Snapshot, find_step_in_name
+from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
+OWN_FILE_PREFIX = "forecaster"
+_MIN_FOR_A_RATE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """`A:B:K`: steps from A to B, both included, and of those only multiples of K. Parts may be left out."""
+
+    first: int = 0
+    last: int | None = None
+    every: int = 1
+
+    def __contains__(self, step: object) -> bool:
+        if not isinstance(step, int):
+            return False
+        return self.first <= step and (self.last is None or step <= self.last) and step % self.every == 0
+
+    @classmethod
+    def parse(cls, text: str) -> StepRange:
+        parts = text.split(":")
+        if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):  # noqa: PLR2004 - A:B:K
+            raise UsageError(f"--steps {text}: expected A:B:K, as in 1000:8000 or ::500")
+        first, last, every = (*parts, "", "")[:3]
+        if len(parts) == 1 or every == "0":
+            raise UsageError(f"--steps {text}: expected A:B:K, as in 1000:8000 or ::500")
+        return cls(int(first or 0), int(last) if last else None, int(every or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Something in the folder that is not part of the trajectory, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The snapshots of one run in the order of their steps, and what else lay in the folder."""
+
+    directory: Path
+    layout: str
+    snapshots: tuple[Snapshot, ...]
+    ignored: tuple[Ignored, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(snapshot.step for snapshot in self.snapshots)
+
+    @property
+    def origin(self) -> Snapshot:
+        """The last snapshot."""
+        return self.snapshots[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedTensor:
+    """A tensor that all snapshots share; `entries[t]` is where snapshot t holds it."""
+
+    name: str
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return self.entries[-1].num_elements
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A tensor that is taken over from the last snapshot unchanged, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What can be forecast, and what is copied."""
+
+    tensors: tuple[AlignedTensor, ...]
+    copied: tuple[Copied, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+
+# --- discovery -------------------------------------------------------------------------------------------------------
+
+
+def discover(directory: Path, *, steps: StepRange | None = None, minimum: int = 1) -> Trajectory:
+    """Find the snapshots of the run in a folder and settle their steps; reads headers only.
+
+    Raises:
+        TooFewSnapshotsError: fewer than `minimum` snapshots.
+        StepConflictError: a step that nothing tells, or on which two pieces of evidence disagree.
+        MixedRunsError: two snapshots of the same step.
+        FileFormatError: a snapshot that cannot be read.
+    """
+    candidates, ignored = _candidates(directory)
+    layout = _main_layout(candidates)
+    snapshots = []
+    for path, kind in candidates:
+        if kind is not layout:
+            ignored.append(Ignored(path, f"a {kind.name} checkpoint among {layout.name} ones"))
+        elif not _named_within(path, steps):
+            ignored.append(Ignored(path, "outside --steps"))
+        else:
+            snapshots.append(kind.read(path))
+    settled, problems = _settle_steps(snapshots)
+    chosen = [snapshot for snapshot in settled if steps is None or snapshot.step in steps]
+    ordered = _without_duplicates(chosen, ignored)
+    if len(ordered) < minimum:
+        raise TooFewSnapshotsError(
+            f"{directory}: expected at least {minimum} snapshots, found {len(ordered)}",
+            hint="keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps",
+        )
+    return Trajectory(directory, layout.name if layout else "", tuple(ordered), tuple(ignored), problems)
+
+
+def open_snapshot(path: Path) -> Snapshot:
+    """One checkpoint by itself, its step settled by its own evidence (-1 where there is none)."""
+    layout = recognise(path)
+    if layout is None:
+        raise SnapshotError(f"{path}: no checkpoint here" if path.exists() else f"{path}: no such file or folder")
+    snapshot = layout.read(path)
+    first = snapshot.evidence[0] if snapshot.evidence else None
+    return snapshot.settle(first.step, first.source) if first else snapshot
+
+
+def _candidates(directory: Path) -> tuple[list[tuple[Path, Layout]], list[Ignored]]:
+    if not directory.is_dir():
+        what = "a file" if directory.exists() else "nothing"
+        raise TooFewSnapshotsError(
+            f"{directory}: expected a folder of checkpoints, found {what}", hint="name the folder that holds them"
+        )
+    found, ignored = [], []
+    for path in sorted(directory.iterdir()):
+        layout = None if path.name.startswith((".", OWN_FILE_PREFIX)) else recognise(path)
+        if layout is not None:
+            found.append((path, layout))
+        elif not path.name.startswith("."):
+            ignored.append(Ignored(path, "farcast's own file" if path.name.startswith(OWN_FILE_PREFIX)
+                                   else "no checkpoint of a known layout"))  # fmt: skip
+    if not found:
+        alone = recognise(directory)
+        raise TooFewSnapshotsError(
+            f"{directory}: no snapshots found" + (f", this is itself one {alone.name} checkpoint" if alone else ""),
+            hint=f"name the folder above it: {directory.resolve().parent}" if alone
+            else "see docs/formats.md for the layouts that are read",  # fmt: skip
+        )
+    return found, ignored
+
+
+def _main_layout(candidates: list[tuple[Path, Layout]]) -> Layout:
+    """The layout of most candidates; the first in the order of the folder breaks a tie."""
+    counts = Counter(layout.name for _, layout in candidates)
+    most = counts.most_common(1)[0][0]
+    return next(layout for _, layout in candidates if layout.name == most)
+
+
+def _named_within(path: Path, steps: StepRange | None) -> bool:
+    """Whether a name may belong to the asked-for steps; a snapshot left out by name is never opened."""
+    found = find_step_in_name(path.name)
+    return steps is None or found is None or int(found[1]) in steps
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _settle_steps(snapshots: list[Snapshot]) -> tuple[list[Snapshot], tuple[str, ...]]:
+    for snapshot in snapshots:
+        if not snapshot.evidence:
+            raise StepConflictError(
+                f"{snapshot.path}: nothing tells its step: expected a counter in the file or a number in the name",
+                hint="rename it with its step, as in step_1000, or move it out of this folder",
+            )
+    settled = [snapshot.settle(snapshot.evidence[0].step, snapshot.evidence[0].source) for snapshot in snapshots]
+    settled.sort(key=lambda snapshot: (snapshot.step, snapshot.path.name))
+    sources = {item.source for snapshot in settled for item in snapshot.evidence}
+    problems = [problem for source in sorted(sources) for problem in _cross_check(settled, source)]
+    return settled, tuple(problems)
+
+
+def _cross_check(snapshots: Sequence[Snapshot], source: str) -> Iterator[str]:
+    """Compare one kind of evidence with the settled steps.
+
+    Equal is fine. A second counter in a unit of its own (a save index, micro-batches) rises in proportion to the
+    step over all snapshots: fine too, and said. Anything else is a conflict. Adam's count may lag behind where
+    steps were skipped, but never fall.
+    """
+    pairs = [(s, item) for s in snapshots for item in s.evidence if item.source == source]
+    odd = [(s, item) for s, item in pairs if item.step != s.step]
+    if not odd:
+        return
+    numbers = [(s.step, item.step) for s, item in pairs]
+    if source == "adam step" and all(a[1] <= b[1] for a, b in zip(numbers, numbers[1:], strict=False)):
+        return
+    if _is_affine(numbers):
+        yield f"{odd[0][1].where} counts in a unit of its own: {odd[0][1].step} at step {odd[0][0].step}"
+        return
+    snapshot, item = odd[0]
+    chosen = snapshot.evidence[0]
+    raise StepConflictError(
+        f"{snapshot.path}: {chosen.where} says step {chosen.step}, but {item.source} ({item.where}) says {item.step}",
+        hint="rename the snapshot to its real step, or move it out of this folder",
+    )
+
+
+def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:
+    """Whether b rises in proportion to a over all pairs, of which there must be three to tell."""
+    if len(pairs) < _MIN_FOR_A_RATE:
+        return False
+    (a0, b0), (a1, b1) = pairs[0], pairs[-1]
+    return b1 > b0 and all((b - b0) * (a1 - a0) == (b1 - b0) * (a - a0) for a, b in pairs)
+
+
+def _without_duplicates(snapshots: list[Snapshot], ignored: list[Ignored]) -> list[Snapshot]:
+    """Drop `last`, `best` and other copies of a numbered snapshot; two numbered ones of a step are two runs."""
+    by_step: dict[int, Snapshot] = {}
+    for snapshot in sorted(snapshots, key=lambda s: (s.step, find_step_in_name(s.path.name) is None, s.path.name)):
+        first = by_step.setdefault(snapshot.step, snapshot)
+        if first is snapshot:
+            continue
+        if find_step_in_name(snapshot.path.name) is not None:
+            raise MixedRunsError(
+                f"{first.path.parent}: two snapshots of step {snapshot.step}: {first.path.name} and {snapshot.path.name}",
+                hint="a trajectory is one run: move the other run to a folder of its own",
+            )
+        ignored.append(Ignored(snapshot.path, f"the same step as {first.path.name}"))
+    return list(by_step.values())
+
+
+# --- alignment -------------------------------------------------------------------------------------------------------
+
+
+def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Alignment:
+    """Match the tensors of all snapshots by name, wrappers' prefixes aside.
+
+    Tensors that are not of a floating type, are empty, or that `include` and `exclude` (globs) leave out are copied.
+
+    Raises:
+        MixedRunsError: names or shapes differ between snapshots.
+    """
+    origin = snapshots[-1]
+    names = {canonical_name(name): name for name in origin.tensors}
+    by_name = [{canonical_name(name): entry for name, entry in s.tensors.items()} for s in snapshots]
+    for snapshot, tensors in zip(snapshots, by_name, strict=True):
+        _check_same_model(snapshot, tensors.keys(), origin, names.keys())
+    tensors, copied = [], []
+    seen: dict[tuple[Path, int, int], str] = {}
+    for key, name in names.items():
+        entries = tuple(tensors_of[key] for tensors_of in by_name)
+        place = (entries[-1].path, entries[-1].offset, entries[-1].num_bytes)
+        reason = _reason_to_copy(name, entries, include, exclude, origin.not_streamable)
+        if reason:
+            copied.append(Copied(name, reason))
+        elif place in seen:
+            copied.append(Copied(name, f"tied to {seen[place]}"))
+        else:
+            seen[place] = name
+            tensors.append(AlignedTensor(name, entries))
+            _check_shapes(name, entries, snapshots)
+    if not tensors:
+        raise SnapshotError(
+            f"{origin.path}: nothing to forecast: all {len(copied)} tensors are copied ({copied[0].reason})"
+            if copied else f"{origin.path}: it holds no tensors",  # fmt: skip
+            hint="loosen --include and --exclude" if include or exclude else "",
+        )
+    return Alignment(tuple(tensors), tuple(copied))
+
+
+def _check_same_model(snapshot: Snapshot, names: object, origin: Snapshot, expected: object) -> None:
+    if names == expected:
+        return
+    odd = sorted(set(names) ^ set(expected))  # type: ignore[call-overload]
+    has, lacks = (snapshot, origin) if odd[0] in set(names) else (origin, snapshot)  # type: ignore[call-overload]
+    raise MixedRunsError(
+        f"{lacks.path}: {len(odd)} tensors differ from {has.path.name}'s: expected {odd[0]!r}, found no such tensor",
+        hint="these are two models: keep one run in the folder, or choose its steps with --steps A:B",
+    )
+
+
+def _check_shapes(name: str, entries: Sequence[TensorEntry], snapshots: Sequence[Snapshot]) -> None:
+    expected = entries[-1].shape
+    for entry, snapshot in zip(entries, snapshots, strict=True):
+        if entry.shape != expected:
+            raise MixedRunsError(
+                f"{snapshot.path}: tensor {name!r} has shape {list(entry.shape)}, expected {list(expected)}"
+                f" as in {snapshots[-1].path.name}",
+                hint=f"--exclude '{name}' copies it from the last snapshot; --steps A:B takes the later part of the run",
+            )
+
+
+def _reason_to_copy(name: str, entries: Sequence[TensorEntry], include: Sequence[str], exclude: Sequence[str],
+                    rough: frozenset[str]) -> str:  # fmt: skip
+    from fnmatch import fnmatchcase
+
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded"
+    if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        return "not included"
+    for entry in entries:
+        if entry.dtype.name not in FORECASTABLE:
+            return f"{entry.dtype.name} is not forecast"
+    if not entries[-1].num_elements:
+        return "empty"
+    if name in rough or len({entry.strides for entry in entries}) > 1:
+        return "not stored as one stretch in the same order in every snapshot"
+    return ""

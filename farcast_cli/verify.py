@@ -1,0 +1,109 @@
+"""What a forecast was worth, once the truth exists: ||forecast - truth|| / ||reference - truth||.
+
+One pass over three checkpoints; memory is one stretch of each.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
+from farcast_cli.predict import sidecar_of
+from farcast_cli.stream import Reader, read_trajectory, stretches
+from farcast_cli.trajectory import align, open_snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from farcast_cli.trajectory import AlignedTensor, Alignment
+
+
+@dataclass(frozen=True, slots=True)
+class TensorVerification:
+    """One tensor's ratio; None where the reference is the truth already."""
+
+    name: str
+    num_elements: int
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A forecast against the truth. `ratio`: 0 perfect, 1 no better than the reference; None if nothing moved."""
+
+    ratio: float | None
+    mean_absolute_error: float
+    reference: Path
+    per_tensor: tuple[TensorVerification, ...]
+
+
+@dataclass(slots=True)
+class _Sums:
+    forecast: float = 0.0
+    reference: float = 0.0
+    absolute: float = 0.0
+    count: int = 0
+
+
+def find_reference(forecast: Path) -> Path:
+    """The origin that a forecast was made from, by its sidecar."""
+    sidecar = sidecar_of(forecast)
+    try:
+        origin = json.loads(sidecar.read_text())["origin"]
+    except OSError as error:
+        raise UsageError(f"{forecast}: no {sidecar.name} says what it was forecast from",
+                         hint="--reference CKPT names the last snapshot before the forecast") from error  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"{sidecar}: not a forecast's provenance", hint="--reference CKPT") from error
+    return forecast.parent / str(origin)
+
+
+def verify(forecast: Path, truth: Path, reference: Path, *,
+           progress: Callable[[str, int], Callable[[int], None]]) -> Verification:  # fmt: skip
+    """Compare three checkpoints of the same model, tensor by tensor.
+
+    Raises:
+        SnapshotError: they do not hold the same tensors.
+    """
+    snapshots = [open_snapshot(path) for path in (reference, forecast, truth)]
+    alignment = align(snapshots)
+    told = progress("verify", _bytes_of(alignment))
+    reader, per_tensor, total = Reader(), [], _Sums()
+    for tensor in alignment.tensors:
+        sums = _compare(reader, tensor, told)
+        per_tensor.append(TensorVerification(tensor.name, tensor.num_elements, _ratio(sums)))
+        for name in ("forecast", "reference", "absolute", "count"):
+            setattr(total, name, getattr(total, name) + getattr(sums, name))
+    if not total.count:
+        raise SnapshotError(f"{forecast}: no values to compare")
+    return Verification(_ratio(total), total.absolute / total.count, reference, tuple(per_tensor))
+
+
+def _bytes_of(alignment: Alignment) -> int:
+    return sum(entry.num_bytes for tensor in alignment.tensors for entry in tensor.entries)
+
+
+def _ratio(sums: _Sums) -> float | None:
+    return (sums.forecast / sums.reference) ** 0.5 if sums.reference else None
+
+
+def _compare(reader: Reader, tensor: AlignedTensor, told: Callable[[int], None]) -> _Sums:
+    sums = _Sums()
+    for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries), itemsize=8):
+        reference, forecast, truth = read_trajectory(reader, tensor.entries, [stretch], torch.float64)
+        error, nothing = forecast - truth, reference - truth
+        sums.forecast += float(error @ error)
+        sums.reference += float(nothing @ nothing)
+        sums.absolute += float(error.abs().sum())
+        sums.count += stretch.count
+        told(_stretch_bytes(tensor.entries, stretch.count))
+    return sums
+
+
+def _stretch_bytes(entries: Sequence[object], count: int) -> int:
+    return sum(entry.dtype.itemsize * count for entry in entries)  # type: ignore[attr-defined]

@@ -1,0 +1,190 @@
+"""Files and folders that are invisible until they are whole.
+
+Everything is written under a hidden folder beside its final place, synced to disk, and renamed once. The hidden
+folder is locked while it is written: a second writer is refused, and what a killed one left is cleared away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import zipfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from farcast_cli.errors import OutputError
+from farcast_cli.formats.torch_file import zip_info
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SYNC_BYTES = 64 << 20  # written between two hints to the kernel, so that the last sync has little left to do
+
+
+@contextmanager
+def staged(final: Path, *, overwrite: bool = False, may_stay_empty: bool = False) -> Iterator[Path]:
+    """A path to write to, which becomes `final` when the block ends well and vanishes when it does not.
+
+    Args:
+        may_stay_empty: the block may decide to write nothing; then nothing is published.
+
+    Yields:
+        a path of the same name that does not exist yet, to be made a file or a folder.
+
+    Raises:
+        OutputError: `final` exists (and `overwrite` is not set), or the place cannot be written.
+    """
+    if not overwrite:
+        refuse_existing(final)
+    hidden = final.parent / f".{final.name}.partial"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir(exist_ok=True)
+        lock = os.open(hidden, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{final.parent}: cannot be written: {error.strerror}", hint="choose another place with -o") from error
+    try:
+        _lock(lock, hidden)
+        _clear(hidden)
+        try:
+            yield hidden / final.name
+            if (hidden / final.name).exists() or not may_stay_empty:
+                _sync_tree(hidden / final.name)
+                _publish(hidden / final.name, final, overwrite=overwrite)
+        except OSError as error:
+            raise OutputError(f"{final}: cannot be written: {error.strerror or error}", hint=_space_hint(error)) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
+
+
+def refuse_existing(final: Path) -> None:
+    if os.path.lexists(final):
+        raise OutputError(f"{final}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
+
+
+def _lock(lock: int, hidden: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{hidden}: another farcast is writing this output", hint="wait for it to end") from error
+    except OSError:  # a filesystem without locks; the rename is still atomic
+        return
+
+
+def _clear(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _space_hint(error: OSError) -> str:
+    return "free some space, or choose another disk with -o" if error.errno == 28 else "choose another place with -o"  # noqa: PLR2004 - ENOSPC
+
+
+def _publish(temporary: Path, final: Path, *, overwrite: bool) -> None:
+    """One rename. A folder cannot be renamed over another, so an old one steps aside first."""
+    aside = temporary.with_name("replaced")
+    if overwrite and final.is_dir() and not final.is_symlink():
+        final.rename(aside)
+    elif not overwrite:
+        refuse_existing(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    _sync(final.parent)
+
+
+def _sync_tree(top: Path) -> None:
+    if top.is_file():
+        _sync(top)
+    for root, _, names in os.walk(top):
+        for name in names:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if path.is_dir() and error.errno in {22, 95}:  # EINVAL, ENOTSUP: some filesystems cannot sync a folder
+            return
+        raise
+    finally:
+        os.close(fd)
+
+
+class Sink(Protocol):
+    """Where the bytes of one output file go, record by record, in order."""
+
+    def begin(self, name: str, num_bytes: int) -> None: ...
+    def write(self, data: memoryview) -> None: ...
+    def close(self) -> None: ...
+
+
+class RawSink:
+    """A file that is one record."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("xb", buffering=0)
+        self._unsynced = 0
+
+    def begin(self, name: str, num_bytes: int) -> None:
+        """Nothing: the file is its only record."""
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+        self._unsynced = _start_writeback(self._file.fileno(), self._file.tell(), self._unsynced)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ZipSink:
+    """A torch file: records in a zip, stored plainly, aligned, without dates."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("xb+")
+        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._record: zipfile._ZipWriteFile | None = None  # type: ignore[name-defined]
+        self._unsynced = 0
+
+    def begin(self, name: str, num_bytes: int) -> None:
+        self._end_record()
+        info = zip_info(name, position=self._file.tell(), num_bytes=num_bytes)
+        self._record = self._archive.open(info, "w", force_zip64=True)
+
+    def write(self, data: memoryview) -> None:
+        self._record.write(data)
+        self._unsynced = _start_writeback(self._file.fileno(), self._file.tell(), self._unsynced)
+
+    def close(self) -> None:
+        self._end_record()
+        self._archive.close()
+        self._file.close()
+
+    def _end_record(self) -> None:
+        if self._record is not None:
+            self._record.close()
+            self._record = None
+
+
+def _start_writeback(fd: int, position: int, unsynced: int) -> int:
+    """Let the kernel start writing what is complete; returns from where on it is still to do."""
+    if position - unsynced < SYNC_BYTES:
+        return unsynced
+    with suppress(OSError, AttributeError):
+        os.posix_fadvise(fd, unsynced, position - unsynced, os.POSIX_FADV_DONTNEED)
+    return position
