@@ -74,15 +74,12 @@ def backtest_ratio(method: Method, task: Task, *, as_written: bool = False) -> f
     scale = task.gram.total_norm(truth)
     if not scale:
         return float("nan")
-    if as_written:
-        step = forecast(method, inner)
-    else:
-        step = set_step_norm(plain_step(method, inner), inner, "clip")
+    step = forecast(method, inner) if as_written else set_step_norm(plain_step(method, inner), inner, "clip")
     return task.gram.total_norm(step - truth) / scale
 
 
 def score(methods: Sequence[Method], task: Task, horizons: Sequence[int]) -> list[Score]:
-    """b of every method at every horizon that the history can test."""
+    """B of every method at every horizon that the history can test."""
     found = []
     for horizon in horizons:
         at_horizon = replace(task, horizon=float(horizon))
@@ -101,8 +98,7 @@ def untestable(task: Task) -> str:
     if timeline.num_snapshots < MIN_SNAPSHOTS:
         return f"the history holds {timeline.num_snapshots} snapshots, and a test needs {MIN_SNAPSHOTS}"
     if task.horizon > MAX_HORIZON * timeline.length:
-        return (f"{task.horizon:.0f} steps ahead is more than {MAX_HORIZON} times the history"
-                f" of {timeline.length:.0f} steps")  # fmt: skip
+        return f"{task.horizon:.0f} steps ahead is more than {MAX_HORIZON} times the history of {timeline.length:.0f} steps"
     return ""
 
 

@@ -14,11 +14,17 @@ import typer
 from farcast_cli import __version__
 from farcast_cli.errors import FarcastError, SnapshotError, UsageError
 
-EPILOG = "Exit codes: 0 done, 1 bug, 2 usage, 3 snapshots unusable, 4 unreadable or unsafe file, 5 output, 10 no forecast" \
-    " better than the last checkpoint, 130 interrupted."  # fmt: skip
+EPILOG = (
+    "Exit codes: 0 done, 1 bug, 2 usage, 3 snapshots unusable, 4 unreadable or unsafe file, 5 output,"
+    " 10 no forecast better than the last checkpoint, 130 interrupted."
+)
 
 app = typer.Typer(
-    name="farcast", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", epilog=EPILOG,
+    name="farcast",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Forecast the weights of a training run from the checkpoints it left on disk.
 
@@ -32,7 +38,7 @@ resumes from. Your own checkpoints are never changed.
   farcast verify FORECAST --against CKPT   what it was worth, once training got there
 
 Point the trainer's resume option at the path that predict printed.""",
-)  # fmt: skip
+)
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -52,10 +58,13 @@ def _load_config(context: typer.Context, value: Path | None) -> Path | None:
     defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
     unknown = sorted(key for key in own if key.replace("-", "_") not in known)
     if unknown:
-        raise UsageError(f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help")
+        raise UsageError(
+            f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
+        )
     renamed = {"for": "purpose", "json": "json_"}
-    context.default_map = {renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v
-                           for k, v in defaults.items()}  # fmt: skip
+    context.default_map = {
+        renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
+    }
     return path
 
 
@@ -68,28 +77,56 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=_env("QUIET"), help
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=_env("VERBOSE"), help="Say more on stderr.")]
 Device = Annotated[str, typer.Option(envvar=_env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
 Threads = Annotated[int, typer.Option(envvar=_env("THREADS"), min=0, help="Worker threads; 0 for one per core.")]
-Config = Annotated[Path | None, typer.Option(envvar=_env("CONFIG"), callback=_load_config, is_eager=True, metavar="FILE",
-                                             help="Defaults for these options; ./farcast.toml if it is there.")]  # fmt: skip
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=_env("CONFIG"),
+        callback=_load_config,
+        is_eager=True,
+        metavar="FILE",
+        help="Defaults for these options; ./farcast.toml if it is there.",
+    ),
+]
 Forecaster = Annotated[Path, typer.Option(envvar=_env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
 Include = Annotated[list[str] | None, typer.Option(envvar=_env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")]
 Exclude = Annotated[list[str] | None, typer.Option(envvar=_env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
-Steps = Annotated[str | None, typer.Option(envvar=_env("STEPS"), metavar="A:B:K",
-                                           help="Snapshots from step A to B, multiples of K. Parts may be left out.")]  # fmt: skip
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        envvar=_env("STEPS"), metavar="A:B:K", help="Snapshots from step A to B, multiples of K. Parts may be left out."
+    ),
+]
 Sample = Annotated[int, typer.Option(envvar=_env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
 Full = Annotated[bool, typer.Option("--full", envvar=_env("FULL"), help="Read all values.")]
-Method = Annotated[str | None, typer.Option(envvar=_env("METHOD"), metavar="NAME",
-                                            help="blend, k5, drift, lfd2, line, average or persistence.")]  # fmt: skip
-Purpose = Annotated[str, typer.Option("--for", envvar=_env("FOR"), metavar="resume|evaluation",
-                                      help="Resume training from the forecast, or evaluate and ship it.")]  # fmt: skip
-StepNorm = Annotated[str | None, typer.Option(envvar=_env("STEP_NORM"), metavar="match|match-plain|clip|free",
-                                              help="How long each tensor's step is; the method's own by default.")]  # fmt: skip
-Scope = Annotated[str, typer.Option(envvar=_env("SCOPE"), metavar="auto|tensor|global",
-                                    help="One fit per tensor or one for all (k5, lfd2).")]  # fmt: skip
+Method = Annotated[
+    str | None,
+    typer.Option(envvar=_env("METHOD"), metavar="NAME", help="blend, k5, drift, lfd2, line, average or persistence."),
+]
+Purpose = Annotated[
+    str,
+    typer.Option(
+        "--for",
+        envvar=_env("FOR"),
+        metavar="resume|evaluation",
+        help="Resume training from the forecast, or evaluate and ship it.",
+    ),
+]
+StepNorm = Annotated[
+    str | None,
+    typer.Option(
+        envvar=_env("STEP_NORM"),
+        metavar="match|match-plain|clip|free",
+        help="How long each tensor's step is; the method's own by default.",
+    ),
+]
+Scope = Annotated[
+    str, typer.Option(envvar=_env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (k5, lfd2).")
+]
 GradWeight = Annotated[float, typer.Option(envvar=_env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:  # noqa: FBT002
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         sys.stdout.write(f"farcast {__version__}\n")
         raise typer.Exit
@@ -101,9 +138,9 @@ def inspect(
     include: Include = None,
     exclude: Exclude = None,
     steps: Steps = None,
-    json_: Json = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: ARG001, FBT002
-    verbose: Verbose = False,  # noqa: ARG001, FBT002
+    json_: Json = False,
+    quiet: Quiet = False,  # noqa: ARG001
+    verbose: Verbose = False,  # noqa: ARG001
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
@@ -130,20 +167,21 @@ def inspect(
 @app.command(epilog="Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000")
 def fit(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
-    output: Annotated[Path, typer.Option("--output", "-o", envvar=_env("FORECASTER"), metavar="FILE",
-                                         help="The forecaster file to write.")] = Path("forecaster.safetensors"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", envvar=_env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
+    ] = Path("forecaster.safetensors"),
     include: Include = None,
     exclude: Exclude = None,
     steps: Steps = None,
     sample: Sample = 16384,
-    full: Full = False,  # noqa: FBT002
+    full: Full = False,
     device: Device = "auto",
     threads: Threads = 0,
-    json_: Json = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: ARG001, FBT002
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001
     config: Config = None,  # noqa: ARG001
-) -> None:  # fmt: skip
+) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
     from farcast_cli import render
 
@@ -175,12 +213,12 @@ def backtest(
     exclude: Exclude = None,
     steps: Steps = None,
     sample: Sample = 16384,
-    full: Full = False,  # noqa: FBT002
+    full: Full = False,
     device: Device = "auto",
     threads: Threads = 0,
-    json_: Json = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: ARG001, FBT002
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
@@ -195,8 +233,11 @@ def backtest(
     from farcast_cli.timeline import Timeline
 
     chosen = find_method(method or DEFAULT_METHOD[purpose])  # type: ignore[index]
-    fitted = (_fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, [0])
-              if directory else load_fitted(forecaster))  # fmt: skip
+    fitted = (
+        _fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, [0])
+        if directory
+        else load_fitted(forecaster)
+    )
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
     tasks = {h: Task(fitted.gram, fitted.sample, timeline, float(h), device=_device_name(device)) for h in horizons}
     decisions = {h: decide(chosen, task, purpose) for h, task in tasks.items()}  # type: ignore[arg-type]
@@ -209,52 +250,92 @@ def backtest(
         show(fitted.steps[-1], steady, scores, decisions)
 
 
-@app.command(epilog="Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
-             "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'")  # fmt: skip
+@app.command(
+    epilog="Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
+    "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'"
+)
 def predict(
-    horizon: Annotated[str | None, typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]",
-                                                help="Steps ahead; several are written in one pass.")] = None,
+    horizon: Annotated[
+        str | None,
+        typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]", help="Steps ahead; several are written in one pass."),
+    ] = None,
     to_step: Annotated[int | None, typer.Option(envvar=_env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
     forecaster: Forecaster = Path("forecaster.safetensors"),
-    output: Annotated[str | None, typer.Option("--output", "-o", envvar=_env("OUTPUT"), metavar="OUT",
-                      help="The checkpoint to write; a folder for them where it ends in / or there are several horizons."
-                      " forecasts/NAME by default.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            envvar=_env("OUTPUT"),
+            metavar="OUT",
+            help="The checkpoint to write; a folder for them where it ends in / or there are several horizons."
+            " forecasts/NAME by default.",
+        ),
+    ] = None,
     purpose: Purpose = "resume",
     method: Method = None,
     step_norm: StepNorm = None,
     scale: Annotated[float, typer.Option(envvar=_env("SCALE"), help="Multiplies the step.")] = 1.0,
     scope: Scope = "auto",
     grad_weight: GradWeight = 0.0,
-    origin: Annotated[int | None, typer.Option(envvar=_env("ORIGIN"), metavar="STEP",
-                                               help="Forecast from this snapshot; the last by default.")] = None,
-    optimizer: Annotated[str, typer.Option(envvar=_env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop",
-                                           help="What becomes of the optimiser's state.")] = "copy",
-    counters: Annotated[str, typer.Option(envvar=_env("COUNTERS"), metavar="advance|keep",
-                                          help="Move the trainer's counters and schedule, or leap the weights alone.")] = "advance",
-    dtype: Annotated[str, typer.Option(envvar=_env("DTYPE"), metavar="source|float32|bfloat16|float16",
-                                       help="Element type of the output.")] = "source",
-    max_shard_size: Annotated[str | None, typer.Option(envvar=_env("MAX_SHARD_SIZE"), metavar="SIZE",
-                              help="Shard the output anew, as in 5GB; the source's shards by default.")] = None,
-    eval_cmd: Annotated[str | None, typer.Option(envvar=_env("EVAL_CMD"), metavar="'CMD {ckpt}'",
-                        help="Judge the origin and the forecast by the last number this prints; publish only what is better."
-                        )] = None,
-    maximize: Annotated[bool, typer.Option("--maximize", envvar=_env("MAXIMIZE"), help="A larger number is better.")] = False,  # noqa: FBT002
-    even_if_worse: Annotated[bool, typer.Option("--even-if-worse", envvar=_env("EVEN_IF_WORSE"),
-                                                help="Write it whatever the verdict.")] = False,  # noqa: FBT002
-    overwrite: Annotated[bool, typer.Option("--overwrite", envvar=_env("OVERWRITE"),
-                                            help="Replace an earlier forecast.")] = False,  # noqa: FBT002
-    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=_env("DRY_RUN"), help="Say what would be done.")] = False,  # noqa: FBT002
+    origin: Annotated[
+        int | None,
+        typer.Option(envvar=_env("ORIGIN"), metavar="STEP", help="Forecast from this snapshot; the last by default."),
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            envvar=_env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
+        ),
+    ] = "copy",
+    counters: Annotated[
+        str,
+        typer.Option(
+            envvar=_env("COUNTERS"),
+            metavar="advance|keep",
+            help="Move the trainer's counters and schedule, or leap the weights alone.",
+        ),
+    ] = "advance",
+    dtype: Annotated[
+        str, typer.Option(envvar=_env("DTYPE"), metavar="source|float32|bfloat16|float16", help="Element type of the output.")
+    ] = "source",
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("MAX_SHARD_SIZE"),
+            metavar="SIZE",
+            help="Shard the output anew, as in 5GB; the source's shards by default.",
+        ),
+    ] = None,
+    eval_cmd: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("EVAL_CMD"),
+            metavar="'CMD {ckpt}'",
+            help="Judge the origin and the forecast by the last number this prints; publish only what is better.",
+        ),
+    ] = None,
+    maximize: Annotated[bool, typer.Option("--maximize", envvar=_env("MAXIMIZE"), help="A larger number is better.")] = False,
+    even_if_worse: Annotated[
+        bool, typer.Option("--even-if-worse", envvar=_env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", envvar=_env("OVERWRITE"), help="Replace an earlier forecast.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=_env("DRY_RUN"), help="Say what would be done.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
-    json_: Json = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     config: Config = None,  # noqa: ARG001
-) -> None:  # fmt: skip
+) -> None:
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
-    for name, value, allowed in (("optimizer", optimizer, ("copy", "zero-momentum", "reset", "drop")),
-                                 ("counters", counters, ("advance", "keep")),
-                                 ("dtype", dtype, ("source", "float32", "bfloat16", "float16"))):  # fmt: skip
+    for name, value, allowed in (
+        ("optimizer", optimizer, ("copy", "zero-momentum", "reset", "drop")),
+        ("counters", counters, ("advance", "keep")),
+        ("dtype", dtype, ("source", "float32", "bfloat16", "float16")),
+    ):
         _check_choice(name, value, allowed)
     _check_purpose(purpose)
     _check_horizon_options(horizon, to_step)
@@ -271,12 +352,23 @@ def predict(
     fitted = load_fitted(forecaster)
     start = fitted.steps[-1] if origin is None else origin
     request = Request(
-        horizons=_horizons(horizon) if to_step is None else (to_step - start,), purpose=purpose, method=method,  # type: ignore[arg-type]
-        options=options, origin_step=origin, optimizer=optimizer, counters=counters, dtype=dtype,  # type: ignore[arg-type]
-        max_shard_bytes=_size(max_shard_size), output=output, even_if_worse=even_if_worse, overwrite=overwrite,
-        dry_run=dry_run, device=_device_name(device), num_threads=num_threads,
+        horizons=_horizons(horizon) if to_step is None else (to_step - start,),
+        purpose=purpose,
+        method=method,  # type: ignore[arg-type]
+        options=options,
+        origin_step=origin,
+        optimizer=optimizer,
+        counters=counters,
+        dtype=dtype,  # type: ignore[arg-type]
+        max_shard_bytes=_size(max_shard_size),
+        output=output,
+        even_if_worse=even_if_worse,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        device=_device_name(device),
+        num_threads=num_threads,
         evaluator=Evaluator(eval_cmd, maximize) if eval_cmd else None,
-    )  # fmt: skip
+    )
     with render.progress(quiet=quiet) as progress:
         outcomes = run(fitted, request, progress)
     written = [outcome.path for outcome in outcomes if outcome.path]
@@ -293,7 +385,7 @@ def predict(
         _no_forecast(outcomes, quiet=quiet)
 
 
-def _no_forecast(outcomes: Any, *, quiet: bool) -> NoReturn:  # noqa: ANN401 - predict's own type, not imported at start
+def _no_forecast(outcomes: Any, *, quiet: bool) -> NoReturn:
     from farcast_cli import render
     from farcast_cli.errors import NoForecastError
 
@@ -307,14 +399,16 @@ def _no_forecast(outcomes: Any, *, quiet: bool) -> NoReturn:  # noqa: ANN401 - p
 def verify(
     forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
     against: Annotated[Path, typer.Option(envvar=_env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
-    reference: Annotated[Path | None, typer.Option(envvar=_env("REFERENCE"), metavar="CKPT",
-                                                   help="What to compare with; the forecast's origin by default.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(envvar=_env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
+    ] = None,
     threads: Threads = 0,
-    json_: Json = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
-    verbose: Verbose = False,  # noqa: FBT002
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     config: Config = None,  # noqa: ARG001
-) -> None:  # fmt: skip
+) -> None:
     """Say what a forecast was worth, once training has reached its step."""
     _prepare_torch("cpu", threads)
     from farcast_cli import render
@@ -332,8 +426,17 @@ def verify(
 # --- parsing ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(directory: Path, include: list[str] | None, exclude: list[str] | None, steps: str | None, num_samples: int | None,
-         device: str, threads: int, quiet: bool, read: list[int]) -> Any:  # noqa: ANN401, FBT001, PLR0913
+def _fit(
+    directory: Path,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    steps: str | None,
+    num_samples: int | None,
+    device: str,
+    threads: int,
+    quiet: bool,
+    read: list[int],
+) -> Any:
     from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
 
     trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None, minimum=MIN_SNAPSHOTS)
@@ -351,8 +454,14 @@ def _fit(directory: Path, include: list[str] | None, exclude: list[str] | None, 
             read[0] += done
             told(done)
 
-        return run(trajectory, include=include or (), exclude=exclude or (), num_samples=num_samples,
-                   device=torch.device(_device_name(device)), progress=count)  # fmt: skip
+        return run(
+            trajectory,
+            include=include or (),
+            exclude=exclude or (),
+            num_samples=num_samples,
+            device=torch.device(_device_name(device)),
+            progress=count,
+        )
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -367,7 +476,9 @@ def _check_purpose(purpose: str) -> None:
 def _check_horizon_options(horizon: str | None, to_step: int | None) -> None:
     if (horizon is None) == (to_step is None):
         found = "neither" if horizon is None else "both"
-        raise UsageError(f"expected --horizon N (steps ahead) or --to-step N, found {found}", hint="farcast predict --horizon 1000")
+        raise UsageError(
+            f"expected --horizon N (steps ahead) or --to-step N, found {found}", hint="farcast predict --horizon 1000"
+        )
 
 
 def _horizons(text: str | None) -> tuple[int, ...]:

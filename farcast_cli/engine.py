@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,18 +15,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from farcast_cli.errors import NonFiniteError, SnapshotError
-from farcast_cli.plan import Copy, Literal_, OutputFile, Piece, Record, Values, Zeros
-from farcast_cli.stream import Reader, Stretch, non_finite, stretches
+from farcast_cli.errors import SnapshotError
+from farcast_cli.plan import Copy, Fixed, OutputFile, Piece, Record, Values, Zeros
+from farcast_cli.stream import Reader, Stretch, buffer_of, non_finite, stretches
 from farcast_cli.writer import RawSink, Sink, ZipSink
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from farcast_cli.trajectory import AlignedTensor, Alignment
+    from farcast_cli.tensors import TensorEntry
+    from farcast_cli.trajectory import Alignment
 
 COPY_BYTES = 4 << 20
 QUEUED_PER_THREAD = 2  # finished stretches that may wait for the writer
@@ -148,13 +149,14 @@ def write_forecasts(
     started = time.monotonic()
     tally = Tally(unchanged=[0] * len(plans))
     with ThreadPoolExecutor(num_threads) as pool:
+        shared = _Pass(engine, pool, num_threads * QUEUED_PER_THREAD, tally, progress)
         for outputs in zip(*plans, strict=True):
             with ExitStack() as stack:
                 sinks = [_open_sink(output, target) for output, target in zip(outputs, targets, strict=True)]
                 for sink in sinks:
                     stack.callback(sink.close)
                 for records in zip(*(output.records for output in outputs), strict=True):
-                    _write_record(records, sinks, engine, pool, num_threads, tally, progress)
+                    _write_record(records, sinks, shared)
     tally.seconds = time.monotonic() - started
     return tally
 
@@ -164,35 +166,46 @@ def _open_sink(output: OutputFile, target: Path) -> Sink:
     return ZipSink(path) if output.container == "zip" else RawSink(path)
 
 
-def _write_record(records: tuple[Record, ...], sinks: Sequence[Sink], engine: Engine, pool: ThreadPoolExecutor,
-                  num_threads: int, tally: Tally, progress: Callable[[int], None]) -> None:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What all records of a pass share."""
+
+    engine: Engine
+    pool: ThreadPoolExecutor
+    num_queued: int
+    tally: Tally
+    progress: Callable[[int], None]
+
+
+def _write_record(records: tuple[Record, ...], sinks: Sequence[Sink], shared: _Pass) -> None:
     for sink, record in zip(sinks, records, strict=True):
         sink.begin(record.name, record.num_bytes)
     waiting: deque[Future[_Result]] = deque()
-    jobs = (job for pieces in zip(*(record.pieces for record in records), strict=True) for job in _jobs(pieces, engine))
+    jobs = (job for pieces in zip(*(record.pieces for record in records), strict=True) for job in _jobs(pieces, shared.engine))
     try:
         for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > num_threads * QUEUED_PER_THREAD:
-                _take(waiting.popleft(), sinks, tally, progress)
+            waiting.append(shared.pool.submit(job))
+            if len(waiting) > shared.num_queued:
+                _take(waiting.popleft(), sinks, shared)
         while waiting:
-            _take(waiting.popleft(), sinks, tally, progress)
+            _take(waiting.popleft(), sinks, shared)
     finally:
         for future in waiting:
             future.cancel()
 
 
-def _take(future: Future[_Result], sinks: Sequence[Sink], tally: Tally, progress: Callable[[int], None]) -> None:
+def _take(future: Future[_Result], sinks: Sequence[Sink], shared: _Pass) -> None:
     result = future.result()
     written = 0
     for sink, data in zip(sinks, result.data, strict=True):
-        sink.write(memoryview(data.numpy()))
+        sink.write(buffer_of(data))
         written += data.numel()
+    tally = shared.tally
     tally.bytes_read += result.bytes_read
     tally.bytes_written += written
     tally.num_forecast += result.num_forecast
     tally.unchanged = [a + b for a, b in zip(tally.unchanged, result.unchanged or [0] * len(sinks), strict=True)]
-    progress(written)
+    shared.progress(written)
 
 
 # --- jobs: what a worker does ----------------------------------------------------------------------------------------
@@ -205,8 +218,9 @@ def _jobs(pieces: tuple[Piece, ...], engine: Engine) -> Iterator[Callable[[], _R
         index = first.index
         num_snapshots = 1 if index is None else len(_snapshots_of(engine, index))
         itemsize = max(4, first.entry.dtype.itemsize)
-        for stretch in stretches(first.entry.num_elements, num_snapshots=num_snapshots + engine.num_horizons,
-                                 itemsize=itemsize):  # fmt: skip
+        for stretch in stretches(
+            first.entry.num_elements, num_snapshots=num_snapshots + engine.num_horizons, itemsize=itemsize
+        ):
             yield lambda stretch=stretch: _forecast_stretch(first, stretch, engine)  # type: ignore[misc]
     elif isinstance(first, Copy):
         for start in range(0, first.num_bytes, COPY_BYTES):
@@ -217,7 +231,7 @@ def _jobs(pieces: tuple[Piece, ...], engine: Engine) -> Iterator[Callable[[], _R
 
 
 def _constant(piece: Piece) -> torch.Tensor:
-    if isinstance(piece, Literal_):
+    if isinstance(piece, Fixed):
         return torch.frombuffer(bytearray(piece.data), dtype=torch.uint8) if piece.data else torch.empty(0, dtype=torch.uint8)
     assert isinstance(piece, Zeros)  # noqa: S101 - the plan's last kind
     return torch.zeros(piece.num_bytes, dtype=torch.uint8)
@@ -236,61 +250,67 @@ def _snapshots_of(engine: Engine, index: int) -> list[int]:
     return [int(t) for t in np.flatnonzero(needed)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A stretch of a tensor: the origin's values (N,) and how far each other snapshot lies from them."""
+
+    last: torch.Tensor
+    moves: Sequence[torch.Tensor]
+    origin: TensorEntry
+    others: Sequence[TensorEntry]
+    num_bytes: int
+
+
 def _forecast_stretch(piece: Values, stretch: Stretch, engine: Engine) -> _Result:
-    linear, reader, work = engine.linear, engine.reader, _work_dtype(piece.entry)
-    source = reader.read_values(piece.entry, stretch)
-    num_read = source.nbytes
-    last = source.to(engine.device, work)
+    """One stretch of one tensor at all horizons."""
+    source = engine.reader.read_values(piece.entry, stretch)
     if piece.index is None:
-        forecasts = [last] * engine.num_horizons
-    else:
-        tensor = engine.alignment.tensors[piece.index]
-        used = [t for t in _snapshots_of(engine, piece.index) if t != linear.origin]
-        moves = []
-        for t in used:
-            values = reader.read_values(tensor.entries[t], stretch)
-            num_read += values.nbytes
-            moves.append(values.to(engine.device, work) - last)
-        forecasts = [
-            _add_step(last, moves, linear.weights[h, piece.index, used], float(linear.gain[h, piece.index]),
-                      float(linear.constant[h, piece.index]))
-            for h in range(engine.num_horizons)
-        ]  # fmt: skip
-        forecasts = [_checked(values, last, moves, tensor, linear.origin, piece) for values in forecasts]
+        data = _cast(source, piece).view(torch.uint8)
+        return _Result([data] * engine.num_horizons, source.nbytes)
+    loaded = _load(source, piece, stretch, engine)
     data, unchanged = [], []
-    for values in forecasts:
-        kept = source if piece.index is None and piece.dtype is piece.entry.dtype else _cast(values, piece).cpu()
+    for horizon in range(engine.num_horizons):
+        values = _checked(_add_step(loaded, piece.index, horizon, engine), loaded, piece)
+        kept = _cast(values, piece).cpu()
         data.append(kept.view(torch.uint8))
-        unchanged.append(int((kept == source).sum()) if piece.index is not None else 0)
-    return _Result(data, num_read, unchanged, stretch.count if piece.index is not None else 0)
+        unchanged.append(int((kept == source).sum()))
+    return _Result(data, loaded.num_bytes, unchanged, stretch.count)
 
 
-def _work_dtype(entry: object) -> torch.dtype:
-    return torch.float64 if entry.dtype.name == "float64" else torch.float32  # type: ignore[attr-defined]
+def _load(source: torch.Tensor, piece: Values, stretch: Stretch, engine: Engine) -> _Loaded:
+    assert piece.index is not None  # noqa: S101 - the caller's branch
+    work = torch.float64 if piece.entry.dtype.name == "float64" else torch.float32
+    last = source.to(engine.device, work)
+    entries = engine.alignment.tensors[piece.index].entries
+    others = [entries[t] for t in _snapshots_of(engine, piece.index) if t != engine.linear.origin]
+    moves, num_bytes = [], source.nbytes
+    for entry in others:
+        values = engine.reader.read_values(entry, stretch)
+        num_bytes += values.nbytes
+        moves.append(values.to(engine.device, work) - last)
+    return _Loaded(last, moves, piece.entry, others, num_bytes)
 
 
-def _add_step(last: torch.Tensor, moves: Sequence[torch.Tensor], weights: NDArray[np.float64], gain: float,
-              constant: float) -> torch.Tensor:  # fmt: skip
+def _add_step(loaded: _Loaded, index: int, horizon: int, engine: Engine) -> torch.Tensor:
     """w_s plus the step, elementwise, in a fixed order of operations (no fused multiply-add, which rounds otherwise).
 
     An element that is the same in all snapshots keeps its bits, -0.0 included.
     """
-    step: torch.Tensor | None = None
-    for move, weight in zip(moves, weights, strict=True):
-        term = move * float(weight)
-        step = term if step is None else step.add_(term)
-    if step is None:
-        step = torch.zeros_like(last)
+    linear, last = engine.linear, loaded.last
+    used = [t for t in _snapshots_of(engine, index) if t != linear.origin]
+    step = torch.zeros_like(last)
+    for move, weight in zip(loaded.moves, linear.weights[horizon, index, used], strict=True):
+        step += move * float(weight)
+    gain, constant = float(linear.gain[horizon, index]), float(linear.constant[horizon, index])
     if gain or constant:
         moved = torch.zeros_like(last, dtype=torch.bool)
-        for move in moves:
+        for move in loaded.moves:
             moved |= move != 0
         step = torch.where(moved, step + last * gain + constant, 0.0)
     return torch.where(step == 0, last, last + step)
 
 
-def _checked(values: torch.Tensor, last: torch.Tensor, moves: Sequence[torch.Tensor], tensor: AlignedTensor,
-             origin: int, piece: Values) -> torch.Tensor:  # fmt: skip
+def _checked(values: torch.Tensor, loaded: _Loaded, piece: Values) -> torch.Tensor:
     """Refuse NaN and infinity, but for elements that are the same infinity in every snapshot: those stay.
 
     Also keeps BatchNorm's variance from falling below zero.
@@ -298,28 +318,30 @@ def _checked(values: torch.Tensor, last: torch.Tensor, moves: Sequence[torch.Ten
     low, high = torch.aminmax(values)
     limit = torch.finfo(getattr(torch, piece.dtype.name)).max
     if not (-limit <= float(low) and float(high) <= limit):
-        values = _explain(values, last, moves, tensor, origin, limit)
+        values = _without_infinities(values, loaded, limit)
     return values.clamp_min(0) if piece.non_negative else values
 
 
-def _explain(values: torch.Tensor, last: torch.Tensor, moves: Sequence[torch.Tensor], tensor: AlignedTensor,
-             origin: int, limit: float) -> torch.Tensor:  # fmt: skip
-    """Which of the snapshots is not finite, or that the forecast leaves the range of its type."""
-    entry = tensor.entries[origin]
+def _without_infinities(values: torch.Tensor, loaded: _Loaded, limit: float) -> torch.Tensor:
+    """The values with constant infinities put back; an error that names the snapshot, or the type's range, for others."""
+    last = loaded.last
     still = torch.isinf(last)
-    for move in moves:  # inf - inf is NaN where the snapshots agree, infinite where they do not
+    for move in loaded.moves:  # inf - inf is NaN where the snapshots agree, infinite where they do not
         still &= torch.isnan(move)
-    if bool((torch.isnan(last) | (torch.isinf(last) & ~still)).any()):
-        raise non_finite(entry, last[~torch.isfinite(last)][0].item())
-    for move in moves:
+    bad = ~torch.isfinite(last) & ~still
+    if bool(bad.any()):
+        raise non_finite(loaded.origin, last[bad][0].item())
+    for move, entry in zip(loaded.moves, loaded.others, strict=True):
         bad = ~torch.isfinite(move) & ~still
         if bool(bad.any()):
-            raise NonFiniteError(f"a snapshot before {entry.path}: tensor {entry.name!r} is not finite: expected finite numbers",
-                                 hint="leave the snapshot out: farcast fit --steps A:B")  # fmt: skip
+            raise non_finite(entry, move[bad][0].item())
     kept = torch.where(still, torch.zeros_like(values), values)
     if not bool((kept.abs() <= limit).all()):
-        raise SnapshotError(f"{entry.path}: the forecast of tensor {entry.name!r} leaves the range of its type (+-{limit:g})",
-                            hint="--scale .5 takes a smaller step; --dtype float32 widens the range")  # fmt: skip
+        entry = loaded.origin
+        raise SnapshotError(
+            f"{entry.path}: the forecast of tensor {entry.name!r} leaves the range of its type (+-{limit:g})",
+            hint="--scale .5 takes a smaller step; --dtype float32 widens the range",
+        )
     return torch.where(still, last, values)
 
 

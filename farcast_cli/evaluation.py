@@ -36,8 +36,10 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         if PLACEHOLDER not in self.command:
-            raise UsageError(f"--eval-cmd {self.command!r}: expected {PLACEHOLDER} where the checkpoint's path belongs",
-                             hint="--eval-cmd 'python eval.py {ckpt}'")  # fmt: skip
+            raise UsageError(
+                f"--eval-cmd {self.command!r}: expected {PLACEHOLDER} where the checkpoint's path belongs",
+                hint="--eval-cmd 'python eval.py {ckpt}'",
+            )
 
     def score(self, checkpoint: Path) -> float:
         """Run the command on a checkpoint.
@@ -48,13 +50,17 @@ class Evaluator:
         command = self.command.replace(PLACEHOLDER, shlex.quote(str(checkpoint.resolve())))
         done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S602 - the user's own command
         if done.returncode:
-            raise UsageError(f"the evaluation command failed with exit code {done.returncode} on {checkpoint.name}: {command}",
-                             hint="run it by hand to see why; nothing was published")  # fmt: skip
+            raise UsageError(
+                f"the evaluation command failed with exit code {done.returncode} on {checkpoint.name}: {command}",
+                hint="run it by hand to see why; nothing was published",
+            )
         numbers = _NUMBER.findall(done.stdout)
         value = float(numbers[-1]) if numbers else math.nan
         if not math.isfinite(value):
-            raise UsageError(f"the evaluation command printed no finite number on {checkpoint.name}: {command}",
-                             hint="print the score as the last number on stdout; nothing was published")  # fmt: skip
+            raise UsageError(
+                f"the evaluation command printed no finite number on {checkpoint.name}: {command}",
+                hint="print the score as the last number on stdout; nothing was published",
+            )
         return value
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from farcast_cli import __version__
-from farcast_cli.errors import FileFormatError, SnapshotError
+from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError
 from farcast_cli.gram import Gram, Sample, accumulate
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
+    from numpy.typing import NDArray
 
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.trajectory import Trajectory
@@ -114,17 +115,26 @@ def fit(
     gram, sample = accumulate(alignment, trajectory.steps, num_samples=num_samples, device=device, progress=progress)
     _check_one_run(gram, trajectory)
     records = tuple(
-        SnapshotRecord(path=s.path.relative_to(trajectory.directory).as_posix(), step=s.step, step_source=s.step_source,
-                       bytes=s.num_bytes, digest=s.digest)
+        SnapshotRecord(
+            path=s.path.relative_to(trajectory.directory).as_posix(),
+            step=s.step,
+            step_source=s.step_source,
+            bytes=s.num_bytes,
+            digest=s.digest,
+        )
         for s in trajectory.snapshots
-    )  # fmt: skip
+    )
     last = [tensor.entries[-1] for tensor in alignment.tensors]
     provenance = Provenance(
-        directory=str(trajectory.directory), layout=trajectory.layout, snapshots=records,
+        directory=str(trajectory.directory),
+        layout=trajectory.layout,
+        snapshots=records,
         tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name) for e in last),
         copied=tuple(CopiedRecord(name=c.name, reason=c.reason) for c in alignment.copied),
-        num_samples=num_samples, include=tuple(include), exclude=tuple(exclude),
-    )  # fmt: skip
+        num_samples=num_samples,
+        include=tuple(include),
+        exclude=tuple(exclude),
+    )
     return Fitted(gram, sample, provenance, trajectory.directory)
 
 
@@ -144,11 +154,12 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
     cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
     names = [snapshot.path.name for snapshot in trajectory.snapshots]
     hint = "a trajectory is one run: move the other run to a folder of its own, or choose steps with --steps A:B"
-    from farcast_cli.errors import MixedRunsError
-
     if np.median(cosines) < FLIP:
-        raise MixedRunsError(f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
-                             f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})", hint=hint)  # fmt: skip
+        raise MixedRunsError(
+            f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
+            f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
+            hint=hint,
+        )
     rates = sizes / np.diff(trajectory.steps)
     for index in range(1, len(rates) - 1):
         if rates[index] > JUMP * max(rates[index - 1], rates[index + 1]):
@@ -163,12 +174,25 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
     relative = os.path.relpath(fitted.directory.resolve(), path.resolve().parent)
     provenance = fitted.provenance.model_copy(update={"directory": relative})
-    arrays = {
-        "steps": fitted.gram.steps, "gram": fitted.gram.matrix, "sample.values": fitted.sample.values,
-        "sample.bounds": fitted.sample.bounds, "sample.sizes": fitted.sample.sizes,
-    }  # fmt: skip
+    if path.exists():
+        _refuse_to_replace(path)
+    arrays: dict[str, NDArray[Any]] = {
+        "steps": fitted.gram.steps,
+        "gram": fitted.gram.matrix,
+        "sample.values": fitted.sample.values,
+        "sample.bounds": fitted.sample.bounds,
+        "sample.sizes": fitted.sample.sizes,
+    }
     with staged(path, overwrite=True) as temporary:
         temporary.write_bytes(save(arrays, metadata={_METADATA_KEY: provenance.model_dump_json()}))
+
+
+def _refuse_to_replace(path: Path) -> None:
+    """An older forecaster is replaced; anything else is the user's own."""
+    try:
+        load_fitted(path)
+    except FileFormatError as error:
+        raise OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o") from error
 
 
 def load_fitted(path: Path) -> Fitted:
@@ -189,8 +213,9 @@ def load_fitted(path: Path) -> Fitted:
         gram = Gram(arrays["steps"], arrays["gram"])
         sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
     except (SafetensorError, ValidationError, KeyError, OSError) as error:
-        raise FileFormatError(f"{path}: a damaged forecaster: {str(error).splitlines()[0]}",
-                              hint="write it again with farcast fit CKPTS") from error  # fmt: skip
+        raise FileFormatError(
+            f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
+        ) from error
     return Fitted(gram, sample, provenance, path.parent / provenance.directory)
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from farcast_cli.errors import UsageError
-from farcast_cli.gram import Gram, Sample
 from farcast_cli.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+
+    from farcast_cli.gram import Gram, Sample
 
 StepNorm = Literal["match", "match-plain", "clip", "free"]
 Scope = Literal["auto", "tensor", "global"]
@@ -56,12 +57,12 @@ class Task:
 
     @property
     def lead(self) -> float:
-        """r = h / L, with the history's length for the time that has passed."""
+        """R = h / L, with the history's length for the time that has passed."""
         return self.horizon / self.timeline.length
 
     @property
     def training_origin(self) -> float:
-        """x = t_0 + L / (1 + r): from there to the origin lies the same lead as from the origin to the forecast."""
+        """X = t_0 + L / (1 + r): from there to the origin lies the same lead as from the origin to the forecast."""
         return self.timeline.first + self.timeline.length / (1 + self.lead)
 
     @property
@@ -71,8 +72,9 @@ class Task:
 
     def backtest(self) -> Task:
         """The same task inside the history: from x to s, where the truth is known."""
-        return replace(self, timeline=self.timeline.before(self.training_origin),
-                       horizon=self.timeline.origin - self.training_origin)  # fmt: skip
+        return replace(
+            self, timeline=self.timeline.before(self.training_origin), horizon=self.timeline.origin - self.training_origin
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,12 @@ def plain_step(method: Method, task: Task) -> NDArray[np.float64]:
     keep = np.linspace(0, visible - 1, method.max_context).round().astype(int).tolist()
     if visible < task.gram.num_snapshots:
         keep.append(visible)  # an origin between snapshots is interpolated towards the next one
-    thinned = replace(task, gram=task.gram.restrict(keep), sample=task.sample.restrict(keep),
-                      timeline=Timeline(task.gram.steps[keep], task.timeline.origin))  # fmt: skip
+    thinned = replace(
+        task,
+        gram=task.gram.restrict(keep),
+        sample=task.sample.restrict(keep),
+        timeline=Timeline(task.gram.steps[keep], task.timeline.origin),
+    )
     return method.step(thinned) @ task.gram.change_of_basis(keep)
 
 
@@ -170,9 +176,9 @@ def drift(task: Task) -> NDArray[np.float64]:
 def k5(task: Task) -> NDArray[np.float64]:
     """A ridge regression on the moves between five equally spaced points of the history, per tensor.
 
-        F_i(T) = w(t_0 + (T - t_0) i / 4) - w(t_0 + (T - t_0) (i - 1) / 4),  i = 1..4
-        c = argmin || w(s) - w(x) - sum_i c_i F_i(x) ||^2 + lambda tr(G) / 4 ||c||^2
-        Delta = sum_i c_i F_i(s)
+    F_i(T) = w(t_0 + (T - t_0) i / 4) - w(t_0 + (T - t_0) (i - 1) / 4),  i = 1..4
+    c = argmin || w(s) - w(x) - sum_i c_i F_i(x) ||^2 + lambda tr(G) / 4 ||c||^2
+    Delta = sum_i c_i F_i(s)
     """
     inputs, target = _flows(task.timeline, task.training_origin), task.matched_move
     matrix = task.gram.matrix
@@ -202,8 +208,14 @@ def lfd2(task: Task) -> NDArray[np.float64]:
     """The paper's: one linear layer from the first and the last snapshot, trained on the L1 loss (see lfd2.py)."""
     from farcast_cli.lfd2 import fit_lfd2
 
-    return fit_lfd2(task.sample, task.timeline, task.training_origin, grad_weight=task.options.grad_weight,
-                    per_tensor=task.options.scope == "tensor", device=task.device)  # fmt: skip
+    return fit_lfd2(
+        task.sample,
+        task.timeline,
+        task.training_origin,
+        grad_weight=task.options.grad_weight,
+        per_tensor=task.options.scope == "tensor",
+        device=task.device,
+    )
 
 
 METHODS = {

@@ -15,6 +15,7 @@ Shapes: K tensors, T snapshots, R = T + 1 basis vectors, N elements, M sampled e
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ class Gram:
     def change_of_basis(self, keep: Sequence[int]) -> NDArray[np.float64]:
         """The subset's basis vectors in terms of these, (R', R): a step c' over the subset is c' @ this here."""
         change = np.zeros((len(keep) + 1, self.num_snapshots + 1))
-        for row, (before, after) in enumerate(zip(keep, keep[1:], strict=False)):
+        for row, (before, after) in enumerate(itertools.pairwise(keep)):
             change[row, before:after] = 1.0  # increments add up
         change[len(keep) - 1, : keep[0]] = 1.0  # the new first snapshot: the old one and the increments up to it
         change[len(keep) - 1, -2] = 1.0
@@ -110,8 +111,9 @@ def accumulate(
     kept: list[NDArray[np.float32]] = []
     num_kept = int(min(KEPT_SAMPLE, max(MIN_KEPT, KEPT_BYTES // (4 * num_snapshots * num_tensors))))
     for index, tensor in enumerate(alignment.tensors):
-        matrix[index], sample = _one_tensor(reader, tensor, num_samples=num_samples, num_kept=num_kept, device=where,
-                                            progress=progress)  # fmt: skip
+        matrix[index], sample = _one_tensor(
+            reader, tensor, num_samples=num_samples, num_kept=num_kept, device=where, progress=progress
+        )
         kept.append(sample)
     bounds = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])]).astype(np.int64)
     sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
@@ -119,8 +121,15 @@ def accumulate(
     return Gram(np.array(steps, dtype=np.int64), matrix), Sample(values, bounds, sizes)
 
 
-def _one_tensor(reader: Reader, tensor: AlignedTensor, *, num_samples: int | None, num_kept: int, device: torch.device,
-                progress: Callable[[int], None]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:  # fmt: skip
+def _one_tensor(
+    reader: Reader,
+    tensor: AlignedTensor,
+    *,
+    num_samples: int | None,
+    num_kept: int,
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     num_snapshots = len(tensor.entries)
     total = torch.zeros(num_snapshots + 1, num_snapshots + 1, dtype=torch.float64, device=device)
     sample = sample_stretches(tensor.num_elements, num_samples or KEPT_SAMPLE)

@@ -31,8 +31,9 @@ NUM_STEPS = 300
 LEARNING_RATE = 0.02  # in units of each column's mean size; decays to zero on a cosine
 
 
-def fit_lfd2(sample: Sample, timeline: Timeline, training_origin: float, *, grad_weight: float,
-             per_tensor: bool, device: str = "cpu") -> NDArray[np.float64]:  # fmt: skip
+def fit_lfd2(
+    sample: Sample, timeline: Timeline, training_origin: float, *, grad_weight: float, per_tensor: bool, device: str = "cpu"
+) -> NDArray[np.float64]:
     """Train the layer from x to s and apply it from s; the step's coefficients over the Gram basis, (K, R).
 
     Args:
@@ -53,8 +54,9 @@ def fit_lfd2(sample: Sample, timeline: Timeline, training_origin: float, *, grad
     return step
 
 
-def _training_set(sample: Sample, timeline: Timeline, training_origin: float, *,
-                  per_tensor: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def _training_set(
+    sample: Sample, timeline: Timeline, training_origin: float, *, per_tensor: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs (M, P), target steps (M, J), each row's share of the loss (M,) and its fit (M,).
 
     The layer is written as a step: w_hat - w_x = p_u (w_x - w_0) + p_v w_x + b, which spans the same functions.
@@ -72,12 +74,17 @@ def _training_set(sample: Sample, timeline: Timeline, training_origin: float, *,
     tensor = np.repeat(np.arange(len(counts)), counts)
     share = (1.0 / counts if per_tensor else sample.sizes / counts / sample.sizes.sum())[tensor]
     group = tensor if per_tensor else np.zeros_like(tensor)
-    return (torch.from_numpy(inputs), torch.from_numpy(np.stack(targets, axis=1)), torch.from_numpy(share),
-            torch.from_numpy(group))  # fmt: skip
+    return (
+        torch.from_numpy(inputs),
+        torch.from_numpy(np.stack(targets, axis=1)),
+        torch.from_numpy(share),
+        torch.from_numpy(group),
+    )
 
 
-def _train(inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, group: torch.Tensor, *,
-           grad_weight: float) -> torch.Tensor:  # fmt: skip
+def _train(
+    inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, group: torch.Tensor, *, grad_weight: float
+) -> torch.Tensor:
     """Minimise L_pred + grad_weight L_grad by Adam from zero (persistence): the layers (B, J, P)."""
     num_fits = int(group.max()) + 1
 
@@ -102,7 +109,7 @@ def _train(inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, gro
             growth = torch.diff(torch.cat([previous, steps], dim=1)).clamp_min(0)
             loss = loss + grad_weight * growth.mean(dim=1).sum()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return (layer * target_size[:, None, None] / input_size[:, None, :]).detach()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
@@ -18,10 +17,11 @@ from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
 from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, encode_pickle, iter_tensors
 from farcast_cli.layouts.base import Part, Snapshot, find_step_in_name
 from farcast_cli.layouts.loose_safetensors import STEP_KEYS
-from farcast_cli.resume import Advanced, StateTree, storages_of
-from farcast_cli.tensors import DTYPES, FORECASTABLE, DType, TensorEntry, canonical_name, is_row_major
+from farcast_cli.resume import Advanced, Change, StateTree, storages_of
+from farcast_cli.tensors import DTYPES, FORECASTABLE, DType, TensorEntry, is_row_major
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
@@ -51,7 +51,7 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
-class Literal_:
+class Fixed:
     """Bytes known in advance."""
 
     data: bytes
@@ -68,7 +68,7 @@ class Zeros:
     num_bytes: int
 
 
-Piece = Copy | Values | Literal_ | Zeros
+Piece = Copy | Values | Fixed | Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Rewrite:
     index_of: Mapping[str, int]
     dtype: OutputDType = "source"
     max_shard_bytes: int | None = None
-    batch_counts: Mapping[str, int] | None = None
+    batch_counts: Mapping[str, Change] = field(default_factory=dict)
     valid_step: int = 0
 
     def out_dtype(self, dtype: DType) -> DType:
@@ -111,8 +111,8 @@ class Rewrite:
 
     def pieces(self, entry: TensorEntry) -> tuple[Piece, ...]:
         """Where a tensor's bytes come from."""
-        if entry.name in (self.batch_counts or {}):
-            return (Literal_(struct.pack("<q", self.batch_counts[entry.name])),)  # type: ignore[index]
+        if entry.name in self.batch_counts:
+            return (Fixed(struct.pack("<q", int(self.batch_counts[entry.name].new))),)
         index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
         if index is None and dtype is entry.dtype:
             return (Copy(entry.path, entry.offset, entry.num_bytes),)
@@ -157,9 +157,9 @@ def _plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile |
     return OutputFile(part.name, "raw", (Record("", (Copy(part.path, 0, file_size(part.path)),)),))
 
 
-def _json_output(name: str, tree: Any) -> OutputFile:  # noqa: ANN401
+def _json_output(name: str, tree: Any) -> OutputFile:
     text = json.dumps(tree, indent=2, sort_keys=True) + "\n"  # as the Trainer writes it
-    return OutputFile(name, "raw", (Record("", (Literal_(text.encode()),)),))
+    return OutputFile(name, "raw", (Record("", (Fixed(text.encode()),)),))
 
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
@@ -167,12 +167,11 @@ def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
     return metadata | {key: str(rewrite.valid_step) for key in STEP_KEYS if key in metadata}
 
 
-def _safetensors_output(name: str, entries: Iterable[TensorEntry], metadata: Mapping[str, str],
-                        rewrite: Rewrite) -> OutputFile:  # fmt: skip
+def _safetensors_output(name: str, entries: Iterable[TensorEntry], metadata: Mapping[str, str], rewrite: Rewrite) -> OutputFile:
     listed = list(entries)
     header = encode_header(((e.name, rewrite.out_dtype(e.dtype), e.shape) for e in listed), metadata)
     pieces = [piece for entry in listed for piece in rewrite.pieces(entry)]
-    return OutputFile(name, "raw", (Record("", (Literal_(header), *pieces)),))
+    return OutputFile(name, "raw", (Record("", (Fixed(header), *pieces)),))
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def _torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     if rewrite.dtype != "source" and state.part.role in {"weights", "state"}:
         overlays |= _retype(state, rewrite)
     raw = encode_pickle(state.tree)
-    records = [Record(f"{file.prefix}/data.pkl", (Literal_(raw),))]
+    records = [Record(f"{file.prefix}/data.pkl", (Fixed(raw),))]
     storages = {f"{file.prefix}/data/{storage.key}": storage for storage in storages_of(state.tree)}
     for name, record in file.records.items():
         if name.startswith(f"{file.prefix}/data/") or name == f"{file.prefix}/data.pkl":
@@ -196,7 +195,7 @@ def _torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     return OutputFile(state.part.name, "zip", tuple(records))
 
 
-def _weights_tree(state: StateTree) -> Any:  # noqa: ANN401
+def _weights_tree(state: StateTree) -> Any:
     tree = state.tree
     for key in state.part.weights_key:
         tree = tree[key]
@@ -205,12 +204,13 @@ def _weights_tree(state: StateTree) -> Any:  # noqa: ANN401
 
 def _overlays(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Piece]]]:
     """Replaced stretches of each storage: (byte offset in the storage, piece)."""
-    file, found = state.file, {}
+    file = state.file
+    found: dict[str, list[tuple[int, Piece]]] = {}
     if file is None or state.part.role not in {"weights", "state"}:
         return {}
     for keys, ref in iter_tensors(_weights_tree(state)):
         entry = file.entry(".".join(map(str, keys)), ref)
-        if entry.name in rewrite.index_of or entry.name in (rewrite.batch_counts or {}):
+        if entry.name in rewrite.index_of or entry.name in rewrite.batch_counts:
             (piece,) = replace(rewrite, dtype="source").pieces(entry)
             found.setdefault(ref.storage.key, []).append((ref.offset * ref.dtype.itemsize, piece))
     return found
@@ -220,7 +220,8 @@ def _retype(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Pie
     """Give every floating tensor of the weights a storage of its own in the new type; aliases keep sharing one."""
     file = state.file
     assert file is not None  # noqa: S101
-    weights, made = _weights_tree(state), {}
+    weights = _weights_tree(state)
+    made: dict[tuple[Any, ...], StorageRef] = {}
     overlays: dict[str, list[tuple[int, Piece]]] = {}
     places = {id(ref): ref for _, ref in iter_tensors(weights)}
     names: dict[tuple[Any, ...], str] = {}
@@ -243,7 +244,7 @@ def _retype(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Pie
     return overlays
 
 
-def _replace_refs(tree: Any, rewrite: Rewrite, made: Mapping[tuple[Any, ...], StorageRef]) -> None:  # noqa: ANN401
+def _replace_refs(tree: Any, rewrite: Rewrite, made: Mapping[tuple[Any, ...], StorageRef]) -> None:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, TensorRef):
             storage = made.get((value.storage.key, value.offset, value.shape))
@@ -256,7 +257,7 @@ def _replace_refs(tree: Any, rewrite: Rewrite, made: Mapping[tuple[Any, ...], St
 def _storage_pieces(state: StateTree, storage: StorageRef, overlays: Sequence[tuple[int, Piece]]) -> tuple[Piece, ...]:
     """A storage's bytes: the origin's with the overlays in their places."""
     if storage.key in state.literals:
-        return (Literal_(state.literals[storage.key]),)
+        return (Fixed(state.literals[storage.key]),)
     if storage.key in state.zeroed:
         return (Zeros(storage.num_bytes),)
     pieces: list[Piece] = []
@@ -285,15 +286,20 @@ def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[O
 
     files = [part.content for part in origin.parts if isinstance(part.content, SafetensorsFile)]
     if not files or origin.path.is_file():
-        raise UsageError(f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint, which has no shards",
-                         hint="leave the option out")  # fmt: skip
+        raise UsageError(
+            f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint, which has no shards",
+            hint="leave the option out",
+        )
     entries = {entry.name: entry for file in files for entry in file.entries}
     sizes = {name: e.num_elements * rewrite.out_dtype(e.dtype).itemsize for name, e in entries.items()}
     stem = files[0].path.name.partition("-")[0].removesuffix(".safetensors")
     split = split_state_dict_into_shards_factory(
-        entries, get_storage_size=lambda entry: sizes[entry.name], get_storage_id=lambda _: None,
-        filename_pattern=stem + "{suffix}.safetensors", max_shard_size=rewrite.max_shard_bytes or 0,
-    )  # fmt: skip
+        entries,
+        get_storage_size=lambda entry: sizes[entry.name],
+        get_storage_id=lambda _: None,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=rewrite.max_shard_bytes or 0,
+    )
     metadata = _metadata(files[0], rewrite)
     outputs = [
         _safetensors_output(name, [entries[tensor] for tensor in tensors], metadata, rewrite)
@@ -304,5 +310,3 @@ def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[O
         outputs.append(_json_output(f"{stem}.safetensors.index.json", index))
     others = [part for part in origin.parts if part.role not in {"weights", "weights-index"}]
     return outputs + [output for part in others if (output := _plan_part(part, advanced, rewrite)) is not None]
-
-

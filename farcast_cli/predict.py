@@ -134,10 +134,14 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     notes = []
     newer = newer_steps(fitted)
     if newer and request.origin_step is None:
-        notes.append(f"the run has newer snapshots (up to step {newer[-1]}) than the forecaster: farcast fit {fitted.directory}")
+        notes.append(
+            f"the run has newer snapshots (up to step {newer[-1]}) than the forecaster: farcast fit {fitted.directory}"
+        )
     for outcome in outcomes:
         if outcome.path and request.purpose == "resume" and outcome.decision.ratio > LOSS_JUMP:
-            notes.append(f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first and to be ahead some 200 steps later")
+            notes.append(
+                f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first and to be ahead some 200 steps later"
+            )
         if outcome.path and request.purpose == "evaluation":
             notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
     return list(dict.fromkeys(notes))
@@ -174,6 +178,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
             _check_end(origin, horizon, request)
         moved = advance(history, horizon, optimizer=request.optimizer, counters=request.counters)
         counts = advance_batch_counts(history, horizon) if request.counters == "advance" else {}
+        moved.changes.extend(counts.values())
         rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon)
         advanced.append(moved)
         plans.append(tuple(plan_outputs(origin, moved, rewrite)))
@@ -197,8 +202,10 @@ def _target(request: Request, origin: Snapshot, horizon: int, run: Path) -> Path
     name = forecast_name(origin, origin.step + horizon)
     if request.output is None:
         if (DEFAULT_FOLDER / name).resolve().is_relative_to(run.resolve()):
-            raise OutputError(f"{DEFAULT_FOLDER / name}: lies inside the run's folder {run}",
-                              hint="the trainer could take it for its own: choose a place outside with -o")  # fmt: skip
+            raise OutputError(
+                f"{DEFAULT_FOLDER / name}: lies inside the run's folder {run}",
+                hint="the trainer could take it for its own: choose a place outside with -o",
+            )
         return DEFAULT_FOLDER / name
     several = len(request.horizons) > 1 or request.output.endswith(os.sep)
     return Path(request.output) / name if several else Path(request.output)
@@ -207,13 +214,17 @@ def _target(request: Request, origin: Snapshot, horizon: int, run: Path) -> Path
 def _check_place(target: Path, run: Path, *, overwrite: bool) -> None:
     """Never inside the run's folder, and never over something that farcast did not write."""
     if target.resolve().is_relative_to(run.resolve()):
-        raise OutputError(f"{target}: lies inside the run's folder {run}",
-                          hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o")  # fmt: skip
+        raise OutputError(
+            f"{target}: lies inside the run's folder {run}",
+            hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o",
+        )
     if os.path.lexists(target):
         if not overwrite:
             raise OutputError(f"{target}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
         if not sidecar_of(target).is_file():
-            raise OutputError(f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT")
+            raise OutputError(
+                f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT"
+            )
 
 
 def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
@@ -233,8 +244,9 @@ def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write(prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted,
-           progress: Progress) -> list[Outcome]:  # fmt: skip
+def _write(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, progress: Progress
+) -> list[Outcome]:
     if request.dry_run:
         return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
     if request.evaluator is not None:
@@ -243,8 +255,9 @@ def _write(prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fi
         places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
         notes = [_enter(stack, sidecar_of(target), overwrite=request.overwrite) for target in prepared.targets]
         total = sum(total_bytes(plan) for plan in prepared.plans)
-        tally = write_forecasts(prepared.plans, places, prepared.engine, num_threads=request.num_threads,
-                                progress=progress("predict", total))  # fmt: skip
+        tally = write_forecasts(
+            prepared.plans, places, prepared.engine, num_threads=request.num_threads, progress=progress("predict", total)
+        )
         finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
         for index, (place, note) in enumerate(zip(places, notes, strict=True)):
             _write_sidecar(place, note, _sidecar(prepared, finished[index], request, fitted))
@@ -273,10 +286,16 @@ def _is_file_name(target: Path) -> bool:
 def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
     """One horizon of several, its step scaled."""
     linear = prepared.engine.linear
-    picked = LinearMap(linear.weights[[index]] * scale, linear.gain[[index]] * scale, linear.constant[[index]] * scale,
-                       linear.origin)  # fmt: skip
-    return replace(prepared, engine=replace(prepared.engine, linear=picked), plans=(prepared.plans[index],),
-                   advanced=(prepared.advanced[index],), targets=(prepared.targets[index],))  # fmt: skip
+    picked = LinearMap(
+        linear.weights[[index]] * scale, linear.gain[[index]] * scale, linear.constant[[index]] * scale, linear.origin
+    )
+    return replace(
+        prepared,
+        engine=replace(prepared.engine, linear=picked),
+        plans=(prepared.plans[index],),
+        advanced=(prepared.advanced[index],),
+        targets=(prepared.targets[index],),
+    )
 
 
 def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, progress: Progress) -> Outcome:
@@ -292,8 +311,13 @@ def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: 
             candidate = place.parent / f"strength-{strength}" / place.name
             candidate.parent.mkdir()
             one = _only(prepared, 0, strength)
-            tally_here = write_forecasts(one.plans, [candidate], one.engine, num_threads=request.num_threads,
-                                         progress=progress(f"predict x{strength}", total_bytes(one.plans[0])))  # fmt: skip
+            tally_here = write_forecasts(
+                one.plans,
+                [candidate],
+                one.engine,
+                num_threads=request.num_threads,
+                progress=progress(f"predict x{strength}", total_bytes(one.plans[0])),
+            )
             trials.append(Trial(strength, evaluator.score(candidate)))
             if best_trial(trials, maximize=evaluator.maximize) is trials[-1]:
                 tally, kept = tally_here, candidate
@@ -308,18 +332,27 @@ def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: 
 
 def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
     one = _only(prepared, index)
-    return replace(_finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
-                   bytes_read=bytes_to_read(one.plans[0], one.engine), bytes_written=total_bytes(one.plans[0]))  # fmt: skip
+    return replace(
+        _finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
+        bytes_read=bytes_to_read(one.plans[0], one.engine),
+        bytes_written=total_bytes(one.plans[0]),
+    )
 
 
 def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
     alignment, advanced = prepared.engine.alignment, prepared.advanced[index]
     return replace(
-        outcome, path=prepared.targets[index], num_forecast=len(alignment.tensors), num_copied=len(alignment.copied),
-        unchanged_share=tally.unchanged_share(index), bytes_read=tally.bytes_read,
-        bytes_written=tally.bytes_written // max(1, len(prepared.plans)), seconds=tally.seconds,
-        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes), notes=tuple(advanced.notes),
-    )  # fmt: skip
+        outcome,
+        path=prepared.targets[index],
+        num_forecast=len(alignment.tensors),
+        num_copied=len(alignment.copied),
+        unchanged_share=tally.unchanged_share(index),
+        bytes_read=tally.bytes_read,
+        bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
+        seconds=tally.seconds,
+        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes),
+        notes=tuple(advanced.notes),
+    )
 
 
 def _write_sidecar(place: Path, beside: Path | None, text: str) -> None:
@@ -334,25 +367,45 @@ def _sidecar(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fit
     sizes = np.array([tensor.num_elements for tensor in prepared.engine.alignment.tensors], dtype=float)
     mean = sizes @ linear.weights[index] / sizes.sum()
     content: dict[str, Any] = {
-        "schema_version": 1, "farcast_version": __version__,
-        "origin_step": outcome.origin_step, "valid_step": outcome.valid_step, "horizon": outcome.horizon,
-        "for": request.purpose, "method": outcome.method,
-        "options": {"step_norm": request.options.step_norm, "scale": request.options.scale, "scope": request.options.scope,
-                    "grad_weight": request.options.grad_weight, "optimizer": request.optimizer, "counters": request.counters,
-                    "dtype": request.dtype},
-        "verdict": outcome.decision.verdict, "ratio": _number(outcome.decision.ratio),
+        "schema_version": 1,
+        "farcast_version": __version__,
+        "origin_step": outcome.origin_step,
+        "valid_step": outcome.valid_step,
+        "horizon": outcome.horizon,
+        "for": request.purpose,
+        "method": outcome.method,
+        "options": {
+            "step_norm": request.options.step_norm,
+            "scale": request.options.scale,
+            "scope": request.options.scope,
+            "grad_weight": request.options.grad_weight,
+            "optimizer": request.optimizer,
+            "counters": request.counters,
+            "dtype": request.dtype,
+        },
+        "verdict": outcome.decision.verdict,
+        "ratio": _number(outcome.decision.ratio),
         "coherence": _number(outcome.decision.coherence),
         "origin": os.path.relpath(prepared.origin.path.resolve(), home),
         "inputs": [
-            {"path": os.path.relpath(s.path.resolve(), home), "step": s.step, "bytes": s.num_bytes, "digest": s.digest,
-             "mean_weight": float(mean[t])}
+            {
+                "path": os.path.relpath(s.path.resolve(), home),
+                "step": s.step,
+                "bytes": s.num_bytes,
+                "digest": s.digest,
+                "mean_weight": float(mean[t]),
+            }
             for t, s in enumerate(prepared.snapshots)
         ],
-        "fitted_on": {"snapshots": len(fitted.steps), "first_step": fitted.steps[0], "last_step": fitted.steps[-1],
-                      "samples_per_tensor": fitted.provenance.num_samples},
+        "fitted_on": {
+            "snapshots": len(fitted.steps),
+            "first_step": fitted.steps[0],
+            "last_step": fitted.steps[-1],
+            "samples_per_tensor": fitted.provenance.num_samples,
+        },
         "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.alignment.copied],
         "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
-    }  # fmt: skip
+    }
     if outcome.trials:
         content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
     return json.dumps(content, indent=2) + "\n"

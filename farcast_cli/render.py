@@ -62,7 +62,7 @@ def as_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401
+def _finite(value: Any) -> Any:
     """JSON has no NaN: a number that could not be had is null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -112,8 +112,13 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
     return {
         "layout": trajectory.layout,
         "snapshots": [
-            {"path": str(s.path), "step": s.step, "step_source": s.step_source, "bytes": s.num_bytes,
-             "evidence": [{"source": e.source, "where": e.where, "step": e.step} for e in s.evidence]}
+            {
+                "path": str(s.path),
+                "step": s.step,
+                "step_source": s.step_source,
+                "bytes": s.num_bytes,
+                "evidence": [{"source": e.source, "where": e.where, "step": e.step} for e in s.evidence],
+            }
             for s in trajectory.snapshots
         ],
         "num_tensors": len(alignment.tensors) if alignment else 0,
@@ -121,7 +126,7 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
         "copied": [{"name": c.name, "reason": c.reason} for c in alignment.copied] if alignment else [],
         "ignored": [{"path": str(i.path), "reason": i.reason} for i in trajectory.ignored],
         "problems": list(problems),
-    }  # fmt: skip
+    }
 
 
 def inspect_table(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> None:
@@ -159,19 +164,27 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]]) -> 
 
 def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:
     return {
-        "forecaster": str(path), "origin_step": fitted.steps[-1], "num_snapshots": len(fitted.steps),
-        "num_tensors": len(fitted.provenance.tensors), "sampled": fitted.provenance.num_samples,
-        "bytes_read": bytes_read, "seconds": round(seconds, 3),
-    }  # fmt: skip
+        "forecaster": str(path),
+        "origin_step": fitted.steps[-1],
+        "num_snapshots": len(fitted.steps),
+        "num_tensors": len(fitted.provenance.tensors),
+        "sampled": fitted.provenance.num_samples,
+        "bytes_read": bytes_read,
+        "seconds": round(seconds, 3),
+    }
 
 
 def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: float) -> None:
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
-    note(f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors,"
-         f" {what}, {size(bytes_read)} in {seconds:.1f} s")  # fmt: skip
-    note(f"coherence S = {steady:.2f} (the run's drift in its first half against its second; above .1 a forecast is worth"
-         " resuming from)")  # fmt: skip
+    note(
+        f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors,"
+        f" {what}, {size(bytes_read)} in {seconds:.1f} s"
+    )
+    note(
+        f"coherence S = {steady:.2f} (the run's drift in its first half against its second; above .1 a forecast is worth"
+        " resuming from)"
+    )
     span = fitted.steps[-1] - fitted.steps[0]
     note(f"next: farcast backtest --horizon {max(1, span // 4)}, or farcast predict --horizon {max(1, span // 4)}")
 
@@ -180,12 +193,14 @@ def backtest_json(origin_step: int, steady: float, scores: Sequence[Score], deci
     best = min(scores, key=lambda score: score.ratio, default=None)
     verdicts = {str(horizon): decision.verdict for horizon, decision in decisions.items()}
     return {
-        "origin_step": origin_step, "coherence": steady,
-        "scores": [{"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written}
-                   for s in scores],
+        "origin_step": origin_step,
+        "coherence": steady,
+        "scores": [
+            {"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written} for s in scores
+        ],
         "best": {"method": best.method, "horizon": best.horizon, "ratio": best.ratio} if best else None,
         "verdict": next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
-    }  # fmt: skip
+    }
 
 
 def backtest_table(origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, Decision]) -> None:
@@ -196,8 +211,13 @@ def backtest_table(origin_step: int, steady: float, scores: Sequence[Score], dec
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for score in sorted(scores, key=lambda score: (score.horizon, score.ratio)):
         colour = "green" if score.ratio < 1 else "red"
-        table.add_row(str(score.horizon), score.method, f"{score.ratio:.2f}", f"[{colour}]{bar(score.ratio)}[/]",
-                      f"{score.ratio_as_written:.2f}")  # fmt: skip
+        table.add_row(
+            str(score.horizon),
+            score.method,
+            f"{score.ratio:.2f}",
+            f"[{colour}]{bar(score.ratio)}[/]",
+            f"{score.ratio_as_written:.2f}",
+        )
     console.print(table)
     console.print(f"coherence S = {steady:.2f}" if math.isfinite(steady) else "coherence S: too few snapshots")
     for horizon, decision in decisions.items():
@@ -210,14 +230,24 @@ def backtest_table(origin_step: int, steady: float, scores: Sequence[Score], dec
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
     decision = outcome.decision
     content: dict[str, Any] = {
-        "path": str(outcome.path) if outcome.path else None, "origin_step": outcome.origin_step,
-        "valid_step": outcome.valid_step, "horizon": outcome.horizon, "method": outcome.method,
-        "ratio": decision.ratio, "coherence": decision.coherence, "verdict": decision.verdict, "reason": decision.reason,
-        "num_forecast": outcome.num_forecast, "num_copied": outcome.num_copied,
-        "unchanged_share": round(outcome.unchanged_share, 6), "bytes_read": outcome.bytes_read,
-        "bytes_written": outcome.bytes_written, "seconds": round(outcome.seconds, 3),
-        "changes": list(outcome.changes), "notes": list(outcome.notes),
-    }  # fmt: skip
+        "path": str(outcome.path) if outcome.path else None,
+        "origin_step": outcome.origin_step,
+        "valid_step": outcome.valid_step,
+        "horizon": outcome.horizon,
+        "method": outcome.method,
+        "ratio": decision.ratio,
+        "coherence": decision.coherence,
+        "verdict": decision.verdict,
+        "reason": decision.reason,
+        "num_forecast": outcome.num_forecast,
+        "num_copied": outcome.num_copied,
+        "unchanged_share": round(outcome.unchanged_share, 6),
+        "bytes_read": outcome.bytes_read,
+        "bytes_written": outcome.bytes_written,
+        "seconds": round(outcome.seconds, 3),
+        "changes": list(outcome.changes),
+        "notes": list(outcome.notes),
+    }
     if outcome.trials:
         content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
     return content
@@ -235,9 +265,11 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
     else:
         did = "would write" if dry_run else "wrote"
-        note(f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
-             f" {outcome.num_copied} copied"
-             + ("" if dry_run else f", {outcome.unchanged_share:.1%} of the values unchanged, in {outcome.seconds:.1f} s"))  # fmt: skip
+        note(
+            f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
+            f" {outcome.num_copied} copied"
+            + ("" if dry_run else f", {outcome.unchanged_share:.1%} of the values unchanged, in {outcome.seconds:.1f} s")
+        )
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(f"expected error b = {decision.ratio:.2f} of doing nothing; coherence S = {decision.coherence:.2f}{verdict}")
         for text in outcome.notes:
@@ -255,9 +287,11 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
 
 def verify_json(result: Verification) -> dict[str, Any]:
     return {
-        "ratio": result.ratio, "mean_absolute_error": result.mean_absolute_error, "reference": str(result.reference),
+        "ratio": result.ratio,
+        "mean_absolute_error": result.mean_absolute_error,
+        "reference": str(result.reference),
         "per_tensor": [{"name": t.name, "ratio": t.ratio} for t in result.per_tensor],
-    }  # fmt: skip
+    }
 
 
 def verify_table(result: Verification, *, verbose: bool) -> None:
@@ -269,8 +303,12 @@ def verify_table(result: Verification, *, verbose: bool) -> None:
     for tensor in rows if verbose else rows[:MAX_ROWS]:
         ratio = math.nan if tensor.ratio is None else tensor.ratio
         colour = "green" if ratio < 1 else "red"
-        table.add_row(escape(tensor.name), f"{tensor.num_elements:,}", "-" if tensor.ratio is None else f"{ratio:.2f}",
-                      f"[{colour}]{bar(ratio)}[/]")  # fmt: skip
+        table.add_row(
+            escape(tensor.name),
+            f"{tensor.num_elements:,}",
+            "-" if tensor.ratio is None else f"{ratio:.2f}",
+            f"[{colour}]{bar(ratio)}[/]",
+        )
     console.print(table)
     if len(rows) > MAX_ROWS and not verbose:
         console.print(f"and {len(rows) - MAX_ROWS} smaller tensors (-v shows all)")
@@ -278,5 +316,7 @@ def verify_table(result: Verification, *, verbose: bool) -> None:
         console.print("the truth equals the reference: there was nothing to forecast")
         return
     better = f"{1 - result.ratio:.0%} closer to the truth than" if result.ratio < 1 else "no closer to the truth than"
-    console.print(f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot it was made from;"
-                  f" mean absolute error {result.mean_absolute_error:.3g}")  # fmt: skip
+    console.print(
+        f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot it was made from;"
+        f" mean absolute error {result.mean_absolute_error:.3g}"
+    )

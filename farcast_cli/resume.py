@@ -10,16 +10,18 @@ from __future__ import annotations
 import copy
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
+from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, iter_tensors, read_torch_file
 from farcast_cli.layouts.torch_payload import number
 from farcast_cli.schedules import Observation, advance_scheduler, is_scheduler_state
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from farcast_cli.layouts.base import Part, Snapshot
 
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
@@ -82,8 +84,9 @@ class _History:
         return found
 
 
-def advance(snapshots: Sequence[Snapshot], horizon: int, *, optimizer: OptimizerMode = "copy",
-            counters: CountersMode = "advance") -> Advanced:  # fmt: skip
+def advance(
+    snapshots: Sequence[Snapshot], horizon: int, *, optimizer: OptimizerMode = "copy", counters: CountersMode = "advance"
+) -> Advanced:
     """The state of the last snapshot as it should be `horizon` steps later.
 
     Args:
@@ -91,10 +94,12 @@ def advance(snapshots: Sequence[Snapshot], horizon: int, *, optimizer: Optimizer
     """
     origin = snapshots[-1]
     histories = _load(snapshots[-HISTORY:])
-    result = Advanced({
-        name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
-        for name, part in ((part.name, part) for part in origin.parts if part.role in _STATE_ROLES)
-    })  # fmt: skip
+    result = Advanced(
+        {
+            name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
+            for name, part in ((part.name, part) for part in origin.parts if part.role in _STATE_ROLES)
+        }
+    )
     if counters == "advance":
         for name, state in result.trees.items():
             _advance_counters(state, histories[name], origin.step + horizon, result)
@@ -104,10 +109,8 @@ def advance(snapshots: Sequence[Snapshot], horizon: int, *, optimizer: Optimizer
     return result
 
 
-def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, int]:
+def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, Change]:
     """BatchNorm's `num_batches_tracked` by tensor name, moved on by its own rate."""
-    from farcast_cli.formats.files import read_bytes
-
     moved = {}
     for name, entry in snapshots[-1].tensors.items():
         if name.rpartition(".")[2] == "num_batches_tracked" and entry.dtype.name == "int64" and entry.num_elements == 1:
@@ -115,7 +118,7 @@ def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[st
             series = [(step, struct.unpack("<q", read_bytes(e.path, e.offset, 8))[0]) for step, e in entries]
             new = extrapolate(series, snapshots[-1].step + horizon)
             if new is not None:
-                moved[name] = int(new)
+                moved[name] = Change(name, series[-1][1], int(new))
     return moved
 
 
@@ -197,10 +200,10 @@ def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]]
     new = extrapolate(series, target)
     if new is None:
         return None
-    return float(new) if isinstance(value, float) else int(new)
+    return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
 
 
-def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Path_, int | float | TensorRef]]:  # noqa: ANN401
+def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Path_, int | float | TensorRef]]:
     """Every leaf that may count: integers, a few floats, and the optimiser's `step` tensors.
 
     Left out: weights, schedules (they have rules of their own), and whatever remembers a best value.
@@ -214,9 +217,11 @@ def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Pat
             yield from _counters(value, (*path, key), skip=skip)
         elif isinstance(tree, list) or isinstance(value, bool):
             continue
-        elif isinstance(value, int) or (isinstance(value, float) and (key in _FLOAT_COUNTERS or key == "step")):
-            yield (*path, key), value
-        elif isinstance(value, TensorRef) and key == "step" and "state" in path and value.dtype.name in _PACK:
+        elif (
+            isinstance(value, int)
+            or (isinstance(value, float) and (key in _FLOAT_COUNTERS or key == "step"))
+            or (isinstance(value, TensorRef) and key == "step" and "state" in path and value.dtype.name in _PACK)
+        ):
             yield (*path, key), value
 
 
@@ -228,8 +233,7 @@ def _packed(ref: TensorRef, value: float) -> bytes:
 # --- schedules and optimisers ----------------------------------------------------------------------------------------
 
 
-def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snapshots: Sequence[Snapshot],
-                       target: int) -> None:  # fmt: skip
+def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snapshots: Sequence[Snapshot], target: int) -> None:
     """Step every schedule on, and hand its learning rates to the optimiser that it belongs to."""
     optimizers = [groups for state in result.trees.values() for groups in _param_groups(state.tree)]
     schedulers = [(name, path) for name, state in result.trees.items() for path in _scheduler_paths(state.tree)]
@@ -245,8 +249,7 @@ def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snap
             continue
         seen = [_observation(tree, path) for _, tree, _ in history.states]
         before = copy.deepcopy([dict(group) for group in groups])
-        note = advance_scheduler(state, groups, int(new), total_steps=total,
-                                 observations=[o for o in seen if o is not None])  # fmt: skip
+        note = advance_scheduler(state, groups, int(new), total_steps=total, observations=[o for o in seen if o is not None])
         result.changes.append(Change(f"{where}.last_epoch", series[-1][1], int(new)))
         for old, group in zip(before, groups, strict=True):
             if old["lr"] != group["lr"]:
@@ -325,14 +328,12 @@ def _load(snapshots: Sequence[Snapshot]) -> dict[str, _History]:
         for part in snapshot.parts:
             if part.role in _STATE_ROLES:
                 content = part.content if part.content is not None else read_torch_file(part.path)
-                is_torch = isinstance(content, TorchFile)
-                by_name.setdefault(part.name, []).append(
-                    (snapshot.step, content.tree if is_torch else content, content if is_torch else None)  # type: ignore[union-attr]
-                )
+                file = content if isinstance(content, TorchFile) else None
+                by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
     return {name: _History(tuple(states)) for name, states in by_name.items()}
 
 
-def _leaf(tree: Any, path: Path_) -> Any:  # noqa: ANN401
+def _leaf(tree: Any, path: Path_) -> Any:
     for key in path:
         if isinstance(tree, dict):
             tree = tree.get(key)
@@ -343,7 +344,7 @@ def _leaf(tree: Any, path: Path_) -> Any:  # noqa: ANN401
     return tree
 
 
-def _set(tree: Any, path: Path_, value: object) -> None:  # noqa: ANN401
+def _set(tree: Any, path: Path_, value: object) -> None:
     for key in path[:-1]:
         tree = tree[key]
     tree[path[-1]] = value

@@ -50,12 +50,19 @@ SIGNATURES = {
 
 
 def is_scheduler_state(tree: object) -> bool:
-    return isinstance(tree, dict) and "last_epoch" in tree and ("_last_lr" in tree or "base_lrs" in tree or
-                                                               "_schedulers" in tree)  # fmt: skip
+    return (
+        isinstance(tree, dict) and "last_epoch" in tree and ("_last_lr" in tree or "base_lrs" in tree or "_schedulers" in tree)
+    )
 
 
-def advance_scheduler(state: dict[str, Any], groups: list[dict[str, Any]], target: int, *,
-                      total_steps: int | None = None, observations: Sequence[Observation] = ()) -> str:  # fmt: skip
+def advance_scheduler(
+    state: dict[str, Any],
+    groups: list[dict[str, Any]],
+    target: int,
+    *,
+    total_steps: int | None = None,
+    observations: Sequence[Observation] = (),
+) -> str:
     """Move a schedule's state, in place, to `target` steps, and the groups' learning rates with it.
 
     Returns:
@@ -76,8 +83,7 @@ def _holds_lambda(state: dict[str, Any]) -> bool:
 
 
 def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
-    stand_in = SimpleNamespace(param_groups=[_with_rates(group, state, i) for i, group in enumerate(groups)],
-                               step=lambda: None)  # fmt: skip
+    stand_in = SimpleNamespace(param_groups=[_with_rates(group, state, i) for i, group in enumerate(groups)], step=lambda: None)
     schedule = _rebuild(name, state, stand_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here
@@ -94,7 +100,7 @@ def _with_rates(group: dict[str, Any], state: dict[str, Any], index: int) -> dic
     return {"initial_lr": base[min(index, len(base) - 1)], **copy.deepcopy(group)}
 
 
-def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> Any:  # noqa: ANN401 - torch's classes
+def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> Any:
     from torch.optim import lr_scheduler
 
     kind = getattr(lr_scheduler, name)
@@ -115,7 +121,7 @@ def _name_of(state: dict[str, Any]) -> str:
     return next(name for name, keys in SIGNATURES.items() if keys <= state.keys())
 
 
-def _state_of(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+def _state_of(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:
     """The schedule's state with the keys that it had."""
     after = {key: value for key, value in schedule.__dict__.items() if key in before and key != "_schedulers"}
     if "_schedulers" in before:
@@ -127,8 +133,13 @@ def _state_of(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:  # noqa:
 # --- LambdaLR --------------------------------------------------------------------------------------------------------
 
 
-def _advance_lambda(state: dict[str, Any], groups: list[dict[str, Any]], target: int, total_steps: int | None,
-                    observations: Sequence[Observation]) -> str:  # fmt: skip
+def _advance_lambda(
+    state: dict[str, Any],
+    groups: list[dict[str, Any]],
+    target: int,
+    total_steps: int | None,
+    observations: Sequence[Observation],
+) -> str:
     count = target - state["last_epoch"]
     state["last_epoch"] = target
     if isinstance(state.get("_step_count"), int):
@@ -143,8 +154,7 @@ def _advance_lambda(state: dict[str, Any], groups: list[dict[str, Any]], target:
     return ""
 
 
-def infer_factor(observations: Sequence[Observation], base: float, target: int,
-                 total_steps: int | None) -> float | None:  # fmt: skip
+def infer_factor(observations: Sequence[Observation], base: float, target: int, total_steps: int | None) -> float | None:
     """The factor on the base rate at `target`, from the one formula that explains all observations; else None."""
     seen = sorted({(o.step, o.rate / base) for o in observations})
     if len(seen) < 2:  # noqa: PLR2004 - one point fits anything

@@ -46,7 +46,7 @@ class Reader:
     def read(self, entry: TensorEntry, stretch: Stretch, out: torch.Tensor) -> None:
         """Fill `out` (N bytes x itemsize, uint8) with a stretch's raw bytes."""
         offset = entry.offset + stretch.start * entry.dtype.itemsize
-        read_into(self._file(entry.path), memoryview(out.numpy()), offset, entry.path)
+        read_into(self._file(entry.path), buffer_of(out), offset, entry.path)
 
     def read_values(self, entry: TensorEntry, stretch: Stretch) -> torch.Tensor:
         """A stretch's values in their own dtype, shape (N,)."""
@@ -56,7 +56,7 @@ class Reader:
 
     def read_bytes(self, path: Path, offset: int, num_bytes: int) -> torch.Tensor:
         raw = torch.empty(num_bytes, dtype=torch.uint8)
-        read_into(self._file(path), memoryview(raw.numpy()), offset, path)
+        read_into(self._file(path), buffer_of(raw), offset, path)
         return raw
 
     def _file(self, path: Path) -> int:
@@ -78,6 +78,11 @@ class _OpenFile:
         fd = getattr(self, "fd", None)
         if fd is not None:
             os.close(fd)
+
+
+def buffer_of(raw: torch.Tensor) -> memoryview:
+    """The memory of a uint8 tensor, to read into or to write from."""
+    return raw.numpy().data
 
 
 def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:

@@ -5,18 +5,19 @@ Knows how steps are settled (by evidence, cross-checked) and how tensors are mat
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError
 from farcast_cli.layouts import recognise
-from farcast_cli.layouts.base import Evidence, Layout, Snapshot, find_step_in_name
+from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name
 from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
 OWN_FILE_PREFIX = "forecaster"
@@ -162,14 +163,18 @@ def _candidates(directory: Path) -> tuple[list[tuple[Path, Layout]], list[Ignore
         if layout is not None:
             found.append((path, layout))
         elif not path.name.startswith("."):
-            ignored.append(Ignored(path, "farcast's own file" if path.name.startswith(OWN_FILE_PREFIX)
-                                   else "no checkpoint of a known layout"))  # fmt: skip
+            ignored.append(
+                Ignored(
+                    path, "farcast's own file" if path.name.startswith(OWN_FILE_PREFIX) else "no checkpoint of a known layout"
+                )
+            )
     if not found:
         alone = recognise(directory)
         raise TooFewSnapshotsError(
             f"{directory}: no snapshots found" + (f", this is itself one {alone.name} checkpoint" if alone else ""),
-            hint=f"name the folder above it: {directory.resolve().parent}" if alone
-            else "see docs/formats.md for the layouts that are read",  # fmt: skip
+            hint=f"name the folder above it: {directory.resolve().parent}"
+            if alone
+            else "see docs/formats.md for the layouts that are read",
         )
     return found, ignored
 
@@ -216,7 +221,7 @@ def _cross_check(snapshots: Sequence[Snapshot], source: str) -> Iterator[str]:
     if not odd:
         return
     numbers = [(s.step, item.step) for s, item in pairs]
-    if source == "adam step" and all(a[1] <= b[1] for a, b in zip(numbers, numbers[1:], strict=False)):
+    if source == "adam step" and all(a[1] <= b[1] for a, b in itertools.pairwise(numbers)):
         return
     if _is_affine(numbers):
         yield f"{odd[0][1].where} counts in a unit of its own: {odd[0][1].step} at step {odd[0][0].step}"
@@ -269,7 +274,8 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
     by_name = [{canonical_name(name): entry for name, entry in s.tensors.items()} for s in snapshots]
     for snapshot, tensors in zip(snapshots, by_name, strict=True):
         _check_same_model(snapshot, tensors.keys(), origin, names.keys())
-    tensors, copied = [], []
+    aligned: list[AlignedTensor] = []
+    copied: list[Copied] = []
     seen: dict[tuple[Path, int, int], str] = {}
     for key, name in names.items():
         entries = tuple(tensors_of[key] for tensors_of in by_name)
@@ -281,15 +287,16 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
             copied.append(Copied(name, f"tied to {seen[place]}"))
         else:
             seen[place] = name
-            tensors.append(AlignedTensor(name, entries))
+            aligned.append(AlignedTensor(name, entries))
             _check_shapes(name, entries, snapshots)
-    if not tensors:
+    if not aligned:
         raise SnapshotError(
             f"{origin.path}: nothing to forecast: all {len(copied)} tensors are copied ({copied[0].reason})"
-            if copied else f"{origin.path}: it holds no tensors",  # fmt: skip
+            if copied
+            else f"{origin.path}: it holds no tensors",
             hint="loosen --include and --exclude" if include or exclude else "",
         )
-    return Alignment(tuple(tensors), tuple(copied))
+    return Alignment(tuple(aligned), tuple(copied))
 
 
 def _check_same_model(snapshot: Snapshot, names: object, origin: Snapshot, expected: object) -> None:
@@ -314,8 +321,9 @@ def _check_shapes(name: str, entries: Sequence[TensorEntry], snapshots: Sequence
             )
 
 
-def _reason_to_copy(name: str, entries: Sequence[TensorEntry], include: Sequence[str], exclude: Sequence[str],
-                    rough: frozenset[str]) -> str:  # fmt: skip
+def _reason_to_copy(
+    name: str, entries: Sequence[TensorEntry], include: Sequence[str], exclude: Sequence[str], rough: frozenset[str]
+) -> str:
     from fnmatch import fnmatchcase
 
     if any(fnmatchcase(name, pattern) for pattern in exclude):

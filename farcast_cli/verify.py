@@ -56,15 +56,18 @@ def find_reference(forecast: Path) -> Path:
     try:
         origin = json.loads(sidecar.read_text())["origin"]
     except OSError as error:
-        raise UsageError(f"{forecast}: no {sidecar.name} says what it was forecast from",
-                         hint="--reference CKPT names the last snapshot before the forecast") from error  # fmt: skip
+        raise UsageError(
+            f"{forecast}: no {sidecar.name} says what it was forecast from",
+            hint="--reference CKPT names the last snapshot before the forecast",
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{sidecar}: not a forecast's provenance", hint="--reference CKPT") from error
     return forecast.parent / str(origin)
 
 
-def verify(forecast: Path, truth: Path, reference: Path, *,
-           progress: Callable[[str, int], Callable[[int], None]]) -> Verification:  # fmt: skip
+def verify(
+    forecast: Path, truth: Path, reference: Path, *, progress: Callable[[str, int], Callable[[int], None]]
+) -> Verification:
     """Compare three checkpoints of the same model, tensor by tensor.
 
     Raises:

@@ -12,7 +12,7 @@ import shutil
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from farcast_cli.errors import OutputError
 from farcast_cli.formats.torch_file import zip_info
@@ -44,7 +44,9 @@ def staged(final: Path, *, overwrite: bool = False, may_stay_empty: bool = False
         hidden.mkdir(exist_ok=True)
         lock = os.open(hidden, os.O_RDONLY)
     except OSError as error:
-        raise OutputError(f"{final.parent}: cannot be written: {error.strerror}", hint="choose another place with -o") from error
+        raise OutputError(
+            f"{final.parent}: cannot be written: {error.strerror}", hint="choose another place with -o"
+        ) from error
     try:
         _lock(lock, hidden)
         _clear(hidden)
@@ -158,7 +160,7 @@ class ZipSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("xb+")
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        self._record: zipfile._ZipWriteFile | None = None  # type: ignore[name-defined]
+        self._record: IO[bytes] | None = None
         self._unsynced = 0
 
     def begin(self, name: str, num_bytes: int) -> None:
@@ -167,6 +169,7 @@ class ZipSink:
         self._record = self._archive.open(info, "w", force_zip64=True)
 
     def write(self, data: memoryview) -> None:
+        assert self._record is not None  # noqa: S101 - begin() comes first
         self._record.write(data)
         self._unsynced = _start_writeback(self._file.fileno(), self._file.tell(), self._unsynced)
 

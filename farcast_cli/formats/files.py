@@ -6,9 +6,12 @@ A file that is cut short while it is read raises an error here; the same under m
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _LFS_PREFIX = b"version https://git-lfs"
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB

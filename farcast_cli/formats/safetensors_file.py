@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 ALIGNMENT = 8
+_LENGTH_BYTES = 8  # of the header length in front
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     head = read_bytes(path, 0, min(size, 32))
     refuse_lfs_pointer(path, head)
     length = int.from_bytes(head[:8], "little")
-    limit = min(size - 8, MAX_HEADER_BYTES)
-    if size < 8 or length > limit or head[8:9] != b"{":
-        found = f"a header of {length} bytes" if size >= 8 else f"{size} bytes in all"
+    limit = min(size - _LENGTH_BYTES, MAX_HEADER_BYTES)
+    if size < _LENGTH_BYTES or length > limit or head[8:9] != b"{":
+        found = f"a header of {length} bytes" if size >= _LENGTH_BYTES else f"{size} bytes in all"
         raise _damaged(path, f"no safetensors header: expected one of at most {max(limit, 0)} bytes, found {found}")
     raw = read_bytes(path, 8, length)
     header = _parse(path, raw)
@@ -121,9 +122,7 @@ def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
         raise FileFormatError(f"{path}: tensor {name!r} has the unknown dtype {spec['dtype']!r}")
     entry = TensorEntry(name, dtype, tuple(shape), path, data_start + offsets[0])
     if offsets[1] - offsets[0] != entry.num_bytes:
-        raise _damaged(
-            path, f"tensor {name!r}: expected {entry.num_bytes} bytes of data, found {offsets[1] - offsets[0]}"
-        )
+        raise _damaged(path, f"tensor {name!r}: expected {entry.num_bytes} bytes of data, found {offsets[1] - offsets[0]}")
     return entry
 
 

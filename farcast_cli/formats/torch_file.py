@@ -13,7 +13,6 @@ import io
 import pickle
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, TensorEntry, is_dense, is_row_major
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors take less
@@ -164,9 +164,7 @@ def zip_info(name: str, *, position: int, num_bytes: int) -> zipfile.ZipInfo:
 def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
     if head[:1] == b"\x80":
         convert = f"import torch; f={str(path)!r}; torch.save(torch.load(f, weights_only=True), f + '.new.pt')"
-        return FileFormatError(
-            f"{path}: an old torch file (before torch 1.6), expected a zip", hint=f'python -c "{convert}"'
-        )
+        return FileFormatError(f"{path}: an old torch file (before torch 1.6), expected a zip", hint=f'python -c "{convert}"')
     return FileFormatError(
         f"{path}: not a torch file: expected a zip, found {bytes(head[:8])!r}",
         hint="the file is damaged or something else: save or download it again, or keep it out of this folder",
@@ -243,7 +241,7 @@ def _counts(value: object) -> tuple[int, ...]:
     return value
 
 
-def _rebuild_tensor_v2(*args: Any) -> TensorRef:  # noqa: ANN401 - whatever the pickle holds
+def _rebuild_tensor_v2(*args: Any) -> TensorRef:
     storage, offset, shape, stride, requires_grad = args[:5]
     if not isinstance(storage, StorageRef) or not isinstance(offset, int):
         raise UnsafeFileError("a tensor without a storage")
@@ -253,14 +251,14 @@ def _rebuild_tensor_v2(*args: Any) -> TensorRef:  # noqa: ANN401 - whatever the 
     return TensorRef(storage, storage.dtype, offset, shape, stride, bool(requires_grad))
 
 
-def _rebuild_tensor_v3(*args: Any) -> TensorRef:  # noqa: ANN401
+def _rebuild_tensor_v3(*args: Any) -> TensorRef:
     ref = _rebuild_tensor_v2(*args[:5])
     if len(args) <= 6 or not isinstance(args[6], Name):  # noqa: PLR2004 - storage, offset, 2 shapes, grad, hooks, dtype
         raise UnsafeFileError("a tensor without a dtype")
     return TensorRef(ref.storage, args[6].dtype, ref.offset, ref.shape, ref.stride, ref.requires_grad)
 
 
-def _rebuild_parameter(*args: Any) -> TensorRef:  # noqa: ANN401
+def _rebuild_parameter(*args: Any) -> TensorRef:
     if len(args) != _PARAMETER_ARGS or not isinstance(args[0], TensorRef):
         raise UnsafeFileError("a parameter without a tensor")
     ref = args[0]
@@ -280,7 +278,7 @@ class Size(tuple):  # type: ignore[type-arg]
     __slots__ = ()
 
 
-def _size(*args: Any) -> Size:  # noqa: ANN401
+def _size(*args: Any) -> Size:
     return Size(_counts(args[0] if args else ()))
 
 
@@ -297,7 +295,7 @@ _SAFE: dict[str, Callable[..., Any]] = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # noqa: SLF001
+class _Unpickler(pickle._Unpickler):  # noqa: SLF001
     """Python's own unpickler in Python: its memo is a dict, so a huge memo index allocates nothing."""
 
     def __init__(self, raw: bytes) -> None:
@@ -360,7 +358,7 @@ class _Pickler(pickle.Pickler):
         kind = torch.UntypedStorage if obj.dtype is _UNTYPED else getattr(torch, obj.dtype.storage)
         return ("storage", kind, obj.key, obj.location, obj.size)
 
-    def reducer_override(self, obj: object) -> Any:  # noqa: ANN401 - pickle's own protocol
+    def reducer_override(self, obj: object) -> Any:
         if isinstance(obj, TensorRef):
             call = _tensor_call(obj)
             return call.function, call.args
@@ -373,7 +371,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _with_torch_names(tree: Any) -> Any:  # noqa: ANN401
+def _with_torch_names(tree: Any) -> Any:
     """The tree with torch's own element types in place of their names; containers are edited in place."""
     if isinstance(tree, Name):
         import torch

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from farcast_cli.layouts import hf_trainer, hub_folder, loose_safetensors, torch_payload
-from farcast_cli.layouts.base import Layout
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from farcast_cli.layouts.base import Layout
 
 LAYOUTS: tuple[Layout, ...] = (hf_trainer.LAYOUT, hub_folder.LAYOUT, loose_safetensors.LAYOUT, torch_payload.LAYOUT)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +11,12 @@ from farcast_cli.errors import FileFormatError, SnapshotError
 from farcast_cli.formats.files import file_size
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TensorRef, TorchFile, is_streamable, iter_tensors
-from farcast_cli.tensors import TensorEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from farcast_cli.tensors import TensorEntry
 
 Role = Literal["weights", "weights-index", "state", "optimizer", "scheduler", "trainer-state", "other"]
 Source = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler"]
@@ -113,8 +113,9 @@ def unique_tensors(files: Iterable[SafetensorsFile], path: Path) -> dict[str, Te
     for file in files:
         for entry in file.entries:
             if entry.name in tensors:
-                raise SnapshotError(f"{path}: tensor {entry.name!r} is in two files, {tensors[entry.name].path.name}"
-                                    f" and {file.path.name}")  # fmt: skip
+                raise SnapshotError(
+                    f"{path}: tensor {entry.name!r} is in two files, {tensors[entry.name].path.name} and {file.path.name}"
+                )
             tensors[entry.name] = entry
     return tensors
 

@@ -26,9 +26,7 @@ def _read(path: Path) -> Snapshot:
     found = ((key, file.metadata[key]) for key in STEP_KEYS if key in file.metadata)
     metadata = tuple(Evidence("metadata", f"metadata {key}", int(text)) for key, text in found if text.isdecimal())
     tensors = {entry.name: entry for entry in file.entries}
-    return Snapshot(
-        path, LAYOUT.name, (Part(path, "", "weights", file),), tensors, (*name_evidence(path), *metadata[:1])
-    )
+    return Snapshot(path, LAYOUT.name, (Part(path, "", "weights", file),), tensors, (*name_evidence(path), *metadata[:1]))
 
 
 LAYOUT = Layout("safetensors", _recognises, _read)

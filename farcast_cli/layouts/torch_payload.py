@@ -79,7 +79,9 @@ def number(file: TorchFile, value: object) -> int | float | None:
     """A number, or the one element of a tensor of the file; None for anything else."""
     if isinstance(value, TensorRef) and value.dtype.name in _NUMBERS and all(size == 1 for size in value.shape):
         entry = file.entry("", value)
-        return struct.unpack(_NUMBERS[value.dtype.name], read_bytes(file.path, entry.offset, entry.num_bytes))[0]
+        found: int | float
+        (found,) = struct.unpack(_NUMBERS[value.dtype.name], read_bytes(file.path, entry.offset, entry.num_bytes))
+        return found
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
