@@ -7,12 +7,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
 from farcast_cli import __version__
-from farcast_cli.errors import FarcastError, SnapshotError, UsageError
+from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, UsageError
 
 EPILOG = (
     "Exit codes: 0 done, 1 bug, 2 usage, 3 snapshots unusable, 4 unreadable or unsafe file, 5 output,"
@@ -102,7 +102,7 @@ Method = Annotated[
     str | None,
     typer.Option(envvar=_env("METHOD"), metavar="NAME", help="blend, k5, drift, lfd2, line, average or persistence."),
 ]
-Purpose = Annotated[
+PurposeOption = Annotated[
     str,
     typer.Option(
         "--for",
@@ -111,7 +111,7 @@ Purpose = Annotated[
         help="Resume training from the forecast, or evaluate and ship it.",
     ),
 ]
-StepNorm = Annotated[
+StepNormOption = Annotated[
     str | None,
     typer.Option(
         envvar=_env("STEP_NORM"),
@@ -119,7 +119,7 @@ StepNorm = Annotated[
         help="How long each tensor's step is; the method's own by default.",
     ),
 ]
-Scope = Annotated[
+ScopeOption = Annotated[
     str, typer.Option(envvar=_env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (k5, lfd2).")
 ]
 GradWeight = Annotated[float, typer.Option(envvar=_env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
@@ -207,7 +207,7 @@ def backtest(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
     horizon: Annotated[str | None, typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]", help="Steps ahead.")] = None,
     forecaster: Forecaster = Path("forecaster.safetensors"),
-    purpose: Purpose = "resume",
+    purpose: PurposeOption = "resume",
     method: Method = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -223,16 +223,16 @@ def backtest(
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
     horizons = _horizons(horizon)
-    _check_purpose(purpose)
     _prepare_torch(device, threads)
     from farcast_cli import render
-    from farcast_cli.backtest import coherence, decide, score
+    from farcast_cli.backtest import Purpose, coherence, decide, score
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecaster import METHODS, Task, find_method
     from farcast_cli.predict import DEFAULT_METHOD
     from farcast_cli.timeline import Timeline
 
-    chosen = find_method(method or DEFAULT_METHOD[purpose])  # type: ignore[index]
+    aim: Purpose = _one_of("for", purpose, Purpose)
+    chosen = find_method(method or DEFAULT_METHOD[aim])
     fitted = (
         _fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, [0])
         if directory
@@ -240,14 +240,13 @@ def backtest(
     )
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
     tasks = {h: Task(fitted.gram, fitted.sample, timeline, float(h), device=_device_name(device)) for h in horizons}
-    decisions = {h: decide(chosen, task, purpose) for h, task in tasks.items()}  # type: ignore[arg-type]
+    decisions = {h: decide(chosen, task, aim) for h, task in tasks.items()}
     scores = score([find_method(method)] if method else list(METHODS.values()), tasks[horizons[0]], horizons)
     steady = coherence(fitted.gram, timeline)
-    show = render.backtest_table
     if json_:
         render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions))
     else:
-        show(fitted.steps[-1], steady, scores, decisions)
+        render.backtest_table(fitted.steps[-1], steady, scores, decisions)
 
 
 @app.command(
@@ -272,11 +271,11 @@ def predict(
             " forecasts/NAME by default.",
         ),
     ] = None,
-    purpose: Purpose = "resume",
+    purpose: PurposeOption = "resume",
     method: Method = None,
-    step_norm: StepNorm = None,
+    step_norm: StepNormOption = None,
     scale: Annotated[float, typer.Option(envvar=_env("SCALE"), help="Multiplies the step.")] = 1.0,
-    scope: Scope = "auto",
+    scope: ScopeOption = "auto",
     grad_weight: GradWeight = 0.0,
     origin: Annotated[
         int | None,
@@ -331,35 +330,31 @@ def predict(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
-    for name, value, allowed in (
-        ("optimizer", optimizer, ("copy", "zero-momentum", "reset", "drop")),
-        ("counters", counters, ("advance", "keep")),
-        ("dtype", dtype, ("source", "float32", "bfloat16", "float16")),
-    ):
-        _check_choice(name, value, allowed)
-    _check_purpose(purpose)
     _check_horizon_options(horizon, to_step)
     num_threads = _prepare_torch(device, threads)
     from farcast_cli import render
+    from farcast_cli.backtest import Purpose
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
-    from farcast_cli.forecaster import Options, check_options
+    from farcast_cli.forecaster import Options, Scope, StepNorm
+    from farcast_cli.plan import OutputDType
     from farcast_cli.predict import Request, default_notes
     from farcast_cli.predict import predict as run
+    from farcast_cli.resume import CountersMode, OptimizerMode
 
-    options = Options(step_norm, scale, scope, grad_weight)  # type: ignore[arg-type]
-    check_options(options)
+    norm = None if step_norm is None else _one_of("step-norm", step_norm, StepNorm)
+    options = Options(norm, scale, _one_of("scope", scope, Scope), grad_weight)
     fitted = load_fitted(forecaster)
     start = fitted.steps[-1] if origin is None else origin
     request = Request(
         horizons=_horizons(horizon) if to_step is None else (to_step - start,),
-        purpose=purpose,
-        method=method,  # type: ignore[arg-type]
+        purpose=_one_of("for", purpose, Purpose),
+        method=method,
         options=options,
         origin_step=origin,
-        optimizer=optimizer,
-        counters=counters,
-        dtype=dtype,  # type: ignore[arg-type]
+        optimizer=_one_of("optimizer", optimizer, OptimizerMode),
+        counters=_one_of("counters", counters, CountersMode),
+        dtype=_one_of("dtype", dtype, OutputDType),
         max_shard_bytes=_size(max_shard_size),
         output=output,
         even_if_worse=even_if_worse,
@@ -382,17 +377,9 @@ def predict(
     elif not dry_run:
         render.paths(written)
     if not written:
-        _no_forecast(outcomes, quiet=quiet)
-
-
-def _no_forecast(outcomes: Any, *, quiet: bool) -> NoReturn:
-    from farcast_cli import render
-    from farcast_cli.errors import NoForecastError
-
-    if not quiet:
-        render.note("hint: keep training and fit again, try another --horizon, or write it all the same with --even-if-worse")
-    del outcomes
-    raise typer.Exit(NoForecastError.exit_code)
+        hint = "keep training and fit again, try another --horizon, or write it all the same with --even-if-worse"
+        render.note(f"hint: {hint}", quiet=quiet)
+        raise typer.Exit(NoForecastError.exit_code)
 
 
 @app.command(epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
@@ -464,13 +451,11 @@ def _fit(
         )
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"--{name} {value}: expected one of {', '.join(allowed)}")
-
-
-def _check_purpose(purpose: str) -> None:
-    _check_choice("for", purpose, ("resume", "evaluation"))
+def _one_of(option: str, value: str, allowed: Any) -> Any:
+    """A value of a Literal type."""
+    if value not in get_args(allowed):
+        raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(allowed))}")
+    return value
 
 
 def _check_horizon_options(horizon: str | None, to_step: int | None) -> None:

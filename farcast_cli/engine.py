@@ -265,8 +265,7 @@ def _forecast_stretch(piece: Values, stretch: Stretch, engine: Engine) -> _Resul
     """One stretch of one tensor at all horizons."""
     source = engine.reader.read_values(piece.entry, stretch)
     if piece.index is None:
-        data = _cast(source, piece).view(torch.uint8)
-        return _Result([data] * engine.num_horizons, source.nbytes)
+        return _Result([_cast(source, piece).view(torch.uint8)] * engine.num_horizons, source.nbytes)
     loaded = _load(source, piece, stretch, engine)
     data, unchanged = [], []
     for horizon in range(engine.num_horizons):

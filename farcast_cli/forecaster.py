@@ -9,7 +9,7 @@ Shapes: K tensors, R = T + 1 basis vectors (see gram.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -236,10 +236,3 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(f"--method {name}: expected one of {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def check_options(options: Options) -> None:
-    if options.step_norm not in {None, *get_args(StepNorm)}:
-        raise UsageError(f"--step-norm {options.step_norm}: expected one of {', '.join(get_args(StepNorm))}")
-    if options.scope not in get_args(Scope):
-        raise UsageError(f"--scope {options.scope}: expected one of {', '.join(get_args(Scope))}")

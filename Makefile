@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SAMPLES := sample_checkpoints
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test check format lint types docs bench bench-quick sample clean
+
+help: ## say what the targets do
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+setup: $(STAMP) ## make .venv with farcast and all that its tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $(STAMP)
+
+demo: setup ## forecast a real run and compare the forecast with the run's own later snapshot
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest
+
+check: lint types docs test ## everything that CI checks
+
+format: setup ## put the code into its one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+docs: setup ## is the generated reference current?
+	$(BIN)/python docs/build_cli_reference.py --check
+
+bench: setup ## speed and memory against cp and other tools, a few GB of disk
+	$(BIN)/python bench/speed.py
+
+bench-quick: setup ## the same on small files, about a minute
+	$(BIN)/python bench/speed.py --quick
+
+sample: setup ## train the sample runs anew (the same files again)
+	$(BIN)/python $(SAMPLES)/make.py
+
+clean:
+	rm -rf $(VENV) build dist demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
