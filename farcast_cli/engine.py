@@ -10,14 +10,14 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from farcast_cli.errors import SnapshotError
 from farcast_cli.plan import Copy, Fixed, OutputFile, Piece, Record, Values, Zeros
-from farcast_cli.stream import Reader, Stretch, buffer_of, non_finite, stretches
+from farcast_cli.stream import Reader, Scratch, Stretch, buffer_of, non_finite, stretches
 from farcast_cli.writer import RawSink, Sink, ZipSink
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from farcast_cli.trajectory import Alignment
 
 COPY_BYTES = 4 << 20
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 QUEUED_PER_THREAD = 2  # finished stretches that may wait for the writer
 
 
@@ -98,6 +99,7 @@ class Engine:
     linear: LinearMap
     device: torch.device
     reader: Reader = field(default_factory=Reader)
+    scratch: Scratch = field(default_factory=Scratch)
 
     @property
     def num_horizons(self) -> int:
@@ -200,6 +202,8 @@ def _take(future: Future[_Result], sinks: Sequence[Sink], shared: _Pass) -> None
     for sink, data in zip(sinks, result.data, strict=True):
         sink.write(buffer_of(data))
         written += data.numel()
+    for data in {id(data): data for data in result.data}.values():
+        shared.engine.scratch.give_back(data)
     tally = shared.tally
     tally.bytes_read += result.bytes_read
     tally.bytes_written += written
@@ -238,7 +242,8 @@ def _constant(piece: Piece) -> torch.Tensor:
 
 
 def _copy_stretch(piece: Copy, start: int, count: int, engine: Engine) -> _Result:
-    raw = engine.reader.read_bytes(piece.path, piece.offset + start, count)
+    raw = engine.scratch.take(count)
+    engine.reader.read_bytes(piece.path, piece.offset + start, raw)
     return _Result([raw] * engine.num_horizons, bytes_read=count)
 
 
@@ -254,6 +259,7 @@ def _snapshots_of(engine: Engine, index: int) -> list[int]:
 class _Loaded:
     """A stretch of a tensor: the origin's values (N,) and how far each other snapshot lies from them."""
 
+    source: torch.Tensor
     last: torch.Tensor
     moves: Sequence[torch.Tensor]
     origin: TensorEntry
@@ -263,31 +269,42 @@ class _Loaded:
 
 def _forecast_stretch(piece: Values, stretch: Stretch, engine: Engine) -> _Result:
     """One stretch of one tensor at all horizons."""
-    source = engine.reader.read_values(piece.entry, stretch)
+    source = _read(piece.entry, stretch, engine, "source")
     if piece.index is None:
-        return _Result([_cast(source, piece).view(torch.uint8)] * engine.num_horizons, source.nbytes)
+        return _Result([_cast(source, piece, engine)] * engine.num_horizons, source.nbytes)
     loaded = _load(source, piece, stretch, engine)
     data, unchanged = [], []
     for horizon in range(engine.num_horizons):
         values = _checked(_add_step(loaded, piece.index, horizon, engine), loaded, piece)
-        kept = _cast(values, piece).cpu()
-        data.append(kept.view(torch.uint8))
-        unchanged.append(int((kept == source).sum()))
+        data.append(_cast(values, piece, engine))
+        unchanged.append(_num_equal(data[-1], source, piece))
     return _Result(data, loaded.num_bytes, unchanged, stretch.count)
+
+
+def _read(entry: TensorEntry, stretch: Stretch, engine: Engine, name: str) -> torch.Tensor:
+    raw = engine.scratch.named(name, stretch.count * entry.dtype.itemsize, torch.uint8)
+    return engine.reader.read_values(entry, stretch, raw)
 
 
 def _load(source: torch.Tensor, piece: Values, stretch: Stretch, engine: Engine) -> _Loaded:
     assert piece.index is not None  # noqa: S101 - the caller's branch
-    work = torch.float64 if piece.entry.dtype.name == "float64" else torch.float32
-    last = source.to(engine.device, work)
+    last = _to_device(source, piece, engine, "last")
     entries = engine.alignment.tensors[piece.index].entries
     others = [entries[t] for t in _snapshots_of(engine, piece.index) if t != engine.linear.origin]
     moves, num_bytes = [], source.nbytes
-    for entry in others:
-        values = engine.reader.read_values(entry, stretch)
+    for number, entry in enumerate(others):
+        values = _read(entry, stretch, engine, "other")
         num_bytes += values.nbytes
-        moves.append(values.to(engine.device, work) - last)
-    return _Loaded(last, moves, piece.entry, others, num_bytes)
+        moves.append(_to_device(values, piece, engine, f"move {number}").sub_(last))
+    return _Loaded(source, last, moves, piece.entry, others, num_bytes)
+
+
+def _to_device(values: torch.Tensor, piece: Values, engine: Engine, name: str) -> torch.Tensor:
+    """Values in the type of the arithmetic, on the device: a copy that may be changed."""
+    work = torch.float64 if piece.entry.dtype.name == "float64" else torch.float32
+    if engine.device.type != "cpu":
+        return values.to(engine.device).to(work, copy=True)
+    return engine.scratch.named(name, len(values), work).copy_(values)
 
 
 def _add_step(loaded: _Loaded, index: int, horizon: int, engine: Engine) -> torch.Tensor:
@@ -297,16 +314,37 @@ def _add_step(loaded: _Loaded, index: int, horizon: int, engine: Engine) -> torc
     """
     linear, last = engine.linear, loaded.last
     used = [t for t in _snapshots_of(engine, index) if t != linear.origin]
-    step = torch.zeros_like(last)
+    step, term = _scratch_like(last, engine, "step").zero_(), _scratch_like(last, engine, "term")
     for move, weight in zip(loaded.moves, linear.weights[horizon, index, used], strict=True):
-        step += move * float(weight)
+        step += torch.mul(move, float(weight), out=term)
     gain, constant = float(linear.gain[horizon, index]), float(linear.constant[horizon, index])
     if gain or constant:
         moved = torch.zeros_like(last, dtype=torch.bool)
         for move in loaded.moves:
             moved |= move != 0
         step = torch.where(moved, step + last * gain + constant, 0.0)
-    return torch.where(step == 0, last, last + step)
+    if _num_negative_zeros(loaded.source):
+        return torch.where(step == 0, last, last + step)
+    return step.add_(last)
+
+
+def _scratch_like(values: torch.Tensor, engine: Engine, name: str) -> torch.Tensor:
+    return engine.scratch.named(name, len(values), values.dtype) if values.device.type == "cpu" else torch.empty_like(values)
+
+
+def _bits(values: torch.Tensor) -> NDArray[np.signedinteger[Any]]:
+    return values.view(_INTEGER[values.dtype.itemsize]).numpy()
+
+
+def _num_equal(data: torch.Tensor, source: torch.Tensor, piece: Values) -> int:
+    """How many elements have the origin's bits; numpy counts them ten times as fast as torch does."""
+    dtype = getattr(torch, piece.dtype.name)
+    return int(np.count_nonzero(_bits(data.view(dtype)) == _bits(source.to(dtype))))
+
+
+def _num_negative_zeros(values: torch.Tensor) -> int:
+    integers = _bits(values)
+    return int(np.count_nonzero(integers == np.iinfo(integers.dtype).min))
 
 
 def _checked(values: torch.Tensor, loaded: _Loaded, piece: Values) -> torch.Tensor:
@@ -344,5 +382,9 @@ def _without_infinities(values: torch.Tensor, loaded: _Loaded, limit: float) -> 
     return torch.where(still, last, values)
 
 
-def _cast(values: torch.Tensor, piece: Values) -> torch.Tensor:
-    return values.to(getattr(torch, piece.dtype.name))
+def _cast(values: torch.Tensor, piece: Values, engine: Engine) -> torch.Tensor:
+    """The bytes of values in the output's type, in memory of their own."""
+    dtype = getattr(torch, piece.dtype.name)
+    taken = engine.scratch.take(len(values) * dtype.itemsize)
+    taken.view(dtype).copy_(values)
+    return taken

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
 STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
-MAX_STRETCH = 1 << 18  # elements; more gains nothing once a read outweighs its call
+MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in its cache while it works on it
 _MAX_OPEN = 64  # per thread, far below the usual limit of 1,024 for a process
 
 
@@ -48,16 +49,16 @@ class Reader:
         offset = entry.offset + stretch.start * entry.dtype.itemsize
         read_into(self._file(entry.path), buffer_of(out), offset, entry.path)
 
-    def read_values(self, entry: TensorEntry, stretch: Stretch) -> torch.Tensor:
-        """A stretch's values in their own dtype, shape (N,)."""
-        raw = torch.empty(stretch.count * entry.dtype.itemsize, dtype=torch.uint8)
+    def read_values(self, entry: TensorEntry, stretch: Stretch, raw: torch.Tensor | None = None) -> torch.Tensor:
+        """A stretch's values in their own dtype, shape (N,); in the memory of `raw` where that is given."""
+        if raw is None:
+            raw = torch.empty(stretch.count * entry.dtype.itemsize, dtype=torch.uint8)
         self.read(entry, stretch, raw)
         return raw.view(getattr(torch, entry.dtype.name))
 
-    def read_bytes(self, path: Path, offset: int, num_bytes: int) -> torch.Tensor:
-        raw = torch.empty(num_bytes, dtype=torch.uint8)
-        read_into(self._file(path), buffer_of(raw), offset, path)
-        return raw
+    def read_bytes(self, path: Path, offset: int, out: torch.Tensor) -> None:
+        """Fill `out` (uint8) from byte `offset` of a file."""
+        read_into(self._file(path), buffer_of(out), offset, path)
 
     def _file(self, path: Path) -> int:
         files: dict[Path, _OpenFile] = self._local.__dict__.setdefault("files", {})
@@ -78,6 +79,41 @@ class _OpenFile:
         fd = getattr(self, "fd", None)
         if fd is not None:
             os.close(fd)
+
+
+class Scratch:
+    """Working memory that is allocated once: fresh memory costs a page fault for every 4 KiB, more than the arithmetic.
+
+    `named` memory belongs to the calling thread until it asks for the same name again. Memory that was `taken` goes
+    from thread to thread until it is given back.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._free: deque[torch.Tensor] = deque()
+
+    def named(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor (count,) of the calling thread."""
+        held: dict[str, torch.Tensor] = self._local.__dict__
+        num_bytes = count * dtype.itemsize
+        if name not in held or held[name].numel() < num_bytes:
+            held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return held[name][:num_bytes].view(dtype)
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """An uninitialised uint8 tensor (num_bytes,) that the caller owns."""
+        try:
+            whole = self._free.popleft()
+        except IndexError:
+            whole = torch.empty(0, dtype=torch.uint8)
+        if whole.numel() < num_bytes:
+            whole = torch.empty(num_bytes, dtype=torch.uint8)
+        return whole[:num_bytes]
+
+    def give_back(self, taken: torch.Tensor) -> None:
+        """Let others have what `take` returned."""
+        whole = taken if taken._base is None else taken._base  # noqa: SLF001 - the tensor that a slice is of
+        self._free.append(whole)
 
 
 def buffer_of(raw: torch.Tensor) -> memoryview:
