@@ -14,6 +14,7 @@ import typer
 from farcast_cli import __version__
 from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, UsageError
 
+INTERRUPTED = 130
 EPILOG = (
     "Exit codes: 0 done, 1 bug, 2 usage, 3 snapshots unusable, 4 unreadable or unsafe file, 5 output,"
     " 10 no forecast better than the last checkpoint, 130 interrupted."
@@ -21,7 +22,6 @@ EPILOG = (
 
 app = typer.Typer(
     name="farcast",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     epilog=EPILOG,
@@ -53,15 +53,17 @@ def _load_config(context: typer.Context, value: Path | None) -> Path | None:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: not a readable TOML file: {error}") from error
     known = {parameter.name for parameter in context.command.params}
-    shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
     own = content.get(context.info_name or "", {})
+    if not isinstance(own, dict):
+        raise UsageError(f"{path}: {context.info_name} = {own!r}: expected a table, [{context.info_name}]")
+    shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
     defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
-    unknown = sorted(key for key in own if key.replace("-", "_") not in known)
+    renamed = {"for": "purpose", "json": "json_"}
+    unknown = sorted(key for key in own if renamed.get(key, key.replace("-", "_")) not in known)
     if unknown:
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
         )
-    renamed = {"for": "purpose", "json": "json_"}
     context.default_map = {
         renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
     }
@@ -126,10 +128,14 @@ GradWeight = Annotated[float, typer.Option(envvar=_env("GRAD_WEIGHT"), min=0, he
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         sys.stdout.write(f"farcast {__version__}\n")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
 @app.command(epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
@@ -148,7 +154,8 @@ def inspect(
     from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, align, discover
 
     trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None)
-    problems, alignment, fatal = list(trajectory.problems), None, None
+    problems: list[str] = []
+    alignment, fatal = None, None
     try:
         alignment = align(trajectory.snapshots, include=include or (), exclude=exclude or ())
     except SnapshotError as error:
@@ -404,6 +411,9 @@ def verify(
 
     with render.progress(quiet=quiet) as progress:
         result = run(forecast, against, reference or find_reference(forecast), progress=progress)
+    if result.forecast_step != result.truth_step:
+        steps = f"step {result.forecast_step} with step {result.truth_step}"
+        render.note(f"note: this compares a forecast for {steps}", quiet=quiet)
     if json_:
         render.as_json(render.verify_json(result))
     else:
@@ -472,7 +482,7 @@ def _horizons(text: str | None) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
-    if len(set(parts)) != len(parts):
+    if len(set(map(int, parts))) != len(parts):
         raise UsageError(f"--horizon {text}: a horizon is there twice")
     return tuple(int(part) for part in parts)
 
@@ -510,26 +520,35 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+_ParsingError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What typer raises for a command line that it cannot parse; newer versions bring a click of their own."""
+
+
 def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
-    from click.exceptions import Abort, ClickException
-
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # newer versions of typer turn an interrupt into this code
+            raise KeyboardInterrupt  # noqa: TRY301
         sys.stdout.flush()
         sys.exit(code or 0)
     except FarcastError as error:
-        from farcast_cli import render
-
-        render.error(error)
-        sys.exit(error.exit_code)
-    except ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, Abort):
+        _fail(error)
+    except _ParsingError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "farcast"
+        _fail(UsageError(error.format_message(), hint=f"{command} --help"))
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted: nothing was published\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _fail(error: FarcastError) -> NoReturn:
+    from farcast_cli import render
+
+    render.error(error)
+    sys.exit(error.exit_code)

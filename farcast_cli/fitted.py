@@ -230,7 +230,9 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     again = f"farcast fit {fitted.directory}"
     if not path.exists():
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
-    layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
+    layout = next((layout for layout in LAYOUTS if layout.name == fitted.provenance.layout), None)
+    if layout is None:
+        raise FileFormatError(f"the forecaster is of a {fitted.provenance.layout!r} run, a layout that is not known", hint=again)
     snapshot = layout.read(path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)

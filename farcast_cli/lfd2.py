@@ -15,6 +15,7 @@ Shapes: K tensors, M sampled elements, J targets, P = 3 parameters (drift, weigh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,8 +43,8 @@ def fit_lfd2(
         grad_weight: of L_grad.
         per_tensor: one layer for each tensor rather than one for all.
     """
-    inputs, targets, weight, group = _training_set(sample, timeline, training_origin, per_tensor=per_tensor)
-    layer = _train(inputs.to(device), targets.to(device), weight.to(device), group.to(device), grad_weight=grad_weight)
+    rows = _training_rows(sample, timeline, training_origin, per_tensor=per_tensor)
+    layer = _train(_Rows(*(getattr(rows, name).to(device) for name in _Rows.__slots__)), grad_weight=grad_weight)
     along_drift, along_weight, constant = layer[:, -1].cpu().double().numpy().T  # each (B,)
     num_tensors = len(sample.sizes)
     to_origin = timeline.at(timeline.origin)
@@ -54,59 +55,70 @@ def fit_lfd2(
     return step
 
 
-def _training_set(
-    sample: Sample, timeline: Timeline, training_origin: float, *, per_tensor: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs (M, P), target steps (M, J), each row's share of the loss (M,) and its fit (M,).
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the layers are trained on, a row for each sampled element; all but `group` float64.
 
-    The layer is written as a step: w_hat - w_x = p_u (w_x - w_0) + p_v w_x + b, which spans the same functions.
+    Args:
+        inputs: (M, P).
+        targets: true steps from x, (M, J).
+        last_move: the move before x, as long as from one target to the next, (M, 1).
+        share: each row's part of the loss, (M, 1).
+        group: the fit that a row belongs to, (M,).
     """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    last_move: torch.Tensor
+    share: torch.Tensor
+    group: torch.Tensor
+
+
+def _training_rows(sample: Sample, timeline: Timeline, training_origin: float, *, per_tensor: bool) -> _Rows:
+    """The layer is written as a step: w_hat - w_x = p_u (w_x - w_0) + p_v w_x + b, which spans the same functions."""
     values = sample.values.astype(np.float64)
     history = np.diff(values, axis=1)
 
     def at(step: float) -> NDArray[np.float64]:
-        return np.asarray(history @ timeline.at(step)[:-2])
+        return np.asarray(history @ timeline.at(max(step, timeline.first))[:-2])
 
-    moved, length = at(training_origin), timeline.origin - training_origin
-    targets = [at(training_origin + length * j / NUM_TARGETS) - moved for j in range(1, NUM_TARGETS + 1)]
+    stride = (timeline.origin - training_origin) / NUM_TARGETS
+    moved = at(training_origin)
+    targets = [at(min(training_origin + stride * j, timeline.origin)) - moved for j in range(1, NUM_TARGETS + 1)]
     inputs = np.stack([moved, values[:, 0] + moved, np.ones(len(values))], axis=1)
     counts = np.diff(sample.bounds)
     tensor = np.repeat(np.arange(len(counts)), counts)
     share = (1.0 / counts if per_tensor else sample.sizes / counts / sample.sizes.sum())[tensor]
     group = tensor if per_tensor else np.zeros_like(tensor)
-    return (
-        torch.from_numpy(inputs),
-        torch.from_numpy(np.stack(targets, axis=1)),
-        torch.from_numpy(share),
-        torch.from_numpy(group),
-    )
+    columns = (inputs, np.stack(targets, axis=1), (moved - at(training_origin - stride))[:, None], share[:, None], group)
+    return _Rows(*map(torch.from_numpy, columns))
 
 
-def _train(
-    inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor, group: torch.Tensor, *, grad_weight: float
-) -> torch.Tensor:
+def _train(rows: _Rows, *, grad_weight: float) -> torch.Tensor:
     """Minimise L_pred + grad_weight L_grad by Adam from zero (persistence): the layers (B, J, P)."""
+    inputs, targets, group, share = rows.inputs, rows.targets, rows.group, rows.share
     num_fits = int(group.max()) + 1
 
-    def total(rows: torch.Tensor) -> torch.Tensor:
-        """Sums of rows (M, ...) by fit: (B, ...)."""
-        return torch.zeros(num_fits, *rows.shape[1:], dtype=rows.dtype, device=rows.device).index_add(0, group, rows)
+    def mean(each: torch.Tensor) -> torch.Tensor:
+        """The weighted mean of rows (M, X) by fit: (B, X)."""
+        zeros = torch.zeros(num_fits, each.shape[1], dtype=each.dtype, device=each.device)
+        return zeros.index_add(0, group, each * share)
 
-    input_size = total(inputs.abs() * share[:, None]).clamp_min(1e-30)  # (B, P)
-    target_size = total(targets.abs() * share[:, None]).amax(dim=1).clamp_min(1e-30)  # (B,)
+    input_size = mean(inputs.abs()).clamp_min(1e-30)  # (B, P)
+    target_size = mean(targets.abs()).amax(dim=1).clamp_min(1e-30)  # (B,)
     scaled, goal = inputs / input_size[group], targets / target_size[group, None]
     before = torch.zeros_like(goal[:, :1])
-    previous = total(goal[:, :1].abs() * share[:, None]) if grad_weight else None
+    last_step = mean((rows.last_move / target_size[group, None]).abs())  # (B, 1)
     layer = torch.zeros(num_fits, targets.shape[1], inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
     layer.requires_grad_()
     optimizer = torch.optim.Adam([layer], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     for _ in range(NUM_STEPS):
         predicted = (scaled[:, None, :] * layer[group]).sum(dim=2)  # (M, J)
-        loss = total((predicted - goal).abs() * share[:, None]).mean(dim=1).sum()
-        if previous is not None:
-            steps = total(torch.diff(torch.cat([before, predicted], dim=1)).abs() * share[:, None])  # (B, J)
-            growth = torch.diff(torch.cat([previous, steps], dim=1)).clamp_min(0)
+        loss = mean((predicted - goal).abs()).mean(dim=1).sum()
+        if grad_weight:
+            steps = mean(torch.diff(torch.cat([before, predicted], dim=1)).abs())  # (B, J)
+            growth = torch.diff(torch.cat([last_step, steps], dim=1)).clamp_min(0)
             loss = loss + grad_weight * growth.mean(dim=1).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
@@ -114,21 +115,27 @@ class Rewrite:
         if entry.name in self.batch_counts:
             return (Fixed(struct.pack("<q", int(self.batch_counts[entry.name].new))),)
         index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
-        if index is None and dtype is entry.dtype:
+        if index is None and dtype == entry.dtype:
             return (Copy(entry.path, entry.offset, entry.num_bytes),)
         return (Values(entry, index, dtype, non_negative=entry.name.endswith("running_var")),)
 
 
-def forecast_name(origin: Snapshot, valid_step: int) -> str:
-    """The origin's own name with its step replaced, as wide as before: `step_001000.pt` becomes `step_001250.pt`."""
-    name = origin.path.name
-    found = find_step_in_name(name)
-    if found is None:
-        stem, dot, ending = name.rpartition(".")
-        return f"{stem}-step{valid_step}.{ending}" if dot and origin.path.is_file() else f"{name}-step{valid_step}"
-    digits = found[1]
-    number = valid_step + int(digits) - origin.step
-    return name[: found.start(1)] + str(number).zfill(len(digits)) + name[found.end(1) :]
+def forecast_name(origin: Snapshot, horizon: int, *, unit: Fraction = Fraction(1), keep_step: bool = False) -> str:
+    """The origin's own name with its step replaced, as wide as before: `step_001000.pt` becomes `step_001250.pt`.
+
+    Args:
+        unit: what the number in the name counts per step.
+        keep_step: the counters inside stay at the origin, and so does the name, marked as a leap.
+    """
+    name, found = origin.path.name, find_step_in_name(origin.path.name)
+    moved = unit * horizon
+    stem, ending = (origin.path.stem, origin.path.suffix) if origin.path.is_file() else (name, "")
+    if keep_step:
+        return f"{stem}-leap{horizon}{ending}"
+    if found is None or moved.denominator != 1:
+        return f"{stem}-step{origin.step + horizon}{ending}"
+    digits = str(int(found[1]) + int(moved)).zfill(len(found[1]))
+    return name[: found.start(1)] + digits + name[found.end(1) :]
 
 
 def plan_outputs(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:
@@ -232,7 +239,7 @@ def _retype(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Pie
             names[place] = name
     for ref in places.values():
         dtype = rewrite.out_dtype(ref.dtype)
-        if dtype is ref.dtype or not is_row_major(ref.shape, ref.stride):
+        if dtype == ref.dtype or not is_row_major(ref.shape, ref.stride):
             continue
         place = (ref.storage.key, ref.offset, ref.shape)
         if place not in made:

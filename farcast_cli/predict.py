@@ -6,10 +6,12 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation import Evaluator, Trial, best_trial
 from farcast_cli.fitted import Fitted, newer_steps, realign, reopen
 from farcast_cli.forecaster import Options, Task, find_method, forecast
+from farcast_cli.layouts.base import find_step_in_name
 from farcast_cli.plan import OutputDType, OutputFile, Rewrite, forecast_name, plan_outputs
 from farcast_cli.resume import HISTORY, Advanced, CountersMode, OptimizerMode, advance, advance_batch_counts
 from farcast_cli.timeline import Timeline
@@ -72,7 +75,7 @@ class Outcome:
     path: Path | None = None
     num_forecast: int = 0
     num_copied: int = 0
-    unchanged_share: float = 1.0
+    unchanged_share: float | None = None
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
@@ -138,7 +141,12 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
             f"the run has newer snapshots (up to step {newer[-1]}) than the forecaster: farcast fit {fitted.directory}"
         )
     for outcome in outcomes:
-        if outcome.path and request.purpose == "resume" and outcome.decision.ratio > LOSS_JUMP:
+        if (
+            outcome.path
+            and request.purpose == "resume"
+            and outcome.method != "persistence"
+            and outcome.decision.ratio > LOSS_JUMP
+        ):
             notes.append(
                 f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first and to be ahead some 200 steps later"
             )
@@ -152,6 +160,8 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
     last = len(steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
     if last == 0:
         raise UsageError(f"--origin {request.origin_step}: the first snapshot has no history")
+    if not (math.isfinite(request.options.scale) and request.options.scale > 0):
+        raise UsageError(f"--scale {request.options.scale}: expected a positive number")
     if horizon <= 0:
         raise UsageError(f"horizon {horizon}: expected a step after the origin, {int(steps[last])}")
     timeline = Timeline(steps, float(steps[last]))
@@ -167,7 +177,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     snapshots = {index: reopen(fitted, index) for index in linear.used}
     origin = snapshots[last]
     history = _history(fitted, snapshots, last)
-    targets = [_target(request, origin, horizon, fitted.directory) for horizon in horizons]
+    targets = [_target(request, origin, horizon, fitted) for horizon in horizons]
     for target in targets:
         _check_place(target, fitted.directory, overwrite=request.overwrite)
     alignment = realign(fitted, [snapshots[index] for index in linear.used])
@@ -198,8 +208,9 @@ def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Sna
     return found
 
 
-def _target(request: Request, origin: Snapshot, horizon: int, run: Path) -> Path:
-    name = forecast_name(origin, origin.step + horizon)
+def _target(request: Request, origin: Snapshot, horizon: int, fitted: Fitted) -> Path:
+    run = fitted.directory
+    name = forecast_name(origin, horizon, unit=_name_unit(fitted), keep_step=request.counters == "keep")
     if request.output is None:
         if (DEFAULT_FOLDER / name).resolve().is_relative_to(run.resolve()):
             raise OutputError(
@@ -207,8 +218,25 @@ def _target(request: Request, origin: Snapshot, horizon: int, run: Path) -> Path
                 hint="the trainer could take it for its own: choose a place outside with -o",
             )
         return DEFAULT_FOLDER / name
-    several = len(request.horizons) > 1 or request.output.endswith(os.sep)
-    return Path(request.output) / name if several else Path(request.output)
+    if len(request.horizons) > 1 or request.output.endswith(os.sep):
+        return Path(request.output) / name
+    ending = origin.path.suffix if origin.path.is_file() else ""
+    if ending and not request.output.endswith(ending):
+        raise UsageError(
+            f"-o {request.output}: expected a name that ends in {ending}, as {origin.path.name} does",
+            hint=f"-o {request.output}{ending}, or -o {request.output}{os.sep} for a folder to put it in",
+        )
+    return Path(request.output)
+
+
+def _name_unit(fitted: Fitted) -> Fraction:
+    """What the numbers in the snapshots' names count per step: 1, or less where a name is a save index."""
+    found = [(record.step, find_step_in_name(Path(record.path).name)) for record in fitted.provenance.snapshots]
+    numbers = [(step, int(match[1])) for step, match in found if match]
+    if len(numbers) < 2 or numbers[0][0] == numbers[-1][0]:  # noqa: PLR2004 - a rate takes two
+        return Fraction(1)
+    (first, low), (last, high) = numbers[0], numbers[-1]
+    return Fraction(high - low, last - first)
 
 
 def _check_place(target: Path, run: Path, *, overwrite: bool) -> None:
@@ -274,13 +302,9 @@ def _enter(stack: ExitStack, sidecar: Path, *, overwrite: bool) -> Path | None:
     return stack.enter_context(staged(sidecar, overwrite=overwrite, may_stay_empty=True))
 
 
-def sidecar_of(target: Path) -> Path:
+def sidecar_of(target: Path, *, is_file: bool) -> Path:
     """Where a forecast's provenance lies: inside a folder, beside a file."""
-    return target.with_name(f"{target.stem}.{SIDECAR}") if _is_file_name(target) else target / SIDECAR
-
-
-def _is_file_name(target: Path) -> bool:
-    return target.suffix in {".safetensors", ".pt", ".pth", ".bin"}
+    return target.with_name(f"{target.stem}.{SIDECAR}") if is_file else target / SIDECAR
 
 
 def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
@@ -346,7 +370,7 @@ def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> O
         path=prepared.targets[index],
         num_forecast=len(alignment.tensors),
         num_copied=len(alignment.copied),
-        unchanged_share=tally.unchanged_share(index),
+        unchanged_share=tally.unchanged_share(index) if tally.num_forecast else None,
         bytes_read=tally.bytes_read,
         bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
         seconds=tally.seconds,

@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 BAR_WIDTH = 20
-MAX_ROWS = 40
+MAX_ROWS = 12
+WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
 
 
 def stdout() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else WIDE)
 
 
 def error(problem: FarcastError) -> None:
@@ -99,6 +100,10 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
+def number(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "unknown"
+
+
 def bar(ratio: float) -> str:
     """A ratio from 0 to 1 as a bar, full at 'no better than nothing'."""
     filled = round(min(max(ratio, 0.0), 1.0) * BAR_WIDTH) if math.isfinite(ratio) else 0
@@ -125,6 +130,7 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
         "num_parameters": alignment.num_parameters if alignment else 0,
         "copied": [{"name": c.name, "reason": c.reason} for c in alignment.copied] if alignment else [],
         "ignored": [{"path": str(i.path), "reason": i.reason} for i in trajectory.ignored],
+        "notes": list(trajectory.notes),
         "problems": list(problems),
     }
 
@@ -144,6 +150,8 @@ def inspect_table(trajectory: Trajectory, alignment: Alignment | None, problems:
         console.print(f"forecast: {len(alignment.tensors)} tensors, {alignment.num_parameters:,} parameters")
         _grouped(console, "copied", [(c.name, c.reason) for c in alignment.copied])
     _grouped(console, "not part of the run", [(i.path.name, i.reason) for i in trajectory.ignored])
+    for text in trajectory.notes:
+        console.print(f"note: {escape(text)}", soft_wrap=True)
     for problem in problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
@@ -182,7 +190,7 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: floa
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {steady:.2f} (the run's drift in its first half against its second; above .1 a forecast is worth"
+        f"coherence S = {number(steady)} (the run's drift in its first half against its second; above .1 a forecast is worth"
         " resuming from)"
     )
     span = fitted.steps[-1] - fitted.steps[0]
@@ -241,7 +249,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "reason": decision.reason,
         "num_forecast": outcome.num_forecast,
         "num_copied": outcome.num_copied,
-        "unchanged_share": round(outcome.unchanged_share, 6),
+        "unchanged_share": None if outcome.unchanged_share is None else round(outcome.unchanged_share, 6),
         "bytes_read": outcome.bytes_read,
         "bytes_written": outcome.bytes_written,
         "seconds": round(outcome.seconds, 3),
@@ -271,13 +279,15 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
             + ("" if dry_run else f", {outcome.unchanged_share:.1%} of the values unchanged, in {outcome.seconds:.1f} s")
         )
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
-        note(f"expected error b = {decision.ratio:.2f} of doing nothing; coherence S = {decision.coherence:.2f}{verdict}")
+        note(
+            f"expected error b = {number(decision.ratio)} of doing nothing; coherence S = {number(decision.coherence)}{verdict}"
+        )
         for text in outcome.notes:
             note(f"note: {text}")
         for text in outcome.changes if verbose else ():
             note(f"  {text}")
         if outcome.changes and not verbose:
-            note(f"{len(outcome.changes)} counters and rates moved on for resuming (-v lists them)")
+            note(f"{len(outcome.changes)} counters and rates moved on (-v lists them)")
     for trial in outcome.trials:
         note(f"evaluation at strength {trial.strength:g}: {trial.value:g}" + (" (the origin)" if not trial.strength else ""))
 

@@ -47,7 +47,7 @@ class Reader:
     def read(self, entry: TensorEntry, stretch: Stretch, out: torch.Tensor) -> None:
         """Fill `out` (N bytes x itemsize, uint8) with a stretch's raw bytes."""
         offset = entry.offset + stretch.start * entry.dtype.itemsize
-        read_into(self._file(entry.path), buffer_of(out), offset, entry.path)
+        read_into(self.file(entry.path), buffer_of(out), offset, entry.path)
 
     def read_values(self, entry: TensorEntry, stretch: Stretch, raw: torch.Tensor | None = None) -> torch.Tensor:
         """A stretch's values in their own dtype, shape (N,); in the memory of `raw` where that is given."""
@@ -58,9 +58,10 @@ class Reader:
 
     def read_bytes(self, path: Path, offset: int, out: torch.Tensor) -> None:
         """Fill `out` (uint8) from byte `offset` of a file."""
-        read_into(self._file(path), buffer_of(out), offset, path)
+        read_into(self.file(path), buffer_of(out), offset, path)
 
-    def _file(self, path: Path) -> int:
+    def file(self, path: Path) -> int:
+        """The descriptor of a file that this thread keeps open."""
         files: dict[Path, _OpenFile] = self._local.__dict__.setdefault("files", {})
         if path not in files:
             if len(files) >= _MAX_OPEN:
@@ -152,13 +153,26 @@ def read_trajectory(
     Raises:
         NonFiniteError: NaN, or an infinity that is not in every snapshot.
     """
-    values = torch.stack([torch.cat([reader.read_values(entry, piece).to(dtype) for piece in pieces]) for entry in entries])
+    values = torch.stack([_read_pieces(reader, entry, pieces).to(dtype) for entry in entries])
     if bool(torch.isfinite(values).all()):
         return values
     bad = ~torch.isfinite(values) & ~(values == values[-1]).all(dim=0)
     if bool(bad.any()):
         raise non_finite(entries[int(bad.any(dim=1).nonzero()[0])], values[bad][0].item())
     return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+
+
+def _read_pieces(reader: Reader, entry: TensorEntry, pieces: Sequence[Stretch]) -> torch.Tensor:
+    """Stretches of one tensor, one behind the other, in one allocation."""
+    itemsize = entry.dtype.itemsize
+    raw = torch.empty(sum(piece.count for piece in pieces) * itemsize, dtype=torch.uint8)
+    memory, position = buffer_of(raw), 0
+    fd = reader.file(entry.path)
+    for piece in pieces:
+        end = position + piece.count * itemsize
+        read_into(fd, memory[position:end], entry.offset + piece.start * itemsize, entry.path)
+        position = end
+    return raw.view(getattr(torch, entry.dtype.name))
 
 
 def non_finite(entry: TensorEntry, value: float) -> NonFiniteError:

@@ -6,21 +6,26 @@ Knows how steps are settled (by evidence, cross-checked) and how tensors are mat
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError
+from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.layouts import recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name
 from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
-OWN_FILE_PREFIX = "forecaster"
+OWN_MARK = b'{"__metadata__":{"farcast":'
+"""How the header of a forecaster file begins."""
+_ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)$", re.IGNORECASE)
 _MIN_FOR_A_RATE = 3
 
 
@@ -64,7 +69,7 @@ class Trajectory:
     layout: str
     snapshots: tuple[Snapshot, ...]
     ignored: tuple[Ignored, ...]
-    problems: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -124,13 +129,12 @@ def discover(directory: Path, *, steps: StepRange | None = None, minimum: int = 
     layout = _main_layout(candidates)
     snapshots = []
     for path, kind in candidates:
-        if kind is not layout:
-            ignored.append(Ignored(path, f"a {kind.name} checkpoint among {layout.name} ones"))
-        elif not _named_within(path, steps):
-            ignored.append(Ignored(path, "outside --steps"))
+        reason = _reason_to_ignore(path, kind, layout, steps)
+        if reason:
+            ignored.append(Ignored(path, reason))
         else:
             snapshots.append(kind.read(path))
-    settled, problems = _settle_steps(snapshots)
+    settled, notes = _settle_steps(_with_evidence(snapshots, ignored))
     chosen = [snapshot for snapshot in settled if steps is None or snapshot.step in steps]
     ordered = _without_duplicates(chosen, ignored)
     if len(ordered) < minimum:
@@ -138,7 +142,7 @@ def discover(directory: Path, *, steps: StepRange | None = None, minimum: int = 
             f"{directory}: expected at least {minimum} snapshots, found {len(ordered)}",
             hint="keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps",
         )
-    return Trajectory(directory, layout.name if layout else "", tuple(ordered), tuple(ignored), problems)
+    return Trajectory(directory, layout.name, tuple(ordered), tuple(ignored), notes)
 
 
 def open_snapshot(path: Path) -> Snapshot:
@@ -159,24 +163,53 @@ def _candidates(directory: Path) -> tuple[list[tuple[Path, Layout]], list[Ignore
         )
     found, ignored = [], []
     for path in sorted(directory.iterdir()):
-        layout = None if path.name.startswith((".", OWN_FILE_PREFIX)) else recognise(path)
-        if layout is not None:
+        if path.name.startswith("."):
+            continue
+        layout = recognise(path)
+        if layout is None:
+            ignored.append(Ignored(path, "no checkpoint of a known layout"))
+        else:
             found.append((path, layout))
-        elif not path.name.startswith("."):
-            ignored.append(
-                Ignored(
-                    path, "farcast's own file" if path.name.startswith(OWN_FILE_PREFIX) else "no checkpoint of a known layout"
-                )
-            )
-    if not found:
-        alone = recognise(directory)
+    alone = recognise(directory)
+    if alone and not any(find_step_in_name(path.name) for path, _ in found):
         raise TooFewSnapshotsError(
-            f"{directory}: no snapshots found" + (f", this is itself one {alone.name} checkpoint" if alone else ""),
-            hint=f"name the folder above it: {directory.resolve().parent}"
-            if alone
-            else "see docs/formats.md for the layouts that are read",
+            f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
+            hint=f"name the folder above it: {directory.resolve().parent}",
         )
+    if not found:
+        raise TooFewSnapshotsError(f"{directory}: no snapshots found", hint="docs/formats.md lists the layouts that are read")
     return found, ignored
+
+
+def _reason_to_ignore(path: Path, kind: Layout, main: Layout, steps: StepRange | None) -> str:
+    if is_own_file(path):
+        return "farcast's own file"
+    if kind is not main:
+        return f"a {kind.name} checkpoint among {main.name} ones"
+    return "" if _named_within(path, steps) else "outside --steps"
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file is a forecaster that `fit` wrote."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    head = read_bytes(path, 0, min(file_size(path), len(OWN_MARK) + 8))
+    return head[8:] == OWN_MARK
+
+
+def _with_evidence(snapshots: list[Snapshot], ignored: list[Ignored]) -> list[Snapshot]:
+    """The snapshots whose step something tells; `last`, `best` and their like without it are set aside."""
+    told = [snapshot for snapshot in snapshots if snapshot.evidence]
+    for snapshot in snapshots:
+        if snapshot.evidence:
+            continue
+        if not told or not _ALIAS.match(snapshot.path.stem):
+            raise StepConflictError(
+                f"{snapshot.path}: nothing tells its step: expected a counter in the file or a number in the name",
+                hint="rename it with its step, as in step_1000, or move it out of this folder",
+            )
+        ignored.append(Ignored(snapshot.path, "nothing tells its step"))
+    return told
 
 
 def _main_layout(candidates: list[tuple[Path, Layout]]) -> Layout:
@@ -196,17 +229,11 @@ def _named_within(path: Path, steps: StepRange | None) -> bool:
 
 
 def _settle_steps(snapshots: list[Snapshot]) -> tuple[list[Snapshot], tuple[str, ...]]:
-    for snapshot in snapshots:
-        if not snapshot.evidence:
-            raise StepConflictError(
-                f"{snapshot.path}: nothing tells its step: expected a counter in the file or a number in the name",
-                hint="rename it with its step, as in step_1000, or move it out of this folder",
-            )
     settled = [snapshot.settle(snapshot.evidence[0].step, snapshot.evidence[0].source) for snapshot in snapshots]
     settled.sort(key=lambda snapshot: (snapshot.step, snapshot.path.name))
     sources = {item.source for snapshot in settled for item in snapshot.evidence}
-    problems = [problem for source in sorted(sources) for problem in _cross_check(settled, source)]
-    return settled, tuple(problems)
+    notes = [note for source in sorted(sources) for note in _cross_check(settled, source)]
+    return settled, tuple(notes)
 
 
 def _cross_check(snapshots: Sequence[Snapshot], source: str) -> Iterator[str]:
@@ -270,19 +297,25 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
         MixedRunsError: names or shapes differ between snapshots.
     """
     origin = snapshots[-1]
-    names = {canonical_name(name): name for name in origin.tensors}
-    by_name = [{canonical_name(name): entry for name, entry in s.tensors.items()} for s in snapshots]
+    by_name = [_by_canonical_name(snapshot) for snapshot in snapshots]
+    names = {key: entry.name for key, entry in by_name[-1].items()}
     for snapshot, tensors in zip(snapshots, by_name, strict=True):
         _check_same_model(snapshot, tensors.keys(), origin, names.keys())
     aligned: list[AlignedTensor] = []
     copied: list[Copied] = []
     seen: dict[tuple[Path, int, int], str] = {}
+    overlapping = _overlapping(origin.tensors.values())
+    excluded = {entry.place: name for name, entry in origin.tensors.items() if _matches(name, exclude)}
     for key, name in names.items():
         entries = tuple(tensors_of[key] for tensors_of in by_name)
-        place = (entries[-1].path, entries[-1].offset, entries[-1].num_bytes)
+        place = entries[-1].place
         reason = _reason_to_copy(name, entries, include, exclude, origin.not_streamable)
-        if reason:
+        if place in excluded and excluded[place] != name:
+            copied.append(Copied(name, f"tied to {excluded[place]}, which is excluded"))
+        elif reason:
             copied.append(Copied(name, reason))
+        elif name in overlapping:
+            copied.append(Copied(name, f"shares part of its memory with {overlapping[name]}"))
         elif place in seen:
             copied.append(Copied(name, f"tied to {seen[place]}"))
         else:
@@ -297,6 +330,25 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
             hint="loosen --include and --exclude" if include or exclude else "",
         )
     return Alignment(tuple(aligned), tuple(copied))
+
+
+def _overlapping(entries: Iterable[TensorEntry]) -> dict[str, str]:
+    """Tensors that share some, but not all, of their bytes with another one, as views into a torch storage may."""
+    found: dict[str, str] = {}
+    last: TensorEntry | None = None
+    for entry in sorted(entries, key=lambda e: (str(e.path), e.offset, -e.num_bytes)):
+        if last is not None and last.path == entry.path and entry.offset < last.offset + last.num_bytes:
+            if (entry.offset, entry.num_bytes) != (last.offset, last.num_bytes):
+                found[entry.name] = last.name
+        else:
+            last = entry
+    return found
+
+
+def _by_canonical_name(snapshot: Snapshot) -> dict[str, TensorEntry]:
+    """Tensors under names without wrappers' prefixes; under their own where that would make two the same."""
+    found = {canonical_name(name): entry for name, entry in snapshot.tensors.items()}
+    return found if len(found) == len(snapshot.tensors) else dict(snapshot.tensors)
 
 
 def _check_same_model(snapshot: Snapshot, names: object, origin: Snapshot, expected: object) -> None:
@@ -321,14 +373,16 @@ def _check_shapes(name: str, entries: Sequence[TensorEntry], snapshots: Sequence
             )
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _reason_to_copy(
     name: str, entries: Sequence[TensorEntry], include: Sequence[str], exclude: Sequence[str], rough: frozenset[str]
 ) -> str:
-    from fnmatch import fnmatchcase
-
-    if any(fnmatchcase(name, pattern) for pattern in exclude):
+    if _matches(name, exclude):
         return "excluded"
-    if include and not any(fnmatchcase(name, pattern) for pattern in include):
+    if include and not _matches(name, include):
         return "not included"
     for entry in entries:
         if entry.dtype.name not in FORECASTABLE:

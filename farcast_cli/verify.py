@@ -39,6 +39,8 @@ class Verification:
     ratio: float | None
     mean_absolute_error: float
     reference: Path
+    forecast_step: int
+    truth_step: int
     per_tensor: tuple[TensorVerification, ...]
 
 
@@ -52,7 +54,7 @@ class _Sums:
 
 def find_reference(forecast: Path) -> Path:
     """The origin that a forecast was made from, by its sidecar."""
-    sidecar = sidecar_of(forecast)
+    sidecar = sidecar_of(forecast, is_file=forecast.is_file())
     try:
         origin = json.loads(sidecar.read_text())["origin"]
     except OSError as error:
@@ -84,7 +86,9 @@ def verify(
             setattr(total, name, getattr(total, name) + getattr(sums, name))
     if not total.count:
         raise SnapshotError(f"{forecast}: no values to compare")
-    return Verification(_ratio(total), total.absolute / total.count, reference, tuple(per_tensor))
+    return Verification(
+        _ratio(total), total.absolute / total.count, reference, snapshots[1].step, snapshots[2].step, tuple(per_tensor)
+    )
 
 
 def _bytes_of(alignment: Alignment) -> int:

@@ -39,16 +39,9 @@ def staged(final: Path, *, overwrite: bool = False, may_stay_empty: bool = False
     if not overwrite:
         refuse_existing(final)
     hidden = final.parent / f".{final.name}.partial"
+    parent_is_new = not final.parent.exists()
+    lock = _lock(hidden)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir(exist_ok=True)
-        lock = os.open(hidden, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(
-            f"{final.parent}: cannot be written: {error.strerror}", hint="choose another place with -o"
-        ) from error
-    try:
-        _lock(lock, hidden)
         _clear(hidden)
         try:
             yield hidden / final.name
@@ -60,6 +53,9 @@ def staged(final: Path, *, overwrite: bool = False, may_stay_empty: bool = False
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         os.close(lock)
+        if parent_is_new:
+            with suppress(OSError):  # not empty: something was published there
+                final.parent.rmdir()
 
 
 def refuse_existing(final: Path) -> None:
@@ -67,13 +63,24 @@ def refuse_existing(final: Path) -> None:
         raise OutputError(f"{final}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
 
 
-def _lock(lock: int, hidden: Path) -> None:
+def _lock(hidden: Path) -> int:
+    """Make the hidden folder and lock it; the lock ends with its descriptor, or with the process."""
+    try:
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        hidden.mkdir(exist_ok=True)
+        lock = os.open(hidden, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(
+            f"{hidden.parent}: cannot be written: {error.strerror}", hint="choose another place with -o"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        os.close(lock)
         raise OutputError(f"{hidden}: another farcast is writing this output", hint="wait for it to end") from error
     except OSError:  # a filesystem without locks; the rename is still atomic
-        return
+        return lock
+    return lock
 
 
 def _clear(folder: Path) -> None:

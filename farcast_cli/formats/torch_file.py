@@ -355,7 +355,7 @@ class _Pickler(pickle.Pickler):
 
         if not isinstance(obj, StorageRef):
             return None
-        kind = torch.UntypedStorage if obj.dtype is _UNTYPED else getattr(torch, obj.dtype.storage)
+        kind = torch.UntypedStorage if obj.dtype == _UNTYPED else getattr(torch, obj.dtype.storage)
         return ("storage", kind, obj.key, obj.location, obj.size)
 
     def reducer_override(self, obj: object) -> Any:
@@ -392,7 +392,7 @@ def _tensor_call(ref: TensorRef) -> _Call:
 
     args = (ref.storage, ref.offset, ref.shape, ref.stride)
     grad = ref.requires_grad and not ref.is_parameter
-    if ref.storage.dtype is _UNTYPED:
+    if ref.storage.dtype == _UNTYPED:
         tensor = _Call(
             torch._utils._rebuild_tensor_v3,  # noqa: SLF001 - the names that torch.save writes
             (*args, grad, OrderedDict(), getattr(torch, ref.dtype.name)),

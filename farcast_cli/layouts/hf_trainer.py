@@ -23,6 +23,7 @@ def _recognises(path: Path) -> bool:
 
 
 def _read(path: Path) -> Snapshot:
+    _refuse_deepspeed(path)
     weights, tensors, rough = read_weights(path)
     known = {part.name for part in weights}
     state = read_json(path / STATE_FILE)
@@ -32,6 +33,15 @@ def _read(path: Path) -> Snapshot:
         raise FileFormatError(f"{path / STATE_FILE}: expected an integer global_step, found {step!r}")
     evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
     return Snapshot(path, LAYOUT.name, (*weights, *others), tensors, evidence, not_streamable=rough)
+
+
+def _refuse_deepspeed(path: Path) -> None:
+    """With DeepSpeed the Trainer resumes from `global_stepN/`, whose partitions hold weights of their own."""
+    if any(path.glob("global_step*/*_states.pt")):
+        raise FileFormatError(
+            f"{path}: a DeepSpeed checkpoint, which resumes from its own partitions: not read yet",
+            hint=f"python {path}/zero_to_fp32.py {path} OUT makes weights that farcast reads, to be loaded without resuming",
+        )
 
 
 def _part(path: Path, name: str, state: dict[str, object]) -> Part:

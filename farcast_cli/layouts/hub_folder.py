@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from farcast_cli.errors import FileFormatError
 from farcast_cli.layouts.base import Layout, Part, Snapshot, files_below, find_weights, name_evidence
 from farcast_cli.layouts.weights_folder import read_weights
 
@@ -16,6 +17,11 @@ def _recognises(path: Path) -> bool:
 
 
 def _read(path: Path) -> Snapshot:
+    if any(path.glob("random_states_*.pkl")) or (path / "optimizer.bin").exists():
+        raise FileFormatError(
+            f"{path}: an accelerate save_state folder, whose optimiser and schedule are not moved on yet",
+            hint="copy the weights alone into folders named by their step (step_1000/) for a forecast of the weights",
+        )
     weights, tensors, rough = read_weights(path)
     known = {part.name for part in weights}
     others = [Part(file, name, "other") for file, name in files_below(path) if name not in known]

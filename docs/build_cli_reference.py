@@ -1,0 +1,334 @@
+"""Write docs/cli.md from the command line itself, so that the reference cannot drift from the program.
+
+    python docs/build_cli_reference.py            write it
+    python docs/build_cli_reference.py --check    exit 1 where it is stale
+
+Options come from the parser, exit codes from the exception tree, JSON keys from the functions that build the objects.
+The meaning of each JSON key stands here; a key without one, or a meaning without a key, is an error.
+"""
+# ruff: noqa: INP001 - a script beside the pages that it makes
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from farcast_cli import errors, render
+from farcast_cli.cli import app
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PAGE = Path(__file__).with_name("cli.md")
+REBUILD = "python docs/build_cli_reference.py"
+
+FORECAST_KEYS = {
+    "path": "where the forecast is; `null` where none was written",
+    "origin_step": "step of the last snapshot that the forecast saw",
+    "valid_step": "step that the forecast is for: origin step + horizon",
+    "horizon": "steps from the origin to the forecast",
+    "method": "name of the method",
+    "ratio": "back-test ratio b; `null` where it cannot be had",
+    "coherence": "coherence S of the run's drift; `null` where it cannot be had",
+    "verdict": "`forecast`, `abstain` or `untestable`",
+    "reason": "the verdict's reason, for people",
+    "num_forecast": "tensors that were forecast",
+    "num_copied": "tensors that were copied from the origin",
+    "unchanged_share": "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`)",
+    "bytes_read": "bytes read from the snapshots",
+    "bytes_written": "bytes written, for this horizon",
+    "seconds": "seconds the pass took",
+    "changes": "what was rewritten for resuming, as `where: old -> new`",
+    "notes": "what could not be moved on exactly, and what was left out",
+    "evaluations": "with `--eval-cmd`: one entry per trial",
+    "evaluations[].strength": "factor on the step; 0 is the origin itself",
+    "evaluations[].value": "the number that the command printed last",
+}
+
+JSON_KEYS: dict[str, dict[str, str]] = {
+    "inspect": {
+        "layout": "name of the layout, see [formats](formats.md)",
+        "snapshots": "one entry per snapshot, in the order of their steps",
+        "snapshots[].path": "the file or folder",
+        "snapshots[].step": "the step that was settled on",
+        "snapshots[].step_source": "which evidence settled it: `trainer state`, `payload`, `adam step`, `name`, `metadata`",
+        "snapshots[].bytes": "size of all its files",
+        "snapshots[].evidence": "every place that names a step, the most trusted first",
+        "snapshots[].evidence[].source": "kind of evidence",
+        "snapshots[].evidence[].where": "file or key",
+        "snapshots[].evidence[].step": "the step that it names",
+        "num_tensors": "tensors that would be forecast",
+        "num_parameters": "values in them",
+        "copied": "tensors that would be copied",
+        "copied[].name": "tensor name",
+        "copied[].reason": "why it is copied",
+        "ignored": "entries of the folder that are not part of the run",
+        "ignored[].path": "the file or folder",
+        "ignored[].reason": "why it is left out",
+        "problems": "what a person should look at; empty where all is well",
+    },
+    "fit": {
+        "forecaster": "the file that was written",
+        "origin_step": "step of the last snapshot",
+        "num_snapshots": "snapshots that were read",
+        "num_tensors": "tensors that can be forecast",
+        "sampled": "values read of each tensor at most; `null` with `--full`",
+        "bytes_read": "bytes read",
+        "seconds": "seconds it took",
+    },
+    "backtest": {
+        "origin_step": "step of the last snapshot",
+        "coherence": "coherence S of the run's drift; `null` where it cannot be had",
+        "scores": "one entry per method and horizon that the history can test",
+        "scores[].method": "name of the method",
+        "scores[].horizon": "steps ahead",
+        "scores[].ratio": "back-test ratio b, on the clipped step",
+        "scores[].ratio_as_written": "the same for the step as the method writes it by default",
+        "best": "the score with the smallest b; `null` where nothing could be tested",
+        "best.method": "name of the method",
+        "best.horizon": "steps ahead",
+        "best.ratio": "back-test ratio b",
+        "verdict": "`forecast`, `abstain` or `untestable`; an object from horizon to verdict where there are several horizons",
+    },
+    "predict": FORECAST_KEYS
+    | {
+        "forecasts": "with several horizons: one object per horizon with the keys above, in place of them",
+        "dry_run": "`true` with `--dry-run`; absent otherwise",
+    },
+    "verify": {
+        "ratio": "error of the forecast against that of the reference: 0 perfect, 1 no better; `null` where nothing moved",
+        "mean_absolute_error": "of the forecast, over all compared values",
+        "reference": "the checkpoint that the forecast was compared with",
+        "per_tensor": "one entry per tensor",
+        "per_tensor[].name": "tensor name",
+        "per_tensor[].ratio": "its ratio; `null` where it did not move",
+    },
+}
+BUILDERS = {
+    "inspect": (render.inspect_json,),
+    "fit": (render.fit_json,),
+    "backtest": (render.backtest_json,),
+    "predict": (render.outcome_json, render.predict_json),
+    "verify": (render.verify_json,),
+}
+
+HEADER = f"""\
+# Command line
+
+<!-- Made by {REBUILD.removeprefix("python ")}; change the program or that script, not this page. -->
+"""
+
+CONFIG = """\
+## Defaults from the environment and from a file
+
+Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`
+and `--exclude` take several patterns from one variable, separated by blanks.
+
+`--config FILE`, or a `farcast.toml` in the working directory, sets defaults too. Keys at the top hold for every command,
+a table holds for one command. The command line wins over the environment, and the environment over the file.
+
+```toml
+threads = 4
+
+[fit]
+exclude = ["*.embed_tokens.*"]
+
+[predict]
+horizon = [500, 1000]
+method = "blend"
+```
+"""
+
+OUTPUT = """\
+## What goes where
+
+stdout carries the result and nothing else: the path that `fit` or `predict` wrote, a table, or one JSON object. Progress,
+notes and errors go to stderr. Bars and colour appear on a terminal only; `NO_COLOR` is honoured. Nothing ever prompts.
+"""
+
+JSON_INTRODUCTION = f"""\
+With `--json`, a command prints one object on stdout. Every object also has `schema_version`, the number
+{render.SCHEMA_VERSION}. Keys may be added; none is renamed or removed while that number stays.
+"""
+
+
+def reference() -> str:
+    """The whole page as markdown; independent of the terminal."""
+    group: Any = typer.main.get_command(app)
+    commands = [_command(name, command) for name, command in group.commands.items() if not command.hidden]
+    start = _paragraphs(group.help) + "\n" + _options([p for p in group.params if _is_option(p)])
+    return "\n".join([HEADER, start, *commands, CONFIG, OUTPUT, _exit_codes(), _json_keys()])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page, or with --check compare it."""
+    text = reference()
+    if "--check" not in arguments:
+        PAGE.write_text(text)
+        return 0
+    if PAGE.is_file() and PAGE.read_text() == text:
+        return 0
+    sys.stderr.write(f"docs/{PAGE.name} is stale: {REBUILD}\n")
+    return 1
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def _command(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if not _is_option(p)]
+    options = [p for p in command.params if _is_option(p)]
+    usage = " ".join(["farcast", name, "[OPTIONS]", *(_argument_name(p) for p in arguments)])
+    parts = [f"## farcast {name}\n", f"`{usage}`\n", _paragraphs(command.help)]
+    if arguments:
+        rows = [(_code(_argument_name(p)), p.help or "") for p in arguments]
+        parts.append(_table(("argument", "meaning"), rows))
+    parts += [_options(options), _examples(command.epilog or "")]
+    return "\n".join(parts)
+
+
+def _paragraphs(text: str) -> str:
+    """Help text as markdown: indented lines (a command, blanks, what it does) become a fenced block with comments."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        lines = block.splitlines()
+        if all(line.startswith("  ") for line in lines):
+            pairs = [(command, what.strip()) for command, _, what in (line.strip().partition("  ") for line in lines)]
+            found.append(_fence([f"{command}  # {what}" if what else command for command, what in pairs]))
+        else:
+            found.append(block + "\n")
+    return "\n".join(found)
+
+
+def _examples(epilog: str) -> str:
+    label, colon, text = epilog.partition(":")
+    if not colon or not label.startswith("Example"):
+        return epilog
+    return _fence([example.strip() for example in text.split("   |   ")])
+
+
+def _is_option(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "option")
+
+
+def _argument_name(parameter: Any) -> str:
+    name = str(parameter.metavar or parameter.name.upper()).strip("[]")
+    return name if parameter.required else f"[{name}]"
+
+
+def _options(options: Sequence[Any]) -> str:
+    rows = []
+    for option in options:
+        names = ", ".join(_code(name) for name in [*option.opts, *option.secondary_opts])
+        value = "" if option.is_flag else " " + _code(_placeholder(option))
+        meaning = " ".join(filter(None, [option.help, _limits(option)]))
+        rows.append((names + value, _default(option), _code(option.envvar) if option.envvar else "", meaning))
+    return _table(("option", "default", "environment", "meaning"), rows)
+
+
+def _placeholder(option: Any) -> str:
+    if option.metavar:
+        return str(option.metavar)
+    return {int: "N", float: "X"}.get(type(option.default), "VALUE")
+
+
+def _limits(option: Any) -> str:
+    smallest = getattr(option, "min", None)
+    if smallest is None:
+        smallest = getattr(getattr(option, "type", None), "min", None)
+    repeated = "May be given several times." if option.multiple else ""
+    return f"At least {smallest:g}." if smallest is not None else repeated
+
+
+def _default(option: Any) -> str:
+    if option.required:
+        return "required"
+    value = option.default
+    if option.is_flag:
+        return "off"
+    return _code(str(value)) if isinstance(value, (str, int, float, Path)) else ""
+
+
+# --- exit codes and JSON ---------------------------------------------------------------------------------------------
+
+
+def _exit_codes() -> str:
+    rows = [("0", "Done."), ("1", "A bug in farcast: every problem that a user can cause has a code of its own.")]
+    for kind in errors.FarcastError.__subclasses__():
+        more = [_sentence(inner) for inner in kind.__subclasses__()]
+        rows.append((str(kind.exit_code), " ".join([_sentence(kind), *more])))
+    rows.append(("130", "Interrupted (SIGINT or SIGTERM). Nothing was published."))
+    return "## Exit codes\n\n" + _table(("code", "meaning"), rows)
+
+
+def _sentence(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def _json_keys() -> str:
+    parts = [
+        "## JSON\n",
+        JSON_INTRODUCTION,
+    ]
+    for command, builders in BUILDERS.items():
+        found = [key for builder in builders for key in _keys_built_by(builder)]
+        _check_meanings(command, found)
+        rows = [(_code(key), JSON_KEYS[command][key]) for key in found]
+        parts += [f"### farcast {command} --json\n", _table(("key", "meaning"), rows)]
+    return "\n".join(parts)
+
+
+def _check_meanings(command: str, found: Sequence[str]) -> None:
+    odd = sorted(set(found) ^ JSON_KEYS[command].keys())
+    if odd:
+        raise SystemExit(f"docs/build_cli_reference.py: JSON_KEYS[{command!r}] and farcast_cli/render.py differ in {odd}")
+
+
+def _keys_built_by(function: Any) -> list[str]:
+    tree = ast.parse(inspect.getsource(function))
+    return list(_outermost(tree, ""))
+
+
+def _outermost(node: ast.AST, prefix: str) -> Iterator[str]:
+    """The keys of the dicts that a piece of code builds, those of nested ones with their path."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+        index = node.targets[0].slice
+        if isinstance(index, ast.Constant):
+            yield str(index.value)
+            yield from _outermost(node.value, str(index.value))
+    elif isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant):
+                path = ".".join(filter(None, [prefix, str(key.value)]))
+                yield path
+                yield from _outermost(value, path)
+    elif isinstance(node, ast.ListComp):
+        yield from _outermost(node.elt, f"{prefix}[]" if prefix else "")
+    elif not isinstance(node, (ast.DictComp, ast.arguments)):
+        for child in ast.iter_child_nodes(node):
+            yield from _outermost(child, prefix)
+
+
+# --- markdown --------------------------------------------------------------------------------------------------------
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _fence(lines: Sequence[str]) -> str:
+    return "\n".join(["```sh", *lines, "```", ""])
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

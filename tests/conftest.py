@@ -1,0 +1,202 @@
+"""Small real runs to test on, and two ways to call the command: as a process, and (without its start-up) in this one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from farcast_cli.cli import main
+from farcast_cli.fitted import fit, save_fitted
+from farcast_cli.gram import DEFAULT_SAMPLE
+from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+STEPS = tuple(range(100, 900, 100))
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed.weight": (40, 16),
+    "layers.0.weight": (16, 16),
+    "layers.0.bias": (16,),
+    "norm.weight": (16,),
+}
+TIME_CONSTANT = 600.0  # steps; slow against the run, so that its second half still moves like its first
+NOISE = 1e-3  # of a weight, per snapshot
+
+
+def weights_at(
+    step: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, torch.Tensor]:
+    """A model's weights on their way from a start to a target: exponential decay plus a little noise, all seeded."""
+    path = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(1_000_003 * seed + step)
+    left = float(torch.exp(torch.tensor(-step / TIME_CONSTANT)))
+    found = {}
+    for name, shape in (shapes or SHAPES).items():
+        start, target = torch.randn(shape, generator=path), torch.randn(shape, generator=path)
+        found[name] = (target + (start - target) * left + NOISE * torch.randn(shape, generator=noise)).to(dtype)
+    return found
+
+
+def loose_name(step: int) -> str:
+    return f"step_{step:06d}.safetensors"
+
+
+def make_loose_run(
+    folder: Path,
+    steps: Sequence[int] = STEPS,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Path:
+    """One safetensors file per step, `step_000100.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        save_file(weights_at(step, dtype=dtype, seed=seed, shapes=shapes), folder / loose_name(step), metadata={"format": "pt"})
+    return folder
+
+
+def edit_loose(path: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
+    """Replace (or, with None, remove) tensors of a safetensors file."""
+    tensors = load_file(path)
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def make_torch_run(folder: Path, steps: Sequence[int] = tuple(range(10, 90, 10)), *, seed: int = 0) -> Path:
+    """One `ckpt_10.pt` per step from a real training loop: model, AdamW, a cosine schedule and the step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    inputs, outputs = torch.randn(64, 8, generator=generator), torch.randn(64, 1, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10 * max(steps))
+    for step in range(1, max(steps) + 1):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(inputs), outputs).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        scheduler.step()
+        if step in steps:
+            payload = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "step": step,
+            }
+            torch.save(payload, folder / f"ckpt_{step}.pt")
+    return folder
+
+
+def fit_run(run: Path, forecaster: Path) -> Path:
+    """What `farcast fit RUN -o FORECASTER` does, without the command."""
+    trajectory = discover(run, minimum=MIN_SNAPSHOTS)
+    save_fitted(fit(trajectory, num_samples=DEFAULT_SAMPLE), forecaster)
+    return forecaster
+
+
+def tree_digest(top: Path) -> dict[str, str]:
+    """Every file below a folder with the hash of its bytes, and every folder; to see that nothing changed."""
+    return {
+        path.relative_to(top).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(top.rglob("*"))
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a call of the command left: both streams and the exit code."""
+
+    stdout: str
+    stderr: str
+    returncode: int
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what went wrong."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+    @property
+    def hints(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("hint: ")]
+
+
+class CallCli(Protocol):
+    """Calls the command in this process, from a folder and with more environment variables."""
+
+    def __call__(self, *args: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Done: ...
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would change the command's defaults or colours."""
+    unwanted = {"FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TTY_COMPATIBLE"}
+    return {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_") and key not in unwanted}
+
+
+def popen_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start the real command as a process, with both streams piped."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = clean_environment() | {"PYTHONPATH": root} | dict(env or {})
+    return subprocess.Popen(
+        [sys.executable, "-m", "farcast_cli", *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **options: Any) -> Done:
+    """Run the real command as a process."""
+    with popen_cli(*args, cwd=cwd, env=env, **options) as process:
+        stdout, stderr = process.communicate()
+    return Done(stdout, stderr, process.returncode)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = clean_environment()
+    for key in set(os.environ) - set(kept):
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def call_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[CallCli]:
+    """The command, called in this process: faster than `run_cli` by the time that importing torch takes."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*args: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Done:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["farcast", *map(str, args)])
+            if cwd is not None:
+                patch.chdir(cwd)
+            for key, value in (env or {}).items():
+                patch.setenv(key, value)
+            with pytest.raises(SystemExit) as stopped:
+                main()
+        said = capsys.readouterr()
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return Done(said.out, said.err, code)
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)

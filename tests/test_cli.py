@@ -1,0 +1,763 @@
+"""The command's contract: what stands on stdout, which exit code, and that whatever fails changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from farcast_cli.gram import DEFAULT_SAMPLE
+from farcast_cli.stream import sample_stretches
+from tests.conftest import (
+    STEPS,
+    edit_loose,
+    fit_run,
+    loose_name,
+    make_loose_run,
+    make_torch_run,
+    run_cli,
+    tree_digest,
+    weights_at,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tests.conftest import CallCli, Done
+
+WIDE = {"wide.weight": (200, 200), "bias": (16,)}  # the first is larger than the sample
+
+
+@pytest.fixture(scope="module")
+def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    fit_run(make_loose_run(folder / "run"), folder / "forecaster.safetensors")
+    return folder
+
+
+@pytest.fixture
+def work(fitted_once: Path, tmp_path: Path) -> Path:
+    """A working directory with a run of eight snapshots in `run/` and a forecaster fitted on it."""
+    return Path(shutil.copytree(fitted_once, tmp_path / "work"))
+
+
+def refused(
+    call_cli: CallCli, folder: Path, code: int, words: tuple[str, ...], *args: object, env: Mapping[str, str] | None = None
+) -> Done:
+    """Call the command and check that it fails as promised: one error line that says why, its code, and no trace on disk."""
+    before = tree_digest(folder)
+    done = call_cli(*args, cwd=folder, env=env)
+    assert done.returncode == code, done
+    assert done.stdout == ""
+    assert len(done.errors) == 1, done
+    assert len(done.hints) <= 1
+    assert "Traceback" not in done.stderr
+    missing = [word for word in words if word not in done.errors[0] + "".join(done.hints)]
+    assert not missing, done
+    assert tree_digest(folder) == before
+    return done
+
+
+def as_json(done: Done) -> dict[str, Any]:
+    """The one JSON object on stdout of a call that went well."""
+    assert done.returncode == 0, done
+    content: dict[str, Any] = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert content["schema_version"] == 1
+    return content
+
+
+def no_constant(name: str) -> float:
+    pytest.fail(f"{name} is not JSON")
+
+
+# --- what goes well --------------------------------------------------------------------------------------------------
+
+
+def test_inspect_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None:
+    edit_loose(work / "run" / loose_name(800), {"embed.weight": weights_at(800)["embed.weight"]})
+    content = as_json(call_cli("inspect", "run", "--json", "--exclude", "norm*", cwd=work))
+    assert content["layout"] == "safetensors"
+    assert [s["step"] for s in content["snapshots"]] == list(STEPS)
+    first = content["snapshots"][0]
+    assert (first["path"], first["step_source"]) == (f"run/{loose_name(100)}", "name")
+    assert first["bytes"] == (work / "run" / loose_name(100)).stat().st_size
+    assert (content["num_tensors"], content["num_parameters"]) == (3, 40 * 16 + 16 * 16 + 16)
+    assert content["copied"] == [{"name": "norm.weight", "reason": "excluded"}]
+    assert content["problems"] == []
+
+
+def test_inspect_says_when_there_are_too_few_snapshots_to_fit(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run", STEPS[:3])
+    assert as_json(call_cli("inspect", "run", "--json", cwd=tmp_path))["problems"] == ["3 snapshots: fit needs 6"]
+
+
+def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, call_cli: CallCli) -> None:
+    (work / "forecaster.safetensors").unlink()
+    content = as_json(call_cli("fit", "run", "--json", cwd=work))
+    assert content["seconds"] >= 0
+    assert content | {"seconds": 0} == {
+        "schema_version": 1,
+        "forecaster": "forecaster.safetensors",
+        "origin_step": 800,
+        "num_snapshots": 8,
+        "num_tensors": 4,
+        "sampled": 16384,
+        "bytes_read": 8 * 4 * (40 * 16 + 16 * 16 + 16 + 16),
+        "seconds": 0,
+    }
+    assert (work / "forecaster.safetensors").is_file()
+
+
+def test_fit_prints_the_forecasters_path_and_nothing_else_on_stdout(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("fit", "run", "-o", "deep/forecaster-b.safetensors", cwd=work)
+    assert (done.returncode, done.stdout) == (0, "deep/forecaster-b.safetensors\n")
+
+
+def test_fitting_the_same_run_twice_gives_the_same_bytes(work: Path, call_cli: CallCli) -> None:
+    before = (work / "forecaster.safetensors").read_bytes()
+    assert call_cli("fit", "run", cwd=work).returncode == 0
+    assert (work / "forecaster.safetensors").read_bytes() == before
+
+
+def test_backtest_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("backtest", "--horizon", "100,200", "--json", cwd=work))
+    assert content["origin_step"] == 800
+    assert 0.9 < content["coherence"] <= 1
+    found = {(s["method"], s["horizon"]): s["ratio"] for s in content["scores"]}
+    methods = {"blend", "k5", "drift", "lfd2", "line", "average", "persistence"}
+    assert found.keys() == {(method, horizon) for method in methods for horizon in (100, 200)}
+    assert found["persistence", 100] == 1
+    assert found["k5", 100] < 0.5
+    assert content["best"]["ratio"] == min(found.values())
+    assert content["verdict"] == {"100": "forecast", "200": "forecast"}
+
+
+def test_backtest_of_one_horizon_gives_one_verdict(work: Path, call_cli: CallCli) -> None:
+    assert as_json(call_cli("backtest", "run", "--horizon", 100, "--json", cwd=work))["verdict"] == "forecast"
+    assert as_json(call_cli("backtest", "--horizon", 5000, "--json", cwd=work))["verdict"] == "untestable"
+
+
+def test_predict_prints_its_path_and_nothing_else_on_stdout(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, cwd=work)
+    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    forecast = load_file(work / "forecasts" / "step_000900.safetensors")
+    origin, truth = weights_at(800), weights_at(900)
+    assert forecast.keys() == truth.keys()
+    for name in truth:
+        assert (forecast[name] - truth[name]).norm() < 0.4 * (origin[name] - truth[name]).norm()
+
+
+def test_predict_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--to-step", 1000, "--json", cwd=work))
+    path = work / "forecasts" / "step_001000.safetensors"
+    assert content["path"] == "forecasts/step_001000.safetensors"
+    assert (content["origin_step"], content["valid_step"], content["horizon"]) == (800, 1000, 200)
+    assert (content["method"], content["verdict"]) == ("blend", "forecast")
+    assert 0 < content["ratio"] < 0.5
+    assert 0.9 < content["coherence"] <= 1
+    assert (content["num_forecast"], content["num_copied"]) == (4, 0)
+    assert 0 <= content["unchanged_share"] < 0.1
+    assert content["bytes_read"] == 8 * 4 * (40 * 16 + 16 * 16 + 16 + 16)
+    assert content["bytes_written"] == path.stat().st_size
+    assert content["seconds"] >= 0
+
+
+def test_predict_of_several_horizons_reports_each(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--horizon", "100,200", "--json", cwd=work))
+    assert [(f["horizon"], f["path"]) for f in content["forecasts"]] == [
+        (100, "forecasts/step_000900.safetensors"),
+        (200, "forecasts/step_001000.safetensors"),
+    ]
+
+
+def test_a_forecast_has_its_provenance_beside_it(work: Path, call_cli: CallCli) -> None:
+    assert call_cli("predict", "--horizon", 100, "-o", "out/", cwd=work).returncode == 0
+    assert tree_digest(work / "out").keys() == {"step_000900.safetensors", "step_000900.farcast.json"}
+    content = json.loads((work / "out" / "step_000900.farcast.json").read_text(), parse_constant=no_constant)
+    assert (content["origin_step"], content["valid_step"], content["method"]) == (800, 900, "blend")
+    assert content["origin"] == f"../run/{loose_name(800)}"
+    assert [entry["step"] for entry in content["inputs"]] == list(STEPS)
+
+
+def test_verify_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None:
+    assert call_cli("predict", "--horizon", 200, cwd=work).returncode == 0
+    make_loose_run(work / "run", [1000])
+    content = as_json(
+        call_cli("verify", "forecasts/step_001000.safetensors", "--against", f"run/{loose_name(1000)}", "--json", cwd=work)
+    )
+    origin, truth = weights_at(800), weights_at(1000)
+    forecast = load_file(work / "forecasts" / "step_001000.safetensors")
+    errors = torch.cat([(forecast[name] - truth[name]).double().flatten() for name in truth])
+    nothing = torch.cat([(origin[name] - truth[name]).double().flatten() for name in truth])
+    assert content["ratio"] == pytest.approx(float(errors.norm() / nothing.norm()), rel=1e-6)
+    assert content["mean_absolute_error"] == pytest.approx(float(errors.abs().mean()), rel=1e-6)
+    assert {entry["name"] for entry in content["per_tensor"]} == set(truth)
+    assert all(0 < entry["ratio"] < 1 for entry in content["per_tensor"])
+
+
+def test_verify_takes_any_reference(work: Path, call_cli: CallCli) -> None:
+    origin = f"run/{loose_name(800)}"
+    content = as_json(
+        call_cli("verify", origin, "--against", f"run/{loose_name(700)}", "--reference", origin, "--json", cwd=work)
+    )
+    assert content["ratio"] == 1
+
+
+def test_several_horizons_in_one_pass_equal_single_ones_byte_for_byte(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", "50,100,350", "-o", "many/", "--threads", 3, cwd=work)
+    assert done.stdout.splitlines() == [f"many/step_{step:06d}.safetensors" for step in (850, 900, 1150)]
+    for horizon in (50, 100, 350):
+        assert call_cli("predict", "--horizon", horizon, "-o", "one/", "--threads", 1, cwd=work).returncode == 0
+    many, one = tree_digest(work / "many"), tree_digest(work / "one")
+    assert len(many) == 6
+    assert many == one
+
+
+def test_a_dry_run_writes_nothing_and_foretells_the_bytes(work: Path, call_cli: CallCli) -> None:
+    before = tree_digest(work)
+    told = as_json(call_cli("predict", "--horizon", 100, "--dry-run", "--json", cwd=work))
+    assert tree_digest(work) == before
+    done = as_json(call_cli("predict", "--horizon", 100, "--json", cwd=work))
+    assert told["dry_run"] is True
+    for key in ("path", "bytes_read", "bytes_written", "num_forecast", "num_copied", "ratio", "verdict", "changes"):
+        assert told[key] == done[key]
+
+
+def test_a_dry_run_of_several_horizons_foretells_the_bytes_of_each(tmp_path: Path, call_cli: CallCli) -> None:
+    fit_run(make_torch_run(tmp_path / "run"), tmp_path / "forecaster.safetensors")
+    told = as_json(call_cli("predict", "--horizon", "5,20", "--dry-run", "--json", cwd=tmp_path))["forecasts"]
+    done = as_json(call_cli("predict", "--horizon", "5,20", "--json", cwd=tmp_path))["forecasts"]
+    assert [f["bytes_written"] for f in told] == [f["bytes_written"] for f in done]
+    assert [f["path"] for f in told] == [f["path"] for f in done]
+
+
+def test_a_dry_run_prints_no_path(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, "--dry-run", cwd=work)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "would write" in done.stderr
+
+
+def test_quiet_leaves_only_the_result(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, "-q", cwd=work)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "forecasts/step_000900.safetensors\n", "")
+
+
+def test_a_run_with_newer_snapshots_is_noted_with_the_command_to_fit_again(work: Path, call_cli: CallCli) -> None:
+    make_loose_run(work / "run", [900, 1000])
+    done = call_cli("predict", "--horizon", 100, cwd=work)
+    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: the run")]
+    assert "newer snapshots (up to step 1000)" in note
+    assert note.endswith("farcast fit run")
+
+
+def test_a_forecaster_and_its_run_may_move_together(work: Path, tmp_path: Path, call_cli: CallCli) -> None:
+    work.rename(tmp_path / "moved")
+    (tmp_path / "else").mkdir()
+    done = call_cli("predict", "--forecaster", "../moved/forecaster.safetensors", "--horizon", 100, cwd=tmp_path / "else")
+    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+
+
+def test_overwrite_replaces_an_earlier_forecast(work: Path, call_cli: CallCli) -> None:
+    assert call_cli("predict", "--horizon", 100, cwd=work).returncode == 0
+    first = tree_digest(work / "forecasts")
+    assert call_cli("predict", "--horizon", 100, "--scale", 0.5, "--overwrite", cwd=work).returncode == 0
+    second = tree_digest(work / "forecasts")
+    assert first.keys() == second.keys()
+    assert not set(first.values()) & set(second.values())
+
+
+def test_the_origin_may_be_an_earlier_snapshot(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--origin", 600, "--horizon", 100, "--json", cwd=work))
+    assert (content["origin_step"], content["path"]) == (600, "forecasts/step_000700.safetensors")
+
+
+def test_a_forecast_does_not_depend_on_snapshots_after_its_origin(work: Path, call_cli: CallCli) -> None:
+    arguments = ("predict", "--origin", 600, "--horizon", 100, "-q", "-o")
+    assert call_cli(*arguments, "all.safetensors", cwd=work).returncode == 0
+    assert call_cli("fit", "run", "--steps", ":600", cwd=work).returncode == 0
+    assert call_cli(*arguments, "early.safetensors", cwd=work).returncode == 0
+    all_of_them, early = load_file(work / "all.safetensors"), load_file(work / "early.safetensors")
+    for name, values in early.items():
+        torch.testing.assert_close(all_of_them[name], values, rtol=1e-5, atol=1e-6)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_options_come_from_the_command_line_before_the_environment_before_the_config_file(
+    work: Path, call_cli: CallCli
+) -> None:
+    (work / "farcast.toml").write_text("quiet = true\n[predict]\nhorizon = 100\neven-if-worse = true\n")
+    predict = partial(call_cli, "predict", "--dry-run", "--json", cwd=work)
+    assert as_json(predict())["horizon"] == 100
+    assert as_json(predict(env={"FARCAST_HORIZON": "200"}))["horizon"] == 200
+    assert (
+        as_json(call_cli("predict", "--dry-run", "--json", "--horizon", 300, cwd=work, env={"FARCAST_HORIZON": "200"}))[
+            "horizon"
+        ]
+        == 300
+    )
+
+
+CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], object], object]] = {
+    "several horizons": ("[predict]\nhorizon = [100, 200]\n", lambda c: [f["horizon"] for f in c["forecasts"]], [100, 200]),
+    "an option for all commands": ("method = 'drift'\nhorizon = 100\n", lambda c: c["method"], "drift"),
+    "its own table wins": ("method = 'drift'\n[predict]\nhorizon = 100\nmethod = 'k5'\n", lambda c: c["method"], "k5"),
+    "another command's table": ("[fit]\nsample = 2000\n[predict]\nhorizon = 100\n", lambda c: c["horizon"], 100),
+    "the option called for": ("[predict]\nhorizon = 100\nfor = 'evaluation'\n", lambda c: c["method"], "k5"),
+    "the option called for, for all": ("for = 'evaluation'\nhorizon = 100\n", lambda c: c["method"], "k5"),
+    "the option called json": ("[predict]\nhorizon = 100\njson = true\n", lambda c: c["horizon"], 100),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_config_file_sets_options(work: Path, call_cli: CallCli, what: str) -> None:
+    text, read, expected = CONFIGS[what]
+    (work / "own.toml").write_text(text)
+    assert read(as_json(call_cli("predict", "--dry-run", "--json", "--config", "own.toml", cwd=work))) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[predict]\nhorizn = 100\n", ("own.toml", "horizn")),
+        ("[predict\n", ("own.toml", "TOML")),
+        ("predict = 100\n", ("own.toml", "predict")),
+    ],
+)
+def test_a_config_file_that_makes_no_sense_is_a_usage_error(
+    work: Path, call_cli: CallCli, text: str, words: tuple[str, ...]
+) -> None:
+    (work / "own.toml").write_text(text)
+    refused(call_cli, work, 2, words, "predict", "--horizon", 100, "--config", "own.toml")
+
+
+def test_a_config_file_that_is_not_there_is_a_usage_error(work: Path, call_cli: CallCli) -> None:
+    refused(call_cli, work, 2, ("none.toml",), "inspect", "run", "--config", "none.toml")
+
+
+# --- usage errors ----------------------------------------------------------------------------------------------------
+
+
+USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
+    "neither horizon nor step": (("predict",), ("--horizon", "--to-step", "neither")),
+    "both horizon and step": (("predict", "--horizon", 1, "--to-step", 900), ("--horizon", "--to-step", "both")),
+    "no horizon for a back-test": (("backtest",), ("--horizon",)),
+    "a horizon of no steps": (("predict", "--horizon", 0), ("--horizon 0", "positive")),
+    "a negative horizon": (("predict", "--horizon", "-5"), ("-5",)),
+    "a horizon that is no number": (("predict", "--horizon", "soon"), ("--horizon soon",)),
+    "an empty horizon": (("predict", "--horizon", "100,,200"), ("100,,200",)),
+    "a horizon twice": (("predict", "--horizon", "100,200,100"), ("twice",)),
+    "a horizon twice in other digits": (("predict", "--horizon", "100,0100"), ("twice",)),
+    "a step that is past": (("predict", "--to-step", 800), ("800",)),
+    "an unknown method": (("predict", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
+    "an unknown method to test": (("backtest", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
+    "an unknown purpose": (("predict", "--horizon", 100, "--for", "fun"), ("--for fun", "resume, evaluation")),
+    "an unknown norm": (("predict", "--horizon", 100, "--step-norm", "big"), ("--step-norm big", "clip")),
+    "an unknown scope": (("predict", "--horizon", 100, "--scope", "x"), ("--scope x", "global")),
+    "an unknown element type": (("predict", "--horizon", 100, "--dtype", "int8"), ("--dtype int8", "bfloat16")),
+    "an unknown optimizer mode": (("predict", "--horizon", 100, "--optimizer", "x"), ("--optimizer x", "reset")),
+    "unknown counters": (("predict", "--horizon", 100, "--counters", "x"), ("--counters x", "keep")),
+    "an unknown device": (("predict", "--horizon", 100, "--device", "tpu"), ("--device tpu", "cpu")),
+    "a scale that is no number": (("predict", "--horizon", 100, "--scale", "nan"), ("scale",)),
+    "an endless scale": (("predict", "--horizon", 100, "--scale", "inf"), ("scale",)),
+    "shards of a single file": (("predict", "--horizon", 100, "--max-shard-size", "5GB"), ("--max-shard-size",)),
+    "a size without a unit": (("predict", "--horizon", 100, "--max-shard-size", "5"), ("--max-shard-size 5", "5GB")),
+    "the first snapshot as origin": (("predict", "--horizon", 100, "--origin", 100), ("--origin 100",)),
+    "a command without its place": (("predict", "--horizon", 100, "--eval-cmd", "true"), ("{ckpt}",)),
+    "steps that are no range": (("fit", "run", "--steps", "5"), ("--steps 5", "A:B:K")),
+    "steps that are no numbers": (("fit", "run", "--steps", "a:b"), ("--steps a:b", "A:B:K")),
+    "steps in words that are pictures elsewhere": (("fit", "run", "--steps", "5:100:x"), ("--steps 5:100:x", "A:B:K")),
+    "an unknown option": (("predict", "--horizn", 100), ("--horizn",)),
+    "an unknown command": (("forecast",), ("forecast",)),
+    "a missing argument": (("inspect",), ("DIR",)),
+    "a number that is none": (("predict", "--horizon", 100, "--threads", "x"), ("--threads",)),
+    "a negative number of threads": (("predict", "--horizon", 100, "--threads", "-1"), ("--threads",)),
+    "a sample that is too small": (("fit", "run", "--sample", 10), ("--sample",)),
+    "a forecast without a reference": (("verify", f"run/{loose_name(800)}", "--against", "run"), ("--reference",)),
+}
+
+
+@pytest.mark.parametrize("what", USAGE)
+def test_options_that_make_no_sense_are_usage_errors(work: Path, call_cli: CallCli, what: str) -> None:
+    arguments, words = USAGE[what]
+    refused(call_cli, work, 2, words, *arguments)
+
+
+# --- snapshots that cannot be used -----------------------------------------------------------------------------------
+
+
+def two_interleaved(folder: Path) -> None:
+    make_loose_run(folder, STEPS[::2], seed=0)
+    make_loose_run(folder, STEPS[1::2], seed=1)
+
+
+def two_in_a_row(folder: Path) -> None:
+    """Close snapshots: a run moves far less between two of them than two runs lie apart."""
+    make_loose_run(folder, range(10, 50, 10), seed=0)
+    make_loose_run(folder, range(50, 90, 10), seed=1)
+
+
+def with_change(folder: Path, step: int, changes: Mapping[str, torch.Tensor | None]) -> None:
+    make_loose_run(folder)
+    edit_loose(folder / loose_name(step), changes)
+
+
+def cut_short(folder: Path) -> None:
+    path = make_loose_run(folder) / loose_name(400)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lfs_pointer(folder: Path) -> None:
+    (make_loose_run(folder) / loose_name(400)).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+def with_number(value: float) -> torch.Tensor:
+    bias = weights_at(500)["layers.0.bias"]
+    bias[3] = value
+    return bias
+
+
+def asks_for_code(folder: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(folder.parent / "harm"),)
+
+    make_torch_run(folder)
+    payload = torch.load(folder / "ckpt_40.pt", weights_only=True)
+    torch.save(payload | {"config": Harm()}, folder / "ckpt_40.pt")
+
+
+BAD_RUNS: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
+    "no folder": (lambda _: None, 3, ("run", "nothing")),
+    "a file in the folder's place": (lambda run: run.write_text("x"), 3, ("run", "a file")),
+    "an empty folder": (lambda run: run.mkdir(), 3, ("run", "no snapshots")),
+    "five snapshots": (lambda run: make_loose_run(run, STEPS[:5]), 3, ("expected at least 6 snapshots, found 5", "save_steps")),
+    "two runs interleaved": (two_interleaved, 3, ("two runs", "alternate", "--steps")),
+    "two runs one after the other": (two_in_a_row, 3, ("two runs", loose_name(40), loose_name(50), "--steps")),
+    "a changed shape": (
+        lambda run: with_change(run, 300, {"norm.weight": torch.ones(17)}),
+        3,
+        (loose_name(300), "'norm.weight'", "[17]", "[16]", "--exclude"),
+    ),
+    "a tensor that is missing": (
+        lambda run: with_change(run, 300, {"norm.weight": None}),
+        3,
+        (loose_name(300), "'norm.weight'", "--steps"),
+    ),
+    "a tensor more": (lambda run: with_change(run, 300, {"new": torch.ones(1)}), 3, (loose_name(800), "'new'")),
+    "not a number": (
+        lambda run: with_change(run, 500, {"layers.0.bias": with_number(math.nan)}),
+        3,
+        (loose_name(500), "'layers.0.bias'", "nan", "--steps"),
+    ),
+    "infinity": (
+        lambda run: with_change(run, 500, {"layers.0.bias": with_number(math.inf)}),
+        3,
+        (loose_name(500), "'layers.0.bias'", "inf"),
+    ),
+    "a truncated file": (cut_short, 4, (loose_name(400), "expected", "save or download it again")),
+    "a git-LFS pointer": (lfs_pointer, 4, (loose_name(400), "git-LFS pointer", "lfs pull")),
+    "a pickle with code": (asks_for_code, 4, ("ckpt_40.pt", "mkdir", "plain data")),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RUNS)
+def test_a_run_that_cannot_be_used_is_refused_by_fit(tmp_path: Path, call_cli: CallCli, what: str) -> None:
+    make, code, words = BAD_RUNS[what]
+    make(tmp_path / "run")
+    refused(call_cli, tmp_path, code, words, "fit", "run")
+
+
+@pytest.mark.parametrize("step", [800, 500])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_outside_of_the_sample_is_found_by_predict(
+    tmp_path: Path, call_cli: CallCli, step: int, value: float
+) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    sampled = {i for s in sample_stretches(40_000, DEFAULT_SAMPLE) for i in range(s.start, s.start + s.count)}
+    unseen = min(set(range(40_000)) - sampled)
+    wide = weights_at(step, shapes=WIDE)["wide.weight"]
+    wide.view(-1)[unseen] = value
+    edit_loose(run / loose_name(step), {"wide.weight": wide})
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    for horizon in ("100", "100,200"):
+        words = (loose_name(step), "'wide.weight'", str(value))
+        refused(call_cli, tmp_path, 3, words, "predict", "--horizon", horizon)
+
+
+def test_a_snapshot_that_is_gone_since_the_fit_is_named_with_the_command_to_fit_again(work: Path, call_cli: CallCli) -> None:
+    (work / "run" / loose_name(500)).unlink()
+    refused(call_cli, work, 3, (loose_name(500), "gone", "farcast fit run"), "predict", "--horizon", 100)
+
+
+def test_a_snapshot_that_changed_since_the_fit_is_named_with_the_command_to_fit_again(work: Path, call_cli: CallCli) -> None:
+    edit_loose(work / "run" / loose_name(500), {"norm.weight": torch.ones(16, dtype=torch.float16)})
+    refused(call_cli, work, 3, (loose_name(500), "changed", "farcast fit run"), "predict", "--horizon", 100)
+
+
+def test_a_snapshot_that_was_trained_anew_since_the_fit_is_named(work: Path, call_cli: CallCli) -> None:
+    make_loose_run(work / "run", seed=5)
+    refused(call_cli, work, 3, ("changed", "farcast fit run"), "predict", "--horizon", 100)
+
+
+def test_an_origin_that_is_no_snapshot_is_refused_with_those_there_are(work: Path, call_cli: CallCli) -> None:
+    refused(call_cli, work, 3, ("150", "100, 200, 300"), "predict", "--horizon", 100, "--origin", 150)
+
+
+def test_checkpoints_of_two_models_cannot_be_verified_against_each_other(work: Path, call_cli: CallCli) -> None:
+    save_file({"other": torch.ones(3)}, work / "other.safetensors")
+    origin = f"run/{loose_name(800)}"
+    words = ("tensors differ",)
+    refused(call_cli, work, 3, words, "verify", origin, "--against", "other.safetensors", "--reference", origin)
+
+
+# --- forecasters and outputs -----------------------------------------------------------------------------------------
+
+
+def test_a_missing_forecaster_is_named_with_the_command_that_writes_one(work: Path, call_cli: CallCli) -> None:
+    words = ("none.safetensors", "no forecaster", "farcast fit")
+    refused(call_cli, work, 4, words, "predict", "--horizon", 100, "--forecaster", "none.safetensors")
+    refused(call_cli, work, 4, words, "backtest", "--horizon", 100, "--forecaster", "none.safetensors")
+
+
+def test_something_else_is_no_forecaster(work: Path, call_cli: CallCli) -> None:
+    weights = f"run/{loose_name(800)}"
+    refused(call_cli, work, 4, (loose_name(800), "no forecaster"), "predict", "--horizon", 100, "--forecaster", weights)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 2000])
+def test_a_damaged_forecaster_is_refused_with_the_command_that_writes_it_again(
+    work: Path, call_cli: CallCli, keep: int
+) -> None:
+    path = work / "forecaster.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(call_cli, work, 4, ("damaged", "farcast fit"), "predict", "--horizon", 100)
+
+
+def test_a_forecaster_of_a_layout_that_is_not_known_is_refused(work: Path, call_cli: CallCli) -> None:
+    path = work / "forecaster.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'layout\\":\\"safetensors', b'layout\\":\\"safetensorz'))
+    refused(call_cli, work, 4, ("forecaster.safetensors",), "predict", "--horizon", 100)
+
+
+@pytest.mark.parametrize("kind", ["text", "weights", "folder"])
+def test_fit_does_not_write_over_what_is_no_forecaster(work: Path, call_cli: CallCli, kind: str) -> None:
+    path = work / "mine.safetensors"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("mine")
+    else:
+        save_file({"w": torch.ones(3)}, path)
+    refused(call_cli, work, 5, ("mine.safetensors", "is not a forecaster", "-o"), "fit", "run", "-o", "mine.safetensors")
+
+
+@pytest.mark.parametrize("arguments", [("fit", "run"), ("predict", "--horizon", 100), ("predict", "--horizon", "100,200")])
+@pytest.mark.parametrize("place", ["file/deep/out.safetensors", "/proc/farcast/out.safetensors"])
+def test_a_place_that_cannot_be_written_is_an_output_error(
+    work: Path, call_cli: CallCli, arguments: tuple[object, ...], place: str
+) -> None:
+    (work / "file").write_text("x")
+    refused(call_cli, work, 5, ("cannot be written", "-o"), *arguments, "-o", place)
+
+
+@pytest.mark.parametrize("horizon", ["100", "100,200"])
+def test_an_output_that_exists_is_left_alone(work: Path, call_cli: CallCli, horizon: str) -> None:
+    assert call_cli("predict", "--horizon", 100, cwd=work).returncode == 0
+    refused(call_cli, work, 5, ("step_000900.safetensors: exists already", "--overwrite"), "predict", "--horizon", horizon)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_overwrite_replaces_nothing_that_farcast_did_not_write(work: Path, call_cli: CallCli, kind: str) -> None:
+    path = work / "mine.safetensors"
+    if kind == "folder":
+        path.mkdir()
+        (path / "x").write_text("mine")
+    else:
+        path.write_text("mine")
+    words = ("mine.safetensors", "is not a forecast", "-o OUT")
+    refused(call_cli, work, 5, words, "predict", "--horizon", 100, "-o", "mine.safetensors", "--overwrite")
+
+
+@pytest.mark.parametrize("place", ["run/step_000900.safetensors", "run/deep/", "link/x.safetensors", f"run/{loose_name(800)}"])
+def test_a_forecast_inside_the_runs_folder_is_refused(work: Path, call_cli: CallCli, place: str) -> None:
+    (work / "link").symlink_to("run")
+    words = ("inside the run's folder", "-o")
+    refused(call_cli, work, 5, words, "predict", "--horizon", 100, "-o", place, "--overwrite")
+
+
+def test_the_default_place_is_refused_where_it_lies_inside_the_run(work: Path, call_cli: CallCli) -> None:
+    arguments = ("predict", "--horizon", 100, "--forecaster", "../forecaster.safetensors")
+    refused(call_cli, work / "run", 5, ("inside the run's folder", "-o"), *arguments)
+
+
+def test_a_single_file_under_a_name_without_its_ending_is_written_or_refused_with_the_ending(
+    work: Path, call_cli: CallCli
+) -> None:
+    refused(call_cli, work, 5, ("ahead", ".safetensors"), "predict", "--horizon", 100, "-o", "ahead")
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def turning(tmp_path: Path) -> Path:
+    """A run that turns back halfway, so that a forecast would not help."""
+    (tmp_path / "run").mkdir()
+    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
+    for step in STEPS:
+        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
+        moved = {name: base[name] + share * away[name] for name in base}
+        save_file(moved, tmp_path / "run" / loose_name(step), metadata={"format": "pt"})
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    return tmp_path
+
+
+def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path, call_cli: CallCli) -> None:
+    before = tree_digest(work)
+    done = call_cli("predict", "--horizon", 5000, cwd=work)
+    assert (done.returncode, done.stdout) == (10, "")
+    assert "untestable: nothing written (5000 steps ahead is more than 1.5 times the history" in done.stderr
+    assert "--even-if-worse" in done.hints[0]
+    assert tree_digest(work) == before
+
+
+def test_a_run_that_turned_back_is_not_forecast(turning: Path, call_cli: CallCli) -> None:
+    before = tree_digest(turning)
+    done = call_cli("predict", "--horizon", 100, cwd=turning)
+    assert (done.returncode, done.stdout) == (10, "")
+    assert "abstain: nothing written (coherence S = -" in done.stderr
+    assert "--even-if-worse" in done.hints[0]
+    assert tree_digest(turning) == before
+
+
+def test_an_abstention_in_json_has_no_path_and_says_why(turning: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, "--json", cwd=turning)
+    assert done.returncode == 10
+    content = json.loads(done.stdout, parse_constant=no_constant)
+    assert (content["path"], content["verdict"], content["bytes_written"]) == (None, "abstain", 0)
+    assert content["coherence"] < 0
+    assert "coherence" in content["reason"]
+
+
+def test_an_untestable_forecast_in_json_has_null_for_its_numbers(work: Path, call_cli: CallCli) -> None:
+    content = json.loads(call_cli("predict", "--horizon", 5000, "--json", cwd=work).stdout, parse_constant=no_constant)
+    assert (content["path"], content["verdict"]) == (None, "untestable")
+    assert (content["ratio"], content["coherence"]) == (None, None)
+
+
+def test_even_if_worse_writes_it_and_says_the_verdict(turning: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--horizon", 100, "--even-if-worse", "--json", cwd=turning))
+    assert (content["path"], content["verdict"]) == ("forecasts/step_000900.safetensors", "abstain")
+    assert (turning / "forecasts" / "step_000900.safetensors").is_file()
+    assert json.loads((turning / "forecasts" / "step_000900.farcast.json").read_text())["verdict"] == "abstain"
+
+
+def test_of_several_horizons_those_with_a_verdict_for_them_are_written(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", "100,5000", "-o", "out/", cwd=work)
+    assert (done.returncode, done.stdout) == (0, "out/step_000900.safetensors\n")
+    assert tree_digest(work / "out").keys() == {"step_000900.safetensors", "step_000900.farcast.json"}
+    assert "step 800 + 5000: untestable" in done.stderr
+
+
+# --- tensors that share memory ---------------------------------------------------------------------------------------
+
+
+def test_views_of_one_storage_that_overlap_are_forecast_or_copied_but_never_half_of_each(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    def model(step: int) -> dict[str, torch.Tensor]:
+        whole = weights_at(step, shapes={"w": (60,), "free": (30,)})
+        return {"first": whole["w"][:40], "second": whole["w"][20:], "free": whole["free"]}
+
+    (tmp_path / "run").mkdir()
+    for step in STEPS:
+        torch.save({"model": model(step), "step": step}, tmp_path / "run" / f"s_{step}.pt")
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    assert call_cli("predict", "--horizon", 100, "-q", cwd=tmp_path).stdout == "forecasts/s_900.pt\n"
+    loaded = torch.load(tmp_path / "forecasts" / "s_900.pt", weights_only=True)["model"]
+    told = json.loads((tmp_path / "forecasts" / "s_900.farcast.json").read_text())
+    copied = {entry["name"] for entry in told["copied"]}
+    assert "free" not in copied
+    origin, truth = model(800), model(900)
+    for name, values in loaded.items():
+        if name in copied:
+            assert torch.equal(values, origin[name])
+        else:
+            assert (values - truth[name]).norm() < 0.5 * (origin[name] - truth[name]).norm()
+
+
+# --- start-up and terminals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("predict", "--help"), ("--version",), ("inspect", "run"), ("inspect", "run", "--json")]
+)
+def test_what_needs_no_numbers_does_not_import_torch(work: Path, arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys; sys.argv[0] = 'farcast'\nfrom farcast_cli.cli import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=work, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "0 False\n"
+    assert done.stdout
+
+
+def test_the_command_is_a_module_that_can_be_run(work: Path) -> None:
+    done = run_cli("predict", "--horizon", 100, cwd=work)
+    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    assert "\x1b" not in done.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error(work: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "farcast_cli", "inspect", "run", "--json"],
+            cwd=work,
+            env=environment,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_inspect_shows_names_as_they_are(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "a:100:b [red]")
+    for step in STEPS:
+        (run / loose_name(step)).rename(run / f"[bold]:smile:_step_{step}.safetensors")
+    done = call_cli("inspect", run.name, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("a:100:b [red]: 8 safetensors snapshots\n")
+    assert "[bold]:smile:_step_800.safetensors" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("farcast fit a:100:b [red]")
+
+
+def test_inspect_cuts_no_name_short_where_it_does_not_write_to_a_terminal(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "run")
+    for step in STEPS:
+        (run / loose_name(step)).rename(run / f"an_experiment_with_{'many_' * 20}settings_step_{step}.safetensors")
+    lines = call_cli("inspect", "run", cwd=tmp_path).stdout.splitlines()
+    assert sum(f"an_experiment_with_{'many_' * 20}settings_step_800.safetensors" in line for line in lines) == 1

@@ -1,0 +1,159 @@
+"""The code's own order: which module may import which, what is documented, how long a module is, and who prints."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import farcast_cli
+
+PACKAGE = Path(farcast_cli.__file__).parent
+MAX_LINES = 600
+
+ORDER = (
+    "__init__",
+    "errors",
+    "tensors",
+    "formats.__init__",
+    "formats.files",
+    "formats.safetensors_file",
+    "formats.torch_file",
+    "layouts.base",
+    "layouts.weights_folder",
+    "layouts.hf_trainer",
+    "layouts.hub_folder",
+    "layouts.loose_safetensors",
+    "layouts.torch_payload",
+    "layouts.__init__",
+    "trajectory",
+    "schedules",
+    "resume",
+    "plan",
+    "writer",
+    "stream",
+    "gram",
+    "timeline",
+    "lfd2",
+    "forecaster",
+    "backtest",
+    "fitted",
+    "engine",
+    "evaluation",
+    "predict",
+    "verify",
+    "render",
+    "cli",
+    "__main__",
+)
+"""Each module imports only what stands before it."""
+
+MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+
+
+def source_of(module: str) -> str:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(source_of(module))
+
+
+def module_named(dotted: str) -> str | None:
+    """The module of the package that a full dotted name stands for; None where it is none."""
+    name = dotted.removeprefix("farcast_cli").lstrip(".")
+    for candidate in (name, f"{name}.__init__".lstrip(".")):
+        if candidate in MODULES:
+            return candidate
+    return None
+
+
+def imports_of(module: str) -> set[str]:
+    """Every module of the package that a module imports, in functions and for types too."""
+    found: set[str | None] = set()
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "farcast_cli"]
+            found |= {module_named(name) for name in names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "farcast_cli":
+            found |= {module_named(f"{node.module}.{alias.name}") or module_named(node.module or "") for alias in node.names}
+    return {name for name in found if name is not None}
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_modules_before_it(module: str) -> None:
+    allowed = set(ORDER[: ORDER.index(module)])
+    assert imports_of(module) - allowed == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_within_the_package_are_spelled_out(module: str) -> None:
+    froms = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.ImportFrom)]
+    assert [node.lineno for node in froms if node.level] == []
+    assert [node.lineno for node in froms if any(alias.name == "*" for alias in node.names)] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_and_its_public_classes_say_what_they_are(module: str) -> None:
+    tree = tree_of(module)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    assert ast.get_docstring(tree)
+    assert [node.name for node in classes if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_one_noun_long(module: str) -> None:
+    assert len(source_of(module).splitlines()) <= MAX_LINES
+
+
+def lines_that_print(module: str) -> list[str]:
+    """Calls of `print`, and statements that touch this process's streams."""
+    lines = source_of(module).splitlines()
+    found = []
+    for node in ast.walk(tree_of(module)):
+        prints = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        streams = (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and (node.value.id, node.attr) in {("sys", "stdout"), ("sys", "stderr")}
+        )
+        if isinstance(node, ast.expr) and (prints or streams):  # for a stream, the line says what is done with it
+            found.append(lines[node.lineno - 1].strip())
+    return found
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in {"render", "cli"}])
+def test_no_module_but_render_prints(module: str) -> None:
+    assert lines_that_print(module) == []
+    assert "rich" not in {name.split(".")[0] for name in top_level_names(module)}
+
+
+def top_level_names(module: str) -> set[str]:
+    """The names of all packages that a module imports from anywhere."""
+    names = set()
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_was_interrupted() -> None:
+    written = [line for line in lines_that_print("cli") if "print(" in line or ".write(" in line]
+    assert [line for line in written if "sys.stdout" in line and not ("__version__" in line or "get_help()" in line)] == []
+    assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
+
+
+@pytest.mark.parametrize("module", ["trajectory", *(m for m in MODULES if m.startswith(("formats.", "layouts.")))])
+def test_what_inspect_needs_imports_torch_nowhere_at_its_top(module: str) -> None:
+    top = [node for node in tree_of(module).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name for node in top for name in ([alias.name for alias in node.names] + [getattr(node, "module", None) or ""])}
+    assert not {name for name in names if name.split(".")[0] in {"torch", "numpy", "transformers", "huggingface_hub"}}

@@ -1,0 +1,291 @@
+"""Nothing half-written bears its final name: not after an exception, a signal, a kill or a full disk."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from farcast_cli.errors import OutputError
+from farcast_cli.formats.torch_file import read_torch_file
+from farcast_cli.writer import ZipSink, staged
+from tests.conftest import fit_run, make_loose_run, make_torch_run, popen_cli, run_cli, tree_digest
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+MID_WRITE_BYTES = 1 << 20
+
+
+# --- staged ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_staged_file_appears_under_its_name_when_the_block_ends_and_nothing_else_is_left(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep" / "a.bin") as temporary:
+        temporary.write_bytes(b"whole")
+        assert not (tmp_path / "deep" / "a.bin").exists()
+    assert tree_digest(tmp_path).keys() == {"deep", "deep/a.bin"}
+    assert (tmp_path / "deep" / "a.bin").read_bytes() == b"whole"
+
+
+def test_a_staged_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:
+    with staged(tmp_path / "a") as temporary:
+        (temporary / "sub").mkdir(parents=True)
+        (temporary / "sub" / "x").write_text("1")
+    assert tree_digest(tmp_path).keys() == {"a", "a/sub", "a/sub/x"}
+
+
+@pytest.mark.parametrize("problem", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_exception_in_the_block_publishes_nothing_and_leaves_nothing(tmp_path: Path, problem: BaseException) -> None:
+    def write() -> None:
+        with staged(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise problem
+
+    with pytest.raises(type(problem)) as caught:
+        write()
+    assert caught.value is problem
+    assert tree_digest(tmp_path) == {}
+
+
+def test_a_failing_disk_in_the_block_is_an_output_error_that_names_the_output_and_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with staged(tmp_path / "a.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"a\.bin: cannot be written: No space left") as caught:
+        write()
+    assert caught.value.hint.startswith("free some space")
+    assert tree_digest(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dead link"])
+def test_something_under_the_final_name_is_refused_and_stays_as_it_is(tmp_path: Path, kind: str) -> None:
+    final = tmp_path / "a"
+    make: dict[str, Callable[[], object]] = {
+        "file": lambda: final.write_text("mine"),
+        "folder": final.mkdir,
+        "dead link": lambda: final.symlink_to("nowhere"),
+    }
+    make[kind]()
+    before = tree_digest(tmp_path)
+    with pytest.raises(OutputError, match="exists already"), staged(final):
+        pytest.fail("the block must not start")
+    assert tree_digest(tmp_path) == before
+    assert final.is_symlink() == (kind == "dead link")
+
+
+def test_something_that_takes_the_final_name_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    final = tmp_path / "a.bin"
+
+    def write() -> None:
+        with staged(final) as temporary:
+            temporary.write_bytes(b"forecast")
+            final.write_text("mine")
+
+    with pytest.raises(OutputError, match="exists already"):
+        write()
+    assert tree_digest(tmp_path).keys() == {"a.bin"}
+    assert final.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_overwriting_replaces_the_old_output_whole(tmp_path: Path, kind: str) -> None:
+    final = tmp_path / "a"
+
+    def write(path: Path, name: str) -> None:
+        if kind == "folder":
+            path.mkdir()
+        (path / name if kind == "folder" else path).write_text(name)
+
+    write(final, "old")
+    with staged(final, overwrite=True) as temporary:
+        write(temporary, "new")
+        assert (final / "old" if kind == "folder" else final).read_text() == "old"
+    assert tree_digest(tmp_path).keys() == ({"a", "a/new"} if kind == "folder" else {"a"})
+    assert (final / "new" if kind == "folder" else final).read_text() == "new"
+
+
+def test_a_failed_overwrite_leaves_the_old_output(tmp_path: Path) -> None:
+    final = tmp_path / "a"
+    final.mkdir()
+    (final / "old").write_text("1")
+    before = tree_digest(tmp_path)
+
+    def write() -> None:
+        with staged(final, overwrite=True) as temporary:
+            temporary.mkdir()
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OutputError, match="Input/output error"):
+        write()
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_block_that_may_stay_empty_publishes_nothing_when_it_does(tmp_path: Path) -> None:
+    with staged(tmp_path / "a", may_stay_empty=True):
+        pass
+    assert tree_digest(tmp_path) == {}
+
+
+def test_a_block_that_writes_nothing_without_leave_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "a"):
+        pass
+    assert tree_digest(tmp_path) == {}
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    left = tmp_path / ".a.bin.partial"
+    (left / "a.bin").mkdir(parents=True)
+    (left / "other").write_text("half")
+    with staged(tmp_path / "a.bin") as temporary:
+        assert list(left.iterdir()) == []
+        temporary.write_bytes(b"whole")
+    assert tree_digest(tmp_path).keys() == {"a.bin"}
+
+
+def test_a_second_writer_of_an_output_is_refused_and_the_first_one_goes_on(tmp_path: Path) -> None:
+    with staged(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"first")
+        with pytest.raises(OutputError, match="another farcast is writing this output"), staged(tmp_path / "a.bin"):
+            pytest.fail("the block must not start")
+        assert temporary.read_bytes() == b"first"
+    assert (tmp_path / "a.bin").read_bytes() == b"first"
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="cannot be written") as caught, staged(tmp_path / "file" / "a.bin"):
+        pytest.fail("the block must not start")
+    assert caught.value.hint == "choose another place with -o"
+    assert tree_digest(tmp_path).keys() == {"file"}
+
+
+# --- torch files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_zip_that_farcast_writes_is_one_that_torch_and_farcast_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(100.0)}, tmp_path / "a.pt")
+    file = read_torch_file(tmp_path / "a.pt")
+    raw = (tmp_path / "a.pt").read_bytes()
+    sink = ZipSink(tmp_path / "b.pt")
+    for name, record in file.records.items():
+        sink.begin(name, record.num_bytes)
+        sink.write(memoryview(raw)[record.offset : record.offset + record.num_bytes])
+    sink.close()
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["w"].tolist() == list(range(100))
+    assert torch.load(tmp_path / "b.pt", weights_only=True, mmap=True)["w"].tolist() == list(range(100))
+    again = read_torch_file(tmp_path / "b.pt").records
+    assert {name: record.num_bytes for name, record in again.items()} == {n: r.num_bytes for n, r in file.records.items()}
+    assert all(record.offset % 64 == 0 for record in again.values())
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def big_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose forecast (59 MB) takes long enough to be met in the middle, and its forecaster beside it."""
+    folder = tmp_path_factory.mktemp("big")
+    (folder / "run").mkdir()
+    base = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    for step in range(100, 700, 100):
+        moved = (base * (1 + step / 1000)).to(torch.bfloat16)
+        save_file({f"layers.{i}.weight": moved.clone() for i in range(7)}, folder / "run" / f"step_{step:06d}.safetensors")
+    fit_run(folder / "run", folder / "forecaster.safetensors")
+    return folder
+
+
+def start_and_wait_for_bytes(work: Path, out: Path, arguments: Sequence[object]) -> subprocess.Popen[str]:
+    """A `farcast predict` that has begun to write: its hidden folder holds a part of the output."""
+    process = popen_cli("predict", "--horizon", 100, "-o", out, "--threads", 1, *arguments, cwd=work)
+    hidden = out.parent / f".{out.name}.partial"
+    while process.poll() is None:
+        written = hidden / out.name
+        if written.exists() and written.stat().st_size > MID_WRITE_BYTES:
+            return process
+        time.sleep(0.002)
+    pytest.fail(f"it ended before it was met: {process.communicate()}")
+
+
+def test_a_killed_forecast_leaves_no_output_and_the_next_one_succeeds(big_run: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "step_000700.safetensors", tree_digest(big_run / "run")
+    process = start_and_wait_for_bytes(big_run, out, ())
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert (tmp_path / f".{out.name}.partial" / out.name).exists()
+    done = run_cli("predict", "--horizon", 100, "-o", out, cwd=big_run)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n")
+    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.farcast.json"}
+    assert tree_digest(big_run / "run") == before
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_forecast_ends_with_130_and_leaves_nothing(big_run: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    process = start_and_wait_for_bytes(big_run, tmp_path / "step_000700.safetensors", ())
+    process.send_signal(sent)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (130, "")
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert tree_digest(tmp_path) == {}
+
+
+def test_a_second_forecast_to_the_same_place_is_refused_while_the_first_one_completes(big_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "step_000700.safetensors"
+    process = start_and_wait_for_bytes(big_run, out, ())
+    process.send_signal(signal.SIGSTOP)
+    try:
+        second = run_cli("predict", "--horizon", 100, "-o", out, cwd=big_run)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    stdout, _ = process.communicate()
+    assert (second.returncode, second.stdout) == (5, "")
+    assert "another farcast is writing this output" in second.errors[0]
+    assert (process.returncode, stdout) == (0, f"{out}\n")
+    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.farcast.json"}
+
+
+def _limit_files(num_bytes: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_file_that_may_not_grow_ends_the_forecast_with_5_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    work, places = tmp_path / "work", tmp_path / "places"
+    work.mkdir()
+    places.mkdir()
+    if kind == "torch":
+        make_torch_run(work / "run")
+    else:
+        make_loose_run(work / "run")
+    fit_run(work / "run", work / "forecaster.safetensors")
+    before = tree_digest(tmp_path)
+    done = run_cli("predict", "--horizon", 20, "-o", f"{places}/", cwd=work, preexec_fn=partial(_limit_files, 2000))
+    assert (done.returncode, done.stdout) == (5, "")
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
+    assert "cannot be written: File too large" in done.errors[0]
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_forecaster_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
+    make_loose_run(tmp_path / "run")
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    before = tree_digest(tmp_path)
+    done = run_cli("fit", "run", "--full", cwd=tmp_path, preexec_fn=partial(_limit_files, 2000))
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "forecaster.safetensors: cannot be written" in done.errors[0]
+    assert tree_digest(tmp_path) == before

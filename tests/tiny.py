@@ -1,0 +1,138 @@
+"""Tiny trajectories in memory and on disk, and slow oracles, shared by the tests of the forecast itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from farcast_cli.fitted import Fitted, fit
+from farcast_cli.forecaster import Options, Task
+from farcast_cli.gram import DEFAULT_SAMPLE, Gram, Sample
+from farcast_cli.predict import Outcome, Request, predict
+from farcast_cli.timeline import Timeline
+from farcast_cli.trajectory import discover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    Arrays = Mapping[str, NDArray[np.float64]]  # a tensor's name -> its values (T, N)
+
+SAMPLES = Path(__file__).resolve().parent.parent / "sample_checkpoints"
+
+
+@functools.cache
+def sample_maker() -> Any:
+    """The module that made the sample runs, and resumes and evaluates them."""
+    spec = importlib.util.spec_from_file_location("sample_checkpoints_make", SAMPLES / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """One thread, as the command has it. The sample runs also make torch deterministic; both are put back."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(mode=deterministic)
+
+
+# --- trajectories in memory ------------------------------------------------------------------------------------------
+
+
+def basis(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The vectors that coefficients refer to, (R, N): increments, first snapshot, ones."""
+    return np.concatenate([np.diff(values, axis=0), values[:1], np.ones_like(values[:1])])
+
+
+def statistic(arrays: Arrays, steps: Sequence[int]) -> tuple[Gram, Sample]:
+    """The Gram matrices and the whole tensors as the sample, by plain numpy."""
+    matrix = np.stack([basis(values) @ basis(values).T for values in arrays.values()])
+    sizes = np.array([values.shape[1] for values in arrays.values()], dtype=np.int64)
+    bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    rows = np.concatenate([values.T for values in arrays.values()]).astype(np.float32)
+    return Gram(np.array(steps, dtype=np.int64), matrix), Sample(rows, bounds, sizes)
+
+
+def make_task(
+    arrays: Arrays, steps: Sequence[int], horizon: float, *, origin: float | None = None, options: Options | None = None
+) -> Task:
+    gram, sample = statistic(arrays, steps)
+    timeline = Timeline(gram.steps, float(steps[-1] if origin is None else origin))
+    return Task(gram, sample, timeline, float(horizon), options or Options())
+
+
+def applied(coefficients: NDArray[np.float64], arrays: Arrays) -> dict[str, NDArray[np.float64]]:
+    """What coefficients (K, R) amount to, per tensor (N,)."""
+    return {name: row @ basis(values) for row, (name, values) in zip(coefficients, arrays.items(), strict=True)}
+
+
+def weights_at(values: NDArray[np.float64], steps: Sequence[int], step: float) -> NDArray[np.float64]:
+    """Weights (N,) at any step, element by element."""
+    return np.array([np.interp(step, steps, column) for column in values.T])
+
+
+def wander(
+    seed: int, *, num_snapshots: int, sizes: Mapping[str, int], roughness: float = 0.3
+) -> dict[str, NDArray[np.float64]]:
+    """Smooth curved paths with some noise: what training looks like, from a seed."""
+    random = np.random.default_rng(seed)
+    times = np.linspace(0, 1, num_snapshots)[:, None]
+    return {
+        name: random.normal(size=size)
+        + random.normal(size=size) * times
+        + random.normal(size=size) * np.exp(-3 * times)
+        + roughness * np.cumsum(random.normal(size=(num_snapshots, size)), axis=0) / num_snapshots
+        for name, size in sizes.items()
+    }
+
+
+# --- runs on disk ----------------------------------------------------------------------------------------------------
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def write_run(
+    folder: Path,
+    arrays: Arrays,
+    steps: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    extra: Callable[[int], Mapping[str, torch.Tensor]] = lambda _: {},
+) -> Path:
+    """One safetensors file per snapshot: `step_<step>.safetensors`; `extra` adds tensors to a step's file."""
+    for index, step in enumerate(steps):
+        tensors = {name: torch.from_numpy(values[index]).to(dtype) for name, values in arrays.items()}
+        save_safetensors(folder / f"step_{step}.safetensors", {**tensors, **extra(step)})
+    return folder
+
+
+def stored(folder: Path, steps: Sequence[int], name: str) -> NDArray[np.float64]:
+    """A tensor as the files of `write_run` hold it, (T, N)."""
+    return np.stack([load_file(folder / f"step_{step}.safetensors")[name].double().flatten().numpy() for step in steps])
+
+
+def fit_run(folder: Path, *, num_samples: int | None = DEFAULT_SAMPLE, exclude: Sequence[str] = ()) -> Fitted:
+    return fit(discover(folder), num_samples=num_samples, exclude=exclude)
+
+
+def predict_run(fitted: Fitted, output: Path, *, horizons: Sequence[int], **request: Any) -> list[Outcome]:
+    """Forecast whatever the verdict, unless the request says otherwise."""
+    asked = {"even_if_worse": True, "output": str(output), **request}
+    return predict(fitted, Request(tuple(horizons), **asked), lambda _phase, _total: lambda _done: None)
