@@ -70,6 +70,7 @@ JSON_KEYS: dict[str, dict[str, str]] = {
         "ignored": "entries of the folder that are not part of the run",
         "ignored[].path": "the file or folder",
         "ignored[].reason": "why it is left out",
+        "notes": "what is odd but no problem, such as names that count in a unit of their own",
         "problems": "what a person should look at; empty where all is well",
     },
     "fit": {

@@ -542,9 +542,6 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted: nothing was published\n")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _fail(error: FarcastError) -> NoReturn:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from farcast_cli.trajectory import Trajectory
 
 DEFAULT_FILE = Path("forecaster.safetensors")
+SCHEMA_VERSION = 1
 _METADATA_KEY = "farcast"
 
 
@@ -69,7 +70,7 @@ class Provenance(BaseModel):
     """Of what a forecaster was made. `directory` is relative to the forecaster file."""
 
     model_config = ConfigDict(frozen=True)
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
     farcast_version: str = __version__
     directory: str
     layout: str
@@ -216,6 +217,11 @@ def load_fitted(path: Path) -> Fitted:
         raise FileFormatError(
             f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
         ) from error
+    if provenance.schema_version != SCHEMA_VERSION or provenance.layout not in {layout.name for layout in LAYOUTS}:
+        raise FileFormatError(
+            f"{path}: a forecaster of another version of farcast ({provenance.farcast_version}, layout {provenance.layout!r})",
+            hint="write it again with farcast fit CKPTS",
+        )
     return Fitted(gram, sample, provenance, path.parent / provenance.directory)
 
 
@@ -230,9 +236,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     again = f"farcast fit {fitted.directory}"
     if not path.exists():
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
-    layout = next((layout for layout in LAYOUTS if layout.name == fitted.provenance.layout), None)
-    if layout is None:
-        raise FileFormatError(f"the forecaster is of a {fitted.provenance.layout!r} run, a layout that is not known", hint=again)
+    layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
     snapshot = layout.read(path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)

@@ -19,7 +19,7 @@ from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, enc
 from farcast_cli.layouts.base import Part, Snapshot, find_step_in_name
 from farcast_cli.layouts.loose_safetensors import STEP_KEYS
 from farcast_cli.resume import Advanced, Change, StateTree, storages_of
-from farcast_cli.tensors import DTYPES, FORECASTABLE, DType, TensorEntry, is_row_major
+from farcast_cli.tensors import DTYPES, FORECASTABLE, DType, TensorEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -185,20 +185,28 @@ def _safetensors_output(name: str, entries: Iterable[TensorEntry], metadata: Map
 
 
 def _torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
+    """A torch file with a new pickle; its storages as they were, but for what is forecast, moved on or retyped."""
     file = state.file
     assert file is not None  # noqa: S101 - the caller's branch
-    overlays = _overlays(state, rewrite)
-    if rewrite.dtype != "source" and state.part.role in {"weights", "state"}:
-        overlays |= _retype(state, rewrite)
-    raw = encode_pickle(state.tree)
-    records = [Record(f"{file.prefix}/data.pkl", (Fixed(raw),))]
-    storages = {f"{file.prefix}/data/{storage.key}": storage for storage in storages_of(state.tree)}
-    for name, record in file.records.items():
-        if name.startswith(f"{file.prefix}/data/") or name == f"{file.prefix}/data.pkl":
-            continue
-        records.append(Record(name, (Copy(file.path, record.offset, record.num_bytes),)))
-    for name, storage in storages.items():
-        records.append(Record(name, _storage_pieces(state, storage, overlays.get(storage.key, []))))
+    weights = _weights_tree(state) if state.part.role in {"weights", "state"} else {}
+    overlays = _overlays(file, weights, rewrite)
+    retyped = {
+        ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype)) for _, ref in iter_tensors(weights)
+    }
+    sources = storages_of(state.tree)
+    records = [Record(f"{file.prefix}/data.pkl", (Fixed(encode_pickle(_with_storages(state.tree, retyped))),))]
+    records += [
+        Record(name, (Copy(file.path, record.offset, record.num_bytes),))
+        for name, record in file.records.items()
+        if not name.startswith(f"{file.prefix}/data/") and name != f"{file.prefix}/data.pkl"
+    ]
+    records += [
+        Record(
+            f"{file.prefix}/data/{storage.key}",
+            _storage_pieces(state, storage, retyped.get(storage.key, storage).dtype, overlays.get(storage.key, [])),
+        )
+        for storage in sources
+    ]
     return OutputFile(state.part.name, "zip", tuple(records))
 
 
@@ -209,79 +217,59 @@ def _weights_tree(state: StateTree) -> Any:
     return tree
 
 
-def _overlays(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Piece]]]:
-    """Replaced stretches of each storage: (byte offset in the storage, piece)."""
-    file = state.file
-    found: dict[str, list[tuple[int, Piece]]] = {}
-    if file is None or state.part.role not in {"weights", "state"}:
-        return {}
-    for keys, ref in iter_tensors(_weights_tree(state)):
+def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite) -> dict[str, list[tuple[int, int, Piece]]]:
+    """Replaced stretches of each storage: (first element, elements, piece)."""
+    found: dict[str, list[tuple[int, int, Piece]]] = {}
+    for keys, ref in iter_tensors(weights):
         entry = file.entry(".".join(map(str, keys)), ref)
         if entry.name in rewrite.index_of or entry.name in rewrite.batch_counts:
-            (piece,) = replace(rewrite, dtype="source").pieces(entry)
-            found.setdefault(ref.storage.key, []).append((ref.offset * ref.dtype.itemsize, piece))
+            (piece,) = rewrite.pieces(entry)
+            found.setdefault(ref.storage.key, []).append((ref.offset, entry.num_elements, piece))
     return found
 
 
-def _retype(state: StateTree, rewrite: Rewrite) -> dict[str, list[tuple[int, Piece]]]:
-    """Give every floating tensor of the weights a storage of its own in the new type; aliases keep sharing one."""
-    file = state.file
-    assert file is not None  # noqa: S101
-    weights = _weights_tree(state)
-    made: dict[tuple[Any, ...], StorageRef] = {}
-    overlays: dict[str, list[tuple[int, Piece]]] = {}
-    places = {id(ref): ref for _, ref in iter_tensors(weights)}
-    names: dict[tuple[Any, ...], str] = {}
-    for keys, ref in iter_tensors(weights):
-        name = ".".join(map(str, keys))
-        place = (ref.storage.key, ref.offset, ref.shape)
-        if place not in names or name in rewrite.index_of:
-            names[place] = name
-    for ref in places.values():
-        dtype = rewrite.out_dtype(ref.dtype)
-        if dtype == ref.dtype or not is_row_major(ref.shape, ref.stride):
-            continue
-        place = (ref.storage.key, ref.offset, ref.shape)
-        if place not in made:
-            entry = file.entry(names[place], ref)
-            storage = StorageRef(f"{dtype.name}_{len(made)}", dtype, ref.storage.location, entry.num_elements)
-            made[place] = storage
-            overlays[storage.key] = [(0, piece) for piece in rewrite.pieces(entry)]
-    _replace_refs(weights, rewrite, made)
-    return overlays
+def _with_storages(tree: Any, storages: Mapping[str, StorageRef]) -> Any:
+    """The tree with other storages of the same keys under its tensors; containers are edited in place."""
+    if isinstance(tree, TensorRef) and tree.storage.key in storages:
+        storage = storages[tree.storage.key]
+        return tree if storage == tree.storage else replace(tree, storage=storage, dtype=storage.dtype)
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            tree[key] = _with_storages(value, storages)
+    elif isinstance(tree, list):
+        tree[:] = [_with_storages(value, storages) for value in tree]
+    elif type(tree) is tuple:
+        return tuple(_with_storages(value, storages) for value in tree)
+    return tree
 
 
-def _replace_refs(tree: Any, rewrite: Rewrite, made: Mapping[tuple[Any, ...], StorageRef]) -> None:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, TensorRef):
-            storage = made.get((value.storage.key, value.offset, value.shape))
-            if storage is not None and is_row_major(value.shape, value.stride):
-                tree[key] = replace(value, storage=storage, dtype=storage.dtype, offset=0)
-        else:
-            _replace_refs(value, rewrite, made)
-
-
-def _storage_pieces(state: StateTree, storage: StorageRef, overlays: Sequence[tuple[int, Piece]]) -> tuple[Piece, ...]:
-    """A storage's bytes: the origin's with the overlays in their places."""
+def _storage_pieces(
+    state: StateTree, storage: StorageRef, dtype: DType, overlays: Sequence[tuple[int, int, Piece]]
+) -> tuple[Piece, ...]:
+    """A storage's elements: the origin's, with the overlays in their places."""
     if storage.key in state.literals:
         return (Fixed(state.literals[storage.key]),)
     if storage.key in state.zeroed:
         return (Zeros(storage.num_bytes),)
     pieces: list[Piece] = []
     position = 0
-    for offset, piece in sorted(overlays, key=lambda overlay: overlay[0]):
-        if offset > position:
-            pieces.append(_copy(state, storage, position, offset))
+    for first, count, piece in sorted(overlays, key=lambda overlay: overlay[0]):
+        if first > position:
+            pieces.append(_origins(state, storage, dtype, position, first))
         pieces.append(piece)
-        position = offset + piece.num_bytes
-    if position < storage.num_bytes:
-        pieces.append(_copy(state, storage, position, storage.num_bytes))
+        position = first + count
+    if position < storage.size:
+        pieces.append(_origins(state, storage, dtype, position, storage.size))
     return tuple(pieces)
 
 
-def _copy(state: StateTree, storage: StorageRef, begin: int, end: int) -> Copy:
+def _origins(state: StateTree, storage: StorageRef, dtype: DType, begin: int, end: int) -> Piece:
+    """Elements [begin, end) of a storage as the origin has them."""
     assert state.file is not None  # noqa: S101
-    return Copy(state.file.path, state.file.storage_record(storage).offset + begin, end - begin)
+    place = state.file.storage_record(storage).offset + begin * storage.dtype.itemsize
+    if dtype == storage.dtype:
+        return Copy(state.file.path, place, (end - begin) * storage.dtype.itemsize)
+    return Values(TensorEntry("", storage.dtype, (end - begin,), state.file.path, place), None, dtype)
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------

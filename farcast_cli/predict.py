@@ -179,7 +179,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     history = _history(fitted, snapshots, last)
     targets = [_target(request, origin, horizon, fitted) for horizon in horizons]
     for target in targets:
-        _check_place(target, fitted.directory, overwrite=request.overwrite)
+        _check_place(target, fitted.directory, overwrite=request.overwrite, is_file=origin.path.is_file())
     alignment = realign(fitted, [snapshots[index] for index in linear.used])
     index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
     advanced, plans = [], []
@@ -222,7 +222,7 @@ def _target(request: Request, origin: Snapshot, horizon: int, fitted: Fitted) ->
         return Path(request.output) / name
     ending = origin.path.suffix if origin.path.is_file() else ""
     if ending and not request.output.endswith(ending):
-        raise UsageError(
+        raise OutputError(
             f"-o {request.output}: expected a name that ends in {ending}, as {origin.path.name} does",
             hint=f"-o {request.output}{ending}, or -o {request.output}{os.sep} for a folder to put it in",
         )
@@ -239,7 +239,7 @@ def _name_unit(fitted: Fitted) -> Fraction:
     return Fraction(high - low, last - first)
 
 
-def _check_place(target: Path, run: Path, *, overwrite: bool) -> None:
+def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
     """Never inside the run's folder, and never over something that farcast did not write."""
     if target.resolve().is_relative_to(run.resolve()):
         raise OutputError(
@@ -249,7 +249,7 @@ def _check_place(target: Path, run: Path, *, overwrite: bool) -> None:
     if os.path.lexists(target):
         if not overwrite:
             raise OutputError(f"{target}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
-        if not sidecar_of(target).is_file():
+        if not sidecar_of(target, is_file=is_file).is_file():
             raise OutputError(
                 f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT"
             )
@@ -281,7 +281,7 @@ def _write(
         return [_write_best(_only(prepared, i), outcome, request, fitted, progress) for i, outcome in enumerate(outcomes)]
     with ExitStack() as stack:
         places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
-        notes = [_enter(stack, sidecar_of(target), overwrite=request.overwrite) for target in prepared.targets]
+        notes = [_enter(stack, prepared, target, overwrite=request.overwrite) for target in prepared.targets]
         total = sum(total_bytes(plan) for plan in prepared.plans)
         tally = write_forecasts(
             prepared.plans, places, prepared.engine, num_threads=request.num_threads, progress=progress("predict", total)
@@ -292,14 +292,14 @@ def _write(
     return finished
 
 
-def _enter(stack: ExitStack, sidecar: Path, *, overwrite: bool) -> Path | None:
+def _enter(stack: ExitStack, prepared: Prepared, target: Path, *, overwrite: bool) -> Path | None:
     """Stage the sidecar that lies beside a single file; one inside a folder is staged with the folder.
 
     Entered last, it is published first: a forecast that can be seen has its provenance.
     """
-    if sidecar.name == SIDECAR:
+    if not prepared.origin.path.is_file():
         return None
-    return stack.enter_context(staged(sidecar, overwrite=overwrite, may_stay_empty=True))
+    return stack.enter_context(staged(sidecar_of(target, is_file=True), overwrite=overwrite, may_stay_empty=True))
 
 
 def sidecar_of(target: Path, *, is_file: bool) -> Path:
@@ -329,26 +329,25 @@ def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: 
     trials = [Trial(0.0, evaluator.score(prepared.origin.path))]
     with ExitStack() as stack:
         place = stack.enter_context(staged(target, overwrite=request.overwrite, may_stay_empty=True))
-        note = _enter(stack, sidecar_of(target), overwrite=request.overwrite)
-        tally, kept = Tally(unchanged=[0]), None
+        note = _enter(stack, prepared, target, overwrite=request.overwrite)
+        written: list[tuple[Path, Tally]] = []
         for strength in STRENGTHS:
             candidate = place.parent / f"strength-{strength}" / place.name
             candidate.parent.mkdir()
             one = _only(prepared, 0, strength)
-            tally_here = write_forecasts(
-                one.plans,
-                [candidate],
-                one.engine,
-                num_threads=request.num_threads,
-                progress=progress(f"predict x{strength}", total_bytes(one.plans[0])),
-            )
+            told = progress(f"predict x{strength}", total_bytes(one.plans[0]))
+            tally = write_forecasts(one.plans, [candidate], one.engine, num_threads=request.num_threads, progress=told)
+            written.append((candidate, tally))
             trials.append(Trial(strength, evaluator.score(candidate)))
-            if best_trial(trials, maximize=evaluator.maximize) is trials[-1]:
-                tally, kept = tally_here, candidate
-        if kept is None and not request.even_if_worse:
+        best = trials.index(best_trial(trials, maximize=evaluator.maximize))
+        if best == 0:
             reason = f"no strength of the step beats the origin's {trials[0].value:g} by the evaluation command"
-            return replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason), trials=tuple(trials))
-        (kept or place.parent / f"strength-{STRENGTHS[0]}" / place.name).rename(place)
+            against = replace(outcome.decision, verdict="abstain", reason=reason)
+            outcome = replace(outcome, decision=against, trials=tuple(trials))
+            if not request.even_if_worse:
+                return outcome
+        kept, tally = written[max(0, best - 1)]
+        kept.rename(place)
         finished = replace(_finish(prepared, outcome, tally, 0), trials=tuple(trials))
         _write_sidecar(place, note, _sidecar(prepared, finished, request, fitted))
     return finished

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,8 +34,29 @@ MAX_ROWS = 12
 WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
 
 
+class _Console(Console):
+    """A console whose reader may stop reading, as `head` does: that is no error."""
+
+    def on_broken_pipe(self) -> None:
+        stop_writing()
+
+
+def stop_writing() -> NoReturn:
+    """End well, with nothing left to flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
 def stdout() -> Console:
-    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
+    return _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stop_writing()
 
 
 def stderr() -> Console:
@@ -56,11 +78,11 @@ def note(text: str, *, quiet: bool = False) -> None:
 def paths(found: Sequence[Path]) -> None:
     """The result of a command that writes: paths, one a line, and nothing else."""
     for path in found:
-        sys.stdout.write(f"{path}\n")
+        _write(f"{path}\n")
 
 
 def as_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
+    _write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -276,7 +298,7 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         note(
             f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
             f" {outcome.num_copied} copied"
-            + ("" if dry_run else f", {outcome.unchanged_share:.1%} of the values unchanged, in {outcome.seconds:.1f} s")
+            + ("" if dry_run else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s")
         )
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(

@@ -12,12 +12,13 @@ import math
 import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, iter_tensors, read_torch_file
 from farcast_cli.layouts.torch_payload import number
-from farcast_cli.schedules import Observation, advance_scheduler, is_scheduler_state
+from farcast_cli.schedules import Observation, advance_scheduler, counter_path, is_scheduler_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ CountersMode = Literal["advance", "keep"]
 HISTORY = 4  # snapshots that a counter's rate is measured on
 _STATE_ROLES = {"state", "optimizer", "scheduler", "trainer-state"}
 _FLOAT_COUNTERS = {"epoch", "total_flos"}
+_NOT_COUNTERS = {"log_history", "_growth_tracker"}  # the loss scaler's starts again each time it grows
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -195,7 +197,8 @@ def _is_adam_step(path: Path_) -> bool:
 
 def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
     """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
-    if isinstance(value, int) and not _is_adam_step(path) and not is_steady(series):
+    whole = isinstance(value, (int, TensorRef))
+    if whole and not _is_adam_step(path) and not is_steady(series):
         return epoch_at(series, target) if path[-1] == "epoch" else None
     new = extrapolate(series, target)
     if new is None:
@@ -211,18 +214,24 @@ def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Pat
     if not isinstance(tree, (dict, list)) or (skip and path == skip) or is_scheduler_state(tree):
         return
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if "best" in str(key) or key == "log_history":
+        if "best" in str(key) or key in _NOT_COUNTERS:
             continue
         if isinstance(value, (dict, list)):
             yield from _counters(value, (*path, key), skip=skip)
         elif isinstance(tree, list) or isinstance(value, bool):
             continue
-        elif (
-            isinstance(value, int)
-            or (isinstance(value, float) and (key in _FLOAT_COUNTERS or key == "step"))
-            or (isinstance(value, TensorRef) and key == "step" and "state" in path and value.dtype.name in _PACK)
-        ):
+        elif _may_count(value, key, path):
             yield (*path, key), value
+
+
+def _may_count(value: object, key: object, path: Path_) -> bool:
+    """Whole numbers anywhere, as a tensor of one element too; of floats only an epoch, and the optimiser's `step`."""
+    if isinstance(value, float):
+        return key in _FLOAT_COUNTERS or key == "step"
+    if isinstance(value, TensorRef):
+        is_adam = key == "step" and "state" in path
+        return prod(value.shape) == 1 and (value.dtype.name in {"int64", "int32"} or (is_adam and value.dtype.name in _PACK))
+    return isinstance(value, int)
 
 
 def _packed(ref: TensorRef, value: float) -> bytes:
@@ -234,28 +243,88 @@ def _packed(ref: TensorRef, value: float) -> bytes:
 
 
 def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snapshots: Sequence[Snapshot], target: int) -> None:
-    """Step every schedule on, and hand its learning rates to the optimiser that it belongs to."""
-    optimizers = [groups for state in result.trees.values() for groups in _param_groups(state.tree)]
+    """Step every schedule on, and hand its learning rates to the optimiser that it belongs to.
+
+    Rates that are tensors (of compiled optimisers) are worked on as numbers and written back as tensors.
+    """
+    optimizers = [(state, groups) for state in result.trees.values() for groups in _param_groups(state.tree)]
     schedulers = [(name, path) for name, state in result.trees.items() for path in _scheduler_paths(state.tree)]
     total = _total_steps(result)
     for index, (name, path) in enumerate(schedulers):
-        state, history = _leaf(result.trees[name].tree, path), histories[name]
-        groups = optimizers[index] if len(optimizers) == len(schedulers) else optimizers[0] if len(optimizers) == 1 else []
-        series = history.series((*path, "last_epoch"))
-        new = extrapolate(series, target)
+        holder, history = result.trees[name], histories[name]
+        saved = _leaf(holder.tree, path)
         where = ".".join([name or snapshots[-1].path.name, *map(str, path)])
+        series = history.series((*path, *counter_path(saved)))
+        new = extrapolate(series, target)
         if new is None or not is_steady(series):
             result.notes.append(f"{where} left as it is: last_epoch does not rise steadily with the step")
             continue
-        seen = [_observation(tree, path) for _, tree, _ in history.states]
-        before = copy.deepcopy([dict(group) for group in groups])
-        note = advance_scheduler(state, groups, int(new), total_steps=total, observations=[o for o in seen if o is not None])
-        result.changes.append(Change(f"{where}.last_epoch", series[-1][1], int(new)))
-        for old, group in zip(before, groups, strict=True):
-            if old["lr"] != group["lr"]:
-                result.changes.append(Change("optimizer lr", old["lr"], group["lr"]))
+        plain = _as_numbers(saved, holder)
+        owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
+        if owner is None and optimizers:
+            result.notes.append(f"{where}: which optimizer it belongs to cannot be told: no learning rate is moved")
+        groups = _as_numbers(owner[1], owner[0]) if owner else []
+        before = [group["lr"] for group in groups]
+        seen = [_observation(tree, path, file) for _, tree, file in history.states]
+        note = advance_scheduler(
+            plain, groups, int(new), total_steps=total, observations=[item for item in seen if item is not None]
+        )
+        result.changes.append(Change(f"{where}: last_epoch", series[-1][1], int(new)))
+        result.changes.extend(
+            Change("optimizer: lr", old, group["lr"]) for old, group in zip(before, groups, strict=True) if old != group["lr"]
+        )
+        _write_back(saved, plain, holder)
+        if owner:
+            _write_back(owner[1], groups, owner[0])
         if note:
             result.notes.append(f"{where}: {note}")
+
+
+def _owner(
+    schedule: dict[str, Any], optimizers: Sequence[tuple[StateTree, list[dict[str, Any]]]], index: int | None
+) -> tuple[StateTree, list[dict[str, Any]]] | None:
+    """The optimiser whose rates the schedule last set; by position where that tells nothing."""
+    rates = schedule.get("_last_lr")
+    fitting = [(state, groups) for state, groups in optimizers if [g.get("lr") for g in _as_numbers(groups, state)] == rates]
+    if index is not None and (not fitting or optimizers[index] in fitting):
+        return optimizers[index]
+    if len(fitting) == 1 or (fitting and index is not None):
+        return fitting[0]
+    return optimizers[0] if len(optimizers) == 1 else None
+
+
+def _as_numbers(tree: Any, state: StateTree) -> Any:
+    """A copy of a tree whose one-element tensors are numbers."""
+    if isinstance(tree, TensorRef):
+        found = number(state.file, tree) if state.file else None
+        return tree if found is None else found
+    if isinstance(tree, dict):
+        made = copy.copy(tree)  # an OrderedDict or a Counter stays one
+        for key, value in tree.items():
+            made[key] = _as_numbers(value, state)
+        return made
+    if isinstance(tree, list):
+        return [_as_numbers(value, state) for value in tree]
+    return copy.deepcopy(tree)
+
+
+_NESTED = (dict, list, TensorRef)
+
+
+def _write_back(saved: Any, moved: Any, state: StateTree) -> None:
+    """Put moved numbers into a state's tree; where a tensor holds the number, into the tensor's bytes.
+
+    Lists of numbers are replaced, not filled: a schedule and its members may share one.
+    """
+    for key in moved if isinstance(moved, dict) else range(len(moved)):
+        old = saved[key]
+        if isinstance(old, TensorRef):
+            if isinstance(moved[key], (int, float)) and old.dtype.name in _PACK:
+                state.literals[old.storage.key] = _packed(old, moved[key])
+        elif isinstance(old, dict) or (isinstance(old, list) and any(isinstance(x, _NESTED) for x in old)):
+            _write_back(old, moved[key], state)
+        else:
+            saved[key] = moved[key]
 
 
 def _total_steps(result: Advanced) -> int | None:
@@ -267,11 +336,14 @@ def _total_steps(result: Advanced) -> int | None:
     return None
 
 
-def _observation(tree: object, path: Path_) -> Observation | None:
+def _observation(tree: object, path: Path_, file: TorchFile | None) -> Observation | None:
     state = _leaf(tree, path)
-    if isinstance(state, dict) and state.get("_last_lr"):
-        return Observation(int(state["last_epoch"]), float(state["_last_lr"][0]))
-    return None
+    rates = state.get("_last_lr") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(rates, list) or "last_epoch" not in state:
+        return None
+    numbers = [number(file, rate) if file else rate for rate in rates]
+    known = [float(rate) for rate in numbers if isinstance(rate, (int, float))]
+    return Observation(int(state["last_epoch"]), tuple(known)) if len(known) == len(rates) else None
 
 
 def _scheduler_paths(tree: object, path: Path_ = ()) -> Iterator[Path_]:

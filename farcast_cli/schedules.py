@@ -2,8 +2,8 @@
 
 A schedule of torch's own is recognised by the keys of its state, rebuilt on a stand-in optimiser and stepped as often
 as training would: exact, because many of torch's schedules compute the next rate from the one before. A LambdaLR (all
-of transformers' schedules) holds no formula: its counters move, and its rate is worked out by finding the formula
-that explains every rate seen so far.
+of transformers' schedules) holds no formula: its counters move, and its rates are worked out by finding the formula
+that explains every rate seen so far. What cannot be worked out is said.
 
 Source: torch/optim/lr_scheduler.py; transformers/optimization.py.
 """
@@ -14,27 +14,40 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    Formula = Callable[[int], float]
+
 TOLERANCE = 1e-9  # relative; a formula that is the right one agrees to rounding
-_MAX_WARMUP_CANDIDATES = 1_000_000
+MAX_WARMUP = 1_000_000_000
+MIN_FOR_A_FACTOR = 3  # observations; any two lie on a geometric curve
+
+LAMBDA_NOTE = (
+    "its formula is not in the file: the first resumed step runs at the old learning rate, later ones are right"
+    " (a MultiplicativeLR, whose file looks the same, stays wrong)"
+)
+NO_GROUPS_NOTE = "keeps its rates in the optimizer, which the file lacks: counters alone are moved"
+PLATEAU_NOTE = "follows a metric: its learning rate stays"
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The learning rate of the first group after `step` steps of the schedule."""
+    """The learning rates of all groups after `step` steps of the schedule."""
 
     step: int
-    rate: float
+    rates: tuple[float, ...]
 
 
 SIGNATURES = {
     "SequentialLR": {"_schedulers", "_milestones"},
     "ChainedScheduler": {"_schedulers"},
+    "LambdaLR": {"lr_lambdas"},
+    "ReduceLROnPlateau": {"num_bad_epochs"},
     "OneCycleLR": {"_schedule_phases"},
     "CyclicLR": {"step_ratio", "total_size"},
     "CosineAnnealingWarmRestarts": {"T_0", "T_mult", "T_cur"},
@@ -49,10 +62,22 @@ SIGNATURES = {
 """torch's schedules by keys that their states hold; the first that fits is the one."""
 
 
+_RATES_IN_GROUPS = {"OneCycleLR"}
+
+
 def is_scheduler_state(tree: object) -> bool:
     return (
-        isinstance(tree, dict) and "last_epoch" in tree and ("_last_lr" in tree or "base_lrs" in tree or "_schedulers" in tree)
+        isinstance(tree, dict)
+        and ("last_epoch" in tree or "_schedulers" in tree)
+        and any(key in tree for key in ("_last_lr", "base_lrs", "_schedulers"))
     )
+
+
+def counter_path(state: object) -> tuple[Any, ...]:
+    """Where a schedule's state counts its steps: itself, or (a chain) in its first member."""
+    if isinstance(state, dict) and "last_epoch" not in state and state.get("_schedulers"):
+        return ("_schedulers", 0, *counter_path(state["_schedulers"][0]))
+    return ("last_epoch",)
 
 
 def advance_scheduler(
@@ -65,60 +90,103 @@ def advance_scheduler(
 ) -> str:
     """Move a schedule's state, in place, to `target` steps, and the groups' learning rates with it.
 
+    Args:
+        groups: the optimiser's parameter groups; may be empty, where the file holds none.
+        total_steps: the length of the whole run, where the trainer says it.
+        observations: what the schedule was seen to do, the present state among them.
+
     Returns:
         What could not be done, in words; empty where everything is exact.
     """
-    if "num_bad_epochs" in state:  # ReduceLROnPlateau: its rate follows a metric, not the step
+    counter: Any = state
+    for key in counter_path(state):
+        counter = counter[key]
+    name = _name_of(state)
+    if name == "ReduceLROnPlateau":
         state["last_epoch"] = target
-        return "follows a metric: its learning rate stays"
-    name = next((name for name, keys in SIGNATURES.items() if keys <= state.keys()), None)
-    if name is not None and "lr_lambdas" not in state and not _holds_lambda(state):
-        _step_on(name, state, groups, target - state["last_epoch"])
-        return ""
-    return _advance_lambda(state, groups, target, total_steps, observations)
+        return PLATEAU_NOTE
+    if name in _RATES_IN_GROUPS and not groups:
+        state["_step_count"] += target - counter
+        state["last_epoch"] = target
+        return NO_GROUPS_NOTE
+    if name == "LambdaLR":
+        return _advance_lambda(state, groups, target, total_steps, observations)
+    _step_on(name, state, groups, target - counter)
+    return LAMBDA_NOTE if _holds_lambda(state) else ""
+
+
+# --- schedules that hold their formula -------------------------------------------------------------------------------
+
+
+class _Unknown:
+    """In the place of a schedule whose formula is a function: counts, and leaves the rates as they are."""
+
+    def __init__(self, optimizer: SimpleNamespace) -> None:
+        self.optimizer = optimizer
+        self.last_epoch = 0
+        self._step_count = 0
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._step_count += 1
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_last_lr(self) -> list[float]:
+        return self._last_lr
+
+
+def _name_of(state: dict[str, Any]) -> str:
+    return next((name for name, keys in SIGNATURES.items() if keys <= state.keys()), "LambdaLR")
 
 
 def _holds_lambda(state: dict[str, Any]) -> bool:
-    return any("lr_lambdas" in inner or _holds_lambda(inner) for inner in state.get("_schedulers", []))
+    return any(_name_of(inner) == "LambdaLR" or _holds_lambda(inner) for inner in state.get("_schedulers", []))
 
 
 def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
-    stand_in = SimpleNamespace(param_groups=[_with_rates(group, state, i) for i, group in enumerate(groups)], step=lambda: None)
+    stand_in = SimpleNamespace(param_groups=_stand_in_groups(state, groups), step=lambda: None)
     schedule = _rebuild(name, state, stand_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here
         for _ in range(count):
             schedule.step()
     state.update(_state_of(schedule, state))
-    for group, moved in zip(groups, stand_in.param_groups, strict=True):
+    for group, moved in zip(groups, stand_in.param_groups, strict=False):
         group.update({key: moved[key] for key in group if key != "params" and key in moved})
 
 
-def _with_rates(group: dict[str, Any], state: dict[str, Any], index: int) -> dict[str, Any]:
-    """A copy of a group; a payload without an optimiser still has the schedule's own rates."""
-    base = state.get("base_lrs") or [group.get("lr")]
-    return {"initial_lr": base[min(index, len(base) - 1)], **copy.deepcopy(group)}
+def _stand_in_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Copies of the groups; where the file holds none, groups with the schedule's own rates."""
+    base = _base_rates(state)
+    rates = state.get("_last_lr") or base
+    if not groups:
+        return [{"lr": lr, "initial_lr": first} for lr, first in zip(rates, base or rates, strict=False)]
+    first_rates = [base[min(index, len(base) - 1)] if base else group["lr"] for index, group in enumerate(groups)]
+    return [{"initial_lr": first, **copy.deepcopy(group)} for first, group in zip(first_rates, groups, strict=True)]
+
+
+def _base_rates(state: dict[str, Any]) -> list[float]:
+    if state.get("base_lrs"):
+        return list(state["base_lrs"])
+    return next((rates for inner in state.get("_schedulers", []) if (rates := _base_rates(inner))), [])
 
 
 def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> Any:
-    from torch.optim import lr_scheduler
+    if name == "LambdaLR":
+        schedule: Any = _Unknown(optimizer)
+    else:
+        from torch.optim import lr_scheduler
 
-    kind = getattr(lr_scheduler, name)
-    schedule = kind.__new__(kind)
-    schedule.optimizer = optimizer
-    plain = {key: copy.deepcopy(value) for key, value in state.items() if key != "_schedulers"}
-    schedule.__dict__.update(plain)
+        kind = getattr(lr_scheduler, name)
+        schedule = kind.__new__(kind)
+        schedule.optimizer = optimizer
+    schedule.__dict__.update({key: copy.deepcopy(value) for key, value in state.items() if key != "_schedulers"})
     if name == "CyclicLR":
         schedule._scale_fn_custom = None  # noqa: SLF001
         schedule._init_scale_fn()  # noqa: SLF001
     if "_schedulers" in state:
-        inner = [(_name_of(one), one) for one in state["_schedulers"]]
-        schedule._schedulers = [_rebuild(kind_name, one, optimizer) for kind_name, one in inner]  # noqa: SLF001
+        schedule._schedulers = [_rebuild(_name_of(one), one, optimizer) for one in state["_schedulers"]]  # noqa: SLF001
     return schedule
-
-
-def _name_of(state: dict[str, Any]) -> str:
-    return next(name for name, keys in SIGNATURES.items() if keys <= state.keys())
 
 
 def _state_of(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:
@@ -140,75 +208,92 @@ def _advance_lambda(
     total_steps: int | None,
     observations: Sequence[Observation],
 ) -> str:
+    """Move the counters, and each group's rate by the formula that explains it."""
     count = target - state["last_epoch"]
     state["last_epoch"] = target
     if isinstance(state.get("_step_count"), int):
         state["_step_count"] += count
-    base = state.get("base_lrs") or []
-    factor = infer_factor(observations, base[0], target, total_steps) if base and base[0] else None
-    if factor is None:
-        return "its formula is not in the file: the first resumed step runs at the old learning rate, later ones are right"
-    state["_last_lr"] = [rate * factor for rate in base]
-    for group, rate in zip(groups, base, strict=False):
-        group["lr"] = rate * factor
-    return ""
+    base, rates = list(state.get("base_lrs") or []), list(state.get("_last_lr") or [])
+    note = ""
+    for index, first in enumerate(base[: len(rates)]):
+        seen = [(o.step, o.rates[index]) for o in observations if index < len(o.rates)]
+        rate = infer_rate(seen, first, target, total_steps)
+        if rate is None:
+            note = LAMBDA_NOTE
+            continue
+        rates[index] = rate
+        if index < len(groups):
+            groups[index]["lr"] = rate
+    if "_last_lr" in state:
+        state["_last_lr"] = rates
+    return note if rates else LAMBDA_NOTE
 
 
-def infer_factor(observations: Sequence[Observation], base: float, target: int, total_steps: int | None) -> float | None:
-    """The factor on the base rate at `target`, from the one formula that explains all observations; else None."""
-    seen = sorted({(o.step, o.rate / base) for o in observations})
-    if len(seen) < 2:  # noqa: PLR2004 - one point fits anything
+def infer_rate(seen: Sequence[tuple[int, float]], base: float, target: int, total_steps: int | None) -> float | None:
+    """The learning rate at `target` by the one formula that explains all (step, rate) seen; None where none does."""
+    factors = sorted({(step, rate / base) for step, rate in seen}) if base else []
+    if len(factors) < 2:  # noqa: PLR2004 - one point fits anything
         return None
-    for formula in _formulas(seen, total_steps):
-        if all(math.isclose(formula(step), factor, rel_tol=TOLERANCE, abs_tol=1e-12) for step, factor in seen):
+    for formula in _formulas(factors, total_steps):
+        if all(math.isclose(formula(step), factor, rel_tol=TOLERANCE, abs_tol=1e-12) for step, factor in factors):
             factor = formula(target)
-            return factor if math.isfinite(factor) else None
+            return base * factor if math.isfinite(factor) else None
     return None
 
 
-def _formulas(seen: Sequence[tuple[int, float]], total: int | None) -> Iterator[Callable[[int], float]]:
-    """Transformers' schedules with every warm-up that the last observation allows."""
-    if len({factor for _, factor in seen}) == 1:
-        yield lambda _: seen[0][1]
-    step, factor = seen[-1]
-    for warmup in _rising(seen):
-        yield lambda x, w=warmup: min(1.0, x / w)  # type: ignore[misc]
-    if total is None or step >= total:
-        return
-    for warmup in _whole(total - (total - step) / factor if factor else None, total):
-        yield lambda x, w=warmup: _linear(x, w, total)  # type: ignore[misc]
-    if 0 < factor < 1:
-        progress = math.acos(2 * factor - 1) / math.pi
-        for warmup in _whole((step - progress * total) / (1 - progress), total):
-            yield lambda x, w=warmup: _cosine(x, w, total)  # type: ignore[misc]
-    for warmup in _rising(seen):  # still warming up: linear and cosine agree so far, and only up to the peak
-        if step <= warmup:
-            yield lambda x, w=warmup: _linear(x, w, total) if x <= w else float("nan")  # type: ignore[misc]
+def _formulas(seen: Sequence[tuple[int, float]], total: int | None) -> Iterator[Formula]:
+    """Transformers' schedules with every warm-up that the observations allow; then a constant factor per step."""
+    last, factor = seen[-1]
+    if len({value for _, value in seen}) == 1:
+        yield partial(_constant, factor=factor)
+    rising = list(_rising(seen))
+    yield from (partial(_capped, warmup=warmup) for warmup in rising if last >= warmup)
+    if total is not None and last < total:
+        linear = _whole(total - (total - last) / factor if factor else None)
+        yield from (partial(_linear, warmup=warmup, total=total) for warmup in linear if last >= warmup)
+        progress = math.acos(2 * factor - 1) / math.pi if 0 < factor < 1 else 1.0
+        cosine = _whole((last - progress * total) / (1 - progress) if progress < 1 else None)
+        yield from (partial(_cosine, warmup=warmup, total=total) for warmup in cosine if last >= warmup)
+    yield from (partial(_up_to_the_peak, warmup=warmup) for warmup in rising)
+    if len(seen) >= MIN_FOR_A_FACTOR and factor > 0 and seen[0][1] > 0:
+        yield partial(_geometric, last=last, factor=factor, per_step=(factor / seen[0][1]) ** (1 / (last - seen[0][0])))
+
+
+def _constant(_: int, *, factor: float) -> float:
+    return factor
+
+
+def _capped(step: int, *, warmup: int) -> float:
+    return min(1.0, step / max(1, warmup))
+
+
+def _linear(step: int, *, warmup: int, total: int) -> float:
+    return step / max(1, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+
+
+def _cosine(step: int, *, warmup: int, total: int) -> float:
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * ((step - warmup) / max(1, total - warmup)))))
+
+
+def _up_to_the_peak(step: int, *, warmup: int) -> float:
+    """Still warming up: what comes behind the peak is not known yet."""
+    return step / warmup if step <= warmup else math.nan
+
+
+def _geometric(step: int, *, last: int, factor: float, per_step: float) -> float:
+    return factor * per_step ** (step - last)
 
 
 def _rising(seen: Sequence[tuple[int, float]]) -> Iterator[int]:
     """The warm-up length that an observation on its way up tells."""
     for step, factor in seen:
         if 0 < factor < 1:
-            yield from _whole(step / factor, _MAX_WARMUP_CANDIDATES)
+            yield from _whole(step / factor)
             return
 
 
-def _whole(value: float | None, limit: int) -> Iterator[int]:
-    if value is not None and math.isfinite(value) and -1 < value < limit:
+def _whole(value: float | None) -> Iterator[int]:
+    if value is not None and math.isfinite(value) and -1 < value < MAX_WARMUP:
         yield max(0, round(value))
-
-
-def _warmup(step: int, warmup: int) -> float | None:
-    return step / max(1, warmup) if step < warmup else None
-
-
-def _linear(step: int, warmup: int, total: int) -> float:
-    early = _warmup(step, warmup)
-    return early if early is not None else max(0.0, (total - step) / max(1, total - warmup))
-
-
-def _cosine(step: int, warmup: int, total: int) -> float:
-    early = _warmup(step, warmup)
-    progress = (step - warmup) / max(1, total - warmup)
-    return early if early is not None else max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))

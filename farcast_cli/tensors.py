@@ -77,11 +77,6 @@ class TensorEntry:
     def num_bytes(self) -> int:
         return self.num_elements * self.dtype.itemsize
 
-    @property
-    def place(self) -> tuple[Path, int, int]:
-        """Its bytes; tensors of the same place are tied."""
-        return self.path, self.offset, self.num_bytes
-
 
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether strides (in elements) are those of a contiguous tensor; dimensions of size 1 do not matter."""

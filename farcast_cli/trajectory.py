@@ -186,7 +186,7 @@ def _reason_to_ignore(path: Path, kind: Layout, main: Layout, steps: StepRange |
         return "farcast's own file"
     if kind is not main:
         return f"a {kind.name} checkpoint among {main.name} ones"
-    return "" if _named_within(path, steps) else "outside --steps"
+    return "" if not main.names_are_steps or _named_within(path, steps) else "outside --steps"
 
 
 def is_own_file(path: Path) -> bool:
@@ -303,25 +303,16 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
         _check_same_model(snapshot, tensors.keys(), origin, names.keys())
     aligned: list[AlignedTensor] = []
     copied: list[Copied] = []
-    seen: dict[tuple[Path, int, int], str] = {}
-    overlapping = _overlapping(origin.tensors.values())
-    excluded = {entry.place: name for name, entry in origin.tensors.items() if _matches(name, exclude)}
+    shared = _memory_groups(origin.tensors.values())
     for key, name in names.items():
         entries = tuple(tensors_of[key] for tensors_of in by_name)
-        place = entries[-1].place
-        reason = _reason_to_copy(name, entries, include, exclude, origin.not_streamable)
-        if place in excluded and excluded[place] != name:
-            copied.append(Copied(name, f"tied to {excluded[place]}, which is excluded"))
-        elif reason:
+        group = shared[name]
+        reason = _reason_by_group(entries[-1], group, include, exclude) or _reason_to_copy(entries, origin)
+        if reason:
             copied.append(Copied(name, reason))
-        elif name in overlapping:
-            copied.append(Copied(name, f"shares part of its memory with {overlapping[name]}"))
-        elif place in seen:
-            copied.append(Copied(name, f"tied to {seen[place]}"))
         else:
-            seen[place] = name
-            aligned.append(AlignedTensor(name, entries))
             _check_shapes(name, entries, snapshots)
+            aligned.append(AlignedTensor(name, entries))
     if not aligned:
         raise SnapshotError(
             f"{origin.path}: nothing to forecast: all {len(copied)} tensors are copied ({copied[0].reason})"
@@ -332,17 +323,50 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
     return Alignment(tuple(aligned), tuple(copied))
 
 
-def _overlapping(entries: Iterable[TensorEntry]) -> dict[str, str]:
-    """Tensors that share some, but not all, of their bytes with another one, as views into a torch storage may."""
-    found: dict[str, str] = {}
-    last: TensorEntry | None = None
+@dataclass(frozen=True, slots=True)
+class _MemoryGroup:
+    """Tensors that share bytes, as tied weights and views of a torch storage do, the largest first."""
+
+    members: tuple[TensorEntry, ...]
+
+    @property
+    def owner(self) -> TensorEntry | None:
+        """The member that spans all others, with which they move; None where they only overlap."""
+        first = self.members[0]
+        end = max(member.offset + member.num_bytes for member in self.members)
+        return first if first.offset + first.num_bytes == end else None
+
+
+def _memory_groups(entries: Iterable[TensorEntry]) -> dict[str, _MemoryGroup]:
+    """Every tensor's group, by name; most are alone in theirs."""
+    groups: list[list[TensorEntry]] = []
+    end = 0
     for entry in sorted(entries, key=lambda e: (str(e.path), e.offset, -e.num_bytes)):
-        if last is not None and last.path == entry.path and entry.offset < last.offset + last.num_bytes:
-            if (entry.offset, entry.num_bytes) != (last.offset, last.num_bytes):
-                found[entry.name] = last.name
+        if groups and groups[-1][0].path == entry.path and entry.offset < end and entry.num_bytes:
+            groups[-1].append(entry)
+            end = max(end, entry.offset + entry.num_bytes)
         else:
-            last = entry
-    return found
+            groups.append([entry])
+            end = entry.offset + entry.num_bytes
+    return {entry.name: group for members in groups for group in [_MemoryGroup(tuple(members))] for entry in members}
+
+
+def _reason_by_group(entry: TensorEntry, group: _MemoryGroup, include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Why a tensor is not forecast by itself, from what the user chose and from whom it shares its memory with."""
+    if _matches(entry.name, exclude):
+        return "excluded"
+    left_out = next((member.name for member in group.members if _matches(member.name, exclude)), None)
+    if left_out:
+        return f"tied to {left_out}, which is excluded"
+    if include and not any(_matches(member.name, include) for member in group.members):
+        return "not included"
+    owner = group.owner
+    if owner is None:
+        other = next(member.name for member in group.members if member.name != entry.name)
+        return f"shares part of its memory with {other}"
+    if owner.name != entry.name:
+        return f"tied to {owner.name}" if owner.num_bytes == entry.num_bytes else f"part of {owner.name}"
+    return ""
 
 
 def _by_canonical_name(snapshot: Snapshot) -> dict[str, TensorEntry]:
@@ -377,18 +401,13 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _reason_to_copy(
-    name: str, entries: Sequence[TensorEntry], include: Sequence[str], exclude: Sequence[str], rough: frozenset[str]
-) -> str:
-    if _matches(name, exclude):
-        return "excluded"
-    if include and not _matches(name, include):
-        return "not included"
+def _reason_to_copy(entries: Sequence[TensorEntry], origin: Snapshot) -> str:
+    """Why a tensor's values cannot be forecast."""
     for entry in entries:
         if entry.dtype.name not in FORECASTABLE:
             return f"{entry.dtype.name} is not forecast"
     if not entries[-1].num_elements:
         return "empty"
-    if name in rough or len({entry.strides for entry in entries}) > 1:
+    if entries[-1].name in origin.not_streamable or len({entry.strides for entry in entries}) > 1:
         return "not stored as one stretch in the same order in every snapshot"
     return ""

@@ -57,6 +57,8 @@ def find_reference(forecast: Path) -> Path:
     sidecar = sidecar_of(forecast, is_file=forecast.is_file())
     try:
         origin = json.loads(sidecar.read_text())["origin"]
+        if not isinstance(origin, str):
+            raise TypeError(origin)  # noqa: TRY301 - one message for whatever is wrong with it
     except OSError as error:
         raise UsageError(
             f"{forecast}: no {sidecar.name} says what it was forecast from",
@@ -64,7 +66,7 @@ def find_reference(forecast: Path) -> Path:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"{sidecar}: not a forecast's provenance", hint="--reference CKPT") from error
-    return forecast.parent / str(origin)
+    return forecast.parent / origin
 
 
 def verify(

@@ -41,12 +41,8 @@ class Run(NamedTuple):
     learning_rate: float
 
 
-HUGGINGFACE = Run(
-    save_every=100, last_visible=1200, last_step=1500, planned_steps=6000, batch_size=128, learning_rate=2.5e-4
-)
-SAFETENSORS = Run(
-    save_every=100, last_visible=1600, last_step=2000, planned_steps=2000, batch_size=256, learning_rate=6e-3
-)
+HUGGINGFACE = Run(save_every=100, last_visible=1200, last_step=1500, planned_steps=6000, batch_size=128, learning_rate=2.5e-4)
+SAFETENSORS = Run(save_every=100, last_visible=1600, last_step=2000, planned_steps=2000, batch_size=256, learning_rate=6e-3)
 PLAIN = Run(save_every=100, last_visible=1600, last_step=2000, planned_steps=8000, batch_size=512, learning_rate=2e-4)
 
 WARMUP_STEPS = 50
@@ -379,9 +375,7 @@ def plain_loss(checkpoint: Path) -> float:
 # ---------------------------------------------------------------------------------------------- all runs
 
 
-def train_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor
-) -> float:
+def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor) -> float:
     """Do one optimiser step and return the loss before it."""
     from torch.nn.functional import cross_entropy as torch_cross_entropy
 

@@ -12,7 +12,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from farcast_cli.resume import advance
-from farcast_cli.schedules import Observation, advance_scheduler, infer_factor
+from farcast_cli.schedules import Observation, advance_scheduler, infer_rate
 from farcast_cli.trajectory import discover
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def test_a_multiplicative_schedule_of_a_constant_factor_continues_exactly() -> N
         return lr_scheduler.MultiplicativeLR(optimizer, lambda _: 0.97)
 
     expected = _uninterrupted(_sgd, build)
-    seen = [Observation(step, expected[step - 1][0]["lr"]) for step in (8, 12, 16, 20)]
+    seen = [Observation(step, tuple(group["lr"] for group in expected[step - 1])) for step in (8, 12, 16, 20)]
     optimizer_state, state = _states_after(_sgd, build, 20)
     advance_scheduler(state, optimizer_state["param_groups"], 30, observations=seen)
     loaded, later = _resumed(_sgd, build, optimizer_state["param_groups"], state, LENGTH - 1 - 30)
@@ -210,7 +210,7 @@ def test_a_multiplicative_schedule_of_another_factor_is_not_said_to_mend_itself(
         return lr_scheduler.MultiplicativeLR(optimizer, lambda epoch: 0.9 if epoch % 3 else 1.05)
 
     expected = _uninterrupted(_sgd, build)
-    seen = [Observation(step, expected[step - 1][0]["lr"]) for step in (8, 12, 16, 20)]
+    seen = [Observation(step, tuple(group["lr"] for group in expected[step - 1])) for step in (8, 12, 16, 20)]
     optimizer_state, state = _states_after(_sgd, build, 20)
     note = advance_scheduler(state, optimizer_state["param_groups"], 30, observations=seen)
     _, later = _resumed(_sgd, build, optimizer_state["param_groups"], state, LENGTH - 1 - 30)
@@ -225,7 +225,7 @@ def test_lambdas_of_their_own_for_each_group_never_get_a_rate_of_another_group()
         return lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda epoch: 1 / (1 + epoch)])
 
     expected = _uninterrupted(_sgd, build)
-    seen = [Observation(step, expected[step - 1][0]["lr"]) for step in (8, 12, 16, 20)]
+    seen = [Observation(step, tuple(group["lr"] for group in expected[step - 1])) for step in (8, 12, 16, 20)]
     optimizer_state, state = _states_after(_sgd, build, 20)
     note = advance_scheduler(state, optimizer_state["param_groups"], 30, observations=seen)
     second = optimizer_state["param_groups"][1]["lr"]
@@ -279,10 +279,15 @@ def test_a_schedule_read_from_a_checkpoint_continues_with_the_rates_of_an_uninte
 @pytest.mark.parametrize("name", [*STEPPED, "LambdaLR"])
 def test_a_checkpoint_without_optimizer_keeps_a_rate_for_every_group(name: str, tmp_path: Path) -> None:
     build = (STEPPED | LAMBDAS)[name]
-    tree = _advanced(tmp_path, build, horizon=10, with_optimizer=False).trees[""].tree
-    assert len(tree["scheduler"]["_last_lr"]) == 2
-    if name in STEPPED:
-        assert tree["scheduler"] == _states_after(_sgd, build, 30)[1]
+    advanced = _advanced(tmp_path, build, horizon=10, with_optimizer=False)
+    schedule = advanced.trees[""].tree["scheduler"]
+    assert len(schedule["_last_lr"]) == 2
+    expected = _states_after(_sgd, build, 30)[1]
+    if name.startswith("OneCycleLR"):  # its highest and lowest rates are in the optimizer's groups
+        assert "in the optimizer, which the file lacks" in advanced.notes[0]
+        assert schedule == {**expected, "_last_lr": schedule["_last_lr"]}
+    elif name in STEPPED:
+        assert schedule == expected
 
 
 @pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "LinearLR", "ExponentialLR", "MultiStepLR"])
@@ -387,7 +392,11 @@ def _transformers_rates(kind: str) -> list[list[dict[str, Any]]]:
 def _leap(kind: str, *, before: int, horizon: int, every: int) -> tuple[str, list[Any]]:
     """The note, and the rates as loaded and at all later steps."""
     rates = _transformers_rates(kind)
-    seen = [Observation(step, rates[step - 1][0]["lr"]) for step in range(before - 3 * every, before + 1, every) if step > 0]
+    seen = [
+        Observation(step, tuple(group["lr"] for group in rates[step - 1]))
+        for step in range(before - 3 * every, before + 1, every)
+        if step > 0
+    ]
     optimizer_state, state = _states_after(_sgd, _transformers(kind), before)
     note = advance_scheduler(state, optimizer_state["param_groups"], before + horizon, total_steps=TOTAL, observations=seen)
     loaded, later = _resumed(_sgd, _transformers(kind), optimizer_state["param_groups"], state, TOTAL - before - horizon)
@@ -423,9 +432,9 @@ def test_a_leap_out_of_the_warm_up_sets_no_wrong_rate_without_a_word(kind: str) 
 
 
 def test_a_single_observation_tells_no_formula() -> None:
-    assert infer_factor([Observation(100, 0.05)], 0.1, 150, 200) is None
+    assert infer_rate([(100, 0.05)], 0.1, 150, 200) is None
 
 
 def test_observations_that_no_formula_explains_give_no_rate() -> None:
-    seen = [Observation(10, 0.1), Observation(20, 0.04), Observation(30, 0.09)]
-    assert infer_factor(seen, 0.1, 50, 200) is None
+    seen = [(10, 0.1), (20, 0.04), (30, 0.09)]
+    assert infer_rate(seen, 0.1, 50, 200) is None

@@ -106,11 +106,17 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
     return value
 
 
+def _has_surrogates(name: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
+    if not name.isprintable() or _has_surrogates(name):
+        raise _damaged(path, f"a tensor's name is {name!r}, which is no printable text")
     if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= spec.keys():
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     shape, offsets = spec["shape"], spec["data_offsets"]

@@ -14,7 +14,8 @@ import pickle
 import zipfile
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
 from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors take less
 MAX_DEPTH = 64
+MAX_OBJECTS = 4_000_000
 STORAGE_ALIGNMENT = 64  # torch.save's own
 _UNTYPED = DType("untyped", 1)
 _PARAMETER_ARGS = 3
@@ -124,23 +126,33 @@ def read_torch_file(path: Path) -> TorchFile:
     raw = read_bytes(path, records[pickles[0]].offset, records[pickles[0]].num_bytes)
     tree = _load(path, raw)
     file = TorchFile(path, tree, records, prefix, size, hashlib.sha256(raw).hexdigest())
-    for _, ref in iter_tensors(tree):
-        _check_ref(file, ref)
+    try:
+        for _, ref in iter_tensors(tree):
+            _check_ref(file, ref)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{path}: {error}") from error
     return file
 
 
-def iter_tensors(tree: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
-    """Every tensor of a tree with the keys that lead to it."""
-    if len(path) > MAX_DEPTH:
-        raise UnsafeFileError(f"objects nested more than {MAX_DEPTH} deep under {path[0]!r}")
-    if isinstance(tree, TensorRef):
-        yield path, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from iter_tensors(value, (*path, key))
-    elif isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            yield from iter_tensors(value, (*path, index))
+def iter_tensors(tree: object) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
+    """Every tensor of a tree with the keys that lead to it, in order.
+
+    Raises:
+        UnsafeFileError: nested too deep, or one object held so often that a walk would not end.
+    """
+    waiting: list[tuple[tuple[Any, ...], object]] = [((), tree)]
+    num_visits = 0
+    while waiting:
+        path, node = waiting.pop()
+        num_visits += 1
+        if len(path) > MAX_DEPTH or num_visits > MAX_OBJECTS:
+            raise UnsafeFileError(f"its objects are nested more than {MAX_DEPTH} deep, or more than {MAX_OBJECTS}")
+        if isinstance(node, TensorRef):
+            yield path, node
+        elif isinstance(node, dict):
+            waiting.extend(((*path, key), value) for key, value in reversed(node.items()))
+        elif isinstance(node, (list, tuple)):
+            waiting.extend(((*path, index), node[index]) for index in reversed(range(len(node))))
 
 
 def encode_pickle(tree: object) -> bytes:
@@ -295,12 +307,44 @@ _SAFE: dict[str, Callable[..., Any]] = {
 }
 
 
+_BANNED = {
+    *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+}
+"""Opcodes that torch.save never writes: other ways to make objects, and buffers of a size that is only claimed."""
+
+
 class _Unpickler(pickle._Unpickler):  # noqa: SLF001
-    """Python's own unpickler in Python: its memo is a dict, so a huge memo index allocates nothing."""
+    """Python's own unpickler in Python: its memo is a dict, so a huge memo index allocates nothing.
+
+    It makes nothing but plain data and stand-ins, sets attributes on nothing but an OrderedDict, and nests tuples no
+    deeper than a hash of them can follow.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # noqa: SLF001
 
     def __init__(self, raw: bytes) -> None:
         super().__init__(io.BytesIO(raw), encoding="utf-8")
         self._storages: dict[str, StorageRef] = {}
+        self._depths: dict[int, int] = {}
+
+    def load_build(self) -> None:
+        """Set the attributes of a state dict, such as its `_metadata`."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is not OrderedDict or not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+            raise UnsafeFileError("its pickle sets attributes of an object")
+        target.__dict__.update(state)
+
+    def load_any_tuple(self, load: Callable[[Any], None]) -> None:
+        """Make a tuple, unless it is nested too deep."""
+        load(self)
+        made = self.stack[-1]
+        depth = 1 + max((self._depths.get(id(item), 0) for item in made if isinstance(item, tuple)), default=0)
+        if depth > MAX_DEPTH:
+            raise UnsafeFileError(f"its pickle nests tuples more than {MAX_DEPTH} deep")
+        self._depths[id(made)] = depth
 
     def find_class(self, module: str, name: str) -> object:
         found = _SAFE.get(f"{module}.{name}")
@@ -320,6 +364,16 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
                 made = StorageRef(key, dtype, location, size)
                 return self._storages.setdefault(key, made)
         raise UnsafeFileError("its pickle refers to something that is not a storage")
+
+
+def _refuse_opcode(_: _Unpickler) -> None:
+    raise UnsafeFileError("its pickle uses an opcode that torch.save never writes")
+
+
+_Unpickler.dispatch.update(dict.fromkeys((code[0] for code in _BANNED), _refuse_opcode))
+_Unpickler.dispatch[pickle.BUILD[0]] = _Unpickler.load_build
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Unpickler.dispatch[_code[0]] = partial(_Unpickler.load_any_tuple, load=_Unpickler.dispatch[_code[0]])
 
 
 def _load(path: Path, raw: bytes) -> object:

@@ -86,8 +86,11 @@ class Layout:
     name: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path], Snapshot]
+    names_are_steps: bool = True
+    """Whether a snapshot of a step always bears that step as its number, so that others need not be opened."""
 
 
+_ENDINGS = {"safetensors", "pt", "pth", "bin", "ckpt"}
 _GLUED = re.compile(r"(?<![a-z])(?:global_?step|steps?|iter(?:ation)?|ba)[-_=]?(\d+)", re.IGNORECASE)
 _CHECKPOINT = re.compile(r"(?<![a-z])(?:checkpoint|ckpt)[-_=]?(\d+)(?![\d.])", re.IGNORECASE)
 _BARE = re.compile(r"^(?:[a-z]+[-_])?(\d+)$", re.IGNORECASE)
@@ -104,8 +107,8 @@ def find_step_in_name(name: str) -> re.Match[str] | None:
 
 
 def _stem(name: str) -> str:
-    base, dot, ending = name.rpartition(".")
-    return base if dot and base and not ending[:1].isdigit() else name
+    base, ending = name[: name.rfind(".")], name[name.rfind(".") + 1 :]
+    return base if base and ending in _ENDINGS else name
 
 
 def name_evidence(path: Path) -> tuple[Evidence, ...]:
@@ -128,7 +131,12 @@ def unique_tensors(files: Iterable[SafetensorsFile], path: Path) -> dict[str, Te
 
 def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], frozenset[str]]:
     """The tensors of a (nested) state dict in a torch file, and those whose elements are no gapless stretch."""
-    refs: dict[str, TensorRef] = {".".join(map(str, keys)): ref for keys, ref in iter_tensors(tree)}
+    refs: dict[str, TensorRef] = {}
+    for keys, ref in iter_tensors(tree):
+        name = ".".join(map(str, keys))
+        if name in refs:
+            raise SnapshotError(f"{file.path}: two tensors are called {name!r}, one of them in a nested dict")
+        refs[name] = ref
     entries = {name: file.entry(name, ref) for name, ref in refs.items()}
     return entries, frozenset(name for name, ref in refs.items() if not is_streamable(ref))
 

@@ -85,4 +85,4 @@ def number(file: TorchFile, value: object) -> int | float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-LAYOUT = Layout("torch", _recognises, _read)
+LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False)
