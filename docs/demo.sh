@@ -19,14 +19,23 @@ forecast() { # RUN ORIGIN-FILE TRUTH-FILE HORIZON
 		"$(loss "$name" "$origin")" "$(loss "$name" "demo/forecasts/$3")" "$(loss "$name" "$truth")" "$horizon"
 }
 
+resume() { # RUN CHECKPOINT: the trainer's own resume option, from the forecast and from the run's own snapshot
+	printf '\ntraining resumed from the forecast, by its own trainer:\n'
+	.venv/bin/python "$samples/make.py" resume "$1" "demo/forecasts/$2" 3 2>/dev/null
+	printf "and from the run's own snapshot of the same step:\n"
+	.venv/bin/python "$samples/make.py" resume "$1" "$samples/truth/$1/$2" 3 2>/dev/null
+}
+
 echo "1. A Hugging Face Trainer's checkpoints: 1200 steps are visible, steps 1300 to 1500 were held back."
 run farcast inspect "$samples/huggingface"
 forecast huggingface checkpoint-1200 checkpoint-1500 300
+resume huggingface checkpoint-1500
 
 printf '\n2. Loose safetensors files of an MLP trained with SGD.\n'
 forecast safetensors step_001600.safetensors step_002000.safetensors 400
 
 printf '\n3. Plain .pt files of a hand-written loop.\n'
 forecast plain step_1600.pt step_2000.pt 400
+resume plain step_2000.pt
 
-printf '\nThe forecasts are in demo/forecasts. Training resumes from them: see docs/resume.md.\n'
+printf '\nThe forecasts are in demo/forecasts. docs/resume.md says how to resume from one.\n'

@@ -2,6 +2,7 @@
 
     python sample_checkpoints/make.py                      make all three runs
     python sample_checkpoints/make.py evaluate RUN CKPT    print the validation loss of one checkpoint
+    python sample_checkpoints/make.py resume RUN CKPT N    resume training from a checkpoint for N steps
 
 Every run is deterministic (fixed seeds, one thread). The later snapshots of each run are held back under `truth/`, so
 that a forecast made from the visible ones can be compared with what training did next. The runs with a learning-rate
@@ -9,11 +10,11 @@ schedule stop well before its end, like a job that was interrupted: they can be 
 """
 
 # The heavy imports sit inside the functions, so that importing this file costs nothing.
-# ruff: noqa: INP001, PLC0415
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import shutil
 import sys
@@ -151,10 +152,10 @@ def huggingface_trainer(
     class Flow(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """End the training after `stop_at` steps, and log as often as asked: a resumed trainer would not."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             state.logging_steps = args.logging_steps
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             if state.global_step == stop_at:
                 control.should_training_stop = True
 
@@ -430,6 +431,25 @@ def evaluate(run: str, checkpoint: Path) -> float:
     return LOSS[run](checkpoint)
 
 
+def resume_huggingface(checkpoint: Path, *, num_steps: int) -> list[tuple[int, float, float]]:
+    """Continue the run `huggingface` from a checkpoint by the Trainer's own resume option, as `resume_plain` does."""
+    import tempfile
+
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    start = int(state["global_step"])
+    with tempfile.TemporaryDirectory() as output:
+        trainer = huggingface_trainer(Path(output), logging_steps=1, stop_at=start + num_steps)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    log = [entry for entry in trainer.state.log_history if "learning_rate" in entry and entry["step"] > start]
+    return [(entry["step"], entry["learning_rate"], entry["loss"]) for entry in log]
+
+
+RESUME: dict[str, Callable[..., list[tuple[int, float, float]]]] = {
+    "huggingface": resume_huggingface,
+    "plain": resume_plain,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the sample checkpoints, or evaluate one of them.")
@@ -437,7 +457,15 @@ def main(arguments: list[str] | None = None) -> int:
     evaluator = commands.add_parser("evaluate", help="print the validation loss of one checkpoint")
     evaluator.add_argument("run", choices=sorted(LOSS))
     evaluator.add_argument("checkpoint", type=Path)
+    resumer = commands.add_parser("resume", help="resume a run from a checkpoint; print each step, its rate and loss")
+    resumer.add_argument("run", choices=sorted(RESUME))
+    resumer.add_argument("checkpoint", type=Path)
+    resumer.add_argument("num_steps", type=int)
     options = parser.parse_args(arguments)
+    if options.command == "resume":
+        for step, rate, loss in RESUME[options.run](options.checkpoint, num_steps=options.num_steps):
+            sys.stdout.write(f"step {step}  learning rate {rate:.6e}  training loss {loss:.4f}\n")
+        return 0
     if options.command == "evaluate":
         loss = evaluate(options.run, options.checkpoint)
         sys.stdout.write(f"{loss!r}\n")

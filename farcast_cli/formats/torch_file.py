@@ -308,7 +308,7 @@ _SAFE: dict[str, Callable[..., Any]] = {
 
 
 _BANNED = {
-    *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+    *(pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
 }
 """Opcodes that torch.save never writes: other ways to make objects, and buffers of a size that is only claimed."""
