@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from farcast_cli import __version__
 from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, UsageError
+from farcast_cli.options import (
+    Config,
+    Device,
+    Exclude,
+    Forecaster,
+    Full,
+    GradWeight,
+    Include,
+    Json,
+    Method,
+    PurposeOption,
+    Quiet,
+    Sample,
+    ScopeOption,
+    StepNormOption,
+    Steps,
+    Threads,
+    Verbose,
+    check_horizon_options,
+    device_name,
+    env,
+    one_of,
+    parse_horizons,
+    parse_size,
+    prepare_torch,
+)
 
 INTERRUPTED = 130
 EPILOG = (
@@ -41,92 +66,6 @@ Point the trainer's resume option at the path that predict printed.""",
 )
 
 
-def _load_config(context: typer.Context, value: Path | None) -> Path | None:
-    """Defaults from a TOML file: keys at the top for every command, tables for one."""
-    path = value or Path("farcast.toml")
-    if value is None and not path.is_file():
-        return None
-    import tomllib
-
-    try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: not a readable TOML file: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
-    own = content.get(context.info_name or "", {})
-    if not isinstance(own, dict):
-        raise UsageError(f"{path}: {context.info_name} = {own!r}: expected a table, [{context.info_name}]")
-    shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
-    defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
-    renamed = {"for": "purpose", "json": "json_"}
-    unknown = sorted(key for key in own if renamed.get(key, key.replace("-", "_")) not in known)
-    if unknown:
-        raise UsageError(
-            f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
-        )
-    context.default_map = {
-        renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
-    }
-    return path
-
-
-def _env(name: str) -> str:
-    return f"FARCAST_{name}"
-
-
-Json = Annotated[bool, typer.Option("--json", envvar=_env("JSON"), help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=_env("QUIET"), help="Only errors on stderr.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=_env("VERBOSE"), help="Say more on stderr.")]
-Device = Annotated[str, typer.Option(envvar=_env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
-Threads = Annotated[int, typer.Option(envvar=_env("THREADS"), min=0, help="Worker threads; 0 for one per core.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        envvar=_env("CONFIG"),
-        callback=_load_config,
-        is_eager=True,
-        metavar="FILE",
-        help="Defaults for these options; ./farcast.toml if it is there.",
-    ),
-]
-Forecaster = Annotated[Path, typer.Option(envvar=_env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
-Include = Annotated[list[str] | None, typer.Option(envvar=_env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")]
-Exclude = Annotated[list[str] | None, typer.Option(envvar=_env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
-Steps = Annotated[
-    str | None,
-    typer.Option(
-        envvar=_env("STEPS"), metavar="A:B:K", help="Snapshots from step A to B, multiples of K. Parts may be left out."
-    ),
-]
-Sample = Annotated[int, typer.Option(envvar=_env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
-Full = Annotated[bool, typer.Option("--full", envvar=_env("FULL"), help="Read all values.")]
-Method = Annotated[
-    str | None,
-    typer.Option(envvar=_env("METHOD"), metavar="NAME", help="blend, k5, drift, lfd2, line, average or persistence."),
-]
-PurposeOption = Annotated[
-    str,
-    typer.Option(
-        "--for",
-        envvar=_env("FOR"),
-        metavar="resume|evaluation",
-        help="Resume training from the forecast, or evaluate and ship it.",
-    ),
-]
-StepNormOption = Annotated[
-    str | None,
-    typer.Option(
-        envvar=_env("STEP_NORM"),
-        metavar="match|match-plain|clip|free",
-        help="How long each tensor's step is; the method's own by default.",
-    ),
-]
-ScopeOption = Annotated[
-    str, typer.Option(envvar=_env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (k5, lfd2).")
-]
-GradWeight = Annotated[float, typer.Option(envvar=_env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
-
-
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -151,7 +90,8 @@ def inspect(
 ) -> None:
     """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
     from farcast_cli import render
-    from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, align, discover
+    from farcast_cli.alignment import align
+    from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
 
     trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None)
     problems: list[str] = []
@@ -175,7 +115,7 @@ def inspect(
 def fit(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", envvar=_env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
+        Path, typer.Option("--output", "-o", envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
     ] = Path("forecaster.safetensors"),
     include: Include = None,
     exclude: Exclude = None,
@@ -212,7 +152,7 @@ def fit(
 @app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
 def backtest(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
-    horizon: Annotated[str | None, typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]", help="Steps ahead.")] = None,
+    horizon: Annotated[str | None, typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead.")] = None,
     forecaster: Forecaster = Path("forecaster.safetensors"),
     purpose: PurposeOption = "resume",
     method: Method = None,
@@ -229,16 +169,16 @@ def backtest(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
-    horizons = _horizons(horizon)
-    _prepare_torch(device, threads)
+    horizons = parse_horizons(horizon)
+    prepare_torch(device, threads)
     from farcast_cli import render
     from farcast_cli.backtest import Purpose, coherence, decide, score
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecaster import METHODS, Task, find_method
-    from farcast_cli.predict import DEFAULT_METHOD
+    from farcast_cli.job import DEFAULT_METHOD
     from farcast_cli.timeline import Timeline
 
-    aim: Purpose = _one_of("for", purpose, Purpose)
+    aim: Purpose = one_of("for", purpose, Purpose)
     chosen = find_method(method or DEFAULT_METHOD[aim])
     fitted = (
         _fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, [0])
@@ -246,7 +186,7 @@ def backtest(
         else load_fitted(forecaster)
     )
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
-    tasks = {h: Task(fitted.gram, fitted.sample, timeline, float(h), device=_device_name(device)) for h in horizons}
+    tasks = {h: Task(fitted.gram, fitted.sample, timeline, float(h), device=device_name(device)) for h in horizons}
     decisions = {h: decide(chosen, task, aim) for h, task in tasks.items()}
     scores = score([find_method(method)] if method else list(METHODS.values()), tasks[horizons[0]], horizons)
     steady = coherence(fitted.gram, timeline)
@@ -263,16 +203,16 @@ def backtest(
 def predict(
     horizon: Annotated[
         str | None,
-        typer.Option(envvar=_env("HORIZON"), metavar="N[,N...]", help="Steps ahead; several are written in one pass."),
+        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; several are written in one pass."),
     ] = None,
-    to_step: Annotated[int | None, typer.Option(envvar=_env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
+    to_step: Annotated[int | None, typer.Option(envvar=env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
     forecaster: Forecaster = Path("forecaster.safetensors"),
     output: Annotated[
         str | None,
         typer.Option(
             "--output",
             "-o",
-            envvar=_env("OUTPUT"),
+            envvar=env("OUTPUT"),
             metavar="OUT",
             help="The checkpoint to write; a folder for them where it ends in / or there are several horizons."
             " forecasts/NAME by default.",
@@ -281,34 +221,34 @@ def predict(
     purpose: PurposeOption = "resume",
     method: Method = None,
     step_norm: StepNormOption = None,
-    scale: Annotated[float, typer.Option(envvar=_env("SCALE"), help="Multiplies the step.")] = 1.0,
+    scale: Annotated[float, typer.Option(envvar=env("SCALE"), help="Multiplies the step.")] = 1.0,
     scope: ScopeOption = "auto",
     grad_weight: GradWeight = 0.0,
     origin: Annotated[
         int | None,
-        typer.Option(envvar=_env("ORIGIN"), metavar="STEP", help="Forecast from this snapshot; the last by default."),
+        typer.Option(envvar=env("ORIGIN"), metavar="STEP", help="Forecast from this snapshot; the last by default."),
     ] = None,
     optimizer: Annotated[
         str,
         typer.Option(
-            envvar=_env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
+            envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
         ),
     ] = "copy",
     counters: Annotated[
         str,
         typer.Option(
-            envvar=_env("COUNTERS"),
+            envvar=env("COUNTERS"),
             metavar="advance|keep",
             help="Move the trainer's counters and schedule, or leap the weights alone.",
         ),
     ] = "advance",
     dtype: Annotated[
-        str, typer.Option(envvar=_env("DTYPE"), metavar="source|float32|bfloat16|float16", help="Element type of the output.")
+        str, typer.Option(envvar=env("DTYPE"), metavar="source|float32|bfloat16|float16", help="Element type of the output.")
     ] = "source",
     max_shard_size: Annotated[
         str | None,
         typer.Option(
-            envvar=_env("MAX_SHARD_SIZE"),
+            envvar=env("MAX_SHARD_SIZE"),
             metavar="SIZE",
             help="Shard the output anew, as in 5GB; the source's shards by default.",
         ),
@@ -316,19 +256,19 @@ def predict(
     eval_cmd: Annotated[
         str | None,
         typer.Option(
-            envvar=_env("EVAL_CMD"),
+            envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
             help="Judge the origin and the forecast by the last number this prints; publish only what is better.",
         ),
     ] = None,
-    maximize: Annotated[bool, typer.Option("--maximize", envvar=_env("MAXIMIZE"), help="A larger number is better.")] = False,
+    maximize: Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")] = False,
     even_if_worse: Annotated[
-        bool, typer.Option("--even-if-worse", envvar=_env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
+        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", envvar=_env("OVERWRITE"), help="Replace an earlier forecast.")
+        bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=_env("DRY_RUN"), help="Say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
     json_: Json = False,
@@ -337,37 +277,38 @@ def predict(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
-    _check_horizon_options(horizon, to_step)
-    num_threads = _prepare_torch(device, threads)
+    check_horizon_options(horizon, to_step)
+    num_threads = prepare_torch(device, threads)
     from farcast_cli import render
     from farcast_cli.backtest import Purpose
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecaster import Options, Scope, StepNorm
+    from farcast_cli.job import Request
     from farcast_cli.plan import OutputDType
-    from farcast_cli.predict import Request, default_notes
+    from farcast_cli.predict import default_notes
     from farcast_cli.predict import predict as run
     from farcast_cli.resume import CountersMode, OptimizerMode
 
-    norm = None if step_norm is None else _one_of("step-norm", step_norm, StepNorm)
-    options = Options(norm, scale, _one_of("scope", scope, Scope), grad_weight)
+    norm = None if step_norm is None else one_of("step-norm", step_norm, StepNorm)
+    options = Options(norm, scale, one_of("scope", scope, Scope), grad_weight)
     fitted = load_fitted(forecaster)
     start = fitted.steps[-1] if origin is None else origin
     request = Request(
-        horizons=_horizons(horizon) if to_step is None else (to_step - start,),
-        purpose=_one_of("for", purpose, Purpose),
+        horizons=parse_horizons(horizon) if to_step is None else (to_step - start,),
+        purpose=one_of("for", purpose, Purpose),
         method=method,
         options=options,
         origin_step=origin,
-        optimizer=_one_of("optimizer", optimizer, OptimizerMode),
-        counters=_one_of("counters", counters, CountersMode),
-        dtype=_one_of("dtype", dtype, OutputDType),
-        max_shard_bytes=_size(max_shard_size),
+        optimizer=one_of("optimizer", optimizer, OptimizerMode),
+        counters=one_of("counters", counters, CountersMode),
+        dtype=one_of("dtype", dtype, OutputDType),
+        max_shard_bytes=parse_size(max_shard_size),
         output=output,
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
-        device=_device_name(device),
+        device=device_name(device),
         num_threads=num_threads,
         evaluator=Evaluator(eval_cmd, maximize) if eval_cmd else None,
     )
@@ -392,10 +333,10 @@ def predict(
 @app.command(epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
 def verify(
     forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
-    against: Annotated[Path, typer.Option(envvar=_env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
+    against: Annotated[Path, typer.Option(envvar=env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
     reference: Annotated[
         Path | None,
-        typer.Option(envvar=_env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
+        typer.Option(envvar=env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
     ] = None,
     threads: Threads = 0,
     json_: Json = False,
@@ -404,7 +345,7 @@ def verify(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Say what a forecast was worth, once training has reached its step."""
-    _prepare_torch("cpu", threads)
+    prepare_torch("cpu", threads)
     from farcast_cli import render
     from farcast_cli.verify import find_reference
     from farcast_cli.verify import verify as run
@@ -437,7 +378,7 @@ def _fit(
     from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
 
     trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None, minimum=MIN_SNAPSHOTS)
-    _prepare_torch(device, threads)
+    prepare_torch(device, threads)
     import torch
 
     from farcast_cli import render
@@ -456,64 +397,9 @@ def _fit(
             include=include or (),
             exclude=exclude or (),
             num_samples=num_samples,
-            device=torch.device(_device_name(device)),
+            device=torch.device(device_name(device)),
             progress=count,
         )
-
-
-def _one_of(option: str, value: str, allowed: Any) -> Any:
-    """A value of a Literal type."""
-    if value not in get_args(allowed):
-        raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(allowed))}")
-    return value
-
-
-def _check_horizon_options(horizon: str | None, to_step: int | None) -> None:
-    if (horizon is None) == (to_step is None):
-        found = "neither" if horizon is None else "both"
-        raise UsageError(
-            f"expected --horizon N (steps ahead) or --to-step N, found {found}", hint="farcast predict --horizon 1000"
-        )
-
-
-def _horizons(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        raise UsageError("expected --horizon N[,N...], steps ahead", hint="farcast backtest --horizon 500,1000")
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
-    if len(set(map(int, parts))) != len(parts):
-        raise UsageError(f"--horizon {text}: a horizon is there twice")
-    return tuple(int(part) for part in parts)
-
-
-def _size(text: str | None) -> int | None:
-    if text is None:
-        return None
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"--max-shard-size {text}: expected a size as in 5GB or 500MB")
-    return int(float(number) * units[unit])
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def _prepare_torch(device: str, threads: int) -> int:
-    """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
-    kind, _, number = device.partition(":")
-    if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    import torch
-
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu")
-    torch.set_num_threads(1)
-    return threads or min(8, len(os.sched_getaffinity(0)))
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.alignment import Alignment
     from farcast_cli.tensors import TensorEntry
-    from farcast_cli.trajectory import Alignment
 
 COPY_BYTES = 4 << 20
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from farcast_cli import __version__
+from farcast_cli.alignment import Alignment, align
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError
 from farcast_cli.gram import Gram, Sample, accumulate
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.trajectory import Alignment, align
 from farcast_cli.writer import staged
 
 if TYPE_CHECKING:

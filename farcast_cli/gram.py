@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.alignment import AlignedTensor, Alignment
     from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.trajectory import AlignedTensor, Alignment
 
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 KEPT_SAMPLE = 1_024  # of those, kept for the fits that are not least squares; within .005 of a full fit

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.files import file_size
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, encode_pickle, iter_tensors
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
 from farcast_cli.layouts.base import Part, Snapshot, find_step_in_name
 from farcast_cli.layouts.loose_safetensors import STEP_KEYS
 from farcast_cli.resume import Advanced, Change, StateTree, storages_of

@@ -5,99 +5,39 @@ The order matters: everything that can be refused is refused before the first by
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from farcast_cli import __version__
-from farcast_cli.backtest import LOSS_JUMP, Decision, Purpose, decide
+from farcast_cli.backtest import LOSS_JUMP, decide
 from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError
-from farcast_cli.evaluation import Evaluator, Trial, best_trial
+from farcast_cli.evaluation import Trial, best_trial
 from farcast_cli.fitted import Fitted, newer_steps, realign, reopen
-from farcast_cli.forecaster import Options, Task, find_method, forecast
+from farcast_cli.forecaster import Task, find_method, forecast
+from farcast_cli.job import DEFAULT_METHOD, Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.plan import OutputDType, OutputFile, Rewrite, forecast_name, plan_outputs
-from farcast_cli.resume import HISTORY, Advanced, CountersMode, OptimizerMode, advance, advance_batch_counts
+from farcast_cli.plan import Rewrite, forecast_name, plan_outputs
+from farcast_cli.resume import HISTORY, advance, advance_batch_counts
+from farcast_cli.sidecar import compose, sidecar_of, write_sidecar
 from farcast_cli.timeline import Timeline
 from farcast_cli.writer import staged
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from farcast_cli.layouts.base import Snapshot
 
 DEFAULT_FOLDER = Path("forecasts")
-SIDECAR = "farcast.json"
-DEFAULT_METHOD: dict[Purpose, str] = {"resume": "blend", "evaluation": "k5"}
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked `predict` for. `horizons` are steps after the origin."""
-
-    horizons: tuple[int, ...]
-    purpose: Purpose = "resume"
-    method: str | None = None
-    options: Options = field(default_factory=Options)
-    origin_step: int | None = None
-    optimizer: OptimizerMode = "copy"
-    counters: CountersMode = "advance"
-    dtype: OutputDType = "source"
-    max_shard_bytes: int | None = None
-    output: str | None = None
-    even_if_worse: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    device: str = "cpu"
-    num_threads: int = 1
-    evaluator: Evaluator | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One horizon's forecast: where it is (None where none was written), what it is and what was done."""
-
-    horizon: int
-    origin_step: int
-    method: str
-    decision: Decision
-    path: Path | None = None
-    num_forecast: int = 0
-    num_copied: int = 0
-    unchanged_share: float | None = None
-    bytes_read: int = 0
-    bytes_written: int = 0
-    seconds: float = 0.0
-    changes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    trials: tuple[Trial, ...] = ()
-
-    @property
-    def valid_step(self) -> int:
-        return self.origin_step + self.horizon
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """All horizons planned and nothing written yet."""
-
-    engine: Engine
-    plans: tuple[tuple[OutputFile, ...], ...]
-    advanced: tuple[Advanced, ...]
-    targets: tuple[Path, ...]
-    snapshots: tuple[Snapshot, ...]
-    origin: Snapshot
 
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -288,7 +228,7 @@ def _write(
         )
         finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
         for index, (place, note) in enumerate(zip(places, notes, strict=True)):
-            _write_sidecar(place, note, _sidecar(prepared, finished[index], request, fitted))
+            write_sidecar(place, note, compose(prepared, finished[index], request, fitted))
     return finished
 
 
@@ -300,11 +240,6 @@ def _enter(stack: ExitStack, prepared: Prepared, target: Path, *, overwrite: boo
     if not prepared.origin.path.is_file():
         return None
     return stack.enter_context(staged(sidecar_of(target, is_file=True), overwrite=overwrite, may_stay_empty=True))
-
-
-def sidecar_of(target: Path, *, is_file: bool) -> Path:
-    """Where a forecast's provenance lies: inside a folder, beside a file."""
-    return target.with_name(f"{target.stem}.{SIDECAR}") if is_file else target / SIDECAR
 
 
 def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
@@ -349,7 +284,7 @@ def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: 
         kept, tally = written[max(0, best - 1)]
         kept.rename(place)
         finished = replace(_finish(prepared, outcome, tally, 0), trials=tuple(trials))
-        _write_sidecar(place, note, _sidecar(prepared, finished, request, fitted))
+        write_sidecar(place, note, compose(prepared, finished, request, fitted))
     return finished
 
 
@@ -376,63 +311,3 @@ def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> O
         changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes),
         notes=tuple(advanced.notes),
     )
-
-
-def _write_sidecar(place: Path, beside: Path | None, text: str) -> None:
-    (beside or place / SIDECAR).write_text(text)
-
-
-def _sidecar(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> str:
-    assert outcome.path is not None  # noqa: S101 - only written forecasts have one
-    home = outcome.path.resolve().parent
-    linear = prepared.engine.linear
-    index = prepared.targets.index(outcome.path)
-    sizes = np.array([tensor.num_elements for tensor in prepared.engine.alignment.tensors], dtype=float)
-    mean = sizes @ linear.weights[index] / sizes.sum()
-    content: dict[str, Any] = {
-        "schema_version": 1,
-        "farcast_version": __version__,
-        "origin_step": outcome.origin_step,
-        "valid_step": outcome.valid_step,
-        "horizon": outcome.horizon,
-        "for": request.purpose,
-        "method": outcome.method,
-        "options": {
-            "step_norm": request.options.step_norm,
-            "scale": request.options.scale,
-            "scope": request.options.scope,
-            "grad_weight": request.options.grad_weight,
-            "optimizer": request.optimizer,
-            "counters": request.counters,
-            "dtype": request.dtype,
-        },
-        "verdict": outcome.decision.verdict,
-        "ratio": _number(outcome.decision.ratio),
-        "coherence": _number(outcome.decision.coherence),
-        "origin": os.path.relpath(prepared.origin.path.resolve(), home),
-        "inputs": [
-            {
-                "path": os.path.relpath(s.path.resolve(), home),
-                "step": s.step,
-                "bytes": s.num_bytes,
-                "digest": s.digest,
-                "mean_weight": float(mean[t]),
-            }
-            for t, s in enumerate(prepared.snapshots)
-        ],
-        "fitted_on": {
-            "snapshots": len(fitted.steps),
-            "first_step": fitted.steps[0],
-            "last_step": fitted.steps[-1],
-            "samples_per_tensor": fitted.provenance.num_samples,
-        },
-        "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.alignment.copied],
-        "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
-    }
-    if outcome.trials:
-        content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from farcast_cli.alignment import Alignment
     from farcast_cli.backtest import Decision, Score
     from farcast_cli.errors import FarcastError
     from farcast_cli.fitted import Fitted
-    from farcast_cli.predict import Outcome
-    from farcast_cli.trajectory import Alignment, Trajectory
+    from farcast_cli.job import Outcome
+    from farcast_cli.trajectory import Trajectory
     from farcast_cli.verify import Verification
 
 SCHEMA_VERSION = 1

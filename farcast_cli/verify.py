@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from farcast_cli.alignment import align
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
-from farcast_cli.predict import sidecar_of
+from farcast_cli.sidecar import sidecar_of
 from farcast_cli.stream import Reader, read_trajectory, stretches
-from farcast_cli.trajectory import align, open_snapshot
+from farcast_cli.trajectory import open_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from farcast_cli.trajectory import AlignedTensor, Alignment
+    from farcast_cli.alignment import AlignedTensor, Alignment
 
 
 @dataclass(frozen=True, slots=True)

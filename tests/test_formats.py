@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save, save_file
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
-from farcast_cli.formats.torch_file import StorageRef, TensorRef, TorchFile, encode_pickle, iter_tensors, read_torch_file
+from farcast_cli.formats.torch_file import TorchFile, read_torch_file
+from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
 from farcast_cli.tensors import BY_CODE, DTYPES
 
 SAFETENSORS_NAMES = sorted(dtype.name for dtype in BY_CODE.values())

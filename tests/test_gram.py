@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import farcast_cli.stream
+from farcast_cli.alignment import align
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.gram import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, Gram, Sample, accumulate, bytes_to_sample
 from farcast_cli.stream import sample_stretches
-from farcast_cli.trajectory import align, discover
+from farcast_cli.trajectory import discover
 from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
 
 if TYPE_CHECKING:

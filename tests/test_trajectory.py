@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from farcast_cli.alignment import align
 from farcast_cli.errors import (
     FileFormatError,
     MixedRunsError,
@@ -20,7 +21,7 @@ from farcast_cli.errors import (
     UsageError,
 )
 from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.trajectory import StepRange, align, discover, open_snapshot
+from farcast_cli.trajectory import StepRange, discover, open_snapshot
 from tests.conftest import STEPS, edit_loose, fit_run, loose_name, make_loose_run, make_torch_run, weights_at
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from farcast_cli.fitted import Fitted, fit
 from farcast_cli.forecaster import Options, Task
 from farcast_cli.gram import DEFAULT_SAMPLE, Gram, Sample
-from farcast_cli.predict import Outcome, Request, predict
+from farcast_cli.job import Outcome, Request
+from farcast_cli.predict import predict
 from farcast_cli.timeline import Timeline
 from farcast_cli.trajectory import discover
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from farcast_cli.errors import FileFormatError, SnapshotError
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TensorRef, TorchFile, is_streamable, iter_tensors
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError
 from farcast_cli.formats.files import read_bytes
-from farcast_cli.formats.torch_file import TensorRef, TorchFile, read_torch_file
+from farcast_cli.formats.torch_file import TorchFile, read_torch_file
+from farcast_cli.formats.torch_pickle import TensorRef
 from farcast_cli.layouts.base import Evidence, Layout, Part, Snapshot, name_evidence, weights_of
 
 if TYPE_CHECKING:

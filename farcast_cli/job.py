@@ -1,0 +1,79 @@
+"""One prediction, start to end, as data: what was asked, what was planned, what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from farcast_cli.forecaster import Options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from farcast_cli.backtest import Decision, Purpose
+    from farcast_cli.engine import Engine
+    from farcast_cli.evaluation import Evaluator, Trial
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.plan import OutputDType, OutputFile
+    from farcast_cli.resume import Advanced, CountersMode, OptimizerMode
+
+
+DEFAULT_METHOD: dict[Purpose, str] = {"resume": "blend", "evaluation": "k5"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked `predict` for. `horizons` are steps after the origin."""
+
+    horizons: tuple[int, ...]
+    purpose: Purpose = "resume"
+    method: str | None = None
+    options: Options = field(default_factory=Options)
+    origin_step: int | None = None
+    optimizer: OptimizerMode = "copy"
+    counters: CountersMode = "advance"
+    dtype: OutputDType = "source"
+    max_shard_bytes: int | None = None
+    output: str | None = None
+    even_if_worse: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    device: str = "cpu"
+    num_threads: int = 1
+    evaluator: Evaluator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One horizon's forecast: where it is (None where none was written), what it is and what was done."""
+
+    horizon: int
+    origin_step: int
+    method: str
+    decision: Decision
+    path: Path | None = None
+    num_forecast: int = 0
+    num_copied: int = 0
+    unchanged_share: float | None = None
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def valid_step(self) -> int:
+        return self.origin_step + self.horizon
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All horizons planned and nothing written yet."""
+
+    engine: Engine
+    plans: tuple[tuple[OutputFile, ...], ...]
+    advanced: tuple[Advanced, ...]
+    targets: tuple[Path, ...]
+    snapshots: tuple[Snapshot, ...]
+    origin: Snapshot

@@ -1,0 +1,152 @@
+"""The options that commands share, where their values may come from, and what their texts mean."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from farcast_cli.errors import UsageError
+
+
+def load_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Defaults from a TOML file: keys at the top for every command, tables for one."""
+    path = value or Path("farcast.toml")
+    if value is None and not path.is_file():
+        return None
+    import tomllib
+
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not a readable TOML file: {error}") from error
+    known = {parameter.name for parameter in context.command.params}
+    own = content.get(context.info_name or "", {})
+    if not isinstance(own, dict):
+        raise UsageError(f"{path}: {context.info_name} = {own!r}: expected a table, [{context.info_name}]")
+    shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
+    defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
+    renamed = {"for": "purpose", "json": "json_"}
+    unknown = sorted(key for key in own if renamed.get(key, key.replace("-", "_")) not in known)
+    if unknown:
+        raise UsageError(
+            f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
+        )
+    context.default_map = {
+        renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
+    }
+    return path
+
+
+def env(name: str) -> str:
+    return f"FARCAST_{name}"
+
+
+Json = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
+Device = Annotated[str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
+Threads = Annotated[int, typer.Option(envvar=env("THREADS"), min=0, help="Worker threads; 0 for one per core.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("CONFIG"),
+        callback=load_config,
+        is_eager=True,
+        metavar="FILE",
+        help="Defaults for these options; ./farcast.toml if it is there.",
+    ),
+]
+Forecaster = Annotated[Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
+Include = Annotated[list[str] | None, typer.Option(envvar=env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")]
+Exclude = Annotated[list[str] | None, typer.Option(envvar=env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("STEPS"), metavar="A:B:K", help="Snapshots from step A to B, multiples of K. Parts may be left out."
+    ),
+]
+Sample = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
+Full = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values.")]
+Method = Annotated[
+    str | None,
+    typer.Option(envvar=env("METHOD"), metavar="NAME", help="blend, k5, drift, lfd2, line, average or persistence."),
+]
+PurposeOption = Annotated[
+    str,
+    typer.Option(
+        "--for",
+        envvar=env("FOR"),
+        metavar="resume|evaluation",
+        help="Resume training from the forecast, or evaluate and ship it.",
+    ),
+]
+StepNormOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("STEP_NORM"),
+        metavar="match|match-plain|clip|free",
+        help="How long each tensor's step is; the method's own by default.",
+    ),
+]
+ScopeOption = Annotated[
+    str, typer.Option(envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (k5, lfd2).")
+]
+GradWeight = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
+
+
+def one_of(option: str, value: str, allowed: Any) -> Any:
+    """A value of a Literal type."""
+    if value not in get_args(allowed):
+        raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(allowed))}")
+    return value
+
+
+def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
+    if (horizon is None) == (to_step is None):
+        found = "neither" if horizon is None else "both"
+        raise UsageError(
+            f"expected --horizon N (steps ahead) or --to-step N, found {found}", hint="farcast predict --horizon 1000"
+        )
+
+
+def parse_horizons(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        raise UsageError("expected --horizon N[,N...], steps ahead", hint="farcast backtest --horizon 500,1000")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
+    if len(set(map(int, parts))) != len(parts):
+        raise UsageError(f"--horizon {text}: a horizon is there twice")
+    return tuple(int(part) for part in parts)
+
+
+def parse_size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
+        raise UsageError(f"--max-shard-size {text}: expected a size as in 5GB or 500MB")
+    return int(float(number) * units[unit])
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def prepare_torch(device: str, threads: int) -> int:
+    """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    import torch
+
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu")
+    torch.set_num_threads(1)
+    return threads or min(8, len(os.sched_getaffinity(0)))

@@ -1,0 +1,85 @@
+"""A forecast's provenance, in `farcast.json`: inside the folder, or beside the single file."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from farcast_cli import __version__
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from farcast_cli.fitted import Fitted
+    from farcast_cli.job import Outcome, Prepared, Request
+
+
+SIDECAR = "farcast.json"
+
+
+def sidecar_of(target: Path, *, is_file: bool) -> Path:
+    """Where a forecast's provenance lies: inside a folder, beside a file."""
+    return target.with_name(f"{target.stem}.{SIDECAR}") if is_file else target / SIDECAR
+
+
+def write_sidecar(place: Path, beside: Path | None, text: str) -> None:
+    (beside or place / SIDECAR).write_text(text)
+
+
+def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> str:
+    assert outcome.path is not None  # noqa: S101 - only written forecasts have one
+    home = outcome.path.resolve().parent
+    linear = prepared.engine.linear
+    index = prepared.targets.index(outcome.path)
+    sizes = np.array([tensor.num_elements for tensor in prepared.engine.alignment.tensors], dtype=float)
+    mean = sizes @ linear.weights[index] / sizes.sum()
+    content: dict[str, Any] = {
+        "schema_version": 1,
+        "farcast_version": __version__,
+        "origin_step": outcome.origin_step,
+        "valid_step": outcome.valid_step,
+        "horizon": outcome.horizon,
+        "for": request.purpose,
+        "method": outcome.method,
+        "options": {
+            "step_norm": request.options.step_norm,
+            "scale": request.options.scale,
+            "scope": request.options.scope,
+            "grad_weight": request.options.grad_weight,
+            "optimizer": request.optimizer,
+            "counters": request.counters,
+            "dtype": request.dtype,
+        },
+        "verdict": outcome.decision.verdict,
+        "ratio": _number(outcome.decision.ratio),
+        "coherence": _number(outcome.decision.coherence),
+        "origin": os.path.relpath(prepared.origin.path.resolve(), home),
+        "inputs": [
+            {
+                "path": os.path.relpath(s.path.resolve(), home),
+                "step": s.step,
+                "bytes": s.num_bytes,
+                "digest": s.digest,
+                "mean_weight": float(mean[t]),
+            }
+            for t, s in enumerate(prepared.snapshots)
+        ],
+        "fitted_on": {
+            "snapshots": len(fitted.steps),
+            "first_step": fitted.steps[0],
+            "last_step": fitted.steps[-1],
+            "samples_per_tensor": fitted.provenance.num_samples,
+        },
+        "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.alignment.copied],
+        "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
+    }
+    if outcome.trials:
+        content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
