@@ -85,7 +85,7 @@ def inspect(
     steps: Steps = None,
     json_: Json = False,
     quiet: Quiet = False,  # noqa: ARG001
-    verbose: Verbose = False,  # noqa: ARG001
+    verbose: Verbose = False,
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
@@ -106,7 +106,7 @@ def inspect(
     if json_:
         render.as_json(render.inspect_json(trajectory, alignment, problems))
     else:
-        render.inspect_table(trajectory, alignment, problems)
+        render.inspect_table(trajectory, alignment, problems, verbose=verbose)
     if fatal:
         raise typer.Exit(fatal.exit_code)
 
@@ -126,7 +126,7 @@ def fit(
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001
+    verbose: Verbose = False,
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
@@ -146,7 +146,7 @@ def fit(
         render.paths([output])
     if not quiet:
         steady = coherence(fitted.gram, Timeline(fitted.gram.steps, float(fitted.steps[-1])))
-        render.fit_summary(fitted, bytes_read=read[0], seconds=seconds, steady=steady)
+        render.fit_summary(fitted, bytes_read=read[0], seconds=seconds, steady=steady, verbose=verbose)
 
 
 @app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
@@ -165,7 +165,7 @@ def backtest(
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001
+    verbose: Verbose = False,
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
@@ -194,6 +194,8 @@ def backtest(
         render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions))
     else:
         render.backtest_table(fitted.steps[-1], steady, scores, decisions)
+        for known in METHODS.values() if verbose else ():
+            render.note(f"{known.name}: {known.summary}")
 
 
 @app.command(
@@ -385,6 +387,9 @@ def _fit(
     from farcast_cli.fitted import fit as run
     from farcast_cli.gram import bytes_to_sample
 
+    if trajectory.ignored:
+        entries = "entry of the folder is" if len(trajectory.ignored) == 1 else "entries of the folder are"
+        render.note(f"{len(trajectory.ignored)} {entries} not part of the run: farcast inspect {directory}", quiet=quiet)
     with render.progress(quiet=quiet) as progress:
         told = progress("fit", bytes_to_sample(trajectory.snapshots, num_samples))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from farcast_cli.writer import staged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import torch
     from numpy.typing import NDArray
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.trajectory import Trajectory
 
-DEFAULT_FILE = Path("forecaster.safetensors")
 SCHEMA_VERSION = 1
 _METADATA_KEY = "farcast"
 

@@ -158,7 +158,9 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
     }
 
 
-def inspect_table(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> None:
+def inspect_table(
+    trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str], *, verbose: bool = False
+) -> None:
     console = stdout()
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
@@ -171,6 +173,9 @@ def inspect_table(trajectory: Trajectory, alignment: Alignment | None, problems:
     console.print(table)
     if alignment:
         console.print(f"forecast: {len(alignment.tensors)} tensors, {alignment.num_parameters:,} parameters")
+        for tensor in alignment.tensors if verbose else ():
+            entry = tensor.entries[-1]
+            console.print(f"  {escape(tensor.name)}  {entry.dtype.name} {escape(str(list(entry.shape)))}", soft_wrap=True)
         _grouped(console, "copied", [(c.name, c.reason) for c in alignment.copied])
     _grouped(console, "not part of the run", [(i.path.name, i.reason) for i in trajectory.ignored])
     for text in trajectory.notes:
@@ -205,17 +210,20 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
     }
 
 
-def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: float) -> None:
+def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: float, verbose: bool = False) -> None:
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
-        f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors,"
+        f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors forecast,"
+        f" {len(record.copied)} copied,"
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
         f"coherence S = {number(steady)} (the run's drift in its first half against its second; above .1 a forecast is worth"
         " resuming from)"
     )
+    for copied in record.copied if verbose else ():
+        note(f"  copied {copied.name}: {copied.reason}")
     span = fitted.steps[-1] - fitted.steps[0]
     note(f"next: farcast backtest --horizon {max(1, span // 4)}, or farcast predict --horizon {max(1, span // 4)}")
 

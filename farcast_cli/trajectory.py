@@ -249,6 +249,3 @@ def _without_duplicates(snapshots: list[Snapshot], ignored: list[Ignored]) -> li
             )
         ignored.append(Ignored(snapshot.path, f"the same step as {first.path.name}"))
     return list(by_step.values())
-
-
-# --- alignment -------------------------------------------------------------------------------------------------------

@@ -162,7 +162,4 @@ def _check_ref(file: TorchFile, ref: TensorRef) -> None:
         raise _damaged(file.path, f"a tensor of shape {list(ref.shape)} reaches beyond its storage {ref.storage.key!r}")
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
