@@ -75,6 +75,7 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
         else:
             _check_shapes(name, entries, snapshots)
             aligned.append(AlignedTensor(name, entries))
+    copied += [Copied(*item) for item in origin.beside]
     if not aligned:
         raise SnapshotError(
             f"{origin.path}: nothing to forecast: all {len(copied)} tensors are copied ({copied[0].reason})"

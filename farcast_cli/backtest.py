@@ -24,6 +24,9 @@ Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 
 COHERENCE_GATE = 0.1  # S over which leaps gained; flat from .05 to .2
+SIGNIFICANCE = 3.0  # standard deviations of the cosine of two random directions, 1/sqrt(N): matters below 1,000 weights
+MAX_COHERENCE_GATE = 0.95
+RATIO_CEILING = 2.0  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.3 at most
 RATIO_GATE = 0.95  # b under which 0 of 86 forecasts were worse than nothing
 MAX_HORIZON = 1.5  # of the history's length
 LOSS_JUMP = 0.7  # b over which the loss rises at once before it falls
@@ -52,13 +55,19 @@ class Decision:
 def coherence(gram: Gram, timeline: Timeline) -> float:
     """S = cos(v[t_0, mid], v[mid, s]): whether the second half of the history moves like the first.
 
+    Each half's slope is taken over real snapshots alone, so that no move is counted in both.
+
     Returns:
-        -1..1; nan where a half has too few snapshots or nothing moved.
+        -1..1; nan where a half has fewer than two snapshots or nothing moved.
     """
     if timeline.num_snapshots < MIN_SNAPSHOTS - 1:
         return float("nan")
     middle = timeline.first + timeline.length / 2
-    early, late = timeline.slope(timeline.first, middle), timeline.slope(middle, timeline.origin)
+    seen = [float(step) for step in timeline.steps if step <= timeline.origin]
+    halves = [step for step in seen if step <= middle], [step for step in seen if step >= middle]
+    if min(map(len, halves)) < 2:  # noqa: PLR2004 - a slope takes two
+        return float("nan")
+    early, late = (timeline.slope_over(half) for half in halves)
     total = gram.matrix.sum(axis=0)
     size = np.sqrt(max(early @ total @ early, 0.0) * max(late @ total @ late, 0.0))
     return float(early @ total @ late / size) if size > 0 else float("nan")
@@ -69,8 +78,8 @@ def backtest_ratio(method: Method, task: Task, *, as_written: bool = False) -> f
 
     Clipped unless `as_written`: matching a norm puts noise back and would fail a gate where the direction is good.
     """
-    inner = task.backtest()
-    truth = task.matched_move
+    inner, timeline = task.backtest(), task.timeline
+    truth = timeline.at(timeline.origin) - timeline.at(inner.timeline.origin)
     scale = task.gram.total_norm(truth)
     if not scale:
         return float("nan")
@@ -105,7 +114,7 @@ def untestable(task: Task) -> str:
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
-    To resume from: S > .1. To evaluate: b < .95. `persistence` moves no weight and always passes; an average to
+    To resume from: S > .1 (more for fewer than 900 weights) and b <= 2. To evaluate: b < .95. `persistence` moves no weight and always passes; an average to
     evaluate passes too, because b measures the distance to later weights, at which an average does not aim.
     """
     why_not = untestable(task)
@@ -114,13 +123,26 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     ratio, steady = backtest_ratio(method, task), coherence(task.gram, task.timeline)
     if method.name == "persistence":
         return Decision("forecast", 1.0, steady, "persistence leaves the weights as they are")
-    if purpose == "evaluation" and method.name == "average":
-        return Decision("forecast", ratio, steady, "an average of snapshots, not a forecast: b does not judge it")
     if purpose == "evaluation":
-        return _gate(ratio < RATIO_GATE, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_GATE}")
+        return _decide_for_evaluation(method, ratio, steady)
+    return _decide_for_resume(method, ratio, steady, num_weights=int(task.sample.sizes.sum()))
+
+
+def _decide_for_evaluation(method: Method, ratio: float, steady: float) -> Decision:
+    if method.name == "average":
+        return Decision("forecast", ratio, steady, "an average of snapshots, not a forecast: b does not judge it")
+    return _gate(ratio < RATIO_GATE, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_GATE}")
+
+
+def _decide_for_resume(method: Method, ratio: float, steady: float, *, num_weights: int) -> Decision:
     if method.name == "average":
         return Decision("abstain", ratio, steady, "resuming from an average puts a run back: it is for evaluation")
-    return _gate(steady > COHERENCE_GATE, ratio, steady, f"coherence S = {steady:.2f}, needed {COHERENCE_GATE}")
+    if np.isnan(steady) and not np.isnan(ratio):
+        return Decision("untestable", ratio, steady, "coherence S needs two snapshots in each half of the history")
+    if ratio > RATIO_CEILING:
+        return Decision("abstain", ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_CEILING}")
+    limit = max(COHERENCE_GATE, min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(num_weights)))
+    return _gate(steady > limit, ratio, steady, f"coherence S = {steady:.2f}, needed {limit:.2g}")
 
 
 def _gate(passed: bool, ratio: float, steady: float, reason: str) -> Decision:  # noqa: FBT001 - the gate's own outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -132,8 +133,9 @@ def fit(
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
     from farcast_cli import render
 
-    started, read = time.monotonic(), [0]
-    fitted = _fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, read)
+    started = time.monotonic()
+    chosen = tuple(include or ()), tuple(exclude or ())
+    fitted, bytes_read = _fit(_Reading(directory, *chosen, steps, None if full else sample, device, threads, quiet))
     from farcast_cli.backtest import coherence
     from farcast_cli.fitted import save_fitted
     from farcast_cli.timeline import Timeline
@@ -141,12 +143,12 @@ def fit(
     save_fitted(fitted, output)
     seconds = time.monotonic() - started
     if json_:
-        render.as_json(render.fit_json(fitted, output, bytes_read=read[0], seconds=seconds))
+        render.as_json(render.fit_json(fitted, output, bytes_read=bytes_read, seconds=seconds))
     else:
         render.paths([output])
     if not quiet:
-        steady = coherence(fitted.gram, Timeline(fitted.gram.steps, float(fitted.steps[-1])))
-        render.fit_summary(fitted, bytes_read=read[0], seconds=seconds, steady=steady, verbose=verbose)
+        steady = coherence(fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1])))
+        render.fit_summary(fitted, bytes_read=bytes_read, seconds=seconds, steady=steady, verbose=verbose)
 
 
 @app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
@@ -170,7 +172,7 @@ def backtest(
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
     horizons = parse_horizons(horizon)
-    prepare_torch(device, threads)
+    prepare_torch(device)
     from farcast_cli import render
     from farcast_cli.backtest import Purpose, coherence, decide, score
     from farcast_cli.fitted import load_fitted
@@ -180,16 +182,17 @@ def backtest(
 
     aim: Purpose = one_of("for", purpose, Purpose)
     chosen = find_method(method or DEFAULT_METHOD[aim])
-    fitted = (
-        _fit(directory, include, exclude, steps, None if full else sample, device, threads, quiet, [0])
-        if directory
-        else load_fitted(forecaster)
-    )
+    if directory:
+        patterns = tuple(include or ()), tuple(exclude or ())
+        fitted, _ = _fit(_Reading(directory, *patterns, steps, None if full else sample, device, threads, quiet))
+    else:
+        fitted = load_fitted(forecaster)
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
-    tasks = {h: Task(fitted.gram, fitted.sample, timeline, float(h), device=device_name(device)) for h in horizons}
+    gram, judged = fitted.judged()
+    tasks = {h: Task(gram, judged, timeline, float(h), device=device_name(device)) for h in horizons}
     decisions = {h: decide(chosen, task, aim) for h, task in tasks.items()}
     scores = score([find_method(method)] if method else list(METHODS.values()), tasks[horizons[0]], horizons)
-    steady = coherence(fitted.gram, timeline)
+    steady = coherence(gram, timeline)
     if json_:
         render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions))
     else:
@@ -340,14 +343,13 @@ def verify(
         Path | None,
         typer.Option(envvar=env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
     ] = None,
-    threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Say what a forecast was worth, once training has reached its step."""
-    prepare_torch("cpu", threads)
+    prepare_torch("cpu")
     from farcast_cli import render
     from farcast_cli.verify import find_reference
     from farcast_cli.verify import verify as run
@@ -366,45 +368,54 @@ def verify(
 # --- parsing ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(
-    directory: Path,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    steps: str | None,
-    num_samples: int | None,
-    device: str,
-    threads: int,
-    quiet: bool,
-    read: list[int],
-) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How `fit`, and `backtest` of a folder, read a run."""
+
+    directory: Path
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    steps: str | None
+    num_samples: int | None
+    device: str
+    threads: int
+    quiet: bool
+
+
+def _fit(reading: _Reading) -> tuple[Any, int]:
+    """The fitted forecaster and the bytes that were read for it."""
     from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
 
-    trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None, minimum=MIN_SNAPSHOTS)
-    prepare_torch(device, threads)
+    wanted = StepRange.parse(reading.steps) if reading.steps else None
+    trajectory = discover(reading.directory, steps=wanted, minimum=MIN_SNAPSHOTS)
+    num_threads = prepare_torch(reading.device, reading.threads)
     import torch
 
     from farcast_cli import render
     from farcast_cli.fitted import fit as run
     from farcast_cli.gram import bytes_to_sample
+    from farcast_cli.predict import DEFAULT_FOLDER
+    from farcast_cli.sidecar import leaps_within
 
-    if trajectory.ignored:
-        entries = "entry of the folder is" if len(trajectory.ignored) == 1 else "entries of the folder are"
-        render.note(f"{len(trajectory.ignored)} {entries} not part of the run: farcast inspect {directory}", quiet=quiet)
-    with render.progress(quiet=quiet) as progress:
-        told = progress("fit", bytes_to_sample(trajectory.snapshots, num_samples))
+    render.fit_cautions(trajectory, leaps_within(trajectory, DEFAULT_FOLDER), quiet=reading.quiet)
+    done = []
+    with render.progress(quiet=reading.quiet) as progress:
+        told = progress("fit", bytes_to_sample(trajectory.snapshots, reading.num_samples))
 
-        def count(done: int) -> None:
-            read[0] += done
-            told(done)
+        def count(num_bytes: int) -> None:
+            done.append(num_bytes)
+            told(num_bytes)
 
-        return run(
+        fitted = run(
             trajectory,
-            include=include or (),
-            exclude=exclude or (),
-            num_samples=num_samples,
-            device=torch.device(device_name(device)),
+            include=reading.include,
+            exclude=reading.exclude,
+            num_samples=reading.num_samples,
+            device=torch.device(device_name(reading.device)),
+            num_threads=num_threads,
             progress=count,
         )
+    return fitted, sum(done)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -431,7 +442,7 @@ def main() -> NoReturn:
         command = context.command_path if context else "farcast"
         _fail(UsageError(error.format_message(), hint=f"{command} --help"))
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted: nothing was published\n")
+        sys.stderr.write("interrupted: what was not complete has been removed\n")
         sys.exit(INTERRUPTED)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+MOST = 0.9  # of its steps a schedule must have taken, for those that it missed to count as skipped
 
 
 def extrapolate(series: Sequence[tuple[int, int | float]], target: int) -> int | Fraction | None:
@@ -16,6 +19,8 @@ def extrapolate(series: Sequence[tuple[int, int | float]], target: int) -> int |
     Exact: rational arithmetic on (step, value), the origin last. Steps that a loss scaler skipped make a counter lag
     at times; then the last interval's rate holds.
     """
+    if not all(math.isfinite(value) for _, value in series):
+        return None
     if len(series) < 2:  # noqa: PLR2004 - a rate takes two points
         return target if series and series[0][0] == series[0][1] else None
     (s0, v0), (s1, v1) = ((step, Fraction(value)) for step, value in series[-2:])
@@ -45,3 +50,37 @@ def epoch_at(series: Sequence[tuple[int, int | float]], target: int) -> int | No
     shortest = math.floor(low) + 1
     answers = {target // shortest, target // math.floor(high)} if math.floor(high) >= shortest else set()
     return answers.pop() if len(answers) == 1 else None
+
+
+def lagging(series: Sequence[tuple[int, int | float]], target: int) -> int | None:
+    """A counter that misses a step now and then, as Adam's and a schedule's do where a loss scaler skips one.
+
+    From the last value on it rises at the fastest rate that was seen: skipped steps cannot be foretold.
+    """
+    if len(series) < 2:  # noqa: PLR2004 - a rate takes two points
+        return target if series and series[0][0] == series[0][1] else None
+    if not all(math.isfinite(value) for _, value in series):
+        return None
+    points = [(step, Fraction(value)) for step, value in series]
+    rates = [(v1 - v0) / (s1 - s0) for (s0, v0), (s1, v1) in itertools.pairwise(points) if s1 > s0]
+    if not rates or min(rates) < 0 or max(rates) <= 0:
+        return None
+    return math.floor(points[-1][1] + max(rates) * (target - points[-1][0]))
+
+
+def schedule_count_at(series: Sequence[tuple[int, int | float]], target: int) -> int | None:
+    """How often a schedule was stepped by `target`: at each step, with some skipped, or once an epoch."""
+    if len(series) > 1 and is_steady(series):
+        new = extrapolate(series, target)
+        return None if new is None else int(new)
+    by_epoch = epoch_at(series, target)
+    if by_epoch is not None:
+        return by_epoch
+    new = lagging(series, target)
+    (first, low), (last, high) = series[0], series[-1]
+    few_skipped = last > first and new is not None and high - low > MOST * max(1, last - first) * _fastest(series)
+    return new if few_skipped else None
+
+
+def _fastest(series: Sequence[tuple[int, int | float]]) -> float:
+    return max(float((v1 - v0) / (s1 - s0)) for (s0, v0), (s1, v1) in itertools.pairwise(series) if s1 > s0)

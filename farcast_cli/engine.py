@@ -230,15 +230,17 @@ def _jobs(pieces: tuple[Piece, ...], engine: Engine) -> Iterator[Callable[[], _R
         for start in range(0, first.num_bytes, COPY_BYTES):
             count = min(COPY_BYTES, first.num_bytes - start)
             yield lambda start=start, count=count: _copy_stretch(first, start, count, engine)  # type: ignore[misc]
+    elif isinstance(first, Zeros):
+        for start in range(0, first.num_bytes, COPY_BYTES):
+            count = min(COPY_BYTES, first.num_bytes - start)
+            yield lambda count=count: _Result([engine.scratch.take(count).zero_()] * len(pieces))  # type: ignore[misc]
     else:
-        yield lambda: _Result([_constant(piece) for piece in pieces])
+        yield lambda: _Result([_fixed(piece) for piece in pieces])
 
 
-def _constant(piece: Piece) -> torch.Tensor:
-    if isinstance(piece, Fixed):
-        return torch.frombuffer(bytearray(piece.data), dtype=torch.uint8) if piece.data else torch.empty(0, dtype=torch.uint8)
-    assert isinstance(piece, Zeros)  # noqa: S101 - the plan's last kind
-    return torch.zeros(piece.num_bytes, dtype=torch.uint8)
+def _fixed(piece: Piece) -> torch.Tensor:
+    assert isinstance(piece, Fixed)  # noqa: S101 - the plan's last kind
+    return torch.frombuffer(bytearray(piece.data), dtype=torch.uint8) if piece.data else torch.empty(0, dtype=torch.uint8)
 
 
 def _copy_stretch(piece: Copy, start: int, count: int, engine: Engine) -> _Result:

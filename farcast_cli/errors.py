@@ -8,7 +8,8 @@
     |   |-- StepConflictError
     |   `-- NonFiniteError
     |-- FileFormatError          4   a file is unreadable
-    |   `-- UnsafeFileError          ... or would run code
+    |   |-- NoWeightsError            ... or holds no weights
+    |   `-- UnsafeFileError           ... or would run code
     |-- OutputError              5   the output exists or cannot be written
     `-- NoForecastError         10   the run's own history says that a forecast would not help
 
@@ -60,6 +61,10 @@ class FileFormatError(FarcastError):
     """A file is not what its name says, is cut short or is damaged."""
 
     exit_code = 4
+
+
+class NoWeightsError(FileFormatError):
+    """A file of a known format that holds no weights, such as an optimiser's state by itself."""
 
 
 class UnsafeFileError(FileFormatError):

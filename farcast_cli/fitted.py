@@ -6,7 +6,9 @@ which snapshots were read (with sizes and header hashes) and which tensors. No p
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,7 @@ class Provenance(BaseModel):
     num_samples: int | None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    checksum: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,12 @@ class Fitted:
     def steps(self) -> tuple[int, ...]:
         return tuple(record.step for record in self.provenance.snapshots)
 
+    def judged(self) -> tuple[Gram, Sample]:
+        """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
+        names = [record.name.rpartition(".")[2] for record in self.provenance.tensors]
+        chosen = np.array([name not in {"running_mean", "running_var"} for name in names])
+        return (self.gram.select(chosen), self.sample.select(chosen)) if chosen.any() else (self.gram, self.sample)
+
     def index_of(self, step: int) -> int:
         """The index of the snapshot of a step."""
         if step not in self.steps:
@@ -108,11 +117,14 @@ def fit(
     exclude: Sequence[str] = (),
     num_samples: int | None,
     device: torch.device | None = None,
+    num_threads: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Fitted:
     """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None)."""
     alignment = align(trajectory.snapshots, include=include, exclude=exclude)
-    gram, sample = accumulate(alignment, trajectory.steps, num_samples=num_samples, device=device, progress=progress)
+    gram, sample = accumulate(
+        alignment, trajectory.steps, num_samples=num_samples, device=device, num_threads=num_threads, progress=progress
+    )
     _check_one_run(gram, trajectory)
     records = tuple(
         SnapshotRecord(
@@ -160,9 +172,14 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
             f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
             hint=hint,
         )
-    rates = sizes / np.diff(trajectory.steps)
+    spans = np.diff(trajectory.steps)
+    rates = sizes / np.sqrt(spans)  # noise grows with the root of the steps, drift with the steps: a jump is one by both
     for index in range(1, len(rates) - 1):
-        if rates[index] > JUMP * max(rates[index - 1], rates[index + 1]):
+        neighbours = [index - 1, index + 1]
+        if (
+            rates[index] > JUMP * rates[neighbours].max()
+            and sizes[index] / spans[index] > JUMP * (sizes / spans)[neighbours].max()
+        ):
             raise MixedRunsError(
                 f"{trajectory.directory}: two runs seem to meet between {names[index]} and {names[index + 1]}: the weights"
                 f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
@@ -172,7 +189,7 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
 
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
-    relative = os.path.relpath(fitted.directory.resolve(), path.resolve().parent)
+    relative = os.path.relpath(fitted.directory.resolve(), path.parent.resolve())
     provenance = fitted.provenance.model_copy(update={"directory": relative})
     if path.exists():
         _refuse_to_replace(path)
@@ -183,8 +200,16 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
         "sample.bounds": fitted.sample.bounds,
         "sample.sizes": fitted.sample.sizes,
     }
+    provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
     with staged(path, overwrite=True) as temporary:
         temporary.write_bytes(save(arrays, metadata={_METADATA_KEY: provenance.model_dump_json()}))
+
+
+def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        whole.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return whole.hexdigest()
 
 
 def _refuse_to_replace(path: Path) -> None:
@@ -210,6 +235,11 @@ def load_fitted(path: Path) -> Fitted:
                 raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
             provenance = Provenance.model_validate_json(text)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if provenance.checksum != _checksum(arrays):
+            raise FileFormatError(
+                f"{path}: a damaged forecaster: its numbers do not match their checksum",
+                hint="write it again with farcast fit CKPTS",
+            )
         gram = Gram(arrays["steps"], arrays["gram"])
         sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
     except (SafetensorError, ValidationError, KeyError, OSError) as error:
@@ -232,7 +262,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     """
     record = fitted.provenance.snapshots[index]
     path = fitted.directory / record.path
-    again = f"farcast fit {fitted.directory}"
+    again = f"farcast fit {shlex.quote(str(fitted.directory))}"
     if not path.exists():
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
     layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
@@ -251,16 +281,18 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
         origin = fitted.provenance.snapshots[-1].step
         raise SnapshotError(
             f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
-            hint=f"farcast fit {fitted.directory} --steps :{snapshots[-1].step}",
+            hint=f"farcast fit {shlex.quote(str(fitted.directory))} --steps :{snapshots[-1].step}",
         )
     return Alignment(tuple(found[name] for name in names), alignment.copied)
 
 
-def newer_steps(fitted: Fitted) -> list[int]:
-    """Steps in the run's folder, by name, that came after the fit."""
+def newer_snapshots(fitted: Fitted) -> list[str]:
+    """Entries of the run's folder, by name, that came after the fit."""
+    known = {record.path for record in fitted.provenance.snapshots}
+    last = find_step_in_name(fitted.provenance.snapshots[-1].path)
     try:
         names = [path.name for path in fitted.directory.iterdir() if not path.name.startswith(".")]
     except OSError:
         return []
-    found = (find_step_in_name(name) for name in names)
-    return sorted({int(match[1]) for match in found if match and int(match[1]) > fitted.steps[-1]})
+    numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]
+    return [name for number, name in sorted(numbered) if last and number > int(last[1])]

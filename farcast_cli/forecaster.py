@@ -71,10 +71,14 @@ class Task:
         return self.timeline.at(self.timeline.origin) - self.timeline.at(self.training_origin)
 
     def backtest(self) -> Task:
-        """The same task inside the history: from x to s, where the truth is known."""
-        return replace(
-            self, timeline=self.timeline.before(self.training_origin), horizon=self.timeline.origin - self.training_origin
-        )
+        """The same task inside the history: from x to s, where the truth is known.
+
+        Where x lies behind the last snapshot before s, that snapshot takes its place: w(x) is interpolated between
+        the two, and a test that started there would have seen part of the truth.
+        """
+        timeline = self.timeline
+        start = min(self.training_origin, float(timeline.steps[max(0, timeline.num_snapshots - 2)]))
+        return replace(self, timeline=timeline.before(start), horizon=timeline.origin - start)
 
 
 @dataclass(frozen=True, slots=True)

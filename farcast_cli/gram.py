@@ -16,7 +16,9 @@ Shapes: K tensors, T snapshots, R = T + 1 basis vectors, N elements, M sampled e
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,6 +64,10 @@ class Gram:
         """The norm over all tensors together."""
         return float(np.linalg.norm(self.norms(coefficients)))
 
+    def select(self, tensors: NDArray[np.bool_]) -> Gram:
+        """The statistic of some of the tensors, by a mask (K,)."""
+        return Gram(self.steps, self.matrix[tensors])
+
     def restrict(self, keep: Sequence[int]) -> Gram:
         """The statistic of a subset of the snapshots, given by their indices in ascending order."""
         change = self.change_of_basis(keep)
@@ -86,6 +92,12 @@ class Sample:
     bounds: NDArray[np.int64]
     sizes: NDArray[np.int64]
 
+    def select(self, tensors: NDArray[np.bool_]) -> Sample:
+        """The sample of some of the tensors, by a mask (K,)."""
+        counts = np.diff(self.bounds)
+        bounds = np.concatenate([[0], np.cumsum(counts[tensors])])
+        return Sample(self.values[np.repeat(tensors, counts)], bounds, self.sizes[tensors])
+
     def restrict(self, keep: Sequence[int]) -> Sample:
         return Sample(self.values[:, list(keep)], self.bounds, self.sizes)
 
@@ -96,11 +108,13 @@ def accumulate(
     *,
     num_samples: int | None = DEFAULT_SAMPLE,
     device: torch.device | None = None,
+    num_threads: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Gram, Sample]:
     """Read a sample (or, with None, all) of every tensor at every snapshot and sum up its inner products.
 
-    One pass over what it reads. Peak memory: one stretch at all snapshots, and the result.
+    One pass over what it reads, tensors in parallel. Peak memory: a stretch at all snapshots per thread, and the
+    result, which does not depend on the number of threads.
 
     Raises:
         NonFiniteError: NaN or infinity in what was read.
@@ -108,13 +122,13 @@ def accumulate(
     reader, where = Reader(), device or torch.device("cpu")
     num_snapshots, num_tensors = len(steps), len(alignment.tensors)
     matrix = np.empty((num_tensors, num_snapshots + 1, num_snapshots + 1))
-    kept: list[NDArray[np.float32]] = []
     num_kept = int(min(KEPT_SAMPLE, max(MIN_KEPT, KEPT_BYTES // (4 * num_snapshots * num_tensors))))
-    for index, tensor in enumerate(alignment.tensors):
-        matrix[index], sample = _one_tensor(
-            reader, tensor, num_samples=num_samples, num_kept=num_kept, device=where, progress=progress
-        )
-        kept.append(sample)
+    one = partial(_one_tensor, reader, num_samples=num_samples, num_kept=num_kept, device=where, progress=progress)
+    kept: list[NDArray[np.float32]] = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        for index, (products, sample) in enumerate(pool.map(one, alignment.tensors)):
+            matrix[index] = products
+            kept.append(sample)
     bounds = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])]).astype(np.int64)
     sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
     values = np.concatenate(kept) if kept else np.empty((0, num_snapshots), np.float32)

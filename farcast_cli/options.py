@@ -9,6 +9,13 @@ from typing import Annotated, Any, get_args
 import typer
 
 from farcast_cli.errors import UsageError
+from farcast_cli.layouts.base import MAX_DIGITS
+
+
+def _commands(context: typer.Context) -> list[Any]:
+    """All commands beside the one that is run."""
+    group: Any = context.parent.command if context.parent else None
+    return list(group.commands.values()) if group is not None else [context.command]
 
 
 def load_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -29,6 +36,10 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
     defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
     renamed = {"for": "purpose", "json": "json_"}
+    anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
+    strangers = sorted(key for key in shared if renamed.get(key, key.replace("-", "_")) not in anywhere)
+    if strangers:
+        raise UsageError(f"{path}: no command has an option {strangers[0]!r}", hint="farcast --help")
     unknown = sorted(key for key in own if renamed.get(key, key.replace("-", "_")) not in known)
     if unknown:
         raise UsageError(
@@ -48,7 +59,9 @@ Json = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
 Device = Annotated[str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
-Threads = Annotated[int, typer.Option(envvar=env("THREADS"), min=0, help="Worker threads; 0 for one per core.")]
+Threads = Annotated[
+    int, typer.Option(envvar=env("THREADS"), min=0, help="Threads that read and compute; 0: one per core, at most 8.")
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -118,6 +131,8 @@ def parse_horizons(text: str | None) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
+    if any(len(part) > MAX_DIGITS for part in parts):
+        raise UsageError(f"--horizon {text[:40]}: expected fewer than {10**MAX_DIGITS} steps")
     if len(set(map(int, parts))) != len(parts):
         raise UsageError(f"--horizon {text}: a horizon is there twice")
     return tuple(int(part) for part in parts)
@@ -139,7 +154,7 @@ def device_name(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def prepare_torch(device: str, threads: int) -> int:
+def prepare_torch(device: str, threads: int = 0) -> int:
     """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
     kind, _, number = device.partition(":")
     if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):

@@ -248,13 +248,15 @@ def _storage_pieces(
     state: StateTree, storage: StorageRef, dtype: DType, overlays: Sequence[tuple[int, int, Piece]]
 ) -> tuple[Piece, ...]:
     """A storage's elements: the origin's, with the overlays in their places."""
-    if storage.key in state.literals:
-        return (Fixed(state.literals[storage.key]),)
-    if storage.key in state.zeroed:
-        return (Zeros(storage.num_bytes),)
+    moved = [(first, count, Fixed(data)) for (key, first, count), data in state.literals.items() if key == storage.key]
+    zeroed = [
+        (first, count, Zeros(count * dtype.itemsize)) for key, first, count in state.zeroed if key == storage.key and count
+    ]
     pieces: list[Piece] = []
     position = 0
-    for first, count, piece in sorted(overlays, key=lambda overlay: overlay[0]):
+    for first, count, piece in sorted((*overlays, *moved, *zeroed), key=lambda overlay: overlay[:2]):
+        if first < position:
+            continue  # a second name for the same elements
         if first > position:
             pieces.append(_origins(state, storage, dtype, position, first))
         pieces.append(piece)
@@ -302,7 +304,9 @@ def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[O
         for name, tensors in split.filename_to_tensors.items()
     ]
     if split.is_sharded:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
+        before = next((part.content for part in origin.parts if part.role == "weights-index"), None)
+        known = dict(before.get("metadata") or {}) if isinstance(before, dict) else {}
+        index = {"metadata": known | {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
         outputs.append(_json_output(f"{stem}.safetensors.index.json", index))
     others = [part for part in origin.parts if part.role not in {"weights", "weights-index"}]
     return outputs + [output for part in others if (output := _plan_part(part, advanced, rewrite)) is not None]

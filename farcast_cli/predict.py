@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +21,7 @@ from farcast_cli.backtest import LOSS_JUMP, decide
 from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation import Trial, best_trial
-from farcast_cli.fitted import Fitted, newer_steps, realign, reopen
+from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
 from farcast_cli.forecaster import Task, find_method, forecast
 from farcast_cli.job import DEFAULT_METHOD, Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name
@@ -55,7 +56,8 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     """
     method = find_method(request.method or DEFAULT_METHOD[request.purpose])
     tasks = [_task(fitted, request, horizon) for horizon in request.horizons]
-    decisions = [decide(method, task, request.purpose) for task in tasks]
+    gram, sample = fitted.judged()
+    decisions = [decide(method, replace(task, gram=gram, sample=sample), request.purpose) for task in tasks]
     origin_step = int(tasks[0].timeline.origin)
     outcomes = [
         Outcome(horizon, origin_step, method.name, decision)
@@ -75,11 +77,10 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
 def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome]) -> list[str]:
     """What a person should know before using the forecasts."""
     notes = []
-    newer = newer_steps(fitted)
+    newer = newer_snapshots(fitted)
     if newer and request.origin_step is None:
-        notes.append(
-            f"the run has newer snapshots (up to step {newer[-1]}) than the forecaster: farcast fit {fitted.directory}"
-        )
+        again = f"farcast fit {shlex.quote(str(fitted.directory))}"
+        notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     for outcome in outcomes:
         if (
             outcome.path
@@ -88,7 +89,7 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
             and outcome.decision.ratio > LOSS_JUMP
         ):
             notes.append(
-                f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first and to be ahead some 200 steps later"
+                f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first; judge it some hundred steps later"
             )
         if outcome.path and request.purpose == "evaluation":
             notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
@@ -221,7 +222,7 @@ def _write(
         return [_write_best(_only(prepared, i), outcome, request, fitted, progress) for i, outcome in enumerate(outcomes)]
     with ExitStack() as stack:
         places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
-        notes = [_enter(stack, prepared, target, overwrite=request.overwrite) for target in prepared.targets]
+        notes = [_enter(stack, prepared, target) for target in prepared.targets]
         total = sum(total_bytes(plan) for plan in prepared.plans)
         tally = write_forecasts(
             prepared.plans, places, prepared.engine, num_threads=request.num_threads, progress=progress("predict", total)
@@ -232,14 +233,15 @@ def _write(
     return finished
 
 
-def _enter(stack: ExitStack, prepared: Prepared, target: Path, *, overwrite: bool) -> Path | None:
+def _enter(stack: ExitStack, prepared: Prepared, target: Path) -> Path | None:
     """Stage the sidecar that lies beside a single file; one inside a folder is staged with the folder.
 
     Entered last, it is published first: a forecast that can be seen has its provenance.
     """
     if not prepared.origin.path.is_file():
         return None
-    return stack.enter_context(staged(sidecar_of(target, is_file=True), overwrite=overwrite, may_stay_empty=True))
+    # one that a killed run left without its forecast is replaced; _check_place has seen to everything else
+    return stack.enter_context(staged(sidecar_of(target, is_file=True), overwrite=True, may_stay_empty=True))
 
 
 def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
@@ -264,7 +266,7 @@ def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: 
     trials = [Trial(0.0, evaluator.score(prepared.origin.path))]
     with ExitStack() as stack:
         place = stack.enter_context(staged(target, overwrite=request.overwrite, may_stay_empty=True))
-        note = _enter(stack, prepared, target, overwrite=request.overwrite)
+        note = _enter(stack, prepared, target)
         written: list[tuple[Path, Tally]] = []
         for strength in STRENGTHS:
             candidate = place.parent / f"strength-{strength}" / place.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
@@ -183,7 +184,7 @@ def inspect_table(
     for problem in problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
-        console.print(f"next: farcast fit {escape(str(trajectory.directory))}")
+        console.print(f"next: farcast fit {escape(shlex.quote(str(trajectory.directory)))}")
 
 
 def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]]) -> None:
@@ -196,6 +197,20 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]]) -> 
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
+
+
+def fit_cautions(trajectory: Trajectory, leaps: Sequence[tuple[Path, int]], *, quiet: bool) -> None:
+    """What a person should know of the folder before its run is forecast."""
+    folder = shlex.quote(str(trajectory.directory))
+    if trajectory.ignored:
+        entries = "entry of the folder is" if len(trajectory.ignored) == 1 else "entries of the folder are"
+        note(f"{len(trajectory.ignored)} {entries} not part of the run: farcast inspect {folder}", quiet=quiet)
+    for path, valid_step in leaps:
+        note(
+            f"note: {path} was forecast from this run, for step {valid_step}: if training resumed from it, the leap would"
+            f" pass for movement; farcast fit {folder} --steps {valid_step}: reads what came after",
+            quiet=quiet,
+        )
 
 
 def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:

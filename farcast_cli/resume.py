@@ -8,15 +8,16 @@ snapshots. Optimiser moments are never forecast: copied they do as well as the t
 from __future__ import annotations
 
 import copy
+import re
 import struct
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.counters import epoch_at, extrapolate, is_steady
+from farcast_cli.counters import epoch_at, extrapolate, is_steady, schedule_count_at
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
-from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, iter_tensors
+from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_tensors
 from farcast_cli.layouts.torch_payload import number
 from farcast_cli.schedules import Observation, advance_scheduler, counter_path, is_scheduler_state
 
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 
-HISTORY = 4  # snapshots that a counter's rate is measured on
+HISTORY = 8  # snapshots that a counter's rate is measured on
 _STATE_ROLES = {"state", "optimizer", "scheduler", "trainer-state"}
 _FLOAT_COUNTERS = {"epoch", "total_flos"}
-_NOT_COUNTERS = {"log_history", "_growth_tracker"}  # the loss scaler's starts again each time it grows
+_NOT_A_COUNTER = re.compile(r"best|seed|^log_history$|^_growth_tracker$")
+_STARTS_AGAIN = re.compile(r"patience|bad_epoch|in_epoch|since|remaining")
+"""Keys of what starts again from zero, though it may rise with the step for a while."""
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
 Path_ = tuple[Any, ...]
+Place = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,16 @@ class Change:
 
 @dataclass(slots=True)
 class StateTree:
-    """A state file's tree after the leap, with the tensors that change: new bytes, or zeros."""
+    """A state file's tree after the leap, with the tensors that change: new bytes, or zeros.
+
+    Both are kept by what they replace: (storage key, first element, elements).
+    """
 
     part: Part
     tree: Any
     file: TorchFile | None
-    literals: dict[str, bytes] = field(default_factory=dict)
-    zeroed: set[str] = field(default_factory=set)
+    literals: dict[Place, bytes] = field(default_factory=dict)
+    zeroed: set[Place] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -128,6 +135,8 @@ def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[st
 
 
 def _advance_counters(state: StateTree, history: _History, target: int, result: Advanced) -> None:
+    if state.part.role == "state" and not state.part.weights_key:
+        return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
     adam: list[Change] = []
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
@@ -140,7 +149,7 @@ def _advance_counters(state: StateTree, history: _History, target: int, result: 
             result.notes.append(f"{where} left at {series[-1][1]}: it does not rise steadily with the step")
             continue
         if isinstance(value, TensorRef):
-            state.literals[value.storage.key] = _packed(value, new)
+            state.literals[_place(value)] = _packed(value, new)
         else:
             _set(state.tree, path, new)
         (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
@@ -160,10 +169,11 @@ def _is_adam_step(path: Path_) -> bool:
 
 def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
     """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
-    whole = isinstance(value, (int, TensorRef))
-    if whole and not _is_adam_step(path) and not is_steady(series):
-        return epoch_at(series, target) if path[-1] == "epoch" else None
-    new = extrapolate(series, target)
+    if _STARTS_AGAIN.search(str(path[-1])):
+        return None
+    exact = _is_adam_step(path) or isinstance(value, float) or is_steady(series)
+    by_epoch = epoch_at(series, target) if path[-1] == "epoch" else None
+    new = extrapolate(series, target) if exact else by_epoch
     if new is None:
         return None
     return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
@@ -177,7 +187,7 @@ def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Pat
     if not isinstance(tree, (dict, list)) or (skip and path == skip) or is_scheduler_state(tree):
         return
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if "best" in str(key) or key in _NOT_COUNTERS:
+        if _NOT_A_COUNTER.search(str(key)):
             continue
         if isinstance(value, (dict, list)):
             yield from _counters(value, (*path, key), skip=skip)
@@ -195,6 +205,10 @@ def _may_count(value: object, key: object, path: Path_) -> bool:
         is_adam = key == "step" and "state" in path
         return prod(value.shape) == 1 and (value.dtype.name in {"int64", "int32"} or (is_adam and value.dtype.name in _PACK))
     return isinstance(value, int)
+
+
+def _place(ref: TensorRef) -> Place:
+    return ref.storage.key, ref.offset, prod(ref.shape)
 
 
 def _packed(ref: TensorRef, value: float) -> bytes:
@@ -218,9 +232,10 @@ def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snap
         saved = _leaf(holder.tree, path)
         where = ".".join([name or snapshots[-1].path.name, *map(str, path)])
         series = history.series((*path, *counter_path(saved)))
-        new = extrapolate(series, target)
-        if new is None or not is_steady(series):
-            result.notes.append(f"{where} left as it is: last_epoch does not rise steadily with the step")
+        new = schedule_count_at(series, target)
+        if new is None:
+            why = "last_epoch does not rise steadily with the step"
+            result.notes.append(f"{where} left as it is: {why}, and the learning rate stays behind")
             continue
         plain = _as_numbers(saved, holder)
         owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
@@ -283,7 +298,7 @@ def _write_back(saved: Any, moved: Any, state: StateTree) -> None:
         old = saved[key]
         if isinstance(old, TensorRef):
             if isinstance(moved[key], (int, float)) and old.dtype.name in _PACK:
-                state.literals[old.storage.key] = _packed(old, moved[key])
+                state.literals[_place(old)] = _packed(old, moved[key])
         elif isinstance(old, dict) or (isinstance(old, list) and any(isinstance(x, _NESTED) for x in old)):
             _write_back(old, moved[key], state)
         else:
@@ -317,8 +332,12 @@ def _scheduler_paths(tree: object, path: Path_ = ()) -> Iterator[Path_]:
             yield from _scheduler_paths(value, (*path, key))
 
 
-def _optimizer_states(tree: object) -> Iterator[dict[str, Any]]:
-    if isinstance(tree, dict) and isinstance(tree.get("param_groups"), list) and isinstance(tree.get("state"), dict):
+def _are_groups(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(group, dict) and "lr" in group for group in value)
+
+
+def _optimizer_states(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict) and _are_groups(tree.get("param_groups")) and isinstance(tree.get("state"), dict):
         yield tree
     elif isinstance(tree, (dict, list)):
         for value in tree.values() if isinstance(tree, dict) else tree:
@@ -339,7 +358,7 @@ def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -
             result.notes.append("optimizer state reset: moments start at zero, learning rates are kept")
         elif mode == "zero-momentum":
             refs = [ref for path, ref in iter_tensors(optimizer["state"]) if path[-1] in _FIRST_MOMENTS]
-            state.zeroed |= {ref.storage.key for ref in refs}
+            state.zeroed |= {_place(ref) for ref in refs if is_streamable(ref)}
             result.notes.append(f"{len(refs)} first moments set to zero")
 
 

@@ -18,6 +18,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from farcast_cli.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -32,6 +34,7 @@ LAMBDA_NOTE = (
     " (a MultiplicativeLR, whose file looks the same, stays wrong)"
 )
 NO_GROUPS_NOTE = "keeps its rates in the optimizer, which the file lacks: counters alone are moved"
+INFERRED_NOTE = "its rate at the valid step is inferred from the rates of the last snapshots: look at the first resumed step"
 PLATEAU_NOTE = "follows a metric: its learning rate stays"
 
 
@@ -80,6 +83,13 @@ def counter_path(state: object) -> tuple[Any, ...]:
     return ("last_epoch",)
 
 
+def _counter(state: dict[str, Any]) -> int:
+    found: Any = state
+    for key in counter_path(state):
+        found = found[key]
+    return int(found)
+
+
 def advance_scheduler(
     state: dict[str, Any],
     groups: list[dict[str, Any]],
@@ -98,10 +108,7 @@ def advance_scheduler(
     Returns:
         What could not be done, in words; empty where everything is exact.
     """
-    counter: Any = state
-    for key in counter_path(state):
-        counter = counter[key]
-    name = _name_of(state)
+    counter, name = _counter(state), _name_of(state)
     if name == "ReduceLROnPlateau":
         state["last_epoch"] = target
         return PLATEAU_NOTE
@@ -148,8 +155,15 @@ def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], cou
     schedule = _rebuild(name, state, stand_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here
-        for _ in range(count):
-            schedule.step()
+        try:
+            for _ in range(count):
+                schedule.step()
+        except ValueError as error:
+            done = schedule.last_epoch if hasattr(schedule, "last_epoch") else 0
+            raise UsageError(
+                f"the learning-rate schedule ends before the valid step: {error}",
+                hint=f"a horizon that ends {max(1, count - (done - _counter(state)))} steps earlier, or --counters keep",
+            ) from error
     state.update(_state_of(schedule, state))
     for group, moved in zip(groups, stand_in.param_groups, strict=False):
         group.update({key: moved[key] for key in group if key != "params" and key in moved})
@@ -226,6 +240,8 @@ def _advance_lambda(
             groups[index]["lr"] = rate
     if "_last_lr" in state:
         state["_last_lr"] = rates
+    if rates and not note and total_steps is None:
+        return INFERRED_NOTE
     return note if rates else LAMBDA_NOTE
 
 

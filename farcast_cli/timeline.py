@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 _MIN_POINTS = 2
@@ -65,6 +67,10 @@ class Timeline:
         points = inside if inside and inside[-1] == last else [*inside, last]
         if len(points) < _MIN_POINTS:
             points = [float(self.steps[self.steps < last][-1]), *points]
+        return self.slope_over(points)
+
+    def slope_over(self, points: Sequence[float]) -> NDArray[np.float64]:
+        """The least-squares slope per step over two or more places of the timeline, as a vector (R,)."""
         centred = np.array(points) - np.mean(points)
         positions = np.stack([self.at(point) for point in points])
         return np.asarray(centred @ positions / (centred @ centred))

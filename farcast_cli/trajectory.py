@@ -11,7 +11,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError
+from farcast_cli.errors import (
+    MixedRunsError,
+    NoWeightsError,
+    SnapshotError,
+    StepConflictError,
+    TooFewSnapshotsError,
+    UsageError,
+)
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.layouts import recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name
@@ -93,13 +100,20 @@ def discover(directory: Path, *, steps: StepRange | None = None, minimum: int = 
     """
     candidates, ignored = _candidates(directory)
     layout = _main_layout(candidates)
-    snapshots = []
+    snapshots: list[Snapshot] = []
+    without: list[NoWeightsError] = []
     for path, kind in candidates:
         reason = _reason_to_ignore(path, kind, layout, steps)
         if reason:
             ignored.append(Ignored(path, reason))
-        else:
+            continue
+        try:
             snapshots.append(kind.read(path))
+        except NoWeightsError as error:
+            without.append(error)
+            ignored.append(Ignored(path, "it holds no weights"))
+    if without and not snapshots:
+        raise without[0]
     settled, notes = _settle_steps(_with_evidence(snapshots, ignored))
     chosen = [snapshot for snapshot in settled if steps is None or snapshot.step in steps]
     ordered = _without_duplicates(chosen, ignored)

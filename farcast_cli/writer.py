@@ -42,8 +42,8 @@ def staged(final: Path, *, overwrite: bool = False, may_stay_empty: bool = False
     parent_is_new = not final.parent.exists()
     lock = _lock(hidden)
     try:
-        _clear(hidden)
         try:
+            _clear(hidden)
             yield hidden / final.name
             if (hidden / final.name).exists() or not may_stay_empty:
                 _sync_tree(hidden / final.name)

@@ -24,7 +24,7 @@ from farcast_cli.timeline import Timeline
 from tests.tiny import make_task, statistic, torch_settings_kept, wander, weights_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -59,7 +59,7 @@ def test_persistence_has_a_ratio_of_one(horizon: int) -> None:
 def _origins(horizon: float) -> tuple[float, float, float]:
     """By hand: x, the lead's share, and x's own x, where the forecast from x is fitted."""
     length = 1100.0
-    inner = length / (1 + horizon / length)
+    inner = min(length / (1 + horizon / length), STEPS[-2] - 100.0)  # not behind the last snapshot before the truth
     inner_horizon = length - inner
     return 100 + inner, inner_horizon, 100 + inner / (1 + inner_horizon / inner)
 
@@ -187,7 +187,8 @@ def _steady_task(cosine: float, *, horizon: float = 300) -> Task:
     steps = np.arange(0, 1100, 100)
     first, second = np.minimum(steps, 500), np.maximum(steps - 500, 0)
     across = np.sqrt(1 - cosine**2)
-    return make_task({"w": np.stack([first + cosine * second, across * second], axis=1).astype(float)}, tuple(steps), horizon)
+    plane = np.stack([first + cosine * second, across * second], axis=1).astype(float)
+    return make_task({"w": np.tile(plane, (1, 500))}, tuple(steps), horizon)  # enough weights for the usual limit
 
 
 def test_the_task_for_the_verdict_has_the_asked_for_coherence() -> None:
@@ -203,6 +204,46 @@ def test_to_resume_from_the_coherence_decides(name: str, above: float, verdict: 
     assert decision.verdict == verdict
     assert decision.coherence == pytest.approx(COHERENCE_GATE + above, abs=ALGEBRA)
     assert decision.reason == f"coherence S = {COHERENCE_GATE + above:.2f}, needed 0.1"
+
+
+def _random_walk(steps: Sequence[int], horizon: int, *, seed: int, size: int = 5000) -> Task:
+    moves = np.random.default_rng(seed).normal(size=(len(steps), size)) * np.sqrt(np.diff([0, *steps]))[:, None]
+    return make_task({"w": np.cumsum(moves, axis=0)}, tuple(steps), horizon)
+
+
+@pytest.mark.parametrize("horizon", [1, 10, 25, 50, 100, 300])
+@pytest.mark.parametrize("name", ["blend", "k5", "drift", "line", "lfd2"])
+def test_a_random_walk_passes_no_gate_however_short_the_horizon(name: str, horizon: int) -> None:
+    """A test that began between the last two snapshots would have seen part of the truth."""
+    for seed in range(5):
+        task = _random_walk(range(100, 1300, 100), horizon, seed=seed)
+        assert decide(METHODS[name], task, "evaluation").verdict == "abstain"
+        assert decide(METHODS[name], task, "resume").verdict == "abstain"
+
+
+@pytest.mark.parametrize("steps", [(0, 100, 200, 300, 400, 500, 600, 2000), (1, 3, 10, 30, 100, 300, 1000)])
+def test_a_half_of_the_history_without_snapshots_of_its_own_gives_no_coherence(steps: tuple[int, ...]) -> None:
+    """Both halves would share one long move, which goes its own way."""
+    decision = decide(METHODS["blend"], _random_walk(steps, 300, seed=0), "resume")
+    assert np.isnan(decision.coherence)
+    assert decision.verdict == "untestable"
+
+
+@pytest.mark.parametrize("size", [10, 100])
+def test_a_random_walk_of_few_weights_hardly_ever_passes(size: int) -> None:
+    """Two random directions in few dimensions are easily alike; the limit is three standard deviations."""
+    tasks = [_random_walk(range(100, 1300, 100), 300, seed=seed, size=size) for seed in range(60)]
+    assert sum(decide(METHODS["drift"], task, "resume").verdict == "forecast" for task in tasks) <= 2
+
+
+def test_a_method_that_was_twice_as_wrong_as_nothing_is_not_resumed_from() -> None:
+    """A run that swings back and forth over the whole history looks steady to the coherence."""
+    steps = tuple(range(100, 1300, 100))
+    swing = np.sin(2 * np.pi * np.arange(4, 16) / 5)[:, None] * np.ones(2000)
+    decision = decide(METHODS["blend"], make_task({"w": swing}, steps, 300), "resume")
+    assert decision.coherence > 0.9
+    assert decision.ratio > 2
+    assert decision.verdict == "abstain"
 
 
 @pytest.mark.parametrize("name", ["blend", "k5", "drift", "line", "lfd2"])

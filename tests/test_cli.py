@@ -258,7 +258,7 @@ def test_a_run_with_newer_snapshots_is_noted_with_the_command_to_fit_again(work:
     done = call_cli("predict", "--horizon", 100, cwd=work)
     assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
     (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: the run")]
-    assert "newer snapshots (up to step 1000)" in note
+    assert "newer snapshots than the forecaster, up to step_001000.safetensors" in note
     assert note.endswith("farcast fit run")
 
 
@@ -752,7 +752,7 @@ def test_inspect_shows_names_as_they_are(tmp_path: Path, call_cli: CallCli) -> N
     assert done.returncode == 0
     assert done.stdout.startswith("a:100:b [red]: 8 safetensors snapshots\n")
     assert "[bold]:smile:_step_800.safetensors" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("farcast fit a:100:b [red]")
+    assert done.stdout.splitlines()[-1].endswith("farcast fit 'a:100:b [red]'")
 
 
 def test_inspect_cuts_no_name_short_where_it_does_not_write_to_a_terminal(tmp_path: Path, call_cli: CallCli) -> None:
@@ -761,3 +761,94 @@ def test_inspect_cuts_no_name_short_where_it_does_not_write_to_a_terminal(tmp_pa
         (run / loose_name(step)).rename(run / f"an_experiment_with_{'many_' * 20}settings_step_{step}.safetensors")
     lines = call_cli("inspect", "run", cwd=tmp_path).stdout.splitlines()
     assert sum(f"an_experiment_with_{'many_' * 20}settings_step_800.safetensors" in line for line in lines) == 1
+
+
+# --- found by trying it ----------------------------------------------------------------------------------------------
+
+
+def test_a_forecast_that_the_run_has_passed_since_is_mentioned_when_it_is_fitted_again(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    """Training may have resumed from it, and then a leap lies in the history."""
+    run = make_loose_run(tmp_path / "run", (100, 200, 300, 400, 500, 600, 700, 800, 900))
+    later = [run / f"step_{step:06d}.safetensors" for step in (800, 900)]
+    kept = [(path, path.read_bytes()) for path in later]
+    for path in later:
+        path.unlink()
+    fit_run(run, tmp_path / "forecaster.safetensors")
+    assert call_cli("predict", "--horizon", 100, cwd=tmp_path).returncode == 0
+    assert "was forecast from this run" not in call_cli("fit", "run", cwd=tmp_path).stderr
+    for path, content in kept:
+        path.write_bytes(content)
+    said = call_cli("fit", "run", cwd=tmp_path).stderr
+    assert "forecasts/step_000800.safetensors was forecast from this run" in said
+    assert "--steps 800:" in said
+
+
+def test_a_forecaster_file_with_a_changed_number_is_refused(work: Path, call_cli: CallCli) -> None:
+    path = work / "forecaster.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    done = call_cli("predict", "--horizon", 100, cwd=work)
+    assert done.returncode == 4
+    assert "do not match their checksum" in done.stderr
+
+
+def test_a_forecaster_under_a_link_finds_its_run(work: Path, tmp_path: Path, call_cli: CallCli) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (work / "forecaster.safetensors").rename(elsewhere / "real.safetensors")
+    (work / "forecaster.safetensors").symlink_to(elsewhere / "real.safetensors")
+    assert call_cli("fit", "run", "-q", cwd=work).returncode == 0
+    assert call_cli("predict", "--horizon", 100, "-q", cwd=work).stdout == "forecasts/step_000900.safetensors\n"
+
+
+def test_two_snapshots_close_together_are_no_second_run(tmp_path: Path, call_cli: CallCli) -> None:
+    """A preempted job saves at once: its noise over one step is far more a step than over a hundred."""
+    generator = torch.Generator().manual_seed(3)
+    (tmp_path / "run").mkdir()
+    weights, last = torch.zeros(2000), 0
+    for step in (100, 200, 300, 400, 401, 500, 600, 700):
+        weights = weights + torch.randn(2000, generator=generator) * (step - last) ** 0.5 + 0.01 * (step - last)
+        last = step
+        save_file({"w": weights.clone()}, tmp_path / "run" / f"step_{step}.safetensors")
+    assert call_cli("fit", "run", "-q", cwd=tmp_path).returncode == 0
+
+
+def test_a_file_without_weights_is_left_out_with_the_reason(tmp_path: Path, call_cli: CallCli) -> None:
+    """Some loops save the optimizer's state in a file of its own."""
+    run = make_torch_run(tmp_path / "run", (100, 200, 300, 400, 500, 600))
+    torch.save({"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}, run / "opt_600.pt")
+    done = call_cli("inspect", "run", "--json", cwd=tmp_path)
+    assert [Path(entry["path"]).name for entry in json.loads(done.stdout)["ignored"]] == ["opt_600.pt"]
+    assert json.loads(done.stdout)["ignored"][0]["reason"] == "it holds no weights"
+
+
+def test_the_statistics_of_the_data_do_not_decide_what_is_published(tmp_path: Path, call_cli: CallCli) -> None:
+    """A BatchNorm's running variance has the scale of the data, and drifts where weights only walk at random."""
+    generator = torch.Generator().manual_seed(1)
+    (tmp_path / "run").mkdir()
+    weights = torch.zeros(5000)
+    for step in range(100, 1300, 100):
+        weights = weights + torch.randn(5000, generator=generator)
+        state = {"bn.weight": weights.clone(), "bn.running_var": torch.full((64,), 1e5 + 1e3 * step)}
+        save_file(state, tmp_path / "run" / f"step_{step}.safetensors")
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    assert call_cli("predict", "--horizon", 200, cwd=tmp_path).returncode == 10
+
+
+@pytest.mark.parametrize("marker", ["random_states_0.pkl", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_folders_that_resume_from_files_farcast_cannot_move_on_are_refused(
+    marker: str, tmp_path: Path, call_cli: CallCli
+) -> None:
+    for step in (100, 200, 300, 400, 500, 600):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        (folder / marker).parent.mkdir(parents=True)
+        (folder / marker).write_bytes(b"")
+        save_file({"w": torch.full((10,), float(step))}, folder / "model.safetensors")
+        if marker.startswith("global"):
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    done = call_cli("fit", "run", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "DeepSpeed" in done.stderr or "accelerate" in done.stderr

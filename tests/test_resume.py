@@ -462,3 +462,87 @@ def test_several_horizons_are_refused_together_when_one_is_past_the_end(nearly_d
     with pytest.raises(UsageError, match="max_steps = 1300"):
         predict_run(fit_run(nearly_done), tmp_path / "out", horizons=[50, 150])
     assert not (tmp_path / "out").exists()
+
+
+# --- found by trying it ----------------------------------------------------------------------------------------------
+
+
+def test_a_counter_that_is_an_element_of_a_larger_tensor_moves_and_leaves_the_others(tmp_path: Path) -> None:
+    """torch.save writes a view's whole storage; two counters and a history may share one."""
+    for step in range(10, 70, 10):
+        shared = torch.arange(10) * 0 + 7
+        shared[2], shared[3] = step * 512, step * 3
+        _payload_run(tmp_path / "run", {step: {"tokens_seen": shared[2], "docs": shared[3], "all": shared, "step": step}})
+    predict_run(fit_run(tmp_path / "run"), tmp_path / "out.pt", horizons=[20])
+    saved = _load(tmp_path / "out.pt")
+    assert (int(saved["tokens_seen"]), int(saved["docs"])) == (80 * 512, 80 * 3)
+    assert saved["all"].tolist() == [7, 7, 80 * 512, 80 * 3, 7, 7, 7, 7, 7, 7]
+
+
+def _scheduled_run(folder: Path, counts: dict[int, int]) -> Path:
+    """A linear decay by a LambdaLR-free schedule, stepped `counts[step]` times by each step."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 3000)
+    done = 0
+    for step, count in counts.items():
+        for _ in range(count - done):
+            optimizer.step()
+            schedule.step()
+        done = count
+        payload = {"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(), "step": step}
+        _payload_run(folder, {step: payload})
+    return folder
+
+
+def test_a_schedule_that_missed_a_step_where_the_loss_scaler_skipped_one_is_moved_on_all_the_same(tmp_path: Path) -> None:
+    run = _scheduled_run(tmp_path, {500: 500, 600: 600, 700: 700, 800: 800, 900: 899, 1000: 999})
+    result = advance(discover(run).snapshots, 500)
+    tree = result.trees[""].tree
+    assert tree["scheduler"]["last_epoch"] == 1499
+    assert tree["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1 * (1 - 0.9 * 1499 / 3000), rel=1e-9)
+
+
+def test_a_schedule_stepped_once_an_epoch_that_does_not_end_at_a_snapshot_is_moved_on_by_whole_epochs(tmp_path: Path) -> None:
+    run = _scheduled_run(tmp_path, {step: step // 150 for step in range(100, 1100, 100)})
+    result = advance(discover(run).snapshots, 500)
+    assert result.trees[""].tree["scheduler"]["last_epoch"] == 10
+
+
+def test_a_leap_past_the_end_of_a_one_cycle_schedule_is_refused_with_the_reason(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, 130)
+    for step in range(1, 101):
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0:
+            payload = {"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(), "step": step}
+            _payload_run(tmp_path, {step: payload})
+    with pytest.raises(UsageError, match="schedule ends before the valid step"):
+        advance(discover(tmp_path).snapshots, 40)
+
+
+@pytest.mark.parametrize("key", ["early_stopping_patience_counter", "batch_in_epoch", "steps_since_eval", "num_bad_epochs"])
+def test_what_starts_again_from_zero_is_left_and_said(key: str, tmp_path: Path) -> None:
+    run = _payload_run(tmp_path, {step: {"step": step, key: step // 10} for step in (10, 20, 30, 40)})
+    result = advance(discover(run).snapshots, 20)
+    assert result.trees[""].tree[key] == 4
+    assert any(f"{key} left at 4" in note for note in result.notes)
+
+
+def test_a_second_network_and_an_average_of_the_weights_are_listed_as_copied(tmp_path: Path) -> None:
+    payloads = {
+        step: {"step": step, "disc": {"w": torch.full((4,), float(step))}, "ema": {"w": torch.full((3,), float(step))}}
+        for step in range(10, 70, 10)
+    }
+    fitted = fit_run(_payload_run(tmp_path / "run", payloads))
+    listed = {record.name: record.reason for record in fitted.provenance.copied}
+    assert {"disc.*", "ema.*"} <= listed.keys()
+    assert "not forecast" in listed["ema.*"]
+
+
+def test_a_device_in_a_payload_comes_back_as_one(tmp_path: Path) -> None:
+    payloads = {step: {"step": step, "device": torch.device("cpu")} for step in range(10, 70, 10)}
+    predict_run(fit_run(_payload_run(tmp_path / "run", payloads)), tmp_path / "out.pt", horizons=[20])
+    assert _load(tmp_path / "out.pt")["device"] == torch.device("cpu")

@@ -134,6 +134,19 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
     return codecs.latin_1_encode(text)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A torch.device of a payload, by the arguments that make it."""
+
+    args: tuple[str | int, ...]
+
+
+def _device(*args: Any) -> Device:
+    if not all(isinstance(arg, (str, int)) for arg in args):
+        raise UnsafeFileError(f"a device made of {args!r}")
+    return Device(args)
+
+
 class Size(tuple):  # type: ignore[type-arg]
     """A torch.Size of a payload; kept apart from a tuple so that it is written back as what it was."""
 
@@ -149,6 +162,7 @@ _SAFE: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": _size,
+    "torch.device": _device,
     "collections.OrderedDict": OrderedDict,
     "collections.Counter": Counter,
     "_codecs.encode": _encode,
@@ -183,7 +197,7 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
         """Set the attributes of a state dict, such as its `_metadata`."""
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(target) is not OrderedDict or not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        if type(target) is not OrderedDict or not isinstance(state, dict) or not state.keys() <= {"_metadata"}:
             raise UnsafeFileError("its pickle sets attributes of an object")
         target.__dict__.update(state)
 
@@ -258,6 +272,10 @@ def _with_torch_names(tree: Any) -> Any:
         import torch
 
         return getattr(torch, tree.name)
+    if isinstance(tree, Device):
+        import torch
+
+        return torch.device(*tree.args)
     if isinstance(tree, dict):
         for key, value in tree.items():
             tree[key] = _with_torch_names(value)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from farcast_cli.tensors import TensorEntry
 
 DIGEST_BYTES = 4096
+MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 
 Role = Literal["weights", "weights-index", "state", "optimizer", "scheduler", "trainer-state", "other"]
 Source = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler"]
@@ -58,6 +59,8 @@ class Snapshot:
     step: int = -1
     step_source: str = ""
     not_streamable: frozenset[str] = frozenset()
+    beside: tuple[tuple[str, str], ...] = ()
+    """Weights that are not the run's own by any rule, and so are copied: (name, reason)."""
 
     @property
     def num_bytes(self) -> int:
@@ -114,7 +117,7 @@ def _stem(name: str) -> str:
 
 def name_evidence(path: Path) -> tuple[Evidence, ...]:
     found = find_step_in_name(path.name)
-    return (Evidence("name", path.name, int(found[1])),) if found else ()
+    return (Evidence("name", path.name, int(found[1])),) if found and len(found[1]) <= MAX_DIGITS else ()
 
 
 def unique_tensors(files: Iterable[SafetensorsFile], path: Path) -> dict[str, TensorEntry]:
@@ -135,6 +138,8 @@ def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], f
     refs: dict[str, TensorRef] = {}
     for keys, ref in iter_tensors(tree):
         name = ".".join(map(str, keys))
+        if not name.isprintable():
+            raise FileFormatError(f"{file.path}: a tensor's name is {name!r}, which is no printable text")
         if name in refs:
             raise SnapshotError(f"{file.path}: two tensors are called {name!r}, one of them in a nested dict")
         refs[name] = ref

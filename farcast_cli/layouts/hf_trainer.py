@@ -8,8 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError
-from farcast_cli.layouts.base import Evidence, Layout, Part, Role, Snapshot, files_below, find_weights, name_evidence
-from farcast_cli.layouts.weights_folder import read_json, read_weights
+from farcast_cli.layouts.base import (
+    MAX_DIGITS,
+    Evidence,
+    Layout,
+    Part,
+    Role,
+    Snapshot,
+    files_below,
+    find_weights,
+    name_evidence,
+)
+from farcast_cli.layouts.weights_folder import read_json, read_weights, second_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,10 +39,12 @@ def _read(path: Path) -> Snapshot:
     state = read_json(path / STATE_FILE)
     others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
     step = state.get("global_step")
-    if not isinstance(step, int):
-        raise FileFormatError(f"{path / STATE_FILE}: expected an integer global_step, found {step!r}")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**MAX_DIGITS:
+        raise FileFormatError(f"{path / STATE_FILE}: expected a global_step, found {str(step)[:40]}")
     evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
-    return Snapshot(path, LAYOUT.name, (*weights, *others), tensors, evidence, not_streamable=rough)
+    return Snapshot(
+        path, LAYOUT.name, (*weights, *others), tensors, evidence, not_streamable=rough, beside=second_weights(others)
+    )
 
 
 def _refuse_deepspeed(path: Path) -> None:

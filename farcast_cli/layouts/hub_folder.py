@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError
 from farcast_cli.layouts.base import Layout, Part, Snapshot, files_below, find_weights, name_evidence
-from farcast_cli.layouts.weights_folder import read_weights
+from farcast_cli.layouts.weights_folder import read_weights, second_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,15 @@ def _read(path: Path) -> Snapshot:
     weights, tensors, rough = read_weights(path)
     known = {part.name for part in weights}
     others = [Part(file, name, "other") for file, name in files_below(path) if name not in known]
-    return Snapshot(path, LAYOUT.name, (*weights, *others), tensors, name_evidence(path), not_streamable=rough)
+    return Snapshot(
+        path,
+        LAYOUT.name,
+        (*weights, *others),
+        tensors,
+        name_evidence(path),
+        not_streamable=rough,
+        beside=second_weights(others),
+    )
 
 
 LAYOUT = Layout("weights-folder", _recognises, _read)

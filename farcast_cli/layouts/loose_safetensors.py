@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.formats.safetensors_file import read_safetensors
-from farcast_cli.layouts.base import Evidence, Layout, Part, Snapshot, name_evidence
+from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,11 @@ def _recognises(path: Path) -> bool:
 def _read(path: Path) -> Snapshot:
     file = read_safetensors(path)
     found = ((key, file.metadata[key]) for key in STEP_KEYS if key in file.metadata)
-    metadata = tuple(Evidence("metadata", f"metadata {key}", int(text)) for key, text in found if text.isdecimal())
+    metadata = tuple(
+        Evidence("metadata", f"metadata {key}", int(text))
+        for key, text in found
+        if text.isdecimal() and len(text) <= MAX_DIGITS
+    )
     tensors = {entry.name: entry for entry in file.entries}
     return Snapshot(path, LAYOUT.name, (Part(path, "", "weights", file),), tensors, (*name_evidence(path), *metadata[:1]))
 

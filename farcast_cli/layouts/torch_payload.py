@@ -5,16 +5,19 @@ What a hand-written training loop saves, nanoGPT's among them.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FileFormatError
+from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
-from farcast_cli.formats.torch_pickle import TensorRef
-from farcast_cli.layouts.base import Evidence, Layout, Part, Snapshot, name_evidence, weights_of
+from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
+from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence, weights_of
+from farcast_cli.tensors import FORECASTABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
@@ -32,7 +35,18 @@ def _read(path: Path) -> Snapshot:
     tensors, rough = weights_of(file, weights)
     evidence = (*_payload_evidence(file.tree if key else {}), *_adam_evidence(file), *name_evidence(path))
     part = Part(path, "", "state", file, weights_key=key)
-    return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough)
+    beside = tuple(_other_weights(file.tree, key)) if key else ()
+    return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough, beside=beside)
+
+
+def _other_weights(tree: dict[Any, Any], weights: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """State dicts beside the weights: a second network, or an average of the first."""
+    for key, value in tree.items():
+        if (key,) == weights or not isinstance(value, dict) or "param_groups" in value:
+            continue
+        refs = [ref for _, ref in iter_tensors(value) if ref.dtype.name in FORECASTABLE and ref.shape]
+        if refs:
+            yield f"{key}.*", f"{len(refs)} tensors beside {weights[0]!r}: not forecast, as the last snapshot has them"
 
 
 def _find_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -43,7 +57,7 @@ def _find_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, 
         if any(isinstance(value, TensorRef) for value in tree.values()):
             return (), tree
     keys = sorted(map(str, tree))[:8] if isinstance(tree, dict) else type(tree).__name__
-    raise FileFormatError(
+    raise NoWeightsError(
         f"{path}: no weights found: expected a state dict, or one under {', '.join(WEIGHT_KEYS[:3])}; found {keys}",
         hint="save the weights under 'model', or keep the file out of this folder",
     )
@@ -57,7 +71,7 @@ def _payload_evidence(tree: dict[str, Any]) -> tuple[Evidence, ...]:
     for where, holder in (("", tree), ("train_state.", tree.get("train_state"))):
         for key in STEP_KEYS:
             value = holder.get(key) if isinstance(holder, dict) else None
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS:
                 return (Evidence("payload", where + key, value),)
     return ()
 
@@ -70,7 +84,7 @@ def _adam_evidence(file: TorchFile) -> tuple[Evidence, ...]:
         state = value.get("state") if isinstance(value, dict) and "param_groups" in value else None
         if isinstance(state, dict):
             counts = [number(file, entry["step"]) for entry in state.values() if isinstance(entry, dict) and "step" in entry]
-            known = [count for count in counts if count is not None]
+            known = [count for count in counts if count is not None and math.isfinite(count)]
             if known:
                 return (Evidence("adam step", f"{key}.state.*.step", int(max(known))),)
     return ()

@@ -13,7 +13,7 @@ from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.layouts.base import Part, find_weights, unique_tensors, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from farcast_cli.formats.safetensors_file import SafetensorsFile
@@ -90,3 +90,9 @@ def _check_index(index_path: Path, weight_map: dict[str, str], tensors: dict[str
     extra = sorted(tensors.keys() - weight_map.keys())
     if extra:
         raise FileFormatError(f"{index_path}: tensor {extra[0]!r} is in a shard but not in the index")
+
+
+def second_weights(others: Iterable[Part]) -> tuple[tuple[str, str], ...]:
+    """Files beside the weights that look like weights too: the same in another format, an adapter, an average."""
+    found = [part.name for part in others if part.role == "other" and part.name.endswith((".safetensors", "model.bin", ".pth"))]
+    return tuple((name, "a second file of weights: not forecast, as the last snapshot has it") for name in found)
