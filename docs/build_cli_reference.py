@@ -34,6 +34,7 @@ FORECAST_KEYS = {
     "horizon": "steps from the origin to the forecast",
     "method": "name of the method",
     "ratio": "back-test ratio b; `null` where it cannot be had",
+    "expected_ratio": "the same back-test of the step as it is written, not clipped",
     "coherence": "coherence S of the run's drift; `null` where it cannot be had",
     "verdict": "`forecast`, `abstain` or `untestable`",
     "reason": "the verdict's reason, for people",

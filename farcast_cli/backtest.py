@@ -50,6 +50,8 @@ class Decision:
     ratio: float
     coherence: float
     reason: str
+    expected: float = float("nan")
+    """The ratio of the step as it is written, not clipped: what to expect of the weights' error."""
 
 
 def coherence(gram: Gram, timeline: Timeline) -> float:
@@ -122,10 +124,12 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         return Decision("untestable", float("nan"), float("nan"), why_not)
     ratio, steady = backtest_ratio(method, task), coherence(task.gram, task.timeline)
     if method.name == "persistence":
-        return Decision("forecast", 1.0, steady, "persistence leaves the weights as they are")
+        return Decision("forecast", 1.0, steady, "persistence leaves the weights as they are", expected=1.0)
     if purpose == "evaluation":
-        return _decide_for_evaluation(method, ratio, steady)
-    return _decide_for_resume(method, ratio, steady, num_weights=int(task.sample.sizes.sum()))
+        decision = _decide_for_evaluation(method, ratio, steady)
+    else:
+        decision = _decide_for_resume(method, ratio, steady, num_weights=int(task.sample.sizes.sum()))
+    return replace(decision, expected=backtest_ratio(method, task, as_written=True))
 
 
 def _decide_for_evaluation(method: Method, ratio: float, steady: float) -> Decision:

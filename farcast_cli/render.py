@@ -290,6 +290,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "horizon": outcome.horizon,
         "method": outcome.method,
         "ratio": decision.ratio,
+        "expected_ratio": decision.expected,
         "coherence": decision.coherence,
         "verdict": decision.verdict,
         "reason": decision.reason,
@@ -326,14 +327,15 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         )
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(
-            f"expected error b = {number(decision.ratio)} of doing nothing; coherence S = {number(decision.coherence)}{verdict}"
+            f"expected error {number(decision.expected)} of doing nothing; back-test b = {number(decision.ratio)},"
+            f" coherence S = {number(decision.coherence)}{verdict}"
         )
         for text in outcome.notes:
             note(f"note: {text}")
         for text in outcome.changes if verbose else ():
             note(f"  {text}")
         if outcome.changes and not verbose:
-            note(f"{len(outcome.changes)} counters and rates moved on (-v lists them)")
+            note(f"counters and rates moved on: {len(outcome.changes)} (-v lists them)")
     for trial in outcome.trials:
         note(f"evaluation at strength {trial.strength:g}: {trial.value:g}" + (" (the origin)" if not trial.strength else ""))
 

@@ -78,6 +78,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
         },
         "verdict": outcome.decision.verdict,
         "ratio": _number(outcome.decision.ratio),
+        "expected_ratio": _number(outcome.decision.expected),
         "coherence": _number(outcome.decision.coherence),
         "origin": os.path.relpath(prepared.origin.path.resolve(), home),
         "inputs": [

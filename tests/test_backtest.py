@@ -215,7 +215,7 @@ def _random_walk(steps: Sequence[int], horizon: int, *, seed: int, size: int = 5
 @pytest.mark.parametrize("name", ["blend", "k5", "drift", "line", "lfd2"])
 def test_a_random_walk_passes_no_gate_however_short_the_horizon(name: str, horizon: int) -> None:
     """A test that began between the last two snapshots would have seen part of the truth."""
-    for seed in range(5):
+    for seed in range(1 if name == "lfd2" else 5):  # lfd2 is trained anew for each
         task = _random_walk(range(100, 1300, 100), horizon, seed=seed)
         assert decide(METHODS[name], task, "evaluation").verdict == "abstain"
         assert decide(METHODS[name], task, "resume").verdict == "abstain"

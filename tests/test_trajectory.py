@@ -536,3 +536,15 @@ def test_a_missing_tensor_is_refused_with_the_snapshot_that_lacks_it(tmp_path: P
         MixedRunsError, match=rf"{loose_name(step)}: 1 tensors differ .* expected 'norm\.weight', found no such"
     ):
         aligned(run)
+
+
+def test_only_files_that_look_like_weights_are_called_a_second_file_of_weights(tmp_path: Path) -> None:
+    for step in (100, 200):
+        folder = tmp_path / f"step{step}"
+        folder.mkdir()
+        save_file({"w": torch.full((3,), float(step))}, folder / "model.safetensors")
+        for name in ("rng_state.pth", "training_args.bin", "tokenizer.json", "pytorch_model.bin", "consolidated.00.pth"):
+            (folder / name).write_bytes(b"x")
+    copied = align(discover(tmp_path).snapshots).copied
+    assert [entry.name for entry in copied] == ["consolidated.00.pth", "pytorch_model.bin"]
+    assert all("second file of weights" in entry.reason for entry in copied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from farcast_cli.tensors import TensorEntry
 
 MAX_JSON_BYTES = 1 << 28
+_WEIGHTS = re.compile(r"\.safetensors$|(?:model|weights|consolidated)[^/]*\.(?:bin|pth?)$")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,5 +96,5 @@ def _check_index(index_path: Path, weight_map: dict[str, str], tensors: dict[str
 
 def second_weights(others: Iterable[Part]) -> tuple[tuple[str, str], ...]:
     """Files beside the weights that look like weights too: the same in another format, an adapter, an average."""
-    found = [part.name for part in others if part.role == "other" and part.name.endswith((".safetensors", "model.bin", ".pth"))]
+    found = [part.name for part in others if part.role == "other" and _WEIGHTS.search(part.name)]
     return tuple((name, "a second file of weights: not forecast, as the last snapshot has it") for name in found)
