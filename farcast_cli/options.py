@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from farcast_cli.errors import UsageError
-from farcast_cli.layouts.base import MAX_DIGITS
+
+MAX_DIGITS = 15  # of a number of steps
 
 
 def _commands(context: typer.Context) -> list[Any]:
