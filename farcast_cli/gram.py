@@ -159,7 +159,8 @@ def _one_tensor(
 
 
 def _all_of(tensor: AlignedTensor, num_snapshots: int) -> Iterator[Stretch]:
-    return stretches(tensor.num_elements, num_snapshots=num_snapshots, itemsize=8)
+    copies = 4  # raw, converted, basis and a difference, each of all snapshots
+    return stretches(tensor.num_elements, num_snapshots=copies * num_snapshots, itemsize=8)
 
 
 def basis_products(values: torch.Tensor) -> torch.Tensor:
