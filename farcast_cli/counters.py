@@ -61,11 +61,11 @@ def lagging(series: Sequence[tuple[int, int | float]], target: int) -> int | Non
         return target if series and series[0][0] == series[0][1] else None
     if not all(math.isfinite(value) for _, value in series):
         return None
-    points = [(step, Fraction(value)) for step, value in series]
-    rates = [(v1 - v0) / (s1 - s0) for (s0, v0), (s1, v1) in itertools.pairwise(points) if s1 > s0]
+    rates = _rates(series)
     if not rates or min(rates) < 0 or max(rates) <= 0:
         return None
-    return math.floor(points[-1][1] + max(rates) * (target - points[-1][0]))
+    last, value = series[-1]
+    return math.floor(Fraction(value) + max(rates) * (target - last))
 
 
 def schedule_count_at(series: Sequence[tuple[int, int | float]], target: int) -> int | None:
@@ -78,9 +78,11 @@ def schedule_count_at(series: Sequence[tuple[int, int | float]], target: int) ->
         return by_epoch
     new = lagging(series, target)
     (first, low), (last, high) = series[0], series[-1]
-    few_skipped = last > first and new is not None and high - low > MOST * max(1, last - first) * _fastest(series)
+    few_skipped = new is not None and high - low > MOST * (last - first) * max(_rates(series))
     return new if few_skipped else None
 
 
-def _fastest(series: Sequence[tuple[int, int | float]]) -> float:
-    return max(float((v1 - v0) / (s1 - s0)) for (s0, v0), (s1, v1) in itertools.pairwise(series) if s1 > s0)
+def _rates(series: Sequence[tuple[int, int | float]]) -> list[Fraction]:
+    """How fast a counter rose per step, between each two snapshots."""
+    pairs = itertools.pairwise(series)
+    return [(Fraction(v1) - Fraction(v0)) / (s1 - s0) for (s0, v0), (s1, v1) in pairs if s1 > s0]

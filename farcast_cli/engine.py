@@ -227,15 +227,19 @@ def _jobs(pieces: tuple[Piece, ...], engine: Engine) -> Iterator[Callable[[], _R
         ):
             yield lambda stretch=stretch: _forecast_stretch(first, stretch, engine)  # type: ignore[misc]
     elif isinstance(first, Copy):
-        for start in range(0, first.num_bytes, COPY_BYTES):
-            count = min(COPY_BYTES, first.num_bytes - start)
+        for start, count in _chunks(first.num_bytes):
             yield lambda start=start, count=count: _copy_stretch(first, start, count, engine)  # type: ignore[misc]
     elif isinstance(first, Zeros):
-        for start in range(0, first.num_bytes, COPY_BYTES):
-            count = min(COPY_BYTES, first.num_bytes - start)
+        for _, count in _chunks(first.num_bytes):
             yield lambda count=count: _Result([engine.scratch.take(count).zero_()] * len(pieces))  # type: ignore[misc]
     else:
         yield lambda: _Result([_fixed(piece) for piece in pieces])
+
+
+def _chunks(num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Stretches of bytes, (start, count), that a worker holds at once."""
+    for start in range(0, num_bytes, COPY_BYTES):
+        yield start, min(COPY_BYTES, num_bytes - start)
 
 
 def _fixed(piece: Piece) -> torch.Tensor:

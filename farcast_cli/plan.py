@@ -6,6 +6,7 @@ same tensors under the same names, in the same files, in the same order: whateve
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from dataclasses import dataclass, field, replace
@@ -159,7 +160,7 @@ def _plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile |
     if isinstance(part.content, SafetensorsFile):
         return _safetensors_output(part.name, part.content.entries, _metadata(part.content, rewrite), rewrite)
     if isinstance(part.content, TorchFile):
-        return _torch_output(StateTree(part, part.content.tree, part.content), rewrite)
+        return _torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")
     return OutputFile(part.name, "raw", (Record("", (Copy(part.path, 0, file_size(part.path)),)),))

@@ -29,7 +29,7 @@ from farcast_cli.plan import Rewrite, forecast_name, plan_outputs
 from farcast_cli.resume import HISTORY, advance, advance_batch_counts
 from farcast_cli.sidecar import compose, sidecar_of, write_sidecar
 from farcast_cli.timeline import Timeline
-from farcast_cli.writer import staged
+from farcast_cli.writer import refuse_existing, staged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,9 +96,12 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     return list(dict.fromkeys(notes))
 
 
+def _origin_index(fitted: Fitted, request: Request) -> int:
+    return len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+
+
 def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
-    steps = fitted.gram.steps
-    last = len(steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    steps, last = fitted.gram.steps, _origin_index(fitted, request)
     if last == 0:
         raise UsageError(f"--origin {request.origin_step}: the first snapshot has no history")
     if not (math.isfinite(request.options.scale) and request.options.scale > 0):
@@ -113,7 +116,7 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
 
 
 def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: Sequence[NDArray[np.float64]]) -> Prepared:
-    last = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    last = _origin_index(fitted, request)
     linear = LinearMap.from_steps(steps, last)
     snapshots = {index: reopen(fitted, index) for index in linear.used}
     origin = snapshots[last]
@@ -150,14 +153,8 @@ def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Sna
 
 
 def _target(request: Request, origin: Snapshot, horizon: int, fitted: Fitted) -> Path:
-    run = fitted.directory
     name = forecast_name(origin, horizon, unit=_name_unit(fitted), keep_step=request.counters == "keep")
     if request.output is None:
-        if (DEFAULT_FOLDER / name).resolve().is_relative_to(run.resolve()):
-            raise OutputError(
-                f"{DEFAULT_FOLDER / name}: lies inside the run's folder {run}",
-                hint="the trainer could take it for its own: choose a place outside with -o",
-            )
         return DEFAULT_FOLDER / name
     if len(request.horizons) > 1 or request.output.endswith(os.sep):
         return Path(request.output) / name
@@ -187,13 +184,10 @@ def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> 
             f"{target}: lies inside the run's folder {run}",
             hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o",
         )
-    if os.path.lexists(target):
-        if not overwrite:
-            raise OutputError(f"{target}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
-        if not sidecar_of(target, is_file=is_file).is_file():
-            raise OutputError(
-                f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT"
-            )
+    if not overwrite:
+        refuse_existing(target)
+    elif os.path.lexists(target) and not sidecar_of(target, is_file=is_file).is_file():
+        raise OutputError(f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT")
 
 
 def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:

@@ -202,8 +202,8 @@ def _may_count(value: object, key: object, path: Path_) -> bool:
     if isinstance(value, float):
         return key in _FLOAT_COUNTERS or key == "step"
     if isinstance(value, TensorRef):
-        is_adam = key == "step" and "state" in path
-        return prod(value.shape) == 1 and (value.dtype.name in {"int64", "int32"} or (is_adam and value.dtype.name in _PACK))
+        is_adam = _is_adam_step((*path, key)) and value.dtype.name in _PACK
+        return prod(value.shape) == 1 and (is_adam or value.dtype.name in {"int64", "int32"})
     return isinstance(value, int)
 
 

@@ -514,3 +514,19 @@ def test_a_tensor_and_a_view_of_part_of_it_are_forecast_as_the_one_memory_that_t
     rounding = 0.05 if dtype == "bfloat16" else 1e-5  # half a unit in the last place of a weight up to 8; float32
     for name, expected in {"fused": moved, "part": moved[part], "other": moved + 1}.items():
         torch.testing.assert_close(written[name].float(), expected, rtol=0, atol=rounding)
+
+
+def test_several_horizons_of_a_folder_of_torch_weights_in_another_type_equal_single_ones(tmp_path: Path) -> None:
+    """Planning the first horizon must leave the snapshot as it was for the second."""
+    for step in range(100, 900, 100):
+        folder = tmp_path / "run" / f"step{step}"
+        folder.mkdir(parents=True)
+        torch.save(
+            {"a": torch.linspace(0, 1, 50) * step**0.5, "b": torch.full((3, 4), step**0.5)}, folder / "pytorch_model.bin"
+        )
+    fitted = fit_run(tmp_path / "run")
+    predict_run(fitted, f"{tmp_path / 'both'}/", horizons=[100, 200], dtype="bfloat16")
+    for horizon in (100, 200):
+        predict_run(fitted, tmp_path / f"alone{horizon}", horizons=[horizon], dtype="bfloat16")
+        together = (tmp_path / "both" / f"step{800 + horizon}" / "pytorch_model.bin").read_bytes()
+        assert together == (tmp_path / f"alone{horizon}" / "pytorch_model.bin").read_bytes()

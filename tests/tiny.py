@@ -133,7 +133,7 @@ def fit_run(folder: Path, *, num_samples: int | None = DEFAULT_SAMPLE, exclude: 
     return fit(discover(folder), num_samples=num_samples, exclude=exclude)
 
 
-def predict_run(fitted: Fitted, output: Path, *, horizons: Sequence[int], **request: Any) -> list[Outcome]:
+def predict_run(fitted: Fitted, output: Path | str, *, horizons: Sequence[int], **request: Any) -> list[Outcome]:
     """Forecast whatever the verdict, unless the request says otherwise."""
     asked = {"even_if_worse": True, "output": str(output), **request}
     return predict(fitted, Request(tuple(horizons), **asked), lambda _phase, _total: lambda _done: None)
