@@ -49,6 +49,8 @@ FORECAST_KEYS = {
     "evaluations": "with `--eval-cmd`: one entry per trial",
     "evaluations[].strength": "factor on the step; 0 is the origin itself",
     "evaluations[].value": "the number that the command printed last",
+    "evaluations[].seconds": "seconds that the command took",
+    "evaluations[].log": "the file with its output",
 }
 
 JSON_KEYS: dict[str, dict[str, str]] = {
@@ -264,7 +266,7 @@ def _exit_codes() -> str:
     for kind in errors.FarcastError.__subclasses__():
         more = [_sentence(inner) for inner in kind.__subclasses__()]
         rows.append((str(kind.exit_code), " ".join([_sentence(kind), *more])))
-    rows.append(("130", "Interrupted (SIGINT or SIGTERM). Nothing was published."))
+    rows.append(("130", "Interrupted (SIGINT, SIGTERM or SIGHUP). Nothing was published."))
     return "## Exit codes\n\n" + _table(("code", "meaning"), rows)
 
 

@@ -133,13 +133,13 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
 
 
 def _decide_for_evaluation(method: Method, ratio: float, steady: float) -> Decision:
-    if method.name == "average":
+    if method.averages:
         return Decision("forecast", ratio, steady, "an average of snapshots, not a forecast: b does not judge it")
     return _gate(ratio < RATIO_GATE, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_GATE}")
 
 
 def _decide_for_resume(method: Method, ratio: float, steady: float, *, num_weights: int) -> Decision:
-    if method.name == "average":
+    if method.averages:
         return Decision("abstain", ratio, steady, "resuming from an average puts a run back: it is for evaluation")
     if np.isnan(steady) and not np.isnan(ratio):
         return Decision("untestable", ratio, steady, "coherence S needs two snapshots in each half of the history")

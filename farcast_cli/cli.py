@@ -16,11 +16,13 @@ from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, Usa
 from farcast_cli.options import (
     Config,
     Device,
+    EvalTimeout,
     Exclude,
     Forecaster,
     Full,
     GradWeight,
     Include,
+    Jobs,
     Json,
     Method,
     PurposeOption,
@@ -176,8 +178,9 @@ def backtest(
     from farcast_cli import render
     from farcast_cli.backtest import Purpose, coherence, decide, score
     from farcast_cli.fitted import load_fitted
-    from farcast_cli.forecaster import METHODS, Task, find_method
+    from farcast_cli.forecaster import Task
     from farcast_cli.job import DEFAULT_METHOD
+    from farcast_cli.methods import METHODS, find_method
     from farcast_cli.timeline import Timeline
 
     aim: Purpose = one_of("for", purpose, Purpose)
@@ -267,6 +270,8 @@ def predict(
         ),
     ] = None,
     maximize: Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")] = False,
+    jobs: Jobs = 1,
+    eval_timeout: EvalTimeout = None,
     even_if_worse: Annotated[
         bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
     ] = False,
@@ -315,7 +320,7 @@ def predict(
         dry_run=dry_run,
         device=device_name(device),
         num_threads=num_threads,
-        evaluator=Evaluator(eval_cmd, maximize) if eval_cmd else None,
+        evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
     )
     with render.progress(quiet=quiet) as progress:
         outcomes = run(fitted, request, progress)
@@ -429,6 +434,8 @@ _ParsingError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__
 def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn an interrupt into this code

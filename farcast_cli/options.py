@@ -110,6 +110,14 @@ ScopeOption = Annotated[
 ]
 GradWeight = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
 
+Jobs = Annotated[
+    int, typer.Option(envvar=env("JOBS"), min=1, help="Runs of --eval-cmd at once; each has a checkpoint of its own on disk.")
+]
+EvalTimeout = Annotated[
+    float | None,
+    typer.Option(envvar=env("EVAL_TIMEOUT"), metavar="SECONDS", help="Kill --eval-cmd and stop if one run takes longer."),
+]
+
 
 def one_of(option: str, value: str, allowed: Any) -> Any:
     """A value of a Literal type."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,11 +21,12 @@ import torch
 from farcast_cli.backtest import LOSS_JUMP, decide
 from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError
-from farcast_cli.evaluation import Trial, best_trial
+from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
-from farcast_cli.forecaster import Task, find_method, forecast
+from farcast_cli.forecaster import Task, forecast
 from farcast_cli.job import DEFAULT_METHOD, Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.methods import find_method
 from farcast_cli.plan import Rewrite, forecast_name, plan_outputs
 from farcast_cli.resume import HISTORY, advance, advance_batch_counts
 from farcast_cli.sidecar import compose, sidecar_of, write_sidecar
@@ -42,7 +44,10 @@ STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
 Progress = Callable[[str, int], Callable[[int], None]]
-"""Starts a phase of so many bytes; what it returns is told the bytes done."""
+"""Starts a phase of so many bytes; what it returns is told the bytes done.
+
+A phase of 0 bytes is one of unknown length, such as a run of the evaluation command; it is over when anything is told.
+"""
 
 
 def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcome]:
@@ -124,6 +129,8 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     targets = [_target(request, origin, horizon, fitted) for horizon in horizons]
     for target in targets:
         _check_place(target, fitted.directory, overwrite=request.overwrite, is_file=origin.path.is_file())
+        if request.evaluator:
+            _check_outside(logs_of(target, is_file=origin.path.is_file()), fitted.directory)
     alignment = realign(fitted, [snapshots[index] for index in linear.used])
     index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
     advanced, plans = [], []
@@ -179,15 +186,19 @@ def _name_unit(fitted: Fitted) -> Fraction:
 
 def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
     """Never inside the run's folder, and never over something that farcast did not write."""
-    if target.resolve().is_relative_to(run.resolve()):
-        raise OutputError(
-            f"{target}: lies inside the run's folder {run}",
-            hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o",
-        )
+    _check_outside(target, run)
     if not overwrite:
         refuse_existing(target)
     elif os.path.lexists(target) and not sidecar_of(target, is_file=is_file).is_file():
         raise OutputError(f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT")
+
+
+def _check_outside(place: Path, run: Path) -> None:
+    if place.resolve().is_relative_to(run.resolve()):
+        raise OutputError(
+            f"{place}: lies inside the run's folder {run}",
+            hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o",
+        )
 
 
 def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
@@ -213,7 +224,11 @@ def _write(
     if request.dry_run:
         return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
     if request.evaluator is not None:
-        return [_write_best(_only(prepared, i), outcome, request, fitted, progress) for i, outcome in enumerate(outcomes)]
+        with ExitStack() as stack:  # one for all horizons: a command that fails on the last publishes none
+            return [
+                _write_best(_only(prepared, index), outcome, request, fitted, stack=stack, progress=progress)
+                for index, outcome in enumerate(outcomes)
+            ]
     with ExitStack() as stack:
         places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
         notes = [_enter(stack, prepared, target) for target in prepared.targets]
@@ -253,35 +268,64 @@ def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
     )
 
 
-def _write_best(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, progress: Progress) -> Outcome:
-    """Write the forecast at a few strengths, let the user's command judge each, publish the best if it beats the origin."""
+def _write_best(
+    prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, *, stack: ExitStack, progress: Progress
+) -> Outcome:
+    """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
     evaluator, target = request.evaluator, prepared.targets[0]
     assert evaluator is not None  # noqa: S101 - the caller's branch
-    trials = [Trial(0.0, evaluator.score(prepared.origin.path))]
-    with ExitStack() as stack:
-        place = stack.enter_context(staged(target, overwrite=request.overwrite, may_stay_empty=True))
-        note = _enter(stack, prepared, target)
-        written: list[tuple[Path, Tally]] = []
-        for strength in STRENGTHS:
-            candidate = place.parent / f"strength-{strength}" / place.name
-            candidate.parent.mkdir()
-            one = _only(prepared, 0, strength)
-            told = progress(f"predict x{strength}", total_bytes(one.plans[0]))
-            tally = write_forecasts(one.plans, [candidate], one.engine, num_threads=request.num_threads, progress=told)
-            written.append((candidate, tally))
-            trials.append(Trial(strength, evaluator.score(candidate)))
-        best = trials.index(best_trial(trials, maximize=evaluator.maximize))
-        if best == 0:
-            reason = f"no strength of the step beats the origin's {trials[0].value:g} by the evaluation command"
-            against = replace(outcome.decision, verdict="abstain", reason=reason)
-            outcome = replace(outcome, decision=against, trials=tuple(trials))
-            if not request.even_if_worse:
-                return outcome
-        kept, tally = written[max(0, best - 1)]
-        kept.rename(place)
-        finished = replace(_finish(prepared, outcome, tally, 0), trials=tuple(trials))
-        write_sidecar(place, note, compose(prepared, finished, request, fitted))
+    place = stack.enter_context(staged(target, overwrite=request.overwrite, may_stay_empty=True))
+    note = _enter(stack, prepared, target)
+    trials, written = _try_strengths(prepared, outcome, request, place, progress)
+    best = best_trial(trials, maximize=evaluator.maximize)
+    outcome = replace(outcome, trials=tuple(trials))
+    if best.strength == 0:
+        reason = f"no strength of the step beats the origin's {best.value:g} by the evaluation command"
+        outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
+        if not request.even_if_worse:
+            return outcome
+    kept, tally = written[best.strength or STRENGTHS[0]]
+    kept.rename(place)
+    finished = _finish(prepared, outcome, tally, 0)
+    write_sidecar(place, note, compose(prepared, finished, request, fitted))
     return finished
+
+
+def _try_strengths(
+    prepared: Prepared, outcome: Outcome, request: Request, place: Path, progress: Progress
+) -> tuple[list[Trial], dict[float, tuple[Path, Tally]]]:
+    """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
+    evaluator, written = request.evaluator, dict[float, tuple[Path, Tally]]()
+    assert evaluator is not None  # noqa: S101 - the caller's branch
+    logs = logs_of(prepared.targets[0], is_file=prepared.origin.path.is_file())
+    variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
+    with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
+        judge.start(0.0, prepared.origin.path)
+        for strength in STRENGTHS:
+            judge.wait(below=evaluator.num_jobs)
+            _drop_beaten(written, judge.trials, request)
+            candidate = place.parent / f"strength-{strength:g}" / place.name
+            written[strength] = candidate, _write_candidate(_only(prepared, 0, strength), candidate, request, progress)
+            judge.start(strength, candidate)
+        judge.wait(below=1)
+        return judge.trials, written
+
+
+def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Trial], request: Request) -> None:
+    """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
+    if not trials or request.evaluator is None:
+        return
+    spared = {best_trial(trials, maximize=request.evaluator.maximize).strength}
+    spared |= {STRENGTHS[0]} if request.even_if_worse else set()
+    for strength in {trial.strength for trial in trials}.intersection(written) - spared:
+        candidate, _ = written.pop(strength)
+        shutil.rmtree(candidate.parent)
+
+
+def _write_candidate(one: Prepared, candidate: Path, request: Request, progress: Progress) -> Tally:
+    candidate.parent.mkdir()
+    told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
+    return write_forecasts(one.plans, [candidate], one.engine, num_threads=request.num_threads, progress=told)
 
 
 def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:

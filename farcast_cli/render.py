@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from rich.console import RenderableType
+
     from farcast_cli.alignment import Alignment
     from farcast_cli.backtest import Decision, Score
     from farcast_cli.errors import FarcastError
@@ -100,18 +102,30 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """A bar with bytes, rate and time left for each phase, on a terminal; silence elsewhere."""
+    """A bar with bytes, rate and time left for each phase, on a terminal; silence elsewhere.
+
+    A phase of no known length has its name and the time since its start, until it is told anything.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda _phase, _total: lambda _done: None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich import progress as rich
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr(), transient=True) as bars:
+    class OnlyIf(rich.ProgressColumn):
+        def __init__(self, has_size: bool, column: rich.ProgressColumn) -> None:  # noqa: FBT001
+            super().__init__()
+            self.has_size, self.column = has_size, column
+
+        def render(self, task: rich.Task) -> RenderableType:
+            return self.column(task) if (task.total is not None) == self.has_size else ""
+
+    sized = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *(OnlyIf(True, column) for column in sized))
+    with rich.Progress(*columns, OnlyIf(False, rich.TimeElapsedColumn()), console=stderr(), transient=True) as bars:
 
         def start(phase: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(phase, total=total)
-            return lambda done: bars.advance(task, done)
+            task = bars.add_task(phase, total=total or None)
+            return lambda done: bars.advance(task, done) if total else bars.update(task, visible=False)
 
         yield start
 
@@ -304,7 +318,10 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "notes": list(outcome.notes),
     }
     if outcome.trials:
-        content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
+        content["evaluations"] = [
+            {"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3), "log": str(t.log) if t.log else None}
+            for t in outcome.trials
+        ]
     return content
 
 
@@ -337,7 +354,10 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         if outcome.changes and not verbose:
             note(f"counters and rates moved on: {len(outcome.changes)} (-v lists them)")
     for trial in outcome.trials:
-        note(f"evaluation at strength {trial.strength:g}: {trial.value:g}" + (" (the origin)" if not trial.strength else ""))
+        what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
+        note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))
+    if outcome.trials and outcome.trials[0].log:
+        note(f"output of the evaluations: {outcome.trials[0].log.parent}{os.sep}")
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

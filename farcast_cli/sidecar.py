@@ -101,7 +101,15 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
         "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
     }
     if outcome.trials:
-        content["evaluations"] = [{"strength": trial.strength, "value": trial.value} for trial in outcome.trials]
+        content["evaluations"] = [
+            {
+                "strength": trial.strength,
+                "value": trial.value,
+                "seconds": round(trial.seconds, 3),
+                "log": trial.log and os.path.relpath(trial.log.resolve(), home),
+            }
+            for trial in outcome.trials
+        ]
     return json.dumps(content, indent=2) + "\n"
 
 

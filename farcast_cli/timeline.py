@@ -1,4 +1,4 @@
-"""Places on a run's timeline as vectors over the Gram basis: a weight at any step, a slope over a window.
+"""Places on a run's timeline as vectors over the Gram basis: a weight at any step, a slope or a mean over a window.
 
 Knows how to read a trajectory at steps that lie between snapshots (linearly), and never looks past the origin.
 Steps are floats here, since back-test origins fall between snapshots.
@@ -41,6 +41,12 @@ class Timeline:
         """How many snapshots the origin can see, itself among them."""
         return int(np.searchsorted(self.steps, self.origin, side="right"))
 
+    @property
+    def places(self) -> list[float]:
+        """The steps of the snapshots in sight, and the origin's where it lies between two."""
+        seen = [float(step) for step in self.steps[: self.num_snapshots]]
+        return seen if seen[-1] == self.origin else [*seen, self.origin]
+
     def at(self, step: float) -> NDArray[np.float64]:
         """The vector (R,) of w(step) - w_0, linear between snapshots.
 
@@ -74,6 +80,17 @@ class Timeline:
         centred = np.array(points) - np.mean(points)
         positions = np.stack([self.at(point) for point in points])
         return np.asarray(centred @ positions / (centred @ centred))
+
+    def mean(self, first: float, last: float) -> NDArray[np.float64]:
+        """The mean weight over [first, last] along the path between snapshots, as a vector (R,).
+
+            sum_j (t_{j+1} - t_j) (w(t_j) + w(t_{j+1})) / 2 / (last - first)
+
+        over the two ends and the snapshots between them: the trapezoid rule, exact because w is linear in between.
+        """
+        nodes = [first, *(float(step) for step in self.steps if first < step < last), last]
+        lengths, values = np.diff(nodes), np.stack([self.at(node) for node in nodes])
+        return np.asarray(lengths @ (values[1:] + values[:-1]) / 2 / (last - first))
 
     def before(self, origin: float) -> Timeline:
         """The same history seen from an earlier origin."""

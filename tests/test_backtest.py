@@ -19,7 +19,8 @@ from farcast_cli.backtest import (
     score,
     untestable,
 )
-from farcast_cli.forecaster import METHODS, Options
+from farcast_cli.forecaster import Options
+from farcast_cli.methods import METHODS
 from farcast_cli.timeline import Timeline
 from tests.tiny import make_task, statistic, torch_settings_kept, wander, weights_at
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 STEPS = tuple(range(100, 1300, 100))
 SIZES = {"a": 40, "b": 5, "c": 120}
+JUDGED = [name for name, method in METHODS.items() if name != "persistence" and not method.averages]
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
 
 
@@ -120,7 +122,7 @@ def test_the_ratio_sees_nothing_of_the_truth_when_it_forecasts(name: str) -> Non
 
 
 @pytest.mark.parametrize("horizon", [1, 400])
-@pytest.mark.parametrize("name", ["line", "drift", "blend"])
+@pytest.mark.parametrize("name", ["line", "line-fit", "drift", "blend", "rank-1", "average-extrapolate"])
 def test_a_straight_path_is_forecast_without_error(name: str, horizon: int) -> None:
     """To 1e-5: the squared error is a difference of numbers of one size, exact to 1e-16 of the weights' path.
 
@@ -198,7 +200,7 @@ def test_the_task_for_the_verdict_has_the_asked_for_coherence() -> None:
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(1e-6, "forecast"), (-1e-6, "abstain"), (0.5, "forecast"), (-1.0, "abstain")])
-@pytest.mark.parametrize("name", ["blend", "k5", "drift", "line", "lfd2"])
+@pytest.mark.parametrize("name", JUDGED)
 def test_to_resume_from_the_coherence_decides(name: str, above: float, verdict: str) -> None:
     decision = decide(METHODS[name], _steady_task(COHERENCE_GATE + above), "resume")
     assert decision.verdict == verdict
@@ -212,7 +214,7 @@ def _random_walk(steps: Sequence[int], horizon: int, *, seed: int, size: int = 5
 
 
 @pytest.mark.parametrize("horizon", [1, 10, 25, 50, 100, 300])
-@pytest.mark.parametrize("name", ["blend", "k5", "drift", "line", "lfd2"])
+@pytest.mark.parametrize("name", JUDGED)
 def test_a_random_walk_passes_no_gate_however_short_the_horizon(name: str, horizon: int) -> None:
     """A test that began between the last two snapshots would have seen part of the truth."""
     for seed in range(1 if name == "lfd2" else 5):  # lfd2 is trained anew for each
@@ -246,7 +248,7 @@ def test_a_method_that_was_twice_as_wrong_as_nothing_is_not_resumed_from() -> No
     assert decision.verdict == "abstain"
 
 
-@pytest.mark.parametrize("name", ["blend", "k5", "drift", "line", "lfd2"])
+@pytest.mark.parametrize("name", JUDGED)
 @pytest.mark.parametrize("seed", range(6))
 def test_to_evaluate_the_ratio_decides(name: str, seed: int) -> None:
     arrays = wander(seed, num_snapshots=12, sizes=SIZES, roughness=[0.1, 1, 2, 3, 5, 30][seed])
@@ -294,14 +296,15 @@ def test_persistence_always_passes(purpose: Purpose) -> None:
     assert (decision.verdict, decision.ratio) == ("forecast", 1.0)
 
 
-def test_an_average_passes_to_evaluate_and_never_to_resume_from() -> None:
+@pytest.mark.parametrize("name", ["average", "accelerate"])
+def test_an_average_passes_to_evaluate_and_never_to_resume_from(name: str) -> None:
     for cosine in (-1.0, 1.0):
         task = _steady_task(cosine)
-        assert decide(METHODS["average"], task, "evaluation").verdict == "forecast"
-        assert decide(METHODS["average"], task, "resume").verdict == "abstain"
+        assert decide(METHODS[name], task, "evaluation").verdict == "forecast"
+        assert decide(METHODS[name], task, "resume").verdict == "abstain"
 
 
-@pytest.mark.parametrize("name", ["blend", "k5", "line", "lfd2"])
+@pytest.mark.parametrize("name", JUDGED)
 @pytest.mark.parametrize("purpose", ["resume", "evaluation"])
 def test_a_run_that_never_moved_gives_no_reason_to_forecast(name: str, purpose: Purpose) -> None:
     assert decide(METHODS[name], make_task({"w": np.ones((12, 3))}, STEPS, 300), purpose).verdict == "abstain"

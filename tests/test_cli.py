@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.gram import DEFAULT_SAMPLE
+from farcast_cli.methods import METHODS
 from farcast_cli.stream import sample_stretches
 from tests.conftest import (
     STEPS,
@@ -135,8 +136,7 @@ def test_backtest_reports_the_promised_keys(work: Path, call_cli: CallCli) -> No
     assert content["origin_step"] == 800
     assert 0.9 < content["coherence"] <= 1
     found = {(s["method"], s["horizon"]): s["ratio"] for s in content["scores"]}
-    methods = {"blend", "k5", "drift", "lfd2", "line", "average", "persistence"}
-    assert found.keys() == {(method, horizon) for method in methods for horizon in (100, 200)}
+    assert found.keys() == {(method, horizon) for method in METHODS for horizon in (100, 200)}
     assert found["persistence", 100] == 1
     assert found["k5", 100] < 0.5
     assert content["best"]["ratio"] == min(found.values())

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pty
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from farcast_cli.errors import UsageError
-from farcast_cli.evaluation import Evaluator, Trial, best_trial
-from tests.tiny import write_run
+import farcast_cli
+from farcast_cli.evaluation import LOG_BYTES, Evaluator, Trial, best_trial, last_number
+from farcast_cli.fitted import load_fitted
+from farcast_cli.job import Request
+from farcast_cli.predict import predict
+from tests.conftest import clean_environment, make_loose_run, popen_cli, tree_digest
+from tests.tiny import predict_run, write_run
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from tests.conftest import CallCli, Done
 
 STEPS = tuple(range(100, 900, 100))
 LAST, STEP = 8.0, 2.0  # the last weight, and the step that 200 more steps of a straight path take
+PATIENCE_S = 60.0  # for what ends within a second or two, but for a machine that is very busy
+ALL = {"origin", "strength-1", "strength-0.5", "strength-0.25"}
+LOGS = ["step_1000.eval", *(f"step_1000.eval/{name}.log" for name in ("origin", "strength-0.25", "strength-0.5", "strength-1"))]
+OUTPUT = ["step_1000.farcast.json", "step_1000.safetensors"]
 
 
 @pytest.fixture
@@ -41,14 +56,44 @@ def _script(folder: Path, *lines: str) -> str:
     return f"{sys.executable} {folder / 'judge.py'} {{ckpt}}"
 
 
-def _predict(folder: Path, command: str, call_cli: CallCli, *more: str) -> Done:
-    return call_cli("predict", "--horizon", 200, "--method", "line", "--eval-cmd", command, "--json", *more, cwd=folder)
+def _shell(folder: Path, *lines: str) -> str:
+    """A command that is a small shell script."""
+    (folder / "judge.sh").write_text("\n".join(lines) + "\n")
+    return f"sh {folder / 'judge.sh'} {{ckpt}}"
+
+
+def _arguments(command: str, *more: object) -> tuple[object, ...]:
+    return ("predict", "--horizon", 200, "--method", "line", "--eval-cmd", command, *more)
+
+
+def _predict(folder: Path, command: str, call_cli: CallCli, *more: object) -> Done:
+    return call_cli(*_arguments(command, "--json", *more), cwd=folder)
+
+
+def _log(folder: Path, name: str = "origin") -> str:
+    return (folder / "forecasts" / "step_1000.eval" / f"{name}.log").read_text()
 
 
 def _left(folder: Path) -> list[str]:
     """Everything below the place for forecasts, hidden files included."""
     place = folder / "forecasts"
-    return sorted(path.relative_to(place).as_posix() for path in place.rglob("*")) if place.exists() else []
+    return sorted(tree_digest(place)) if place.exists() else []
+
+
+def _until(done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def _gone(pid_file: Path) -> bool:
+    """Whether a process is no more; one that has ended and that nobody waits for counts as gone."""
+    number = pid_file.read_text().strip()
+    try:
+        return not number or Path("/proc", number, "stat").read_text().rpartition(")")[2].split()[0] in {"Z", "X"}
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @pytest.mark.parametrize(
@@ -60,7 +105,7 @@ def test_the_best_strength_of_the_step_is_kept(target: float, strength: float, f
     assert done.returncode == 0
     written = load_file(fitted / "forecasts" / "step_1000.safetensors")["w"]
     np.testing.assert_allclose(written, LAST + strength * STEP, rtol=1e-6)  # float32
-    assert _left(fitted) == ["step_1000.farcast.json", "step_1000.safetensors"]
+    assert _left(fitted) == [*LOGS, *OUTPUT]
     assert told["path"] == "forecasts/step_1000.safetensors"
     sidecar = json.loads((fitted / "forecasts" / "step_1000.farcast.json").read_text())
     assert [trial["strength"] for trial in sidecar["evaluations"]] == [0.0, 1.0, 0.5, 0.25]
@@ -74,12 +119,12 @@ def test_a_forecast_that_is_not_better_than_the_origin_leaves_nothing(target: fl
     told = json.loads(done.stdout)
     assert done.returncode == 10
     assert (told["path"], told["verdict"]) == (None, "abstain")
-    assert _left(fitted) == []
+    assert _left(fitted) == LOGS
 
 
 def test_a_tie_goes_to_the_origin(fitted: Path, call_cli: CallCli) -> None:
     assert _predict(fitted, _script(fitted, "print(1.5)"), call_cli).returncode == 10
-    assert _left(fitted) == []
+    assert _left(fitted) == LOGS
 
 
 def test_even_if_worse_writes_the_full_step(fitted: Path, call_cli: CallCli) -> None:
@@ -102,27 +147,38 @@ def test_larger_is_better_when_that_is_said(target: float, strength: float, fitt
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("lines", "message", "run"),
     [
-        (["print(1); sys.exit(3)"], "failed with exit code 3"),
-        (["raise RuntimeError('no')"], "failed with exit code 1"),
-        (["print('no figure here')"], "printed no finite number"),
-        (["pass"], "printed no finite number"),
-        (["print(3.5, 'nan')"], "printed no finite number"),
-        (["print('-inf')"], "printed no finite number"),
-        ([f"print(1 if w == {LAST} else 'nan')"], "printed no finite number"),
-        ([f"sys.exit(w != {LAST}) if w != {LAST} else print(1)"], "failed with exit code 1"),
+        (["print(1); sys.exit(3)"], "failed with exit code 3 on the origin: 1", "origin"),
+        (["print(1); raise RuntimeError('no')"], "failed with exit code 1 on the origin: RuntimeError: no", "origin"),
+        (["print(1); sys.exit(137)"], "failed with exit code 137 (SIGKILL) on the origin", "origin"),
+        (["print('no figure here')"], "printed no number on the origin: no figure here", "origin"),
+        (["pass"], "printed no number on the origin: it printed nothing", "origin"),
+        (["print('9.5', file=sys.stderr)"], "printed no number on the origin: 9.5", "origin"),
+        (["print(3.5, 'nan')"], "printed nan as its last number on the origin", "origin"),
+        (["print('-inf')"], "printed -inf as its last number on the origin", "origin"),
+        ([f"print(1 if w == {LAST} else 'nan')"], "printed nan as its last number on strength 1", "strength-1"),
+        ([f"print(1 if w != {LAST + STEP / 4} else 'no')"], "printed no number on strength 0.25", "strength-0.25"),
+        ([f"sys.exit(w != {LAST}) if w != {LAST} else print(1)"], "failed with exit code 1 on strength 1", "strength-1"),
     ],
 )
-def test_a_command_that_fails_or_says_no_number_publishes_nothing(
-    lines: list[str], message: str, fitted: Path, call_cli: CallCli
+def test_a_command_that_fails_or_says_no_number_publishes_nothing_and_its_log_is_named(
+    lines: list[str], message: str, run: str, fitted: Path, call_cli: CallCli
 ) -> None:
     """Whether on the origin or on the forecast."""
     done = _predict(fitted, _script(fitted, *lines), call_cli)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
     assert message in done.errors[0]
-    assert done.stdout == ""
-    assert _left(fitted) == []
+    assert f"forecasts/step_1000.eval/{run}.log; nothing was published" in done.hints[0]
+    assert set(_left(fitted)) <= set(LOGS)
+    assert f"step_1000.eval/{run}.log" in _left(fitted)
+
+
+def test_a_command_that_is_killed_by_a_signal_is_an_error_with_its_name(fitted: Path, call_cli: CallCli) -> None:
+    done = _predict(fitted, "echo 1; kill -SEGV $$ # {ckpt}", call_cli)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "was killed by SIGSEGV on the origin: 1" in done.errors[0]
+    assert _left(fitted) == LOGS[:2]
 
 
 def test_a_command_without_a_place_for_the_checkpoint_is_refused(fitted: Path, call_cli: CallCli) -> None:
@@ -142,6 +198,14 @@ def test_each_of_several_horizons_is_judged_by_itself(fitted: Path, call_cli: Ca
     assert done.stdout.splitlines() == [f"forecasts/step_{step}.safetensors" for step in (900, 1000, 1200)]
 
 
+def test_a_command_that_fails_on_one_of_several_horizons_publishes_none(fitted: Path, call_cli: CallCli) -> None:
+    command = _script(fitted, "print(9 - w) if w < 11 else sys.exit(1)")
+    done = call_cli("predict", "--horizon", "100,400", "--method", "line", "--eval-cmd", command, cwd=fitted)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "failed with exit code 1 on strength 1" in done.errors[0]
+    assert [name for name in _left(fitted) if not name.endswith(".log")] == ["step_1200.eval", "step_900.eval"]
+
+
 @pytest.mark.parametrize(
     ("printed", "value"),
     [
@@ -151,30 +215,37 @@ def test_each_of_several_horizons_is_judged_by_itself(fitted: Path, call_cli: Ca
         ("-2.5E+2", -250.0),
         (".5", 0.5),
         ("12.", 12.0),
-        ("step 100\\nloss=2.125\\n", 2.125),
-        ("ppl: 7\\n\\n", 7.0),
+        ("step 100\nloss=2.125\n", 2.125),
+        ("ppl: 7\n\n", 7.0),
         ("loss: 1_000 then 0.5%", 0.5),
         ("{'eval_loss': 0.4375}", 0.4375),
+        ("loss 0.5, from step-100 of v2 in 12.5s", 0.5),
+        ("loss 0.5 (torch 2.6.0+cpu)", 0.5),
+        ("the loss is 0.5.", 0.5),
+        ("\x1b[32m0.5\x1b[0m", 0.5),
+        ("10%\r20%\r0.75", 0.75),
+        ("-inf", -math.inf),
+        ("info: banan", None),
+        ("", None),
     ],
 )
-def test_the_last_number_on_stdout_is_the_score(printed: str, value: float, tmp_path: Path) -> None:
-    assert Evaluator(f"printf '%b' \"{printed}\" # {{ckpt}}").score(tmp_path) == value
+def test_the_last_number_is_the_score_and_a_part_of_a_word_is_none(printed: str, value: float | None) -> None:
+    assert last_number(printed) == value
 
 
 def test_the_checkpoints_path_is_quoted_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a b;exit 1"
     folder.mkdir()
-    (folder / "it's").write_text("0.5")
     monkeypatch.chdir(folder)
-    from pathlib import Path as Relative
-
-    assert Evaluator("cd / && cat {ckpt}").score(Relative("it's")) == 0.5
+    assert Evaluator("cat {ckpt}").command_for(Path("it's")) == "cat '" + f"{folder}/it's".replace("'", "'\"'\"'") + "'"
 
 
-def test_numbers_on_stderr_are_not_the_score(tmp_path: Path) -> None:
-    assert Evaluator("echo 1.5; echo 9.5 >&2 # {ckpt}").score(tmp_path) == 1.5
-    with pytest.raises(UsageError):
-        Evaluator("echo 9.5 >&2 # {ckpt}").score(tmp_path)
+def test_a_run_in_a_folder_with_an_odd_name_can_be_judged(tmp_path: Path, call_cli: CallCli) -> None:
+    odd = tmp_path / "a b;exit 1 it's"
+    write_run(odd / "run", {"w": np.arange(1.0, 9.0)[:, None] * np.ones((1, 4))}, STEPS)
+    assert call_cli("fit", "run", cwd=odd).returncode == 0
+    assert _predict(odd, "cd / && test -s {ckpt} && echo $FARCAST_STRENGTH", call_cli, "--maximize").returncode == 0
+    assert _left(odd) == [*LOGS, *OUTPUT]
 
 
 def test_of_equal_trials_the_first_is_the_best() -> None:
@@ -182,3 +253,292 @@ def test_of_equal_trials_the_first_is_the_best() -> None:
     assert best_trial(trials, maximize=False) == Trial(0.5, 1.0)
     assert best_trial(trials, maximize=True) == Trial(0.0, 2.0)
     assert math.isfinite(best_trial(trials, maximize=True).value)
+
+
+# --- what a run of the command is given, and what is kept of it ------------------------------------------------------
+
+
+def test_strength_value_seconds_and_log_of_every_run_are_told_and_kept(fitted: Path, call_cli: CallCli) -> None:
+    done = _predict(fitted, _script(fitted, f"print('to stderr', file=sys.stderr); print(abs(w - {LAST + STEP}))"), call_cli)
+    told = json.loads(done.stdout)["evaluations"]
+    assert [trial["strength"] for trial in told] == [0.0, 1.0, 0.5, 0.25]
+    assert [trial["value"] for trial in told] == pytest.approx([STEP, 0, 0.5 * STEP, 0.75 * STEP], abs=1e-5)  # float32
+    assert all(0 < trial["seconds"] < PATIENCE_S for trial in told)
+    assert [trial["log"] for trial in told] == [f"forecasts/{LOGS[i]}" for i in (1, 4, 3, 2)]
+    for trial in told:
+        command, *said, _, remark = (fitted / trial["log"]).read_text().splitlines()
+        assert command.startswith(f"$ {sys.executable}")
+        assert said == ["to stderr", str(trial["value"])]
+        assert remark.startswith("[exit code 0, after ")
+    sidecar = json.loads((fitted / "forecasts" / "step_1000.farcast.json").read_text())
+    assert sidecar["evaluations"] == [trial | {"log": trial["log"].removeprefix("forecasts/")} for trial in told]
+
+
+def test_the_command_knows_what_it_judges_and_has_nothing_to_read(fitted: Path, call_cli: CallCli) -> None:
+    lines = ["env | grep -E '^FARCAST_(STRENGTH|ORIGIN_STEP|VALID_STEP|JOB)=' | sort", "cat", 'echo "end: $FARCAST_STRENGTH"']
+    assert _predict(fitted, _shell(fitted, *lines), call_cli, "--maximize").returncode == 0
+    for name in ALL:
+        strength = name.partition("-")[2] or "0"
+        said = ["FARCAST_JOB=0", "FARCAST_ORIGIN_STEP=800", f"FARCAST_STRENGTH={strength}", "FARCAST_VALID_STEP=1000"]
+        assert _log(fitted, name).splitlines()[1:6] == [*said, f"end: {strength}"]
+
+
+def test_a_long_output_is_kept_by_its_start_and_its_end(fitted: Path, call_cli: CallCli) -> None:
+    line = "x" * 99
+    lines = ["print('the start')", f"for i in range(40000): print({line!r})", "print('loss', 100 - w)"]
+    assert _predict(fitted, _script(fitted, *lines), call_cli).returncode == 0
+    for name in ALL:
+        log = _log(fitted, name)
+        assert 2 * LOG_BYTES < len(log) < 2 * LOG_BYTES + 1000
+        assert log.splitlines()[1] == "the start"
+        assert log.splitlines()[-3].startswith("loss 9")
+        assert log.splitlines()[-1].startswith("[exit code 0, after ")
+        assert (
+            f"[{len('the start') + 1 + 40000 * 100 + len(log.splitlines()[-3]) + 1 - 2 * LOG_BYTES} bytes are left out" in log
+        )
+
+
+def test_the_logs_of_an_earlier_forecast_are_replaced_and_nothing_else_in_their_folder(fitted: Path, call_cli: CallCli) -> None:
+    assert _predict(fitted, _script(fitted, "print('first', 9 - w)"), call_cli).returncode == 0
+    (fitted / "forecasts" / "step_1000.eval" / "mine.txt").write_text("mine")
+    done = _predict(fitted, _script(fitted, "sys.exit('second')"), call_cli, "--overwrite")
+    assert done.returncode == 2
+    assert _left(fitted) == ["step_1000.eval", "step_1000.eval/mine.txt", "step_1000.eval/origin.log", *OUTPUT]
+    assert "second" in _log(fitted)
+
+
+def test_a_file_in_the_place_of_the_logs_is_an_output_error(fitted: Path, call_cli: CallCli) -> None:
+    (fitted / "forecasts").mkdir()
+    (fitted / "forecasts" / "step_1000.eval").write_text("mine")
+    done = _predict(fitted, "echo 1 {ckpt}", call_cli)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "forecasts/step_1000.eval: the logs of the evaluation command cannot be written" in done.errors[0]
+    assert _left(fitted) == ["step_1000.eval"]
+
+
+def test_logs_that_would_lie_in_the_runs_folder_are_refused(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "run.eval")
+    assert call_cli("fit", run, cwd=tmp_path).returncode == 0
+    before = tree_digest(tmp_path)
+    done = _predict(tmp_path, "echo 1 {ckpt}", call_cli, "-o", "run.safetensors")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "run.eval: lies inside the run's folder" in done.errors[0]
+    assert tree_digest(tmp_path) == before
+
+
+def test_a_command_that_changes_the_forecast_publishes_nothing(fitted: Path, call_cli: CallCli) -> None:
+    done = _predict(fitted, "test $FARCAST_STRENGTH = 0 || echo >> {ckpt}; echo 1", call_cli)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "changed the checkpoint at strength 1" in done.errors[0]
+    assert "step_1000.safetensors" not in _left(fitted)
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+DEAF = "trap '' TERM INT HUP"
+ENDLESS = ("sleep 1000 & echo $! > {pids}/$FARCAST_STRENGTH.child", "echo $$ > {pids}/$FARCAST_STRENGTH", "echo started; wait")
+
+
+def _endless(folder: Path, *first: str) -> tuple[str, Path]:
+    """A command without an end that starts another one, and the folder where both leave their process ids."""
+    pids = folder / "pids"
+    pids.mkdir()
+    return _shell(folder, *first, *(line.format(pids=pids) for line in ENDLESS), "echo 1"), pids
+
+
+@pytest.mark.parametrize("first", [(), (DEAF,)], ids=["willing", "deaf"])
+def test_a_command_that_runs_over_its_time_is_killed_with_all_that_it_started(
+    fitted: Path, call_cli: CallCli, first: Sequence[str]
+) -> None:
+    command, pids = _endless(fitted, *first)
+    done = _predict(fitted, command, call_cli, "--eval-timeout", 0.5)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ran over its 0.5 s and was killed on the origin: started" in done.errors[0]
+    assert "--eval-timeout" in done.hints[0]
+    assert "killed for running over its time" in _log(fitted)
+    assert _left(fitted) == ["step_1000.eval", "step_1000.eval/origin.log"]
+    assert {path.name: _gone(path) for path in pids.iterdir()} == {"0": True, "0.child": True}
+
+
+def test_a_run_that_fails_ends_the_others(fitted: Path, call_cli: CallCli) -> None:
+    command, pids = _endless(fitted, 'test "$FARCAST_STRENGTH" != 0.25 || exit 7')
+    done = _predict(fitted, command, call_cli, "--jobs", 4)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "exit code 7 on strength 0.25" in done.errors[0]
+    assert _left(fitted) == LOGS
+    assert all(_gone(path) for path in pids.iterdir())
+
+
+def test_what_a_command_leaves_running_ends_soon_after_it(fitted: Path, call_cli: CallCli) -> None:
+    (fitted / "pids").mkdir()
+    command = f"sleep 1000 & echo $! > {fitted}/pids/$FARCAST_STRENGTH; echo 1 # {{ckpt}}"
+    assert _predict(fitted, command, call_cli, "--jobs", 4).returncode == 10
+    assert {path.name: _gone(path) for path in (fitted / "pids").iterdir()} == dict.fromkeys(("0", "1", "0.5", "0.25"), True)
+
+
+def test_what_a_pipe_still_prints_after_the_shell_has_ended_is_heard(fitted: Path, call_cli: CallCli) -> None:
+    done = _predict(fitted, "(sleep 0.05; echo $FARCAST_STRENGTH) & # {ckpt}", call_cli, "--maximize")
+    assert [trial["value"] for trial in json.loads(done.stdout)["evaluations"]] == [0, 1, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--eval-timeout", 0), "--eval-timeout 0: expected a positive number of seconds"),
+        (("--eval-timeout", "nan"), "--eval-timeout nan: expected a positive number of seconds"),
+        (("--jobs", 0), "--jobs"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(
+    options: Sequence[object], message: str, fitted: Path, call_cli: CallCli
+) -> None:
+    done = _predict(fitted, "echo 1 {ckpt}", call_cli, *options)
+    assert done.returncode == 2
+    assert message in done.errors[0]
+
+
+# --- several at once -------------------------------------------------------------------------------------------------
+
+
+def _meeting(folder: Path, others: int) -> str:
+    """A command that ends well only where so many others run at the same time: each waits for all."""
+    place = folder / "meeting"
+    place.mkdir()
+    lines = [
+        "import os, pathlib, time",
+        f"place, deadline = pathlib.Path({str(place)!r}), time.monotonic() + {PATIENCE_S}",
+        "(place / f\"{os.environ['FARCAST_STRENGTH']} {os.environ['FARCAST_JOB']}\").touch()",
+        f"while len(list(place.iterdir())) < {others + 1}:",
+        "    assert time.monotonic() < deadline, 'nobody came'",
+        "    time.sleep(0.01)",
+        f"print(abs(w - {LAST + STEP}))",
+    ]
+    return _script(folder, *lines)
+
+
+@pytest.mark.parametrize("jobs", [2, 4, 9])
+def test_jobs_run_at_once(jobs: int, fitted: Path, call_cli: CallCli) -> None:
+    done = call_cli(*_arguments(_meeting(fitted, min(jobs, 4) - 1), "--json"), cwd=fitted, env={"FARCAST_JOBS": str(jobs)})
+    assert done.returncode == 0, done.stderr
+    assert [trial["strength"] for trial in json.loads(done.stdout)["evaluations"]] == [0, 1, 0.5, 0.25]
+    np.testing.assert_allclose(load_file(fitted / "forecasts" / "step_1000.safetensors")["w"], LAST + STEP, rtol=1e-6)
+    assert _left(fitted) == [*LOGS, *OUTPUT]
+    places = dict(path.name.split() for path in (fitted / "meeting").iterdir())
+    assert {places["0"], places["1"]} == {"0", "1"}
+    assert set(places.values()) == {str(job) for job in range(min(jobs, 4))}
+
+
+def test_one_job_runs_one_at_a_time(fitted: Path, call_cli: CallCli) -> None:
+    lines = (f"mkdir {fitted}/alone || exit 9", "sleep 0.1", "echo $FARCAST_STRENGTH", f"rmdir {fitted}/alone")
+    assert _predict(fitted, _shell(fitted, *lines), call_cli, "--maximize").returncode == 0
+
+
+@pytest.mark.parametrize(("score", "more", "most"), [("9 - w", (), 2), ("w", (), 1), ("w", ("--even-if-worse",), 2)])
+def test_on_disk_are_a_candidate_per_job_and_the_best_so_far(
+    score: str, more: Sequence[str], most: int, fitted: Path, call_cli: CallCli
+) -> None:
+    lines = [
+        "import os, pathlib",
+        f"print('candidates:', len(list(pathlib.Path({str(fitted / 'forecasts')!r}).rglob('*.partial/*/step_1000.safetensors'))))",
+        f"print({score})",
+    ]
+    _predict(fitted, _script(fitted, *lines), call_cli, *more)
+    counts = [int(line.split()[1]) for name in ALL for line in _log(fitted, name).splitlines() if line.startswith("cand")]
+    assert (len(counts), max(counts)) == (4, most)
+    assert not [name for name in _left(fitted) if "partial" in name]
+
+
+def test_several_jobs_write_the_same_bytes_as_one(fitted: Path) -> None:
+    loaded, written = load_fitted(fitted / "forecaster.safetensors"), []
+    for jobs in (1, 3):
+        evaluator = Evaluator(_script(fitted, f"print(abs(w - {LAST + STEP / 2}))"), num_jobs=jobs)
+        [outcome] = predict_run(loaded, f"{fitted / str(jobs)}/", horizons=[200], method="line", evaluator=evaluator)
+        assert outcome.path is not None
+        written.append(outcome.path.read_bytes())
+    assert written[0] == written[1]
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------------
+
+
+def _started(folder: Path, command: str, *more: object) -> subprocess.Popen[str]:
+    """A real farcast that hears every signal, even where the tests run in the background or under `nohup`."""
+
+    def hear() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    return popen_cli(*_arguments(command, *more), cwd=folder, preexec_fn=hear)
+
+
+def _interrupt(process: subprocess.Popen[str], pids: Path, num: int, *sent: signal.Signals) -> str:
+    """Send signals to a farcast once so many runs of its command are under way; returns its stderr."""
+    _until(lambda: len(list(pids.iterdir())) == 2 * num or process.poll() is not None, "the command was not started")
+    time.sleep(0.1)  # the ids are in their files
+    for number in sent:
+        process.send_signal(number)
+        time.sleep(0.5)
+    try:
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.terminate()  # where it did not end: its commands would go on
+    assert (process.returncode, stdout) == (130, "")
+    assert "Traceback" not in stderr
+    return stderr
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_evaluation_leaves_no_process_and_no_file_but_the_logs(
+    fitted: Path, sent: signal.Signals, jobs: int
+) -> None:
+    command, pids = _endless(fitted)
+    process = _started(fitted, command, "--jobs", jobs)
+    assert "interrupted" in _interrupt(process, pids, jobs, sent)
+    assert {path.name: _gone(path) for path in pids.iterdir()} == dict.fromkeys((p.name for p in pids.iterdir()), True)
+    assert _left(fitted) == (LOGS if jobs == 4 else LOGS[:2])
+    assert "[interrupted, after" in _log(fitted)
+
+
+def test_a_second_interrupt_does_not_wait_for_a_command_that_will_not_end(fitted: Path) -> None:
+    command, pids = _endless(fitted, DEAF)
+    process = _started(fitted, command, "--jobs", 2)
+    _interrupt(process, pids, 2, signal.SIGINT, signal.SIGINT)
+    assert all(_gone(path) for path in pids.iterdir())
+    assert _left(fitted) == [LOGS[0], LOGS[1], LOGS[4]]
+    assert all("[interrupted, after" in _log(fitted, name) for name in ("origin", "strength-1"))
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_the_progress_callback_hears_of_every_run_and_of_its_end(fitted: Path) -> None:
+    heard: list[tuple[str, int]] = []
+
+    def progress(phase: str, total: int) -> Callable[[int], None]:
+        heard.append((phase, total))
+        return lambda done: heard.append((phase, -1)) if not total and done else None
+
+    request = Request((200,), method="line", output=f"{fitted}/", evaluator=Evaluator("echo 1 {ckpt} | cut -c1"))
+    predict(load_fitted(fitted / "forecaster.safetensors"), request, progress)
+    runs = ("the origin", "strength 1", "strength 0.5", "strength 0.25")
+    assert [entry for entry in heard if entry[0].startswith("evaluate")] == [
+        (f"evaluate {run}", number) for run in runs for number in (0, -1)
+    ]
+
+
+def test_a_person_sees_which_candidate_is_evaluated(fitted: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = clean_environment() | {"PYTHONPATH": str(Path(farcast_cli.__file__).parent.parent), "TERM": "xterm"}
+    command = [sys.executable, "-m", "farcast_cli", *map(str, _arguments("sleep 0.5; echo 1 # {ckpt}"))]
+    with subprocess.Popen(command, cwd=fitted, env=environment, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = bytearray()
+        with suppress(OSError):  # the other end is closed
+            while data := os.read(ours, 4096):
+                shown += data
+    os.close(ours)
+    assert process.returncode == 10
+    for run in ("the origin", "strength 1", "strength 0.5", "strength 0.25"):
+        assert f"evaluate {run}".encode() in shown
+    assert b"0 bytes" not in shown

@@ -41,6 +41,7 @@ ORDER = (
     "timeline",
     "lfd2",
     "forecaster",
+    "methods",
     "backtest",
     "fitted",
     "engine",

@@ -1,4 +1,4 @@
-"""Places and slopes on a timeline, as vectors over the basis, equal those of the weights themselves."""
+"""Places, slopes and means on a timeline, as vectors over the basis, equal those of the weights themselves."""
 
 from __future__ import annotations
 
@@ -44,6 +44,36 @@ def test_what_an_origin_sees_ends_with_it() -> None:
     assert [Timeline(STEPS, origin).num_snapshots for origin in (100.0, 249.9, 250.0, 799.0, 800.0)] == [1, 2, 3, 5, 6]
     assert (Timeline(STEPS, 450.0).first, Timeline(STEPS, 450.0).length) == (100.0, 350.0)
     assert Timeline(STEPS, 800.0).before(450.0) == Timeline(STEPS, 450.0)
+
+
+def test_its_places_are_the_snapshots_in_sight_and_the_origin() -> None:
+    assert Timeline(STEPS, 400.0).places == [100, 200, 250, 400]
+    assert Timeline(STEPS, 450.0).places == [100, 200, 250, 400, 450]
+    assert Timeline(STEPS, 100.0).places == [100]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shares"),  # of w(100), w(200), w(250), w(400), w(500), w(800)
+    [
+        (100, 200, [1 / 2, 1 / 2, 0, 0, 0, 0]),
+        (200, 400, [0, 25 / 200, 100 / 200, 75 / 200, 0, 0]),  # half of each length beside a snapshot
+        (600, 700, [0, 0, 0, 0, 1 / 2, 1 / 2]),  # inside one length: its middle
+        (450, 550, [0, 0, 0, 1 / 8, 1 / 2 * 3 / 4 + 1 / 2 * 11 / 12, 1 / 2 * 1 / 12]),
+    ],
+)
+def test_the_mean_over_a_window_is_taken_along_the_chords(first: float, last: float, shares: list[float]) -> None:
+    found = Timeline(STEPS, 800.0).mean(first, last) @ basis(VALUES)
+    np.testing.assert_allclose(found, shares @ VALUES - VALUES[0], rtol=0, atol=ROUNDING)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(ends=st.lists(st.integers(100, 800), min_size=2, max_size=2, unique=True).map(sorted))
+def test_the_mean_over_a_window_is_the_mean_of_all_its_steps(ends: list[int]) -> None:
+    """Of the middles between whole steps: no snapshot lies between two of those, so that the sum is exact."""
+    middles = np.arange(ends[0], ends[1]) + 0.5
+    expected = np.mean([weights_at(VALUES, STEPS.tolist(), middle) for middle in middles], axis=0) - VALUES[0]
+    found = Timeline(STEPS, float(ends[1])).mean(*map(float, ends)) @ basis(VALUES)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(

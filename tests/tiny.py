@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.fitted import Fitted, fit
-from farcast_cli.forecaster import Options, Task
+from farcast_cli.forecaster import Options, Task, forecast
 from farcast_cli.gram import DEFAULT_SAMPLE, Gram, Sample
 from farcast_cli.job import Outcome, Request
+from farcast_cli.methods import METHODS
 from farcast_cli.predict import predict
 from farcast_cli.timeline import Timeline
 from farcast_cli.trajectory import discover
@@ -81,6 +83,19 @@ def applied(coefficients: NDArray[np.float64], arrays: Arrays) -> dict[str, NDAr
     return {name: row @ basis(values) for row, (name, values) in zip(coefficients, arrays.items(), strict=True)}
 
 
+def step_of(name: str, arrays: Arrays, steps: Sequence[int], horizon: float, **options: Any) -> dict[str, NDArray[np.float64]]:
+    """A method's step from the last snapshot, per tensor (N,)."""
+    task = make_task(arrays, steps, horizon, options=replace(Options(), **options))
+    return applied(forecast(METHODS[name], task), arrays)
+
+
+def assert_same_steps(found: Arrays, expected: Arrays, tolerance: float) -> None:
+    """Equal to a share of the largest expected step."""
+    size = max(np.abs(step).max() for step in expected.values())
+    for name, step in expected.items():
+        np.testing.assert_allclose(found[name], step, rtol=0, atol=tolerance * size, err_msg=name)
+
+
 def weights_at(values: NDArray[np.float64], steps: Sequence[int], step: float) -> NDArray[np.float64]:
     """Weights (N,) at any step, element by element."""
     return np.array([np.interp(step, steps, column) for column in values.T])
@@ -99,6 +114,13 @@ def wander(
         + roughness * np.cumsum(random.normal(size=(num_snapshots, size)), axis=0) / num_snapshots
         for name, size in sizes.items()
     }
+
+
+def straight(steps: Sequence[int], sizes: Mapping[str, int]) -> tuple[dict[str, NDArray[np.float64]], Arrays]:
+    """Straight paths and their velocities per step."""
+    random = np.random.default_rng(8)
+    starts, speeds = ({key: random.normal(size=size) / scale for key, size in sizes.items()} for scale in (1, 1000))
+    return {key: starts[key] + np.array(steps)[:, None] * speeds[key] for key in sizes}, speeds
 
 
 # --- runs on disk ----------------------------------------------------------------------------------------------------
