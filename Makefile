@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SAMPLES := sample_checkpoints
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -46,6 +46,12 @@ bench: setup ## speed and memory against cp and other tools, a few GB of disk
 
 bench-quick: setup ## the same on small files, about a minute
 	$(BIN)/python bench/speed.py --quick
+
+bench-quality: setup ## what forecasts are worth on small runs: writes docs/results.md, about 35 minutes on two cores
+	$(BIN)/python bench/quality.py
+
+bench-quality-quick: setup ## the same on the MLP and the convnet, a few minutes; report in bench/out/quality
+	$(BIN)/python bench/quality.py --quick
 
 sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py

@@ -1,7 +1,8 @@
 """What a method would have been worth inside the run's own history, and the verdict that follows.
 
 Two statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier, and S, the coherence of the
-run's drift. S decides what to resume from; b decides what to evaluate. Both are always shown.
+run's drift, over the whole history and over its recent half. S decides what to resume from; b decides what to evaluate.
+All are always shown.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
 Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 
-COHERENCE_GATE = 0.1  # S over which leaps gained; flat from .05 to .2
+COHERENCE_GATE = 0.25  # S over which no leap was harmful; at .1 leaps at a tuned rate were (docs/results.md)
+SHORT_COHERENCE_GATE = 0.2  # the same up to a quarter of the history, where the recent half vouches for it
+RECENT_GATE = 0.15  # of the recent half: leaps below .1 lost, over long histories, whatever S said
+MIN_RECENT = 4  # snapshots in each half of the recent half: fewer, and the noise of S alone would turn leaps away
+SHORT_LEAD = 0.25  # of the history: up to here a forecast draws on the recent half alone
+CLEAR_COHERENCE = 0.45  # over which a trend is carried on by
+TREND_LEAD = 0.1  # of the history; below it the trend ends at the origin
 SIGNIFICANCE = 3.0  # standard deviations of the cosine of two random directions, 1/sqrt(N): matters below 1,000 weights
 MAX_COHERENCE_GATE = 0.95
 RATIO_CEILING = 2.0  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.3 at most
@@ -52,22 +59,38 @@ class Decision:
     reason: str
     expected: float = float("nan")
     """The ratio of the step as it is written, not clipped: what to expect of the weights' error."""
+    recent: float = float("nan")
+    """The coherence of the history's recent half; nan where it holds too few snapshots to tell."""
 
 
 def coherence(gram: Gram, timeline: Timeline) -> float:
     """S = cos(v[t_0, mid], v[mid, s]): whether the second half of the history moves like the first.
 
-    Each half's slope is taken over real snapshots alone, so that no move is counted in both.
-
     Returns:
-        -1..1; nan where a half has fewer than two snapshots or nothing moved.
+        -1..1; nan with fewer than five snapshots, or two in a half, or where nothing moved.
     """
     if timeline.num_snapshots < MIN_SNAPSHOTS - 1:
         return float("nan")
-    middle = timeline.first + timeline.length / 2
-    seen = [float(step) for step in timeline.steps if step <= timeline.origin]
+    return _coherence_over(gram, timeline, timeline.length, at_least=2)
+
+
+def recent_coherence(gram: Gram, timeline: Timeline) -> float:
+    """The coherence of the recent half of the history, [s - L/2, s]: whether the run still moves as it did of late.
+
+    Over a long history S says that the early and the late drift agree; only this says that there still is one.
+
+    Returns:
+        -1..1; nan with fewer than four snapshots in each half of that stretch.
+    """
+    return _coherence_over(gram, timeline, timeline.length / 2, at_least=MIN_RECENT)
+
+
+def _coherence_over(gram: Gram, timeline: Timeline, window: float, *, at_least: int) -> float:
+    """The cosine of the slopes of a window's halves, each over real snapshots alone: no move is counted in both."""
+    middle = timeline.origin - window / 2
+    seen = [float(step) for step in timeline.steps if timeline.origin - window <= step <= timeline.origin]
     halves = [step for step in seen if step <= middle], [step for step in seen if step >= middle]
-    if min(map(len, halves)) < 2:  # noqa: PLR2004 - a slope takes two
+    if min(map(len, halves)) < at_least:
         return float("nan")
     early, late = (timeline.slope_over(half) for half in halves)
     total = gram.matrix.sum(axis=0)
@@ -116,36 +139,63 @@ def untestable(task: Task) -> str:
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
-    To resume from: S > .1 (more for fewer than 900 weights) and b <= 2. To evaluate: b < .95. `persistence` moves no weight and always passes; an average to
-    evaluate passes too, because b measures the distance to later weights, at which an average does not aim.
+    To resume from: S > .25 (.2 for horizons up to a quarter of the history, where the recent half can be judged),
+    S > .15 in the recent half, and b <= 2. To evaluate: b < .95. `persistence`
+    moves no weight and always passes; an average to evaluate passes too, because b measures the distance to later
+    weights, at which an average does not aim.
     """
     why_not = untestable(task)
     if why_not:
         return Decision("untestable", float("nan"), float("nan"), why_not)
-    ratio, steady = backtest_ratio(method, task), coherence(task.gram, task.timeline)
+    steady, recent = coherence(task.gram, task.timeline), recent_coherence(task.gram, task.timeline)
+    ratio = backtest_ratio(method, task)
     if method.name == "persistence":
-        return Decision("forecast", 1.0, steady, "persistence leaves the weights as they are", expected=1.0)
-    if purpose == "evaluation":
-        decision = _decide_for_evaluation(method, ratio, steady)
+        decision = Decision("forecast", 1.0, steady, "persistence leaves the weights as they are")
+    elif purpose == "evaluation":
+        decision = _decide_for_evaluation(method, task, ratio, steady)
     else:
-        decision = _decide_for_resume(method, ratio, steady, num_weights=int(task.sample.sizes.sum()))
-    return replace(decision, expected=backtest_ratio(method, task, as_written=True))
+        decision = _decide_for_resume(method, task, ratio, steady, recent)
+    unjudged = purpose == "evaluation" and _is_average(method, task)
+    expected = float("nan") if unjudged else backtest_ratio(method, task, as_written=True)
+    return replace(decision, expected=expected, recent=recent)
 
 
-def _decide_for_evaluation(method: Method, ratio: float, steady: float) -> Decision:
-    if method.averages:
+def lowest_coherence(gram: Gram, timeline: Timeline) -> float:
+    """The smaller of S and the recent S, of those that can be had; nan where neither can."""
+    found = coherence(gram, timeline), recent_coherence(gram, timeline)
+    return min((value for value in found if not np.isnan(value)), default=float("nan"))
+
+
+def trend_lead(gram: Gram, timeline: Timeline) -> float:
+    """How far ahead of the origin, as a share of the history, a trend may be carried on to be evaluated: .1 or 0."""
+    return TREND_LEAD if lowest_coherence(gram, timeline) > CLEAR_COHERENCE else 0.0
+
+
+def _decide_for_evaluation(method: Method, task: Task, ratio: float, steady: float) -> Decision:
+    if _is_average(method, task):
         return Decision("forecast", ratio, steady, "an average of snapshots, not a forecast: b does not judge it")
     return _gate(ratio < RATIO_GATE, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_GATE}")
 
 
-def _decide_for_resume(method: Method, ratio: float, steady: float, *, num_weights: int) -> Decision:
+def _is_average(method: Method, task: Task) -> bool:
+    """Whether a method, at this horizon, gives where the run is rather than where it will be."""
+    ahead = task.horizon > trend_lead(task.gram, task.timeline) * task.timeline.length + 1
+    return method.averages and not (method.extrapolates and ahead)
+
+
+def _decide_for_resume(method: Method, task: Task, ratio: float, steady: float, recent: float) -> Decision:
     if method.averages:
         return Decision("abstain", ratio, steady, "resuming from an average puts a run back: it is for evaluation")
     if np.isnan(steady) and not np.isnan(ratio):
         return Decision("untestable", ratio, steady, "coherence S needs two snapshots in each half of the history")
     if ratio > RATIO_CEILING:
         return Decision("abstain", ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_CEILING}")
-    limit = max(COHERENCE_GATE, min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(num_weights)))
+    chance = min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(int(task.sample.sizes.sum())))
+    if not np.isnan(recent) and recent <= max(RECENT_GATE, chance):
+        limit = max(RECENT_GATE, chance)
+        return _gate(False, ratio, steady, f"coherence S = {recent:.2f} in the recent half, needed {limit:.2g}")
+    short = task.lead <= SHORT_LEAD and not np.isnan(recent)
+    limit = max(SHORT_COHERENCE_GATE if short else COHERENCE_GATE, chance)
     return _gate(steady > limit, ratio, steady, f"coherence S = {steady:.2f}, needed {limit:.2g}")
 
 

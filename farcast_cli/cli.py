@@ -24,6 +24,7 @@ from farcast_cli.options import (
     Include,
     Jobs,
     Json,
+    Ledger,
     Method,
     PurposeOption,
     Quiet,
@@ -61,8 +62,8 @@ resumes from. Your own checkpoints are never changed.
 
   farcast inspect ckpts/               what is there, and what would be forecast
   farcast fit ckpts/                   learn from it: writes ./forecaster.safetensors
-  farcast backtest --horizon 1000      what a forecast would have been worth
-  farcast predict --horizon 1000       write it; prints its path
+  farcast backtest                     what a forecast would have been worth
+  farcast predict                      write it, as far ahead as the evidence supports; prints its path
   farcast verify FORECAST --against CKPT   what it was worth, once training got there
 
 Point the trainer's resume option at the path that predict printed.""",
@@ -125,6 +126,7 @@ def fit(
     steps: Steps = None,
     sample: Sample = 16384,
     full: Full = False,
+    ledger: Ledger = Path("forecasts/ledger.jsonl"),
     device: Device = "auto",
     threads: Threads = 0,
     json_: Json = False,
@@ -137,8 +139,8 @@ def fit(
 
     started = time.monotonic()
     chosen = tuple(include or ()), tuple(exclude or ())
-    fitted, bytes_read = _fit(_Reading(directory, *chosen, steps, None if full else sample, device, threads, quiet))
-    from farcast_cli.backtest import coherence
+    fitted, bytes_read = _fit(_Reading(directory, *chosen, steps, None if full else sample, ledger, device, threads, quiet))
+    from farcast_cli.backtest import coherence, recent_coherence
     from farcast_cli.fitted import save_fitted
     from farcast_cli.timeline import Timeline
 
@@ -149,14 +151,18 @@ def fit(
     else:
         render.paths([output])
     if not quiet:
-        steady = coherence(fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1])))
+        gram, timeline = fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1]))
+        steady = coherence(gram, timeline), recent_coherence(gram, timeline)
         render.fit_summary(fitted, bytes_read=bytes_read, seconds=seconds, steady=steady, verbose=verbose)
 
 
 @app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
 def backtest(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
-    horizon: Annotated[str | None, typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead.")] = None,
+    horizon: Annotated[
+        str | None,
+        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; some shares of the history by default."),
+    ] = None,
     forecaster: Forecaster = Path("forecaster.safetensors"),
     purpose: PurposeOption = "resume",
     method: Method = None,
@@ -165,6 +171,7 @@ def backtest(
     steps: Steps = None,
     sample: Sample = 16384,
     full: Full = False,
+    ledger: Ledger = Path("forecasts/ledger.jsonl"),
     device: Device = "auto",
     threads: Threads = 0,
     json_: Json = False,
@@ -177,29 +184,33 @@ def backtest(
     prepare_torch(device)
     from farcast_cli import render
     from farcast_cli.backtest import Purpose, coherence, decide, score
+    from farcast_cli.choice import choose_method, usual_horizons
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecaster import Task
-    from farcast_cli.job import DEFAULT_METHOD
-    from farcast_cli.methods import METHODS, find_method
+    from farcast_cli.methods import METHODS
     from farcast_cli.timeline import Timeline
 
     aim: Purpose = one_of("for", purpose, Purpose)
-    chosen = find_method(method or DEFAULT_METHOD[aim])
     if directory:
         patterns = tuple(include or ()), tuple(exclude or ())
-        fitted, _ = _fit(_Reading(directory, *patterns, steps, None if full else sample, device, threads, quiet))
+        fitted, _ = _fit(_Reading(directory, *patterns, steps, None if full else sample, ledger, device, threads, quiet))
     else:
         fitted = load_fitted(forecaster)
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
     gram, judged = fitted.judged()
+    horizons = horizons or usual_horizons(timeline)
     tasks = {h: Task(gram, judged, timeline, float(h), device=device_name(device)) for h in horizons}
-    decisions = {h: decide(chosen, task, aim) for h, task in tasks.items()}
-    scores = score([find_method(method)] if method else list(METHODS.values()), tasks[horizons[0]], horizons)
+    chosen = {h: choose_method(method, task, aim) for h, task in tasks.items()}
+    decisions = {h: (chosen[h][0].name, decide(chosen[h][0], task, aim)) for h, task in tasks.items()}
+    shown = METHODS.values() if method in {None, "auto"} else {found.name: found for found, _ in chosen.values()}.values()
+    scores = score(list(shown), tasks[horizons[0]], horizons)
     steady = coherence(gram, timeline)
     if json_:
         render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions))
     else:
         render.backtest_table(fitted.steps[-1], steady, scores, decisions)
+        for why in dict.fromkeys(why for _, why in chosen.values() if why):
+            render.note(f"auto: {why}")
         for known in METHODS.values() if verbose else ():
             render.note(f"{known.name}: {known.summary}")
 
@@ -211,7 +222,11 @@ def backtest(
 def predict(
     horizon: Annotated[
         str | None,
-        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; several are written in one pass."),
+        typer.Option(
+            envvar=env("HORIZON"),
+            metavar="N[,N...]",
+            help="Steps ahead; several are written in one pass. What the evidence supports by default.",
+        ),
     ] = None,
     to_step: Annotated[int | None, typer.Option(envvar=env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
     forecaster: Forecaster = Path("forecaster.safetensors"),
@@ -278,6 +293,7 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")
     ] = False,
+    ledger: Ledger = Path("forecasts/ledger.jsonl"),
     dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
@@ -318,6 +334,7 @@ def predict(
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
+        ledger=ledger,
         device=device_name(device),
         num_threads=num_threads,
         evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
@@ -382,6 +399,7 @@ class _Reading:
     exclude: tuple[str, ...]
     steps: str | None
     num_samples: int | None
+    ledger: Path
     device: str
     threads: int
     quiet: bool
@@ -399,10 +417,12 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
     from farcast_cli import render
     from farcast_cli.fitted import fit as run
     from farcast_cli.gram import bytes_to_sample
-    from farcast_cli.predict import DEFAULT_FOLDER
-    from farcast_cli.sidecar import leaps_within
+    from farcast_cli.ledger import History, read_leaps, since_last_leap
 
-    render.fit_cautions(trajectory, leaps_within(trajectory, DEFAULT_FOLDER), quiet=reading.quiet)
+    leaps = read_leaps(reading.ledger, trajectory.directory)
+    history = History(trajectory, None, 0) if wanted else since_last_leap(trajectory, leaps, minimum=MIN_SNAPSHOTS)
+    render.fit_cautions(trajectory, history, leaps if wanted else (), quiet=reading.quiet)
+    trajectory = history.trajectory
     done = []
     with render.progress(quiet=reading.quiet) as progress:
         told = progress("fit", bytes_to_sample(trajectory.snapshots, reading.num_samples))
@@ -415,6 +435,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
             trajectory,
             include=reading.include,
             exclude=reading.exclude,
+            leap=history.leap,
             num_samples=reading.num_samples,
             device=torch.device(device_name(reading.device)),
             num_threads=num_threads,

@@ -23,6 +23,7 @@ from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, Sna
 from farcast_cli.gram import Gram, Sample, accumulate
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.writer import staged
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Provenance(BaseModel):
     tensors: tuple[TensorRecord, ...]
     copied: tuple[CopiedRecord, ...]
     num_samples: int | None
+    leap: Leap | None = None
+    """The leap that the run resumed from and after which the history begins."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     checksum: str = ""
@@ -99,9 +102,16 @@ class Fitted:
 
     def judged(self) -> tuple[Gram, Sample]:
         """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
-        names = [record.name.rpartition(".")[2] for record in self.provenance.tensors]
-        chosen = np.array([name not in {"running_mean", "running_var"} for name in names])
+        chosen = ~self._batch_norm()
         return (self.gram.select(chosen), self.sample.select(chosen)) if chosen.any() else (self.gram, self.sample)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return bool(self._batch_norm().any())
+
+    def _batch_norm(self) -> NDArray[np.bool_]:
+        """Which tensors are BatchNorm's running statistics, (K,)."""
+        return np.array([r.name.rpartition(".")[2] in {"running_mean", "running_var"} for r in self.provenance.tensors])
 
     def index_of(self, step: int) -> int:
         """The index of the snapshot of a step."""
@@ -115,6 +125,7 @@ def fit(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    leap: Leap | None = None,
     num_samples: int | None,
     device: torch.device | None = None,
     num_threads: int = 1,
@@ -144,6 +155,7 @@ def fit(
         tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name) for e in last),
         copied=tuple(CopiedRecord(name=c.name, reason=c.reason) for c in alignment.copied),
         num_samples=num_samples,
+        leap=leap,
         include=tuple(include),
         exclude=tuple(exclude),
     )
@@ -189,8 +201,10 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
 
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
-    relative = os.path.relpath(fitted.directory.resolve(), path.parent.resolve())
-    provenance = fitted.provenance.model_copy(update={"directory": relative})
+    home = path.parent.resolve()
+    provenance = fitted.provenance.model_copy(update={"directory": os.path.relpath(fitted.directory.resolve(), home)})
+    if provenance.leap:
+        provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
     if path.exists():
         _refuse_to_replace(path)
     arrays: dict[str, NDArray[Any]] = {

@@ -81,7 +81,7 @@ class Method:
     """A forecasting method: its step, how the step's norm is set by default, and a line for people.
 
     `averages` marks one that does not aim at later weights: the back-test cannot judge it, and to resume from it would
-    put a run back.
+    put a run back. `extrapolates` marks one of these that the horizon carries on beyond what it averages.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Method:
     summary: str
     max_context: int | None = None
     averages: bool = False
+    extrapolates: bool = False
 
 
 def forecast(method: Method, task: Task) -> NDArray[np.float64]:

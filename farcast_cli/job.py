@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from farcast_cli.resume import Advanced, CountersMode, OptimizerMode
 
 
-DEFAULT_METHOD: dict[Purpose, str] = {"resume": "blend", "evaluation": "k5"}
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asked `predict` for. `horizons` are steps after the origin."""
+    """What the user asked `predict` for. `horizons` are steps after the origin; none leaves it to the evidence."""
 
-    horizons: tuple[int, ...]
+    horizons: tuple[int, ...] = ()
     purpose: Purpose = "resume"
     method: str | None = None
     options: Options = field(default_factory=Options)
@@ -41,6 +38,7 @@ class Request:
     device: str = "cpu"
     num_threads: int = 1
     evaluator: Evaluator | None = None
+    ledger: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,8 @@ class Outcome:
     origin_step: int
     method: str
     decision: Decision
+    chosen: tuple[str, ...] = ()
+    """What was chosen for the user, and why."""
     path: Path | None = None
     num_forecast: int = 0
     num_copied: int = 0

@@ -27,7 +27,11 @@ RIDGE = 1e-2  # of the mean eigenvalue; a regression's shrinkage, flat between 1
 NUM_FLOWS = 4  # k5 reads five points of the history, hence four moves between them
 SCALES = (1 / 8, 1 / 4, 1 / 2)  # of the history: the windows of `window-means`, the longest is its recent half
 WINDOW_CONTEXT = 16  # snapshots that they are taken from; within .01 of the ratio with all of them
-AVERAGED = 5  # snapshots in an average (LAWA)
+AVERAGED = 5  # snapshots in each of the averages that `average-extrapolate` goes through (LAWA)
+MAX_AVERAGED = 20  # snapshots in an average: each is a file to read
+NOISE_WEIGHT = 4.0  # of the noise against the lag in an average: the loss is steeper along noise than along the drift
+TREND_WINDOW = 0.5  # of the history; .3 leaves more noise, and more bends
+MAX_TREND = 24  # snapshots that a trend goes through; its noise falls with their number
 LINE_FIT = 5  # snapshots that `line-fit` goes through; of 3, 5, 10 and 20 the best on most of the small runs
 ACCELERATED = 10  # moves that `accelerate` combines, and
 ACCELERATE_RIDGE = 1e-8  # its ridge, of the largest eigenvalue: both as in its source's own runs
@@ -178,14 +182,57 @@ def lfd2(task: Task) -> NDArray[np.float64]:
 
 
 def average(task: Task) -> NDArray[np.float64]:
-    """The mean of the last five snapshots: Delta = mean(w) - w_s. To evaluate or ship, never to resume from.
+    """The mean of the last k snapshots: Delta = mean(w) - w_s. To evaluate or ship, never to resume from.
 
-    Source: latest weight averaging, LAWA (Kaddour, arXiv 2209.14981).
+        k = argmin 4 sigma^2 / k + ||v||^2 ((k - 1) / 2)^2,   2 <= k <= 20
+
+    with the drift v per snapshot and the noise sigma^2 around it from a line through the recent half of the history, all
+    tensors together: a longer average has less noise and lags further behind. The noise counts four times, because it
+    lies in directions in which the loss is steep and the drift in flat ones (measured, docs/results.md).
+
+    Source: latest weight averaging, LAWA (Kaddour, arXiv 2209.14981). The choice of k is ours.
     """
     timeline = task.timeline
-    last = timeline.steps[timeline.steps <= timeline.origin][-AVERAGED:]
-    mean = np.mean([timeline.at(float(step)) for step in last], axis=0)
+    places = timeline.places[-averaging_window(task) :]
+    mean = np.mean([timeline.at(place) for place in places], axis=0)
     return every_tensor(mean - timeline.at(timeline.origin), task)
+
+
+def averaging_window(task: Task) -> int:
+    """How many of the last snapshots `average` takes; see there."""
+    places = _recent(task.timeline, TREND_WINDOW)
+    total = task.gram.matrix.sum(axis=0)
+    points = np.stack([task.timeline.at(place) for place in places])  # (P, R)
+    times = np.arange(len(places)) - (len(places) - 1) / 2
+    slope = times @ points / (times @ times)
+    residuals = points - points.mean(axis=0) - np.outer(times, slope)
+    noise = np.einsum("pr,rq,pq->", residuals, total, residuals) / max(1, len(places) - 2)
+    counts = np.arange(2, min(MAX_AVERAGED, len(task.timeline.places)) + 1)
+    error = NOISE_WEIGHT * noise / counts + (slope @ total @ slope) * ((counts - 1) / 2) ** 2
+    return int(counts[np.argmin(error)])
+
+
+def trend(task: Task) -> NDArray[np.float64]:
+    """The least-squares line through the recent half of the history, at s + h: Delta = line(s + h) - w_s.
+
+        line(t) = wbar + (t - tbar) sum_j (t_j - tbar) w_j / sum_j (t_j - tbar)^2,   t_j in [s - L/2, s], at most 24
+
+    Where an average lags behind by half its window, the line ends where the run is, without its noise. To evaluate or
+    ship, never to resume from. Ours; a least-squares line is old.
+    """
+    timeline = task.timeline
+    places = np.array(_recent(timeline, TREND_WINDOW))
+    places = places[np.linspace(0, len(places) - 1, min(len(places), MAX_TREND)).round().astype(int)]
+    middle = float(places.mean())
+    mean = np.mean([timeline.at(float(place)) for place in places], axis=0)
+    reach = timeline.origin + task.horizon - middle
+    return every_tensor(mean + reach * timeline.slope_over([*places]) - timeline.at(timeline.origin), task)
+
+
+def _recent(timeline: Timeline, share: float) -> list[float]:
+    """The snapshots of the last share of the history, three at least."""
+    inside = [place for place in timeline.places if place >= timeline.origin - share * timeline.length]
+    return inside if len(inside) >= 3 else timeline.places[-3:]  # noqa: PLR2004 - two have no noise around their line
 
 
 def average_extrapolate(task: Task) -> NDArray[np.float64]:
@@ -243,7 +290,15 @@ METHODS = {
     method.name: method
     for method in (
         Method("blend", blend, "free", "mean of drift and k5: the default to resume from", MAX_CONTEXT),
-        Method("k5", k5, "clip", "ridge regression on five points of the history: the default for evaluation"),
+        Method("k5", k5, "clip", "ridge regression on five points of the history: the default for later weights as such"),
+        Method(
+            "trend",
+            trend,
+            "free",
+            "the end of a line through the recent half: the default to evaluate, never to resume",
+            averages=True,
+            extrapolates=True,
+        ),
         Method(
             "window-means",
             window_means,
@@ -257,7 +312,13 @@ METHODS = {
         Method("line-fit", line_fit, "free", "the least-squares slope of the last five snapshots, continued"),
         Method("rank-1", rank_1, "free", "a line in the coefficient of the first singular vector (RELEX)", MAX_CONTEXT),
         Method("average-extrapolate", average_extrapolate, "free", "a line through two consecutive averages (Extra-Merge)"),
-        Method("average", average, "free", "mean of the last five snapshots: to evaluate, never to resume", averages=True),
+        Method(
+            "average",
+            average,
+            "free",
+            "mean of the last snapshots, as many as the evidence favours: to evaluate, never to resume",
+            averages=True,
+        ),
         Method(
             "accelerate",
             accelerate,

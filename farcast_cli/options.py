@@ -83,10 +83,18 @@ Steps = Annotated[
     ),
 ]
 Sample = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
+Ledger = Annotated[
+    Path,
+    typer.Option(
+        envvar=env("LEDGER"), metavar="FILE", help="Where predict records what may be resumed from, and fit looks it up."
+    ),
+]
 Full = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values.")]
 Method = Annotated[
     str | None,
-    typer.Option(envvar=env("METHOD"), metavar="NAME", help="blend, k5, drift, lfd2, line, average or persistence."),
+    typer.Option(
+        envvar=env("METHOD"), metavar="NAME", help="A method by its name (backtest shows them), or auto: by evidence."
+    ),
 ]
 PurposeOption = Annotated[
     str,
@@ -106,7 +114,10 @@ StepNormOption = Annotated[
     ),
 ]
 ScopeOption = Annotated[
-    str, typer.Option(envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (k5, lfd2).")
+    str,
+    typer.Option(
+        envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (the methods that fit)."
+    ),
 ]
 GradWeight = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
 
@@ -127,16 +138,16 @@ def one_of(option: str, value: str, allowed: Any) -> Any:
 
 
 def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
-    if (horizon is None) == (to_step is None):
-        found = "neither" if horizon is None else "both"
+    if horizon is not None and to_step is not None:
         raise UsageError(
-            f"expected --horizon N (steps ahead) or --to-step N, found {found}", hint="farcast predict --horizon 1000"
+            "expected --horizon N (steps ahead) or --to-step N, found both", hint="farcast predict proposes a horizon itself"
         )
 
 
 def parse_horizons(text: str | None) -> tuple[int, ...]:
+    """The horizons of an option; none where it is not given."""
     if text is None:
-        raise UsageError("expected --horizon N[,N...], steps ahead", hint="farcast backtest --horizon 500,1000")
+        return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from farcast_cli.backtest import LOSS_JUMP, decide
+from farcast_cli.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
-from farcast_cli.forecaster import Task, forecast
-from farcast_cli.job import DEFAULT_METHOD, Outcome, Prepared, Request
+from farcast_cli.forecaster import Method, Task, forecast
+from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.ledger import Leap, record_leap
 from farcast_cli.methods import find_method
 from farcast_cli.plan import Rewrite, forecast_name, plan_outputs
 from farcast_cli.resume import HISTORY, advance, advance_batch_counts
@@ -59,13 +61,16 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
-    method = find_method(request.method or DEFAULT_METHOD[request.purpose])
+    steps_left = _steps_left(fitted, request)
+    method, request, notes = _settle(fitted, request, steps_left)
     tasks = [_task(fitted, request, horizon) for horizon in request.horizons]
-    gram, sample = fitted.judged()
-    decisions = [decide(method, replace(task, gram=gram, sample=sample), request.purpose) for task in tasks]
+    decisions = [decide(method, _judged(fitted, task), request.purpose) for task in tasks]
     origin_step = int(tasks[0].timeline.origin)
+    if steps_left is not None and steps_left <= 1:
+        reason = f"the run ends at step {origin_step + steps_left}, and a leap needs training after it"
+        decisions = [replace(decision, verdict="abstain", reason=reason) for decision in decisions]
     outcomes = [
-        Outcome(horizon, origin_step, method.name, decision)
+        Outcome(horizon, origin_step, method.name, decision, notes)
         for horizon, decision in zip(request.horizons, decisions, strict=True)
     ]
     chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
@@ -77,6 +82,30 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     for index, outcome in zip(chosen, written, strict=True):
         outcomes[index] = outcome
     return outcomes
+
+
+def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[Method, Request, tuple[str, ...]]:
+    """The method, the request with its horizons, and what was chosen for the user in words."""
+    notes = []
+    default = default_method(request.purpose, horizon=request.horizons[0] if request.horizons else None)
+    first = _judged(fitted, _task(fitted, request, request.horizons[0] if request.horizons else 1))
+    after_leap = fitted.provenance.leap is not None
+    if not request.horizons:
+        known = find_method(request.method) if request.method not in {None, AUTO} else default
+        horizon = propose_horizon(known, first, request.purpose, after_leap=after_leap, steps_left=steps_left)
+        first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
+        since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
+        share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
+        notes.append(f"horizon {horizon}: {share if horizon else 'the run as it is at its last snapshot'}")
+    method, why = choose_method(request.method, first, request.purpose) if request.method else (default, "")
+    if why:
+        notes.append(f"method {method.name}: {why}")
+    return method, request, tuple(notes)
+
+
+def _judged(fitted: Fitted, task: Task) -> Task:
+    gram, sample = fitted.judged()
+    return replace(task, gram=gram, sample=sample)
 
 
 def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome]) -> list[str]:
@@ -98,6 +127,11 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
             )
         if outcome.path and request.purpose == "evaluation":
             notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
+            if fitted.has_batch_norm:
+                notes.append(
+                    "BatchNorm's statistics were carried over with the weights; torch.optim.swa_utils.update_bn, or a pass"
+                    " over training data in training mode, makes them exact"
+                )
     return list(dict.fromkeys(notes))
 
 
@@ -111,7 +145,7 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
         raise UsageError(f"--origin {request.origin_step}: the first snapshot has no history")
     if not (math.isfinite(request.options.scale) and request.options.scale > 0):
         raise UsageError(f"--scale {request.options.scale}: expected a positive number")
-    if horizon <= 0:
+    if horizon < (request.purpose == "resume"):
         raise UsageError(f"horizon {horizon}: expected a step after the origin, {int(steps[last])}")
     timeline = Timeline(steps, float(steps[last]))
     return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device)
@@ -203,16 +237,33 @@ def _check_outside(place: Path, run: Path) -> None:
 
 def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
     """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid = origin.step + horizon
+    valid, (path, total) = origin.step + horizon, _last_step(origin)
+    if request.counters == "advance" and total is not None and total <= valid:
+        longest = total - origin.step - 1
+        raise UsageError(
+            f"step {valid} is not before the end of the run: {path} says max_steps = {total}",
+            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
+            + "--counters keep leaps the weights alone; --for evaluation does not resume",
+        )
+
+
+def _last_step(origin: Snapshot) -> tuple[str, int | None]:
+    """The step at which the run ends, where its trainer's state tells, and the file that does."""
     for part in origin.parts:
-        if part.role == "trainer-state" and request.counters == "advance" and isinstance(part.content, dict):
+        if part.role == "trainer-state" and isinstance(part.content, dict):
             total = part.content.get("max_steps")
-            if isinstance(total, int) and 0 < total <= valid:
-                raise UsageError(
-                    f"step {valid} is not before the end of the run: {part.path} says max_steps = {total}",
-                    hint=f"--horizon {max(1, total - origin.step - 1)} or less; --counters keep leaps the weights alone;"
-                    " --for evaluation does not resume",
-                )
+            if isinstance(total, int) and total > 0:
+                return str(part.path), total
+    return "", None
+
+
+def _steps_left(fitted: Fitted, request: Request) -> int | None:
+    """How many steps the run still has before it, where its trainer's state tells and a proposal needs to know."""
+    if request.horizons or request.purpose != "resume" or request.counters != "advance":
+        return None
+    origin = reopen(fitted, _origin_index(fitted, request))
+    total = _last_step(origin)[1]
+    return None if total is None else total - origin.step
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -225,10 +276,13 @@ def _write(
         return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
     if request.evaluator is not None:
         with ExitStack() as stack:  # one for all horizons: a command that fails on the last publishes none
-            return [
+            finished = [
                 _write_best(_only(prepared, index), outcome, request, fitted, stack=stack, progress=progress)
                 for index, outcome in enumerate(outcomes)
             ]
+            for outcome in finished:
+                _record(outcome, request, fitted)
+            return finished
     with ExitStack() as stack:
         places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
         notes = [_enter(stack, prepared, target) for target in prepared.targets]
@@ -239,7 +293,22 @@ def _write(
         finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
         for index, (place, note) in enumerate(zip(places, notes, strict=True)):
             write_sidecar(place, note, compose(prepared, finished[index], request, fitted))
+            _record(finished[index], request, fitted)
     return finished
+
+
+def _record(outcome: Outcome, request: Request, fitted: Fitted) -> None:
+    """Enter a checkpoint to resume from into the ledger, before it is published: a leap must not go unnoticed."""
+    if request.ledger is None or request.purpose != "resume" or outcome.path is None:
+        return
+    leap = Leap(
+        run=str(fitted.directory.resolve()),
+        origin_step=outcome.origin_step,
+        valid_step=outcome.valid_step,
+        counters=request.counters,
+        forecast=str(outcome.path.resolve()),
+    )
+    record_leap(request.ledger, leap)
 
 
 def _enter(stack: ExitStack, prepared: Prepared, target: Path) -> Path | None:

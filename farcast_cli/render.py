@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -20,7 +21,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from rich.console import RenderableType
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from farcast_cli.errors import FarcastError
     from farcast_cli.fitted import Fitted
     from farcast_cli.job import Outcome
+    from farcast_cli.ledger import History, Leap
     from farcast_cli.trajectory import Trajectory
     from farcast_cli.verify import Verification
 
@@ -213,18 +214,26 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]]) -> 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
-def fit_cautions(trajectory: Trajectory, leaps: Sequence[tuple[Path, int]], *, quiet: bool) -> None:
+def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], *, quiet: bool) -> None:
     """What a person should know of the folder before its run is forecast."""
     folder = shlex.quote(str(trajectory.directory))
     if trajectory.ignored:
         entries = "entry of the folder is" if len(trajectory.ignored) == 1 else "entries of the folder are"
         note(f"{len(trajectory.ignored)} {entries} not part of the run: farcast inspect {folder}", quiet=quiet)
-    for path, valid_step in leaps:
+    if history.leap:
         note(
-            f"note: {path} was forecast from this run, for step {valid_step}: if training resumed from it, the leap would"
-            f" pass for movement; farcast fit {folder} --steps {valid_step}: reads what came after",
+            f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
+            f" fitted on the {len(history.trajectory.snapshots)} snapshots since, without {history.num_before} before it"
+            " (--steps A:B chooses otherwise)",
             quiet=quiet,
         )
+    for leap in unused:
+        if trajectory.steps[0] <= leap.resumes_after < trajectory.steps[-1]:
+            note(
+                f"note: {Path(leap.forecast).name} was forecast from this run: if training resumed from it, the leap at step"
+                f" {leap.resumes_after} passes for movement in the steps chosen",
+                quiet=quiet,
+            )
 
 
 def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:
@@ -232,6 +241,7 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
         "forecaster": str(path),
         "origin_step": fitted.steps[-1],
         "num_snapshots": len(fitted.steps),
+        "leap": fitted.provenance.leap.resumes_after if fitted.provenance.leap else None,
         "num_tensors": len(fitted.provenance.tensors),
         "sampled": fitted.provenance.num_samples,
         "bytes_read": bytes_read,
@@ -239,7 +249,9 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
     }
 
 
-def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: float, verbose: bool = False) -> None:
+def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tuple[float, float], verbose: bool = False) -> None:
+    from farcast_cli.backtest import COHERENCE_GATE
+
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
@@ -248,18 +260,19 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: floa
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {number(steady)} (the run's drift in its first half against its second; above .1 a forecast is worth"
-        " resuming from)"
+        f"coherence S = {number(steady[0])}, {number(steady[1])} in the recent half (does the run still move as it did;"
+        f" above {COHERENCE_GATE:g} a forecast is worth resuming from)"
     )
     for copied in record.copied if verbose else ():
         note(f"  copied {copied.name}: {copied.reason}")
-    span = fitted.steps[-1] - fitted.steps[0]
-    note(f"next: farcast backtest --horizon {max(1, span // 4)}, or farcast predict --horizon {max(1, span // 4)}")
+    note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
 
 
-def backtest_json(origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, Decision]) -> dict[str, Any]:
+def backtest_json(
+    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+) -> dict[str, Any]:
     best = min(scores, key=lambda score: score.ratio, default=None)
-    verdicts = {str(horizon): decision.verdict for horizon, decision in decisions.items()}
+    verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return {
         "origin_step": origin_step,
         "coherence": steady,
@@ -268,10 +281,16 @@ def backtest_json(origin_step: int, steady: float, scores: Sequence[Score], deci
         ],
         "best": {"method": best.method, "horizon": best.horizon, "ratio": best.ratio} if best else None,
         "verdict": next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
+        "decisions": [
+            {"horizon": horizon, "method": method, "verdict": d.verdict, "ratio": d.ratio, "reason": d.reason}
+            for horizon, (method, d) in decisions.items()
+        ],
     }
 
 
-def backtest_table(origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, Decision]) -> None:
+def backtest_table(
+    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+) -> None:
     console = stdout()
     console.print(f"back-test at origin {origin_step}: error against doing nothing (0 perfect, 1 no better)")
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -288,8 +307,8 @@ def backtest_table(origin_step: int, steady: float, scores: Sequence[Score], dec
         )
     console.print(table)
     console.print(f"coherence S = {steady:.2f}" if math.isfinite(steady) else "coherence S: too few snapshots")
-    for horizon, decision in decisions.items():
-        console.print(f"horizon {horizon}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
+    for horizon, (method, decision) in decisions.items():
+        console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------
@@ -306,8 +325,10 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "ratio": decision.ratio,
         "expected_ratio": decision.expected,
         "coherence": decision.coherence,
+        "recent_coherence": decision.recent,
         "verdict": decision.verdict,
         "reason": decision.reason,
+        "chosen": list(outcome.chosen),
         "num_forecast": outcome.num_forecast,
         "num_copied": outcome.num_copied,
         "unchanged_share": None if outcome.unchanged_share is None else round(outcome.unchanged_share, 6),
@@ -333,6 +354,8 @@ def predict_json(outcomes: Sequence[Outcome], *, dry_run: bool) -> dict[str, Any
 def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
     decision = outcome.decision
     head = f"step {outcome.origin_step} + {outcome.horizon}"
+    for text in outcome.chosen:
+        note(text)
     if outcome.path is None:
         note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
     else:
@@ -344,8 +367,13 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         )
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(
-            f"expected error {number(decision.expected)} of doing nothing; back-test b = {number(decision.ratio)},"
-            f" coherence S = {number(decision.coherence)}{verdict}"
+            (
+                f"expected error {number(decision.expected)} of doing nothing"
+                if math.isfinite(decision.expected)
+                else decision.reason
+            )
+            + f"; back-test b = {number(decision.ratio)},"
+            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)}{verdict}"
         )
         for text in outcome.notes:
             note(f"note: {text}")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from farcast_cli.fitted import Fitted
     from farcast_cli.job import Outcome, Prepared, Request
-    from farcast_cli.trajectory import Trajectory
 
 
 SIDECAR = "farcast.json"
@@ -24,27 +23,6 @@ SIDECAR = "farcast.json"
 def sidecar_of(target: Path, *, is_file: bool) -> Path:
     """Where a forecast's provenance lies: inside a folder, beside a file."""
     return target.with_name(f"{target.stem}.{SIDECAR}") if is_file else target / SIDECAR
-
-
-def leaps_within(trajectory: Trajectory, folder: Path) -> list[tuple[Path, int]]:
-    """Forecasts in a folder, to resume from, that were made from this run for a step that it has passed since.
-
-    If training resumed from one, the run holds a move that training did not make, and a forecast of it would be
-    judged by itself.
-    """
-    run, last = trajectory.directory.resolve(), trajectory.steps[-1]
-    found = []
-    for path in sorted([*folder.glob(f"*.{SIDECAR}"), *folder.glob(f"*/{SIDECAR}")]):
-        try:
-            content = json.loads(path.read_text())
-            home = path.parent.parent if path.name == SIDECAR else path.parent
-            origin, target = (home / content["origin"]).resolve(), home / str(content["name"])
-            valid_step = int(content["valid_step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not one of ours, or not whole
-        if content.get("for") == "resume" and origin.parent == run and valid_step < last:
-            found.append((target, valid_step))
-    return found
 
 
 def write_sidecar(place: Path, beside: Path | None, text: str) -> None:
@@ -80,6 +58,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
         "ratio": _number(outcome.decision.ratio),
         "expected_ratio": _number(outcome.decision.expected),
         "coherence": _number(outcome.decision.coherence),
+        "recent_coherence": _number(outcome.decision.recent),
         "origin": os.path.relpath(prepared.origin.path.resolve(), home),
         "inputs": [
             {

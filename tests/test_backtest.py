@@ -12,11 +12,15 @@ import pytest
 from farcast_cli.backtest import (
     COHERENCE_GATE,
     RATIO_GATE,
+    RECENT_GATE,
+    SHORT_COHERENCE_GATE,
     Purpose,
     backtest_ratio,
     coherence,
     decide,
+    recent_coherence,
     score,
+    trend_lead,
     untestable,
 )
 from farcast_cli.forecaster import Options
@@ -181,6 +185,72 @@ def test_too_few_snapshots_or_none_that_moved_have_no_coherence() -> None:
     assert math.isnan(_coherence({"w": np.ones((12, 3))}))
 
 
+def _recent(arrays: Arrays, steps: Sequence[int], origin: float | None = None) -> float:
+    gram, _ = statistic(arrays, steps)
+    return recent_coherence(gram, Timeline(gram.steps, float(steps[-1] if origin is None else origin)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "early", "late"),
+    [
+        (tuple(range(0, 1700, 100)), slice(8, 13), slice(12, 17)),  # 800 .. 1600; 1200 is of both halves
+        (tuple(range(50, 1700, 100)), slice(8, 13), slice(12, 17)),  # 850 .. 1650
+        (tuple(range(0, 1600, 100)), slice(8, 12), slice(12, 16)),  # from 750; 1125 falls between two
+        ((0, 10, 990, 1000, 1010, 1300, 1490, 1600, 1610, 1650, 1980, 2000), slice(3, 7), slice(7, 12)),
+    ],
+)
+def test_the_recent_coherence_is_the_cosine_of_the_slopes_of_the_last_two_quarters(
+    steps: tuple[int, ...], early: slice, late: slice
+) -> None:
+    arrays = wander(14, num_snapshots=len(steps), sizes=SIZES, roughness=3)
+    whole = np.concatenate(list(arrays.values()), axis=1)
+    first, second = np.polyfit(steps[early], whole[early], 1)[0], np.polyfit(steps[late], whole[late], 1)[0]
+    expected = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    assert _recent(arrays, steps) == pytest.approx(expected, rel=ALGEBRA)
+    assert _recent(arrays, steps) != pytest.approx(_coherence(arrays, steps), abs=0.01)
+
+
+@pytest.mark.parametrize(("num_snapshots", "known"), [(12, False), (13, True), (14, False), (15, True)])
+def test_the_recent_coherence_needs_four_snapshots_in_each_of_its_quarters(num_snapshots: int, known: bool) -> None:  # noqa: FBT001
+    """Of thirteen, the middle one counts in both quarters; where the middle falls between two, it takes fifteen."""
+    steps = tuple(range(0, 100 * num_snapshots, 100))
+    arrays = wander(15, num_snapshots=num_snapshots, sizes=SIZES)
+    assert math.isnan(_recent(arrays, steps)) != known
+
+
+def test_the_recent_coherence_sees_nothing_after_the_origin_and_nothing_before_its_half() -> None:
+    steps = tuple(range(0, 2500, 100))
+    arrays = wander(16, num_snapshots=25, sizes=SIZES)
+    other = {key: values.copy() for key, values in arrays.items()}
+    for values in other.values():
+        values[:8] += np.random.default_rng(16).normal(size=values[:8].shape)
+        values[17:] = 1000.0
+    assert _recent(other, steps, 1600.0) == pytest.approx(_recent(arrays, steps, 1600.0), rel=1e-6)  # beside a larger path
+
+
+def test_a_run_that_never_moved_has_no_recent_coherence() -> None:
+    assert math.isnan(_recent({"w": np.ones((20, 3))}, range(20)))
+
+
+@pytest.mark.parametrize(
+    ("whole", "recent", "lead"), [(0.46, 0.46, 0.1), (0.44, 0.9, 0.0), (0.9, 0.44, 0.0), (-1.0, 1.0, 0.0), (1.0, 1.0, 0.1)]
+)
+def test_a_trend_is_carried_on_by_a_tenth_where_both_coherences_are_clear_and_else_not_at_all(
+    whole: float, recent: float, lead: float
+) -> None:
+    task = _turning_task(whole, recent, horizon=100)
+    assert trend_lead(task.gram, task.timeline) == lead
+
+
+def test_a_trend_is_carried_on_by_what_is_known_and_not_at_all_where_nothing_is() -> None:
+    """Eleven snapshots have no recent coherence, three have none at all."""
+    for cosine, lead in ((0.46, 0.1), (0.44, 0.0)):
+        task = _steady_task(cosine)
+        assert trend_lead(task.gram, task.timeline) == lead
+    few = make_task({"w": np.arange(3.0)[:, None] * np.ones((3, 10))}, (0, 100, 200), 100)
+    assert trend_lead(few.gram, few.timeline) == 0.0
+
+
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
 
@@ -200,12 +270,78 @@ def test_the_task_for_the_verdict_has_the_asked_for_coherence() -> None:
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(1e-6, "forecast"), (-1e-6, "abstain"), (0.5, "forecast"), (-1.0, "abstain")])
+@pytest.mark.parametrize("horizon", [100, 300])
 @pytest.mark.parametrize("name", JUDGED)
-def test_to_resume_from_the_coherence_decides(name: str, above: float, verdict: str) -> None:
-    decision = decide(METHODS[name], _steady_task(COHERENCE_GATE + above), "resume")
+def test_to_resume_from_the_coherence_decides(name: str, horizon: int, above: float, verdict: str) -> None:
+    """Eleven snapshots: too few to ask the recent half by itself, and so the same is needed for a short horizon."""
+    decision = decide(METHODS[name], _steady_task(COHERENCE_GATE + above, horizon=horizon), "resume")
     assert decision.verdict == verdict
     assert decision.coherence == pytest.approx(COHERENCE_GATE + above, abs=ALGEBRA)
-    assert decision.reason == f"coherence S = {COHERENCE_GATE + above:.2f}, needed 0.1"
+    assert math.isnan(decision.recent)
+    assert decision.reason == f"coherence S = {COHERENCE_GATE + above:.2f}, needed {COHERENCE_GATE:g}"
+
+
+def _turning_task(whole: float, recent: float, *, horizon: float, num_snapshots: int = 17) -> Task:
+    """A run that turns at its half and at three quarters, so that it has the asked-for S over all of it and of late.
+
+    The first half moves along u, the third quarter along a and the last along b, with cos(a, b) = `recent` and equal
+    speeds: the slope of the second half lies along a + b, at the angle to u that `whole` asks for.
+    """
+    steps = np.linspace(0, 1600, num_snapshots)
+    leaving = np.clip(steps, 0, 800), np.clip(steps - 800, 0, 400), np.clip(steps - 1200, 0, 400)
+    half = np.arccos(recent) / 2
+    early = np.array([whole, 0.0, np.sqrt(1 - whole**2)])
+    third, fourth = (np.array([np.cos(half), side * np.sin(half), 0.0]) for side in (1, -1))
+    path = sum(np.outer(time, way) for time, way in zip(leaving, (early, third, fourth), strict=True))
+    return make_task({"w": np.tile(path, (1, 500))}, tuple(steps.astype(int).tolist()), horizon)
+
+
+@pytest.mark.parametrize(("whole", "recent"), [(0.0, 0.5), (0.9, 0.1), (-0.5, 0.9)])
+def test_the_turning_run_has_the_asked_for_coherences(whole: float, recent: float) -> None:
+    task = _turning_task(whole, recent, horizon=100)
+    assert coherence(task.gram, task.timeline) == pytest.approx(whole, abs=ALGEBRA)
+    assert recent_coherence(task.gram, task.timeline) == pytest.approx(recent, abs=ALGEBRA)
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain")])
+@pytest.mark.parametrize(
+    ("horizon", "gate"),
+    [(100, SHORT_COHERENCE_GATE), (400, SHORT_COHERENCE_GATE), (401, COHERENCE_GATE), (2400, COHERENCE_GATE)],
+)
+def test_up_to_a_quarter_of_the_history_less_is_needed_where_the_recent_half_vouches_for_it(
+    horizon: int, gate: float, above: float, verdict: str
+) -> None:
+    """By `line-fit`, whose b is small where only the last quarter goes on."""
+    decision = decide(METHODS["line-fit"], _turning_task(gate + above, 0.9, horizon=horizon), "resume")
+    assert (decision.verdict, decision.reason) == (verdict, f"coherence S = {gate + above:.2f}, needed {gate:g}")
+    assert decision.recent == pytest.approx(0.9, abs=ALGEBRA)
+
+
+@pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain"), (-1.0, "abstain")])
+@pytest.mark.parametrize("horizon", [100, 401, 2400])
+def test_with_enough_snapshots_the_recent_half_must_be_coherent_too_at_every_horizon(
+    horizon: int, above: float, verdict: str
+) -> None:
+    recent = RECENT_GATE + above
+    decision = decide(METHODS["line-fit"], _turning_task(0.9, recent, horizon=horizon), "resume")
+    assert decision.verdict == verdict
+    assert decision.recent == pytest.approx(recent, abs=ALGEBRA)
+    assert decision.coherence == pytest.approx(0.9, abs=ALGEBRA)
+    if verdict == "abstain":
+        assert decision.reason == f"coherence S = {recent:.2f} in the recent half, needed {RECENT_GATE:g}"
+
+
+@pytest.mark.parametrize("horizon", [50, 400, 800, 1600])
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_run_that_moved_early_and_only_diffuses_now_is_not_forecast(name: str, horizon: int) -> None:
+    """It stopped two thirds through its history, so that both halves show the move: S alone would let it pass."""
+    random, steps = np.random.default_rng(13), np.arange(0, 4100, 100)
+    moved = (np.minimum(steps, 2600) / 100)[:, None] * random.normal(size=4000)
+    diffused = 0.5 * np.cumsum(random.normal(size=(41, 4000)), axis=0)
+    decision = decide(METHODS[name], make_task({"w": moved + diffused}, tuple(steps.tolist()), horizon), "resume")
+    assert decision.coherence > 0.7
+    assert decision.recent < RECENT_GATE
+    assert decision.verdict == "abstain"
 
 
 def _random_walk(steps: Sequence[int], horizon: int, *, seed: int, size: int = 5000) -> Task:
@@ -221,6 +357,19 @@ def test_a_random_walk_passes_no_gate_however_short_the_horizon(name: str, horiz
         task = _random_walk(range(100, 1300, 100), horizon, seed=seed)
         assert decide(METHODS[name], task, "evaluation").verdict == "abstain"
         assert decide(METHODS[name], task, "resume").verdict == "abstain"
+
+
+@pytest.mark.parametrize("lead", [0.02, 0.1, 0.25, 0.5, 1.0, 1.4])
+@pytest.mark.parametrize("num_snapshots", [8, 20, 40])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_random_walk_is_never_resumed_from_however_long_its_history(num_snapshots: int, lead: float, seed: int) -> None:
+    """At no lead, with the recent half in sight (20 and 40 snapshots) or not (8)."""
+    steps = range(100, 100 * num_snapshots + 1, 100)
+    task = _random_walk(steps, max(1, round(lead * (steps[-1] - steps[0]))), seed=seed, size=20_000)
+    for name in ("blend", "drift", "line", "k5"):
+        decision = decide(METHODS[name], task, "resume")
+        assert decision.verdict == "abstain"
+        assert math.isnan(decision.recent) == (num_snapshots == 8)
 
 
 @pytest.mark.parametrize("steps", [(0, 100, 200, 300, 400, 500, 600, 2000), (1, 3, 10, 30, 100, 300, 1000)])
@@ -296,12 +445,43 @@ def test_persistence_always_passes(purpose: Purpose) -> None:
     assert (decision.verdict, decision.ratio) == ("forecast", 1.0)
 
 
+@pytest.mark.parametrize("horizon", [1, 300, 1500])
 @pytest.mark.parametrize("name", ["average", "accelerate"])
-def test_an_average_passes_to_evaluate_and_never_to_resume_from(name: str) -> None:
+def test_an_average_passes_to_evaluate_and_never_to_resume_from(name: str, horizon: int) -> None:
     for cosine in (-1.0, 1.0):
-        task = _steady_task(cosine)
-        assert decide(METHODS[name], task, "evaluation").verdict == "forecast"
+        task = _steady_task(cosine, horizon=horizon)
+        evaluated = decide(METHODS[name], task, "evaluation")
+        assert evaluated.verdict == "forecast"
+        assert math.isnan(evaluated.expected)  # there are no later weights that it would be compared with
         assert decide(METHODS[name], task, "resume").verdict == "abstain"
+
+
+@pytest.mark.parametrize(("cosine", "horizon"), [(-1.0, 0), (0.4, 1), (1.0, 0), (1.0, 100), (1.0, 101)])
+def test_a_trend_passes_to_evaluate_as_far_as_it_says_where_the_run_is(cosine: float, horizon: int) -> None:
+    """A step of grace, for a tenth of the history that was rounded."""
+    decision = decide(METHODS["trend"], _steady_task(cosine, horizon=horizon), "evaluation")
+    assert (decision.verdict, decision.reason) == ("forecast", "an average of snapshots, not a forecast: b does not judge it")
+
+
+@pytest.mark.parametrize(
+    ("task", "verdict"),
+    [(_steady_task(1.0, horizon=102), "forecast"), (_random_walk(range(100, 1300, 100), 2, seed=0), "abstain")],
+    ids=["straight", "random walk"],
+)
+def test_a_trend_that_is_carried_on_further_is_judged_by_its_ratio(task: Task, verdict: str) -> None:
+    decision = decide(METHODS["trend"], task, "evaluation")
+    assert decision.verdict == verdict
+    assert decision.ratio == backtest_ratio(METHODS["trend"], task)
+    assert decision.reason.startswith("back-test ratio b = ")
+
+
+@pytest.mark.parametrize("horizon", [1, 100, 500])
+def test_a_trend_is_never_resumed_from(horizon: int) -> None:
+    decision = decide(METHODS["trend"], _steady_task(1.0, horizon=horizon), "resume")
+    assert (decision.verdict, decision.reason) == (
+        "abstain",
+        "resuming from an average puts a run back: it is for evaluation",
+    )
 
 
 @pytest.mark.parametrize("name", JUDGED)

@@ -112,6 +112,7 @@ def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, cal
         "forecaster": "forecaster.safetensors",
         "origin_step": 800,
         "num_snapshots": 8,
+        "leap": None,
         "num_tensors": 4,
         "sampled": 16384,
         "bytes_read": 8 * 4 * (40 * 16 + 16 * 16 + 16 + 16),
@@ -141,6 +142,11 @@ def test_backtest_reports_the_promised_keys(work: Path, call_cli: CallCli) -> No
     assert found["k5", 100] < 0.5
     assert content["best"]["ratio"] == min(found.values())
     assert content["verdict"] == {"100": "forecast", "200": "forecast"}
+    decisions = [(d["horizon"], d["method"], d["verdict"]) for d in content["decisions"]]
+    assert decisions == [(100, "blend", "forecast"), (200, "blend", "forecast")]
+    for decision in content["decisions"]:
+        assert decision["ratio"] == found["blend", decision["horizon"]]
+        assert decision["reason"].startswith("coherence S = ")
 
 
 def test_backtest_of_one_horizon_gives_one_verdict(work: Path, call_cli: CallCli) -> None:
@@ -166,11 +172,100 @@ def test_predict_reports_the_promised_keys(work: Path, call_cli: CallCli) -> Non
     assert (content["method"], content["verdict"]) == ("blend", "forecast")
     assert 0 < content["ratio"] < 0.5
     assert 0.9 < content["coherence"] <= 1
+    assert content["recent_coherence"] is None  # eight snapshots are too few to tell
+    assert content["chosen"] == []  # step and method are as asked for, or the default
     assert (content["num_forecast"], content["num_copied"]) == (4, 0)
     assert 0 <= content["unchanged_share"] < 0.1
     assert content["bytes_read"] == 8 * 4 * (40 * 16 + 16 * 16 + 16 + 16)
     assert content["bytes_written"] == path.stat().st_size
     assert content["seconds"] >= 0
+
+
+def test_the_recent_coherence_is_told_and_kept_where_there_are_enough_snapshots(tmp_path: Path, call_cli: CallCli) -> None:
+    fit_run(make_loose_run(tmp_path / "run", range(50, 900, 50)), tmp_path / "forecaster.safetensors")
+    content = as_json(call_cli("predict", "--horizon", 100, "--json", cwd=tmp_path))
+    assert 0.5 < content["recent_coherence"] < content["coherence"]
+    sidecar = json.loads((tmp_path / "forecasts" / "step_000950.farcast.json").read_text())
+    assert sidecar["recent_coherence"] == content["recent_coherence"]
+
+
+def test_predict_without_a_horizon_goes_as_far_as_the_evidence_supports_and_says_so(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--json", cwd=work)
+    content = as_json(done)
+    assert (content["horizon"], content["path"]) == (350, "forecasts/step_001150.safetensors")  # half of 700 steps
+    assert content["chosen"] == ["horizon 350: 50% of the history of 700 steps"]
+    assert content["chosen"][0] in done.stderr.splitlines()
+
+
+def test_predict_without_a_horizon_counts_from_the_origin_that_was_asked_for(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--origin", 700, "--json", cwd=work))
+    assert (content["origin_step"], content["horizon"]) == (700, 300)
+
+
+def test_predict_by_an_average_to_resume_from_is_turned_away_with_the_reason(work: Path, call_cli: CallCli) -> None:
+    for name in ("average", "trend", "accelerate"):
+        done = call_cli("predict", "--method", name, cwd=work)
+        assert (done.returncode, done.stdout) == (10, "")
+        assert "abstain: nothing written (resuming from an average puts a run back: it is for evaluation)" in done.stderr
+
+
+def test_backtest_without_a_horizon_shows_some_shares_of_the_history(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("backtest", "--json", cwd=work))
+    assert [decision["horizon"] for decision in content["decisions"]] == [70, 175, 350, 700]
+    assert content["verdict"].keys() == {"70", "175", "350", "700"}
+
+
+def test_the_method_may_be_left_to_the_evidence_and_the_reason_is_told(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--method", "auto", "--for", "evaluation", "--horizon", 100, "--json", cwd=work))
+    scores = as_json(call_cli("backtest", "--horizon", 100, "--json", cwd=work))["scores"]
+    able = {s["method"]: s["ratio"] for s in scores if not METHODS[s["method"]].averages and s["ratio_as_written"] < 1}
+    assert content["method"] == min(able, key=lambda name: able[name])
+    assert content["chosen"] == [f"method {content['method']}: smallest back-test ratio, b = {able[content['method']]:.2f}"]
+    done = call_cli("backtest", "--method", "auto", "--for", "evaluation", "--horizon", 100, cwd=work)
+    assert f"auto: smallest back-test ratio, b = {content['ratio']:.2f}" in done.stderr.splitlines()
+    assert f"horizon 100, {content['method']}: forecast" in done.stdout
+
+
+def test_auto_to_resume_says_why_it_stays_or_changes(work: Path, call_cli: CallCli) -> None:
+    horizon, method = as_json(call_cli("predict", "--method", "auto", "--json", cwd=work))["chosen"]
+    assert horizon == "horizon 350: 50% of the history of 700 steps"
+    assert method.startswith("method ")
+    assert "along the drift" in method
+
+
+def test_predict_to_evaluate_without_a_horizon_writes_the_run_as_it_is_to_be_evaluated_and_not_resumed_from(
+    turning: Path, call_cli: CallCli
+) -> None:
+    """At the origin's own step, though the run's history would be against any leap; and no leap is recorded."""
+    done = call_cli("predict", "--for", "evaluation", "--json", cwd=turning)
+    content = as_json(done)
+    assert (content["path"], content["method"]) == ("forecasts/step_000800.safetensors", "trend")
+    assert (content["origin_step"], content["valid_step"], content["horizon"]) == (800, 800, 0)
+    assert (content["verdict"], content["expected_ratio"]) == ("forecast", None)
+    assert content["chosen"] == ["horizon 0: the run as it is at its last snapshot"]
+    assert "note: forecasts/step_000800.safetensors: to evaluate or ship; do not resume from it" in done.stderr.splitlines()
+    assert tree_digest(turning / "forecasts").keys() == {"step_000800.safetensors", "step_000800.farcast.json"}
+    snapshots = [load_file(turning / "run" / loose_name(step)) for step in STEPS[4:]]  # from 450 on
+    written = load_file(turning / "forecasts" / "step_000800.safetensors")
+    for name, values in written.items():
+        path = torch.stack([snapshot[name] for snapshot in snapshots]).double()
+        times = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.double)
+        slope = torch.tensordot(times, path, dims=1) / 5
+        torch.testing.assert_close(values, (path.mean(dim=0) + 1.5 * slope).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_predict_to_evaluate_without_a_horizon_carries_a_clear_trend_on_by_a_tenth_of_the_history(
+    work: Path, call_cli: CallCli
+) -> None:
+    content = as_json(call_cli("predict", "--for", "evaluation", "--json", cwd=work))
+    assert (content["path"], content["method"]) == ("forecasts/step_000870.safetensors", "trend")
+    assert content["chosen"] == ["horizon 70: 10% of the history of 700 steps"]
+    assert not (work / "forecasts" / "ledger.jsonl").exists()
+
+
+def test_a_step_to_evaluate_may_be_the_origins_own(work: Path, call_cli: CallCli) -> None:
+    content = as_json(call_cli("predict", "--for", "evaluation", "--to-step", 800, "--json", cwd=work))
+    assert (content["method"], content["horizon"], content["verdict"]) == ("trend", 0, "forecast")
 
 
 def test_predict_of_several_horizons_reports_each(work: Path, call_cli: CallCli) -> None:
@@ -352,9 +447,8 @@ def test_a_config_file_that_is_not_there_is_a_usage_error(work: Path, call_cli: 
 
 
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
-    "neither horizon nor step": (("predict",), ("--horizon", "--to-step", "neither")),
     "both horizon and step": (("predict", "--horizon", 1, "--to-step", 900), ("--horizon", "--to-step", "both")),
-    "no horizon for a back-test": (("backtest",), ("--horizon",)),
+    "a horizon of no steps for a back-test": (("backtest", "--horizon", 0), ("--horizon 0", "positive")),
     "a horizon of no steps": (("predict", "--horizon", 0), ("--horizon 0", "positive")),
     "a negative horizon": (("predict", "--horizon", "-5"), ("-5",)),
     "a horizon that is no number": (("predict", "--horizon", "soon"), ("--horizon soon",)),
@@ -362,6 +456,7 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "a horizon twice": (("predict", "--horizon", "100,200,100"), ("twice",)),
     "a horizon twice in other digits": (("predict", "--horizon", "100,0100"), ("twice",)),
     "a step that is past": (("predict", "--to-step", 800), ("800",)),
+    "a step that is past to evaluate": (("predict", "--to-step", 799, "--for", "evaluation"), ("-1", "800")),
     "an unknown method": (("predict", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
     "an unknown method to test": (("backtest", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
     "an unknown purpose": (("predict", "--horizon", 100, "--for", "fun"), ("--for fun", "resume, evaluation")),
@@ -766,23 +861,34 @@ def test_inspect_cuts_no_name_short_where_it_does_not_write_to_a_terminal(tmp_pa
 # --- found by trying it ----------------------------------------------------------------------------------------------
 
 
-def test_a_forecast_that_the_run_has_passed_since_is_mentioned_when_it_is_fitted_again(
+def _passed_plainly(folder: Path, call_cli: CallCli) -> Path:
+    """A run that was forecast for step 800 at step 700, and went on without it."""
+    run = make_loose_run(folder / "run", STEPS[:-1])
+    fit_run(run, folder / "forecaster.safetensors")
+    assert call_cli("predict", "--horizon", 100, cwd=folder).returncode == 0
+    return make_loose_run(folder / "run", (800, 900))
+
+
+def test_a_run_that_has_passed_a_forecast_and_did_not_resume_from_it_is_fitted_as_a_whole(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    """Even though its next snapshot comes nearer to the forecast, which was a little ahead, than to the one before."""
+    _passed_plainly(tmp_path, call_cli)
+    done = call_cli("fit", "run", "--json", cwd=tmp_path)
+    assert (as_json(done)["num_snapshots"], as_json(done)["leap"]) == (9, None)
+    assert "resumed" not in done.stderr
+    assert "was forecast from this run" not in done.stderr
+
+
+def test_a_forecast_that_the_run_has_passed_since_is_mentioned_when_the_steps_are_chosen_by_hand(
     tmp_path: Path, call_cli: CallCli
 ) -> None:
     """Training may have resumed from it, and then a leap lies in the history."""
-    run = make_loose_run(tmp_path / "run", (100, 200, 300, 400, 500, 600, 700, 800, 900))
-    later = [run / f"step_{step:06d}.safetensors" for step in (800, 900)]
-    kept = [(path, path.read_bytes()) for path in later]
-    for path in later:
-        path.unlink()
-    fit_run(run, tmp_path / "forecaster.safetensors")
-    assert call_cli("predict", "--horizon", 100, cwd=tmp_path).returncode == 0
-    assert "was forecast from this run" not in call_cli("fit", "run", cwd=tmp_path).stderr
-    for path, content in kept:
-        path.write_bytes(content)
-    said = call_cli("fit", "run", cwd=tmp_path).stderr
-    assert "forecasts/step_000800.safetensors was forecast from this run" in said
-    assert "--steps 800:" in said
+    _passed_plainly(tmp_path, call_cli)
+    said = "note: step_000800.safetensors was forecast from this run: if training resumed from it, the leap at step 800"
+    assert said in call_cli("fit", "run", "--steps", "0:", cwd=tmp_path).stderr
+    assert said not in call_cli("fit", "run", "--steps", ":800", cwd=tmp_path).stderr  # it does not lie within
+    assert said not in call_cli("fit", "run", "--steps", "0:", "-q", cwd=tmp_path).stderr
 
 
 def test_a_forecaster_file_with_a_changed_number_is_refused(work: Path, call_cli: CallCli) -> None:

@@ -37,6 +37,7 @@ PATIENCE_S = 60.0  # for what ends within a second or two, but for a machine tha
 ALL = {"origin", "strength-1", "strength-0.5", "strength-0.25"}
 LOGS = ["step_1000.eval", *(f"step_1000.eval/{name}.log" for name in ("origin", "strength-0.25", "strength-0.5", "strength-1"))]
 OUTPUT = ["step_1000.farcast.json", "step_1000.safetensors"]
+LEDGER = "ledger.jsonl"  # what may be resumed from
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_the_best_strength_of_the_step_is_kept(target: float, strength: float, f
     assert done.returncode == 0
     written = load_file(fitted / "forecasts" / "step_1000.safetensors")["w"]
     np.testing.assert_allclose(written, LAST + strength * STEP, rtol=1e-6)  # float32
-    assert _left(fitted) == [*LOGS, *OUTPUT]
+    assert _left(fitted) == [LEDGER, *LOGS, *OUTPUT]
     assert told["path"] == "forecasts/step_1000.safetensors"
     sidecar = json.loads((fitted / "forecasts" / "step_1000.farcast.json").read_text())
     assert [trial["strength"] for trial in sidecar["evaluations"]] == [0.0, 1.0, 0.5, 0.25]
@@ -245,7 +246,7 @@ def test_a_run_in_a_folder_with_an_odd_name_can_be_judged(tmp_path: Path, call_c
     write_run(odd / "run", {"w": np.arange(1.0, 9.0)[:, None] * np.ones((1, 4))}, STEPS)
     assert call_cli("fit", "run", cwd=odd).returncode == 0
     assert _predict(odd, "cd / && test -s {ckpt} && echo $FARCAST_STRENGTH", call_cli, "--maximize").returncode == 0
-    assert _left(odd) == [*LOGS, *OUTPUT]
+    assert _left(odd) == [LEDGER, *LOGS, *OUTPUT]
 
 
 def test_of_equal_trials_the_first_is_the_best() -> None:
@@ -303,7 +304,7 @@ def test_the_logs_of_an_earlier_forecast_are_replaced_and_nothing_else_in_their_
     (fitted / "forecasts" / "step_1000.eval" / "mine.txt").write_text("mine")
     done = _predict(fitted, _script(fitted, "sys.exit('second')"), call_cli, "--overwrite")
     assert done.returncode == 2
-    assert _left(fitted) == ["step_1000.eval", "step_1000.eval/mine.txt", "step_1000.eval/origin.log", *OUTPUT]
+    assert _left(fitted) == [LEDGER, "step_1000.eval", "step_1000.eval/mine.txt", "step_1000.eval/origin.log", *OUTPUT]
     assert "second" in _log(fitted)
 
 
@@ -422,7 +423,7 @@ def test_jobs_run_at_once(jobs: int, fitted: Path, call_cli: CallCli) -> None:
     assert done.returncode == 0, done.stderr
     assert [trial["strength"] for trial in json.loads(done.stdout)["evaluations"]] == [0, 1, 0.5, 0.25]
     np.testing.assert_allclose(load_file(fitted / "forecasts" / "step_1000.safetensors")["w"], LAST + STEP, rtol=1e-6)
-    assert _left(fitted) == [*LOGS, *OUTPUT]
+    assert _left(fitted) == [LEDGER, *LOGS, *OUTPUT]
     places = dict(path.name.split() for path in (fitted / "meeting").iterdir())
     assert {places["0"], places["1"]} == {"0", "1"}
     assert set(places.values()) == {str(job) for job in range(min(jobs, 4))}

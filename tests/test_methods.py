@@ -11,13 +11,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farcast_cli.engine import LinearMap
 from farcast_cli.errors import UsageError
 from farcast_cli.forecaster import Options, forecast
-from farcast_cli.methods import ACCELERATE_RIDGE, ACCELERATED, AVERAGED, LINE_FIT, METHODS, NUM_FLOWS, RIDGE, find_method
+from farcast_cli.methods import (
+    ACCELERATE_RIDGE,
+    ACCELERATED,
+    AVERAGED,
+    LINE_FIT,
+    MAX_AVERAGED,
+    MAX_TREND,
+    METHODS,
+    NUM_FLOWS,
+    RIDGE,
+    averaging_window,
+    find_method,
+)
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, torch_settings_kept, wander, weights_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -47,9 +60,10 @@ def test_persistence_takes_no_step() -> None:
         assert not step.any()
 
 
-def test_an_average_of_a_straight_path_lies_two_snapshots_back() -> None:
+def test_an_average_of_a_straight_path_is_of_two_snapshots_and_lies_halfway_between_them() -> None:
+    """There is no noise that a longer one would take away."""
     arrays, speeds = straight(STEPS, SIZES)
-    assert_same_steps(step_of("average", arrays, STEPS, 500), {key: -200 * speed for key, speed in speeds.items()}, ALGEBRA)
+    assert_same_steps(step_of("average", arrays, STEPS, 500), {key: -50 * speed for key, speed in speeds.items()}, ALGEBRA)
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 2.0])
@@ -222,6 +236,113 @@ def test_average_extrapolate_lies_on_the_line_through_two_consecutive_averages(
     assert_same_steps(step_of("average-extrapolate", arrays, steps, horizon), expected, ALGEBRA)
 
 
+def _noisy(seed: int, noise: float, drift: float, *, num_snapshots: int = 60) -> Arrays:
+    """Independent noise of a given size around a straight path of a given speed per snapshot, in two tensors."""
+    random, times = np.random.default_rng(seed), np.arange(num_snapshots)[:, None]
+    return {
+        key: times * drift * random.normal(size=size) + noise * random.normal(size=(num_snapshots, size))
+        for key, size in {"a": 300, "b": 50}.items()
+    }
+
+
+def _window_oracle(arrays: Arrays, steps: Sequence[int]) -> int:
+    """Every window tried on raw arrays: the error of a mean of k snapshots, its noise four times and its lag once."""
+    whole = np.concatenate(list(arrays.values()), axis=1)
+    recent = whole[[step >= (steps[0] + steps[-1]) / 2 for step in steps]]
+    recent = recent if len(recent) >= 3 else whole[-3:]
+    numbers = np.arange(len(recent))
+    slope, start = np.polyfit(numbers, recent, 1)
+    noise = np.square(recent - start - np.outer(numbers, slope)).sum() / max(1, len(recent) - 2)
+    errors = {k: 4 * noise / k + np.square(slope * (k - 1) / 2).sum() for k in range(2, min(20, len(steps)) + 1)}
+    return min(errors, key=lambda k: errors[k])
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("num_snapshots", [2, 4, 6, 13, 60])
+def test_average_is_the_mean_of_as_many_snapshots_as_the_evidence_favours(num_snapshots: int, noise: float) -> None:
+    steps = tuple(range(100, 100 * num_snapshots + 1, 100))
+    arrays = _noisy(30, noise, 1.0, num_snapshots=num_snapshots)
+    count = _window_oracle(arrays, steps)
+    assert averaging_window(make_task(arrays, steps, 0)) == count
+    expected = {key: values[-count:].mean(axis=0) - values[-1] for key, values in arrays.items()}
+    assert_same_steps(step_of("average", arrays, steps, 0), expected, ALGEBRA)
+
+
+def test_an_averages_window_grows_with_the_noise_and_shrinks_with_the_drift_between_2_and_20() -> None:
+    def window(noise: float, drift: float) -> int:
+        return averaging_window(make_task(_noisy(31, noise, drift), tuple(range(0, 6000, 100)), 0))
+
+    by_noise = [window(noise, 1.0) for noise in (0.0, 1.0, 4.0, 16.0, 1000.0)]
+    by_drift = [window(4.0, drift) for drift in (0.0, 0.5, 1.0, 4.0, 1000.0)]
+    assert by_noise == sorted(by_noise)
+    assert by_drift == sorted(by_drift, reverse=True)
+    assert (by_noise[0], by_noise[-1], by_drift[0], by_drift[-1]) == (2, MAX_AVERAGED, MAX_AVERAGED, 2)
+    assert len(set(by_noise)) >= 4
+
+
+def test_an_averages_window_does_not_depend_on_the_horizon_or_on_the_scale_of_the_weights() -> None:
+    arrays, steps = _noisy(32, 4.0, 1.0), tuple(range(0, 6000, 100))
+    scaled = {key: 1000 * values for key, values in arrays.items()}
+    windows = {averaging_window(make_task(one, steps, horizon)) for one in (arrays, scaled) for horizon in (0, 50, 5000)}
+    assert len(windows) == 1
+    assert 2 < windows.pop() < MAX_AVERAGED
+
+
+@pytest.mark.parametrize("horizon", [0, 50, 900])
+@pytest.mark.parametrize(
+    ("steps", "num_recent"),
+    [
+        (STEPS, 5),
+        (UNEVEN, 4),
+        ((0, 100), 2),
+        ((0, 100, 200), 3),
+        ((0, 10, 20, 1000), 3),
+        (tuple(range(0, 4700, 100)), MAX_TREND),
+    ],
+)
+def test_trend_is_the_end_of_the_line_through_the_recent_half(steps: tuple[int, ...], num_recent: int, horizon: int) -> None:
+    """Three snapshots at least, where there are; with a horizon of 0 the line's own value at the last step."""
+    arrays = wander(33, num_snapshots=len(steps), sizes=SIZES, roughness=5)
+    expected = {}
+    for key, values in arrays.items():
+        slope, start = np.polyfit(steps[-num_recent:], values[-num_recent:], 1)
+        expected[key] = slope * (steps[-1] + horizon) + start - values[-1]
+    if len(steps) == 2 and not horizon:  # the line ends at the last snapshot
+        assert all(np.abs(step).max() < ALGEBRA for step in step_of("trend", arrays, steps, horizon).values())
+    else:
+        assert_same_steps(step_of("trend", arrays, steps, horizon), expected, SQUARED)
+
+
+@pytest.mark.parametrize("num_snapshots", [49, 60, 97, 400])
+def test_trend_goes_through_24_snapshots_of_a_longer_half_evenly_spread_and_its_ends_among_them(num_snapshots: int) -> None:
+    steps = tuple(range(0, 10 * num_snapshots, 10))
+    arrays = wander(34, num_snapshots=num_snapshots, sizes=SIZES, roughness=5)
+    recent = [index for index, step in enumerate(steps) if step >= steps[-1] / 2]
+    chosen = [recent[round(share)] for share in np.linspace(0, len(recent) - 1, MAX_TREND)]
+    assert (chosen[0], chosen[-1]) == (recent[0], num_snapshots - 1)
+    assert len(set(chosen)) == MAX_TREND
+    expected = {}
+    for key, values in arrays.items():
+        slope, start = np.polyfit(np.array(steps)[chosen], values[chosen], 1)
+        expected[key] = slope * (steps[-1] + 200) + start - values[-1]
+    assert_same_steps(step_of("trend", arrays, steps, 200), expected, SQUARED)
+    used = LinearMap.from_steps([forecast(METHODS["trend"], make_task(arrays, steps, 200))], num_snapshots - 1).used
+    assert set(used) <= set(chosen)
+
+
+def test_a_trend_without_a_horizon_lies_nearer_to_the_path_under_the_noise_than_the_last_snapshot() -> None:
+    """And than an average, which is behind."""
+    random, steps = np.random.default_rng(35), tuple(range(0, 4000, 100))
+    path = np.arange(40)[:, None] * random.normal(size=500)
+    arrays = {"w": path + 5 * random.normal(size=path.shape)}
+    errors = {
+        name: np.linalg.norm(arrays["w"][-1] + step_of(name, arrays, steps, 0)["w"] - path[-1])
+        for name in ("persistence", "trend", "average")
+    }
+    assert errors["trend"] < 0.6 * errors["persistence"]
+    assert errors["trend"] < errors["average"]
+
+
 def _acceleration_oracle(values: Vector, steps: tuple[int, ...]) -> Vector:
     """The constrained least-squares problem by its Lagrange equations, on whole vectors (P, N)."""
     count = min(len(steps) - 1, ACCELERATED)
@@ -336,6 +457,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
 def test_the_methods_are_known_by_these_names() -> None:
     assert set(METHODS) == {
         *("blend", "drift", "line", "line-fit", "rank-1", "k5", "window-means", "lfd2"),
-        *("average", "average-extrapolate", "accelerate", "persistence"),
+        *("average", "average-extrapolate", "accelerate", "trend", "persistence"),
     }
-    assert {name for name, method in METHODS.items() if method.averages} == {"average", "accelerate"}
+    assert {name for name, method in METHODS.items() if method.averages} == {"average", "accelerate", "trend"}
+    assert {name for name, method in METHODS.items() if method.extrapolates} == {"trend"}

@@ -450,6 +450,14 @@ def test_the_last_step_but_one_of_a_run_can_be_leapt_to(nearly_done: Path, tmp_p
     assert outcome.valid_step == 1299
 
 
+def test_a_horizon_that_is_proposed_leaves_half_of_the_steps_that_the_run_has_left(nearly_done: Path, tmp_path: Path) -> None:
+    fitted = fit_run(nearly_done)
+    (outcome,) = predict_run(fitted, tmp_path / "checkpoint-1250", horizons=[])
+    assert (outcome.horizon, outcome.valid_step) == (50, 1250)
+    (kept,) = predict_run(fitted, tmp_path / "kept", horizons=[], counters="keep")
+    assert kept.horizon > 100  # the trainer's counters stay, and so do the steps that are left
+
+
 @pytest.mark.parametrize("request_", [{"counters": "keep"}, {"purpose": "evaluation"}])
 def test_a_leap_of_the_weights_alone_may_reach_past_the_end(
     request_: dict[str, Any], nearly_done: Path, tmp_path: Path

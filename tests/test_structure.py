@@ -43,6 +43,8 @@ ORDER = (
     "forecaster",
     "methods",
     "backtest",
+    "choice",
+    "ledger",
     "fitted",
     "engine",
     "evaluation",

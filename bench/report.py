@@ -1,0 +1,317 @@
+"""docs/results.md: the tables of what was measured. Every number in it comes from the stored cells."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from cells import EVALUATED, GATE_LEADS, RATIO_LEADS, RESUME_METHODS
+from figures import HARMFUL, MISSED, NEVER, Resumed, Whole, grouped, rank_correlation, resumed, whole
+from whole import DOUBLED, GATED, RANDOM, UNGATED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from figures import Results
+    from store import Cell
+    from tasks import Spec
+
+TITLES = {
+    "mlp-sgd": "MLP, SGD",
+    "mlp-sgd-small": "MLP, SGD, rate 4x too small",
+    "mlp-adamw": "MLP, AdamW",
+    "mlp-sgd-long": "MLP, SGD, rate 4x too small, long",
+    "conv": "convnet, AdamW",
+    "conv-small": "convnet, AdamW, rate 4x too small",
+    "gpt": "GPT, AdamW",
+    "gpt-small": "GPT, AdamW, rate 20x too small",
+    "bert": "DistilBERT, AdamW",
+    "full": "GPT, fine-tuned",
+    "lora": "GPT, LoRA",
+    "reinforce": "GPT, REINFORCE",
+}
+MODE_TITLES = {GATED: "leaps, default", UNGATED: "leaps, no gate", RANDOM: "random direction", DOUBLED: "rate doubled"}
+NOTHING = "-"
+
+
+def compose(cells: Sequence[Cell]) -> str:
+    """The whole page, from the cells that are there."""
+    records = {cell: record for cell in cells if (record := cell.read())}
+    results: Results = {cell: record["result"] for cell, record in records.items()}
+    found = resumed(results)
+    parts = [
+        _head(cells, records),
+        _runs(results),
+        _ratios(results),
+        _resuming(found),
+        _whole_runs(results),
+        _evaluation(results),
+        _gate(found),
+        _calibration(results),
+    ]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+# --- words and tables ------------------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _section(title: str, text: str, *tables: str) -> str:
+    return "\n".join([f"## {title}\n", text.strip() + "\n", *tables]) if any(tables) else ""
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and range: `0.61 (0.40..0.80)`; the range where there are several."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return NOTHING
+    mean = _number(float(np.mean(finite)), digits)
+    return f"{mean} ({_number(min(finite), digits)}..{_number(max(finite), digits)})" if len(finite) > 1 else mean
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name)
+
+
+def _origins(shares: Iterable[float]) -> str:
+    return ", ".join(f"{share:g}" for share in sorted(set(shares)))
+
+
+def _of_kind(results: Results, kind: str) -> dict[str, list[tuple[Cell, dict[str, Any]]]]:
+    """Cells of a kind by the name of their run."""
+    return grouped([(c, r) for c, r in results.items() if c.kind == kind], lambda pair: pair[0].spec.name)
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def _head(cells: Sequence[Cell], records: dict[Cell, dict[str, Any]]) -> str:
+    machines = sorted({record["machine"] for record in records.values()})
+    minutes = sum(record["cpu_s"] for record in records.values()) / 60
+    return f"""# Results
+
+Written by `bench/quality.py` (`make bench-quality`); do not edit. {len(records)} of {len(cells)} measurements are in it.
+They took {minutes:.0f} minutes of CPU time on: {"; ".join(machines) or "no machine yet"}.
+
+All runs are small. The same seeds, batches and validation data serve all that is compared. h is the horizon, L the
+history from the first snapshot to the origin, h / L the lead, N the steps of a run. [Method](method.md) has the methods
+and the gate. Where several seeds or origins are pooled, a figure is a mean with its range, `mean (min..max)`.
+"""
+
+
+def _runs(results: Results) -> str:
+    rows = []
+    for name, pairs in _of_kind(results, "plain").items():
+        spec: Spec = pairs[0][0].spec
+        last = [result["curve"][-1] for _, result in pairs]
+        optimizer = {"sgd": "SGD", "adamw": "AdamW"}[spec.optimizer]
+        rows.append([
+            _title(name), f"{pairs[0][1]['num_weights']:,}", f"{optimizer} {spec.lr * spec.rate_factor:g}",
+            f"{spec.steps:,}", str(spec.batch), ", ".join(str(cell.spec.seed) for cell, _ in pairs),
+            _number(float(np.mean([p[1] for p in last])), 3), _number(float(np.mean([p[2] for p in last])), 3),
+        ])  # fmt: skip
+    text = """
+The rates of the runs without a remark are tuned. The MLP and the convnet read scikit-learn's digits, moved by up to a
+pixel, with noise. GPT and DistilBERT read Python's manual, character by character. Fine-tuning starts from a GPT of
+1,500 steps and moves to Python source code; LoRA has rank 4; REINFORCE is rewarded for the text's own next character,
+and its loss is one minus the expected reward. Warm-up of 60 steps, clipping at 1 and weight decay 0.01 for GPT and
+DistilBERT, the last two for fine-tuning. Rates are constant otherwise. The last columns are validation losses at the end,
+mean over seeds: of the weights, and of the mean of the weights at the last ten evaluations (1 % of the run apart).
+"""
+    header = ("run", "weights", "optimiser, rate", "steps", "batch", "seeds", "loss", "loss of the average")
+    return _section("Runs", text, _table(header, rows) if rows else "")
+
+
+def _ratios(results: Results) -> str:
+    """Methods by runs; median over seeds, origins and leads."""
+    by_run = {name: [row for _, r in pairs for row in r["rows"]] for name, pairs in _of_kind(results, "ratio").items()}
+    known = {name: grouped([r for r in rows if r["ratio"] is not None], lambda r: r["method"]) for name, rows in by_run.items()}
+    methods = list(dict.fromkeys(method for found in known.values() for method in found))
+    rows = [
+        [_title(name), *(_median([row["ratio"] for row in found.get(method, ())]) for method in methods)]
+        for name, found in known.items()
+    ]
+    leads = ", ".join(f"{lead:g}" for lead in RATIO_LEADS)
+    text = f"""
+|| w_hat - w || / || w_last - w || of each method as it is written; 1.00 is doing nothing. Median over seeds, the origins
+0.2, 0.4, 0.5 and 0.7 of N, and the leads {leads}, as far as the run goes.
+"""
+    return _section("Error of the weights", text, _table(["run", *methods], rows) if rows else "")
+
+
+def _median(values: Sequence[float]) -> str:
+    return _number(float(np.median(values))) if len(values) else NOTHING
+
+
+def _resuming(found: Sequence[Resumed]) -> str:
+    at_lead = [r for r in found if r.lead == 0.25]
+    if not at_lead:
+        return ""
+    kept, dropped = [r for r in at_lead if r.kept], [r for r in at_lead if not r.kept]
+    text = f"""
+From the origins {_origins(r.origin for r in at_lead)} of N and at a lead of 0.25 training goes on from the forecast for N / 10 steps, with
+the origin's optimiser state and the plain run's batches at the same step numbers. Over the last third of these steps the
+run is compared with the plain run. `random` has blend's norm per tensor and a random direction. The gate is that on
+`blend`; `kept` says in how many of the cells it let a forecast be written.
+
+**Steps ahead** as a share of h: the paired difference of the losses over the slope of the plain run's curve, where the
+gate kept. **Gain**: by how much the loss of the weights averaged over that third is lower than the plain run's, in
+percent; less noisy than steps ahead. **At once**: the change of the loss right after the leap, in percent.
+"""
+    tables = [
+        f"### Steps ahead as a share of h, where the gate kept\n\n{_by_method(at_lead, _ahead_if_kept)}",
+        f"### Gain in percent, where the gate kept\n\n{_by_method(kept, lambda r: 100 * r.gain, digits=1)}",
+        f"### Gain in percent, where the gate abstained\n\n{_by_method(dropped, lambda r: 100 * r.gain, digits=1)}",
+        f"### Change of the loss at once in percent, where the gate kept\n\n{_by_method(kept, lambda r: 100 * r.at_once, digits=1)}",
+    ]
+    return _section("Resuming", text, *tables)
+
+
+def _ahead_if_kept(one: Resumed) -> float:
+    return one.ahead if one.kept else math.nan
+
+
+def _by_method(found: Sequence[Resumed], value: Any, digits: int = 2) -> str:
+    methods = [name for name in RESUME_METHODS if name != "persistence"]
+    rows = []
+    for name, ones in grouped(found, lambda r: r.spec.name).items():
+        blends = [r for r in ones if r.method == "blend"]
+        by_method = grouped(ones, lambda r: r.method)
+        spreads = [_spread([value(r) for r in by_method.get(method, ())], digits) for method in methods]
+        rows.append([_title(name), f"{sum(r.kept for r in blends)} of {len(blends)}", *spreads])
+    return _table(["run", "kept", *methods], rows) if rows else "None.\n"
+
+
+def _whole_runs(results: Results) -> str:
+    plain = {cell.spec: result["curve"] for cell, result in results.items() if cell.kind == "plain"}
+    rows, finals = [], []
+    for name, pairs in _of_kind(results, "whole").items():
+        specs = list(dict.fromkeys(cell.spec for cell, _ in pairs if cell.spec in plain))
+        columns = [[whole(plain[spec], plain[spec]) for spec in specs]]
+        columns += [
+            [whole(r["curve"], plain[c.spec], _leaps(r)) for c, r in pairs if c.method == mode and c.spec in plain]
+            for mode in MODE_TITLES
+        ]
+        rows.append([_title(name), str(len(specs)), *(_shares(column) for column in columns)])
+        finals.append([_title(name), *(_ends(column) for column in columns)])
+    text = f"""
+Ten segments of N / 10 steps, a snapshot every N / 100, and after each segment but the last `fit` and `predict` with a
+ledger and without a horizon. The counters are moved on by each leap, the optimiser's state is kept, and only trained
+steps count. The figure is the number of steps to the loss that the plain run has after 50, 75 and 100 % of its steps, as
+a share of the steps that the plain run itself needs; the mean of the three. Before the stroke for the loss of the weights
+(mean of three neighbouring evaluations), behind it for the loss of the average of the last ten evaluated weights since
+the last leap; in brackets the number of leaps, mean over seeds. A target that is never reached counts as {NEVER:g} N, and
+`!` is how many of all targets were not. `no leap` is the plain run. `random direction` leaps where `leaps, default` did,
+by the same horizon and the same norm per tensor.
+"""
+    header = ["run", "seeds", "no leap", *MODE_TITLES.values()]
+    last = (
+        "### Loss at the end, of the weights / of the average\n\n" + _table([header[0], *header[2:]], finals) if finals else ""
+    )
+    return _section("Whole runs", text, _table(header, rows) if rows else "", last)
+
+
+def _leaps(result: dict[str, Any]) -> int:
+    return sum(bool(leap["horizon"]) for leap in result["leaps"])
+
+
+def _shares(column: Sequence[Whole]) -> str:
+    if not column:
+        return NOTHING
+    leaps, missed = float(np.mean([w.leaps for w in column])), sum(w.missed for w in column)
+    text = f"{_spread([w.raw for w in column])} / {_spread([w.average for w in column])}"
+    return text + (f" [{leaps:.3g}]" if leaps else "") + (f" !{missed}" if missed else "")
+
+
+def _ends(column: Sequence[Whole]) -> str:
+    if not column:
+        return NOTHING
+    raw, average = (float(np.mean([getattr(w, key) for w in column])) for key in ("final", "final_average"))
+    return f"{_number(raw, 3)} / {_number(average, 3)}"
+
+
+def _evaluation(results: Results) -> str:
+    rows = []
+    for name, pairs in _of_kind(results, "evaluation").items():
+        losses, own = [r["losses"] for _, r in pairs], [r["default"] for _, r in pairs]
+        change = {m: [100 * (found[m] / found["last snapshot"] - 1) for found in losses] for m in (*EVALUATED, "default")}
+        chosen = sorted({str(d["method"]) for d in own if d["verdict"] == "forecast"})
+        wrote = sum(d["verdict"] == "forecast" for d in own)
+        verdicts = f"{wrote} of {len(own)}" + (f": {', '.join(chosen)}" if chosen else "")
+        last = _spread([found["last snapshot"] for found in losses], 3)
+        rows.append([_title(name), last, *(_spread(change[m], 1) for m in change), verdicts])
+    text = f"""
+Validation loss at once, from the origins {_origins(c.origin for c in results if c.kind == "evaluation")} of N: of the last snapshot, and by how many percent it changes
+with each method (k5 and average-extrapolate at a lead of 0.1). `default` is what `predict --for evaluation` writes
+without a horizon; where it abstains, the last snapshot counts.
+"""
+    header = ["run", "last snapshot", *EVALUATED, "default", "default wrote"]
+    return _section("To evaluate", text, _table(header, rows) if rows else "")
+
+
+def _gate(found: Sequence[Resumed]) -> str:
+    """What the gate kept of `blend`, by lead."""
+    blends = [r for r in found if r.method == "blend"]
+    rows = [_gate_row(f"{lead:g}", ones) for lead in GATE_LEADS if (ones := [r for r in blends if r.lead == lead])]
+    rows += [_gate_row("all", blends)] if blends else []
+    text = f"""
+`blend`, from all runs and origins, judged by the gain of the averaged weights after resuming. `harmful`: kept although
+the gain was under {100 * HARMFUL:g} %. `missed`: abstained although the gain was over {100 * MISSED:g} %. S is the
+coherence of the whole history, `recent S` that of its recent half. The last columns are rank correlations.
+"""
+    header = ["lead", "cells", "kept", "harmful", "abstained", "missed", "gain where kept", "gain where abstained",
+              "S, gain", "recent S, gain", "b, gain"]  # fmt: skip
+    wrong = [r for r in blends if (r.kept and r.gain < HARMFUL) or (not r.kept and r.gain > MISSED)]
+    listed = [
+        [_title(r.spec.name), str(r.spec.seed), f"{r.origin:g}", f"{r.lead:g}", "harmful" if r.kept else "missed",
+         _number(100 * r.gain, 1), _number(r.coherence), _number(r.recent), _number(r.ratio)]
+        for r in wrong
+    ]  # fmt: skip
+    of_them = _table(["run", "seed", "origin", "lead", "what", "gain in %", "S", "recent S", "b"], listed) if listed else ""
+    return _section("The gate's record", text, _table(header, rows) if rows else "", of_them)
+
+
+def _gate_row(label: str, ones: Sequence[Resumed]) -> list[str]:
+    kept, dropped = [r for r in ones if r.kept], [r for r in ones if not r.kept]
+    gains = [r.gain for r in ones]
+    return [
+        label, str(len(ones)), str(len(kept)), str(sum(r.gain < HARMFUL for r in kept)),
+        str(len(dropped)), str(sum(r.gain > MISSED for r in dropped)),
+        _spread([100 * r.gain for r in kept], 1), _spread([100 * r.gain for r in dropped], 1),
+        *(_number(rank_correlation([getattr(r, key) for r in ones], gains)) for key in ("coherence", "recent", "ratio")),
+    ]  # fmt: skip
+
+
+def _calibration(results: Results) -> str:
+    """The back-test ratio b against the real ratio, by method and lead."""
+    rows = [row for _, r in ((c, r) for c, r in results.items() if c.kind == "ratio") for row in r["rows"]]
+    known = grouped(
+        [row for row in rows if row["ratio"] is not None and row["method"] != "persistence"], lambda row: row["method"]
+    )
+    table = []
+    for method, ones in known.items():
+        by_lead = grouped(ones, lambda row: row["lead"])
+        columns = [rank_correlation(*_pairs(by_lead.get(lead, ()))) for lead in RATIO_LEADS]
+        worse = sum(row["ratio"] > 1 for row in ones if row["b"] is not None and row["b"] < 0.95)
+        kept = sum(row["b"] is not None and row["b"] < 0.95 for row in ones)
+        table.append([method, str(len(ones)), *map(_number, columns), str(kept), str(worse)])
+    text = """
+Rank correlation of the back-test ratio b with the real ratio of the forecast as it is written, by lead; and of the
+forecasts with b < 0.95 how many had a ratio over 1. b is of the clipped step; averages do not aim at later weights, so
+that b does not judge them. For `lfd2` b was only made at a lead of 0.25.
+"""
+    header = ["method", "cells", *(f"lead {lead:g}" for lead in RATIO_LEADS), "b < 0.95", "of these worse than nothing"]
+    return _section("b and the real ratio", text, _table(header, table) if table else "")
+
+
+def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["b"] for row in rows], [row["ratio"] for row in rows]

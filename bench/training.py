@@ -1,0 +1,140 @@
+"""A training run as it goes along: its curve, its snapshots on disk, and the state to go on from.
+
+Folders below bench/out/quality: `runs/` snapshots, `states/` model and optimiser at the origins, `fits/` forecasters,
+`starts/` pre-trained weights. A folder is whole once the cell that it is named after has its JSON file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import tasks
+import torch
+from safetensors.torch import load_file, save_file
+from store import OUT, Cell
+
+from farcast_cli.fitted import fit as fit_run
+from farcast_cli.fitted import load_fitted, save_fitted
+from farcast_cli.gram import DEFAULT_SAMPLE
+from farcast_cli.trajectory import discover
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from farcast_cli.fitted import Fitted
+
+EVALUATIONS = 100  # per run
+SNAPSHOTS = 50  # per run, saved
+AVERAGED = 10  # evaluations apart from each other by 1 % of the run, in the average that is evaluated
+ORIGINS = (0.2, 0.4, 0.7)
+Weights = dict[str, torch.Tensor]
+
+
+def run_folder(spec: tasks.Spec) -> Path:
+    return OUT / "runs" / Cell("plain", spec).name
+
+
+def state_file(spec: tasks.Spec, step: int) -> Path:
+    return OUT / "states" / Cell("plain", spec).name / f"{step:06d}.pt"
+
+
+def fit_file(spec: tasks.Spec) -> Path:
+    return OUT / "fits" / f"{Cell('fit', spec).name}.safetensors"
+
+
+def start_file(spec: tasks.Spec) -> Path:
+    return OUT / "starts" / f"{Cell('pretrain', spec).name}.safetensors"
+
+
+def snapshot_name(step: int) -> str:
+    return f"step_{step:06d}.safetensors"
+
+
+def open_task(spec: tasks.Spec) -> tasks.Task:
+    return tasks.make(spec, load_file(start_file(spec.start)) if spec.start else None)
+
+
+def mean(weights: Iterable[Weights]) -> Weights:
+    several = list(weights)
+    return {name: torch.stack([w[name] for w in several]).mean(0) for name in several[0]}
+
+
+def loss_of(task: tasks.Task, weights: Weights) -> float:
+    """The validation loss of other weights than the task's own."""
+    own = task.get()
+    task.set(weights)
+    loss = task.val()
+    task.set(own)
+    return loss
+
+
+class Curve:
+    """Validation losses along a run: of the weights, and of the mean of the last ten that were evaluated."""
+
+    def __init__(self, task: tasks.Task) -> None:
+        self.task = task
+        self.recent: deque[Weights] = deque(maxlen=AVERAGED)
+        self.points: list[tuple[int, float, float]] = []
+
+    def add(self, step: int) -> None:
+        self.recent.append(self.task.get())
+        raw = self.task.val()
+        self.points.append((step, raw, loss_of(self.task, mean(self.recent)) if len(self.recent) > 1 else raw))
+
+    def leap(self) -> None:
+        """What was before a leap does not go into an average after it."""
+        self.recent.clear()
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def pretrain(cell: Cell) -> dict[str, Any]:
+    """Train the model that fine-tuning starts from."""
+    task = open_task(cell.spec)
+    for step in range(cell.spec.steps):
+        task.step(step)
+    target = start_file(cell.spec)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(task.get(), target, metadata={"format": "pt"})
+    return {"loss": task.val(), "num_weights": _num_weights(task)}
+
+
+def plain(cell: Cell) -> dict[str, Any]:
+    """Train a run to its end; leaves its snapshots, and the whole state at the origins."""
+    spec, task = cell.spec, open_task(cell.spec)
+    folder, curve = run_folder(spec), Curve(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_file(spec, 0).parent.mkdir(parents=True, exist_ok=True)
+    origins = {round(share * spec.steps) for share in ORIGINS}
+    for step in range(spec.steps + 1):
+        if step % (spec.steps // EVALUATIONS) == 0:
+            curve.add(step)
+        if step % (spec.steps // SNAPSHOTS) == 0:
+            save_file(task.get(), folder / snapshot_name(step), metadata={"format": "pt"})
+        if step in origins:
+            torch.save({"model": task.get(), "optimizer": task.optimizer.state_dict()}, state_file(spec, step))
+        if step < spec.steps:
+            task.step(step)
+    if not math.isfinite(curve.points[-1][1]):
+        raise ValueError(f"{spec.name}: the run diverged")
+    return {"curve": curve.points, "num_weights": _num_weights(task)}
+
+
+def fit(cell: Cell) -> dict[str, Any]:
+    """Fit farcast to the plain run's folder."""
+    target = fit_file(cell.spec)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_fitted(fit_run(discover(run_folder(cell.spec)), num_samples=DEFAULT_SAMPLE), target)
+    return {}
+
+
+def fitted(spec: tasks.Spec) -> Fitted:
+    return load_fitted(fit_file(spec))
+
+
+def _num_weights(task: tasks.Task) -> int:
+    return sum(p.numel() for p in task.parameters().values())

@@ -1,0 +1,187 @@
+"""The ledger of leaps: which forecasts a run may have resumed from, and where its own history begins since.
+
+A leap is movement that training did not make. A forecaster fitted across one would be judged by its own forecasts, so
+`fit` reads only what came after the last leap that the run resumed from. `predict` writes a line for every checkpoint
+to resume from; whether training did resume from it, the snapshots tell.
+
+The ledger is JSON lines, because appending a line cannot damage the others. Paths in it are relative to its folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from farcast_cli.alignment import align
+from farcast_cli.errors import FarcastError, FileFormatError, OutputError, TooFewSnapshotsError
+from farcast_cli.gram import accumulate
+from farcast_cli.layouts import recognise
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.trajectory import Trajectory
+
+DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
+NUM_COMPARED = 1_024  # elements per tensor, enough to tell a forecast from a snapshot
+
+
+class Leap(BaseModel):
+    """A published forecast to resume from. `run` and `forecast` are relative to the ledger's folder."""
+
+    model_config = ConfigDict(frozen=True)
+    run: str
+    origin_step: int
+    valid_step: int
+    counters: Literal["advance", "keep"]
+    forecast: str
+
+    @property
+    def resumes_after(self) -> int:
+        """The step that the trainer's counters are at when it resumes."""
+        return self.valid_step if self.counters == "advance" else self.origin_step
+
+    def relative_to(self, home: Path) -> Leap:
+        return self.model_copy(
+            update={"run": os.path.relpath(self.run, home), "forecast": os.path.relpath(self.forecast, home)}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The part of a trajectory that a forecaster may learn from: all of it, or what came after the last leap."""
+
+    trajectory: Trajectory
+    leap: Leap | None
+    num_before: int
+
+
+def record_leap(ledger: Path, leap: Leap) -> None:
+    """Append a line to the ledger.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        with ledger.open("a") as file:
+            file.write(leap.relative_to(ledger.parent.resolve()).model_dump_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"{ledger}: the ledger of leaps cannot be written: {error.strerror}", hint="choose another place with --ledger"
+        ) from error
+
+
+def read_leaps(ledger: Path, run: Path) -> list[Leap]:
+    """The leaps that were forecast from a run's folder, in the order of their steps, with absolute paths.
+
+    Raises:
+        FileFormatError: a line that is no leap.
+    """
+    try:
+        lines = ledger.read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: {error}") from error
+    home, found = ledger.parent.resolve(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            leap = Leap.model_validate_json(line)
+        except ValidationError as error:
+            raise FileFormatError(
+                f"{ledger}: line {number} is no leap: {error.errors()[0]['msg']}", hint="mend or remove that line"
+            ) from error
+        if (home / leap.run).resolve() == run.resolve():
+            found.append(leap.model_copy(update={"run": str(run), "forecast": str((home / leap.forecast).resolve())}))
+    return sorted(found, key=lambda leap: leap.resumes_after)
+
+
+def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: int) -> History:
+    """The snapshots since the last leap that the run resumed from.
+
+    Raises:
+        TooFewSnapshotsError: fewer than `minimum` of them.
+    """
+    for leap in reversed(leaps):
+        later = tuple(snapshot for snapshot in trajectory.snapshots if snapshot.step > leap.resumes_after)
+        if not later or not resumed_from(leap, trajectory):
+            continue
+        if len(later) < minimum:
+            raise TooFewSnapshotsError(
+                f"{trajectory.directory}: {len(later)} snapshots since the leap to step {leap.resumes_after}"
+                f" ({Path(leap.forecast).name}), and fit needs {minimum}",
+                hint="train on and fit again, or choose the history yourself with --steps A:B",
+            )
+        return History(replace(trajectory, snapshots=later), leap, len(trajectory.snapshots) - len(later))
+    return History(trajectory, None, 0)
+
+
+def resumed_from(leap: Leap, trajectory: Trajectory) -> bool:
+    """Whether training resumed from a forecast, as the run's snapshots tell.
+
+    A run that has no snapshot from the origin to the forecast's step, where it would have saved some, has jumped there.
+    Otherwise the weights decide: after a leap the next snapshot lies nearer to the forecast than to the snapshot before.
+    Where the forecast is gone, a run whose counters were kept is taken to have resumed (a shorter history does no harm,
+    a leap taken for movement does), and one that has snapshots in between not. A leap shorter than the distance between
+    snapshots cannot be told from training, and hardly matters.
+    """
+    before = [snapshot for snapshot in trajectory.snapshots if snapshot.step <= leap.resumes_after]
+    after = [snapshot for snapshot in trajectory.snapshots if snapshot.step > leap.resumes_after]
+    if not before or not after:
+        return bool(after)
+    if leap.counters == "advance":
+        if leap.valid_step - leap.origin_step < _usual_interval(trajectory):
+            return False
+        if before[-1].step <= leap.origin_step:
+            return True
+    nearer = _nearer_to_forecast(leap, trajectory, before[-1], after[0])
+    return leap.counters == "keep" if nearer is None else nearer
+
+
+def _usual_interval(trajectory: Trajectory) -> float:
+    """The median distance between snapshots, in steps."""
+    gaps = sorted(late - early for early, late in itertools.pairwise(trajectory.steps))
+    return gaps[len(gaps) // 2]
+
+
+def _nearer_to_forecast(leap: Leap, trajectory: Trajectory, before: Snapshot, after: Snapshot) -> bool | None:
+    """Whether a snapshot lies nearer to the forecast than to the snapshot before it; None where that cannot be read.
+
+    As they are, and once both are carried on to its step by the drift before the leap: a plain run comes near a forecast
+    that lay ahead of it. A snapshot before that equals the forecast is the forecast, put into the run's folder.
+    """
+    path, past = Path(leap.forecast), _drift_before(leap, trajectory)
+    layout = recognise(path) if path.exists() else None
+    if layout is None:
+        return None
+    num_read = len(past) + 3
+    try:
+        alignment = align((*past, before, layout.read(path), after))
+        gram, _ = accumulate(alignment, range(num_read), num_samples=NUM_COMPARED)
+    except FarcastError:
+        return None
+    moves = np.eye(num_read + 1)[: num_read - 1]  # from each snapshot to the next, over the basis (R,)
+    drift = moves[0] / (past[1].step - past[0].step) if past else np.zeros(num_read + 1)
+    carried = drift * (after.step - leap.resumes_after), drift * (after.step - before.step)
+    return not gram.total_norm(moves[-2]) or all(
+        gram.total_norm(moves[-1] - share * carried[0]) < gram.total_norm(moves[-2] + moves[-1] - share * carried[1])
+        for share in (0, 1)
+    )
+
+
+def _drift_before(leap: Leap, trajectory: Trajectory) -> tuple[Snapshot, ...]:
+    """Two snapshots that the run's drift before a leap shows between, as far apart as it leapt; none where there is one."""
+    seen = [snapshot for snapshot in trajectory.snapshots if snapshot.step <= leap.origin_step]
+    start = leap.origin_step - (leap.valid_step - leap.origin_step)
+    early = [snapshot for snapshot in seen if snapshot.step <= start][-1:] or seen[:1]
+    return (early[0], seen[-1]) if early and early[0].step < seen[-1].step else ()
