@@ -19,7 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import farcast_cli
-from farcast_cli.evaluation import LOG_BYTES, Evaluator, Trial, best_trial, last_number
+from farcast_cli.command import LOG_BYTES
+from farcast_cli.evaluation import Evaluator, Trial, best_trial, last_number
 from farcast_cli.fitted import load_fitted
 from farcast_cli.job import Request
 from farcast_cli.predict import predict

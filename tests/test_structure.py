@@ -47,6 +47,7 @@ ORDER = (
     "ledger",
     "fitted",
     "engine",
+    "command",
     "evaluation",
     "job",
     "sidecar",
