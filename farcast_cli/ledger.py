@@ -72,13 +72,19 @@ def record_leap(ledger: Path, leap: Leap) -> None:
     try:
         ledger.parent.mkdir(parents=True, exist_ok=True)
         with ledger.open("a") as file:
-            file.write(leap.relative_to(ledger.parent.resolve()).model_dump_json() + "\n")
+            # in one write, and on a line of its own even where a killed process left half a line
+            file.write("\n" * _ends_within_a_line(ledger) + leap.relative_to(ledger.parent.resolve()).model_dump_json() + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(
             f"{ledger}: the ledger of leaps cannot be written: {error.strerror}", hint="choose another place with --ledger"
         ) from error
+
+
+def _ends_within_a_line(ledger: Path) -> bool:
+    content = ledger.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
 
 
 def read_leaps(ledger: Path, run: Path) -> list[Leap]:
@@ -88,13 +94,15 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
         FileFormatError: a line that is no leap.
     """
     try:
-        lines = ledger.read_text().splitlines()
+        lines = ledger.read_text().split("\n")
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: {error}") from error
     home, found = ledger.parent.resolve(), []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             leap = Leap.model_validate_json(line)
         except ValidationError as error:

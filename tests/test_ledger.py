@@ -155,7 +155,7 @@ def test_leaps_of_other_runs_are_none_of_a_runs_own(tmp_path: Path) -> None:
         assert [leap.origin_step for leap in read_leaps(ledger, tmp_path / name)] == [number]
 
 
-@pytest.mark.parametrize("line", ["", "mine", "{}", '{"run": "a"', "[1, 2]", '{"run": "run", "origin_step": "soon"}', "null"])
+@pytest.mark.parametrize("line", ["mine", "{}", '{"run": "a"', "[1, 2]", '{"run": "run", "origin_step": "soon"}', "null"])
 def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     """Even where the run's own leaps stand in other lines: what it says cannot be known."""
     ledger, run = tmp_path / "ledger.jsonl", tmp_path / "run"
@@ -536,3 +536,13 @@ def test_what_is_not_published_to_resume_from_is_not_recorded(
 ) -> None:
     assert call_cli("predict", *arguments, cwd=fitted).returncode == code
     assert not (fitted / "forecasts" / "ledger.jsonl").exists()
+
+
+def test_half_a_line_that_a_killed_process_left_does_not_spoil_the_next(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    leap = Leap(run=str(tmp_path / "run"), origin_step=800, valid_step=1200, counters="advance", forecast=str(tmp_path / "f"))
+    ledger.write_text('{"run": "ru')
+    record_leap(ledger, leap)
+    assert ledger.read_text().split("\n")[1:] == [leap.relative_to(tmp_path).model_dump_json(), ""]
+    with pytest.raises(FileFormatError, match="line 1 is no leap"):
+        read_leaps(ledger, tmp_path / "run")
