@@ -106,6 +106,7 @@ JSON_KEYS: dict[str, dict[str, str]] = {
         "decisions[].method": "the method that was asked for, or chosen",
         "decisions[].verdict": "`forecast`, `abstain` or `untestable`",
         "decisions[].ratio": "its back-test ratio b",
+        "decisions[].recent_coherence": "coherence of the recent half of the history",
         "decisions[].reason": "why",
     },
     "predict": FORECAST_KEYS

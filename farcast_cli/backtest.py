@@ -18,6 +18,8 @@ from farcast_cli.trajectory import MIN_SNAPSHOTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from farcast_cli.gram import Gram
     from farcast_cli.timeline import Timeline
 
@@ -26,14 +28,16 @@ Verdict = Literal["forecast", "abstain", "untestable"]
 
 COHERENCE_GATE = 0.25  # S over which no leap was harmful; at .1 leaps at a tuned rate were (docs/results.md)
 SHORT_COHERENCE_GATE = 0.2  # the same up to a quarter of the history, where the recent half vouches for it
-RECENT_GATE = 0.15  # of the recent half: leaps below .1 lost, over long histories, whatever S said
+RECENT_GATE = 0.2  # of the recent half: over long histories leaps below it lost, whatever S said
+SHORT_RECENT_GATE = 0.15  # the same up to a quarter of the history
 MIN_RECENT = 4  # snapshots in each half of the recent half: fewer, and the noise of S alone would turn leaps away
 SHORT_LEAD = 0.25  # of the history: up to here a forecast draws on the recent half alone
 CLEAR_COHERENCE = 0.45  # over which a trend is carried on by
 TREND_LEAD = 0.1  # of the history; below it the trend ends at the origin
 SIGNIFICANCE = 3.0  # standard deviations of the cosine of two random directions, 1/sqrt(N): matters below 1,000 weights
 MAX_COHERENCE_GATE = 0.95
-RATIO_CEILING = 2.0  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.3 at most
+RATIO_CEILING = 1.3  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.2 at most
+EXPECTED_CEILING = 2.5  # the same for the step as written: a run that has settled moves far less than it did
 RATIO_GATE = 0.95  # b under which 0 of 86 forecasts were worse than nothing
 MAX_HORIZON = 1.5  # of the history's length
 LOSS_JUMP = 0.7  # b over which the loss rises at once before it falls
@@ -139,8 +143,8 @@ def untestable(task: Task) -> str:
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
-    To resume from: S > .25 (.2 for horizons up to a quarter of the history, where the recent half can be judged),
-    S > .15 in the recent half, and b <= 2. To evaluate: b < .95. `persistence`
+    To resume from: S > .25 and S > .2 in the recent half (.2 and .15 for horizons up to a quarter of the history, where
+    the recent half can be judged), and b <= 1.3. To evaluate: b < .95. `persistence`
     moves no weight and always passes; an average to evaluate passes too, because b measures the distance to later
     weights, at which an average does not aim.
     """
@@ -157,6 +161,9 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         decision = _decide_for_resume(method, task, ratio, steady, recent)
     unjudged = purpose == "evaluation" and _is_average(method, task)
     expected = float("nan") if unjudged else backtest_ratio(method, task, as_written=True)
+    if purpose == "resume" and decision.verdict == "forecast" and expected > EXPECTED_CEILING:
+        reason = f"the step as written would have missed by {expected:.2g} times the run's own move, limit {EXPECTED_CEILING}"
+        decision = replace(decision, verdict="abstain", reason=reason)
     return replace(decision, expected=expected, recent=recent)
 
 
@@ -186,17 +193,24 @@ def _is_average(method: Method, task: Task) -> bool:
 def _decide_for_resume(method: Method, task: Task, ratio: float, steady: float, recent: float) -> Decision:
     if method.averages:
         return Decision("abstain", ratio, steady, "resuming from an average puts a run back: it is for evaluation")
-    if np.isnan(steady) and not np.isnan(ratio):
+    if np.isnan(ratio) or not task.gram.total_norm(_last_move(task.timeline)):
+        return Decision("abstain", ratio, steady, "the weights have not moved since the snapshot before")
+    if np.isnan(steady):
         return Decision("untestable", ratio, steady, "coherence S needs two snapshots in each half of the history")
-    if ratio > RATIO_CEILING:
-        return Decision("abstain", ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_CEILING}")
     chance = min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(int(task.sample.sizes.sum())))
-    if not np.isnan(recent) and recent <= max(RECENT_GATE, chance):
-        limit = max(RECENT_GATE, chance)
-        return _gate(False, ratio, steady, f"coherence S = {recent:.2f} in the recent half, needed {limit:.2g}")
     short = task.lead <= SHORT_LEAD and not np.isnan(recent)
+    limit = max(SHORT_RECENT_GATE if short else RECENT_GATE, chance)
+    if recent <= limit:  # not where it cannot be had
+        return _gate(False, ratio, steady, f"coherence S = {recent:.2f} in the recent half, needed {limit:.2g}")
     limit = max(SHORT_COHERENCE_GATE if short else COHERENCE_GATE, chance)
+    if steady > limit and ratio > RATIO_CEILING:
+        return _gate(False, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_CEILING}")
     return _gate(steady > limit, ratio, steady, f"coherence S = {steady:.2f}, needed {limit:.2g}")
+
+
+def _last_move(timeline: Timeline) -> NDArray[np.float64]:
+    """From the snapshot before to the origin, (R,)."""
+    return timeline.at(timeline.origin) - timeline.at(timeline.places[-2])
 
 
 def _gate(passed: bool, ratio: float, steady: float, reason: str) -> Decision:  # noqa: FBT001 - the gate's own outcome

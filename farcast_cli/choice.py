@@ -46,10 +46,10 @@ def propose_horizon(method: Method, task: Task, purpose: Purpose, *, after_leap:
         return round(trend_lead(task.gram, timeline) * timeline.length) if method.extrapolates else 0
     first = FIRST_LEAD if lowest_coherence(task.gram, timeline) > CLEAR else SHORT_LEADS[-1]
     leads = [NEXT_LEAD, *SHORT_LEADS] if after_leap else sorted({first, SHORT_LEADS[-1]}, reverse=True)
-    limit = timeline.length * leads[0] if steps_left is None else max(1.0, steps_left * LEFT_TO_TRAIN)
+    limit = float("inf") if steps_left is None else max(1.0, steps_left * LEFT_TO_TRAIN)
     horizon = 1
     for lead in leads:
-        horizon = max(1, round(min(lead * timeline.length, limit)))
+        horizon = max(1, int(min(round(lead * timeline.length), limit)))
         if decide(method, replace(task, horizon=float(horizon)), purpose).verdict == "forecast":
             return horizon
     return horizon

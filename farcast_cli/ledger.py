@@ -82,6 +82,24 @@ def record_leap(ledger: Path, leap: Leap) -> None:
         ) from error
 
 
+def check_ledger(ledger: Path, run: Path) -> None:
+    """That lines may be appended: outside the run's folder, and to a ledger or a new file only.
+
+    Raises:
+        OutputError: a place inside the run's folder.
+        FileFormatError: an existing file that is no ledger.
+    """
+    if ledger.resolve().is_relative_to(run.resolve()):
+        raise OutputError(
+            f"{ledger}: the ledger of leaps would lie inside the run's folder {run}",
+            hint="choose a place outside with --ledger",
+        )
+    if ledger.is_dir():
+        raise OutputError(f"{ledger}: expected the ledger of leaps, found a folder", hint="--ledger FILE")
+    if ledger.is_file():
+        read_leaps(ledger, run)
+
+
 def _ends_within_a_line(ledger: Path) -> bool:
     content = ledger.read_bytes()
     return bool(content) and not content.endswith(b"\n")
@@ -101,8 +119,8 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
         raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: {error}") from error
     home, found = ledger.parent.resolve(), []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+        if not line.strip() or (line.startswith("{") and not line.endswith("}")):
+            continue  # the half line that a killed process left was of a forecast that it did not publish
         try:
             leap = Leap.model_validate_json(line)
         except ValidationError as error:

@@ -27,7 +27,7 @@ from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
 from farcast_cli.forecaster import Method, Task, forecast
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.ledger import Leap, record_leap
+from farcast_cli.ledger import Leap, check_ledger, record_leap
 from farcast_cli.methods import find_method
 from farcast_cli.plan import Rewrite, forecast_name, plan_outputs
 from farcast_cli.resume import HISTORY, advance, advance_batch_counts
@@ -76,6 +76,8 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
     if not chosen:
         return outcomes
+    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
+        check_ledger(request.ledger, fitted.directory)
     steps = [forecast(method, tasks[i]) for i in chosen]
     prepared = _prepare(fitted, request, [request.horizons[i] for i in chosen], steps)
     written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
@@ -96,7 +98,7 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
         since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
-        notes.append(f"horizon {horizon}: {share if horizon else 'the run as it is at its last snapshot'}")
+        notes.append(f"horizon {horizon}: {share if horizon else 'the run as it is at the origin'}")
     method, why = choose_method(request.method, first, request.purpose) if request.method else (default, "")
     if why:
         notes.append(f"method {method.name}: {why}")
@@ -174,6 +176,8 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         moved = advance(history, horizon, optimizer=request.optimizer, counters=request.counters)
         counts = advance_batch_counts(history, horizon) if request.counters == "advance" else {}
         moved.changes.extend(counts.values())
+        if not horizon:
+            moved.changes.clear()  # every counter stays as it is
         rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon)
         advanced.append(moved)
         plans.append(tuple(plan_outputs(origin, moved, rewrite)))

@@ -250,7 +250,7 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
 
 
 def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tuple[float, float], verbose: bool = False) -> None:
-    from farcast_cli.backtest import COHERENCE_GATE
+    from farcast_cli.backtest import COHERENCE_GATE, RECENT_GATE
 
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
@@ -260,8 +260,8 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {number(steady[0])}, {number(steady[1])} in the recent half (does the run still move as it did;"
-        f" above {COHERENCE_GATE:g} a forecast is worth resuming from)"
+        f"coherence S = {number(steady[0])}, {number(steady[1])} in the recent half (does the run still move as it did; above"
+        f" {COHERENCE_GATE:g} and {RECENT_GATE:g} a forecast is worth resuming from)"
     )
     for copied in record.copied if verbose else ():
         note(f"  copied {copied.name}: {copied.reason}")
@@ -271,7 +271,7 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
 def backtest_json(
     origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
 ) -> dict[str, Any]:
-    best = min(scores, key=lambda score: score.ratio, default=None)
+    best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
     verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return {
         "origin_step": origin_step,
@@ -282,7 +282,14 @@ def backtest_json(
         "best": {"method": best.method, "horizon": best.horizon, "ratio": best.ratio} if best else None,
         "verdict": next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
         "decisions": [
-            {"horizon": horizon, "method": method, "verdict": d.verdict, "ratio": d.ratio, "reason": d.reason}
+            {
+                "horizon": horizon,
+                "method": method,
+                "verdict": d.verdict,
+                "ratio": d.ratio,
+                "recent_coherence": d.recent,
+                "reason": d.reason,
+            }
             for horizon, (method, d) in decisions.items()
         ],
     }

@@ -11,9 +11,11 @@ import pytest
 
 from farcast_cli.backtest import (
     COHERENCE_GATE,
+    RATIO_CEILING,
     RATIO_GATE,
     RECENT_GATE,
     SHORT_COHERENCE_GATE,
+    SHORT_RECENT_GATE,
     Purpose,
     backtest_ratio,
     coherence,
@@ -275,9 +277,12 @@ def test_the_task_for_the_verdict_has_the_asked_for_coherence() -> None:
 def test_to_resume_from_the_coherence_decides(name: str, horizon: int, above: float, verdict: str) -> None:
     """Eleven snapshots: too few to ask the recent half by itself, and so the same is needed for a short horizon."""
     decision = decide(METHODS[name], _steady_task(COHERENCE_GATE + above, horizon=horizon), "resume")
-    assert decision.verdict == verdict
     assert decision.coherence == pytest.approx(COHERENCE_GATE + above, abs=ALGEBRA)
     assert math.isnan(decision.recent)
+    if decision.ratio > RATIO_CEILING and above > 0:
+        assert (decision.verdict, decision.reason) == ("abstain", f"back-test ratio b = {decision.ratio:.2f}, limit 1.3")
+        return
+    assert decision.verdict == verdict
     assert decision.reason == f"coherence S = {COHERENCE_GATE + above:.2f}, needed {COHERENCE_GATE:g}"
 
 
@@ -322,13 +327,14 @@ def test_up_to_a_quarter_of_the_history_less_is_needed_where_the_recent_half_vou
 def test_with_enough_snapshots_the_recent_half_must_be_coherent_too_at_every_horizon(
     horizon: int, above: float, verdict: str
 ) -> None:
-    recent = RECENT_GATE + above
+    gate = SHORT_RECENT_GATE if horizon == 100 else RECENT_GATE
+    recent = gate + above
     decision = decide(METHODS["line-fit"], _turning_task(0.9, recent, horizon=horizon), "resume")
     assert decision.verdict == verdict
     assert decision.recent == pytest.approx(recent, abs=ALGEBRA)
     assert decision.coherence == pytest.approx(0.9, abs=ALGEBRA)
     if verdict == "abstain":
-        assert decision.reason == f"coherence S = {recent:.2f} in the recent half, needed {RECENT_GATE:g}"
+        assert decision.reason == f"coherence S = {recent:.2f} in the recent half, needed {gate:g}"
 
 
 @pytest.mark.parametrize("horizon", [50, 400, 800, 1600])
@@ -488,3 +494,22 @@ def test_a_trend_is_never_resumed_from(horizon: int) -> None:
 @pytest.mark.parametrize("purpose", ["resume", "evaluation"])
 def test_a_run_that_never_moved_gives_no_reason_to_forecast(name: str, purpose: Purpose) -> None:
     assert decide(METHODS[name], make_task({"w": np.ones((12, 3))}, STEPS, 300), purpose).verdict == "abstain"
+
+
+@pytest.mark.parametrize("frozen_from", [9, 12, 15])
+def test_a_run_that_stopped_moving_is_not_forecast(frozen_from: int) -> None:
+    speed = np.random.default_rng(0).standard_normal(50)
+    arrays = {"w": np.outer(np.minimum(np.arange(20), frozen_from), speed)}
+    for horizon in (190, 475, 950):
+        decision = decide(METHODS["blend"], make_task(arrays, range(0, 2000, 100), horizon), "resume")
+        assert decision.verdict == "abstain"
+
+
+@pytest.mark.parametrize(("num_snapshots", "settles_in"), [(20, 4), (14, 2), (8, 1)])
+def test_a_run_that_has_settled_is_not_forecast(num_snapshots: int, settles_in: int) -> None:
+    rng = np.random.default_rng(1)
+    way = rng.standard_normal(2000)
+    times = np.arange(num_snapshots)
+    arrays = {"w": np.outer(1 - np.exp(-times / settles_in), way) + 1e-3 * rng.standard_normal((num_snapshots, 2000))}
+    task = make_task(arrays, range(0, 100 * num_snapshots, 100), 50 * (num_snapshots - 1))
+    assert decide(METHODS["blend"], task, "resume").verdict == "abstain"

@@ -118,7 +118,7 @@ def test_where_the_evidence_supports_none_the_shortest_is_proposed_for_the_gate_
     ("steps_left", "after_leap", "horizon"),
     [
         (1000, False, 500),
-        (3999, False, 2000),
+        (3999, False, 1999),
         (4001, False, 2000),
         (10**6, False, 2000),
         (1000, True, 500),

@@ -155,7 +155,7 @@ def test_leaps_of_other_runs_are_none_of_a_runs_own(tmp_path: Path) -> None:
         assert [leap.origin_step for leap in read_leaps(ledger, tmp_path / name)] == [number]
 
 
-@pytest.mark.parametrize("line", ["mine", "{}", '{"run": "a"', "[1, 2]", '{"run": "run", "origin_step": "soon"}', "null"])
+@pytest.mark.parametrize("line", ["mine", "{}", "[1, 2]", '{"run": "run", "origin_step": "soon"}', "null"])
 def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     """Even where the run's own leaps stand in other lines: what it says cannot be known."""
     ledger, run = tmp_path / "ledger.jsonl", tmp_path / "run"
@@ -544,5 +544,15 @@ def test_half_a_line_that_a_killed_process_left_does_not_spoil_the_next(tmp_path
     ledger.write_text('{"run": "ru')
     record_leap(ledger, leap)
     assert ledger.read_text().split("\n")[1:] == [leap.relative_to(tmp_path).model_dump_json(), ""]
-    with pytest.raises(FileFormatError, match="line 1 is no leap"):
-        read_leaps(ledger, tmp_path / "run")
+    assert [found.valid_step for found in read_leaps(ledger, tmp_path / "run")] == [1200]
+
+
+def test_a_ledger_is_never_appended_to_a_file_of_another_kind_or_inside_the_runs_folder(
+    fitted: Path, call_cli: CallCli
+) -> None:
+    before = tree_digest(fitted)
+    snapshot = next((fitted / "run").iterdir())
+    for place in (snapshot, fitted / "run" / "ledger.jsonl", fitted / "forecaster.safetensors", fitted / "run"):
+        result = call_cli("predict", "--ledger", place, "--horizon", 200, cwd=fitted)
+        assert result.returncode in {4, 5}
+        assert tree_digest(fitted) == before
