@@ -76,10 +76,10 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
     if not chosen:
         return outcomes
-    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
-        check_ledger(request.ledger, fitted.directory)
     steps = [forecast(method, tasks[i]) for i in chosen]
     prepared = _prepare(fitted, request, [request.horizons[i] for i in chosen], steps)
+    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
+        check_ledger(request.ledger, fitted.directory)
     written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
     for index, outcome in zip(chosen, written, strict=True):
         outcomes[index] = outcome

@@ -242,7 +242,7 @@ def test_predict_to_evaluate_without_a_horizon_writes_the_run_as_it_is_to_be_eva
     assert (content["path"], content["method"]) == ("forecasts/step_000800.safetensors", "trend")
     assert (content["origin_step"], content["valid_step"], content["horizon"]) == (800, 800, 0)
     assert (content["verdict"], content["expected_ratio"]) == ("forecast", None)
-    assert content["chosen"] == ["horizon 0: the run as it is at its last snapshot"]
+    assert content["chosen"] == ["horizon 0: the run as it is at the origin"]
     assert "note: forecasts/step_000800.safetensors: to evaluate or ship; do not resume from it" in done.stderr.splitlines()
     assert tree_digest(turning / "forecasts").keys() == {"step_000800.safetensors", "step_000800.farcast.json"}
     snapshots = [load_file(turning / "run" / loose_name(step)) for step in STEPS[4:]]  # from 450 on
