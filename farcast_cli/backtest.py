@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 
-COHERENCE_GATE = 0.25  # S over which no leap was harmful; at .1 leaps at a tuned rate were (docs/results.md)
+COHERENCE_GATE = 0.25  # S over which no leap was harmful; at .1 leaps at a tuned rate were
 SHORT_COHERENCE_GATE = 0.2  # the same up to a quarter of the history, where the recent half vouches for it
 RECENT_GATE = 0.2  # of the recent half: over long histories leaps below it lost, whatever S said
 SHORT_RECENT_GATE = 0.15  # the same up to a quarter of the history
