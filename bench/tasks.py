@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import pydoc_data.topics
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ class Spec:
         return self.lr * self.rate_factor * min(1.0, (step + 1) / self.warmup if self.warmup else 1.0)
 
 
-class Task:
+class Task(ABC):
     """A model with its data. Training needs `batch_loss`, judging needs `val_loss`.
 
     `start` holds all weights at the end of the run `spec.start`, where the spec names one.
@@ -64,17 +65,17 @@ class Task:
         self.model = self.build()
         self.optimizer = self._optimizer()
 
-    def load_data(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def load_data(self) -> None: ...
 
-    def build(self) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self) -> nn.Module: ...
 
-    def batch_loss(self, step: int) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def batch_loss(self, step: int) -> torch.Tensor: ...
 
-    def val_loss(self) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def val_loss(self) -> torch.Tensor: ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, and hence saved."""
@@ -219,8 +220,8 @@ class Text(Task):
             model.load_state_dict(self.start, strict=False)  # tied weights are there once
         return model
 
-    def network(self) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def network(self) -> nn.Module: ...
 
 
 class Gpt(Text):

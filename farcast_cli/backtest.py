@@ -144,27 +144,28 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
     To resume from: S > .25 and S > .2 in the recent half (.2 and .15 for horizons up to a quarter of the history, where
-    the recent half can be judged), and b <= 1.3. To evaluate: b < .95. `persistence`
-    moves no weight and always passes; an average to evaluate passes too, because b measures the distance to later
-    weights, at which an average does not aim.
+    the recent half can be judged), and b <= 1.3. To evaluate: b < .95. `persistence` moves no weight and always passes;
+    an average to evaluate passes too, because b measures the distance to later weights, at which it does not aim.
     """
     why_not = untestable(task)
     if why_not:
         return Decision("untestable", float("nan"), float("nan"), why_not)
-    steady, recent = coherence(task.gram, task.timeline), recent_coherence(task.gram, task.timeline)
-    ratio = backtest_ratio(method, task)
+    average = purpose == "evaluation" and _is_average(method, task)
+    found = Decision(
+        "abstain",
+        backtest_ratio(method, task),
+        coherence(task.gram, task.timeline),
+        reason="",
+        expected=float("nan") if average else backtest_ratio(method, task, as_written=True),
+        recent=recent_coherence(task.gram, task.timeline),
+    )
     if method.name == "persistence":
-        decision = Decision("forecast", 1.0, steady, "persistence leaves the weights as they are")
-    elif purpose == "evaluation":
-        decision = _decide_for_evaluation(method, task, ratio, steady)
-    else:
-        decision = _decide_for_resume(method, task, ratio, steady, recent)
-    unjudged = purpose == "evaluation" and _is_average(method, task)
-    expected = float("nan") if unjudged else backtest_ratio(method, task, as_written=True)
-    if purpose == "resume" and decision.verdict == "forecast" and expected > EXPECTED_CEILING:
-        reason = f"the step as written would have missed by {expected:.2g} times the run's own move, limit {EXPECTED_CEILING}"
-        decision = replace(decision, verdict="abstain", reason=reason)
-    return replace(decision, expected=expected, recent=recent)
+        return replace(found, verdict="forecast", ratio=1.0, reason="persistence leaves the weights as they are")
+    if average:
+        return replace(found, verdict="forecast", reason="an average of snapshots, not a forecast: b does not judge it")
+    if purpose == "evaluation":
+        return _gate(found, found.ratio < RATIO_GATE, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_GATE}")
+    return _decide_for_resume(method, task, found)
 
 
 def lowest_coherence(gram: Gram, timeline: Timeline) -> float:
@@ -178,34 +179,36 @@ def trend_lead(gram: Gram, timeline: Timeline) -> float:
     return TREND_LEAD if lowest_coherence(gram, timeline) > CLEAR_COHERENCE else 0.0
 
 
-def _decide_for_evaluation(method: Method, task: Task, ratio: float, steady: float) -> Decision:
-    if _is_average(method, task):
-        return Decision("forecast", ratio, steady, "an average of snapshots, not a forecast: b does not judge it")
-    return _gate(ratio < RATIO_GATE, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_GATE}")
-
-
 def _is_average(method: Method, task: Task) -> bool:
     """Whether a method, at this horizon, gives where the run is rather than where it will be."""
     ahead = task.horizon > trend_lead(task.gram, task.timeline) * task.timeline.length + 1
     return method.averages and not (method.extrapolates and ahead)
 
 
-def _decide_for_resume(method: Method, task: Task, ratio: float, steady: float, recent: float) -> Decision:
+def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
+    """The verdict on the statistics found. The coherence speaks first: b cannot make up for a run without direction."""
     if method.averages:
-        return Decision("abstain", ratio, steady, "resuming from an average puts a run back: it is for evaluation")
-    if np.isnan(ratio) or not task.gram.total_norm(_last_move(task.timeline)):
-        return Decision("abstain", ratio, steady, "the weights have not moved since the snapshot before")
-    if np.isnan(steady):
-        return Decision("untestable", ratio, steady, "coherence S needs two snapshots in each half of the history")
+        return replace(found, reason="resuming from an average puts a run back: it is for evaluation")
+    if np.isnan(found.ratio) or not task.gram.total_norm(_last_move(task.timeline)):
+        return replace(found, reason="the weights have not moved since the snapshot before")
+    if np.isnan(found.coherence):
+        reason = "coherence S needs two snapshots in each half of the history"
+        return replace(found, verdict="untestable", reason=reason)
     chance = min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(int(task.sample.sizes.sum())))
-    short = task.lead <= SHORT_LEAD and not np.isnan(recent)
-    limit = max(SHORT_RECENT_GATE if short else RECENT_GATE, chance)
-    if recent <= limit:  # not where it cannot be had
-        return _gate(False, ratio, steady, f"coherence S = {recent:.2f} in the recent half, needed {limit:.2g}")
+    short = task.lead <= SHORT_LEAD and not np.isnan(found.recent)
+    of_late = max(SHORT_RECENT_GATE if short else RECENT_GATE, chance)
     limit = max(SHORT_COHERENCE_GATE if short else COHERENCE_GATE, chance)
-    if steady > limit and ratio > RATIO_CEILING:
-        return _gate(False, ratio, steady, f"back-test ratio b = {ratio:.2f}, limit {RATIO_CEILING}")
-    return _gate(steady > limit, ratio, steady, f"coherence S = {steady:.2f}, needed {limit:.2g}")
+    coherent = f"coherence S = {found.coherence:.2f}, needed {limit:.2g}"
+    missed = f"the step as written would have missed by {found.expected:.2g} times the run's own move"
+    objections = (
+        # a recent half that cannot be judged is none
+        (found.recent <= of_late, f"coherence S = {found.recent:.2f} in the recent half, needed {of_late:.2g}"),
+        (not found.coherence > limit, coherent),
+        (found.ratio > RATIO_CEILING, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_CEILING}"),
+        (found.expected > EXPECTED_CEILING, f"{missed}, limit {EXPECTED_CEILING}"),
+    )
+    objection = next((text for holds, text in objections if holds), None)
+    return _gate(found, objection is None, objection or coherent)
 
 
 def _last_move(timeline: Timeline) -> NDArray[np.float64]:
@@ -213,5 +216,5 @@ def _last_move(timeline: Timeline) -> NDArray[np.float64]:
     return timeline.at(timeline.origin) - timeline.at(timeline.places[-2])
 
 
-def _gate(passed: bool, ratio: float, steady: float, reason: str) -> Decision:  # noqa: FBT001 - the gate's own outcome
-    return Decision("forecast" if passed else "abstain", ratio, steady, reason)
+def _gate(found: Decision, passed: bool, reason: str) -> Decision:  # noqa: FBT001 - the gate's own outcome
+    return replace(found, verdict="forecast" if passed else "abstain", reason=reason)

@@ -14,6 +14,7 @@ import typer
 from farcast_cli import __version__
 from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, UsageError
 from farcast_cli.options import (
+    DEFAULT_LEDGER,
     Config,
     Device,
     EvalTimeout,
@@ -126,7 +127,7 @@ def fit(
     steps: Steps = None,
     sample: Sample = 16384,
     full: Full = False,
-    ledger: Ledger = Path("forecasts/ledger.jsonl"),
+    ledger: Ledger = DEFAULT_LEDGER,
     device: Device = "auto",
     threads: Threads = 0,
     json_: Json = False,
@@ -171,7 +172,7 @@ def backtest(
     steps: Steps = None,
     sample: Sample = 16384,
     full: Full = False,
-    ledger: Ledger = Path("forecasts/ledger.jsonl"),
+    ledger: Ledger = DEFAULT_LEDGER,
     device: Device = "auto",
     threads: Threads = 0,
     json_: Json = False,
@@ -293,7 +294,7 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")
     ] = False,
-    ledger: Ledger = Path("forecasts/ledger.jsonl"),
+    ledger: Ledger = DEFAULT_LEDGER,
     dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
     device: Device = "auto",
     threads: Threads = 0,

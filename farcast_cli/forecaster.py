@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from farcast_cli.timeline import Timeline
+from farcast_cli.timeline import Timeline, evenly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ def plain_step(method: Method, task: Task) -> NDArray[np.float64]:
     visible = task.timeline.num_snapshots
     if method.max_context is None or visible <= method.max_context:
         return method.step(task)
-    keep = np.linspace(0, visible - 1, method.max_context).round().astype(int).tolist()
+    keep = evenly(visible, method.max_context)
     if visible < task.gram.num_snapshots:
         keep.append(visible)  # an origin between snapshots is interpolated towards the next one
     thinned = replace(

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.trajectory import Trajectory
 
-DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
 NUM_COMPARED = 1_024  # elements per tensor, enough to tell a forecast from a snapshot
 
 
@@ -83,17 +82,12 @@ def record_leap(ledger: Path, leap: Leap) -> None:
 
 
 def check_ledger(ledger: Path, run: Path) -> None:
-    """That lines may be appended: outside the run's folder, and to a ledger or a new file only.
+    """That lines may be appended: to a ledger or a new file only.
 
     Raises:
-        OutputError: a place inside the run's folder.
+        OutputError: a folder.
         FileFormatError: an existing file that is no ledger.
     """
-    if ledger.resolve().is_relative_to(run.resolve()):
-        raise OutputError(
-            f"{ledger}: the ledger of leaps would lie inside the run's folder {run}",
-            hint="choose a place outside with --ledger",
-        )
     if ledger.is_dir():
         raise OutputError(f"{ledger}: expected the ledger of leaps, found a folder", hint="--ledger FILE")
     if ledger.is_file():

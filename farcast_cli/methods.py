@@ -14,6 +14,7 @@ import numpy as np
 
 from farcast_cli.errors import UsageError
 from farcast_cli.forecaster import Method, set_step_norm
+from farcast_cli.timeline import evenly
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -193,14 +194,13 @@ def average(task: Task) -> NDArray[np.float64]:
     Source: latest weight averaging, LAWA (Kaddour, arXiv 2209.14981). The choice of k is ours.
     """
     timeline = task.timeline
-    places = timeline.places[-averaging_window(task) :]
-    mean = np.mean([timeline.at(place) for place in places], axis=0)
+    mean = timeline.mean_over(timeline.places[-averaging_window(task) :])
     return every_tensor(mean - timeline.at(timeline.origin), task)
 
 
 def averaging_window(task: Task) -> int:
     """How many of the last snapshots `average` takes; see there."""
-    places = _recent(task.timeline, TREND_WINDOW)
+    places = _recent(task.timeline)
     total = task.gram.matrix.sum(axis=0)
     points = np.stack([task.timeline.at(place) for place in places])  # (P, R)
     times = np.arange(len(places)) - (len(places) - 1) / 2
@@ -221,17 +221,16 @@ def trend(task: Task) -> NDArray[np.float64]:
     ship, never to resume from. Ours; a least-squares line is old.
     """
     timeline = task.timeline
-    places = np.array(_recent(timeline, TREND_WINDOW))
-    places = places[np.linspace(0, len(places) - 1, min(len(places), MAX_TREND)).round().astype(int)]
-    middle = float(places.mean())
-    mean = np.mean([timeline.at(float(place)) for place in places], axis=0)
-    reach = timeline.origin + task.horizon - middle
-    return every_tensor(mean + reach * timeline.slope_over([*places]) - timeline.at(timeline.origin), task)
+    recent = _recent(timeline)
+    places = [recent[index] for index in evenly(len(recent), MAX_TREND)]
+    reach = timeline.origin + task.horizon - np.mean(places)
+    line = timeline.mean_over(places) + reach * timeline.slope_over(places)
+    return every_tensor(line - timeline.at(timeline.origin), task)
 
 
-def _recent(timeline: Timeline, share: float) -> list[float]:
-    """The snapshots of the last share of the history, three at least."""
-    inside = [place for place in timeline.places if place >= timeline.origin - share * timeline.length]
+def _recent(timeline: Timeline) -> list[float]:
+    """The snapshots that a trend goes through, three at least."""
+    inside = [place for place in timeline.places if place >= timeline.origin - TREND_WINDOW * timeline.length]
     return inside if len(inside) >= 3 else timeline.places[-3:]  # noqa: PLR2004 - two have no noise around their line
 
 
@@ -250,7 +249,7 @@ def average_extrapolate(task: Task) -> NDArray[np.float64]:
     timeline = task.timeline
     count = min(AVERAGED, len(timeline.places) // 2)
     windows = timeline.places[-2 * count : -count], timeline.places[-count:]
-    before, last = (np.mean([timeline.at(place) for place in window], axis=0) for window in windows)
+    before, last = map(timeline.mean_over, windows)
     first_step, last_step = map(np.mean, windows)
     reach = (timeline.origin + task.horizon - last_step) / (last_step - first_step)
     return every_tensor(last + reach * (last - before) - timeline.at(timeline.origin), task)

@@ -11,6 +11,7 @@ import typer
 from farcast_cli.errors import UsageError
 
 MAX_DIGITS = 15  # of a number of steps
+DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
 
 
 def _commands(context: typer.Context) -> list[Any]:

@@ -79,6 +79,7 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     steps = [forecast(method, tasks[i]) for i in chosen]
     prepared = _prepare(fitted, request, [request.horizons[i] for i in chosen], steps)
     if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
+        _check_outside(request.ledger, fitted.directory, option="--ledger")
         check_ledger(request.ledger, fitted.directory)
     written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
     for index, outcome in zip(chosen, written, strict=True):
@@ -99,7 +100,7 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
         since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
         notes.append(f"horizon {horizon}: {share if horizon else 'the run as it is at the origin'}")
-    method, why = choose_method(request.method, first, request.purpose) if request.method else (default, "")
+    method, why = choose_method(request.method or default.name, first, request.purpose)
     if why:
         notes.append(f"method {method.name}: {why}")
     return method, request, tuple(notes)
@@ -173,11 +174,10 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     for horizon in horizons:
         if request.purpose == "resume":
             _check_end(origin, horizon, request)
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=request.counters)
-        counts = advance_batch_counts(history, horizon) if request.counters == "advance" else {}
+        counters = request.counters if horizon else "keep"
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+        counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
         moved.changes.extend(counts.values())
-        if not horizon:
-            moved.changes.clear()  # every counter stays as it is
         rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon)
         advanced.append(moved)
         plans.append(tuple(plan_outputs(origin, moved, rewrite)))
@@ -231,11 +231,11 @@ def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> 
         raise OutputError(f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT")
 
 
-def _check_outside(place: Path, run: Path) -> None:
+def _check_outside(place: Path, run: Path, *, option: str = "-o") -> None:
     if place.resolve().is_relative_to(run.resolve()):
         raise OutputError(
             f"{place}: lies inside the run's folder {run}",
-            hint="the trainer could take it for its own, or rotate it away: choose a place outside with -o",
+            hint=f"the trainer could take it for its own, or rotate it away: choose a place outside with {option}",
         )
 
 
@@ -278,27 +278,38 @@ def _write(
 ) -> list[Outcome]:
     if request.dry_run:
         return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
-    if request.evaluator is not None:
-        with ExitStack() as stack:  # one for all horizons: a command that fails on the last publishes none
-            finished = [
-                _write_best(_only(prepared, index), outcome, request, fitted, stack=stack, progress=progress)
-                for index, outcome in enumerate(outcomes)
-            ]
-            for outcome in finished:
-                _record(outcome, request, fitted)
-            return finished
-    with ExitStack() as stack:
-        places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
-        notes = [_enter(stack, prepared, target) for target in prepared.targets]
-        total = sum(total_bytes(plan) for plan in prepared.plans)
-        tally = write_forecasts(
-            prepared.plans, places, prepared.engine, num_threads=request.num_threads, progress=progress("predict", total)
-        )
-        finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
-        for index, (place, note) in enumerate(zip(places, notes, strict=True)):
-            write_sidecar(place, note, compose(prepared, finished[index], request, fitted))
-            _record(finished[index], request, fitted)
+    with ExitStack() as stack:  # one for all horizons: what fails on the last publishes none
+        write = _write_all if request.evaluator is None else _write_judged
+        finished = write(prepared, outcomes, request, fitted, stack=stack, progress=progress)
+        for outcome in finished:
+            _record(outcome, request, fitted)
     return finished
+
+
+def _write_all(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, stack: ExitStack, progress: Progress
+) -> list[Outcome]:
+    """Write every horizon in one pass."""
+    places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
+    notes = [_enter(stack, prepared, target) for target in prepared.targets]
+    total = sum(total_bytes(plan) for plan in prepared.plans)
+    tally = write_forecasts(
+        prepared.plans, places, prepared.engine, num_threads=request.num_threads, progress=progress("predict", total)
+    )
+    finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
+    for outcome, place, note in zip(finished, places, notes, strict=True):
+        write_sidecar(place, note, compose(prepared, outcome, request, fitted))
+    return finished
+
+
+def _write_judged(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, stack: ExitStack, progress: Progress
+) -> list[Outcome]:
+    """Write every horizon at the strength that the user's command likes best."""
+    return [
+        _write_best(_only(prepared, index), outcome, request, fitted, stack=stack, progress=progress)
+        for index, outcome in enumerate(outcomes)
+    ]
 
 
 def _record(outcome: Outcome, request: Request, fitted: Fitted) -> None:

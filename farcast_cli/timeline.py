@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _MIN_POINTS = 2
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Indices of at most so many of `count` places, evenly spread, the first and the last among them."""
+    return [int(index) for index in np.linspace(0, count - 1, min(count, most)).round()]
+
+
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """A history as seen from an origin: snapshots at `steps` (T,), of which those after `origin` are out of sight."""
@@ -74,6 +79,10 @@ class Timeline:
         if len(points) < _MIN_POINTS:
             points = [float(self.steps[self.steps < last][-1]), *points]
         return self.slope_over(points)
+
+    def mean_over(self, points: Sequence[float]) -> NDArray[np.float64]:
+        """The mean weight over places of the timeline, each counting the same, as a vector (R,)."""
+        return np.asarray(np.mean([self.at(point) for point in points], axis=0))
 
     def slope_over(self, points: Sequence[float]) -> NDArray[np.float64]:
         """The least-squares slope per step over two or more places of the timeline, as a vector (R,)."""

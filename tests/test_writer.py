@@ -207,12 +207,13 @@ def big_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_and_wait_for_bytes(work: Path, out: Path, arguments: Sequence[object]) -> subprocess.Popen[str]:
-    """A `farcast predict` that has begun to write: its hidden folder holds a part of the output."""
+    """A `farcast predict` that has begun to write, stopped there: its hidden folder holds a part of the output."""
     process = popen_cli("predict", "--horizon", 100, "-o", out, "--threads", 1, *arguments, cwd=work)
     hidden = out.parent / f".{out.name}.partial"
     while process.poll() is None:
         written = hidden / out.name
         if written.exists() and written.stat().st_size > MID_WRITE_BYTES:
+            process.send_signal(signal.SIGSTOP)  # a busy machine may let it end before the test goes on
             return process
         time.sleep(0.002)
     pytest.fail(f"it ended before it was met: {process.communicate()}")
@@ -236,6 +237,7 @@ def test_a_killed_forecast_leaves_no_output_and_the_next_one_succeeds(big_run: P
 def test_an_interrupted_forecast_ends_with_130_and_leaves_nothing(big_run: Path, tmp_path: Path, sent: signal.Signals) -> None:
     process = start_and_wait_for_bytes(big_run, tmp_path / "step_000700.safetensors", ())
     process.send_signal(sent)
+    process.send_signal(signal.SIGCONT)
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (130, "")
     assert "interrupted" in stderr
@@ -246,7 +248,6 @@ def test_an_interrupted_forecast_ends_with_130_and_leaves_nothing(big_run: Path,
 def test_a_second_forecast_to_the_same_place_is_refused_while_the_first_one_completes(big_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "step_000700.safetensors"
     process = start_and_wait_for_bytes(big_run, out, ())
-    process.send_signal(signal.SIGSTOP)
     try:
         second = run_cli("predict", "--horizon", 100, "-o", out, cwd=big_run)
     finally:
