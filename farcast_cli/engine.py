@@ -18,7 +18,7 @@ import torch
 from farcast_cli.errors import SnapshotError
 from farcast_cli.plan import Copy, Fixed, OutputFile, Piece, Record, Values, Zeros
 from farcast_cli.stream import Reader, Scratch, Stretch, buffer_of, non_finite, stretches
-from farcast_cli.writer import RawSink, Sink, ZipSink
+from farcast_cli.writer import Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -154,18 +154,13 @@ def write_forecasts(
         shared = _Pass(engine, pool, num_threads * QUEUED_PER_THREAD, tally, progress)
         for outputs in zip(*plans, strict=True):
             with ExitStack() as stack:
-                sinks = [_open_sink(output, target) for output, target in zip(outputs, targets, strict=True)]
+                sinks = [Sink(target / o.name if o.name else target) for o, target in zip(outputs, targets, strict=True)]
                 for sink in sinks:
                     stack.callback(sink.close)
                 for records in zip(*(output.records for output in outputs), strict=True):
                     _write_record(records, sinks, shared)
     tally.seconds = time.monotonic() - started
     return tally
-
-
-def _open_sink(output: OutputFile, target: Path) -> Sink:
-    path = target / output.name if output.name else target
-    return ZipSink(path) if output.container == "zip" else RawSink(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +176,7 @@ class _Pass:
 
 def _write_record(records: tuple[Record, ...], sinks: Sequence[Sink], shared: _Pass) -> None:
     for sink, record in zip(sinks, records, strict=True):
-        sink.begin(record.name, record.num_bytes)
+        sink.begin(record.checksums_at)
     waiting: deque[Future[_Result]] = deque()
     jobs = (job for pieces in zip(*(record.pieces for record in records), strict=True) for job in _jobs(pieces, shared.engine))
     try:

@@ -8,6 +8,7 @@
     |   |-- StepConflictError
     |   `-- NonFiniteError
     |-- FileFormatError          4   a file is unreadable
+    |   |-- HalfWrittenError          ... or is still being saved, or was cut off
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
     |-- OutputError              5   the output exists or cannot be written
@@ -61,6 +62,10 @@ class FileFormatError(FarcastError):
     """A file is not what its name says, is cut short or is damaged."""
 
     exit_code = 4
+
+
+class HalfWrittenError(FileFormatError):
+    """A file that ends early, or a part of a snapshot that is missing: it is still being saved, or was cut off."""
 
 
 class NoWeightsError(FileFormatError):

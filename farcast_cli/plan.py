@@ -16,18 +16,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.files import file_size
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import TorchFile
-from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
+from farcast_cli.formats.torch_file import TorchFile, refuse_code_in
+from farcast_cli.formats.torch_pickle import StorageRef, encode_pickle, iter_tensors
+from farcast_cli.formats.torch_zip import frame
 from farcast_cli.layouts.base import Part, Snapshot, find_step_in_name
 from farcast_cli.layouts.loose_safetensors import STEP_KEYS
 from farcast_cli.resume import Advanced, Change, StateTree, storages_of
-from farcast_cli.tensors import DTYPES, FORECASTABLE, DType, TensorEntry
+from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
+_PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+"""Endings of files that their trainer may unpickle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,10 @@ Piece = Copy | Values | Fixed | Zeros
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A named stretch of an output file, made of pieces in order."""
+    """A stretch of an output file, made of pieces in order; its CRC-32 is written to `checksums_at` of the file."""
 
-    name: str
     pieces: tuple[Piece, ...]
+    checksums_at: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -91,7 +94,6 @@ class OutputFile:
     """An output file; `name` is its path inside the checkpoint, "" where the checkpoint is that one file."""
 
     name: str
-    container: Literal["raw", "zip"]
     records: tuple[Record, ...]
 
     @property
@@ -110,7 +112,7 @@ class Rewrite:
     valid_step: int = 0
 
     def out_dtype(self, dtype: DType) -> DType:
-        return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FORECASTABLE else dtype
+        return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FLOATING else dtype
 
     def pieces(self, entry: TensorEntry) -> tuple[Piece, ...]:
         """Where a tensor's bytes come from."""
@@ -119,7 +121,8 @@ class Rewrite:
         index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
         if index is None and dtype == entry.dtype:
             return (Copy(entry.path, entry.offset, entry.num_bytes),)
-        return (Values(entry, index, dtype, non_negative=entry.name.endswith("running_var")),)
+        real = entry.as_real()
+        return (Values(real, index, dtype if real is entry else real.dtype, non_negative=entry.name.endswith("running_var")),)
 
 
 def forecast_name(origin: Snapshot, horizon: int, *, unit: Fraction = Fraction(1), keep_step: bool = False) -> str:
@@ -163,12 +166,14 @@ def _plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile |
         return _torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")
-    return OutputFile(part.name, "raw", (Record("", (Copy(part.path, 0, file_size(part.path)),)),))
+    if part.path.suffix in _PICKLED:
+        refuse_code_in(part.path)
+    return OutputFile(part.name, (Record((Copy(part.path, 0, file_size(part.path)),)),))
 
 
 def _json_output(name: str, tree: Any) -> OutputFile:
     text = json.dumps(tree, indent=2, sort_keys=True) + "\n"  # as the Trainer writes it
-    return OutputFile(name, "raw", (Record("", (Fixed(text.encode()),)),))
+    return OutputFile(name, (Record((Fixed(text.encode()),)),))
 
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
@@ -180,7 +185,7 @@ def _safetensors_output(name: str, entries: Iterable[TensorEntry], metadata: Map
     listed = list(entries)
     header = encode_header(((e.name, rewrite.out_dtype(e.dtype), e.shape) for e in listed), metadata)
     pieces = [piece for entry in listed for piece in rewrite.pieces(entry)]
-    return OutputFile(name, "raw", (Record("", (Fixed(header), *pieces)),))
+    return OutputFile(name, (Record((Fixed(header), *pieces)),))
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------
@@ -195,21 +200,26 @@ def _torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     retyped = {
         ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype)) for _, ref in iter_tensors(weights)
     }
-    sources = storages_of(state.tree)
-    records = [Record(f"{file.prefix}/data.pkl", (Fixed(encode_pickle(_with_storages(state.tree, retyped))),))]
-    records += [
-        Record(name, (Copy(file.path, record.offset, record.num_bytes),))
+    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(encode_pickle(state.tree, retyped)),)}
+    named |= {
+        name: (Copy(file.path, record.offset, record.num_bytes),)
         for name, record in file.records.items()
-        if not name.startswith(f"{file.prefix}/data/") and name != f"{file.prefix}/data.pkl"
-    ]
-    records += [
-        Record(
-            f"{file.prefix}/data/{storage.key}",
-            _storage_pieces(state, storage, retyped.get(storage.key, storage).dtype, overlays.get(storage.key, [])),
-        )
-        for storage in sources
-    ]
-    return OutputFile(state.part.name, "zip", tuple(records))
+        if not name.startswith(f"{file.prefix}/data/") and name not in named
+    }
+    for storage in storages_of(state.tree):
+        dtype = retyped.get(storage.key, storage).dtype
+        overlay = overlays.get(storage.key, [])
+        named[f"{file.prefix}/data/{storage.key}"] = _storage_pieces(state, storage, dtype, overlay)
+    return OutputFile(state.part.name, tuple(zip_records(named)))
+
+
+def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> Iterator[Record]:
+    """A zip of named records that begins at byte `start` of its file."""
+    framed = frame([(name, sum(piece.num_bytes for piece in pieces)) for name, pieces in named.items()])
+    for head, pieces, places in zip(framed.heads, named.values(), framed.checksums_at, strict=True):
+        yield Record((Fixed(head),))
+        yield Record(pieces, tuple(start + place for place in places))
+    yield Record((Fixed(framed.tail),))
 
 
 def _weights_tree(state: StateTree) -> Any:
@@ -228,21 +238,6 @@ def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite) -> dict[str, list
             (piece,) = rewrite.pieces(entry)
             found.setdefault(ref.storage.key, []).append((ref.offset, entry.num_elements, piece))
     return found
-
-
-def _with_storages(tree: Any, storages: Mapping[str, StorageRef]) -> Any:
-    """The tree with other storages of the same keys under its tensors; containers are edited in place."""
-    if isinstance(tree, TensorRef) and tree.storage.key in storages:
-        storage = storages[tree.storage.key]
-        return tree if storage == tree.storage else replace(tree, storage=storage, dtype=storage.dtype)
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            tree[key] = _with_storages(value, storages)
-    elif isinstance(tree, list):
-        tree[:] = [_with_storages(value, storages) for value in tree]
-    elif type(tree) is tuple:
-        return tuple(_with_storages(value, storages) for value in tree)
-    return tree
 
 
 def _storage_pieces(
@@ -270,10 +265,11 @@ def _storage_pieces(
 def _origins(state: StateTree, storage: StorageRef, dtype: DType, begin: int, end: int) -> Piece:
     """Elements [begin, end) of a storage as the origin has them."""
     assert state.file is not None  # noqa: S101
-    place = state.file.storage_record(storage).offset + begin * storage.dtype.itemsize
+    record = state.file.storage_record(storage)
+    place = record.offset + begin * storage.dtype.itemsize
     if dtype == storage.dtype:
-        return Copy(state.file.path, place, (end - begin) * storage.dtype.itemsize)
-    return Values(TensorEntry("", storage.dtype, (end - begin,), state.file.path, place), None, dtype)
+        return Copy(record.path, place, (end - begin) * storage.dtype.itemsize)
+    return Values(TensorEntry("", storage.dtype, (end - begin,), record.path, place), None, dtype)
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------
@@ -290,7 +286,7 @@ def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[O
             hint="leave the option out",
         )
     entries = {entry.name: entry for file in files for entry in file.entries}
-    sizes = {name: e.num_elements * rewrite.out_dtype(e.dtype).itemsize for name, e in entries.items()}
+    sizes = {name: rewrite.out_dtype(e.dtype).bytes_of(e.num_elements) for name, e in entries.items()}
     stem = files[0].path.name.partition("-")[0].removesuffix(".safetensors")
     split = split_state_dict_into_shards_factory(
         entries,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from farcast_cli.counters import epoch_at, extrapolate, is_steady, schedule_count_at
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
-from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_tensors
+from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
 from farcast_cli.layouts.torch_payload import number
 from farcast_cli.schedules import Observation, advance_scheduler, counter_path, is_scheduler_state
 
@@ -406,4 +406,5 @@ def _set(tree: Any, path: Path_, value: object) -> None:
 
 def storages_of(tree: object) -> list[StorageRef]:
     """The storages that a tree still refers to, each once, in order."""
-    return list({ref.storage.key: ref.storage for _, ref in iter_tensors(tree)}.values())
+    found = (ref.storage if isinstance(ref, TensorRef) else ref for ref in iter_storages(tree))
+    return list({storage.key: storage for storage in found}.values())

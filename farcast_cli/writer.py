@@ -9,13 +9,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from farcast_cli.errors import OutputError
-from farcast_cli.formats.torch_file import zip_info
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,63 +131,38 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-class Sink(Protocol):
+class Sink:
     """Where the bytes of one output file go, record by record, in order."""
-
-    def begin(self, name: str, num_bytes: int) -> None: ...
-    def write(self, data: memoryview) -> None: ...
-    def close(self) -> None: ...
-
-
-class RawSink:
-    """A file that is one record."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("xb", buffering=0)
         self._unsynced = 0
+        self._checksum = 0
+        self._checksums_at: tuple[int, ...] = ()
+        self._filled_in: list[tuple[int, int]] = []
 
-    def begin(self, name: str, num_bytes: int) -> None:
-        """Nothing: the file is its only record."""
+    def begin(self, checksums_at: tuple[int, ...] = ()) -> None:
+        """Start a record whose CRC-32 belongs to these positions of the file."""
+        self._end_record()
+        self._checksum, self._checksums_at = 0, checksums_at
 
     def write(self, data: memoryview) -> None:
+        if self._checksums_at:
+            self._checksum = zlib.crc32(data, self._checksum)
         while data:
             data = data[self._file.write(data) :]
         self._unsynced = _start_writeback(self._file.fileno(), self._file.tell(), self._unsynced)
 
     def close(self) -> None:
-        self._file.close()
-
-
-class ZipSink:
-    """A torch file: records in a zip, stored plainly, aligned, without dates."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("xb+")
-        self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
-        self._record: IO[bytes] | None = None
-        self._unsynced = 0
-
-    def begin(self, name: str, num_bytes: int) -> None:
         self._end_record()
-        info = zip_info(name, position=self._file.tell(), num_bytes=num_bytes)
-        self._record = self._archive.open(info, "w", force_zip64=True)
-
-    def write(self, data: memoryview) -> None:
-        assert self._record is not None  # noqa: S101 - begin() comes first
-        self._record.write(data)
-        self._unsynced = _start_writeback(self._file.fileno(), self._file.tell(), self._unsynced)
-
-    def close(self) -> None:
-        self._end_record()
-        self._archive.close()
+        for position, checksum in self._filled_in:
+            os.pwrite(self._file.fileno(), checksum.to_bytes(4, "little"), position)
         self._file.close()
 
     def _end_record(self) -> None:
-        if self._record is not None:
-            self._record.close()
-            self._record = None
+        self._filled_in += [(position, self._checksum) for position in self._checksums_at]
+        self._checksums_at = ()
 
 
 def _start_writeback(fd: int, position: int, unsynced: int) -> int:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime as dt
+import enum
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
 import tracemalloc
 import zipfile
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,8 +213,19 @@ def test_a_git_lfs_pointer_is_named_as_one_with_the_command_that_fetches_the_fil
 # --- torch files -----------------------------------------------------------------------------------------------------
 
 
-class _OwnClass:
-    """Something that is no plain data."""
+class _Mode(enum.Enum):
+    """A choice, as trainers keep them in their settings."""
+
+    FAST = "fast"
+
+
+@dataclass
+class _Config:
+    """Settings of one's own."""
+
+    name: str
+    value: Any
+    mode: _Mode | None
 
 
 def rewritten(source: Path, target: Path) -> TorchFile:
@@ -358,10 +375,6 @@ def harmful(marker: Path) -> dict[str, Any]:
         "builtins.open": _Reduces(open, str(marker), "w"),
         "os.mkdir": _Reduces(os.mkdir, str(marker)),
         "torch.load": _Reduces(torch.load, "x.pt"),
-        "a module": torch.nn.Linear(2, 2),
-        "a namespace": {"w": torch.ones(2), "args": argparse.Namespace(lr=1e-3)},
-        "a path": {"w": torch.ones(2), "dir": Path("x")},
-        "a class of one's own": {"w": torch.ones(2), "own": _OwnClass()},
         "deep inside": {"model": {"w": torch.ones(2)}, "extra": [{"x": (1, _Reduces(os.system, touch))}]},
     }
 
@@ -375,6 +388,62 @@ def test_a_torch_file_that_asks_for_code_is_refused_and_runs_none_of_it(tmp_path
     assert not marker.exists()
     assert "plain data" in caught.value.hint
     assert caught.value.exit_code == 4
+
+
+def carried() -> dict[str, Any]:
+    generator = np.random.default_rng(1)
+    return {
+        "a namespace": {"w": torch.ones(2), "args": argparse.Namespace(lr=1e-3, nested=argparse.Namespace(a=[1, 2]))},
+        "a path": {"w": torch.ones(2), "dir": Path("x/y")},
+        "classes of one's own": {"own": _Config("a", 3, _Mode.FAST), "mode": _Mode.FAST, "w": torch.ones(2)},
+        "numpy": {
+            "state": np.random.RandomState(1).get_state(),
+            "number": np.float32(1.5),
+            "array": np.arange(6).reshape(2, 3),
+        },
+        "a numpy generator": {"bits": generator.bit_generator.state, "w": torch.ones(2)},
+        "python's random state": {"random": random.Random(1).getstate()},  # noqa: S311 - no secret
+        "collections": {
+            "d": collections.defaultdict(list, a=[1]),
+            "q": collections.deque([1, 2], maxlen=3),
+            "f": frozenset("ab"),
+        },
+        "dates": {"at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC), "took": dt.timedelta(seconds=3)},
+        "a tensor inside": {"own": _Config("a", torch.arange(3.0), None), "w": torch.ones(2)},
+        "a device": {"device": torch.device("cuda", 1), "w": torch.ones(2)},
+        "a whole module": {"net": torch.nn.Linear(2, 2), "w": torch.ones(2)},
+        "sparse": {"s": torch.eye(3).to_sparse(), "w": torch.ones(2)},
+        "conjugated": {"c": torch.tensor([1 + 2j]).conj()},
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("what", carried())
+def test_what_is_data_though_no_plain_data_is_carried_and_written_back_as_it_was(
+    tmp_path: Path, what: str, protocol: int
+) -> None:
+    source, target = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save(carried()[what], source, pickle_protocol=protocol)
+    rewritten(source, target)
+    before, after = (torch.load(path, weights_only=False) for path in (source, target))
+    assert same(before, after)
+
+
+def same(a: Any, b: Any) -> bool:  # noqa: PLR0911 - a kind a line
+    """Whether two objects of any class hold the same."""
+    if isinstance(a, torch.nn.Module):
+        return type(a) is type(b) and equal(a.state_dict(), b.state_dict())
+    if isinstance(a, torch.Tensor):
+        return a.is_sparse == b.is_sparse and torch.equal(a.to_dense(), b.to_dense())
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, (tuple, list, collections.deque)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return type(a) is type(b) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (_Config, argparse.Namespace)):
+        return type(a) is type(b) and same(vars(a), vars(b))
+    return type(a) is type(b) and bool(a == b)
 
 
 GLOBALS = (

@@ -6,6 +6,7 @@ import errno
 import resource
 import signal
 import time
+import zipfile
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 
 from farcast_cli.errors import OutputError
 from farcast_cli.formats.torch_file import read_torch_file
-from farcast_cli.writer import ZipSink, staged
+from farcast_cli.formats.torch_zip import frame
+from farcast_cli.writer import Sink, staged
 from tests.conftest import fit_run, make_loose_run, make_torch_run, popen_cli, run_cli, tree_digest
 
 if TYPE_CHECKING:
@@ -178,11 +180,18 @@ def test_a_zip_that_farcast_writes_is_one_that_torch_and_farcast_read(tmp_path: 
     torch.save({"w": torch.arange(100.0)}, tmp_path / "a.pt")
     file = read_torch_file(tmp_path / "a.pt")
     raw = (tmp_path / "a.pt").read_bytes()
-    sink = ZipSink(tmp_path / "b.pt")
-    for name, record in file.records.items():
-        sink.begin(name, record.num_bytes)
+    framed = frame([(name, record.num_bytes) for name, record in file.records.items()])
+    sink = Sink(tmp_path / "b.pt")
+    for head, record, places in zip(framed.heads, file.records.values(), framed.checksums_at, strict=True):
+        sink.begin()
+        sink.write(memoryview(head))
+        sink.begin(places)
         sink.write(memoryview(raw)[record.offset : record.offset + record.num_bytes])
+    sink.begin()
+    sink.write(memoryview(framed.tail))
     sink.close()
+    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+        assert archive.testzip() is None  # every checksum is right
     assert torch.load(tmp_path / "b.pt", weights_only=True)["w"].tolist() == list(range(100))
     assert torch.load(tmp_path / "b.pt", weights_only=True, mmap=True)["w"].tolist() == list(range(100))
     again = read_torch_file(tmp_path / "b.pt").records

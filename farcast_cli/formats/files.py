@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError
+from farcast_cli.errors import FileFormatError, HalfWrittenError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         count = os.preadv(fd, [buffer[done : done + _MAX_READ]], offset + done)
         if count == 0:
             expected = offset + len(buffer)
-            raise FileFormatError(
+            raise HalfWrittenError(
                 f"{path}: file ends early: expected at least {expected} bytes, found {offset + done}",
                 hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
             )
@@ -51,10 +51,19 @@ def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
 
 
 def file_size(path: Path) -> int:
+    return mark_of(path)[0]
+
+
+Mark = tuple[int, int, int]
+"""What tells a file from the same file after a change: its size, its time of change in ns, its inode."""
+
+
+def mark_of(path: Path) -> Mark:
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def refuse_lfs_pointer(path: Path, head: bytes) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FileFormatError
+from farcast_cli.errors import FileFormatError, HalfWrittenError
 from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.tensors import BY_CODE, DType, TensorEntry
 
@@ -41,6 +41,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     """Parse and check a file's header; costs one small read.
 
     Raises:
+        HalfWrittenError: the file ends before its header or its data do, or holds zeros only.
         FileFormatError: LFS pointer, wrong lengths, bad JSON, duplicate names, overlaps, holes, trailing bytes.
     """
     size = file_size(path)
@@ -50,7 +51,8 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     limit = min(size - _LENGTH_BYTES, MAX_HEADER_BYTES)
     if size < _LENGTH_BYTES or length > limit or head[8:9] != b"{":
         found = f"a header of {length} bytes" if size >= _LENGTH_BYTES else f"{size} bytes in all"
-        raise _damaged(path, f"no safetensors header: expected one of at most {max(limit, 0)} bytes, found {found}")
+        what = f"no safetensors header: expected one of at most {max(limit, 0)} bytes, found {found}"
+        raise _cut_short(path, what) if _ends_in_header(head, length) else _damaged(path, what)
     raw = read_bytes(path, 8, length)
     header = _parse(path, raw)
     metadata = _metadata(path, header.pop("__metadata__", {}))
@@ -68,7 +70,7 @@ def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadat
         header["__metadata__"] = dict(sorted(metadata.items()))
     begin = 0
     for name, dtype, shape in tensors:
-        end = begin + dtype.itemsize * prod(shape)
+        end = begin + dtype.bytes_of(prod(shape))
         header[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -82,6 +84,15 @@ def _position(entry: TensorEntry) -> tuple[int, int]:
 
 def _damaged(path: Path, what: str) -> FileFormatError:
     return FileFormatError(f"{path}: {what}", hint="the file is damaged or half-written: save or download it again")
+
+
+def _cut_short(path: Path, what: str) -> HalfWrittenError:
+    return HalfWrittenError(f"{path}: {what}", hint="the file is half-written or cut short: save or download it again")
+
+
+def _ends_in_header(head: bytes, length: int) -> bool:
+    """Whether a file that has no whole header is the beginning of one, or zeros that a crash left."""
+    return len(head) <= _LENGTH_BYTES or not any(head) or (head[8:9] == b"{" and length <= MAX_HEADER_BYTES)
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
@@ -127,6 +138,8 @@ def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
     if dtype is None:
         raise FileFormatError(f"{path}: tensor {name!r} has the unknown dtype {spec['dtype']!r}")
     entry = TensorEntry(name, dtype, tuple(shape), path, data_start + offsets[0])
+    if entry.num_elements * dtype.bits % 8:
+        raise _damaged(path, f"tensor {name!r}: {entry.num_elements} elements of {dtype.bits} bits fill no whole bytes")
     if offsets[1] - offsets[0] != entry.num_bytes:
         raise _damaged(path, f"tensor {name!r}: expected {entry.num_bytes} bytes of data, found {offsets[1] - offsets[0]}")
     return entry
@@ -138,8 +151,7 @@ def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size
         if entry.offset != position:
             raise _damaged(path, f"tensor {entry.name!r} starts at byte {entry.offset}, expected {position}")
         position += entry.num_bytes
-    if position != size:
-        raise FileFormatError(
-            f"{path}: expected {position} bytes, found {size}",
-            hint="the file is half-written, cut short or has bytes behind its data: save or download it again",
-        )
+    if position > size:
+        raise _cut_short(path, f"expected {position} bytes, found {size}")
+    if position < size:
+        raise _damaged(path, f"expected {position} bytes, found {size}: there are bytes behind its data")

@@ -7,13 +7,14 @@ the file. No tensor is loaded; torch_pickle.py says what becomes of the pickle.
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FileFormatError, UnsafeFileError
+from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
 from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
-from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, decode_pickle, iter_tensors
+from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, decode_pickle, iter_storages, refuse_code, unsafe
 from farcast_cli.tensors import TensorEntry, is_row_major
 
 if TYPE_CHECKING:
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors take less
-STORAGE_ALIGNMENT = 64  # torch.save's own
+MAX_SCAN_BYTES = 1 << 26  # of a file that is only copied
+_ZIP_MARK = b"PK\x03\x04"
+_SAVE_AGAIN = "the file is damaged or half-written: save or download it again"
+_LOCAL_BYTES = 30  # of a record's header, before its name
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a zip record's bytes lie in the file."""
+    """Where a zip record's bytes lie."""
 
+    path: Path
     name: str
     offset: int
     num_bytes: int
@@ -49,54 +54,78 @@ class TorchFile:
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
         """The tensor's place in the file."""
-        offset = self.storage_record(ref.storage).offset + ref.offset * ref.dtype.itemsize
+        record = self.storage_record(ref.storage)
+        offset = record.offset + ref.offset * ref.dtype.itemsize
         strides = () if is_row_major(ref.shape, ref.stride) else ref.stride
-        return TensorEntry(name, ref.dtype, ref.shape, self.path, offset, strides)
+        return TensorEntry(name, ref.dtype, ref.shape, record.path, offset, strides)
 
 
 def read_torch_file(path: Path) -> TorchFile:
     """Read a torch file's object tree; costs its directory and its pickle, no tensor data.
 
     Raises:
-        UnsafeFileError: the pickle names something outside the list of harmless names.
+        UnsafeFileError: the pickle names something that is no data.
         FileFormatError: not a torch zip file, damaged, compressed, big-endian, or records that do not fit.
     """
     size = file_size(path)
     head = read_bytes(path, 0, min(size, 32))
     refuse_lfs_pointer(path, head)
-    if not head.startswith(b"PK\x03\x04"):
+    if not head.startswith(_ZIP_MARK):
         raise _not_a_zip(path, head)
-    records = _read_records(path, size)
-    pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(pickles) != 1:
-        raise _damaged(path, f"expected one data.pkl, found {len(pickles)}")
-    prefix = pickles[0].removesuffix("/data.pkl")
+    return read_torch_stretch(path, 0, size)
+
+
+def read_torch_stretch(path: Path, start: int, size: int) -> TorchFile:
+    """The same for a torch file that is the stretch [start, start + size) of another."""
+    records = _read_records(path, start, size)
+    pickled = _pickle_record(path, records)
+    prefix = pickled.name.removesuffix("/data.pkl")
     _check_byte_order(path, records.get(f"{prefix}/byteorder"))
-    if records[pickles[0]].num_bytes > MAX_PICKLE_BYTES:
-        raise UnsafeFileError(f"{path}: its pickle has {records[pickles[0]].num_bytes} bytes, over the limit")
-    raw = read_bytes(path, records[pickles[0]].offset, records[pickles[0]].num_bytes)
-    tree = decode_pickle(path, raw)
-    file = TorchFile(path, tree, records, prefix, size, hashlib.sha256(raw).hexdigest())
+    raw = read_bytes(path, pickled.offset, pickled.num_bytes)
+    file = TorchFile(path, decode_pickle(path, raw), records, prefix, size, hashlib.sha256(raw).hexdigest())
     try:
-        for _, ref in iter_tensors(tree):
+        for ref in iter_storages(file.tree):
             _check_ref(file, ref)
     except UnsafeFileError as error:
-        raise UnsafeFileError(f"{path}: {error}") from error
+        raise unsafe(path, error) from error
     return file
 
 
-def zip_info(name: str, *, position: int, num_bytes: int) -> zipfile.ZipInfo:
-    """A record header with a fixed date whose data start at a multiple of 64 bytes when written at `position`."""
-    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    info.file_size = num_bytes
-    zip64_bytes = 20  # zipfile puts this field in front whenever it is asked to allow for large records
-    start = position + 30 + len(name.encode()) + zip64_bytes + 4
-    padding = -start % STORAGE_ALIGNMENT
-    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    return info
+def refuse_code_in(path: Path) -> None:
+    """Refuse a file that would run code where it is loaded, a torch file or a bare pickle; anything else passes.
+
+    Raises:
+        UnsafeFileError: it names a function of the system's, or hides what it names.
+    """
+    size = file_size(path)
+    head = read_bytes(path, 0, min(size, MAX_SCAN_BYTES))
+    if not head.startswith(_ZIP_MARK):
+        refuse_code(path, head)
+        return
+    try:
+        pickled = _pickle_record(path, _read_records(path, 0, size))
+    except UnsafeFileError:
+        raise
+    except FileFormatError:  # some other zip
+        return
+    refuse_code(path, read_bytes(path, pickled.offset, pickled.num_bytes))
+
+
+def _pickle_record(path: Path, records: Mapping[str, Record]) -> Record:
+    found = [record for name, record in records.items() if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(found) != 1:
+        raise _damaged(path, f"expected one data.pkl, found {len(found)}")
+    (record,) = found
+    if any(name.startswith(f"{record.name.removesuffix('data.pkl')}code/") for name in records):
+        raise FileFormatError(f"{path}: a TorchScript module, which is a program", hint="save its state_dict() instead")
+    if record.num_bytes > MAX_PICKLE_BYTES:
+        raise UnsafeFileError(f"{path}: its pickle has {record.num_bytes} bytes, over the limit of {MAX_PICKLE_BYTES}")
+    return record
 
 
 def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
+    if not any(head):  # empty, or room that was set aside and never written
+        return HalfWrittenError(f"{path}: empty: expected a torch file", hint=_SAVE_AGAIN)
     if head[:1] == b"\x80":
         convert = f"import torch; f={str(path)!r}; torch.save(torch.load(f, weights_only=True), f + '.new.pt')"
         return FileFormatError(f"{path}: an old torch file (before torch 1.6), expected a zip", hint=f'python -c "{convert}"')
@@ -107,32 +136,68 @@ def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
 
 
 def _damaged(path: Path, what: str) -> FileFormatError:
-    return FileFormatError(f"{path}: {what}", hint="the file is damaged or half-written: save or download it again")
+    return FileFormatError(f"{path}: {what}", hint=_SAVE_AGAIN)
 
 
-def _read_records(path: Path, size: int) -> dict[str, Record]:
+class _Window(io.RawIOBase):
+    """A stretch of a file as a file of its own, for zipfile to read."""
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        super().__init__()
+        self._path, self._start, self._size, self._position = path, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError("a negative position")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = max(0, self._size - self._position)
+        count = left if size is None or size < 0 else min(size, left)
+        data = read_bytes(self._path, self._start + self._position, count)
+        self._position += count
+        return data
+
+
+def _read_records(path: Path, start: int, size: int) -> dict[str, Record]:
     records: dict[str, Record] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(_Window(path, start, size)) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise _damaged(path, f"not a whole zip file: {error}") from error
+        raise HalfWrittenError(f"{path}: not a whole zip file: {error}", hint=_SAVE_AGAIN) from error
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-            raise UnsafeFileError(f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly")
+            raise UnsafeFileError(
+                f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly",
+                hint="load and save it again with torch, or keep the file out of this folder",
+            )
         if info.filename in records:
             raise _damaged(path, f"record {info.filename!r} is there twice")
-        records[info.filename] = Record(info.filename, _data_offset(path, info, size), info.file_size)
+        records[info.filename] = Record(path, info.filename, start + _data_offset(path, info, start, size), info.file_size)
     _check_overlap(path, records)
     return records
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo, size: int) -> int:
-    local = read_bytes(path, info.header_offset, 30)
-    if local[:4] != b"PK\x03\x04":
+def _data_offset(path: Path, info: zipfile.ZipInfo, start: int, size: int) -> int:
+    if info.header_offset + _LOCAL_BYTES > size:
+        raise _damaged(path, f"record {info.filename!r} reaches beyond the end of the file")
+    local = read_bytes(path, start + info.header_offset, _LOCAL_BYTES)
+    if local[:4] != _ZIP_MARK:
         raise _damaged(path, f"record {info.filename!r} has no header")
     name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
-    offset = info.header_offset + 30 + name_length + extra_length
+    offset = info.header_offset + _LOCAL_BYTES + name_length + extra_length
     if offset + info.file_size > size:
         raise _damaged(path, f"record {info.filename!r} reaches beyond the end of the file")
     return offset
@@ -151,15 +216,15 @@ def _check_byte_order(path: Path, record: Record | None) -> None:
         raise FileFormatError(f"{path}: written on a big-endian machine; expected little-endian")
 
 
-def _check_ref(file: TorchFile, ref: TensorRef) -> None:
+def _check_ref(file: TorchFile, ref: TensorRef | StorageRef) -> None:
     """A tensor must lie inside its storage, and the storage inside its record."""
-    record = file.records.get(f"{file.prefix}/data/{ref.storage.key}")
-    if record is None or record.num_bytes < ref.storage.num_bytes:
-        raise _damaged(file.path, f"storage {ref.storage.key!r} is missing or shorter than its tensors")
+    storage = ref.storage if isinstance(ref, TensorRef) else ref
+    record = file.records.get(f"{file.prefix}/data/{storage.key}")
+    if record is None or record.num_bytes < storage.num_bytes:
+        raise _damaged(file.path, f"storage {storage.key!r} is missing or shorter than its tensors")
+    if isinstance(ref, StorageRef):
+        return
     extent = 1 + sum((size - 1) * stride for size, stride in zip(ref.shape, ref.stride, strict=True))
     end = (ref.offset + (extent if all(ref.shape) else 0)) * ref.dtype.itemsize
-    if ref.offset < 0 or end > ref.storage.num_bytes:
-        raise _damaged(file.path, f"a tensor of shape {list(ref.shape)} reaches beyond its storage {ref.storage.key!r}")
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
+    if ref.offset < 0 or end > storage.num_bytes:
+        raise _damaged(file.path, f"a tensor of shape {list(ref.shape)} reaches beyond its storage {storage.key!r}")

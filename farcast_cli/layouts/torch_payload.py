@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
-from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
+from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter_tensors
 from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence, weights_of
 from farcast_cli.tensors import FORECASTABLE
 
@@ -35,7 +35,7 @@ def _read(path: Path) -> Snapshot:
     tensors, rough = weights_of(file, weights)
     evidence = (*_payload_evidence(file.tree if key else {}), *_adam_evidence(file), *name_evidence(path))
     part = Part(path, "", "state", file, weights_key=key)
-    beside = tuple(_other_weights(file.tree, key)) if key else ()
+    beside = (*(_other_weights(file.tree, key) if key else ()), *_opaque_weights(weights))
     return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough, beside=beside)
 
 
@@ -49,6 +49,13 @@ def _other_weights(tree: dict[Any, Any], weights: tuple[Any, ...]) -> Iterator[t
             yield f"{key}.*", f"{len(refs)} tensors beside {weights[0]!r}: not forecast, as the last snapshot has them"
 
 
+def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tensors among the weights that are no plain stretch of numbers: quantised, sparse, subclasses."""
+    for keys, made in iter_carried(weights):
+        if made.maker.name.startswith("_rebuild_"):
+            yield ".".join(map(str, keys)), f"{made.maker.name.removeprefix('_rebuild_')} is not forecast"
+
+
 def _find_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(tree, dict):
         for key in WEIGHT_KEYS:
@@ -56,11 +63,15 @@ def _find_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, 
                 return (key,), tree[key]
         if any(isinstance(value, TensorRef) for value in tree.values()):
             return (), tree
-    keys = sorted(map(str, tree))[:8] if isinstance(tree, dict) else type(tree).__name__
+    found = sorted(map(str, tree))[:8] if isinstance(tree, dict) else _kind(tree)
     raise NoWeightsError(
-        f"{path}: no weights found: expected a state dict, or one under {', '.join(WEIGHT_KEYS[:3])}; found {keys}",
+        f"{path}: no weights found: expected a state dict, or one under {', '.join(WEIGHT_KEYS[:3])}; found {found}",
         hint="save the weights under 'model', or keep the file out of this folder",
     )
+
+
+def _kind(tree: object) -> str:
+    return f"one object of class {tree.maker}" if isinstance(tree, Made) else type(tree).__name__
 
 
 def _holds_tensors(tree: dict[Any, Any]) -> bool:
