@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -25,8 +25,10 @@ from farcast_cli.options import (
     Include,
     Jobs,
     Json,
+    LayoutOption,
     Ledger,
     Method,
+    Pattern,
     PurposeOption,
     Quiet,
     Sample,
@@ -88,6 +90,7 @@ def inspect(
     include: Include = None,
     exclude: Exclude = None,
     steps: Steps = None,
+    pattern: Pattern = None,
     json_: Json = False,
     quiet: Quiet = False,  # noqa: ARG001
     verbose: Verbose = False,
@@ -95,14 +98,18 @@ def inspect(
 ) -> None:
     """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
     from farcast_cli import render
-    from farcast_cli.alignment import align
-    from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
+    from farcast_cli.alignment import align, since_last_change
+    from farcast_cli.steps import parse_steps
+    from farcast_cli.trajectory import MIN_SNAPSHOTS, survey
 
-    trajectory = discover(directory, steps=StepRange.parse(steps) if steps else None)
-    problems: list[str] = []
-    alignment, fatal = None, None
+    trajectory = survey(directory, steps=parse_steps(steps), pattern=pattern or "")
+    problems = [f"{error}; {error.hint}" for error in trajectory.conflicts]
+    alignment, fatal = None, next(iter(trajectory.conflicts), None)
+    chosen: Any = {"include": include or (), "exclude": exclude or ()}
     try:
-        alignment = align(trajectory.snapshots, include=include or (), exclude=exclude or ())
+        history, begins = since_last_change(trajectory.snapshots, minimum=MIN_SNAPSHOTS, **chosen)
+        alignment = align(history, **chosen)
+        trajectory = replace(trajectory, notes=(*trajectory.notes, *([begins] if begins else [])))
     except SnapshotError as error:
         fatal = error
         problems.append(f"{error}; {error.hint}" if error.hint else str(error))
@@ -125,6 +132,7 @@ def fit(
     include: Include = None,
     exclude: Exclude = None,
     steps: Steps = None,
+    pattern: Pattern = None,
     sample: Sample = 16384,
     full: Full = False,
     ledger: Ledger = DEFAULT_LEDGER,
@@ -140,7 +148,9 @@ def fit(
 
     started = time.monotonic()
     chosen = tuple(include or ()), tuple(exclude or ())
-    fitted, bytes_read = _fit(_Reading(directory, *chosen, steps, None if full else sample, ledger, device, threads, quiet))
+    fitted, bytes_read = _fit(
+        _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, threads, quiet)
+    )
     from farcast_cli.backtest import coherence, recent_coherence
     from farcast_cli.fitted import save_fitted
     from farcast_cli.timeline import Timeline
@@ -170,6 +180,7 @@ def backtest(
     include: Include = None,
     exclude: Exclude = None,
     steps: Steps = None,
+    pattern: Pattern = None,
     sample: Sample = 16384,
     full: Full = False,
     ledger: Ledger = DEFAULT_LEDGER,
@@ -194,7 +205,9 @@ def backtest(
     aim: Purpose = one_of("for", purpose, Purpose)
     if directory:
         patterns = tuple(include or ()), tuple(exclude or ())
-        fitted, _ = _fit(_Reading(directory, *patterns, steps, None if full else sample, ledger, device, threads, quiet))
+        fitted, _ = _fit(
+            _Reading(directory, *patterns, steps, pattern or "", None if full else sample, ledger, device, threads, quiet)
+        )
     else:
         fitted = load_fitted(forecaster)
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
@@ -269,6 +282,7 @@ def predict(
     dtype: Annotated[
         str, typer.Option(envvar=env("DTYPE"), metavar="source|float32|bfloat16|float16", help="Element type of the output.")
     ] = "source",
+    layout: LayoutOption = "same",
     max_shard_size: Annotated[
         str | None,
         typer.Option(
@@ -308,6 +322,7 @@ def predict(
     num_threads = prepare_torch(device, threads)
     from farcast_cli import render
     from farcast_cli.backtest import Purpose
+    from farcast_cli.convert import OutputLayout
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecaster import Options, Scope, StepNorm
@@ -330,6 +345,7 @@ def predict(
         optimizer=one_of("optimizer", optimizer, OptimizerMode),
         counters=one_of("counters", counters, CountersMode),
         dtype=one_of("dtype", dtype, OutputDType),
+        layout=one_of("layout", layout, OutputLayout),
         max_shard_bytes=parse_size(max_shard_size),
         output=output,
         even_if_worse=even_if_worse,
@@ -399,6 +415,7 @@ class _Reading:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     steps: str | None
+    pattern: str
     num_samples: int | None
     ledger: Path
     device: str
@@ -408,22 +425,27 @@ class _Reading:
 
 def _fit(reading: _Reading) -> tuple[Any, int]:
     """The fitted forecaster and the bytes that were read for it."""
-    from farcast_cli.trajectory import MIN_SNAPSHOTS, StepRange, discover
+    from farcast_cli.steps import parse_steps
+    from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
 
-    wanted = StepRange.parse(reading.steps) if reading.steps else None
-    trajectory = discover(reading.directory, steps=wanted, minimum=MIN_SNAPSHOTS)
+    wanted = parse_steps(reading.steps)
+    trajectory = discover(reading.directory, steps=wanted, pattern=reading.pattern, minimum=MIN_SNAPSHOTS)
     num_threads = prepare_torch(reading.device, reading.threads)
     import torch
 
     from farcast_cli import render
+    from farcast_cli.alignment import since_last_change
     from farcast_cli.fitted import fit as run
     from farcast_cli.gram import bytes_to_sample
     from farcast_cli.ledger import History, read_leaps, since_last_leap
 
     leaps = read_leaps(reading.ledger, trajectory.directory)
     history = History(trajectory, None, 0) if wanted else since_last_leap(trajectory, leaps, minimum=MIN_SNAPSHOTS)
-    render.fit_cautions(trajectory, history, leaps if wanted else (), quiet=reading.quiet)
-    trajectory = history.trajectory
+    chosen: Any = {"include": reading.include, "exclude": reading.exclude}
+    snapshots, begins = since_last_change(history.trajectory.snapshots, minimum=MIN_SNAPSHOTS, **chosen)
+    render.fit_cautions(trajectory, history, leaps if wanted else (), begins, quiet=reading.quiet)
+    notes = (*trajectory.notes, *([begins] if begins else []))
+    trajectory = replace(history.trajectory, snapshots=snapshots, notes=notes)
     done = []
     with render.progress(quiet=reading.quiet) as progress:
         told = progress("fit", bytes_to_sample(trajectory.snapshots, reading.num_samples))
@@ -434,8 +456,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
 
         fitted = run(
             trajectory,
-            include=reading.include,
-            exclude=reading.exclude,
+            **chosen,
             leap=history.leap,
             num_samples=reading.num_samples,
             device=torch.device(device_name(reading.device)),

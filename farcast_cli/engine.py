@@ -125,7 +125,8 @@ def bytes_to_read(outputs: Sequence[OutputFile], engine: Engine) -> int:
         for piece in (piece for record in output.records for piece in record.pieces):
             if isinstance(piece, Values) and piece.index is not None:
                 entries = engine.alignment.tensors[piece.index].entries
-                total += sum(entries[t].num_bytes for t in _snapshots_of(engine, piece.index))
+                count = piece.entry.num_elements
+                total += sum(entries[t].dtype.bytes_of(count) for t in _snapshots_of(engine, piece.index))
             elif isinstance(piece, (Copy, Values)):
                 total += piece.num_bytes if isinstance(piece, Copy) else piece.entry.num_bytes
     return total
@@ -294,7 +295,7 @@ def _load(source: torch.Tensor, piece: Values, stretch: Stretch, engine: Engine)
     others = [entries[t] for t in _snapshots_of(engine, piece.index) if t != engine.linear.origin]
     moves, num_bytes = [], source.nbytes
     for number, entry in enumerate(others):
-        values = _read(entry, stretch, engine, "other")
+        values = _read(entry, Stretch(piece.begin + stretch.start, stretch.count), engine, "other")
         num_bytes += values.nbytes
         moves.append(_to_device(values, piece, engine, f"move {number}").sub_(last))
     return _Loaded(source, last, moves, piece.entry, others, num_bytes)

@@ -19,6 +19,8 @@ A message is one line in lower case: what, where, expected against found. The hi
 
 from __future__ import annotations
 
+MAX_MESSAGE = 2_000  # characters
+
 
 class FarcastError(Exception):
     """Anything farcast stops for; `hint` says what to do about it."""
@@ -26,8 +28,15 @@ class FarcastError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(" ".join(message.split()))
-        self.hint = hint
+        super().__init__(printable(" ".join(message.split())))
+        self.hint = printable(hint)
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may show it: names from files may hold escape sequences, and be as long as they like."""
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE - 500]} ... {text[-400:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(FarcastError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from farcast_cli import __version__
-from farcast_cli.alignment import Alignment, align
-from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError
+from farcast_cli.alignment import Alignment, Copied, align, under_common_names
+from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError
 from farcast_cli.gram import Gram, Sample, accumulate
 from farcast_cli.layouts import LAYOUTS
-from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
+from farcast_cli.trajectory import run_entries
 from farcast_cli.writer import staged
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class TensorRecord(BaseModel):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    remark: str = ""
 
 
 class CopiedRecord(BaseModel):
@@ -66,6 +69,7 @@ class CopiedRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
     name: str
     reason: str
+    of: str = ""
 
 
 class Provenance(BaseModel):
@@ -82,8 +86,11 @@ class Provenance(BaseModel):
     num_samples: int | None
     leap: Leap | None = None
     """The leap that the run resumed from and after which the history begins."""
+    notes: tuple[str, ...] = ()
+    """What was said of the run: where its history begins, if its tensors changed."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    pattern: str = ""
     checksum: str = ""
 
 
@@ -104,6 +111,11 @@ class Fitted:
         """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
         chosen = ~self._batch_norm()
         return (self.gram.select(chosen), self.sample.select(chosen)) if chosen.any() else (self.gram, self.sample)
+
+    @property
+    def copied(self) -> tuple[Copied, ...]:
+        """What is taken over from the last snapshot."""
+        return tuple(Copied(record.name, record.reason, record.of) for record in self.provenance.copied)
 
     @property
     def has_batch_norm(self) -> bool:
@@ -133,33 +145,37 @@ def fit(
 ) -> Fitted:
     """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None)."""
     alignment = align(trajectory.snapshots, include=include, exclude=exclude)
-    gram, sample = accumulate(
-        alignment, trajectory.steps, num_samples=num_samples, device=device, num_threads=num_threads, progress=progress
-    )
-    _check_one_run(gram, trajectory)
-    records = tuple(
-        SnapshotRecord(
-            path=s.path.relative_to(trajectory.directory).as_posix(),
-            step=s.step,
-            step_source=s.step_source,
-            bytes=s.num_bytes,
-            digest=s.digest,
+    with unchanged(trajectory.snapshots):
+        gram, sample = accumulate(
+            alignment, trajectory.steps, num_samples=num_samples, device=device, num_threads=num_threads, progress=progress
         )
-        for s in trajectory.snapshots
-    )
-    last = [tensor.entries[-1] for tensor in alignment.tensors]
+        records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
+    _check_one_run(gram, trajectory)
+    last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
     provenance = Provenance(
         directory=str(trajectory.directory),
         layout=trajectory.layout,
         snapshots=records,
-        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name) for e in last),
-        copied=tuple(CopiedRecord(name=c.name, reason=c.reason) for c in alignment.copied),
+        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark) for e, remark in last),
+        copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
         num_samples=num_samples,
         leap=leap,
+        notes=trajectory.notes,
         include=tuple(include),
         exclude=tuple(exclude),
+        pattern=trajectory.pattern,
     )
     return Fitted(gram, sample, provenance, trajectory.directory)
+
+
+def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
+    return SnapshotRecord(
+        path=snapshot.path.relative_to(trajectory.directory).as_posix(),
+        step=snapshot.step,
+        step_source=snapshot.step_source,
+        bytes=snapshot.num_bytes,
+        digest=snapshot.digest,
+    )
 
 
 JUMP = 8.0  # times the larger of its neighbours: no optimiser moves like this, another run's weights do
@@ -248,6 +264,7 @@ def load_fitted(path: Path) -> Fitted:
             if text is None:
                 raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
             provenance = Provenance.model_validate_json(text)
+            _check_paths(path, provenance)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if provenance.checksum != _checksum(arrays):
             raise FileFormatError(
@@ -256,7 +273,8 @@ def load_fitted(path: Path) -> Fitted:
             )
         gram = Gram(arrays["steps"], arrays["gram"])
         sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
-    except (SafetensorError, ValidationError, KeyError, OSError) as error:
+        _check_shapes(gram, sample, provenance)
+    except (SafetensorError, ValidationError, KeyError, OSError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
         ) from error
@@ -266,6 +284,34 @@ def load_fitted(path: Path) -> Fitted:
             hint="write it again with farcast fit CKPTS",
         )
     return Fitted(gram, sample, provenance, path.parent / provenance.directory)
+
+
+def _check_paths(path: Path, provenance: Provenance) -> None:
+    """That it names entries of the run's folder only: what is read for a forecast is what was fitted on."""
+    for record in provenance.snapshots:
+        named = PurePosixPath(record.path)
+        if named.is_absolute() or not named.name or ".." in named.parts:
+            raise UnsafeFileError(f"{path}: a forecaster that names {record.path!r}, outside of the run's folder")
+
+
+def _check_shapes(gram: Gram, sample: Sample, provenance: Provenance) -> None:
+    """That its numbers are of the snapshots and the tensors that it names."""
+    num_snapshots, num_tensors = len(provenance.snapshots), len(provenance.tensors)
+    steps = [record.step for record in provenance.snapshots]
+    rows = num_snapshots + 1
+    fits = (
+        gram.matrix.shape == (num_tensors, rows, rows)
+        and gram.steps.tolist() == steps == sorted(set(steps))
+        and sample.sizes.shape == (num_tensors,)
+        and sample.bounds.shape == (num_tensors + 1,)
+        and sample.values.ndim == 2  # noqa: PLR2004 - (M, T)
+        and sample.values.shape[1] == num_snapshots
+        and sample.bounds[0] == 0
+        and (np.diff(sample.bounds) >= 0).all()
+        and sample.bounds[-1] == len(sample.values)
+    )
+    if not fits or num_tensors == 0:
+        raise ValueError("its numbers are not of the snapshots and tensors that it names")
 
 
 def reopen(fitted: Fitted, index: int) -> Snapshot:
@@ -280,32 +326,37 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     if not path.exists():
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
     layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
-    snapshot = layout.read(path).settle(record.step, record.step_source)
+    snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
     return snapshot
 
 
 def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
-    """The alignment of reopened snapshots, in the forecaster's order of tensors."""
+    """The alignment of reopened snapshots, in the forecaster's order of tensors.
+
+    Some of the snapshots may be more alike than all of them: what the forecaster copies is copied here too.
+    """
     alignment = align(snapshots, include=fitted.provenance.include, exclude=fitted.provenance.exclude)
-    found = {tensor.name: tensor for tensor in alignment.tensors}
-    names = [record.name for record in fitted.provenance.tensors]
-    if set(names) != set(found):
+    found = under_common_names({tensor.name: tensor for tensor in alignment.tensors})
+    known = under_common_names({record.name: record for record in fitted.provenance.tensors})
+    reasons = under_common_names({copied.name: copied for copied in fitted.copied})
+    if known.keys() - found.keys() or found.keys() - known.keys() - reasons.keys():
         origin = fitted.provenance.snapshots[-1].step
         raise SnapshotError(
             f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
             hint=f"farcast fit {shlex.quote(str(fitted.directory))} --steps :{snapshots[-1].step}",
         )
-    return Alignment(tuple(found[name] for name in names), alignment.copied)
+    more = (replace(reasons[key], name=tensor.name) for key, tensor in found.items() if key not in known)
+    return Alignment(tuple(found[key] for key in known), (*alignment.copied, *more))
 
 
 def newer_snapshots(fitted: Fitted) -> list[str]:
-    """Entries of the run's folder, by name, that came after the fit."""
+    """Snapshots in the run's folder, by name, that came after the fit; nothing is opened."""
     known = {record.path for record in fitted.provenance.snapshots}
     last = find_step_in_name(fitted.provenance.snapshots[-1].path)
     try:
-        names = [path.name for path in fitted.directory.iterdir() if not path.name.startswith(".")]
+        names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]
     except OSError:
         return []
     numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]

@@ -10,7 +10,9 @@ from farcast_cli.forecaster import Options
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from farcast_cli.alignment import Copied
     from farcast_cli.backtest import Decision, Purpose
+    from farcast_cli.convert import OutputLayout, Target
     from farcast_cli.engine import Engine
     from farcast_cli.evaluation import Evaluator, Trial
     from farcast_cli.layouts.base import Snapshot
@@ -30,6 +32,7 @@ class Request:
     optimizer: OptimizerMode = "copy"
     counters: CountersMode = "advance"
     dtype: OutputDType = "source"
+    layout: OutputLayout = "same"
     max_shard_bytes: int | None = None
     output: str | None = None
     even_if_worse: bool = False
@@ -53,7 +56,7 @@ class Outcome:
     """What was chosen for the user, and why."""
     path: Path | None = None
     num_forecast: int = 0
-    num_copied: int = 0
+    copied: tuple[Copied, ...] = ()
     unchanged_share: float | None = None
     bytes_read: int = 0
     bytes_written: int = 0
@@ -61,6 +64,10 @@ class Outcome:
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+
+    @property
+    def num_copied(self) -> int:
+        return len(self.copied)
 
     @property
     def valid_step(self) -> int:
@@ -74,6 +81,7 @@ class Prepared:
     engine: Engine
     plans: tuple[tuple[OutputFile, ...], ...]
     advanced: tuple[Advanced, ...]
+    target: Target
     targets: tuple[Path, ...]
     snapshots: tuple[Snapshot, ...]
     origin: Snapshot

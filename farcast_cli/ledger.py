@@ -105,6 +105,8 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
     Raises:
         FileFormatError: a line that is no leap.
     """
+    if ledger.exists() and not (ledger.is_file() or ledger.is_dir()):  # a FIFO would be waited for
+        raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: no regular file")
     try:
         lines = ledger.read_text().split("\n")
     except FileNotFoundError:
@@ -121,8 +123,12 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
             raise FileFormatError(
                 f"{ledger}: line {number} is no leap: {error.errors()[0]['msg']}", hint="mend or remove that line"
             ) from error
-        if (home / leap.run).resolve() == run.resolve():
-            found.append(leap.model_copy(update={"run": str(run), "forecast": str((home / leap.forecast).resolve())}))
+        try:
+            its_run, forecast = (home / leap.run).resolve(), (home / leap.forecast).resolve()
+        except (ValueError, OSError) as error:
+            raise FileFormatError(f"{ledger}: line {number} names no path: {error}", hint="mend or remove that line") from error
+        if its_run == run.resolve():
+            found.append(leap.model_copy(update={"run": str(run), "forecast": str(forecast)}))
     return sorted(found, key=lambda leap: leap.resumes_after)
 
 

@@ -29,7 +29,7 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
 
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path}: not a readable TOML file: {error}") from error
     known = {parameter.name for parameter in context.command.params}
     own = content.get(context.info_name or "", {})
@@ -47,6 +47,8 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
         )
+    if value is None and "eval_cmd" in defaults:  # whoever made this folder would choose what is run
+        raise UsageError(f"{path}: eval_cmd names a program to run, which a file may not that nobody named", hint=f"--config {path}")
     context.default_map = {
         renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
     }
@@ -80,7 +82,16 @@ Exclude = Annotated[list[str] | None, typer.Option(envvar=env("EXCLUDE"), metava
 Steps = Annotated[
     str | None,
     typer.Option(
-        envvar=env("STEPS"), metavar="A:B:K", help="Snapshots from step A to B, multiples of K. Parts may be left out."
+        envvar=env("STEPS"),
+        metavar="A:B:K|N,N",
+        help="Snapshots from step A to B, multiples of K (parts may be left out), or exactly those listed."
+        " Where nothing tells the steps, the list does, in the order of saving.",
+    ),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("PATTERN"), metavar="GLOB", help="Entries of the folder whose names match, where it holds several runs."
     ),
 ]
 Sample = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
@@ -118,6 +129,14 @@ ScopeOption = Annotated[
     str,
     typer.Option(
         envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (the methods that fit)."
+    ),
+]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        envvar=env("LAYOUT"),
+        metavar="same|safetensors|pt|dcp",
+        help="Container of the output; weights only where another than the run's has no place for the rest.",
     ),
 ]
 GradWeight = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]

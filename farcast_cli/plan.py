@@ -11,15 +11,17 @@ import json
 import struct
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
+from farcast_cli.formats.dcp_file import DcpFile, Item
 from farcast_cli.formats.files import file_size
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import TorchFile, refuse_code_in
-from farcast_cli.formats.torch_pickle import StorageRef, encode_pickle, iter_tensors
+from farcast_cli.formats.torch_file import TorchFile, refuse_code_in, refuse_code_in_stretch
+from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
-from farcast_cli.layouts.base import Part, Snapshot, find_step_in_name
+from farcast_cli.layouts.base import ADAPTER_FILES, Part, Snapshot, find_step_in_name
 from farcast_cli.layouts.loose_safetensors import STEP_KEYS
 from farcast_cli.resume import Advanced, Change, StateTree, storages_of
 from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
-_PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
-"""Endings of files that their trainer may unpickle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Values:
     index: int | None
     dtype: DType
     non_negative: bool = False
+    begin: int = 0
+    """The element of the forecast tensor that `entry` begins with, where it is a part of it."""
 
     @property
     def num_bytes(self) -> int:
@@ -102,6 +104,22 @@ class OutputFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor of the output: what it is, and where its bytes come from."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    strides: tuple[int, ...] = ()
+    """In elements, where they are not those of a contiguous tensor."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.bytes_of(prod(self.shape))
+
+
+@dataclass(frozen=True, slots=True)
 class Rewrite:
     """What the plan changes beside the weights: element type, shard size, BatchNorm's counts, the valid step."""
 
@@ -110,9 +128,23 @@ class Rewrite:
     max_shard_bytes: int | None = None
     batch_counts: Mapping[str, Change] = field(default_factory=dict)
     valid_step: int = 0
+    mirror: bool = False
+    """Whether the forecast also takes the place of an average that users load."""
 
     def out_dtype(self, dtype: DType) -> DType:
         return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FLOATING else dtype
+
+    def within(self, prefix: str) -> Rewrite:
+        """The same for a file whose tensors the snapshot knows under a prefix, by the file's own names."""
+
+        def own(named: Mapping[str, Any]) -> dict[str, Any]:
+            return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+        return replace(self, index_of=own(self.index_of), batch_counts=own(self.batch_counts)) if prefix else self
+
+    def planned(self, entry: TensorEntry) -> Planned:
+        """A tensor as it is written."""
+        return Planned(entry.name, self.out_dtype(entry.dtype), entry.shape, self.pieces(entry), entry.strides)
 
     def pieces(self, entry: TensorEntry) -> tuple[Piece, ...]:
         """Where a tensor's bytes come from."""
@@ -151,27 +183,34 @@ def plan_outputs(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list
     """
     if rewrite.max_shard_bytes is not None:
         return _resharded(origin, advanced, rewrite)
-    return [output for part in origin.parts if (output := _plan_part(part, advanced, rewrite)) is not None]
+    return [output for part in origin.parts for output in plan_part(part, advanced, rewrite)]
 
 
-def _plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile | None:
-    if part.name in advanced.dropped:
-        return None
+def plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:
+    if part.name in advanced.dropped or part.role == "data":
+        return []
+    if isinstance(part.content, DcpFile):
+        return _dcp_outputs(part.content, advanced.trees[part.name], rewrite)
+    return [_plan_file(part, advanced, rewrite)]
+
+
+def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
+    rewrite = rewrite.within(part.prefix)
     if part.name in advanced.trees:
         state = advanced.trees[part.name]
-        return _torch_output(state, rewrite) if state.file else _json_output(part.name, state.tree)
+        return torch_output(state, rewrite) if state.file else json_output(part.name, state.tree)
     if isinstance(part.content, SafetensorsFile):
-        return _safetensors_output(part.name, part.content.entries, _metadata(part.content, rewrite), rewrite)
-    if isinstance(part.content, TorchFile):
-        return _torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
+        planned = [rewrite.planned(entry) for entry in part.content.entries]
+        return safetensors_output(part.name, planned, _metadata(part.content, rewrite))
+    if isinstance(part.content, TorchFile) and part.role in {"weights", "state"}:
+        return torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")
-    if part.path.suffix in _PICKLED:
-        refuse_code_in(part.path)
+    refuse_code_in(part.path)
     return OutputFile(part.name, (Record((Copy(part.path, 0, file_size(part.path)),)),))
 
 
-def _json_output(name: str, tree: Any) -> OutputFile:
+def json_output(name: str, tree: Any) -> OutputFile:
     text = json.dumps(tree, indent=2, sort_keys=True) + "\n"  # as the Trainer writes it
     return OutputFile(name, (Record((Fixed(text.encode()),)),))
 
@@ -181,36 +220,62 @@ def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
     return metadata | {key: str(rewrite.valid_step) for key in STEP_KEYS if key in metadata}
 
 
-def _safetensors_output(name: str, entries: Iterable[TensorEntry], metadata: Mapping[str, str], rewrite: Rewrite) -> OutputFile:
-    listed = list(entries)
-    header = encode_header(((e.name, rewrite.out_dtype(e.dtype), e.shape) for e in listed), metadata)
-    pieces = [piece for entry in listed for piece in rewrite.pieces(entry)]
+def safetensors_output(name: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> OutputFile:
+    header = encode_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), metadata)
+    pieces = [piece for tensor in tensors for piece in tensor.pieces]
     return OutputFile(name, (Record((Fixed(header), *pieces)),))
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------
 
 
-def _torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
+@dataclass(frozen=True, slots=True)
+class Storages:
+    """What becomes of a state file's storages, by key: the stretches that are replaced, and other element types."""
+
+    overlays: Mapping[str, list[tuple[int, int, Piece]]]
+    retyped: Mapping[str, StorageRef]
+
+    def pieces(self, state: StateTree, storage: StorageRef) -> tuple[Piece, ...]:
+        dtype = self.retyped.get(storage.key, storage).dtype
+        return _storage_pieces(state, storage, dtype, self.overlays.get(storage.key, []))
+
+
+def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
+    assert state.file is not None  # noqa: S101 - only torch files have storages
+    weights = below(state.tree, state.part.weights_key) if state.part.role in {"weights", "state"} else {}
+    mirror = below(state.tree, state.part.mirror_key) if rewrite.mirror and state.part.mirror_key else {}
+    retyped = {
+        ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype))
+        for tree in (weights, mirror)
+        for _, ref in iter_tensors(tree)
+    }
+    return Storages(_overlays(state.file, weights, rewrite, mirror), retyped)
+
+
+def torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     """A torch file with a new pickle; its storages as they were, but for what is forecast, moved on or retyped."""
     file = state.file
     assert file is not None  # noqa: S101 - the caller's branch
-    weights = _weights_tree(state) if state.part.role in {"weights", "state"} else {}
-    overlays = _overlays(file, weights, rewrite)
-    retyped = {
-        ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype)) for _, ref in iter_tensors(weights)
-    }
-    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(encode_pickle(state.tree, retyped)),)}
+    storages = plan_storages(state, rewrite)
+    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(encode_pickle(state.tree, storages.retyped)),)}
     named |= {
         name: (Copy(file.path, record.offset, record.num_bytes),)
         for name, record in file.records.items()
         if not name.startswith(f"{file.prefix}/data/") and name not in named
     }
-    for storage in storages_of(state.tree):
-        dtype = retyped.get(storage.key, storage).dtype
-        overlay = overlays.get(storage.key, [])
-        named[f"{file.prefix}/data/{storage.key}"] = _storage_pieces(state, storage, dtype, overlay)
+    named |= {f"{file.prefix}/data/{one.key}": storages.pieces(state, one) for one in storages_of(state.tree)}
     return OutputFile(state.part.name, tuple(zip_records(named)))
+
+
+_BESIDE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little", "version": b"3\n"}
+"""What torch.save puts beside the pickle and the storages."""
+
+
+def new_torch_file(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> list[Record]:
+    """A torch file of a pickle (`data.pkl`) and its storages (`data/KEY`) that begins at byte `start` of its file."""
+    whole = {**named, **{name: (Fixed(data),) for name, data in _BESIDE.items()}}
+    return list(zip_records({f"archive/{name}": pieces for name, pieces in whole.items()}, start=start))
 
 
 def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> Iterator[Record]:
@@ -222,21 +287,27 @@ def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> It
     yield Record((Fixed(framed.tail),))
 
 
-def _weights_tree(state: StateTree) -> Any:
-    tree = state.tree
-    for key in state.part.weights_key:
+def below(tree: Any, keys: tuple[Any, ...]) -> Any:
+    for key in keys:
         tree = tree[key]
     return tree
 
 
-def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite) -> dict[str, list[tuple[int, int, Piece]]]:
-    """Replaced stretches of each storage: (first element, elements, piece)."""
+def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> dict[str, list[tuple[int, int, Piece]]]:
+    """Replaced stretches of each storage: (first element, elements, piece).
+
+    Args:
+        mirror: a tree of tensors that get the forecast of the weights of the same names.
+    """
+    twins = {keys: ref for keys, ref in iter_tensors(mirror) if is_streamable(ref)}
     found: dict[str, list[tuple[int, int, Piece]]] = {}
     for keys, ref in iter_tensors(weights):
         entry = file.entry(".".join(map(str, keys)), ref)
         if entry.name in rewrite.index_of or entry.name in rewrite.batch_counts:
             (piece,) = rewrite.pieces(entry)
-            found.setdefault(ref.storage.key, []).append((ref.offset, entry.num_elements, piece))
+            twin = twins.get(keys)
+            for place in (ref, twin) if twin and (twin.dtype, twin.stride) == (ref.dtype, ref.stride) else (ref,):
+                found.setdefault(place.storage.key, []).append((place.offset, entry.num_elements, piece))
     return found
 
 
@@ -272,38 +343,118 @@ def _origins(state: StateTree, storage: StorageRef, dtype: DType, begin: int, en
     return Values(TensorEntry("", storage.dtype, (end - begin,), record.path, place), None, dtype)
 
 
+# --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
+
+
+def _dcp_outputs(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> list[OutputFile]:
+    """The origin's files with the items that changed written anew, and metadata that say where all of them lie now."""
+    items, metadata = copy.deepcopy((dcp.items, dcp.metadata))
+    storages = plan_storages(state, rewrite)
+    outputs = []
+    for name in sorted({item.file for item in items}):
+        records: list[Record] = []
+        position = 0
+        for item in sorted((item for item in items if item.file == name), key=lambda item: item.offset):
+            made = _item_records(dcp, item, state, storages, start=position)
+            num_bytes = sum(record.num_bytes for record in made)
+            item.info.states[0] |= {"offset": position, "length": num_bytes}
+            records += made
+            position += num_bytes
+        outputs.append(OutputFile(name, tuple(records)))
+    _retype(metadata, items, state, storages.retyped)
+    return [*outputs, OutputFile(state.part.name, (Record((Fixed(encode_pickle(metadata)),)),))]
+
+
+def _item_records(dcp: DcpFile, item: Item, state: StateTree, storages: Storages, *, start: int) -> list[Record]:
+    """An item's small torch file; as the origin has it where nothing in it can change."""
+    value = below(state.tree, item.place) if item.place else None
+    named: dict[str, tuple[Piece, ...]]
+    if not isinstance(value, TensorRef):
+        if not item.place:
+            return _as_it_was(dcp, item)
+        named = {"data.pkl": (Fixed(encode_pickle(value)),)}
+    else:
+        storage = value.storage
+        touched = storage.key in storages.retyped or storage.size == 1 or any(key == storage.key for key, *_ in state.zeroed)
+        if not touched:
+            return _as_it_was(dcp, item)
+        alone = replace(storages.retyped.get(storage.key, storage), key="0")
+        named = {
+            "data.pkl": (Fixed(encode_pickle(replace(value, storage=alone, dtype=alone.dtype))),),
+            "data/0": storages.pieces(state, storage),
+        }
+    return new_torch_file(named, start=start)
+
+
+def _as_it_was(dcp: DcpFile, item: Item) -> list[Record]:
+    path = dcp.folder / item.file
+    refuse_code_in_stretch(path, item.offset, item.num_bytes)
+    return [Record((Copy(path, item.offset, item.num_bytes),))]
+
+
+def _retype(metadata: Made, items: Iterable[Item], state: StateTree, retyped: Mapping[str, StorageRef]) -> None:
+    """Note the new element types of tensors in the metadata."""
+    for item in items:
+        value = below(state.tree, item.place) if item.place else None
+        if isinstance(value, TensorRef) and value.storage.key in retyped:
+            properties = metadata.states[0]["state_dict_metadata"][item.name].states[0]["properties"]
+            dtype = retyped[value.storage.key].dtype
+            properties.states[0] = (Name("torch", dtype.name), *properties.states[0][1:])
+
+
 # --- sharding --------------------------------------------------------------------------------------------------------
 
 
+def is_read_whole(origin: Snapshot) -> bool:
+    """Whether what loads the checkpoint knows no shards: accelerate, and PEFT's adapters."""
+    weights = [part for part in origin.parts if part.role == "weights"]
+    return origin.layout == "accelerate" or any(part.path.name in ADAPTER_FILES or part.prefix for part in weights)
+
+
 def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:
-    """The weights in shards of a new size, named as transformers names them; everything else as it was."""
+    """The weights in shards of a new size; everything else as it was."""
+    files = [part.content for part in origin.parts if isinstance(part.content, SafetensorsFile)]
+    if not files or origin.path.is_file() or is_read_whole(origin):
+        raise never_in_shards(origin)
+    stem = files[0].path.name.partition("-")[0].removesuffix(".safetensors")
+    index = next((part.content for part in origin.parts if part.role == "weights-index"), None)
+    tensors = [rewrite.planned(entry) for file in files for entry in file.entries]
+    outputs = shards(stem, tensors, rewrite.max_shard_bytes or 0, _metadata(files[0], rewrite), index)
+    others = [part for part in origin.parts if part.role not in {"weights", "weights-index"}]
+    return outputs + [output for part in others for output in plan_part(part, advanced, rewrite)]
+
+
+def never_in_shards(origin: Snapshot) -> UsageError:
+    return UsageError(
+        f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint whose weights are never read in shards",
+        hint="leave the option out",
+    )
+
+
+def shards(
+    stem: str, tensors: Sequence[Planned], max_bytes: int, metadata: Mapping[str, str], index: object = None
+) -> list[OutputFile]:
+    """Safetensors files of at most so many bytes, named as transformers names them, and the index of several.
+
+    Args:
+        index: the index that they had before.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    files = [part.content for part in origin.parts if isinstance(part.content, SafetensorsFile)]
-    if not files or origin.path.is_file():
-        raise UsageError(
-            f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint, which has no shards",
-            hint="leave the option out",
-        )
-    entries = {entry.name: entry for file in files for entry in file.entries}
-    sizes = {name: rewrite.out_dtype(e.dtype).bytes_of(e.num_elements) for name, e in entries.items()}
-    stem = files[0].path.name.partition("-")[0].removesuffix(".safetensors")
+    named = {tensor.name: tensor for tensor in tensors}
     split = split_state_dict_into_shards_factory(
-        entries,
-        get_storage_size=lambda entry: sizes[entry.name],
+        named,
+        get_storage_size=lambda tensor: tensor.num_bytes,
         get_storage_id=lambda _: None,
         filename_pattern=stem + "{suffix}.safetensors",
-        max_shard_size=rewrite.max_shard_bytes or 0,
+        max_shard_size=max_bytes,
     )
-    metadata = _metadata(files[0], rewrite)
     outputs = [
-        _safetensors_output(name, [entries[tensor] for tensor in tensors], metadata, rewrite)
-        for name, tensors in split.filename_to_tensors.items()
+        safetensors_output(name, [named[tensor] for tensor in inside], metadata)
+        for name, inside in split.filename_to_tensors.items()
     ]
     if split.is_sharded:
-        before = next((part.content for part in origin.parts if part.role == "weights-index"), None)
-        known = dict(before.get("metadata") or {}) if isinstance(before, dict) else {}
-        index = {"metadata": known | {"total_size": sum(sizes.values())}, "weight_map": split.tensor_to_filename}
-        outputs.append(_json_output(f"{stem}.safetensors.index.json", index))
-    others = [part for part in origin.parts if part.role not in {"weights", "weights-index"}]
-    return outputs + [output for part in others if (output := _plan_part(part, advanced, rewrite)) is not None]
+        known = dict(index.get("metadata") or {}) if isinstance(index, dict) else {}
+        whole = {"metadata": known | {"total_size": sum(t.num_bytes for t in tensors)}, "weight_map": split.tensor_to_filename}
+        outputs.append(json_output(f"{stem}.safetensors.index.json", whole))
+    return outputs

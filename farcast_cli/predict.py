@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,17 +21,21 @@ import torch
 
 from farcast_cli.backtest import LOSS_JUMP, decide
 from farcast_cli.choice import AUTO, choose_method, default_method, propose_horizon
+from farcast_cli.convert import Target, plan_converted, settle
 from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
 from farcast_cli.forecaster import Method, Task, forecast
+from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.job import Outcome, Prepared, Request
-from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.layouts.base import find_step_in_name, unchanged
 from farcast_cli.ledger import Leap, check_ledger, record_leap
+from farcast_cli.lightning_loops import epoch_after, whole_epochs
 from farcast_cli.methods import find_method
-from farcast_cli.plan import Rewrite, forecast_name, plan_outputs
-from farcast_cli.resume import HISTORY, advance, advance_batch_counts
+from farcast_cli.plan import Rewrite, forecast_name
+from farcast_cli.resume import HISTORY, Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.run_end import find_run_end
 from farcast_cli.sidecar import compose, sidecar_of, write_sidecar
 from farcast_cli.timeline import Timeline
 from farcast_cli.writer import refuse_existing, staged
@@ -96,6 +101,8 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
     if not request.horizons:
         known = find_method(request.method) if request.method not in {None, AUTO} else default
         horizon = propose_horizon(known, first, request.purpose, after_leap=after_leap, steps_left=steps_left)
+        if request.purpose == "resume" and request.counters == "advance":
+            horizon = whole_epochs(_state_of(reopen(fitted, _origin_index(fitted, request))), horizon)
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
         since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
@@ -104,6 +111,12 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
     if why:
         notes.append(f"method {method.name}: {why}")
     return method, request, tuple(notes)
+
+
+def _state_of(origin: Snapshot) -> object:
+    """The object tree of a checkpoint that is one torch file."""
+    content = origin.parts[0].content
+    return content.tree if isinstance(content, TorchFile) else None
 
 
 def _judged(fitted: Fitted, task: Task) -> Task:
@@ -163,11 +176,12 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     snapshots = {index: reopen(fitted, index) for index in linear.used}
     origin = snapshots[last]
     history = _history(fitted, snapshots, last)
-    targets = [_target(request, origin, horizon, fitted) for horizon in horizons]
-    for target in targets:
-        _check_place(target, fitted.directory, overwrite=request.overwrite, is_file=origin.path.is_file())
+    target = settle(origin, request.layout)
+    places = [_place(request, origin, horizon, fitted, target) for horizon in horizons]
+    for place in places:
+        _check_place(place, fitted.directory, overwrite=request.overwrite, is_file=target.is_file)
         if request.evaluator:
-            _check_outside(logs_of(target, is_file=origin.path.is_file()), fitted.directory)
+            _check_outside(logs_of(place, is_file=target.is_file), fitted.directory)
     alignment = realign(fitted, [snapshots[index] for index in linear.used])
     index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
     advanced, plans = [], []
@@ -175,15 +189,19 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         if request.purpose == "resume":
             _check_end(origin, horizon, request)
         counters = request.counters if horizon else "keep"
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+        with told_as_damage(origin):
+            moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+        if target.is_weights_only:
+            moved = Advanced(moved.trees)  # what else was done is not written
         counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
         moved.changes.extend(counts.values())
-        rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon)
+        mirror = request.purpose == "evaluation"
+        rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon, mirror)
         advanced.append(moved)
-        plans.append(tuple(plan_outputs(origin, moved, rewrite)))
+        plans.append(tuple(plan_converted(origin, moved, rewrite, target)))
     engine = Engine(alignment, linear.restrict(linear.used), torch.device(request.device))
     used = tuple(snapshots[index] for index in linear.used)
-    return Prepared(engine, tuple(plans), tuple(advanced), tuple(targets), used, origin)
+    return Prepared(engine, tuple(plans), tuple(advanced), target, tuple(places), used, origin)
 
 
 def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Snapshot]:
@@ -197,19 +215,28 @@ def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Sna
     return found
 
 
-def _target(request: Request, origin: Snapshot, horizon: int, fitted: Fitted) -> Path:
+def _place(request: Request, origin: Snapshot, horizon: int, fitted: Fitted, target: Target) -> Path:
     name = forecast_name(origin, horizon, unit=_name_unit(fitted), keep_step=request.counters == "keep")
+    if request.counters == "advance":
+        name = _with_epoch(name, epoch_after(_state_of(origin), horizon))
+    name = target.renamed(name, origin)
     if request.output is None:
         return DEFAULT_FOLDER / name
     if len(request.horizons) > 1 or request.output.endswith(os.sep):
         return Path(request.output) / name
-    ending = origin.path.suffix if origin.path.is_file() else ""
-    if ending and not request.output.endswith(ending):
+    ending = target.ending
+    if not request.output.endswith(ending):
+        why = f", as {origin.path.name} does" if target.layout == "same" else ""
         raise OutputError(
-            f"-o {request.output}: expected a name that ends in {ending}, as {origin.path.name} does",
+            f"-o {request.output}: expected a name that ends in {ending}{why}",
             hint=f"-o {request.output}{ending}, or -o {request.output}{os.sep} for a folder to put it in",
         )
     return Path(request.output)
+
+
+def _with_epoch(name: str, epoch: int | None) -> str:
+    """A name that tells an epoch beside the step, as Lightning's do, with another epoch, as wide as before."""
+    return name if epoch is None else re.sub(r"\bepoch=(\d+)", lambda old: f"epoch={epoch:0{len(old[1])}}", name)
 
 
 def _name_unit(fitted: Fitted) -> Fraction:
@@ -241,24 +268,14 @@ def _check_outside(place: Path, run: Path, *, option: str = "-o") -> None:
 
 def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
     """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid, (path, total) = origin.step + horizon, _last_step(origin)
-    if request.counters == "advance" and total is not None and total <= valid:
-        longest = total - origin.step - 1
+    valid, end = origin.step + horizon, find_run_end(origin)
+    if request.counters == "advance" and end is not None and end[1] <= valid:
+        longest = end[1] - origin.step - 1
         raise UsageError(
-            f"step {valid} is not before the end of the run: {path} says max_steps = {total}",
+            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
             hint=(f"--horizon {longest} or less; " if longest > 0 else "")
             + "--counters keep leaps the weights alone; --for evaluation does not resume",
         )
-
-
-def _last_step(origin: Snapshot) -> tuple[str, int | None]:
-    """The step at which the run ends, where its trainer's state tells, and the file that does."""
-    for part in origin.parts:
-        if part.role == "trainer-state" and isinstance(part.content, dict):
-            total = part.content.get("max_steps")
-            if isinstance(total, int) and total > 0:
-                return str(part.path), total
-    return "", None
 
 
 def _steps_left(fitted: Fitted, request: Request) -> int | None:
@@ -266,8 +283,8 @@ def _steps_left(fitted: Fitted, request: Request) -> int | None:
     if request.horizons or request.purpose != "resume" or request.counters != "advance":
         return None
     origin = reopen(fitted, _origin_index(fitted, request))
-    total = _last_step(origin)[1]
-    return None if total is None else total - origin.step
+    end = find_run_end(origin)
+    return None if end is None else end[1] - origin.step
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -280,7 +297,8 @@ def _write(
         return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
     with ExitStack() as stack:  # one for all horizons: what fails on the last publishes none
         write = _write_all if request.evaluator is None else _write_judged
-        finished = write(prepared, outcomes, request, fitted, stack=stack, progress=progress)
+        with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
+            finished = write(prepared, outcomes, request, fitted, stack=stack, progress=progress)
         for outcome in finished:
             _record(outcome, request, fitted)
     return finished
@@ -331,7 +349,7 @@ def _enter(stack: ExitStack, prepared: Prepared, target: Path) -> Path | None:
 
     Entered last, it is published first: a forecast that can be seen has its provenance.
     """
-    if not prepared.origin.path.is_file():
+    if not prepared.target.is_file:
         return None
     # one that a killed run left without its forecast is replaced; _check_place has seen to everything else
     return stack.enter_context(staged(sidecar_of(target, is_file=True), overwrite=True, may_stay_empty=True))
@@ -381,10 +399,10 @@ def _try_strengths(
     """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
     evaluator, written = request.evaluator, dict[float, tuple[Path, Tally]]()
     assert evaluator is not None  # noqa: S101 - the caller's branch
-    logs = logs_of(prepared.targets[0], is_file=prepared.origin.path.is_file())
+    logs = logs_of(prepared.targets[0], is_file=prepared.target.is_file)
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
     with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
-        judge.start(0.0, prepared.origin.path)
+        judge.start(0.0, _judged_origin(prepared, place, request, progress))
         for strength in STRENGTHS:
             judge.wait(below=evaluator.num_jobs)
             _drop_beaten(written, judge.trials, request)
@@ -393,6 +411,15 @@ def _try_strengths(
             judge.start(strength, candidate)
         judge.wait(below=1)
         return judge.trials, written
+
+
+def _judged_origin(prepared: Prepared, place: Path, request: Request, progress: Progress) -> Path:
+    """The origin; in the container of the candidates where that is another, as the command can read those."""
+    if prepared.target.layout == "same":
+        return prepared.origin.path
+    copied = place.parent / "strength-0" / place.name
+    _write_candidate(_only(prepared, 0, 0.0), copied, request, progress)
+    return copied
 
 
 def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Trial], request: Request) -> None:
@@ -423,11 +450,12 @@ def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
 
 def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
     alignment, advanced = prepared.engine.alignment, prepared.advanced[index]
+    moved = {change.where for change in advanced.changes}
     return replace(
         outcome,
         path=prepared.targets[index],
         num_forecast=len(alignment.tensors),
-        num_copied=len(alignment.copied),
+        copied=tuple(copied for copied in alignment.copied if copied.name not in moved),
         unchanged_share=tally.unchanged_share(index) if tally.num_forecast else None,
         bytes_read=tally.bytes_read,
         bytes_written=tally.bytes_written // max(1, len(prepared.plans)),

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from farcast_cli.errors import printable
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.console import RenderableType
 
-    from farcast_cli.alignment import Alignment
+    from farcast_cli.alignment import Alignment, Copied
     from farcast_cli.backtest import Decision, Score
     from farcast_cli.errors import FarcastError
     from farcast_cli.fitted import Fitted
@@ -36,7 +38,14 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 BAR_WIDTH = 20
 MAX_ROWS = 12
+MAX_NAMES = 10  # of what is left out or copied for one reason
+MAX_KINDS = 6
 WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
+
+
+def escape(text: str) -> str:
+    """A text from outside, as a console shows it: without markup, and without what a terminal would obey."""
+    return escape_markup(printable(text))
 
 
 class _Console(Console):
@@ -158,7 +167,7 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
         "snapshots": [
             {
                 "path": str(s.path),
-                "step": s.step,
+                "step": s.step if s.step >= 0 else None,
                 "step_source": s.step_source,
                 "bytes": s.num_bytes,
                 "evidence": [{"source": e.source, "where": e.where, "step": e.step} for e in s.evidence],
@@ -181,45 +190,87 @@ def inspect_table(
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading, justify in (("step", "right"), ("snapshot", "left"), ("size", "right"), ("evidence for the step", "left")):
+    headings = (("step", "right"), ("source", "left"), ("snapshot", "left"), ("size", "right"), ("all evidence", "left"))
+    for heading, justify in headings:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for snapshot in trajectory.snapshots:
-        evidence = ", ".join(f"{e.where}" + ("" if e.step == snapshot.step else f" = {e.step}") for e in snapshot.evidence)
-        table.add_row(str(snapshot.step), snapshot.path.name, size(snapshot.num_bytes), escape(evidence))
+    for s in trajectory.snapshots:
+        evidence = ", ".join(f"{e.where}" + ("" if e.step == s.step else f" = {e.step}") for e in s.evidence)
+        step = str(s.step) if s.step >= 0 else "?"
+        table.add_row(step, s.step_source, escape(s.path.name), size(s.num_bytes), escape(evidence or "none"))
     console.print(table)
     if alignment:
         console.print(f"forecast: {len(alignment.tensors)} tensors, {alignment.num_parameters:,} parameters")
         for tensor in alignment.tensors if verbose else ():
             entry = tensor.entries[-1]
             console.print(f"  {escape(tensor.name)}  {entry.dtype.name} {escape(str(list(entry.shape)))}", soft_wrap=True)
-        _grouped(console, "copied", [(c.name, c.reason) for c in alignment.copied])
-    _grouped(console, "not part of the run", [(i.path.name, i.reason) for i in trajectory.ignored])
+        _grouped(console, "forecast", [(t.name, t.remark) for t in alignment.tensors if t.remark])
+        _grouped(console, "copied", [(c.name, c.reason if verbose else c.kind) for c in alignment.copied])
+    others = [(i.path.name, i.reason) for i in trajectory.ignored if not i.is_half_written]
+    _grouped(console, "[yellow]left out[/]", [(i.path.name, i.reason) for i in trajectory.half_written], verbose=verbose)
+    _grouped(console, "not part of the run", others, verbose=verbose)
     for text in trajectory.notes:
         console.print(f"note: {escape(text)}", soft_wrap=True)
     for problem in problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
-        console.print(f"next: farcast fit {escape(shlex.quote(str(trajectory.directory)))}")
+        console.print(f"next: {escape(_fit_command(trajectory))}", soft_wrap=True)
 
 
-def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]]) -> None:
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for name, reason in items:
-        by_reason[reason].append(name)
-    for reason, names in by_reason.items():
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")  # noqa: PLR2004
-        console.print(f"{title}: {escape(shown)} ({escape(reason)})")
+def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, verbose: bool = False) -> None:
+    for reason, names in _by_kind(items).items():
+        shown = _first_of(names, len(names) if verbose else MAX_NAMES)
+        console.print(f"{title}: {escape(shown)} ({escape(reason)})", soft_wrap=True)
+
+
+def _fit_command(trajectory: Trajectory) -> str:
+    """With what the run cannot be read without."""
+    words = ["farcast", "fit", str(trajectory.directory)]
+    words += ["--pattern", trajectory.pattern] if trajectory.pattern else []
+    words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
+    return shlex.join(words)
+
+
+def _by_kind(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names by what is said of them."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, kind in items:
+        found[kind].append(name)
+    return found
+
+
+def _first_of(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor" + "s" * (count != 1)
+
+
+def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
+    """What is copied, by the kinds of reasons, the commonest first; one by one where asked."""
+    kinds = sorted(_by_kind((c.name, c.kind) for c in copied).items(), key=lambda kind: -len(kind[1]))
+    more = f", and {len(kinds) - MAX_KINDS} more reasons (-v lists all)" if len(kinds) > MAX_KINDS else ""
+    if verbose:
+        for one in copied:
+            note(f"  copied {one.name}: {one.reason}")
+    elif kinds:
+        told = "; ".join(f"{kind} ({len(names)}, as {names[0]})" for kind, names in kinds[:MAX_KINDS])
+        note(f"{_tensors(len(copied))} copied: {told}{more}")
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
-def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], *, quiet: bool) -> None:
+def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], begins: str, *, quiet: bool) -> None:
     """What a person should know of the folder before its run is forecast."""
     folder = shlex.quote(str(trajectory.directory))
     if trajectory.ignored:
-        entries = "entry of the folder is" if len(trajectory.ignored) == 1 else "entries of the folder are"
-        note(f"{len(trajectory.ignored)} {entries} not part of the run: farcast inspect {folder}", quiet=quiet)
+        entries = "entry" if len(trajectory.ignored) == 1 else "entries"
+        note(f"{len(trajectory.ignored)} {entries} left out (farcast inspect {folder} lists them)", quiet=quiet)
+    for ignored in trajectory.half_written[:MAX_NAMES]:
+        note(f"caution: {ignored.path.name} left out: {ignored.reason}", quiet=quiet)
+    if len(trajectory.half_written) > MAX_NAMES:
+        note(f"caution: and {len(trajectory.half_written) - MAX_NAMES} more snapshots", quiet=quiet)
     if history.leap:
         note(
             f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
@@ -227,6 +278,8 @@ def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap
             " (--steps A:B chooses otherwise)",
             quiet=quiet,
         )
+    if begins:
+        note(begins, quiet=quiet)
     for leap in unused:
         if trajectory.steps[0] <= leap.resumes_after < trajectory.steps[-1]:
             note(
@@ -242,6 +295,7 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
         "origin_step": fitted.steps[-1],
         "num_snapshots": len(fitted.steps),
         "leap": fitted.provenance.leap.resumes_after if fitted.provenance.leap else None,
+        "notes": list(fitted.provenance.notes),
         "num_tensors": len(fitted.provenance.tensors),
         "sampled": fitted.provenance.num_samples,
         "bytes_read": bytes_read,
@@ -263,8 +317,9 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
         f"coherence S = {number(steady[0])}, {number(steady[1])} in the recent half (does the run still move as it did; above"
         f" {COHERENCE_GATE:g} and {RECENT_GATE:g} a forecast is worth resuming from)"
     )
-    for copied in record.copied if verbose else ():
-        note(f"  copied {copied.name}: {copied.reason}")
+    for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
+        note(f"forecast: {_first_of(names, MAX_NAMES)} ({remark})")
+    copied_note(fitted.copied, verbose=verbose)
     note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
 
 
@@ -382,6 +437,7 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
             + f"; back-test b = {number(decision.ratio)},"
             f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)}{verdict}"
         )
+        copied_note(outcome.copied, verbose=verbose)
         for text in outcome.notes:
             note(f"note: {text}")
         for text in outcome.changes if verbose else ():

@@ -10,15 +10,19 @@ from __future__ import annotations
 import copy
 import re
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.counters import epoch_at, extrapolate, is_steady, schedule_count_at
+from farcast_cli.errors import FileFormatError
+from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
 from farcast_cli.layouts.torch_payload import number
+from farcast_cli.lightning_loops import Leap, is_lightning, leap_notes, move_loops, plan_leap
 from farcast_cli.schedules import Observation, advance_scheduler, counter_path, is_scheduler_state
 
 if TYPE_CHECKING:
@@ -30,11 +34,13 @@ OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 
 HISTORY = 8  # snapshots that a counter's rate is measured on
-_STATE_ROLES = {"state", "optimizer", "scheduler", "trainer-state"}
+_STATE_ROLES = {"state", "side-state", "optimizer", "scheduler", "trainer-state"}
 _FLOAT_COUNTERS = {"epoch", "total_flos"}
 _NOT_A_COUNTER = re.compile(r"best|seed|^log_history$|^_growth_tracker$")
-_STARTS_AGAIN = re.compile(r"patience|bad_epoch|in_epoch|since|remaining")
+_STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
+_NEEDS_ALL_FILES = {"accelerate"}
+"""Layouts whose trainer stops where a file is missing."""
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -107,15 +113,39 @@ def advance(
         {
             name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
             for name, part in ((part.name, part) for part in origin.parts if part.role in _STATE_ROLES)
-        }
+        },
+        notes=list(origin.notes),
     )
     if counters == "advance":
+        target = origin.step + horizon
+        leaps = {name: plan_leap([state[:2] for state in history.states], target) for name, history in histories.items()}
         for name, state in result.trees.items():
-            _advance_counters(state, histories[name], origin.step + horizon, result)
-        _advance_schedules(result, histories, snapshots, origin.step + horizon)
+            _advance_counters(state, histories[name], target, result, leaps[name])
+        _advance_schedules(result, histories, snapshots, target, leaps)
+    if optimizer == "drop" and origin.layout in _NEEDS_ALL_FILES:
+        result.notes.append(f"optimizer state emptied, not left out: {origin.layout} loads no checkpoint that lacks a file")
+        optimizer = "reset"
     for state in result.trees.values():
         _treat_optimizers(state, optimizer, result)
+    result.trees = {name: state for name, state in result.trees.items() if _is_rewritten(state, histories[name])}
     return result
+
+
+@contextmanager
+def told_as_damage(origin: Snapshot) -> Iterator[None]:
+    """A trainer's state that is not what it should be may raise anything at all; none of it is ours."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{origin.path}: its trainer's state cannot be moved on: {type(error).__name__}: {error}",
+            hint="the state is damaged: --counters keep leaps the weights alone, or leave the snapshot out with --steps",
+        ) from error
+
+
+def _is_rewritten(state: StateTree, history: _History) -> bool:
+    """Whether a state file is another than the origin's, which is copied as it is otherwise."""
+    return state.part.role == "state" or bool(state.literals or state.zeroed) or state.tree != history.states[-1][1]
 
 
 def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, Change]:
@@ -134,14 +164,15 @@ def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[st
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-def _advance_counters(state: StateTree, history: _History, target: int, result: Advanced) -> None:
+def _advance_counters(state: StateTree, history: _History, target: int, result: Advanced, leap: Leap | None) -> None:
     if state.part.role == "state" and not state.part.weights_key:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
     adam: list[Change] = []
+    by_rhythm = _advance_loops(name, state, result, leap)
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
         series = history.series(path)
-        if not _counts(series):
+        if path[0] in by_rhythm or not _counts(series):
             continue  # a setting, not a counter
         where = f"{name}: {'.'.join(map(str, path))}"
         new = _moved(path, value, series, target)
@@ -158,6 +189,18 @@ def _advance_counters(state: StateTree, history: _History, target: int, result: 
         result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
 
 
+def _advance_loops(name: str, state: StateTree, result: Advanced, leap: Leap | None) -> set[str]:
+    """Move what a Lightning checkpoint counts by epochs; returns the keys that no rate is to move."""
+    if not is_lightning(state.tree) or "loops" not in state.tree:
+        return set()
+    if leap is None:
+        result.notes.append(f"{name}: loops left at the origin: their rhythm is not known; the trainer counts on from there")
+        return {"loops"}
+    result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in move_loops(state.tree, leap))
+    result.notes.extend(leap_notes(leap, state.tree))
+    return {"loops", "epoch", "global_step"}
+
+
 def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
     """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself."""
     return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
@@ -172,8 +215,7 @@ def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]]
     if _STARTS_AGAIN.search(str(path[-1])):
         return None
     exact = _is_adam_step(path) or isinstance(value, float) or is_steady(series)
-    by_epoch = epoch_at(series, target) if path[-1] == "epoch" else None
-    new = extrapolate(series, target) if exact else by_epoch
+    new = extrapolate(series, target) if exact else (epoch_at(series, target) if path[-1] == "epoch" else None)
     if new is None:
         return None
     return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
@@ -219,7 +261,13 @@ def _packed(ref: TensorRef, value: float) -> bytes:
 # --- schedules and optimisers ----------------------------------------------------------------------------------------
 
 
-def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snapshots: Sequence[Snapshot], target: int) -> None:
+def _advance_schedules(
+    result: Advanced,
+    histories: Mapping[str, _History],
+    snapshots: Sequence[Snapshot],
+    target: int,
+    leaps: Mapping[str, Leap | None],
+) -> None:
     """Step every schedule on, and hand its learning rates to the optimiser that it belongs to.
 
     Rates that are tensors (of compiled optimisers) are worked on as numbers and written back as tensors.
@@ -227,12 +275,14 @@ def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snap
     optimizers = [(state, groups) for state in result.trees.values() for groups in _param_groups(state.tree)]
     schedulers = [(name, path) for name, state in result.trees.items() for path in _scheduler_paths(state.tree)]
     total = _total_steps(result)
+    set_by: dict[int, str] = {}
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = _leaf(holder.tree, path)
         where = ".".join([name or snapshots[-1].path.name, *map(str, path)])
         series = history.series((*path, *counter_path(saved)))
-        new = schedule_count_at(series, target)
+        known = _count_by_rhythm(leaps[name], path)
+        new = schedule_count_at(series, target) if known is None else known
         if new is None:
             why = "last_epoch does not rise steadily with the step"
             result.notes.append(f"{where} left as it is: {why}, and the learning rate stays behind")
@@ -254,8 +304,16 @@ def _advance_schedules(result: Advanced, histories: Mapping[str, _History], snap
         _write_back(saved, plain, holder)
         if owner:
             _write_back(owner[1], groups, owner[0])
+            if set_by.setdefault(id(owner[1]), where) != where:
+                other = set_by[id(owner[1])]
+                result.notes.append(f"{where}: sets the rates that {other} sets too: the new rate is approximate")
         if note:
             result.notes.append(f"{where}: {note}")
+
+
+def _count_by_rhythm(leap: Leap | None, path: Path_) -> int | None:
+    """How often a Lightning run's schedule has been stepped by the valid step, where its epochs tell."""
+    return leap.schedule_count(path[1]) if leap and len(path) == 2 and path[0] == "lr_schedulers" else None  # noqa: PLR2004
 
 
 def _owner(
@@ -350,6 +408,12 @@ def _param_groups(tree: object) -> Iterator[list[dict[str, Any]]]:
 
 
 def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -> None:
+    if mode == "drop" and is_lightning(state.tree):
+        result.notes.append("optimizer state emptied, not left out: Lightning loads no checkpoint without its key")
+        mode = "reset"
+    if isinstance(state.part.content, DcpFile) and mode in {"drop", "reset"}:
+        _zero_optimizers(state, result)
+        return
     if mode == "drop":
         _drop_optimizer(state, result)
     for optimizer in _optimizer_states(state.tree):
@@ -357,15 +421,26 @@ def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -
             optimizer["state"] = {}
             result.notes.append("optimizer state reset: moments start at zero, learning rates are kept")
         elif mode == "zero-momentum":
-            refs = [ref for path, ref in iter_tensors(optimizer["state"]) if path[-1] in _FIRST_MOMENTS]
+            refs = [ref for path, ref in iter_tensors(optimizer["state"]) if _FIRST_MOMENTS.intersection(path[-2:])]
             state.zeroed |= {_place(ref) for ref in refs if is_streamable(ref)}
             result.notes.append(f"{len(refs)} first moments set to zero")
+
+
+def _zero_optimizers(state: StateTree, result: Advanced) -> None:
+    """An optimiser as it was when it was new, all its keys in their places: a loader that misses one stops."""
+    refs = [ref for optimizer in _optimizer_states(state.tree) for _, ref in iter_tensors(optimizer["state"])]
+    places = {_place(ref) for ref in refs}
+    state.literals = {place: data for place, data in state.literals.items() if place not in places}
+    state.zeroed |= places
+    result.notes.append(f"{len(places)} tensors of the optimizer set to zero, not left out: the loader expects every key")
 
 
 def _drop_optimizer(state: StateTree, result: Advanced) -> None:
     if state.part.role == "optimizer":
         result.dropped.add(state.part.name)
-        result.notes.append("optimizer.pt left out: a Hugging Face Trainer then restarts the learning rate as well")
+        of_trainer = any(other.part.role == "trainer-state" for other in result.trees.values())
+        then = ": a Hugging Face Trainer then restarts the learning rate as well" if of_trainer else ""
+        result.notes.append(f"{state.part.name} left out{then}")
     elif state.part.role == "state" and isinstance(state.tree, dict):
         for key in [key for key, value in state.tree.items() if any(_optimizer_states(value))]:
             del state.tree[key]
@@ -382,6 +457,7 @@ def _load(snapshots: Sequence[Snapshot]) -> dict[str, _History]:
         for part in snapshot.parts:
             if part.role in _STATE_ROLES:
                 content = part.content if part.content is not None else read_torch_file(part.path)
+                content = content.as_torch if isinstance(content, DcpFile) else content
                 file = content if isinstance(content, TorchFile) else None
                 by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
     return {name: _History(tuple(states)) for name, states in by_name.items()}

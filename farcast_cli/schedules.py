@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-9  # relative; a formula that is the right one agrees to rounding
 MAX_WARMUP = 1_000_000_000
+MAX_COUNT = 10_000_000  # steps at once, some minute; a counter that claims more is damaged
 MIN_FOR_A_FACTOR = 3  # observations; any two lie on a geometric curve
 
 LAMBDA_NOTE = (
@@ -152,6 +153,8 @@ def _holds_lambda(state: dict[str, Any]) -> bool:
 
 def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
     stand_in = SimpleNamespace(param_groups=_stand_in_groups(state, groups), step=lambda: None)
+    if count > MAX_COUNT:
+        raise UsageError(f"the learning-rate schedule would have to be stepped {count} times", hint="--counters keep")
     schedule = _rebuild(name, state, stand_in)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here

@@ -53,6 +53,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
             "optimizer": request.optimizer,
             "counters": request.counters,
             "dtype": request.dtype,
+            "layout": request.layout,
         },
         "verdict": outcome.decision.verdict,
         "ratio": _number(outcome.decision.ratio),

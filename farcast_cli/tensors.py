@@ -6,7 +6,7 @@ can be forecast. Needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,12 @@ class DType:
     itemsize: int
     code: str = ""
     storage: str = ""
+    bits: int = 0
+    """Of one element, where that is less than a byte; safetensors packs those."""
+
+    def bytes_of(self, num_elements: int) -> int:
+        """What so many elements take."""
+        return num_elements * (self.bits or 8 * self.itemsize) // 8
 
 
 _TABLE = (
@@ -40,17 +46,28 @@ _TABLE = (
     DType("uint64", 8, "U64"),
     DType("complex64", 8, "C64", "ComplexFloatStorage"),
     DType("complex128", 16, "", "ComplexDoubleStorage"),
+    DType("complex32", 4),
     DType("float8_e4m3fn", 1, "F8_E4M3"),
     DType("float8_e5m2", 1, "F8_E5M2"),
     DType("float8_e4m3fnuz", 1, "F8_E4M3FNUZ"),
     DType("float8_e5m2fnuz", 1, "F8_E5M2FNUZ"),
     DType("float8_e8m0fnu", 1, "F8_E8M0"),
+    DType("float4_e2m1fn_x2", 1),  # two values, and one element to torch
 )
+_PACKED = (
+    DType("float4_e2m1fn", 1, "F4", bits=4),
+    DType("float6_e2m3fn", 1, "F6_E2M3", bits=6),
+    DType("float6_e3m2fn", 1, "F6_E3M2", bits=6),
+)
+"""Types of safetensors whose single elements torch cannot name."""
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
-BY_CODE = {dtype.code: dtype for dtype in _TABLE if dtype.code}
+BY_CODE = {dtype.code: dtype for dtype in (*_TABLE, *_PACKED) if dtype.code}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 
-FORECASTABLE = ("float64", "float32", "float16", "bfloat16")
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+"""Types that `--dtype` turns into one another."""
+_PARTS = {"complex64": "float32", "complex128": "float64"}
+FORECASTABLE = (*FLOATING, *_PARTS)
 """Types whose values move along a path; every other type is copied from the last snapshot."""
 
 
@@ -75,7 +92,15 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
+        return self.dtype.bytes_of(self.num_elements)
+
+    def as_real(self) -> TensorEntry:
+        """The same bytes as real numbers: a complex tensor as one of pairs, with a last dimension of 2."""
+        part = _PARTS.get(self.dtype.name)
+        if part is None:
+            return self
+        strides = (*(2 * stride for stride in self.strides), 1) if self.strides else ()
+        return replace(self, dtype=DTYPES[part], shape=(*self.shape, 2), strides=strides)
 
 
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -100,5 +125,7 @@ def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 def canonical_name(name: str) -> str:
     """A tensor's name without the wrappers that DistributedDataParallel and torch.compile put into it."""
+    if "module" not in name and "_orig_mod" not in name:
+        return name
     parts = name.split(".")
     return ".".join(part for part in parts if part not in {"module", "_orig_mod"}) or name

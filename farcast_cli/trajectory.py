@@ -1,69 +1,36 @@
-"""From a folder to a trajectory: which entries are snapshots of the run, and in which order.
+"""From a folder to a trajectory: which entries are snapshots of the run, and what the others are.
 
-Knows how steps are settled: by evidence, in the order of trust, cross-checked.
+Knows what in a folder looks like a snapshot and is none: links, temporary names, other runs, what was cut off.
 """
 
 from __future__ import annotations
 
-import itertools
+import os
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import (
-    MixedRunsError,
-    NoWeightsError,
-    SnapshotError,
-    StepConflictError,
-    TooFewSnapshotsError,
-    UsageError,
-)
+from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.formats.files import file_size, read_bytes
-from farcast_cli.layouts import recognise
-from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name
+from farcast_cli.layouts import hf_trainer, hub_folder, recognise
+from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name, read_snapshot
+from farcast_cli.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    Candidate = tuple[Path, Layout]
 
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
 OWN_MARK = b'{"__metadata__":{"farcast":'
 """How the header of a forecaster file begins."""
-_ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)$", re.IGNORECASE)
-_MIN_FOR_A_RATE = 3
-
-
-@dataclass(frozen=True, slots=True)
-class StepRange:
-    """`A:B:K`: steps from A to B, both included, and of those only multiples of K. Parts may be left out."""
-
-    first: int = 0
-    last: int | None = None
-    every: int = 1
-
-    def __contains__(self, step: object) -> bool:
-        if not isinstance(step, int):
-            return False
-        return self.first <= step and (self.last is None or step <= self.last) and step % self.every == 0
-
-    @classmethod
-    def parse(cls, text: str) -> StepRange:
-        parts = text.split(":")
-        if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):  # noqa: PLR2004 - A:B:K
-            raise UsageError(f"--steps {text}: expected A:B:K, as in 1000:8000 or ::500")
-        first, last, every = (*parts, "", "")[:3]
-        if len(parts) == 1 or every == "0":
-            raise UsageError(f"--steps {text}: expected A:B:K, as in 1000:8000 or ::500")
-        return cls(int(first or 0), int(last) if last else None, int(every or 1))
-
-
-@dataclass(frozen=True, slots=True)
-class Ignored:
-    """Something in the folder that is not part of the trajectory, and why."""
-
-    path: Path
-    reason: str
+MAX_NAMED = 4  # half-written snapshots in a message
+_TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
+_NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +42,8 @@ class Trajectory:
     snapshots: tuple[Snapshot, ...]
     ignored: tuple[Ignored, ...]
     notes: tuple[str, ...]
+    conflicts: tuple[SnapshotError, ...] = ()
+    pattern: str = ""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -85,44 +54,51 @@ class Trajectory:
         """The last snapshot."""
         return self.snapshots[-1]
 
+    @property
+    def half_written(self) -> tuple[Ignored, ...]:
+        """What was left out though it is a snapshot by its looks."""
+        return tuple(ignored for ignored in self.ignored if ignored.is_half_written)
 
-# --- discovery -------------------------------------------------------------------------------------------------------
 
-
-def discover(directory: Path, *, steps: StepRange | None = None, minimum: int = 1) -> Trajectory:
+def discover(directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", minimum: int = 1) -> Trajectory:
     """Find the snapshots of the run in a folder and settle their steps; reads headers only.
+
+    Args:
+        pattern: a glob that the names of the run's entries match; "" for all.
 
     Raises:
         TooFewSnapshotsError: fewer than `minimum` snapshots.
         StepConflictError: a step that nothing tells, or on which two pieces of evidence disagree.
         MixedRunsError: two snapshots of the same step.
-        FileFormatError: a snapshot that cannot be read.
+        FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    candidates, ignored = _candidates(directory)
-    layout = _main_layout(candidates)
-    snapshots: list[Snapshot] = []
-    without: list[NoWeightsError] = []
-    for path, kind in candidates:
-        reason = _reason_to_ignore(path, kind, layout, steps)
-        if reason:
-            ignored.append(Ignored(path, reason))
-            continue
-        try:
-            snapshots.append(kind.read(path))
-        except NoWeightsError as error:
-            without.append(error)
-            ignored.append(Ignored(path, "it holds no weights"))
-    if without and not snapshots:
-        raise without[0]
-    settled, notes = _settle_steps(_with_evidence(snapshots, ignored))
-    chosen = [snapshot for snapshot in settled if steps is None or snapshot.step in steps]
-    ordered = _without_duplicates(chosen, ignored)
-    if len(ordered) < minimum:
-        raise TooFewSnapshotsError(
-            f"{directory}: expected at least {minimum} snapshots, found {len(ordered)}",
-            hint="keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps",
-        )
-    return Trajectory(directory, layout.name, tuple(ordered), tuple(ignored), notes)
+    found = survey(directory, steps=steps, pattern=pattern)
+    if found.conflicts:
+        raise first_of(found.conflicts, directory)
+    if len(found.snapshots) < minimum:
+        raise _too_few(directory, len(found.snapshots), minimum, found.half_written)
+    return found
+
+
+def survey(directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "") -> Trajectory:
+    """The same with all conflicts in the result, where `discover` raises the first of them.
+
+    Raises:
+        TooFewSnapshotsError: no snapshot at all.
+        FileFormatError: a snapshot that cannot be read, other than one that is half-written.
+    """
+    findings = Findings()
+    try:
+        candidates = _candidates(directory, pattern, steps, findings)
+        main = _main_layout(candidates)
+        settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
+    except OSError as error:
+        raise FileFormatError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
+    ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
+    found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
+    if not settled and not conflicts:
+        raise _too_few(directory, 0, 1, found.half_written)
+    return found
 
 
 def open_snapshot(path: Path) -> Snapshot:
@@ -130,26 +106,47 @@ def open_snapshot(path: Path) -> Snapshot:
     layout = recognise(path)
     if layout is None:
         raise SnapshotError(f"{path}: no checkpoint here" if path.exists() else f"{path}: no such file or folder")
-    snapshot = layout.read(path)
+    snapshot = read_snapshot(layout, path)
     first = snapshot.evidence[0] if snapshot.evidence else None
     return snapshot.settle(first.step, first.source) if first else snapshot
 
 
-def _candidates(directory: Path) -> tuple[list[tuple[Path, Layout]], list[Ignored]]:
+def _too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
+    named = [f"{ignored.path.name} ({ignored.reason})" for ignored in half_written[:MAX_NAMED]]
+    named += [f"{len(half_written) - MAX_NAMED} more"] if len(half_written) > MAX_NAMED else []
+    hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
+    return TooFewSnapshotsError(
+        f"{directory}: expected at least {minimum} snapshots, found {count}"
+        + (f"; left out: {', '.join(named)}" if named else ""),
+        hint="wait until they are saved, or save or download them again; else " + hint if named else hint,
+    )
+
+
+# --- entries ---------------------------------------------------------------------------------------------------------
+
+
+def _candidates(directory: Path, pattern: str, steps: StepRange | StepList | None, findings: Findings) -> list[Candidate]:
+    """The entries that have a layout; everything else is noted with its reason."""
     if not directory.is_dir():
         what = "a file" if directory.exists() else "nothing"
         raise TooFewSnapshotsError(
             f"{directory}: expected a folder of checkpoints, found {what}", hint="name the folder that holds them"
         )
-    found, ignored = [], []
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith("."):
-            continue
-        layout = recognise(path)
-        if layout is None:
-            ignored.append(Ignored(path, "no checkpoint of a known layout"))
-        else:
-            found.append((path, layout))
+    entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    kinds = {path: recognise(path) for path in entries if not pattern or fnmatchcase(path.name, pattern)}
+    links = _links_to_siblings(kinds)
+    found = [(p, kind) for p, kind in kinds.items() if kind and p not in links and not _TEMPORARY.search(p.name)]
+    shapes = {_shape_of(path) for path, _ in found if path.is_dir()}
+    taken = {path for path, _ in found}
+    for path in entries:
+        if path not in kinds:
+            findings.ignore(path, "does not match --pattern")
+        elif path in links:
+            findings.ignore(path, f"a link to {links[path]}")
+        elif path not in taken:
+            reason = _why_no_snapshot(path, kinds[path], shapes)
+            looks_like_one = bool(reason) and _named_within(path, steps)
+            findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
     alone = recognise(directory)
     if alone and not any(find_step_in_name(path.name) for path, _ in found):
         raise TooFewSnapshotsError(
@@ -157,16 +154,106 @@ def _candidates(directory: Path) -> tuple[list[tuple[Path, Layout]], list[Ignore
             hint=f"name the folder above it: {directory.resolve().parent}",
         )
     if not found:
-        raise TooFewSnapshotsError(f"{directory}: no snapshots found", hint="docs/formats.md lists the layouts that are read")
-    return found, ignored
+        raise _nothing_found(directory, pattern, findings)
+    unreadable = next((path for path, _ in found if not path.name.isprintable()), None)
+    if unreadable:
+        raise SnapshotError(f"{unreadable}: its name is no printable text", hint="rename it")
+    return found
 
 
-def _reason_to_ignore(path: Path, kind: Layout, main: Layout, steps: StepRange | None) -> str:
-    if is_own_file(path):
-        return "farcast's own file"
-    if kind is not main:
-        return f"a {kind.name} checkpoint among {main.name} ones"
-    return "" if not main.names_are_steps or _named_within(path, steps) else "outside --steps"
+def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewSnapshotsError:
+    half_written = [ignored for ignored in findings.ignored if ignored.is_half_written]
+    if half_written:
+        return _too_few(directory, 0, 1, half_written)
+    matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
+    hint = (
+        f"farcast inspect {shlex.quote(str(directory))} shows all"
+        if pattern
+        else "docs/formats.md lists the layouts that are read"
+    )
+    return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
+
+
+def _links_to_siblings(entries: Iterable[Path]) -> dict[Path, str]:
+    """The entries that are links to another entry, or to what an earlier one is a link to, and that other's name."""
+    places: dict[str, Path] = {}
+    ordered = sorted(entries, key=lambda path: (path.is_symlink(), find_step_in_name(path.name) is None, path.name))
+    return {
+        path: first.name
+        for path in ordered
+        if path.exists() and (first := places.setdefault(os.path.realpath(path), path)) is not path and path.is_symlink()
+    }
+
+
+def _why_no_snapshot(path: Path, kind: Layout | None, shapes: set[str]) -> str:
+    """What keeps an entry that looks like a snapshot from being one; "" where it does not look like one."""
+    if kind is None and find_step_in_name(path.name) is None:
+        return ""
+    if _TEMPORARY.search(path.name):
+        return "a temporary name: still being saved, or cut off"
+    if path.is_symlink() and not path.exists():
+        return "a link that leads nowhere or in a circle"
+    if path.is_dir() and _shape_of(path) in shapes:
+        return "half-written: named like a snapshot, but without its weights"
+    return ""
+
+
+def _shape_of(path: Path) -> str:
+    """A name without its numbers."""
+    return _NUMBERS.sub("#", path.name)
+
+
+# --- snapshots -------------------------------------------------------------------------------------------------------
+
+
+def _read_all(
+    candidates: Sequence[Candidate], main: Layout, steps: StepRange | StepList | None, findings: Findings
+) -> list[Snapshot]:
+    """Open every candidate of the run; what is half-written, gone or without weights is noted and left out."""
+    snapshots: list[Snapshot] = []
+    without: list[NoWeightsError] = []
+    for path, kind in candidates:
+        if _is_left_out(path, kind, main, steps, findings):
+            continue
+        try:
+            snapshots.append(read_snapshot(kind, path))
+        except HalfWrittenError as error:
+            what = str(error).removeprefix(str(path)).lstrip(":/ ")
+            findings.ignore(path, f"half-written: {what}", is_half_written=True)
+        except NoWeightsError as error:
+            without.append(error)
+            findings.ignore(path, "it holds no weights")
+        except FileFormatError:
+            if path.exists():
+                raise
+            findings.ignore(path, "removed while the folder was read")
+    if without and not snapshots:
+        raise without[0]
+    return snapshots
+
+
+def _is_left_out(path: Path, kind: Layout, main: Layout, steps: StepRange | StepList | None, findings: Findings) -> bool:
+    """Whether a candidate is not opened; notes why."""
+    if main.names_are_steps and not _named_within(path, steps):
+        findings.ignore(path, "outside --steps")
+    elif is_own_file(path):
+        findings.ignore(path, "farcast's own file")
+    elif kind is hub_folder.LAYOUT and main is hf_trainer.LAYOUT and find_step_in_name(path.name):
+        findings.ignore(path, f"half-written: no {hf_trainer.STATE_FILE}, which the others have", is_half_written=True)
+    elif kind is not main:
+        findings.ignore(path, f"a {kind.name} checkpoint among {main.name} ones")
+    else:
+        return False
+    return True
+
+
+def run_entries(directory: Path, layout: str, pattern: str = "") -> Iterator[Path]:
+    """The entries of a folder that are snapshots of a layout, by their names and the names inside them."""
+    for path in directory.iterdir():
+        kind = recognise(path)
+        hidden = path.name.startswith(".") or _TEMPORARY.search(path.name)
+        if kind and kind.name == layout and not hidden and fnmatchcase(path.name, pattern or "*"):
+            yield path
 
 
 def is_own_file(path: Path) -> bool:
@@ -177,89 +264,14 @@ def is_own_file(path: Path) -> bool:
     return head[8:] == OWN_MARK
 
 
-def _with_evidence(snapshots: list[Snapshot], ignored: list[Ignored]) -> list[Snapshot]:
-    """The snapshots whose step something tells; `last`, `best` and their like without it are set aside."""
-    told = [snapshot for snapshot in snapshots if snapshot.evidence]
-    for snapshot in snapshots:
-        if snapshot.evidence:
-            continue
-        if not told or not _ALIAS.match(snapshot.path.stem):
-            raise StepConflictError(
-                f"{snapshot.path}: nothing tells its step: expected a counter in the file or a number in the name",
-                hint="rename it with its step, as in step_1000, or move it out of this folder",
-            )
-        ignored.append(Ignored(snapshot.path, "nothing tells its step"))
-    return told
-
-
-def _main_layout(candidates: list[tuple[Path, Layout]]) -> Layout:
+def _main_layout(candidates: Sequence[Candidate]) -> Layout:
     """The layout of most candidates; the first in the order of the folder breaks a tie."""
     counts = Counter(layout.name for _, layout in candidates)
     most = counts.most_common(1)[0][0]
     return next(layout for _, layout in candidates if layout.name == most)
 
 
-def _named_within(path: Path, steps: StepRange | None) -> bool:
+def _named_within(path: Path, steps: StepRange | StepList | None) -> bool:
     """Whether a name may belong to the asked-for steps; a snapshot left out by name is never opened."""
     found = find_step_in_name(path.name)
     return steps is None or found is None or int(found[1]) in steps
-
-
-# --- steps -----------------------------------------------------------------------------------------------------------
-
-
-def _settle_steps(snapshots: list[Snapshot]) -> tuple[list[Snapshot], tuple[str, ...]]:
-    settled = [snapshot.settle(snapshot.evidence[0].step, snapshot.evidence[0].source) for snapshot in snapshots]
-    settled.sort(key=lambda snapshot: (snapshot.step, snapshot.path.name))
-    sources = {item.source for snapshot in settled for item in snapshot.evidence}
-    notes = [note for source in sorted(sources) for note in _cross_check(settled, source)]
-    return settled, tuple(notes)
-
-
-def _cross_check(snapshots: Sequence[Snapshot], source: str) -> Iterator[str]:
-    """Compare one kind of evidence with the settled steps.
-
-    Equal is fine. A second counter in a unit of its own (a save index, micro-batches) rises in proportion to the
-    step over all snapshots: fine too, and said. Anything else is a conflict. Adam's count may lag behind where
-    steps were skipped, but never fall.
-    """
-    pairs = [(s, item) for s in snapshots for item in s.evidence if item.source == source]
-    odd = [(s, item) for s, item in pairs if item.step != s.step]
-    if not odd:
-        return
-    numbers = [(s.step, item.step) for s, item in pairs]
-    if source == "adam step" and all(a[1] <= b[1] for a, b in itertools.pairwise(numbers)):
-        return
-    if _is_affine(numbers):
-        yield f"{odd[0][1].where} counts in a unit of its own: {odd[0][1].step} at step {odd[0][0].step}"
-        return
-    snapshot, item = odd[0]
-    chosen = snapshot.evidence[0]
-    raise StepConflictError(
-        f"{snapshot.path}: {chosen.where} says step {chosen.step}, but {item.source} ({item.where}) says {item.step}",
-        hint="rename the snapshot to its real step, or move it out of this folder",
-    )
-
-
-def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:
-    """Whether b rises in proportion to a over all pairs, of which there must be three to tell."""
-    if len(pairs) < _MIN_FOR_A_RATE:
-        return False
-    (a0, b0), (a1, b1) = pairs[0], pairs[-1]
-    return b1 > b0 and all((b - b0) * (a1 - a0) == (b1 - b0) * (a - a0) for a, b in pairs)
-
-
-def _without_duplicates(snapshots: list[Snapshot], ignored: list[Ignored]) -> list[Snapshot]:
-    """Drop `last`, `best` and other copies of a numbered snapshot; two numbered ones of a step are two runs."""
-    by_step: dict[int, Snapshot] = {}
-    for snapshot in sorted(snapshots, key=lambda s: (s.step, find_step_in_name(s.path.name) is None, s.path.name)):
-        first = by_step.setdefault(snapshot.step, snapshot)
-        if first is snapshot:
-            continue
-        if find_step_in_name(snapshot.path.name) is not None:
-            raise MixedRunsError(
-                f"{first.path.parent}: two snapshots of step {snapshot.step}: {first.path.name} and {snapshot.path.name}",
-                hint="a trajectory is one run: move the other run to a folder of its own",
-            )
-        ignored.append(Ignored(snapshot.path, f"the same step as {first.path.name}"))
-    return list(by_step.values())

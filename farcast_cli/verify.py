@@ -5,7 +5,6 @@ One pass over three checkpoints; memory is one stretch of each.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ import torch
 
 from farcast_cli.alignment import align
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
+from farcast_cli.formats.files import file_size, read_bytes
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.sidecar import sidecar_of
 from farcast_cli.stream import Reader, read_trajectory, stretches
 from farcast_cli.trajectory import open_snapshot
@@ -57,10 +58,10 @@ def find_reference(forecast: Path) -> Path:
     """The origin that a forecast was made from, by its sidecar."""
     sidecar = sidecar_of(forecast, is_file=forecast.is_file())
     try:
-        origin = json.loads(sidecar.read_text())["origin"]
+        origin = parse_json(read_bytes(sidecar, 0, file_size(sidecar)))["origin"]
         if not isinstance(origin, str):
             raise TypeError(origin)  # noqa: TRY301 - one message for whatever is wrong with it
-    except OSError as error:
+    except FileFormatError as error:
         raise UsageError(
             f"{forecast}: no {sidecar.name} says what it was forecast from",
             hint="--reference CKPT names the last snapshot before the forecast",

@@ -113,6 +113,7 @@ def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, cal
         "origin_step": 800,
         "num_snapshots": 8,
         "leap": None,
+        "notes": [],
         "num_tensors": 4,
         "sampled": 16384,
         "bytes_read": 8 * 4 * (40 * 16 + 16 * 16 + 16 + 16),
@@ -511,8 +512,11 @@ def with_change(folder: Path, step: int, changes: Mapping[str, torch.Tensor | No
 
 
 def cut_short(folder: Path) -> None:
-    path = make_loose_run(folder) / loose_name(400)
-    path.write_bytes(path.read_bytes()[:-100])
+    """Three of eight, so that five are left."""
+    make_loose_run(folder)
+    for step in (300, 400, 800):
+        path = folder / loose_name(step)
+        path.write_bytes(path.read_bytes()[:-100])
 
 
 def lfs_pointer(folder: Path) -> None:
@@ -552,7 +556,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
         3,
         (loose_name(300), "'norm.weight'", "--steps"),
     ),
-    "a tensor more": (lambda run: with_change(run, 300, {"new": torch.ones(1)}), 3, (loose_name(800), "'new'")),
+    "a tensor more": (lambda run: with_change(run, 300, {"new": torch.ones(1)}), 3, (loose_name(400), "'new'", "5 snapshots")),
     "not a number": (
         lambda run: with_change(run, 500, {"layers.0.bias": with_number(math.nan)}),
         3,
@@ -563,7 +567,11 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
         3,
         (loose_name(500), "'layers.0.bias'", "inf"),
     ),
-    "a truncated file": (cut_short, 4, (loose_name(400), "expected", "save or download it again")),
+    "files that are cut short": (
+        cut_short,
+        3,
+        ("at least 6 snapshots, found 5", loose_name(400), "half-written: expected", "save or download them again"),
+    ),
     "a git-LFS pointer": (lfs_pointer, 4, (loose_name(400), "git-LFS pointer", "lfs pull")),
     "a pickle with code": (asks_for_code, 4, ("ckpt_40.pt", "mkdir", "plain data")),
 }
@@ -615,7 +623,7 @@ def test_an_origin_that_is_no_snapshot_is_refused_with_those_there_are(work: Pat
 def test_checkpoints_of_two_models_cannot_be_verified_against_each_other(work: Path, call_cli: CallCli) -> None:
     save_file({"other": torch.ones(3)}, work / "other.safetensors")
     origin = f"run/{loose_name(800)}"
-    words = ("tensors differ",)
+    words = ("two models",)
     refused(call_cli, work, 3, words, "verify", origin, "--against", "other.safetensors", "--reference", origin)
 
 
@@ -944,7 +952,7 @@ def test_the_statistics_of_the_data_do_not_decide_what_is_published(tmp_path: Pa
     assert call_cli("predict", "--horizon", 200, cwd=tmp_path).returncode == 10
 
 
-@pytest.mark.parametrize("marker", ["random_states_0.pkl", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize("marker", ["pytorch_model_fsdp_0/.metadata", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_folders_that_resume_from_files_farcast_cannot_move_on_are_refused(
     marker: str, tmp_path: Path, call_cli: CallCli
 ) -> None:

@@ -33,7 +33,7 @@ from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
 from farcast_cli.tensors import BY_CODE, DTYPES
 
-SAFETENSORS_NAMES = sorted(dtype.name for dtype in BY_CODE.values())
+SAFETENSORS_NAMES = sorted(dtype.name for dtype in BY_CODE.values() if not dtype.bits)  # of whole bytes, as torch has them
 TORCH_NAMES = sorted(DTYPES)
 
 
@@ -299,6 +299,7 @@ def test_a_torch_file_written_back_loads_as_the_same_objects(tmp_path: Path, wha
     assert equal(before, after)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", TORCH_NAMES)
 def test_a_torch_tensor_of_every_type_is_found_where_torch_put_it_and_written_back(tmp_path: Path, dtype: str) -> None:
     source, target = tmp_path / "a.pt", tmp_path / "b.pt"

@@ -19,24 +19,38 @@ ORDER = (
     "tensors",
     "formats.__init__",
     "formats.files",
+    "formats.json_text",
     "formats.safetensors_file",
     "formats.pickle_names",
+    "formats.pickle_scan",
     "formats.torch_pickle",
     "formats.torch_file",
     "formats.torch_zip",
+    "formats.dcp_file",
     "layouts.base",
     "layouts.weights_folder",
-    "layouts.hf_trainer",
-    "layouts.hub_folder",
     "layouts.loose_safetensors",
     "layouts.torch_payload",
+    "layouts.dcp",
+    "layouts.side_files",
+    "layouts.refused",
+    "layouts.hf_trainer",
+    "layouts.accelerate",
+    "layouts.hub_folder",
+    "layouts.torch_folder",
+    "layouts.lightning",
     "layouts.__init__",
+    "steps",
     "trajectory",
+    "quantised",
     "alignment",
     "schedules",
     "counters",
+    "lightning_loops",
     "resume",
     "plan",
+    "contents",
+    "convert",
     "writer",
     "stream",
     "gram",
@@ -47,6 +61,7 @@ ORDER = (
     "backtest",
     "choice",
     "ledger",
+    "run_end",
     "fitted",
     "engine",
     "command",
@@ -164,7 +179,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-@pytest.mark.parametrize("module", ["trajectory", *(m for m in MODULES if m.startswith(("formats.", "layouts.")))])
+@pytest.mark.parametrize("module", ["steps", "trajectory", *(m for m in MODULES if m.startswith(("formats.", "layouts.")))])
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top(module: str) -> None:
     top = [node for node in tree_of(module).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {name for node in top for name in ([alias.name for alias in node.names] + [getattr(node, "module", None) or ""])}

@@ -6,6 +6,8 @@ A file that is cut short while it is read raises an error here; the same under m
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError
@@ -18,11 +20,18 @@ _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
 
 
 def open_read_only(path: Path) -> int:
-    """A file descriptor for reading; the caller closes it."""
+    """A file descriptor for reading; the caller closes it.
+
+    Opening a FIFO would wait for a writer, and a device has no end: only regular files are read.
+    """
     try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileFormatError(f"{path}: cannot be read: no regular file")
+    return fd
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -71,5 +80,5 @@ def refuse_lfs_pointer(path: Path, head: bytes) -> None:
     if head.startswith(_LFS_PREFIX):
         raise FileFormatError(
             f"{path}: this is a git-LFS pointer, not the file itself",
-            hint=f"git -C {path.parent} lfs pull",
+            hint=f"git -C {shlex.quote(str(path.parent))} lfs pull",
         )

@@ -7,7 +7,9 @@ Those are data, and are carried as they are. A function, or a class of the stand
 
 from __future__ import annotations
 
+import re
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
 from farcast_cli.tensors import DTYPES
 
@@ -30,7 +32,8 @@ _PLAIN = {
     "_codecs": "encode",
     "typing": "Any Union Optional List Dict Tuple",
     "numpy": "ndarray dtype matrix bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
-    " longdouble complex64 complex128 str_ bytes_ void generic",
+    " longdouble clongdouble intc uintc longlong ulonglong complex64 complex128 str_ bytes_ void generic datetime64"
+    " timedelta64",
     "numpy.core.multiarray": "_reconstruct scalar",
     "numpy._core.multiarray": "_reconstruct scalar",
     "numpy.core.numeric": "_frombuffer",
@@ -38,41 +41,79 @@ _PLAIN = {
     "numpy.random._pickle": "__generator_ctor __bit_generator_ctor __randomstate_ctor",
     "torch": "strided sparse_coo sparse_csr per_tensor_affine per_channel_affine per_channel_affine_float_qparams"
     " per_tensor_symmetric per_channel_symmetric contiguous_format channels_last channels_last_3d preserve_format"
-    " device Size quint8 qint8 qint32 quint4x2 quint2x4 complex32",
+    " device Size Tensor Generator quint8 qint8 qint32 quint4x2 quint2x4 complex32",
+    "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
+    "numpy.ma.core": "_mareconstruct",
     "torch._tensor": "_rebuild_from_type_v2",
+    "torch._C": "Generator",
+    "torch._C._nn": "gelu",
+    "torch.nn.functional": "relu relu6 elu selu celu leaky_relu gelu silu mish hardswish hardtanh sigmoid tanh softplus"
+    " softmax log_softmax glu",
     "torch.serialization": "_get_layout",
 }
 _NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()}
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-"""How protocol 2 and older spell the names of Python 3's modules."""
 
-_ACTIVE = (
-    *("torch.hub", "torch.jit", "torch.package", "torch.utils.cpp_extension", "torch._inductor", "torch._dynamo"),
-    *("torch.multiprocessing", "torch.distributed.rpc", "torch.distributed.elastic", "torch.testing", "torch.utils.data"),
-    *("numpy.testing", "numpy.distutils", "numpy.f2py"),
-)
-_SYSTEM = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands", "nt", "posix", "pip", "setuptools", "pkg_resources"}
-_LIBRARIES = {"torch", "numpy"}
+_SYSTEM = sys.stdlib_module_names | {
+    *("distutils", "imp", "asyncore", "asynchat", "smtpd", "binhex"),  # until Python 3.11
+    *("commands", "popen2", "nt", "posix", "ntpath", "posixpath", "pip", "setuptools", "pkg_resources"),
+}
+_RUNNERS = {
+    *("system", "popen", "Popen", "exec", "exec_", "execfile", "eval", "compile", "__import__", "import_module"),
+    *("check_call", "check_output", "getoutput", "getstatusoutput", "runstring", "read_pickle", "loads"),
+    *("CDLL", "PyDLL", "FileIO", "ZipFile", "TarFile", "InteractiveInterpreter", "InteractiveConsole", "Unpickler"),
+    *("SourceFileLoader", "NamedTemporaryFile", "TemporaryDirectory", "ProxyCommand"),
+}
+"""What does things under whatever module's name it can be reached: modules hand on what they import."""
+_QUIET = {
+    "torch": (
+        *("nn", "optim", "amp", "cuda.amp", "ao", "storage", "_tensor", "_subclasses", "masked", "distributions"),
+        *("distributed.tensor", "distributed._tensor", "distributed._shard", "distributed.device_mesh"),
+        *("distributed.checkpoint", "distributed.fsdp"),
+    ),
+    "numpy": ("random", "ma", "dtypes", "matrixlib"),
+}
+"""Where torch and numpy keep classes that are data; elsewhere they have compilers, loaders and writers of files."""
+_MODULE = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 
 
 def is_data(module: str, name: str) -> bool:
     """Whether a name stands for data: on the list, one of torch's rebuilders, or a class that is not the system's."""
-    module = _OLD_MODULES.get(module, module)
-    if f"{module}.{name}" in _NAMES or (module == "torch" and name in DTYPES):
+    module, name = _today(module, name)
+    if not _MODULE.fullmatch(module) or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    if f"{module}.{name}" in _NAMES or (module == "torch" and (name in DTYPES or name.endswith("Storage"))):
         return True
     if module == "torch._utils" and name.startswith("_rebuild_") and name.isidentifier():
         return True
-    return not _is_active(module) and _is_class(name)
+    return _is_class(name) and not _is_active(module, name)
 
 
 def runs_code(module: str, name: str) -> bool:
-    """Whether a name has no business in any checkpoint; functions of the user's own modules are not told apart."""
-    module = _OLD_MODULES.get(module, module)
-    return not is_data(module, name) and (_is_active(module) or module.partition(".")[0] in _LIBRARIES)
+    """Whether a name has no business in any checkpoint; functions of the user's own modules are not told apart.
+
+    A name in dots that leads through anything but classes (`os.system` of a module that imports os) has none either.
+    What is no module's name at all cannot be loaded: the file is no pickle.
+    """
+    if is_data(module, name) or not _MODULE.fullmatch(module):
+        return False
+    module, name = _today(module, name)
+    *way, last = name.split(".")
+    reaches = not all(map(_is_class, way)) or (bool(way) and last.startswith("__"))
+    return reaches or _is_active(module, name)
 
 
-def _is_active(module: str) -> bool:
-    return module.partition(".")[0] in _SYSTEM or any(module == one or module.startswith(f"{one}.") for one in _ACTIVE)
+def _today(module: str, name: str) -> tuple[str, str]:
+    """A name as Python 3 has it: pickle itself translates those of Python 2 (`commands`, `cPickle`, `__builtin__`)."""
+    if (module, name) in NAME_MAPPING:
+        return NAME_MAPPING[module, name]
+    return IMPORT_MAPPING.get(module, module), name
+
+
+def _is_active(module: str, name: str) -> bool:
+    root, _, inner = module.partition(".")
+    if root in _SYSTEM or module.startswith(("test.support", "test.libregrtest")) or _RUNNERS & set(name.split(".")):
+        return True
+    return root in _QUIET and not (_is_class(name) and any(inner == one or inner.startswith(f"{one}.") for one in _QUIET[root]))
 
 
 def _is_class(name: str) -> bool:

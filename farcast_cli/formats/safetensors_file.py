@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError
 from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.tensors import BY_CODE, DType, TensorEntry
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+MAX_NAME = 1_000  # characters of a tensor's name
+MAX_DIMS = 64  # torch's own
 ALIGNMENT = 8
 _LENGTH_BYTES = 8  # of the header length in front
 
@@ -103,8 +106,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return found
 
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, made_of=unique)
+    except ValueError as error:
         raise _damaged(path, f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
@@ -126,13 +129,15 @@ def _is_count(value: object) -> bool:
 
 
 def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
-    if not name.isprintable() or _has_surrogates(name):
-        raise _damaged(path, f"a tensor's name is {name!r}, which is no printable text")
+    if not name.isprintable() or _has_surrogates(name) or len(name) > MAX_NAME:
+        raise _damaged(
+            path, f"a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"
+        )
     if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= spec.keys():
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     shape, offsets = spec["shape"], spec["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if not all(map(_is_count, numbers)) or len(offsets) != 2:  # noqa: PLR2004
+    if not all(map(_is_count, numbers)) or len(offsets) != 2 or len(shape) > MAX_DIMS:  # noqa: PLR2004
         raise _damaged(path, f"tensor {name!r} has shape {shape} and data_offsets {offsets}")
     dtype = BY_CODE.get(spec["dtype"]) if isinstance(spec["dtype"], str) else None
     if dtype is None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import pickle
+import shlex
+import tarfile
 import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
-from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
+from farcast_cli.formats.files import file_size, open_read_only, read_bytes, refuse_lfs_pointer
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, decode_pickle, iter_storages, refuse_code, unsafe
 from farcast_cli.tensors import TensorEntry, is_row_major
 
@@ -22,10 +26,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors take less
-MAX_SCAN_BYTES = 1 << 26  # of a file that is only copied
+MAX_DIRECTORY_BYTES = 1 << 25  # of a zip: some 400,000 records
 _ZIP_MARK = b"PK\x03\x04"
 _SAVE_AGAIN = "the file is damaged or half-written: save or download it again"
 _LOCAL_BYTES = 30  # of a record's header, before its name
+_PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
+"""Endings of files that their trainer may unpickle; protocols 0 and 1 tell themselves by nothing else."""
+_END_BYTES, _LOCATOR_BYTES, _END64_BYTES = 22, 20, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,9 @@ def read_torch_stretch(path: Path, start: int, size: int) -> TorchFile:
     prefix = pickled.name.removesuffix("/data.pkl")
     _check_byte_order(path, records.get(f"{prefix}/byteorder"))
     raw = read_bytes(path, pickled.offset, pickled.num_bytes)
-    file = TorchFile(path, decode_pickle(path, raw), records, prefix, size, hashlib.sha256(raw).hexdigest())
+    file = TorchFile(
+        path, decode_pickle(path, raw, num_records=len(records)), records, prefix, size, hashlib.sha256(raw).hexdigest()
+    )
     try:
         for ref in iter_storages(file.tree):
             _check_ref(file, ref)
@@ -96,31 +105,62 @@ def refuse_code_in(path: Path) -> None:
 
     Raises:
         UnsafeFileError: it names a function of the system's, or hides what it names.
+        FileFormatError: it is a zip that is not whole.
     """
     size = file_size(path)
-    head = read_bytes(path, 0, min(size, MAX_SCAN_BYTES))
-    if not head.startswith(_ZIP_MARK):
-        refuse_code(path, head)
+    head = read_bytes(path, 0, min(size, len(_ZIP_MARK)))
+    is_expected = path.suffix.lower() in _PICKLED
+    if head == _ZIP_MARK:
+        try:
+            refuse_code_in_stretch(path, 0, size)
+        except FileFormatError as error:
+            if is_expected or isinstance(error, UnsafeFileError):
+                raise
         return
+    if not is_expected and head[:1] != pickle.PROTO:
+        return
+    with os.fdopen(open_read_only(path), "rb") as stream:
+        if _is_tar(stream):
+            raise UnsafeFileError(f"{path}: a torch file from before torch 0.2, whose pickles cannot be looked into")
+        refuse_code(path, stream)
+
+
+def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
+    """The same for a zip that is a stretch of a file.
+
+    TorchScript has several pickles in one zip, and torch itself does not care about the case of a name.
+    """
+    infos = [info for info in _directory(path, start, size) if info.orig_filename.lower().endswith(".pkl")]
+    for record in [_record(path, info, start, size) for info in infos]:
+        _check_size(path, record)
+        refuse_code(path, io.BytesIO(read_bytes(path, record.offset, record.num_bytes)))
+
+
+def _is_tar(stream: BinaryIO) -> bool:
     try:
-        pickled = _pickle_record(path, _read_records(path, 0, size))
-    except UnsafeFileError:
-        raise
-    except FileFormatError:  # some other zip
-        return
-    refuse_code(path, read_bytes(path, pickled.offset, pickled.num_bytes))
+        with tarfile.open(fileobj=stream, mode="r:"):
+            return True
+    except (tarfile.TarError, OSError, ValueError):
+        return False
+    finally:
+        stream.seek(0)
 
 
 def _pickle_record(path: Path, records: Mapping[str, Record]) -> Record:
-    found = [record for name, record in records.items() if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(found) != 1:
+    found = [record for name, record in records.items() if name.lower().endswith("/data.pkl")]
+    if len(found) != 1 or found[0].name.count("/") != 1 or not found[0].name.endswith("/data.pkl"):
         raise _damaged(path, f"expected one data.pkl, found {len(found)}")
     (record,) = found
-    if any(name.startswith(f"{record.name.removesuffix('data.pkl')}code/") for name in records):
+    prefix = record.name.removesuffix("data.pkl").lower()
+    if any(name.lower().startswith((f"{prefix}code/", f"{prefix}constants.pkl")) for name in records):
         raise FileFormatError(f"{path}: a TorchScript module, which is a program", hint="save its state_dict() instead")
+    _check_size(path, record)
+    return record
+
+
+def _check_size(path: Path, record: Record) -> None:
     if record.num_bytes > MAX_PICKLE_BYTES:
         raise UnsafeFileError(f"{path}: its pickle has {record.num_bytes} bytes, over the limit of {MAX_PICKLE_BYTES}")
-    return record
 
 
 def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
@@ -128,7 +168,9 @@ def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
         return HalfWrittenError(f"{path}: empty: expected a torch file", hint=_SAVE_AGAIN)
     if head[:1] == b"\x80":
         convert = f"import torch; f={str(path)!r}; torch.save(torch.load(f, weights_only=True), f + '.new.pt')"
-        return FileFormatError(f"{path}: an old torch file (before torch 1.6), expected a zip", hint=f'python -c "{convert}"')
+        return FileFormatError(
+            f"{path}: an old torch file (before torch 1.6), expected a zip", hint=f"python -c {shlex.quote(convert)}"
+        )
     return FileFormatError(
         f"{path}: not a torch file: expected a zip, found {bytes(head[:8])!r}",
         hint="the file is damaged or something else: save or download it again, or keep it out of this folder",
@@ -165,29 +207,61 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         left = max(0, self._size - self._position)
         count = left if size is None or size < 0 else min(size, left)
+        if count > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"a directory of {count} bytes")
         data = read_bytes(self._path, self._start + self._position, count)
         self._position += count
         return data
 
 
-def _read_records(path: Path, start: int, size: int) -> dict[str, Record]:
-    records: dict[str, Record] = {}
+def _directory(path: Path, start: int, size: int) -> list[zipfile.ZipInfo]:
+    """A zip's own list of its records, where no other reader can see another list."""
     try:
         with zipfile.ZipFile(_Window(path, start, size)) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+            infos, begin = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, UnicodeDecodeError) as error:
         raise HalfWrittenError(f"{path}: not a whole zip file: {error}", hint=_SAVE_AGAIN) from error
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-            raise UnsafeFileError(
-                f"{path}: record {info.filename!r} is compressed or encrypted; torch stores plainly",
-                hint="load and save it again with torch, or keep the file out of this folder",
-            )
-        if info.filename in records:
-            raise _damaged(path, f"record {info.filename!r} is there twice")
-        records[info.filename] = Record(path, info.filename, start + _data_offset(path, info, start, size), info.file_size)
+    if begin not in _told_directories(path, start, size):
+        raise _damaged(path, "its directory of records is not where its end says")
+    return infos
+
+
+def _told_directories(path: Path, start: int, size: int) -> set[int]:
+    """Where the end of a zip says that its directory begins; nothing where its two ends say different things."""
+    behind = size - _END_BYTES - _LOCATOR_BYTES - _END64_BYTES
+    tail = read_bytes(path, start + max(behind, 0), size - max(behind, 0))
+    end, locator = tail[-_END_BYTES:], tail[-_END_BYTES - _LOCATOR_BYTES : -_END_BYTES]
+    if end[:4] != b"PK\x05\x06":
+        return set()
+    if locator[:4] != b"PK\x06\x07":
+        return {int.from_bytes(end[16:20], "little")}
+    told = int.from_bytes(locator[8:16], "little") == behind and tail[:4] == b"PK\x06\x06"
+    return {int.from_bytes(tail[48:56], "little")} if told else set()
+
+
+def _read_records(path: Path, start: int, size: int) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    folded: set[str] = set()
+    for info in _directory(path, start, size):
+        record = _record(path, info, start, size)
+        if record.name.lower() in folded:
+            raise _damaged(path, f"record {record.name!r} is there twice")
+        folded.add(record.name.lower())
+        records[record.name] = record
     _check_overlap(path, records)
     return records
+
+
+def _record(path: Path, info: zipfile.ZipInfo, start: int, size: int) -> Record:
+    name = info.orig_filename
+    if not name.isprintable() or "\\" in name or {"", ".."} & set(name.rstrip("/").split("/")):
+        raise UnsafeFileError(f"{path}: a record is called {name!r}", hint=_SAVE_AGAIN)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+        raise UnsafeFileError(
+            f"{path}: record {name!r} is compressed or encrypted; torch stores plainly",
+            hint="load and save it again with torch, or keep the file out of this folder",
+        )
+    return Record(path, name, start + _data_offset(path, info, start, size), info.file_size)
 
 
 def _data_offset(path: Path, info: zipfile.ZipInfo, start: int, size: int) -> int:

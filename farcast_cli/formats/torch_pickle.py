@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import pickle
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
 from farcast_cli.formats.pickle_names import is_data, runs_code
+from farcast_cli.formats.pickle_scan import iter_names
 from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, is_dense
 
 if TYPE_CHECKING:
@@ -26,13 +28,25 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 MAX_OBJECTS = 4_000_000
-_UNTYPED = DType("untyped", 1)
+MAX_DIMS = 64  # torch's own
+MAX_KEY = 1_000  # objects that one key of a dict is made of
+MAX_COST = 8_000_000  # see _Budget
+COST_PER_RECORD = 128  # a tensor in an optimiser's state takes some 90
+UNTYPED = DType("untyped", 1)
 _QUANTISED = {"QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1}
 _STORAGES = BY_STORAGE | {
     name: DType(name.removesuffix("Storage").lower(), size, "", name) for name, size in _QUANTISED.items()
 }
 _PARAMETER_ARGS = 3
-_MAX_PICKLES = 8  # one behind the other in a file, as torch before 1.6 wrote them
+_NUM_PICKLES = 5  # one behind the other in a file, as torch before 1.6 wrote them
+_COSTS = {code[0]: 16 for code in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.REDUCE, pickle.NEWOBJ)} | {
+    code[0]: 4
+    for code in (
+        *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LIST, pickle.DICT, pickle.MARK),
+        *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    )
+}
+"""What opcodes take beside one object's 16 to 60 bytes."""
 _TENSOR_ARGS = 6  # storage, offset, shape, stride, requires_grad, hooks; a seventh says that the values are conjugated
 
 
@@ -77,7 +91,7 @@ class TensorRef:
     is_parameter: bool = False
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Made:
     """An object that is carried and never made: what its pickle says of it, to be said again."""
 
@@ -98,6 +112,10 @@ class Made:
 
     def __setitem__(self, key: object, value: object) -> None:
         self.pairs.append((key, value))
+
+    def __repr__(self) -> str:
+        """Short, whatever it holds."""
+        return f"<{self.maker}>"
 
     def __iter__(self) -> Iterator[object]:
         """All that it holds."""
@@ -154,24 +172,39 @@ def iter_carried(tree: object) -> Iterator[tuple[tuple[Any, ...], Made]]:
             yield path, node
 
 
-def _walk(tree: object, *, opaque: bool) -> Iterator[tuple[tuple[Any, ...], object]]:
-    """Every node of a tree; not into carried objects where those are opaque."""
-    waiting: list[tuple[tuple[Any, ...], object]] = [((), tree)]
+def _walk(tree: object, *, opaque: bool, most: int = MAX_OBJECTS) -> Iterator[tuple[tuple[Any, ...], object]]:
+    """Every node of a tree; not into carried objects where those are opaque. Takes no memory for wide trees."""
+    yield (), tree
+    levels = [_children(tree, opaque=opaque)]
+    path: list[Any] = []
     num_visits = 0
-    while waiting:
-        path, node = waiting.pop()
+    while levels:
+        found = next(levels[-1], None)
+        if found is None:
+            levels.pop()
+            del path[-1:]
+            continue
+        key, node = found
         num_visits += 1
-        if len(path) > MAX_DEPTH or num_visits > MAX_OBJECTS:
-            raise UnsafeFileError(f"its objects are nested more than {MAX_DEPTH} deep, or more than {MAX_OBJECTS}")
-        yield path, node
-        if isinstance(node, dict):
-            waiting.extend(((*path, key), value) for key, value in reversed(node.items()))
-            if not opaque and getattr(node, "__dict__", None):
-                waiting.append(((*path, "__dict__"), node.__dict__))
-        elif isinstance(node, (list, tuple)):
-            waiting.extend(((*path, index), node[index]) for index in reversed(range(len(node))))
-        elif isinstance(node, Made) and not opaque:
-            waiting.extend(((*path, index), child) for index, child in enumerate(node))
+        if len(levels) > MAX_DEPTH or num_visits > most:
+            raise UnsafeFileError(f"its objects are nested more than {MAX_DEPTH} deep, or more than {most}")
+        yield (*path, key), node
+        if isinstance(node, _HOLDERS):
+            levels.append(_children(node, opaque=opaque))
+            path.append(key)
+
+
+_HOLDERS = (dict, list, tuple, set, frozenset, Made)
+
+
+def _children(node: object, *, opaque: bool) -> Iterator[tuple[Any, object]]:
+    if isinstance(node, dict):
+        yield from node.items()
+        if not opaque:
+            yield from ((key, key) for key in node if not isinstance(key, (str, int)))
+            yield from (("__dict__", value) for value in getattr(node, "__dict__", {}).values())
+    elif isinstance(node, (list, tuple)) or (isinstance(node, (set, frozenset, Made)) and not opaque):
+        yield from enumerate(node)
 
 
 def is_streamable(ref: TensorRef) -> bool:
@@ -183,8 +216,8 @@ def is_streamable(ref: TensorRef) -> bool:
 
 
 def _counts(value: object) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
-        raise UnsafeFileError(f"a tensor's shape or stride is {value!r}")
+    if not isinstance(value, tuple) or len(value) > MAX_DIMS or not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
+        raise UnsafeFileError(f"a tensor's shape or stride is not of at most {MAX_DIMS} whole numbers")
     return value
 
 
@@ -223,7 +256,7 @@ def _rebuild_parameter(*args: Any) -> TensorRef | Made:
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     """Protocol 2 spells bytes as `_codecs.encode(text, 'latin1')`."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise UnsafeFileError(f"bytes encoded as {encoding!r}")
+        raise UnsafeFileError("bytes in an encoding other than latin1")
     return codecs.latin_1_encode(text)[0]
 
 
@@ -231,10 +264,55 @@ def _size(*args: Any) -> Size:
     return Size(_counts(args[0] if args else ()))
 
 
-def _default_dict(*args: Any) -> DefaultDict:
+def _default_dict(factory: object = None) -> DefaultDict:
     made = DefaultDict()
-    made.factory = args[0] if args else None
+    made.factory = factory
     return made
+
+
+def _ordered_dict(pairs: object = ()) -> OrderedDict[Any, Any]:
+    for pair in _listed(pairs):
+        check_key(pair[0] if isinstance(pair, (list, tuple)) and pair else pair)
+    return OrderedDict(pairs)  # type: ignore[call-overload, no-any-return]
+
+
+def _counter(counts: object = ()) -> Counter[Any]:
+    return Counter(counts if isinstance(counts, dict) else _with_checked_keys(counts))
+
+
+def _set(items: object = ()) -> set[Any]:
+    return set(_with_checked_keys(items))
+
+
+def _frozen_set(items: object = ()) -> frozenset[Any]:
+    return frozenset(_with_checked_keys(items))
+
+
+def _listed(items: object) -> Iterable[Any]:
+    if not isinstance(items, (list, tuple, dict, set, frozenset)):
+        raise UnsafeFileError("a collection that is made of no list")
+    return items
+
+
+def _with_checked_keys(items: object) -> Iterable[Any]:
+    for item in _listed(items):
+        check_key(item)
+        yield item
+
+
+def check_key(key: object) -> None:
+    """Refuse a key whose hash takes long, or that is made to collide with others: a key is hashed time and again.
+
+    Texts and bytes collide by chance alone, whole numbers of more than 64 bits at will.
+    """
+    waiting, num_objects = [key], 0
+    while waiting:
+        node = waiting.pop()
+        inner: Iterable[object] = node if isinstance(node, (tuple, frozenset)) else ()
+        num_objects += 1 + len(inner)  # type: ignore[arg-type]
+        if num_objects > MAX_KEY or (isinstance(node, int) and node.bit_length() > 64):  # noqa: PLR2004
+            raise UnsafeFileError("its pickle has keys that are made to take long")
+        waiting.extend(inner)
 
 
 _SAFE: dict[str, Callable[..., Any]] = {
@@ -242,14 +320,14 @@ _SAFE: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": _size,
-    "collections.OrderedDict": OrderedDict,
-    "collections.Counter": Counter,
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _counter,
     "collections.defaultdict": _default_dict,
     "_codecs.encode": _encode,
-    "builtins.set": set,
-    "__builtin__.set": set,
-    "builtins.frozenset": frozenset,
-    "__builtin__.frozenset": frozenset,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+    "builtins.frozenset": _frozen_set,
+    "__builtin__.frozenset": _frozen_set,
 }
 """Calls that make plain data, or a stand-in of ours, from checked arguments."""
 
@@ -260,10 +338,27 @@ _BANNED = {
 """Opcodes that torch.save never writes: other ways to make objects, and buffers that are not in the file."""
 
 
+class _Budget(dict[int, "Callable[[Any], None]"]):
+    """The opcodes of one unpickler. Each look-up is one that is run, and is paid for.
+
+    A pickle of a few MB could else ask for GBs: an empty set is one byte of it, and takes 216 of memory.
+    """
+
+    def __init__(self, table: dict[int, Callable[[Any], None]], budget: int) -> None:
+        super().__init__(table)
+        self._left = budget
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self._left -= _COSTS.get(code, 1)
+        if self._left < 0:
+            raise UnsafeFileError("its pickle makes far more objects than its tensors need")
+        return super().__getitem__(code)
+
+
 class _Unpickler(pickle._Unpickler):  # noqa: SLF001
     """Python's own unpickler in Python: its memo is a dict, so a huge memo index allocates nothing.
 
-    It makes nothing but plain data and stand-ins, and nests tuples no deeper than a hash of them can follow.
+    It makes nothing but plain data and stand-ins.
     """
 
     stack: list[Any]
@@ -271,14 +366,13 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
     read: Callable[[int], bytes]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # noqa: SLF001
 
-    def __init__(self, stream: io.BytesIO, *, refuses: Callable[[str, str], bool]) -> None:
+    def __init__(self, stream: io.BytesIO, *, num_records: int) -> None:
         super().__init__(stream, encoding="utf-8")
-        self._refuses = refuses
+        self.dispatch = _Budget(type(self).dispatch, MAX_COST + COST_PER_RECORD * num_records)  # type: ignore[misc]
         self._storages: dict[str, StorageRef] = {}
-        self._depths: dict[int, int] = {}
 
     def find_class(self, module: str, name: str) -> Name:
-        if self._refuses(module, name):
+        if not is_data(module, name):
             raise UnsafeFileError(f"its pickle asks for {module}.{name}")
         return Name(module, name)
 
@@ -314,20 +408,19 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
             raise UnsafeFileError("its pickle claims more bytes than it has")
         self.append(data)
 
-    def load_any_tuple(self, load: Callable[[Any], None]) -> None:
-        """Make a tuple, unless it is nested too deep."""
+    def load_keyed(self, load: Callable[[Any], None], *, step: int) -> None:
+        """Put keys, or keys and values, into what hashes them."""
+        keys = self.stack[-2:-1] if load is _SET_ITEM else self.stack[::step]
+        for key in keys:
+            if type(key) is not str:
+                check_key(key)
         load(self)
-        made = self.stack[-1]
-        depth = 1 + max((self._depths.get(id(item), 0) for item in made if isinstance(item, tuple)), default=0)
-        if depth > MAX_DEPTH:
-            raise UnsafeFileError(f"its pickle nests tuples more than {MAX_DEPTH} deep")
-        self._depths[id(made)] = depth
 
     def persistent_load(self, pid: object) -> StorageRef:
         match pid:
             case ("storage", Name() as kind, str(key), str(location), int(size)) if size >= 0:
                 untyped = str(kind) == "torch.storage.UntypedStorage"
-                dtype = _UNTYPED if untyped else _STORAGES.get(kind.name)
+                dtype = UNTYPED if untyped else _STORAGES.get(kind.name)
                 if dtype is not None and kind.module in {"torch", "torch.storage"}:
                     return self._storages.setdefault(key, StorageRef(key, dtype, location, size))
         raise UnsafeFileError("its pickle refers to something that is not a storage")
@@ -345,19 +438,27 @@ _Unpickler.dispatch[pickle.REDUCE[0]] = _Unpickler.load_reduce
 _Unpickler.dispatch[pickle.NEWOBJ[0]] = _Unpickler.load_newobj
 _Unpickler.dispatch[pickle.BYTEARRAY8[0]] = _Unpickler.load_bytearray8
 _Unpickler.dispatch[pickle.BUILD[0]] = _Unpickler.load_build
-for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    _Unpickler.dispatch[_code[0]] = partial(_Unpickler.load_any_tuple, load=_Unpickler.dispatch[_code[0]])
+_SET_ITEM = _Unpickler.dispatch[pickle.SETITEM[0]]
+for _code, _step in (
+    *((code, 2) for code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT)),
+    *((code, 1) for code in (pickle.ADDITEMS, pickle.FROZENSET)),
+):
+    _Unpickler.dispatch[_code[0]] = partial(_Unpickler.load_keyed, load=_Unpickler.dispatch[_code[0]], step=_step)
 
 
-def decode_pickle(path: Path, raw: bytes) -> object:
-    """The tree of a pickle that was read from `path`.
+def decode_pickle(path: Path, raw: bytes, *, num_records: int = 0) -> object:
+    """The tree of a pickle that was read from `path`; `num_records` tensors may belong to it.
+
+    The tree is small enough to be walked, shown and copied.
 
     Raises:
         UnsafeFileError: it names something that is no data, or is made to exhaust its reader.
         FileFormatError: it is damaged.
     """
     try:
-        return _Unpickler(io.BytesIO(raw), refuses=lambda module, name: not is_data(module, name)).load()
+        tree: object = _Unpickler(io.BytesIO(raw), num_records=num_records).load()
+        for _ in _walk(tree, opaque=False, most=MAX_OBJECTS + COST_PER_RECORD * num_records):
+            pass
     except UnsafeFileError as error:
         raise unsafe(path, error) from error
     except FarcastError:
@@ -367,23 +468,32 @@ def decode_pickle(path: Path, raw: bytes) -> object:
             f"{path}: its pickle cannot be read: {type(error).__name__}: {error}",
             hint="the file is damaged or half-written: save or download it again",
         ) from error
+    return tree
 
 
-def refuse_code(path: Path, raw: bytes) -> None:
-    """Refuse a pickle that would run code where it is loaded; one that cannot be followed is no concern of ours.
+def refuse_code(path: Path, stream: BinaryIO) -> None:
+    """Refuse pickles that would run code where they are loaded; what cannot be loaded is no concern of ours.
 
     Raises:
-        UnsafeFileError: it names a function of the system's or of torch's.
+        UnsafeFileError: one names a function of the system's or of torch's, or hides what it names.
     """
-    stream = io.BytesIO(raw)
     try:
-        for _ in range(_MAX_PICKLES):
-            _Unpickler(stream, refuses=runs_code).load()
+        for number in itertools.count(1):
+            for module, name in iter_names(stream):
+                if runs_code(module, name):
+                    raise UnsafeFileError(f"its pickle asks for {module}.{name}")  # noqa: TRY301
+            if number >= _NUM_PICKLES and not _is_pickle_next(stream):
+                return
     except UnsafeFileError as error:
-        if "asks for" in str(error):
-            raise unsafe(path, error) from error
-    except Exception:  # noqa: BLE001, S110 - not ours to read: it is copied as it is
-        pass
+        raise unsafe(path, error) from error
+    except EOFError:
+        return
+
+
+def _is_pickle_next(stream: BinaryIO) -> bool:
+    found = stream.read(1)
+    stream.seek(-len(found), 1)
+    return found == pickle.PROTO
 
 
 def unsafe(path: Path, error: UnsafeFileError) -> UnsafeFileError:
@@ -412,7 +522,7 @@ class _Pickler(pickle._Pickler):  # noqa: SLF001
         if not isinstance(obj, StorageRef):
             return None
         storage = self._storages.get(obj.key, obj)
-        name = _name("torch.storage", "UntypedStorage") if storage.dtype == _UNTYPED else _name("torch", storage.dtype.storage)
+        name = _name("torch.storage", "UntypedStorage") if storage.dtype == UNTYPED else _name("torch", storage.dtype.storage)
         return ("storage", name, storage.key, storage.location, storage.size)
 
     def save_name(self, name: Name) -> None:
@@ -433,7 +543,7 @@ class _Pickler(pickle._Pickler):  # noqa: SLF001
         grad = ref.requires_grad and not ref.is_parameter
         args: tuple[Any, ...] = (ref.storage, ref.offset, ref.shape, ref.stride, grad, OrderedDict())
         kind = "_rebuild_tensor_v2"
-        if ref.storage.dtype == _UNTYPED:
+        if ref.storage.dtype == UNTYPED:
             kind, args = "_rebuild_tensor_v3", (*args, _name("torch", ref.dtype.name))
         if ref.is_parameter:
             args = (Made(_name("torch._utils", kind), args), ref.requires_grad, OrderedDict())

@@ -1,6 +1,6 @@
-"""A Hugging Face Trainer's `checkpoint-500/`: weights, optimizer.pt, scheduler.pt, trainer_state.json, the rest.
+"""A Hugging Face Trainer's `checkpoint-500/`: weights or adapters, optimizer.pt, scheduler.pt, trainer_state.json, the rest.
 
-Source: transformers/trainer.py, `_save_checkpoint` and `_load_optimizer_and_scheduler`.
+Source: transformers/trainer.py, `_save_checkpoint`, `_load_from_checkpoint` and `_load_optimizer_and_scheduler`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from farcast_cli.layouts.base import (
     find_weights,
     name_evidence,
 )
-from farcast_cli.layouts.weights_folder import read_json, read_weights, second_weights
+from farcast_cli.layouts.refused import refuse
+from farcast_cli.layouts.weights_folder import Source, find_adapters, read_json, read_weights, second_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,32 +29,47 @@ STATE_FILE = "trainer_state.json"
 _TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
 
 
+_ONE_FILE = ("model.safetensors", "pytorch_model.bin")
+_MISSING = (
+    "{} is missing: a Trainer then skips optimizer.pt and scheduler.pt both, and starts the learning rate again at warm-up"
+    " (save_only_model=False keeps them)"
+)
+
+
 def _recognises(path: Path) -> bool:
-    return (path / STATE_FILE).is_file() and find_weights(path) is not None
+    return (path / STATE_FILE).is_file() and bool(_sources(path))
+
+
+def _sources(path: Path) -> list[Source]:
+    """What the Trainer loads on resuming: whole weights in one file, else adapters, else shards."""
+    one = find_weights(path, _ONE_FILE)
+    if one:
+        return [Source(one)]
+    whole = find_weights(path)
+    return find_adapters(path) or ([Source(whole)] if whole else [])
 
 
 def _read(path: Path) -> Snapshot:
-    _refuse_deepspeed(path)
-    weights, tensors, rough = read_weights(path)
-    known = {part.name for part in weights}
+    refuse(path)
+    weights = read_weights(path, _sources(path))
+    known = {part.name for part in weights.parts}
     state = read_json(path / STATE_FILE)
     others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
     step = state.get("global_step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**MAX_DIGITS:
         raise FileFormatError(f"{path / STATE_FILE}: expected a global_step, found {str(step)[:40]}")
     evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
+    missing = [name for name in _TORCH_ROLES if not (path / name).is_file()]
     return Snapshot(
-        path, LAYOUT.name, (*weights, *others), tensors, evidence, not_streamable=rough, beside=second_weights(others)
+        path,
+        LAYOUT.name,
+        (*weights.parts, *others),
+        weights.tensors,
+        evidence,
+        not_streamable=weights.rough,
+        beside=second_weights(others),
+        notes=(_MISSING.format(" and ".join(missing)),) if missing else (),
     )
-
-
-def _refuse_deepspeed(path: Path) -> None:
-    """With DeepSpeed the Trainer resumes from `global_stepN/`, whose partitions hold weights of their own."""
-    if any(path.glob("global_step*/*_states.pt")):
-        raise FileFormatError(
-            f"{path}: a DeepSpeed checkpoint, which resumes from its own partitions: not read yet",
-            hint=f"python {path}/zero_to_fp32.py {path} OUT makes weights that farcast reads, to be loaded without resuming",
-        )
 
 
 def _part(path: Path, name: str, state: dict[str, object]) -> Part:

@@ -1,38 +1,45 @@
-"""A folder of weights as the Hugging Face hub holds them: `step1000/` with model.safetensors or shards, no trainer."""
+"""A folder of weights as the Hugging Face hub holds them: `step1000/` with a model or an adapter, no trainer.
+
+A loop of one's own that saves its model so, with optimizer.pt or the like beside it, has its state moved on as well.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError
-from farcast_cli.layouts.base import Layout, Part, Snapshot, files_below, find_weights, name_evidence
-from farcast_cli.layouts.weights_folder import read_weights, second_weights
+from farcast_cli.layouts.base import ADAPTER_FILES, Layout, Snapshot, find_step_in_name, find_weights
+from farcast_cli.layouts.side_files import adam_steps, beside, counted_steps, named_steps, side_parts
+from farcast_cli.layouts.weights_folder import Source, find_adapters, read_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def _recognises(path: Path) -> bool:
-    return path.is_dir() and find_weights(path) is not None
+    return path.is_dir() and bool(_sources(path))
+
+
+def _sources(path: Path) -> list[Source]:
+    """A whole model, or adapters; a folder of adapter folders is one snapshot only where its name bears a step."""
+    whole = find_weights(path)
+    if whole:
+        return [Source(whole)]
+    return find_adapters(path) if find_weights(path, ADAPTER_FILES) or find_step_in_name(path.name) else []
 
 
 def _read(path: Path) -> Snapshot:
-    if any(path.glob("random_states_*.pkl")) or (path / "optimizer.bin").exists():
-        raise FileFormatError(
-            f"{path}: an accelerate save_state folder, whose optimiser and schedule are not moved on yet",
-            hint="copy the weights alone into folders named by their step (step_1000/) for a forecast of the weights",
-        )
-    weights, tensors, rough = read_weights(path)
-    known = {part.name for part in weights}
-    others = [Part(file, name, "other") for file, name in files_below(path) if name not in known]
+    weights = read_weights(path, _sources(path))
+    others, notes = side_parts(path, weights.parts)
+    name = named_steps(path)
     return Snapshot(
         path,
         LAYOUT.name,
-        (*weights, *others),
-        tensors,
-        name_evidence(path),
-        not_streamable=rough,
-        beside=second_weights(others),
+        (*weights.parts, *others),
+        weights.tensors,
+        (*counted_steps(others, name), *name, *adam_steps(others)),
+        not_streamable=weights.rough,
+        beside=tuple(beside(others)),
+        notes=notes,
     )
 
 

@@ -21,25 +21,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
-STEP_KEYS = ("global_step", "step", "iteration", "iter_num", "step_count", "iter", "num_steps", "steps")
+STEP_KEYS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter", "num_steps", "steps")
+"""Keys that hold a step, the first that is there. litgpt's `iter_num` counts batches, and its `step_count` steps."""
 _NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
 
 def _recognises(path: Path) -> bool:
-    return path.suffix in {".pt", ".pth", ".bin"} and path.is_file()
+    return path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and path.is_file()
 
 
 def _read(path: Path) -> Snapshot:
     file = read_torch_file(path)
-    key, weights = _find_weights(path, file.tree)
+    key, weights = find_payload_weights(path, file.tree)
     tensors, rough = weights_of(file, weights)
-    evidence = (*_payload_evidence(file.tree if key else {}), *_adam_evidence(file), *name_evidence(path))
+    evidence = (*payload_evidence(file.tree if key else {}, file), *adam_evidence(file), *name_evidence(path))
     part = Part(path, "", "state", file, weights_key=key)
-    beside = (*(_other_weights(file.tree, key) if key else ()), *_opaque_weights(weights))
+    beside = (*(other_weights(file.tree, key) if key else ()), *_opaque_weights(weights))
     return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough, beside=beside)
 
 
-def _other_weights(tree: dict[Any, Any], weights: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+def other_weights(tree: dict[Any, Any], weights: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
     """State dicts beside the weights: a second network, or an average of the first."""
     for key, value in tree.items():
         if (key,) == weights or not isinstance(value, dict) or "param_groups" in value:
@@ -56,7 +57,12 @@ def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield ".".join(map(str, keys)), f"{made.maker.name.removeprefix('_rebuild_')} is not forecast"
 
 
-def _find_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def find_payload_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The key under which a payload holds its weights (none for a bare state dict), and the weights.
+
+    Raises:
+        NoWeightsError: there are none.
+    """
     if isinstance(tree, dict):
         for key in WEIGHT_KEYS:
             if isinstance(tree.get(key), dict) and _holds_tensors(tree[key]):
@@ -78,20 +84,30 @@ def _holds_tensors(tree: dict[Any, Any]) -> bool:
     return any(isinstance(value, TensorRef) or (isinstance(value, dict) and _holds_tensors(value)) for value in tree.values())
 
 
-def _payload_evidence(tree: dict[str, Any]) -> tuple[Evidence, ...]:
+def payload_evidence(tree: dict[Any, Any], file: TorchFile | None = None) -> tuple[Evidence, ...]:
+    """The first counter of steps at the top of a payload, or in its `train_state`; one in a tensor takes its file."""
     for where, holder in (("", tree), ("train_state.", tree.get("train_state"))):
         for key in STEP_KEYS:
             value = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(value, TensorRef) and value.dtype.name in {"int64", "int32"} and file is not None:
+                value = number(file, value)
             if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS:
                 return (Evidence("payload", where + key, value),)
     return ()
 
 
-def _adam_evidence(file: TorchFile) -> tuple[Evidence, ...]:
-    """Adam counts its own steps, per parameter; the largest count is the run's."""
-    if not isinstance(file.tree, dict):
+def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
+    """Adam counts its own steps, per parameter; the largest count is the run's.
+
+    Args:
+        tree: the part of the file's tree that holds optimisers, or is one; all of it by default.
+    """
+    tree = file.tree if tree is None else tree
+    if not isinstance(tree, dict):
         return ()
-    for key, value in file.tree.items():
+    whole = {file.path.stem: tree} if "param_groups" in tree else tree
+    items = ((key, one) for key, value in whole.items() for one in (value if isinstance(value, list) else [value]))
+    for key, value in items:
         state = value.get("state") if isinstance(value, dict) and "param_groups" in value else None
         if isinstance(state, dict):
             counts = [number(file, entry["step"]) for entry in state.values() if isinstance(entry, dict) and "step" in entry]
@@ -106,7 +122,7 @@ def number(file: TorchFile, value: object) -> int | float | None:
     if isinstance(value, TensorRef) and value.dtype.name in _NUMBERS and all(size == 1 for size in value.shape):
         entry = file.entry("", value)
         found: int | float
-        (found,) = struct.unpack(_NUMBERS[value.dtype.name], read_bytes(file.path, entry.offset, entry.num_bytes))
+        (found,) = struct.unpack(_NUMBERS[value.dtype.name], read_bytes(entry.path, entry.offset, entry.num_bytes))
         return found
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 

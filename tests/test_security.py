@@ -1,0 +1,598 @@
+"""Files from strangers: read by the real command, they run nothing, write nothing, exhaust nothing and are named."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime as dt
+import enum
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file as save_arrays
+
+from farcast_cli.errors import UnsafeFileError
+from farcast_cli.formats.pickle_names import is_data, runs_code
+from farcast_cli.formats.torch_file import read_torch_file, refuse_code_in
+from farcast_cli.formats.torch_pickle import encode_pickle
+from tests import corpus
+from tests.conftest import STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
+from tests.corpus import CASES, Calls, Case, make_hf_run, name_of, newest, torch_zip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux tells it")
+
+
+# --- the corpus ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A run of the corpus after the command has read it: what each call said, and the files before and after."""
+
+    home: Path
+    calls: list[dict[str, Any]]
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
+    """The whole corpus, read by the real command in one process (and its children) with a limited address space."""
+    top = tmp_path_factory.mktemp("corpus")
+    corpus.build(top)
+    homes = [path for path in top.iterdir() if (path / "run").is_dir()]
+    before = {home.name: tree_digest(home) for home in homes}
+    outside = tree_digest(top / ".bases")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.corpus", str(top)],
+        cwd=top,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tree_digest(top / ".bases") == outside
+    assert {path for path in top.iterdir() if path.name != ".bases"} == set(homes)
+    calls = {line["home"]: line["done"] for line in map(json.loads, done.stdout.splitlines())}
+    return {home.name: Read(home, calls[home.name], before[home.name], tree_digest(home)) for home in homes}
+
+
+def test_the_corpus_is_large() -> None:
+    assert len({name_of(case) for case in CASES}) == len(CASES) >= 45
+
+
+@pytest.mark.parametrize("base", get_args(corpus.Base))
+def test_without_a_harmful_file_the_same_runs_are_forecast(readings: dict[str, Read], base: str) -> None:
+    calls = readings[f"good_{base}"].calls
+    assert [(call["args"][0], call["code"]) for call in calls] == [("inspect", 0), ("fit", 0), ("predict", 0)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_harmful_file_is_refused_in_one_clear_line(readings: dict[str, Read], case: Case) -> None:
+    calls = readings[name_of(case)].calls
+    read_first = 2 if case.at == "predict" else 0
+    assert [call["code"] for call in calls] == [0] * read_first + [case.code] * (len(calls) - read_first)
+    for call in calls[read_first:]:
+        lines = call["err"].splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert case.says in errors[0]
+        assert all(line.isprintable() and len(line) < 3000 for line in lines)
+        assert call["out"] == ""
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_harmful_file_runs_nothing_and_nothing_is_written_but_what_was_asked_for(
+    readings: dict[str, Read], case: Case
+) -> None:
+    read = readings[name_of(case)]
+    made = {"forecaster.safetensors"} if case.at == "predict" else set()
+    assert not corpus.marker_of(read.home).exists()
+    assert read.after.keys() - read.before.keys() == made
+    assert {name: digest for name, digest in read.after.items() if name not in made} == read.before
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_harmful_file_takes_little_memory(readings: dict[str, Read], case: Case) -> None:
+    assert max(call["mb"] for call in readings[name_of(case)].calls) < case.memory_mb
+
+
+@pytest.mark.parametrize("name", corpus.CODE)
+def test_the_payloads_are_no_blanks(tmp_path: Path, name: str) -> None:
+    """Python's own `pickle.load` runs them (in a process of its own), so that refusing them is worth something."""
+    if name in corpus.BLANKS:
+        pytest.skip(corpus.BLANKS[name])
+    (tmp_path / "x").write_bytes(corpus.CODE[name](tmp_path / "marker"))
+    code = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, check=False)
+    assert (tmp_path / "marker").exists() or done.returncode in {77, -6}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = (
+    *("os.system", "posix.system", "nt.system", "os.popen", "os.execv", "os._exit", "os.abort", "os.remove", "os.spawnl"),
+    *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__", "builtins.open", "builtins.getattr"),
+    *("__builtin__.eval", "__builtin__.execfile", "builtins.breakpoint", "builtins.input", "builtins.type", "builtins.vars"),
+    *("subprocess.Popen", "subprocess.run", "subprocess.call", "subprocess.check_output", "commands.getoutput"),
+    *("runpy.run_path", "runpy._run_code", "pty.spawn", "ctypes.CDLL", "ctypes.WinDLL", "importlib.import_module"),
+    *("shutil.rmtree", "webbrowser.open", "code.InteractiveConsole", "code.interact", "timeit.timeit", "cProfile.run"),
+    *("pickle.loads", "cPickle.loads", "_pickle.Unpickler", "marshal.loads", "types.FunctionType", "types.CodeType"),
+    *("operator.attrgetter", "operator.methodcaller", "functools.reduce", "pdb.Pdb", "bdb.Bdb", "trace.Trace"),
+    *("multiprocessing.Process", "threading.Thread", "asyncio.run", "logging.FileHandler", "zipfile.ZipFile"),
+    *("tempfile.NamedTemporaryFile", "socket.socket", "urllib.request.urlopen", "http.server.HTTPServer", "smtplib.SMTP"),
+    *("sys.exit", "signal.raise_signal", "gc.get_objects", "distutils.file_util.write_file", "imp.load_source"),
+    *("pip.main", "setuptools.setup", "test.support.script_helper.assert_python_ok", "sqlite3.connect"),
+    *("torch.load", "torch.save", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter"),
+    *("torch._inductor.codecache.PyCodeCache", "torch.utils.cpp_extension.load_inline", "torch._C.PyTorchFileWriter"),
+    *("torch.utils.tensorboard.SummaryWriter", "torch.distributed.FileStore", "torch.multiprocessing.Process"),
+    *("torch!UntypedStorage.from_file", "torch.fx.graph_module.reduce_graph_module", "torch.classes.load_library"),
+    *("torch._utils!_rebuild_tensor.__globals__", "torch.serialization!os.system", "torch.nn.modules.module!warnings.warn"),
+    *("numpy.load", "numpy.testing._private.utils.runstring", "numpy.f2py.compile", "numpy.DataSource", "numpy.memmap"),
+    *("accelerate.utils.other!os.system", "pandas.eval", "pandas.read_pickle", "pandas.io.common!os.system"),
+    *("six.exec_", "sympy.core.Popen", "dill.loads", "cloudpickle.loads", "joblib.popen.Popen", "mylib!Config.__subclasses__"),
+)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_runs_code_is_refused_read_or_copied(tmp_path: Path, name: str, protocol: int) -> None:
+    module, _, last = name.rpartition("!" if "!" in name else ".")
+    make = corpus.reduces if protocol == 2 else corpus.stack_global
+    (tmp_path / "a.pt").write_bytes(torch_zip(make(module, last, "x")))
+    for read in (read_torch_file, refuse_code_in):
+        with pytest.raises(UnsafeFileError, match="asks for"):
+            read(tmp_path / "a.pt")
+
+
+DATA = (
+    *("argparse.Namespace", "pathlib.PosixPath", "collections.OrderedDict", "collections.deque", "datetime.datetime"),
+    *("numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.float64"),
+    *("numpy.random._pickle.__generator_ctor", "numpy.dtypes.Float64DType", "torch.FloatStorage", "torch.bfloat16"),
+    *("torch._utils._rebuild_qtensor", "torch.nn.modules.linear.Linear", "torch.optim.adamw.AdamW", "torch.device"),
+    *("torch.distributed.tensor.DTensor", "transformers.training_args.TrainingArguments", "omegaconf.dictconfig.DictConfig"),
+    *("transformers_modules.org.name-0a1b.configuration.Config", "__main__.Config", "mylib!Outer.Inner", "mylib._Mode"),
+)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_is_data_is_carried(name: str) -> None:
+    module, _, last = name.rpartition("!" if "!" in name else ".")
+    assert is_data(module, last)
+    assert not runs_code(module, last)
+
+
+def test_a_function_of_the_users_own_is_copied_and_never_rewritten() -> None:
+    assert not runs_code("mylib.schedules", "warm_up")
+    assert not is_data("mylib.schedules", "warm_up")
+
+
+@pytest.mark.parametrize("name", ["Config\ncos\nsystem", "Config R.", "", "A..B", "Config\u2028"])
+def test_a_name_that_would_end_its_line_is_no_name(name: str) -> None:
+    assert not is_data("mylib", name)
+    assert not is_data(f"mylib\n{name}", "Config")
+
+
+# --- what is carried may be odd ----------------------------------------------------------------------------------------
+
+
+def test_tensors_in_sets_and_as_keys_are_written_with_their_storages(tmp_path: Path) -> None:
+    key = torch.nn.Parameter(torch.arange(3.0))
+    torch.save(
+        {"w": torch.ones(2), "seen": {torch.arange(5.0)}, "state": {key: {"exp_avg": torch.zeros(3)}}}, tmp_path / "a.pt"
+    )
+    file = read_torch_file(tmp_path / "a.pt")
+    records = {name.partition("/")[2]: record for name, record in file.records.items() if "/data/" in name}
+    stored = {name: (tmp_path / "a.pt").read_bytes()[r.offset : r.offset + r.num_bytes] for name, r in records.items()}
+    pickled = encode_pickle(file.tree)
+    (tmp_path / "b.pt").write_bytes(torch_zip(pickled, {f"archive/{name}": data for name, data in stored.items()}))
+    again = torch.load(tmp_path / "b.pt", weights_only=False)
+    assert torch.equal(next(iter(again["seen"])), torch.arange(5.0))
+    assert torch.equal(next(iter(again["state"])), key)
+    assert len(stored) == 4
+
+
+def test_an_expanded_tensor_among_the_weights_is_copied(tmp_path: Path, call_cli: CallCli) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in range(10, 90, 10):
+        mask = torch.zeros(1).expand(100_000)
+        torch.save({"model": {"w": torch.arange(6.0) * step, "mask": mask}, "step": step}, run / f"ckpt_{step}.pt")
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
+    made = torch.load(tmp_path / "forecasts" / "ckpt_90.pt")["model"]
+    assert made["mask"].shape == (100_000,)
+    assert made["mask"].untyped_storage().nbytes() == 4
+
+
+class _Speed(enum.Enum):
+    FAST = "fast"
+
+
+@dataclass
+class _Settings:
+    name: str
+    speed: _Speed
+    rates: list[float]
+
+
+class _Node(dict[str, Any]):
+    """As configuration libraries have them: a dict with attributes."""
+
+    parent: Any = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parent": self.parent}
+
+
+def _third_party() -> dict[str, Any]:
+    node = _Node(lr=1e-3)
+    node.parent = "top"
+    return {
+        "namespace": argparse.Namespace(lr=1e-3, inner=argparse.Namespace(a=[1])),
+        "path": Path("a/b"),
+        "numpy state": np.random.RandomState(1).get_state(),
+        "numpy number": np.float32(1.5),
+        "numpy date": np.datetime64("2026-01-02"),
+        "settings": _Settings("x", _Speed.FAST, [0.1]),
+        "node": node,
+        "date": dt.datetime(2026, 1, 2, tzinfo=dt.UTC),
+        "default": collections.defaultdict(list, a=[1]),
+        "queue": collections.deque([1, 2], maxlen=3),
+        "random": random.Random(1).getstate(),  # noqa: S311 - no secret
+        "many": frozenset({1, 2}),
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, np.ndarray):
+        return bool((a == b).all())
+    inner = vars(a) == vars(b) if isinstance(a, _Node) else True
+    return type(a) is type(b) and bool(a == b) and inner
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_payload_of_any_data_is_carried_through_a_forecast(tmp_path: Path, call_cli: CallCli, protocol: int) -> None:
+    run = make_torch_run(tmp_path / "run")
+    for path in run.iterdir():
+        torch.save({**torch.load(path), "config": _third_party()}, path, pickle_protocol=protocol)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
+    before = torch.load(run / "ckpt_80.pt", weights_only=False)
+    after = torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=False)
+    assert (before["step"], after["step"]) == (80, 90)
+    assert list(after["config"]) == list(before["config"])
+    assert [name for name in before["config"] if not _same(before["config"][name], after["config"][name])] == []
+
+
+@pytest.fixture(scope="module")
+def real_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a real Trainer's arguments and random states are on disk."""
+    from transformers import TrainingArguments
+
+    folder = tmp_path_factory.mktemp("files")
+    arguments = TrainingArguments(
+        output_dir=str(folder / "out"), report_to=[], use_cpu=True, lr_scheduler_type="cosine", logging_strategy="steps"
+    )
+    _ = arguments.device  # sets up its distributed state
+    torch.save(arguments, folder / "training_args.bin")
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}  # noqa: NPY002
+    torch.save(states, folder / "rng_state.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "rng_state.pth"])
+def test_real_files_that_weights_only_refuses_are_copied_byte_for_byte(
+    tmp_path: Path, real_files: Path, call_cli: CallCli, name: str
+) -> None:
+    run = make_hf_run(tmp_path / "run")
+    for snapshot in run.iterdir():
+        shutil.copy(real_files / name, snapshot / name)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(real_files / name, weights_only=True)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "forecasts" / "checkpoint-810" / name).read_bytes() == (real_files / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nn.TransformerEncoderLayer(8, 2),
+        lambda: torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()),
+        lambda: torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1), 3),
+        lambda: np.random.default_rng(1),
+        lambda: np.ma.array([1, 2], mask=[True, False]),
+    ],
+    ids=["module", "optimizer", "schedule", "numpy generator", "masked array"],
+)
+def test_whole_objects_of_torch_and_numpy_are_data(tmp_path: Path, make: Callable[[], object]) -> None:
+    torch.save({"w": torch.ones(2), "it": make()}, tmp_path / "a.pt")
+    refuse_code_in(tmp_path / "a.pt")
+    assert "it" in read_torch_file(tmp_path / "a.pt").tree
+
+
+@pytest.mark.parametrize("name", ["vocab.bin", "notes.pkl", "empty.pt"])
+def test_a_copied_file_that_is_no_pickle_passes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"" if name == "empty.pt" else b"config = 1\nsystem\n" + bytes(range(256)))
+    refuse_code_in(tmp_path / name)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_harmful_call_after_any_harmless_data_is_found(tmp_path: Path, seed: int) -> None:
+    """The walk over a copied pickle keeps its place, whatever a pickler writes before the call."""
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    leaves: list[Any] = [
+        1,
+        -(2**70),
+        0.5,
+        None,
+        True,
+        "x" * 300,
+        b"y" * 300,
+        b"z",
+        "\u20ac",
+        (),
+        frozenset({1}),
+        {3},
+        bytearray(b"q"),
+    ]
+    value: Any = draw.choice(leaves)
+    for _ in range(30):
+        more = draw.choice(leaves)
+        value = draw.choice([[value, more], (value, more, value), {"k": value, 1: more}, (value,)])
+    raw = pickle.dumps([value, argparse.Namespace(a=value), Calls(os.getpid)], seed % 6)
+    (tmp_path / "a.pkl").write_bytes(raw)
+    with pytest.raises(UnsafeFileError, match="getpid"):
+        refuse_code_in(tmp_path / "a.pkl")
+
+
+# --- farcast's own files, tampered with --------------------------------------------------------------------------------
+
+
+def assert_refused(done: Any, *codes: int) -> str:
+    """One printable line that says what is wrong."""
+    assert done.returncode in codes
+    (line,) = done.errors
+    assert all(each.isprintable() for each in done.stderr.splitlines())
+    return str(line)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("fitted")
+    fit_run(make_loose_run(top / "run"), top / "forecaster.safetensors")
+    return top
+
+
+def tampered(source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """A forecaster with other contents and a checksum that is right for them."""
+    import hashlib
+
+    with safe_open(source, framework="np") as file:
+        record = json.loads(file.metadata()["farcast"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    change(record, arrays)
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        whole.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    record["checksum"] = whole.hexdigest()
+    save_arrays(arrays, target, metadata={"farcast": json.dumps(record)})
+
+
+def _path(text: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    def change(record: dict[str, Any], _: dict[str, Any]) -> None:
+        record["snapshots"][-1]["path"] = text
+
+    return change
+
+
+TAMPERED: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
+    "a path up": _path("../../../etc/passwd"),
+    "a path up in the middle": _path("step_000800.safetensors/../../x"),
+    "a path from the root": _path("/etc/passwd"),
+    "no path": _path(""),
+    "a path with a NUL": _path("a\0b"),
+    "a path with escapes": _path("\x1b[2Jx"),
+    "a layout with escapes": lambda record, _: record.update(layout="\x1b[2J"),
+    "a folder with a NUL": lambda record, _: record.update(directory="a\0b"),
+    "no snapshots": lambda record, _: record.update(snapshots=[]),
+    "no tensors": lambda record, _: record.update(tensors=[]),
+    "steps of 400 digits": lambda record, _: record["snapshots"][0].update(step=10**400),
+    "other steps": lambda _, arrays: arrays.update(steps=arrays["steps"][::-1].copy()),
+    "no steps": lambda _, arrays: arrays.pop("steps"),
+    "a smaller statistic": lambda _, arrays: arrays.update(gram=arrays["gram"][:1]),
+    "a flat sample": lambda _, arrays: arrays.update({"sample.values": arrays["sample.values"].ravel()}),
+    "bounds beyond": lambda _, arrays: arrays.update({"sample.bounds": arrays["sample.bounds"] + 1}),
+    "steps in words": lambda record, _: record["snapshots"][0].update(step="\x1b[2J"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_forecaster_that_was_tampered_with_is_refused(tmp_path: Path, fitted: Path, call_cli: CallCli, what: str) -> None:
+    shutil.copytree(fitted / "run", tmp_path / "run")
+    tampered(fitted / "forecaster.safetensors", tmp_path / "forecaster.safetensors", TAMPERED[what])
+    before = tree_digest(tmp_path)
+    assert_refused(call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path), 3, 4)
+    assert_refused(call_cli("fit", "run", "-o", "forecaster.safetensors", cwd=tmp_path), 5) if what == "no steps" else None
+    assert tree_digest(tmp_path) == before
+
+
+def test_the_same_forecaster_untouched_is_read(tmp_path: Path, fitted: Path, call_cli: CallCli) -> None:
+    shutil.copytree(fitted / "run", tmp_path / "run")
+    tampered(fitted / "forecaster.safetensors", tmp_path / "forecaster.safetensors", lambda *_: None)
+    assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Calls(os.getpid)), b"\xff" * 64, b"", (1 << 62).to_bytes(8, "little") + b"{"])
+def test_something_else_in_the_forecasters_place_is_refused(tmp_path: Path, call_cli: CallCli, content: bytes) -> None:
+    (tmp_path / "forecaster.safetensors").write_bytes(content)
+    assert_refused(call_cli("predict", cwd=tmp_path), 4)
+
+
+LEDGERS = {
+    "a NUL": '{"run":"run\\u0000","origin_step":1,"valid_step":2,"counters":"keep","forecast":"x"}',
+    "escapes": '\x1b[2J\x1b]0;owned\x07{"run": 1}',
+    "a long line": '{"run":"' + "x" * 5_000_000 + '"}',
+    "nested deep": "[" * 100_000 + "]" * 100_000,
+    "half a character": '{"run":"\\ud800","origin_step":1,"valid_step":2,"counters":"keep","forecast":"x"}',
+    "a step of a million digits": '{"run":"run","origin_step":'
+    + "9" * 1_000_000
+    + ',"valid_step":2,"counters":"keep","forecast":"x"}',
+}
+
+
+@pytest.mark.parametrize("what", LEDGERS)
+def test_a_ledger_that_was_tampered_with_is_refused(tmp_path: Path, fitted: Path, call_cli: CallCli, what: str) -> None:
+    shutil.copytree(fitted / "run", tmp_path / "run")
+    (tmp_path / "ledger").write_text(LEDGERS[what] + "\n", errors="surrogatepass")
+    assert_refused(call_cli("fit", "run", "--ledger", "ledger", cwd=tmp_path), 4)
+
+
+def test_a_ledger_that_is_a_fifo_is_not_waited_for(tmp_path: Path, fitted: Path, call_cli: CallCli) -> None:
+    shutil.copytree(fitted / "run", tmp_path / "run")
+    os.mkfifo(tmp_path / "ledger")
+    assert_refused(call_cli("fit", "run", "--ledger", "ledger", cwd=tmp_path), 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"origin": 1}', '{"origin": "a\\u0000b"}', '{"origin": "../\\u001b[2J"}', "\x1b[2J"]
+)
+def test_a_sidecar_that_was_tampered_with_is_refused(tmp_path: Path, fitted: Path, call_cli: CallCli, text: str) -> None:
+    shutil.copy(fitted / "run" / "step_000800.safetensors", tmp_path / "step_000900.safetensors")
+    (tmp_path / "step_000900.farcast.json").write_text(text)
+    truth = fitted / "run" / "step_000700.safetensors"
+    assert_refused(call_cli("verify", "step_000900.safetensors", "--against", truth, cwd=tmp_path), 3, 4)
+
+
+SETTINGS = {
+    "a command to run": '[predict]\neval_cmd = "touch marker"\n',
+    "a command to run, at the top": 'eval_cmd = "touch marker"\n',
+    "a command to run, spelled otherwise": '[predict]\neval-cmd = "touch marker"\n',
+    "nested deep": "threads = " + "[" * 50_000,
+    "escapes": '"\\u001b[2J" = 1\n',
+    "a table for an option": "[predict.horizon]\na = 1\n",
+    "a number for a path": "[predict]\nforecaster = 5\n",
+    "a date for a number": "[predict]\nscale = 2026-01-02\n",
+    "a number of 400 digits": f"[predict]\nhorizon = 1{'0' * 400}\n",
+    "half a file": "[predict\n",
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_that_lie_in_the_folder_run_nothing(tmp_path: Path, fitted: Path, call_cli: CallCli, what: str) -> None:
+    shutil.copytree(fitted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "farcast.toml").write_text(SETTINGS[what])
+    assert_refused(call_cli("predict", "--even-if-worse", cwd=tmp_path), 2, 4)
+    assert not (tmp_path / "marker").exists()
+    assert not (tmp_path / "forecasts").exists()
+
+
+# --- trainer's state that is odd ---------------------------------------------------------------------------------------
+
+ODD: dict[str, Callable[[int], dict[str, Any]]] = {
+    "numbers of 400 digits": lambda step: {"iteration_total": 10**400 + step},
+    "numbers of 5,000 digits": lambda step: {"iteration_total": 10**5000 + step},
+    "not a number": lambda step: {"epoch": float("nan"), "total_flos": float("inf") if step > 40 else 1.0},
+    "a schedule of texts": lambda step: {
+        "scheduler": {"last_epoch": step, "_last_lr": ["x"], "base_lrs": "abc", "T_max": {}, "eta_min": []}
+    },
+    "a schedule that counts a trillion": lambda step: {
+        "scheduler": {
+            "last_epoch": step * 10**12,
+            "_step_count": 1,
+            "_last_lr": [0.1],
+            "base_lrs": [0.1],
+            "T_max": 5,
+            "eta_min": 0,
+        }
+    },
+    "a schedule with a step of its own": lambda step: {
+        "scheduler": {"last_epoch": step, "step": "x", "get_lr": 1, "_last_lr": [0.1], "base_lrs": [0.1], "gamma": 0.5}
+    },
+    "a schedule in itself": lambda step: {
+        "scheduler": {"_schedulers": [{"_schedulers": [7], "last_epoch": step}], "last_epoch": step}
+    },
+    "an optimizer of nothing": lambda step: {"optimizer": {"state": {0: step}, "param_groups": [{"lr": "x", "params": step}]}},
+    "keys of every kind": lambda step: {"odd": {(1, 2): {None: step, 1.5: [step], b"x": {frozenset({1}): step}}}},
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_trainers_state_that_is_odd_is_carried_or_refused(tmp_path: Path, call_cli: CallCli, what: str) -> None:
+    run = make_torch_run(tmp_path / "run")
+    for path in run.iterdir():
+        payload = torch.load(path)
+        torch.save({**payload, **ODD[what](payload["step"])}, path)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    done = call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path)
+    if done.returncode:
+        assert_refused(done, 2, 4)
+        assert not (tmp_path / "forecasts").exists()
+    else:
+        assert torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=False)["step"] == 90
+
+
+# --- names on the screen -----------------------------------------------------------------------------------------------
+
+
+def test_names_from_the_folder_are_shown_without_what_a_terminal_would_obey(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "run")
+    for name in ("\x1b[2Jnotes", "[bold]x", "line\nbreak", b"\xff\xfe".decode(errors="surrogateescape")):
+        (run / name).write_text("x")
+    done = call_cli("inspect", "run", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert "\\x1b[2Jnotes" in done.stdout
+    assert "[bold]x" in done.stdout
+
+
+def test_a_step_with_a_lot_of_digits_is_no_step(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_hf_run(tmp_path / "run")
+    (newest(run) / "trainer_state.json").write_text(json.dumps({"global_step": 10**4000}))
+    assert "global_step" in assert_refused(call_cli("inspect", "run", cwd=tmp_path), 4)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "run")
+    newest(run).chmod(0)
+    assert "step_000800" in assert_refused(call_cli("inspect", "run", cwd=tmp_path), 4)
+
+
+def test_a_hint_is_safe_to_paste(tmp_path: Path, call_cli: CallCli) -> None:
+    run = tmp_path / "$(touch marker)"
+    run.mkdir()
+    for step in STEPS:
+        buffer = io.BytesIO()
+        torch.save({"w": torch.ones(1)}, buffer, _use_new_zipfile_serialization=False)
+        (run / f"step_{step}.pt").write_bytes(buffer.getvalue())
+    done = call_cli("inspect", run.name, cwd=tmp_path)
+    assert_refused(done, 4)
+    (hint,) = done.hints
+    subprocess.run(["sh", "-c", hint.removeprefix("hint: ")], cwd=tmp_path, capture_output=True, check=False)
+    assert not (tmp_path / "marker").exists()
