@@ -55,7 +55,7 @@ DCP_FILE = "__0_0.distcp"
 _ENDINGS = {"safetensors": ".safetensors", "pt": ".pt"}
 _SWAPPED = {"safetensors": (".bin", ".safetensors"), "pt": (".safetensors", ".bin")}
 """Endings of files of weights in a folder, before and after."""
-_CONTAINERS = {"safetensors": "safetensors", "pt": "a torch file", "dcp": "a dcp folder of weights"}
+_CONTAINERS = {"safetensors": "safetensors", "pt": "a torch file", "dcp": "a dcp folder"}
 _FORMAT = {"format": "pt"}  # transformers insists on it
 
 

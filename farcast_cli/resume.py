@@ -24,6 +24,7 @@ from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamabl
 from farcast_cli.layouts.torch_payload import number
 from farcast_cli.lightning_loops import Leap, is_lightning, leap_notes, move_loops, plan_leap
 from farcast_cli.schedules import Observation, advance_scheduler, counter_path, is_scheduler_state
+from farcast_cli.transformers_rates import named_formula
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -275,6 +276,7 @@ def _advance_schedules(
     optimizers = [(state, groups) for state in result.trees.values() for groups in _param_groups(state.tree)]
     schedulers = [(name, path) for name, state in result.trees.items() for path in _scheduler_paths(state.tree)]
     total = _total_steps(result)
+    named = named_formula(snapshots[-1].parts, total)
     set_by: dict[int, str] = {}
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
@@ -294,9 +296,8 @@ def _advance_schedules(
         groups = _as_numbers(owner[1], owner[0]) if owner else []
         before = [group["lr"] for group in groups]
         seen = [_observation(tree, path, file) for _, tree, file in history.states]
-        note = advance_scheduler(
-            plain, groups, int(new), total_steps=total, observations=[item for item in seen if item is not None]
-        )
+        observations = [item for item in seen if item is not None]
+        note = advance_scheduler(plain, groups, int(new), total_steps=total, observations=observations, named=named)
         result.changes.append(Change(f"{where}: last_epoch", series[-1][1], int(new)))
         result.changes.extend(
             Change("optimizer: lr", old, group["lr"]) for old, group in zip(before, groups, strict=True) if old != group["lr"]

@@ -98,6 +98,7 @@ def advance_scheduler(
     *,
     total_steps: int | None = None,
     observations: Sequence[Observation] = (),
+    named: Formula | None = None,
 ) -> str:
     """Move a schedule's state, in place, to `target` steps, and the groups' learning rates with it.
 
@@ -105,6 +106,7 @@ def advance_scheduler(
         groups: the optimiser's parameter groups; may be empty, where the file holds none.
         total_steps: the length of the whole run, where the trainer says it.
         observations: what the schedule was seen to do, the present state among them.
+        named: the formula that the run's arguments name; believed where it explains what was seen.
 
     Returns:
         What could not be done, in words; empty where everything is exact.
@@ -118,7 +120,7 @@ def advance_scheduler(
         state["last_epoch"] = target
         return NO_GROUPS_NOTE
     if name == "LambdaLR":
-        return _advance_lambda(state, groups, target, total_steps, observations)
+        return _advance_lambda(state, groups, target, _Known(observations, total_steps, named))
     _step_on(name, state, groups, target - counter)
     return LAMBDA_NOTE if _holds_lambda(state) else ""
 
@@ -218,13 +220,16 @@ def _state_of(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:
 # --- LambdaLR --------------------------------------------------------------------------------------------------------
 
 
-def _advance_lambda(
-    state: dict[str, Any],
-    groups: list[dict[str, Any]],
-    target: int,
-    total_steps: int | None,
-    observations: Sequence[Observation],
-) -> str:
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What tells the formula of a LambdaLR."""
+
+    observations: Sequence[Observation]
+    total_steps: int | None
+    named: Formula | None
+
+
+def _advance_lambda(state: dict[str, Any], groups: list[dict[str, Any]], target: int, known: _Known) -> str:
     """Move the counters, and each group's rate by the formula that explains it."""
     count = target - state["last_epoch"]
     state["last_epoch"] = target
@@ -233,8 +238,8 @@ def _advance_lambda(
     base, rates = list(state.get("base_lrs") or []), list(state.get("_last_lr") or [])
     note = ""
     for index, first in enumerate(base[: len(rates)]):
-        seen = [(o.step, o.rates[index]) for o in observations if index < len(o.rates)]
-        rate = infer_rate(seen, first, target, total_steps)
+        seen = [(o.step, o.rates[index]) for o in known.observations if index < len(o.rates)]
+        rate = infer_rate(seen, first, target, known.total_steps, named=known.named)
         if rate is None:
             note = LAMBDA_NOTE
             continue
@@ -243,21 +248,27 @@ def _advance_lambda(
             groups[index]["lr"] = rate
     if "_last_lr" in state:
         state["_last_lr"] = rates
-    if rates and not note and total_steps is None:
+    if rates and not note and known.total_steps is None:
         return INFERRED_NOTE
     return note if rates else LAMBDA_NOTE
 
 
-def infer_rate(seen: Sequence[tuple[int, float]], base: float, target: int, total_steps: int | None) -> float | None:
-    """The learning rate at `target` by the one formula that explains all (step, rate) seen; None where none does."""
+def infer_rate(
+    seen: Sequence[tuple[int, float]], base: float, target: int, total_steps: int | None, *, named: Formula | None = None
+) -> float | None:
+    """The learning rate at `target` by the first formula that explains all (step, rate) seen; None where none does."""
     factors = sorted({(step, rate / base) for step, rate in seen}) if base else []
     if len(factors) < 2:  # noqa: PLR2004 - one point fits anything
         return None
-    for formula in _formulas(factors, total_steps):
-        if all(math.isclose(formula(step), factor, rel_tol=TOLERANCE, abs_tol=1e-12) for step, factor in factors):
+    for formula in (*((named,) if named else ()), *_formulas(factors, total_steps)):
+        if _explains(formula, factors):
             factor = formula(target)
             return base * factor if math.isfinite(factor) else None
     return None
+
+
+def _explains(formula: Formula, factors: Sequence[tuple[int, float]]) -> bool:
+    return all(math.isclose(formula(step), factor, rel_tol=TOLERANCE, abs_tol=1e-12) for step, factor in factors)
 
 
 def _formulas(seen: Sequence[tuple[int, float]], total: int | None) -> Iterator[Formula]:

@@ -23,6 +23,7 @@ import zipfile
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,7 @@ Base = Literal["loose", "torch", "hf", "hf-bin", "lightning", "accelerate", "dcp
 SHAPES = {"w": (8, 4), "b": (4,)}
 ROOM_BYTES = 1_500_000_000  # of address space beyond what the process has after its imports
 WAIT_S = 30
+TOO_LONG = 142
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +380,8 @@ def ints(*values: int) -> str:
 GOOD = b"\x80\x02}."
 
 
-def compressed(_: Path) -> bytes:
+@cache
+def compressed() -> bytes:
     """A data.pkl of 300 MB that takes 0.3 MB."""
     return torch_zip(b"\x80\x02" + bytes(300_000_000) + b".", compression=zipfile.ZIP_DEFLATED)
 
@@ -705,9 +708,9 @@ CASES: tuple[Case, ...] = (
         "predict",
         says="posix.system",
     ),
-    Case("a compressed bomb", "torch", each("", compressed), says="compressed"),
+    Case("a compressed bomb", "torch", each("", lambda _: compressed()), says="compressed"),
     Case("a compressed bomb that claims 4 GB", "torch", each("", claims(0xFFFFFFF0)), says="compressed"),
-    Case("a compressed bomb that is copied", "hf", last("rng_state.pth", compressed), "predict", says="compressed"),
+    Case("a compressed bomb that is copied", "hf", last("rng_state.pth", lambda _: compressed()), "predict", says="compressed"),
     Case(
         "two pickles in a zip",
         "torch",
@@ -766,11 +769,11 @@ CASES: tuple[Case, ...] = (
     ),
     Case("a storage shorter than claimed", "torch", each("", tensor(ints(1), ints(1), size=1 << 40)), says="shorter"),
     *(
-        Case(name, "loose", (each if memory <= 64 else last)("", raw), memory_mb=memory, is_heavy=memory > 64)
+        Case(name, "loose", last("", raw), memory_mb=memory, is_heavy=memory > 64)
         for name, (raw, memory) in SAFETENSORS.items()
     ),
     *(
-        Case(f"trainer state {name}", "hf", each("trainer_state.json", lambda _, raw=raw: raw), memory_mb=memory)  # type: ignore[misc]
+        Case(f"trainer state {name}", "hf", last("trainer_state.json", lambda _, raw=raw: raw), memory_mb=memory)  # type: ignore[misc]
         for name, (raw, memory) in STATES.items()
     ),
     *(
@@ -782,7 +785,7 @@ CASES: tuple[Case, ...] = (
         )
         for name in ("hyper_parameters", "callbacks", "loops", "optimizer_states", "state_dict")
     ),
-    Case("lightning compressed", "lightning", each("", compressed), says="compressed"),
+    Case("lightning compressed", "lightning", each("", lambda _: compressed()), says="compressed"),
     *(
         Case(f"accelerate {name}", "accelerate", last(name, zipped(CODE["protocol 2"])), "predict", says="posix.system")
         for name in ("custom_checkpoint_0.pkl", "sampler.bin", "scaler.pt", "optimizer.bin", "random_states_0.pkl")
@@ -792,7 +795,6 @@ CASES: tuple[Case, ...] = (
         for name in ("protocol 2", "STACK_GLOBAL", "INST", "exit")
     ),
     Case("dcp metadata that double", "dcp", each(".metadata", BOMBS["lists that double"][0]), is_heavy=True),
-    Case("dcp metadata of lists", "dcp", each(".metadata", BOMBS["three million lists"][0]), memory_mb=200, is_heavy=True),
     Case("dcp object with code", "dcp", _dcp_object, says="posix.system"),
     Case("dcp object of 70 MB with code", "dcp", _dcp_large_object, says="posix.system", memory_mb=300),
     Case("dcp tensor of the optimizer with code", "dcp", _dcp_optimizer, "predict", says="posix.system"),
@@ -893,7 +895,7 @@ def report_apart(home: Path) -> None:
 
 
 def _too_long(_signal: int, _frame: object) -> None:
-    raise TimeoutError("it takes too long")
+    raise SystemExit(TOO_LONG)  # no error that anybody could take for one of the file's
 
 
 if __name__ == "__main__":

@@ -363,7 +363,7 @@ def test_a_trainers_folder_becomes_a_dcp_folder_of_its_weights_alone(trainer: Fi
     expected = load_file(forecast(trainer, tmp_path / "same") / "model.safetensors")
     outcome = outcome_of(trainer, tmp_path, "dcp")
     (note,) = outcome.notes
-    assert note.startswith("weights only: not in a dcp folder of weights: optimizer.pt, scheduler.pt, trainer_state.json")
+    assert note.startswith("weights only: not in a dcp folder: optimizer.pt, scheduler.pt, trainer_state.json")
     assert_same(united(outcome.path or Path(), tmp_path / "x"), {"model": expected})
 
 

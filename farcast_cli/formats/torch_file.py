@@ -29,6 +29,7 @@ MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors
 MAX_DIRECTORY_BYTES = 1 << 25  # of a zip: some 400,000 records
 _ZIP_MARK = b"PK\x03\x04"
 _SAVE_AGAIN = "the file is damaged or half-written: save or download it again"
+_SMALL_BYTES = 1 << 16  # a stretch that is read whole: an item of a distributed checkpoint takes a dozen looks
 _LOCAL_BYTES = 30  # of a record's header, before its name
 _PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill"}
 """Endings of files that their trainer may unpickle; protocols 0 and 1 tell themselves by nothing else."""
@@ -84,11 +85,12 @@ def read_torch_file(path: Path) -> TorchFile:
 
 def read_torch_stretch(path: Path, start: int, size: int) -> TorchFile:
     """The same for a torch file that is the stretch [start, start + size) of another."""
-    records = _read_records(path, start, size)
+    stretch = _Stretch(path, start, size)
+    records = _read_records(stretch)
     pickled = _pickle_record(path, records)
     prefix = pickled.name.removesuffix("/data.pkl")
-    _check_byte_order(path, records.get(f"{prefix}/byteorder"))
-    raw = read_bytes(path, pickled.offset, pickled.num_bytes)
+    _check_byte_order(stretch, records.get(f"{prefix}/byteorder"))
+    raw = stretch.read_record(pickled)
     file = TorchFile(
         path, decode_pickle(path, raw, num_records=len(records)), records, prefix, size, hashlib.sha256(raw).hexdigest()
     )
@@ -130,10 +132,11 @@ def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
 
     TorchScript has several pickles in one zip, and torch itself does not care about the case of a name.
     """
-    infos = [info for info in _directory(path, start, size) if info.orig_filename.lower().endswith(".pkl")]
-    for record in [_record(path, info, start, size) for info in infos]:
+    stretch = _Stretch(path, start, size)
+    infos = [info for info in _directory(stretch) if info.orig_filename.lower().endswith(".pkl")]
+    for record in [_record(stretch, info) for info in infos]:
         _check_size(path, record)
-        refuse_code(path, io.BytesIO(read_bytes(path, record.offset, record.num_bytes)))
+        refuse_code(path, io.BytesIO(stretch.read_record(record)))
 
 
 def _is_tar(stream: BinaryIO) -> bool:
@@ -181,12 +184,29 @@ def _damaged(path: Path, what: str) -> FileFormatError:
     return FileFormatError(f"{path}: {what}", hint=_SAVE_AGAIN)
 
 
+class _Stretch:
+    """A stretch of a file, which begins at 0 for whoever reads it. A small one is read once, however many ask for it."""
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        self.path, self.start, self.size = path, start, size
+        self._data = read_bytes(path, start, size) if size <= _SMALL_BYTES else None
+
+    def read(self, offset: int, count: int) -> bytes:
+        if self._data is not None and 0 <= offset <= offset + count <= self.size:
+            return self._data[offset : offset + count]
+        return read_bytes(self.path, self.start + offset, count)
+
+    def read_record(self, record: Record, most: int | None = None) -> bytes:
+        count = record.num_bytes if most is None else min(record.num_bytes, most)
+        return self.read(record.offset - self.start, count)
+
+
 class _Window(io.RawIOBase):
     """A stretch of a file as a file of its own, for zipfile to read."""
 
-    def __init__(self, path: Path, start: int, size: int) -> None:
+    def __init__(self, stretch: _Stretch) -> None:
         super().__init__()
-        self._path, self._start, self._size, self._position = path, start, size, 0
+        self._stretch, self._size, self._position = stretch, stretch.size, 0
 
     def seekable(self) -> bool:
         return True
@@ -209,27 +229,27 @@ class _Window(io.RawIOBase):
         count = left if size is None or size < 0 else min(size, left)
         if count > MAX_DIRECTORY_BYTES:
             raise ValueError(f"a directory of {count} bytes")
-        data = read_bytes(self._path, self._start + self._position, count)
+        data = self._stretch.read(self._position, count)
         self._position += count
         return data
 
 
-def _directory(path: Path, start: int, size: int) -> list[zipfile.ZipInfo]:
+def _directory(stretch: _Stretch) -> list[zipfile.ZipInfo]:
     """A zip's own list of its records, where no other reader can see another list."""
     try:
-        with zipfile.ZipFile(_Window(path, start, size)) as archive:
+        with zipfile.ZipFile(_Window(stretch)) as archive:
             infos, begin = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, UnicodeDecodeError) as error:
-        raise HalfWrittenError(f"{path}: not a whole zip file: {error}", hint=_SAVE_AGAIN) from error
-    if begin not in _told_directories(path, start, size):
-        raise _damaged(path, "its directory of records is not where its end says")
+        raise HalfWrittenError(f"{stretch.path}: not a whole zip file: {error}", hint=_SAVE_AGAIN) from error
+    if begin not in _told_directories(stretch):
+        raise _damaged(stretch.path, "its directory of records is not where its end says")
     return infos
 
 
-def _told_directories(path: Path, start: int, size: int) -> set[int]:
+def _told_directories(stretch: _Stretch) -> set[int]:
     """Where the end of a zip says that its directory begins; nothing where its two ends say different things."""
-    behind = size - _END_BYTES - _LOCATOR_BYTES - _END64_BYTES
-    tail = read_bytes(path, start + max(behind, 0), size - max(behind, 0))
+    behind = stretch.size - _END_BYTES - _LOCATOR_BYTES - _END64_BYTES
+    tail = stretch.read(max(behind, 0), stretch.size - max(behind, 0))
     end, locator = tail[-_END_BYTES:], tail[-_END_BYTES - _LOCATOR_BYTES : -_END_BYTES]
     if end[:4] != b"PK\x05\x06":
         return set()
@@ -239,41 +259,41 @@ def _told_directories(path: Path, start: int, size: int) -> set[int]:
     return {int.from_bytes(tail[48:56], "little")} if told else set()
 
 
-def _read_records(path: Path, start: int, size: int) -> dict[str, Record]:
+def _read_records(stretch: _Stretch) -> dict[str, Record]:
     records: dict[str, Record] = {}
     folded: set[str] = set()
-    for info in _directory(path, start, size):
-        record = _record(path, info, start, size)
+    for info in _directory(stretch):
+        record = _record(stretch, info)
         if record.name.lower() in folded:
-            raise _damaged(path, f"record {record.name!r} is there twice")
+            raise _damaged(stretch.path, f"record {record.name!r} is there twice")
         folded.add(record.name.lower())
         records[record.name] = record
-    _check_overlap(path, records)
+    _check_overlap(stretch.path, records)
     return records
 
 
-def _record(path: Path, info: zipfile.ZipInfo, start: int, size: int) -> Record:
+def _record(stretch: _Stretch, info: zipfile.ZipInfo) -> Record:
     name = info.orig_filename
     if not name.isprintable() or "\\" in name or {"", ".."} & set(name.rstrip("/").split("/")):
-        raise UnsafeFileError(f"{path}: a record is called {name!r}", hint=_SAVE_AGAIN)
+        raise UnsafeFileError(f"{stretch.path}: a record is called {name!r}", hint=_SAVE_AGAIN)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
         raise UnsafeFileError(
-            f"{path}: record {name!r} is compressed or encrypted; torch stores plainly",
+            f"{stretch.path}: record {name!r} is compressed or encrypted; torch stores plainly",
             hint="load and save it again with torch, or keep the file out of this folder",
         )
-    return Record(path, name, start + _data_offset(path, info, start, size), info.file_size)
+    return Record(stretch.path, name, stretch.start + _data_offset(stretch, info), info.file_size)
 
 
-def _data_offset(path: Path, info: zipfile.ZipInfo, start: int, size: int) -> int:
-    if info.header_offset + _LOCAL_BYTES > size:
-        raise _damaged(path, f"record {info.filename!r} reaches beyond the end of the file")
-    local = read_bytes(path, start + info.header_offset, _LOCAL_BYTES)
+def _data_offset(stretch: _Stretch, info: zipfile.ZipInfo) -> int:
+    if info.header_offset + _LOCAL_BYTES > stretch.size:
+        raise _damaged(stretch.path, f"record {info.filename!r} reaches beyond the end of the file")
+    local = stretch.read(info.header_offset, _LOCAL_BYTES)
     if local[:4] != _ZIP_MARK:
-        raise _damaged(path, f"record {info.filename!r} has no header")
+        raise _damaged(stretch.path, f"record {info.filename!r} has no header")
     name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
     offset = info.header_offset + _LOCAL_BYTES + name_length + extra_length
-    if offset + info.file_size > size:
-        raise _damaged(path, f"record {info.filename!r} reaches beyond the end of the file")
+    if offset + info.file_size > stretch.size:
+        raise _damaged(stretch.path, f"record {info.filename!r} reaches beyond the end of the file")
     return offset
 
 
@@ -285,9 +305,9 @@ def _check_overlap(path: Path, records: Mapping[str, Record]) -> None:
         end, last = record.offset + record.num_bytes, record.name
 
 
-def _check_byte_order(path: Path, record: Record | None) -> None:
-    if record is not None and read_bytes(path, record.offset, min(record.num_bytes, 16)) != b"little":
-        raise FileFormatError(f"{path}: written on a big-endian machine; expected little-endian")
+def _check_byte_order(stretch: _Stretch, record: Record | None) -> None:
+    if record is not None and stretch.read_record(record, most=16) != b"little":
+        raise FileFormatError(f"{stretch.path}: written on a big-endian machine; expected little-endian")
 
 
 def _check_ref(file: TorchFile, ref: TensorRef | StorageRef) -> None:
