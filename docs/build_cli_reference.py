@@ -148,6 +148,8 @@ and `--exclude` take several patterns from one variable, separated by blanks.
 `--config FILE`, or a `farcast.toml` in the working directory, sets defaults too. Keys at the top hold for every command,
 a table holds for one command. The command line wins over the environment, and the environment over the file.
 
+`eval_cmd` is taken only from a file that you name (`--config FILE`), never from a `farcast.toml` that merely lies there.
+
 ```toml
 threads = 4
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+MIN_FOR_EPOCHS = 5  # values; three unknowns are fitted to them
+MAX_EPOCH = 20_000  # steps; some tenths of a second
+CLOSE = 1e-9  # relative; an epoch as a float is rounded
 MOST = 0.9  # of its steps a schedule must have taken, for those that it missed to count as skipped
 
 
@@ -50,6 +54,54 @@ def epoch_at(series: Sequence[tuple[int, int | float]], target: int) -> int | No
     shortest = math.floor(low) + 1
     answers = {target // shortest, target // math.floor(high)} if math.floor(high) >= shortest else set()
     return answers.pop() if len(answers) == 1 else None
+
+
+def in_epochs(series: Sequence[tuple[int, int | float]], target: int) -> int | Fraction | None:
+    """A count whose epochs end with a shorter step, as where the last accumulated batches of an epoch are fewer.
+
+    v(s) = v(0) + A * (s // U) + r * (s % U), with (U - 1) * r < A <= U * r: A is an epoch's rise, U its steps, r a
+    step's rise. An epoch's own count has A = 1 and may be a fraction in between; any other count rises by whole numbers.
+    None where no U explains all values, or several do and answer otherwise.
+
+    Cost: U is tried up to the stretch that the series spans, or MAX_EPOCH.
+    """
+    if len(series) < MIN_FOR_EPOCHS or not all(math.isfinite(value) for _, value in series):
+        return None
+    exact = tuple((step, Fraction(value)) for step, value in series)
+    from_zero = ((0, Fraction(0)), *exact)  # as where nothing was trained before
+    found = _in_epochs(from_zero, target) or _in_epochs(exact, target)
+    return int(found) if found is not None and found.denominator == 1 else found
+
+
+@cache  # all BatchNorms of a model count the same
+def _in_epochs(series: tuple[tuple[int, Fraction], ...], target: int) -> Fraction | None:
+    longest = min(series[-1][0] - series[0][0], MAX_EPOCH)
+    answers = [answer for length in range(2, longest + 1) if (answer := _at_length(series, length, target)) is not None]
+    alike = answers and all(math.isclose(answer, answers[0], rel_tol=CLOSE) for answer in answers)
+    return answers[0] if alike else None
+
+
+def _at_length(series: Sequence[tuple[int, Fraction]], length: int, target: int) -> Fraction | None:
+    """What `in_epochs` answers for epochs of so many steps; None where they do not explain the values."""
+    (last, value), *others = reversed(series)
+    moves = [(s // length - last // length, s % length - last % length, v - value) for s, v in others]
+    solved = next((found for a, b in itertools.combinations(moves, 2) if (found := _solve(a, b))), None)
+    if solved is None:
+        return None
+    rise, step = solved
+    pairs = [(rise * x + step * y, v) for x, y, v in moves]
+    is_whole = rise.denominator == step.denominator == 1 and all(found == v for found, v in pairs)
+    is_share = math.isclose(rise, 1, rel_tol=CLOSE) and all(math.isclose(found, v, rel_tol=CLOSE) for found, v in pairs)
+    if not (is_whole or is_share) or not (length - 1) * step < rise <= length * step * (1 + Fraction(CLOSE)):
+        return None
+    return value + rise * (target // length - last // length) + step * (target % length - last % length)
+
+
+def _solve(first: tuple[int, int, Fraction], second: tuple[int, int, Fraction]) -> tuple[Fraction, Fraction] | None:
+    """The (A, r) of two equations A x + r y = v."""
+    (x0, y0, v0), (x1, y1, v1) = first, second
+    area = x0 * y1 - x1 * y0
+    return ((v0 * y1 - v1 * y0) / area, (x0 * v1 - x1 * v0) / area) if area else None
 
 
 def lagging(series: Sequence[tuple[int, int | float]], target: int) -> int | None:

@@ -111,6 +111,10 @@ class Rhythm:
         """Batches of an epoch, up to one, at which the optimizer steps: every A-th and the last."""
         return batch // self.accumulate + (batch == self.batches and batch % self.accumulate > 0)
 
+    def zeroing(self, batch: int) -> int:
+        """Batches of an epoch, up to one, before which gradients are set to zero: the first, and each behind a step."""
+        return -(-batch // self.accumulate)
+
     def steps_into(self, batch: int) -> int:
         """Optimizer steps of an epoch, up to a batch."""
         return self.stepping(batch) if self.per_batch is None else int(batch * self.per_batch)
@@ -176,7 +180,7 @@ class Rhythm:
         """The fit loop's progress, as Lightning lays it out."""
         size = self.batches or 0
         num_batches = place.epoch * size + place.batch
-        steps, zeroed = self.stepping(place.batch), -(-place.batch // self.accumulate)
+        steps, zeroed = self.stepping(place.batch), self.zeroing(place.batch)
         in_epochs = place.epoch * self.stepping(size)
         within = place.moment in {"batch", "validation"}
         pending = within and (place.batch % self.accumulate == 0 or place.batch == self.batches)
@@ -327,15 +331,16 @@ def _optimization(seen: Sequence[Seen], batches: int | None) -> Rhythm | None:
         return Rhythm(batches, 1, Fraction(steps, num)) if steps else None
     for some in (seen, seen[-1:]):
         longest = max(one.place.batch for one in some)
-        for accumulate in range(1, min(longest, MAX_SPACING) + 1):
-            rhythm = Rhythm(batches, accumulate, None)
-            if all(rhythm.stepping(one.place.batch) == _steps_in_epoch(one) for one in some):
-                return rhythm
+        rhythms = (Rhythm(batches, accumulate, None) for accumulate in range(1, min(longest, MAX_SPACING) + 1))
+        fitting = [one for one in rhythms if all(one.stepping(each.place.batch) == _in_epoch(each, "step") for each in some)]
+        exact = (one for one in fitting if all(one.zeroing(each.place.batch) == _in_epoch(each, "zero_grad") for each in some))
+        if fitting:
+            return next(exact, fitting[0])
     return None
 
 
-def _steps_in_epoch(one: Seen) -> int:
-    return int(one.loop[_OPTIMIZER]["optimizer"]["step"]["current"]["completed"])
+def _in_epoch(one: Seen, what: Literal["step", "zero_grad"]) -> int:
+    return int(one.loop[_OPTIMIZER]["optimizer"][what]["current"]["completed"])
 
 
 def _validation(seen: Sequence[Seen], batches: int | None) -> Validation | None:

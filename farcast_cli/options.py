@@ -48,7 +48,7 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
         )
     if value is None and "eval_cmd" in defaults:  # whoever made this folder would choose what is run
-        raise UsageError(f"{path}: eval_cmd names a program to run, which a file may not that nobody named", hint=f"--config {path}")
+        raise UsageError(f"{path}: eval_cmd runs a program, so the file must be named", hint=f"--config {path}")
     context.default_map = {
         renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
     }

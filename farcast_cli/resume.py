@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.counters import epoch_at, extrapolate, is_steady, schedule_count_at
+from farcast_cli.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
 from farcast_cli.errors import FileFormatError
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.files import read_bytes
@@ -28,20 +28,23 @@ from farcast_cli.transformers_rates import named_formula
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from fractions import Fraction
 
     from farcast_cli.layouts.base import Part, Snapshot
 
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 
+MIN_FOR_A_BUFFER = 3  # snapshots; any two values lie on a line
 HISTORY = 8  # snapshots that a counter's rate is measured on
 _STATE_ROLES = {"state", "side-state", "optimizer", "scheduler", "trainer-state"}
 _FLOAT_COUNTERS = {"epoch", "total_flos"}
-_NOT_A_COUNTER = re.compile(r"best|seed|^log_history$|^_growth_tracker$")
+_NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
 _NEEDS_ALL_FILES = {"accelerate"}
 """Layouts whose trainer stops where a file is missing."""
+_OPAQUE = "bytes that its own loop alone can read, as the place in the data"
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -150,16 +153,28 @@ def _is_rewritten(state: StateTree, history: _History) -> bool:
 
 
 def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, Change]:
-    """BatchNorm's `num_batches_tracked` by tensor name, moved on by its own rate."""
+    """Counters among the weights by tensor name, such as BatchNorm's `num_batches_tracked`, moved on by their own rates."""
     moved = {}
     for name, entry in snapshots[-1].tensors.items():
-        if name.rpartition(".")[2] == "num_batches_tracked" and entry.dtype.name == "int64" and entry.num_elements == 1:
+        if entry.dtype.name == "int64" and entry.num_elements == 1:
             entries = [(s.step, s.tensors[name]) for s in snapshots[-HISTORY:] if name in s.tensors]
             series = [(step, struct.unpack("<q", read_bytes(e.path, e.offset, 8))[0]) for step, e in entries]
-            new = extrapolate(series, snapshots[-1].step + horizon)
+            new = _buffer_at(name, series, snapshots[-1].step + horizon)
             if new is not None:
                 moved[name] = Change(name, series[-1][1], int(new))
     return moved
+
+
+def _buffer_at(name: str, series: Sequence[tuple[int, int]], target: int) -> int | Fraction | None:
+    """A counter among the weights; one that is no BatchNorm's has to rise steadily, or it is none."""
+    if is_steady(series) and (len(series) >= MIN_FOR_A_BUFFER or _is_batch_count(name)):
+        return extrapolate(series, target)
+    by_epochs = in_epochs(series, target)
+    return extrapolate(series, target) if by_epochs is None and _is_batch_count(name) else by_epochs
+
+
+def _is_batch_count(name: str) -> bool:
+    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 # --- counters --------------------------------------------------------------------------------------------------------
@@ -169,6 +184,7 @@ def _advance_counters(state: StateTree, history: _History, target: int, result: 
     if state.part.role == "state" and not state.part.weights_key:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
+    result.notes.extend(f"{name}: {path} is copied as the origin has it: {_OPAQUE}" for path in _opaque(state.tree, history))
     adam: list[Change] = []
     by_rhythm = _advance_loops(name, state, result, leap)
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
@@ -188,6 +204,15 @@ def _advance_counters(state: StateTree, history: _History, target: int, result: 
     if adam:
         more = f" and {len(adam) - 1} more" if len(adam) > 1 else ""
         result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
+
+
+def _opaque(tree: object, history: _History, path: Path_ = ()) -> Iterator[str]:
+    """What a loop pickled by itself, a data loader's place for one, where it changes from snapshot to snapshot."""
+    if isinstance(tree, bytes) and any(_leaf(earlier, path) != tree for _, earlier, _ in history.states):
+        yield ".".join(map(str, path))
+    elif isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _opaque(value, history, (*path, key))
 
 
 def _advance_loops(name: str, state: StateTree, result: Advanced, leap: Leap | None) -> set[str]:
@@ -215,8 +240,14 @@ def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]]
     """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
     if _STARTS_AGAIN.search(str(path[-1])):
         return None
-    exact = _is_adam_step(path) or isinstance(value, float) or is_steady(series)
-    new = extrapolate(series, target) if exact else (epoch_at(series, target) if path[-1] == "epoch" else None)
+    is_float = isinstance(value, float)
+    if _is_adam_step(path) or is_steady(series):
+        new = extrapolate(series, target)
+    elif path[-1] == "epoch" and not is_float:
+        new = epoch_at(series, target)
+    else:
+        new = in_epochs(series, target)
+        new = extrapolate(series, target) if new is None and is_float else new
     if new is None:
         return None
     return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
@@ -278,6 +309,8 @@ def _advance_schedules(
     total = _total_steps(result)
     named = named_formula(snapshots[-1].parts, total)
     set_by: dict[int, str] = {}
+    if not schedulers:
+        result.notes.extend(_rates_left(result, histories))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = _leaf(holder.tree, path)
@@ -310,6 +343,18 @@ def _advance_schedules(
                 result.notes.append(f"{where}: sets the rates that {other} sets too: the new rate is approximate")
         if note:
             result.notes.append(f"{where}: {note}")
+
+
+def _rates_left(result: Advanced, histories: Mapping[str, _History]) -> Iterator[str]:
+    """Learning rates that moved along the run, where no file says by what schedule."""
+    for name, state in result.trees.items():
+        _, first, file = histories[name].states[0]
+        earlier = StateTree(state.part, first, file)
+        for before, groups in zip(_param_groups(first), _param_groups(state.tree), strict=False):
+            old, new = ([g["lr"] for g in _as_numbers(tree, holder)] for tree, holder in ((before, earlier), (groups, state)))
+            if old != new:
+                where = state.part.name or state.part.path.name
+                yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets it each step is right"
 
 
 def _count_by_rhythm(leap: Leap | None, path: Path_) -> int | None:

@@ -29,6 +29,7 @@ TOLERANCE = 1e-9  # relative; a formula that is the right one agrees to rounding
 MAX_WARMUP = 1_000_000_000
 MAX_COUNT = 10_000_000  # steps at once, some minute; a counter that claims more is damaged
 MIN_FOR_A_FACTOR = 3  # observations; any two lie on a geometric curve
+MIN_ON_A_FALL = 3  # observations; any two lie on a line, and on a half wave
 
 LAMBDA_NOTE = (
     "its formula is not in the file: the first resumed step runs at the old learning rate, later ones are right"
@@ -54,6 +55,7 @@ SIGNATURES = {
     "ReduceLROnPlateau": {"num_bad_epochs"},
     "OneCycleLR": {"_schedule_phases"},
     "CyclicLR": {"step_ratio", "total_size"},
+    "SWALR": {"_anneal_strategy", "anneal_epochs"},
     "CosineAnnealingWarmRestarts": {"T_0", "T_mult", "T_cur"},
     "CosineAnnealingLR": {"T_max", "eta_min"},
     "MultiStepLR": {"milestones", "gamma"},
@@ -66,7 +68,7 @@ SIGNATURES = {
 """torch's schedules by keys that their states hold; the first that fits is the one."""
 
 
-_RATES_IN_GROUPS = {"OneCycleLR"}
+_RATES_IN_GROUPS = {"OneCycleLR", "SWALR"}
 
 
 def is_scheduler_state(tree: object) -> bool:
@@ -194,15 +196,17 @@ def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> An
     if name == "LambdaLR":
         schedule: Any = _Unknown(optimizer)
     else:
-        from torch.optim import lr_scheduler
+        from torch.optim import lr_scheduler, swa_utils
 
-        kind = getattr(lr_scheduler, name)
+        kind = getattr(swa_utils if name == "SWALR" else lr_scheduler, name)
         schedule = kind.__new__(kind)
         schedule.optimizer = optimizer
     schedule.__dict__.update({key: copy.deepcopy(value) for key, value in state.items() if key != "_schedulers"})
     if name == "CyclicLR":
         schedule._scale_fn_custom = None  # noqa: SLF001
         schedule._init_scale_fn()  # noqa: SLF001
+    if name == "SWALR":
+        schedule._set_anneal_func(state["_anneal_strategy"])  # noqa: SLF001
     if "_schedulers" in state:
         schedule._schedulers = [_rebuild(_name_of(one), one, optimizer) for one in state["_schedulers"]]  # noqa: SLF001
     return schedule
@@ -236,10 +240,11 @@ def _advance_lambda(state: dict[str, Any], groups: list[dict[str, Any]], target:
     if isinstance(state.get("_step_count"), int):
         state["_step_count"] += count
     base, rates = list(state.get("base_lrs") or []), list(state.get("_last_lr") or [])
-    note = ""
+    note, is_sure = "", known.total_steps is not None
     for index, first in enumerate(base[: len(rates)]):
         seen = [(o.step, o.rates[index]) for o in known.observations if index < len(o.rates)]
         rate = infer_rate(seen, first, target, known.total_steps, named=known.named)
+        is_sure = is_sure and (known.named is None or _is_of(known.named, _factors(seen, first)))
         if rate is None:
             note = LAMBDA_NOTE
             continue
@@ -248,7 +253,7 @@ def _advance_lambda(state: dict[str, Any], groups: list[dict[str, Any]], target:
             groups[index]["lr"] = rate
     if "_last_lr" in state:
         state["_last_lr"] = rates
-    if rates and not note and known.total_steps is None:
+    if rates and not note and not is_sure:
         return INFERRED_NOTE
     return note if rates else LAMBDA_NOTE
 
@@ -257,14 +262,24 @@ def infer_rate(
     seen: Sequence[tuple[int, float]], base: float, target: int, total_steps: int | None, *, named: Formula | None = None
 ) -> float | None:
     """The learning rate at `target` by the first formula that explains all (step, rate) seen; None where none does."""
-    factors = sorted({(step, rate / base) for step, rate in seen}) if base else []
+    factors = _factors(seen, base)
     if len(factors) < 2:  # noqa: PLR2004 - one point fits anything
         return None
-    for formula in (*((named,) if named else ()), *_formulas(factors, total_steps)):
-        if _explains(formula, factors):
-            factor = formula(target)
-            return base * factor if math.isfinite(factor) else None
-    return None
+    candidates = _formulas(factors, total_steps)
+    formula = named if named and _is_of(named, factors) else next((one for one in candidates if _explains(one, factors)), None)
+    factor = formula(target) if formula else math.nan
+    return base * factor if math.isfinite(factor) else None
+
+
+def _factors(seen: Sequence[tuple[int, float]], base: float) -> list[tuple[int, float]]:
+    return sorted({(step, rate / base) for step, rate in seen}) if base else []
+
+
+def _is_of(named: Formula, factors: Sequence[tuple[int, float]]) -> bool:
+    """Whether a formula that is named is the run's: of one resumed with other arguments it explains the last rates alone."""
+    last = factors[-MIN_ON_A_FALL:]
+    tells = len({factor for _, factor in last}) == MIN_ON_A_FALL
+    return _explains(named, factors) or (tells and _explains(named, last))
 
 
 def _explains(formula: Formula, factors: Sequence[tuple[int, float]]) -> bool:
@@ -278,15 +293,29 @@ def _formulas(seen: Sequence[tuple[int, float]], total: int | None) -> Iterator[
         yield partial(_constant, factor=factor)
     rising = list(_rising(seen))
     yield from (partial(_capped, warmup=warmup) for warmup in rising if last >= warmup)
-    if total is not None and last < total:
-        linear = _whole(total - (total - last) / factor if factor else None)
-        yield from (partial(_linear, warmup=warmup, total=total) for warmup in linear if last >= warmup)
-        progress = math.acos(2 * factor - 1) / math.pi if 0 < factor < 1 else 1.0
-        cosine = _whole((last - progress * total) / (1 - progress) if progress < 1 else None)
-        yield from (partial(_cosine, warmup=warmup, total=total) for warmup in cosine if last >= warmup)
+    for end in [total] if total is not None else _ends(seen, lambda factor: 1 - factor):
+        linear = _whole(end - (end - last) / factor if factor and last < end else None)
+        yield from (partial(_linear, warmup=warmup, total=end) for warmup in linear if last >= warmup)
+    for end in [total] if total is not None else _ends(seen, _progress):
+        progress = _progress(factor) if last < end else 1.0
+        cosine = _whole((last - progress * end) / (1 - progress) if progress < 1 else None)
+        yield from (partial(_cosine, warmup=warmup, total=end) for warmup in cosine if last >= warmup)
     yield from (partial(_up_to_the_peak, warmup=warmup) for warmup in rising)
     if len(seen) >= MIN_FOR_A_FACTOR and factor > 0 and seen[0][1] > 0:
         yield partial(_geometric, last=last, factor=factor, per_step=(factor / seen[0][1]) ** (1 / (last - seen[0][0])))
+
+
+def _progress(factor: float) -> float:
+    """How far along a half wave is at a factor."""
+    return math.acos(2 * factor - 1) / math.pi if 0 < factor < 1 else 1.0
+
+
+def _ends(seen: Sequence[tuple[int, float]], progress: Callable[[float], float]) -> Iterator[int]:
+    """Where the fall ends that the last observations lie on, if its progress is straight: three tell it from chance."""
+    falling = [(step, progress(factor)) for step, factor in seen if 0 < factor < 1]
+    if len(falling) >= MIN_ON_A_FALL:
+        (s0, p0), (s1, p1) = falling[-MIN_ON_A_FALL], falling[-1]
+        yield from _whole(s1 + (1 - p1) * (s1 - s0) / (p1 - p0) if p1 > p0 else None)
 
 
 def _constant(_: int, *, factor: float) -> float:

@@ -42,7 +42,7 @@ class StepRange:
         if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):  # noqa: PLR2004 - A:B:K
             raise _no_steps(text)
         first, last, every = (*parts, "", "")[:3]
-        if len(parts) == 1 or every == "0":
+        if len(parts) == 1 or every == "0" or (first and last and int(first) > int(last)):
             raise _no_steps(text)
         return cls(int(first or 0), int(last) if last else None, int(every or 1))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FarcastError
@@ -53,8 +54,15 @@ def named_formula(parts: Sequence[Part], total: int | None) -> Formula | None:
     peak, settings = arguments.get("learning_rate"), arguments.get("lr_scheduler_kwargs") or {}
     if formula is None or not isinstance(peak, float) or not isinstance(settings, dict):
         return None
-    run = Run(_warmup_of(arguments, total), total, peak)
-    return lambda step: formula(step, run, **settings)
+    return partial(_factor, formula, Run(_warmup_of(arguments, total), total, peak), settings)
+
+
+def _factor(formula: Callable[..., float], run: Run, settings: Mapping[str, Any], step: int) -> float:
+    """What the formula gives; NaN, which explains nothing, where it has no such settings."""
+    try:
+        return formula(step, run, **settings)
+    except (ArithmeticError, KeyError, TypeError, ValueError):
+        return math.nan
 
 
 def _read_arguments(part: Part) -> Mapping[str, Any]:
@@ -88,18 +96,18 @@ def linear(step: int, run: Run) -> float:
     return run.risen(step) if step < run.warmup else max(0.0, (run.total - step) / max(1, run.total - run.warmup))
 
 
-def cosine(step: int, run: Run, num_cycles: float = 0.5) -> float:
+def cosine(step: int, run: Run, *, num_cycles: float = 0.5) -> float:
     return run.risen(step) if step < run.warmup else max(0.0, _wave(run.progress(step), num_cycles))
 
 
-def cosine_with_restarts(step: int, run: Run, num_cycles: int = 1) -> float:
+def cosine_with_restarts(step: int, run: Run, *, num_cycles: int = 1) -> float:
     if step < run.warmup:
         return run.risen(step)
     progress = run.progress(step)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((num_cycles * progress) % 1.0)))) if progress < 1 else 0.0
 
 
-def polynomial(step: int, run: Run, lr_end: float = 1e-7, power: float = 1.0) -> float:
+def polynomial(step: int, run: Run, *, lr_end: float = 1e-7, power: float = 1.0) -> float:
     if step < run.warmup:
         return run.risen(step)
     if step > run.total:
@@ -108,22 +116,23 @@ def polynomial(step: int, run: Run, lr_end: float = 1e-7, power: float = 1.0) ->
     return float(((run.peak - lr_end) * remaining**power + lr_end) / run.peak)
 
 
-def inverse_sqrt(step: int, run: Run, timescale: int | None = None) -> float:
+def inverse_sqrt(step: int, run: Run, *, timescale: int | None = None) -> float:
     timescale = timescale or run.warmup or 10_000
     return run.risen(step) if step < run.warmup else 1.0 / math.sqrt((step + timescale - run.warmup) / timescale)
 
 
 def cosine_with_min_lr(
-    step: int, run: Run, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None
+    step: int, run: Run, *, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None
 ) -> float:
     if step < run.warmup:
         return run.risen(step)
     return max(0.0, _above(_wave(run.progress(step), num_cycles), _least(run, min_lr, min_lr_rate)))
 
 
-def cosine_warmup_with_min_lr(  # noqa: PLR0913 - as transformers names them
+def cosine_warmup_with_min_lr(
     step: int,
     run: Run,
+    *,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
     min_lr_rate: float | None = None,
@@ -137,9 +146,10 @@ def cosine_warmup_with_min_lr(  # noqa: PLR0913 - as transformers names them
     return max(0.0, _above(_wave(progress, num_cycles), _least(run, min_lr, min_lr_rate)))
 
 
-def warmup_stable_decay(  # noqa: PLR0913 - as transformers names them
+def warmup_stable_decay(
     step: int,
     run: Run,
+    *,
     num_decay_steps: int,
     num_stable_steps: int | None = None,
     warmup_type: str = "linear",

@@ -183,6 +183,11 @@ RHYTHMS = {
         24,
         45,
     ),
+    "in mid-epoch, four batches a step where three would step as often": (
+        Run({"every_n_train_steps": 5}, 6, {"accumulate_grad_batches": 4}, (PER_EPOCH,)),
+        40,
+        45,
+    ),
     "at the end of epochs": (Run(EPOCH_END), 42, 63),
     "at the end of every second epoch": (Run(EPOCH_END | {"every_n_epochs": 2}), 84, 126),
     "after validation": (Run(AFTER_VALIDATION), 42, 63),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from farcast_cli.counters import epoch_at, extrapolate
+from farcast_cli.counters import epoch_at, extrapolate, in_epochs, is_steady
 from farcast_cli.errors import UsageError
 from farcast_cli.resume import advance, advance_batch_counts
 from farcast_cli.trajectory import discover
@@ -100,6 +101,59 @@ def test_an_epoch_is_the_number_of_whole_epochs_done_or_is_left_alone(length: in
 def test_an_epoch_counter_that_tells_its_length_is_moved() -> None:
     """Epochs of 25 steps: 24 < E <= 25 follows from the values alone."""
     assert epoch_at([(24, 0), (25, 1), (49, 1), (100, 4)], 130) == 5
+
+
+def _batches_done(step: int, *, per_epoch: int, accumulated: int) -> int:
+    """A training loop's own count: so many batches make a step, and fewer at an epoch's end."""
+    batches = 0
+    for _ in range(step):
+        batches += min(accumulated, per_epoch - batches % per_epoch)
+    return batches
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(
+    per_epoch=st.integers(2, 40),
+    accumulated=st.integers(2, 6),
+    every=st.integers(1, 12),
+    horizon=st.integers(1, 100),
+    before=st.integers(0, 50),
+)
+def test_a_count_of_batches_knows_the_shorter_step_at_an_epochs_end_or_is_withheld(
+    per_epoch: int, accumulated: int, every: int, horizon: int, before: int
+) -> None:
+    def count(step: int) -> int:
+        return before + _batches_done(step, per_epoch=per_epoch, accumulated=accumulated)
+
+    series = [(step, count(step)) for step in range(every * 3, every * 11, every)]
+    if not is_steady(series):  # or it would not be asked
+        target = series[-1][0] + horizon
+        assert in_epochs(series, target) in {None, count(target)}
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 8, 30])
+def test_a_share_of_an_epoch_knows_the_shorter_step_at_its_end(horizon: int) -> None:
+    """Ten batches an epoch, four of them a step, as a Trainer counts: 0.4, 0.8, 1.0, 1.4, ..."""
+    series = [(step, _batches_done(step, per_epoch=10, accumulated=4) / 10) for step in range(12, 44, 4)]
+    found = in_epochs(series, 40 + horizon)
+    assert found is not None
+    assert float(found) == pytest.approx(_batches_done(40 + horizon, per_epoch=10, accumulated=4) / 10, rel=1e-12)
+
+
+def test_a_step_at_an_epochs_end_that_is_shorter_moves_all_counts_of_a_loop_exactly(tmp_path: Path) -> None:
+    def counts(step: int) -> dict[str, Any]:
+        batches = _batches_done(step, per_epoch=10, accumulated=4)
+        return {"step": step, "epoch": batches / 10, "batches": batches, "examples": 16 * batches}
+
+    def model(step: int) -> dict[str, torch.Tensor]:
+        batches = torch.tensor(_batches_done(step, per_epoch=10, accumulated=4))
+        return {"w": torch.full((3,), float(step)), "bn.num_batches_tracked": batches}
+
+    _payload_run(tmp_path, {step: {**counts(step), "model": model(step)} for step in range(5, 45, 5)})
+    snapshots = discover(tmp_path).snapshots
+    tree = advance(snapshots, 7).trees[""].tree
+    assert {key: value for key, value in tree.items() if key != "model"} == counts(47)
+    assert advance_batch_counts(snapshots, 7)["bn.num_batches_tracked"].new == counts(47)["batches"]
 
 
 def _payload_run(folder: Path, payloads: dict[int, dict[str, Any]]) -> Path:
@@ -204,6 +258,44 @@ def test_batch_counts_move_by_their_own_rate(tmp_path: Path) -> None:
         torch.save(state, tmp_path / f"step_{step}.pt")
     (change,) = advance_batch_counts(discover(tmp_path).snapshots, 15).values()
     assert (change.where, change.old, change.new) == ("bn.num_batches_tracked", 120, 180)
+
+
+def test_a_counter_among_the_weights_moves_and_other_whole_numbers_stay(tmp_path: Path) -> None:
+    """As `n_averaged` of torch's AveragedModel, or a module's own count of its calls."""
+    for step in range(10, 70, 10):
+        state = {
+            "w": torch.ones(2) * step,
+            "n_averaged": torch.tensor(step // 5),
+            "layers": torch.tensor(4),
+            "last_label": torch.tensor(step * step % 7),
+            "ids": torch.tensor([step, step]),
+        }
+        torch.save(state, tmp_path / f"step_{step}.pt")
+    moved = advance_batch_counts(discover(tmp_path).snapshots, 15)
+    assert {name: (change.old, change.new) for name, change in moved.items()} == {"n_averaged": (12, 15)}
+
+
+def test_what_a_data_loader_pickled_for_itself_is_copied_and_said_where_it_changes(tmp_path: Path) -> None:
+    def loader(step: int) -> dict[str, bytes]:
+        return {"dp_rank_0": pickle.dumps({"index": step}), "format": b"v1"}
+
+    _payload_run(tmp_path, {step: {"step": step, "dataloader": loader(step)} for step in (10, 20, 30)})
+    result = advance(discover(tmp_path).snapshots, 10)
+    assert result.trees[""].tree["dataloader"] == loader(30)
+    (note,) = result.notes
+    assert note.startswith("step_30.pt: dataloader.dp_rank_0 is copied as the origin has it")
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_rate_that_moves_without_a_schedule_in_the_file_is_left_and_said(falls: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """As nanoGPT, which sets it at each step; a loop that does not would resume at the old one."""
+    for step in range(10, 50, 10):
+        group = {"lr": 1e-3 / step if falls else 1e-3, "params": [0]}
+        _payload_run(tmp_path, {step: {"step": step, "optimizer": {"state": {}, "param_groups": [group]}}})
+    result = advance(discover(tmp_path).snapshots, 10)
+    assert result.trees[""].tree["optimizer"]["param_groups"] == [group]
+    expected = "step_40.pt: the learning rate stays at 2.5e-05: no schedule is saved; a loop that sets it each step is right"
+    assert result.notes == ([expected] if falls else [])
 
 
 def test_a_learning_rate_that_is_a_tensor_is_moved_like_a_number(tmp_path: Path) -> None:

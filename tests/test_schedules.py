@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 
 from farcast_cli.resume import advance
 from farcast_cli.schedules import Observation, advance_scheduler, infer_rate
 from farcast_cli.trajectory import discover
+from tests.tiny import save_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from torch.optim import Optimizer
@@ -73,6 +75,8 @@ STEPPED: dict[str, Build] = {
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.LinearLR(o, 0.1, 1, 10), lr_scheduler.ExponentialLR(o, 0.97)]
     ),
+    "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.02, anneal_epochs=30),
+    "SWALR on a line": lambda o: swa_utils.SWALR(o, swa_lr=0.02, anneal_epochs=30, anneal_strategy="linear"),
 }
 """Schedules whose state holds all of their formula."""
 
@@ -283,7 +287,7 @@ def test_a_checkpoint_without_optimizer_keeps_a_rate_for_every_group(name: str, 
     schedule = advanced.trees[""].tree["scheduler"]
     assert len(schedule["_last_lr"]) == 2
     expected = _states_after(_sgd, build, 30)[1]
-    if name.startswith("OneCycleLR"):  # its highest and lowest rates are in the optimizer's groups
+    if name.startswith(("OneCycleLR", "SWALR")):  # the rates that they lead to are in the optimizer's groups
         assert "in the optimizer, which the file lacks" in advanced.notes[0]
         assert schedule == {**expected, "_last_lr": schedule["_last_lr"]}
     elif name in STEPPED:
@@ -431,6 +435,19 @@ def test_a_leap_out_of_the_warm_up_sets_no_wrong_rate_without_a_word(kind: str) 
     assert found[1:] == expected[1:]
 
 
+@pytest.mark.parametrize(("before", "horizon", "every"), [(50, 10, 10), (100, 50, 5), (120, 79, 40), (150, 1, 30)])
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_three_rates_on_the_way_down_tell_where_it_ends(kind: str, before: int, horizon: int, every: int) -> None:
+    """As under accelerate or Lightning, where no file says how long the run is."""
+    rates = [groups[1]["lr"] for groups in _transformers_rates(kind)]
+    seen = [(step, rates[step - 1]) for step in range(before - 2 * every, before + 1, every)]
+    assert infer_rate(seen, 0.03, before + horizon, None) == rates[before + horizon - 1]
+
+
+def test_two_rates_on_the_way_down_tell_nothing() -> None:
+    assert infer_rate([(100, 0.05), (120, 0.04)], 0.1, 150, None) is None
+
+
 def test_a_single_observation_tells_no_formula() -> None:
     assert infer_rate([(100, 0.05)], 0.1, 150, 200) is None
 
@@ -438,3 +455,106 @@ def test_a_single_observation_tells_no_formula() -> None:
 def test_observations_that_no_formula_explains_give_no_rate() -> None:
     seen = [(10, 0.1), (20, 0.04), (30, 0.09)]
     assert infer_rate(seen, 0.1, 50, 200) is None
+
+
+# --- the formula that a Trainer's arguments name ---------------------------------------------------------------------
+
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in ("constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")},
+    "cosine with cycles": ("cosine", {"num_cycles": 1.5}),
+    "cosine_with_restarts": ("cosine_with_restarts", {"num_cycles": 3}),
+    "polynomial of a power": ("polynomial", {"power": 2.0, "lr_end": 1e-4}),
+    "inverse_sqrt of a timescale": ("inverse_sqrt", {"timescale": 50}),
+    "cosine_with_min_lr": ("cosine_with_min_lr", {"min_lr": 1e-4}),
+    "cosine_with_min_lr by a share": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    "cosine_warmup_with_min_lr": ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1}),
+    "cosine_warmup_with_min_lr from a share": ("cosine_warmup_with_min_lr", {"min_lr": 1e-3, "warmup_lr_rate": 0.2}),
+    "warmup_stable_decay": ("warmup_stable_decay", {"num_decay_steps": 60}),
+    **{
+        f"warmup_stable_decay, {kind}": (
+            "warmup_stable_decay",
+            {"num_decay_steps": 60, "num_stable_steps": 90, "warmup_type": kind, "decay_type": kind, "min_lr_ratio": 0.1},
+        )
+        for kind in ("linear", "1-sqrt", "cosine")
+    },
+}
+"""Every schedule of transformers that follows the step alone, by its type and its settings."""
+PEAK = 0.01
+
+
+def _made_by_transformers(name: str, warmup: int, total: int) -> tuple[Optimizer, Any]:
+    from transformers import get_scheduler
+
+    kind, settings = NAMED[name]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=PEAK)
+    return optimizer, get_scheduler(
+        kind, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=settings
+    )
+
+
+def _trainers_run(folder: Path, name: str, steps: Iterable[int], warmup: float = WARMUP, total: int = TOTAL) -> list[float]:
+    """Snapshots with the files that a Trainer writes, by the libraries that write them; the rates after every step."""
+    from transformers import TrainingArguments
+
+    kind, settings = NAMED[name]
+    arguments = TrainingArguments(
+        lr_scheduler_type=kind, lr_scheduler_kwargs=settings, warmup_steps=warmup, learning_rate=PEAK, use_cpu=True
+    )
+    optimizer, schedule = _made_by_transformers(name, arguments.get_warmup_steps(total), total)
+    rates = []
+    for step in range(1, total):
+        (rate,) = _train(optimizer, schedule, 1)[0]
+        rates.append(rate["lr"])
+        if step in steps:
+            checkpoint = folder / f"checkpoint-{step}"
+            save_safetensors(checkpoint / "model.safetensors", {"w": torch.full((2,), float(step))})
+            (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": total}))
+            torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
+            torch.save(schedule.state_dict(), checkpoint / "scheduler.pt")
+            torch.save(arguments, checkpoint / "training_args.bin")
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps:UserWarning")
+@pytest.mark.parametrize(("origin", "horizon"), [(12, 30), (100, 15), (80, 119)])
+@pytest.mark.parametrize("name", NAMED)
+def test_a_trainers_arguments_tell_the_rate_of_every_schedule_to_the_last_bit(
+    name: str, origin: int, horizon: int, tmp_path: Path
+) -> None:
+    """From within the warm-up, too, and from a stable phase into the decay: nothing seen so far tells those."""
+    rates = _trainers_run(tmp_path, name, range(4, origin + 1, 4))
+    result = advance(discover(tmp_path).snapshots, horizon)
+    (group,) = result.trees["optimizer.pt"].tree["param_groups"] if "optimizer.pt" in result.trees else [{"lr": PEAK}]
+    assert group["lr"] == rates[origin + horizon - 1]
+    assert result.trees["scheduler.pt"].tree["_last_lr"] == [rates[origin + horizon - 1]]
+    assert result.notes == []
+
+
+def test_a_warm_up_given_as_a_share_of_the_run_is_understood(tmp_path: Path) -> None:
+    rates = _trainers_run(tmp_path, "linear", range(2, 13, 2), warmup=0.123)
+    result = advance(discover(tmp_path).snapshots, 100)
+    assert result.trees["scheduler.pt"].tree["_last_lr"] == [rates[111]]
+
+
+def test_arguments_that_do_not_explain_the_rates_seen_are_not_believed(tmp_path: Path) -> None:
+    """As of a Trainer that was handed a schedule of the user's own."""
+    rates = _trainers_run(tmp_path, "linear", range(60, 101, 8))
+    others = tmp_path / "others"
+    _trainers_run(others, "inverse_sqrt", range(60, 101, 8))
+    for checkpoint in others.iterdir():
+        checkpoint.joinpath("training_args.bin").replace(tmp_path / checkpoint.name / "training_args.bin")
+    result = advance(discover(tmp_path, pattern="checkpoint-*").snapshots, 20)
+    assert result.trees["scheduler.pt"].tree["_last_lr"] == [rates[119]]
+    (note,) = result.notes
+    assert "look at the first resumed step" in note
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "inverse_sqrt of a timescale"])
+def test_a_run_that_was_resumed_with_another_length_has_the_rates_of_the_new_one(name: str, tmp_path: Path) -> None:
+    _trainers_run(tmp_path, name, range(20, 61, 10), total=100)
+    rates = _trainers_run(tmp_path, name, range(70, 101, 10), total=TOTAL)
+    result = advance(discover(tmp_path).snapshots, 20)
+    assert result.trees["scheduler.pt"].tree["_last_lr"] == [rates[119]]
+    state = result.trees["trainer_state.json"].tree
+    assert (state["global_step"], state["max_steps"]) == (120, TOTAL)
+    assert result.notes == []

@@ -44,6 +44,7 @@ ORDER = (
     "trajectory",
     "quantised",
     "alignment",
+    "transformers_rates",
     "schedules",
     "counters",
     "lightning_loops",

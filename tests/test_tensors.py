@@ -204,7 +204,7 @@ def test_a_change_that_leaves_less_than_half_of_the_parameters_is_two_models(
 def test_tensors_that_are_copied_anyway_may_come_go_and_change_without_touching_the_history(tmp_path: Path) -> None:
     def at(step: int) -> Tensors:
         late = {"new_ids": torch.arange(3), "new_empty": torch.empty(0, 2)} if step >= 1200 else {"old_mask": torch.ones(2) > 0}
-        return late | {"position_ids": torch.arange(step // 100)[None], "num": torch.tensor(step)}
+        return late | {"position_ids": torch.arange(step // 100)[None], "num": torch.tensor([step, 7])}
 
     run = run_of(tmp_path / "run", at)
     kept, note = since_last_change(discover(run).snapshots, minimum=6)
