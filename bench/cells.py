@@ -13,12 +13,12 @@ import torch
 import training
 from safetensors.torch import load_file
 
-from farcast_cli.backtest import backtest_ratio, decide
-from farcast_cli.forecaster import Options, Task, forecast
+from farcast_cli.forecast.backtest import backtest_ratio, decide
+from farcast_cli.forecast.forecaster import Options, Task, forecast
+from farcast_cli.forecast.methods import METHODS
+from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.job import Request
-from farcast_cli.methods import METHODS
 from farcast_cli.predict import predict
-from farcast_cli.timeline import Timeline
 
 if TYPE_CHECKING:
     import numpy as np

@@ -151,9 +151,9 @@ def fit(
     fitted, bytes_read = _fit(
         _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, threads, quiet)
     )
-    from farcast_cli.backtest import coherence, recent_coherence
     from farcast_cli.fitted import save_fitted
-    from farcast_cli.timeline import Timeline
+    from farcast_cli.forecast.backtest import coherence, recent_coherence
+    from farcast_cli.forecast.timeline import Timeline
 
     save_fitted(fitted, output)
     seconds = time.monotonic() - started
@@ -195,12 +195,12 @@ def backtest(
     horizons = parse_horizons(horizon)
     prepare_torch(device)
     from farcast_cli import render
-    from farcast_cli.backtest import Purpose, coherence, decide, score
-    from farcast_cli.choice import choose_method, usual_horizons
     from farcast_cli.fitted import load_fitted
-    from farcast_cli.forecaster import Task
-    from farcast_cli.methods import METHODS
-    from farcast_cli.timeline import Timeline
+    from farcast_cli.forecast.backtest import Purpose, coherence, decide, score
+    from farcast_cli.forecast.choice import choose_method, usual_horizons
+    from farcast_cli.forecast.forecaster import Task
+    from farcast_cli.forecast.methods import METHODS
+    from farcast_cli.forecast.timeline import Timeline
 
     aim: Purpose = one_of("for", purpose, Purpose)
     if directory:
@@ -321,16 +321,16 @@ def predict(
     check_horizon_options(horizon, to_step)
     num_threads = prepare_torch(device, threads)
     from farcast_cli import render
-    from farcast_cli.backtest import Purpose
-    from farcast_cli.convert import OutputLayout
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
-    from farcast_cli.forecaster import Options, Scope, StepNorm
+    from farcast_cli.forecast.backtest import Purpose
+    from farcast_cli.forecast.forecaster import Options, Scope, StepNorm
     from farcast_cli.job import Request
-    from farcast_cli.plan import OutputDType
+    from farcast_cli.output.convert import OutputLayout
+    from farcast_cli.output.plan import OutputDType
     from farcast_cli.predict import default_notes
     from farcast_cli.predict import predict as run
-    from farcast_cli.resume import CountersMode, OptimizerMode
+    from farcast_cli.trainer.resume import CountersMode, OptimizerMode
 
     norm = None if step_norm is None else one_of("step-norm", step_norm, StepNorm)
     options = Options(norm, scale, one_of("scope", scope, Scope), grad_weight)
@@ -436,7 +436,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
     from farcast_cli import render
     from farcast_cli.alignment import since_last_change
     from farcast_cli.fitted import fit as run
-    from farcast_cli.gram import bytes_to_sample
+    from farcast_cli.forecast.gram import bytes_to_sample
     from farcast_cli.ledger import History, read_leaps, since_last_leap
 
     leaps = read_leaps(reading.ledger, trajectory.directory)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from farcast_cli.forecaster import Options
+from farcast_cli.forecast.forecaster import Options
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.alignment import Copied
-    from farcast_cli.backtest import Decision, Purpose
-    from farcast_cli.convert import OutputLayout, Target
-    from farcast_cli.engine import Engine
     from farcast_cli.evaluation import Evaluator, Trial
+    from farcast_cli.forecast.backtest import Decision, Purpose
     from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.plan import OutputDType, OutputFile
-    from farcast_cli.resume import Advanced, CountersMode, OptimizerMode
+    from farcast_cli.output.convert import OutputLayout, Target
+    from farcast_cli.output.engine import Engine
+    from farcast_cli.output.plan import OutputDType, OutputFile
+    from farcast_cli.trainer.resume import Advanced, CountersMode, OptimizerMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,26 +19,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from farcast_cli.backtest import LOSS_JUMP, decide
-from farcast_cli.choice import AUTO, choose_method, default_method, propose_horizon
-from farcast_cli.convert import Target, plan_converted, settle
-from farcast_cli.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
-from farcast_cli.forecaster import Method, Task, forecast
+from farcast_cli.forecast.backtest import LOSS_JUMP, decide
+from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
+from farcast_cli.forecast.forecaster import Method, Task, forecast
+from farcast_cli.forecast.methods import find_method
+from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name, unchanged
 from farcast_cli.ledger import Leap, check_ledger, record_leap
-from farcast_cli.lightning_loops import epoch_after, whole_epochs
-from farcast_cli.methods import find_method
-from farcast_cli.plan import Rewrite, forecast_name
-from farcast_cli.resume import HISTORY, Advanced, advance, advance_batch_counts, told_as_damage
-from farcast_cli.run_end import find_run_end
-from farcast_cli.sidecar import compose, sidecar_of, write_sidecar
-from farcast_cli.timeline import Timeline
-from farcast_cli.writer import refuse_existing, staged
+from farcast_cli.output.convert import Target, plan_converted, settle
+from farcast_cli.output.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
+from farcast_cli.output.plan import Rewrite, forecast_name
+from farcast_cli.output.sidecar import compose, sidecar_of, write_sidecar
+from farcast_cli.output.writer import refuse_existing, staged
+from farcast_cli.trainer.lightning_loops import epoch_after, whole_epochs
+from farcast_cli.trainer.resume import HISTORY, Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
     import numpy as np

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from farcast_cli.alignment import Alignment, Copied
-    from farcast_cli.backtest import Decision, Score
     from farcast_cli.errors import FarcastError
     from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.backtest import Decision, Score
     from farcast_cli.job import Outcome
     from farcast_cli.ledger import History, Leap
     from farcast_cli.trajectory import Trajectory
@@ -304,7 +304,7 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
 
 
 def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tuple[float, float], verbose: bool = False) -> None:
-    from farcast_cli.backtest import COHERENCE_GATE, RECENT_GATE
+    from farcast_cli.forecast.backtest import COHERENCE_GATE, RECENT_GATE
 
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from farcast_cli.backtest import (
+from farcast_cli.forecast.backtest import (
     COHERENCE_GATE,
     RATIO_CEILING,
     RATIO_GATE,
@@ -25,9 +25,9 @@ from farcast_cli.backtest import (
     trend_lead,
     untestable,
 )
-from farcast_cli.forecaster import Options
-from farcast_cli.methods import METHODS
-from farcast_cli.timeline import Timeline
+from farcast_cli.forecast.forecaster import Options
+from farcast_cli.forecast.methods import METHODS
+from farcast_cli.forecast.timeline import Timeline
 from tests.tiny import make_task, statistic, torch_settings_kept, wander, weights_at
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.forecaster import Task
+    from farcast_cli.forecast.forecaster import Task
     from tests.tiny import Arrays
 
 STEPS = tuple(range(100, 1300, 100))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from farcast_cli.backtest import CLEAR_COHERENCE, COHERENCE_GATE, Purpose, decide, lowest_coherence
-from farcast_cli.choice import CLEAR, choose_method, default_method, drift_cosine, propose_horizon, usual_horizons
 from farcast_cli.errors import UsageError
-from farcast_cli.forecaster import forecast
-from farcast_cli.methods import METHODS
-from farcast_cli.timeline import Timeline
+from farcast_cli.forecast.backtest import CLEAR_COHERENCE, COHERENCE_GATE, Purpose, decide, lowest_coherence
+from farcast_cli.forecast.choice import CLEAR, choose_method, default_method, drift_cosine, propose_horizon, usual_horizons
+from farcast_cli.forecast.forecaster import forecast
+from farcast_cli.forecast.methods import METHODS
+from farcast_cli.forecast.timeline import Timeline
 from tests.tiny import applied, make_task, torch_settings_kept, wander, weights_at
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.forecaster import Task
+    from farcast_cli.forecast.forecaster import Task
 
 LENGTH = 4000
 STEPS = tuple(range(0, LENGTH + 1, 100))

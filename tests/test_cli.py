@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.gram import DEFAULT_SAMPLE
-from farcast_cli.methods import METHODS
+from farcast_cli.forecast.gram import DEFAULT_SAMPLE
+from farcast_cli.forecast.methods import METHODS
 from farcast_cli.stream import sample_stretches
 from tests.conftest import (
     STEPS,
@@ -952,7 +952,9 @@ def test_the_statistics_of_the_data_do_not_decide_what_is_published(tmp_path: Pa
     assert call_cli("predict", "--horizon", 200, cwd=tmp_path).returncode == 10
 
 
-@pytest.mark.parametrize("marker", ["pytorch_model_fsdp_0/.metadata", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize(
+    "marker", ["pytorch_model_fsdp_0/.metadata", "global_step100/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+)
 def test_folders_that_resume_from_files_farcast_cannot_move_on_are_refused(
     marker: str, tmp_path: Path, call_cli: CallCli
 ) -> None:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import farcast_cli.stream
-from farcast_cli.engine import LinearMap
 from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
-from farcast_cli.forecaster import Options, Task, forecast
-from farcast_cli.methods import METHODS
-from farcast_cli.timeline import Timeline
+from farcast_cli.forecast.forecaster import Options, Task, forecast
+from farcast_cli.forecast.methods import METHODS
+from farcast_cli.forecast.timeline import Timeline
+from farcast_cli.output.engine import LinearMap
 from tests.tiny import applied, basis, fit_run, predict_run, stored, torch_settings_kept, wander, write_run
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farcast_cli.engine import LinearMap
-from farcast_cli.forecaster import MAX_MATCH, StepNorm, forecast, plain_step, set_step_norm
-from farcast_cli.methods import METHODS
+from farcast_cli.forecast.forecaster import MAX_MATCH, StepNorm, forecast, plain_step, set_step_norm
+from farcast_cli.forecast.methods import METHODS
+from farcast_cli.output.engine import LinearMap
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, torch_settings_kept, wander, weights_at
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.forecaster import Scope
+    from farcast_cli.forecast.forecaster import Scope
     from tests.tiny import Arrays
 
 STEPS = tuple(range(100, 1000, 100))

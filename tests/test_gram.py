@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import farcast_cli.stream
 from farcast_cli.alignment import align
 from farcast_cli.errors import NonFiniteError
-from farcast_cli.gram import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, Gram, Sample, accumulate, bytes_to_sample
+from farcast_cli.forecast.gram import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, Gram, Sample, accumulate, bytes_to_sample
 from farcast_cli.stream import sample_stretches
 from farcast_cli.trajectory import discover
 from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
@@ -158,11 +158,11 @@ def test_the_kept_sample_holds_the_weights_themselves_evenly_spread(tmp_path: Pa
 
 
 def test_the_kept_sample_shrinks_when_there_are_very_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farcast_cli.gram.KEPT_BYTES", 4 * 5 * 3 * 100)  # a hundred weights of each tensor
+    monkeypatch.setattr("farcast_cli.forecast.gram.KEPT_BYTES", 4 * 5 * 3 * 100)  # a hundred weights of each tensor
     sizes = {"a": 500, "b": 500, "c": 10}
     _, sample = _accumulated(write_run(tmp_path / "a", wander(6, num_snapshots=5, sizes=sizes), STEPS))
     assert np.diff(sample.bounds).tolist() == [100, 100, 10]
-    monkeypatch.setattr("farcast_cli.gram.KEPT_BYTES", 1)
+    monkeypatch.setattr("farcast_cli.forecast.gram.KEPT_BYTES", 1)
     _, sample = _accumulated(tmp_path / "a")
     assert np.diff(sample.bounds).tolist() == [MIN_KEPT, MIN_KEPT, 10]
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from farcast_cli.errors import UsageError
 from farcast_cli.fitted import Fitted, fit
-from farcast_cli.gram import DEFAULT_SAMPLE
+from farcast_cli.forecast.gram import DEFAULT_SAMPLE
 from farcast_cli.layouts import recognise
 from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.resume import advance
+from farcast_cli.trainer.resume import advance
 from farcast_cli.trajectory import discover
 from tests.tiny import predict_run, torch_settings_kept
 

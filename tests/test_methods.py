@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farcast_cli.engine import LinearMap
 from farcast_cli.errors import UsageError
-from farcast_cli.forecaster import Options, forecast
-from farcast_cli.methods import (
+from farcast_cli.forecast.forecaster import Options, forecast
+from farcast_cli.forecast.methods import (
     ACCELERATE_RIDGE,
     ACCELERATED,
     AVERAGED,
@@ -27,6 +26,7 @@ from farcast_cli.methods import (
     averaging_window,
     find_method,
 )
+from farcast_cli.output.engine import LinearMap
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, torch_settings_kept, wander, weights_at
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from farcast_cli.counters import epoch_at, extrapolate, in_epochs, is_steady
 from farcast_cli.errors import UsageError
-from farcast_cli.resume import advance, advance_batch_counts
+from farcast_cli.trainer.counters import epoch_at, extrapolate, in_epochs, is_steady
+from farcast_cli.trainer.resume import advance, advance_batch_counts
 from farcast_cli.trajectory import discover
 from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker, torch_settings_kept
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
-from farcast_cli.resume import advance
-from farcast_cli.schedules import Observation, advance_scheduler, infer_rate
+from farcast_cli.trainer.resume import advance
+from farcast_cli.trainer.schedules import Observation, advance_scheduler, infer_rate
 from farcast_cli.trajectory import discover
 from tests.tiny import save_safetensors
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from farcast_cli.resume import Advanced
+    from farcast_cli.trainer.resume import Advanced
 
     Build = Callable[[Any], Any]
 

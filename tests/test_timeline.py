@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farcast_cli.timeline import Timeline
+from farcast_cli.forecast.timeline import Timeline
 from tests.tiny import basis, wander, weights_at
 
 STEPS = np.array([100, 200, 250, 400, 500, 800])

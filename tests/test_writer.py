@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from farcast_cli.errors import OutputError
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_zip import frame
-from farcast_cli.writer import Sink, staged
+from farcast_cli.output.writer import Sink, staged
 from tests.conftest import fit_run, make_loose_run, make_torch_run, popen_cli, run_cli, tree_digest
 
 if TYPE_CHECKING:

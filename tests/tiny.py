@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.fitted import Fitted, fit
-from farcast_cli.forecaster import Options, Task, forecast
-from farcast_cli.gram import DEFAULT_SAMPLE, Gram, Sample
+from farcast_cli.forecast.forecaster import Options, Task, forecast
+from farcast_cli.forecast.gram import DEFAULT_SAMPLE, Gram, Sample
+from farcast_cli.forecast.methods import METHODS
+from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.job import Outcome, Request
-from farcast_cli.methods import METHODS
 from farcast_cli.predict import predict
-from farcast_cli.timeline import Timeline
 from farcast_cli.trajectory import discover
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from farcast_cli.errors import SnapshotError
-from farcast_cli.plan import Copy, Fixed, OutputFile, Piece, Record, Values, Zeros
+from farcast_cli.output.plan import Copy, Fixed, OutputFile, Piece, Record, Values, Zeros
+from farcast_cli.output.writer import Sink
 from farcast_cli.stream import Reader, Scratch, Stretch, buffer_of, non_finite, stretches
-from farcast_cli.writer import Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -16,13 +16,13 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle
-from farcast_cli.plan import (
+from farcast_cli.output.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
+from farcast_cli.output.plan import (
     Fixed,
     OutputFile,
     Piece,
@@ -40,14 +40,14 @@ from farcast_cli.plan import (
     shards,
     torch_output,
 )
-from farcast_cli.resume import StateTree
 from farcast_cli.tensors import DTYPES
+from farcast_cli.trainer.resume import StateTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from farcast_cli.layouts.base import Part, Snapshot
-    from farcast_cli.resume import Advanced
+    from farcast_cli.trainer.resume import Advanced
 
 OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
 

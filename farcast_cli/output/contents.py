@@ -18,15 +18,15 @@ from farcast_cli.formats.dcp_file import METADATA, DcpFile, Item, tensor_of
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import UNTYPED, Made, StorageRef, TensorRef, is_streamable
-from farcast_cli.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, below, plan_storages
-from farcast_cli.resume import StateTree, storages_of
+from farcast_cli.output.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, below, plan_storages
 from farcast_cli.tensors import is_row_major
+from farcast_cli.trainer.resume import StateTree, storages_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from farcast_cli.layouts.base import Part
-    from farcast_cli.resume import Advanced
+    from farcast_cli.trainer.resume import Advanced
 
 TreePath = tuple[Any, ...]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from farcast_cli.forecaster import Method, Options, Task, forecast, plain_step, set_step_norm
+from farcast_cli.forecast.forecaster import Method, Options, Task, forecast, plain_step, set_step_norm
 from farcast_cli.trajectory import MIN_SNAPSHOTS
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.gram import Gram
-    from farcast_cli.timeline import Timeline
+    from farcast_cli.forecast.gram import Gram
+    from farcast_cli.forecast.timeline import Timeline
 
 Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]

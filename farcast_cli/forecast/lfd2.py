@@ -24,8 +24,8 @@ import torch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from farcast_cli.gram import Sample
-    from farcast_cli.timeline import Timeline
+    from farcast_cli.forecast.gram import Sample
+    from farcast_cli.forecast.timeline import Timeline
 
 NUM_TARGETS = 4  # J; the last one is the forecast
 NUM_STEPS = 300

@@ -23,8 +23,8 @@ from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, 
 from farcast_cli.formats.torch_zip import frame
 from farcast_cli.layouts.base import ADAPTER_FILES, Part, Snapshot, find_step_in_name
 from farcast_cli.layouts.loose_safetensors import STEP_KEYS
-from farcast_cli.resume import Advanced, Change, StateTree, storages_of
 from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
+from farcast_cli.trainer.resume import Advanced, Change, StateTree, storages_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

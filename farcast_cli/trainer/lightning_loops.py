@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
-from farcast_cli.schedules import counter_path
+from farcast_cli.trainer.schedules import counter_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

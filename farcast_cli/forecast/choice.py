@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.backtest import decide, lowest_coherence, trend_lead
-from farcast_cli.forecaster import forecast
-from farcast_cli.methods import METHODS, find_method
+from farcast_cli.forecast.backtest import decide, lowest_coherence, trend_lead
+from farcast_cli.forecast.forecaster import forecast
+from farcast_cli.forecast.methods import METHODS, find_method
 
 if TYPE_CHECKING:
-    from farcast_cli.backtest import Purpose
-    from farcast_cli.forecaster import Method, Task
-    from farcast_cli.timeline import Timeline
+    from farcast_cli.forecast.backtest import Purpose
+    from farcast_cli.forecast.forecaster import Method, Task
+    from farcast_cli.forecast.timeline import Timeline
 
 AUTO = "auto"
 FIRST_LEAD = 0.5  # of the whole history: a leap of .7 gains little more and makes the loss jump twice as far

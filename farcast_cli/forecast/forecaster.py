@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from farcast_cli.timeline import Timeline, evenly
+from farcast_cli.forecast.timeline import Timeline, evenly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from farcast_cli.gram import Gram, Sample
+    from farcast_cli.forecast.gram import Gram, Sample
 
 StepNorm = Literal["match", "match-plain", "clip", "free"]
 Scope = Literal["auto", "tensor", "global"]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.errors import UsageError
-from farcast_cli.forecaster import Method, set_step_norm
-from farcast_cli.timeline import evenly
+from farcast_cli.forecast.forecaster import Method, set_step_norm
+from farcast_cli.forecast.timeline import evenly
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from farcast_cli.forecaster import Task
-    from farcast_cli.timeline import Timeline
+    from farcast_cli.forecast.forecaster import Task
+    from farcast_cli.forecast.timeline import Timeline
 
 MAX_CONTEXT = 10  # snapshots that a slope is taken over; twice as many change the ratio by .04 at most
 DRIFT_WINDOW = 2.0  # horizons: a slope over a longer window overshoots where a run slows down
@@ -167,7 +167,7 @@ def blend(task: Task) -> NDArray[np.float64]:
 
 def lfd2(task: Task) -> NDArray[np.float64]:
     """The paper's: one linear layer from the first and the last snapshot, trained on the L1 loss (see lfd2.py)."""
-    from farcast_cli.lfd2 import fit_lfd2
+    from farcast_cli.forecast.lfd2 import fit_lfd2
 
     return fit_lfd2(
         task.sample,
