@@ -156,6 +156,22 @@ def test_a_step_at_an_epochs_end_that_is_shorter_moves_all_counts_of_a_loop_exac
     assert advance_batch_counts(snapshots, 7)["bn.num_batches_tracked"].new == counts(47)["batches"]
 
 
+def test_a_count_kept_as_a_float_moves_and_a_measured_float_stays(tmp_path: Path) -> None:
+    losses = {10: 3.0, 20: 2.0, 30: 4.0, 40: 1.0}
+    _payload_run(
+        tmp_path,
+        {
+            step: {"model": {"w": torch.full((3,), float(step))}, "step": step, "tokens": 512.0 * step, "loss": losses[step]}
+            for step in losses
+        },
+    )
+    result = advance(discover(tmp_path).snapshots, 5)
+    tree = result.trees[""].tree
+    assert (tree["step"], tree["tokens"], tree["loss"]) == (45, 23040.0, 1.0)
+    assert isinstance(tree["tokens"], float)
+    assert result.notes == []  # a loss is not a counter that was left behind
+
+
 def _payload_run(folder: Path, payloads: dict[int, dict[str, Any]]) -> Path:
     folder.mkdir(exist_ok=True)
     for step, payload in payloads.items():

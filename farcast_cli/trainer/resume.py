@@ -36,6 +36,7 @@ OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 
 MIN_FOR_A_BUFFER = 3  # snapshots; any two values lie on a line
+_MIN_TO_COUNT = 3  # points on one line, for a float to be a count
 HISTORY = 8  # snapshots that a counter's rate is measured on
 _STATE_ROLES = {"state", "side-state", "optimizer", "scheduler", "trainer-state"}
 _FLOAT_COUNTERS = {"epoch", "total_flos"}
@@ -189,8 +190,8 @@ def _advance_counters(state: StateTree, history: _History, target: int, result: 
     by_rhythm = _advance_loops(name, state, result, leap)
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
         series = history.series(path)
-        if path[0] in by_rhythm or not _counts(series):
-            continue  # a setting, not a counter
+        if path[0] in by_rhythm or not _counts(series) or _is_measured(path, value, series):
+            continue  # a setting or a loss, not a counter
         where = f"{name}: {'.'.join(map(str, path))}"
         new = _moved(path, value, series, target)
         if new is None:
@@ -230,6 +231,13 @@ def _advance_loops(name: str, state: StateTree, result: Advanced, leap: Leap | N
 def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
     """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself."""
     return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
+
+
+def _is_measured(path: Path_, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
+    """Whether a float under no counter's name is none: a count kept as a float (tokens seen) rises in whole steady steps."""
+    if not isinstance(value, float) or path[-1] in _FLOAT_COUNTERS or path[-1] == "step":
+        return False
+    return not (len(series) >= _MIN_TO_COUNT and all(float(v).is_integer() for _, v in series) and is_steady(series))
 
 
 def _is_adam_step(path: Path_) -> bool:
@@ -272,9 +280,9 @@ def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Pat
 
 
 def _may_count(value: object, key: object, path: Path_) -> bool:
-    """Whole numbers anywhere, as a tensor of one element too; of floats only an epoch, and the optimiser's `step`."""
+    """Whole numbers anywhere, as a float or a tensor of one element too; an epoch, and the optimiser's `step`."""
     if isinstance(value, float):
-        return key in _FLOAT_COUNTERS or key == "step"
+        return key in _FLOAT_COUNTERS or key == "step" or value.is_integer()
     if isinstance(value, TensorRef):
         is_adam = _is_adam_step((*path, key)) and value.dtype.name in _PACK
         return prod(value.shape) == 1 and (is_adam or value.dtype.name in {"int64", "int32"})
