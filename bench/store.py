@@ -31,17 +31,18 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out" / "quality"
 FARCAST = Path(farcast_cli.__file__).parent
-STATISTIC = ("gram", "stream", "fitted")
-FORECAST = (*STATISTIC, "timeline", "forecaster", "methods", "lfd2", "engine")
-GATE = (*FORECAST, "backtest")
+STATISTIC = ("forecast.gram", "stream", "fitted")
+_FORECASTERS = ("forecast.timeline", "forecast.forecaster", "forecast.methods", "forecast.lfd2")
+FORECAST = (*STATISTIC, *_FORECASTERS, "output.engine")
+GATE = (*FORECAST, "forecast.backtest")
 CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of farcast, by kind of cell
     "pretrain": (("tasks", "training"), ()),
     "plain": (("tasks", "training"), ()),
     "fit": (("tasks", "training"), STATISTIC),
     "ratio": (("tasks", "training", "cells"), GATE),
     "resume": (("tasks", "training", "cells"), FORECAST),
-    "evaluation": (("tasks", "training", "cells"), (*GATE, "choice", "predict")),
-    "whole": (("tasks", "training", "whole"), (*GATE, "choice", "predict", "ledger")),
+    "evaluation": (("tasks", "training", "cells"), (*GATE, "forecast.choice", "predict")),
+    "whole": (("tasks", "training", "whole"), (*GATE, "forecast.choice", "predict", "ledger")),
 }
 
 
@@ -87,8 +88,8 @@ def _digest(cell: Cell) -> str:
 @functools.cache
 def _code(kind: str) -> str:
     ours, theirs = CODE[kind]
-    files = [HERE / f"{name}.py" for name in ours] + [FARCAST / f"{name}.py" for name in theirs]
-    return hashlib.sha256("".join(_meaning(file) for file in files if file.exists()).encode()).hexdigest()
+    files = [HERE / f"{name}.py" for name in ours] + [FARCAST.joinpath(*name.split(".")).with_suffix(".py") for name in theirs]
+    return hashlib.sha256("".join(_meaning(file) for file in files).encode()).hexdigest()
 
 
 def _meaning(file: Path) -> str:
