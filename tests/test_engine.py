@@ -17,7 +17,7 @@ from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.output.engine import LinearMap
+from farcast_cli.output.engine import QUEUED_PER_THREAD, LinearMap
 from tests.tiny import applied, basis, fit_run, predict_run, stored, torch_settings_kept, wander, write_run
 
 if TYPE_CHECKING:
@@ -121,6 +121,28 @@ def test_a_torch_file_has_the_same_bytes_whatever_the_threads(tmp_path: Path) ->
     for threads in (1, 2, 5):
         predict_run(fitted, tmp_path / str(threads) / "out.pt", horizons=[HORIZON], num_threads=threads)
     assert len({(tmp_path / str(threads) / "out.pt").read_bytes() for threads in (1, 2, 5)}) == 1
+
+
+def test_the_memory_that_is_held_does_not_grow_with_the_number_of_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[farcast_cli.stream.Scratch] = []
+    make = farcast_cli.stream.Scratch.__init__
+
+    def remember(scratch: farcast_cli.stream.Scratch) -> None:
+        make(scratch)
+        held.append(scratch)
+
+    monkeypatch.setattr(farcast_cli.stream.Scratch, "__init__", remember)
+    (tmp_path / "run").mkdir()
+    moments = {f"exp_avg {index}": torch.full((20_000,), 0.5) for index in range(60)}
+    for step in range(10, 90, 10):
+        weights = {f"layer {index}": torch.full((300,), float(step * index)) for index in range(60)}
+        torch.save({"model": weights, "moments": moments, "step": step}, tmp_path / "run" / f"step_{step}.pt")
+    predict_run(fit_run(tmp_path / "run"), tmp_path / "step_90.pt", horizons=[10], num_threads=1)
+    sizes = [buffer.numel() for scratch in held for buffer in scratch._free]
+    assert 0 < len(sizes) <= 2 * QUEUED_PER_THREAD
+    assert sum(sizes) <= 2 * QUEUED_PER_THREAD * 80_000
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -108,10 +108,13 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
+    """What a worker made, for each horizon; `is_taken` says that the memory is the scratch's, to be given back."""
+
     data: list[torch.Tensor]
     bytes_read: int = 0
     unchanged: Sequence[int] = ()
     num_forecast: int = 0
+    is_taken: bool = True
 
 
 def total_bytes(outputs: Sequence[OutputFile]) -> int:
@@ -198,7 +201,7 @@ def _take(future: Future[_Result], sinks: Sequence[Sink], shared: _Pass) -> None
     for sink, data in zip(sinks, result.data, strict=True):
         sink.write(buffer_of(data))
         written += data.numel()
-    for data in {id(data): data for data in result.data}.values():
+    for data in {id(data): data for data in result.data}.values() if result.is_taken else ():
         shared.engine.scratch.give_back(data)
     tally = shared.tally
     tally.bytes_read += result.bytes_read
@@ -229,7 +232,7 @@ def _jobs(pieces: tuple[Piece, ...], engine: Engine) -> Iterator[Callable[[], _R
         for _, count in _chunks(first.num_bytes):
             yield lambda count=count: _Result([engine.scratch.take(count).zero_()] * len(pieces))  # type: ignore[misc]
     else:
-        yield lambda: _Result([_fixed(piece) for piece in pieces])
+        yield lambda: _Result([_fixed(piece) for piece in pieces], is_taken=False)
 
 
 def _chunks(num_bytes: int) -> Iterator[tuple[int, int]]:
