@@ -237,8 +237,20 @@ class Storages:
     retyped: Mapping[str, StorageRef]
 
     def pieces(self, state: StateTree, storage: StorageRef) -> tuple[Piece, ...]:
+        """A storage's elements: the origin's, with the replaced stretches in their places."""
         dtype = self.retyped.get(storage.key, storage).dtype
-        return _storage_pieces(state, storage, dtype, self.overlays.get(storage.key, []))
+        pieces: list[Piece] = []
+        position = 0
+        for first, count, piece in sorted(self.overlays.get(storage.key, []), key=lambda overlay: overlay[:2]):
+            if first < position:
+                continue  # a second name for the same elements
+            if first > position:
+                pieces.append(_origins(state, storage, dtype, position, first))
+            pieces.append(piece)
+            position = first + count
+        if position < storage.size:
+            pieces.append(_origins(state, storage, dtype, position, storage.size))
+        return tuple(pieces)
 
 
 def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
@@ -250,7 +262,14 @@ def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
         for tree in (weights, mirror)
         for _, ref in iter_tensors(tree)
     }
-    return Storages(_overlays(state.file, weights, rewrite, mirror), retyped)
+    overlays = _overlays(state.file, weights, rewrite, mirror)
+    for (key, first, count), data in state.literals.items():
+        overlays.setdefault(key, []).append((first, count, Fixed(data)))
+    itemsize = {storage.key: retyped.get(storage.key, storage).dtype.itemsize for storage in storages_of(state.tree)}
+    for key, first, count in state.zeroed:
+        if count and key in itemsize:
+            overlays.setdefault(key, []).append((first, count, Zeros(count * itemsize[key])))
+    return Storages(overlays, retyped)
 
 
 def torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
@@ -311,28 +330,6 @@ def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> d
     return found
 
 
-def _storage_pieces(
-    state: StateTree, storage: StorageRef, dtype: DType, overlays: Sequence[tuple[int, int, Piece]]
-) -> tuple[Piece, ...]:
-    """A storage's elements: the origin's, with the overlays in their places."""
-    moved = [(first, count, Fixed(data)) for (key, first, count), data in state.literals.items() if key == storage.key]
-    zeroed = [
-        (first, count, Zeros(count * dtype.itemsize)) for key, first, count in state.zeroed if key == storage.key and count
-    ]
-    pieces: list[Piece] = []
-    position = 0
-    for first, count, piece in sorted((*overlays, *moved, *zeroed), key=lambda overlay: overlay[:2]):
-        if first < position:
-            continue  # a second name for the same elements
-        if first > position:
-            pieces.append(_origins(state, storage, dtype, position, first))
-        pieces.append(piece)
-        position = first + count
-    if position < storage.size:
-        pieces.append(_origins(state, storage, dtype, position, storage.size))
-    return tuple(pieces)
-
-
 def _origins(state: StateTree, storage: StorageRef, dtype: DType, begin: int, end: int) -> Piece:
     """Elements [begin, end) of a storage as the origin has them."""
     assert state.file is not None  # noqa: S101
@@ -375,7 +372,7 @@ def _item_records(dcp: DcpFile, item: Item, state: StateTree, storages: Storages
         named = {"data.pkl": (Fixed(encode_pickle(value)),)}
     else:
         storage = value.storage
-        touched = storage.key in storages.retyped or storage.size == 1 or any(key == storage.key for key, *_ in state.zeroed)
+        touched = storage.key in storages.retyped or storage.key in storages.overlays or storage.size == 1
         if not touched:
             return _as_it_was(dcp, item)
         alone = replace(storages.retyped.get(storage.key, storage), key="0")
