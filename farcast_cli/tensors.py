@@ -103,6 +103,11 @@ class TensorEntry:
         return replace(self, dtype=DTYPES[part], shape=(*self.shape, 2), strides=strides)
 
 
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A contiguous tensor's strides, in elements."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether strides (in elements) are those of a contiguous tensor; dimensions of size 1 do not matter."""
     expected = 1

@@ -25,7 +25,7 @@ from farcast_cli.formats.torch_file import (
     refuse_code_in_stretch,
 )
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, decode_pickle, iter_storages
-from farcast_cli.tensors import DTYPES, DType
+from farcast_cli.tensors import DTYPES, DType, row_major_strides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +114,8 @@ def read_dcp(folder: Path) -> DcpFile:
 
 def _follow(folder: Path) -> DcpFile:
     raw = _read_metadata(folder)
-    stored = sum(file_size(path) for path in folder.glob("*.distcp"))
+    sizes = {path.name: file_size(path) for path in folder.iterdir() if path.is_file()}
+    stored = sum(size for name, size in sizes.items() if name.endswith(".distcp"))
     metadata = decode_pickle(folder / METADATA, raw, num_records=stored // _MIN_ITEM_BYTES)
     fields = _fields(metadata, "Metadata", folder)
     shards = {name: _shards(found, folder, name) for name, found in fields["state_dict_metadata"].items()}
@@ -127,7 +128,7 @@ def _follow(folder: Path) -> DcpFile:
         shard = _shard_of(named, shards, folder)
         path = paths.get(named["fqn"], (named["fqn"],))
         place = _place(path if isinstance(path, tuple) and path else (named["fqn"],), is_tensor=shard is not None)
-        item, value = _value(folder, _item(folder, named["fqn"], info, place), shard, records)
+        item, value = _value(folder, _item(folder, named["fqn"], info, place, sizes=sizes), shard, records)
         if item.place:
             _put(tree, item.place, value)
         items.append(item)
@@ -184,7 +185,8 @@ def _shards(found: object, folder: Path, name: str) -> dict[tuple[int, ...], _Sh
     }
 
 
-def _item(folder: Path, name: str, info: object, place: TreePath) -> Item:
+def _item(folder: Path, name: str, info: object, place: TreePath, *, sizes: dict[str, int]) -> Item:
+    """An item, seen to lie inside its file; `sizes` are those of the folder's files."""
     stretch = _fields(info, "_StorageInfo", folder)
     file, offset, length = stretch["relative_path"], stretch["offset"], stretch["length"]
     if not isinstance(file, str) or PurePosixPath(file).name != file or file in {"", ".", ".."}:
@@ -193,7 +195,7 @@ def _item(folder: Path, name: str, info: object, place: TreePath) -> Item:
         raise FileFormatError(f"{folder}: {name!r} is compressed or encrypted", hint="save it without extensions")
     if not all(isinstance(n, int) and n >= 0 for n in (offset, length)):
         raise FileFormatError(f"{folder / METADATA}: {name!r} lies at {offset}, {length} bytes")
-    if not (folder / file).is_file() or file_size(folder / file) < offset + length:
+    if sizes.get(file, -1) < offset + length:
         raise HalfWrittenError(f"{folder}: {file} is missing or too short for {name!r}", hint="leave the snapshot out")
     assert isinstance(info, Made)  # noqa: S101 - _fields has looked
     return Item(name, file, offset, length, place, info)
@@ -247,9 +249,8 @@ def _is_state(place: TreePath) -> bool:
 
 def _assumed(key: str, shard: _Shard) -> TensorRef:
     """An optimiser's tensor as the metadata have it: it is copied, or set to zero, and never looked into."""
-    stride = tuple(prod(shard.shape[axis + 1 :]) for axis in range(len(shard.shape)))
     storage = StorageRef(key, shard.dtype, "cpu", prod(shard.shape))
-    return TensorRef(storage, shard.dtype, 0, shard.shape, stride)
+    return TensorRef(storage, shard.dtype, 0, shard.shape, row_major_strides(shard.shape))
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------

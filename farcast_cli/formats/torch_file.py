@@ -68,6 +68,13 @@ class TorchFile:
         return TensorEntry(name, ref.dtype, ref.shape, record.path, offset, strides)
 
 
+def below(tree: Any, keys: tuple[Any, ...]) -> Any:
+    """What these keys lead to in a tree."""
+    for key in keys:
+        tree = tree[key]
+    return tree
+
+
 def read_torch_file(path: Path) -> TorchFile:
     """Read a torch file's object tree; costs its directory and its pickle, no tensor data.
 

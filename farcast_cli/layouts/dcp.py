@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
+from farcast_cli.formats.torch_file import below
 from farcast_cli.layouts.base import Layout, Part, Role, Snapshot, files_below, name_evidence, weights_of
 from farcast_cli.layouts.torch_payload import WEIGHT_KEYS, adam_evidence, other_weights, payload_evidence
 from farcast_cli.layouts.weights_folder import second_weights
@@ -28,11 +29,11 @@ def _read(path: Path) -> Snapshot:
     found = read_dcp(path)
     tree = found.as_torch.tree
     key = _weights_key(path, tree)
-    weights = _below(tree, key)
+    weights = below(tree, key)
     tensors, rough = weights_of(found.as_torch, weights)
     known = {item.file for item in found.items}
     parts = [_part(file, name, found, key, known) for file, name in files_below(path)]
-    holder = _below(tree, key[:-1])
+    holder = below(tree, key[:-1])
     evidence = (*payload_evidence(tree, found.as_torch), *adam_evidence(found.as_torch, holder), *name_evidence(path))
     beside = (*other_weights(holder, key[-1:]), *second_weights(parts))
     return Snapshot(path, LAYOUT.name, tuple(parts), tensors, evidence, not_streamable=rough, beside=beside)
@@ -60,12 +61,6 @@ def _weights_key(path: Path, tree: dict[Any, Any]) -> tuple[Any, ...]:
         f" found {sorted(map(str, tree))[:8]}",
         hint="save the weights under 'model'",
     )
-
-
-def _below(tree: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree
 
 
 LAYOUT = Layout("dcp", _recognises, _read)

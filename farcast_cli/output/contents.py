@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FileFormatError, UsageError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, Item, tensor_of
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_file import TorchFile, below
 from farcast_cli.formats.torch_pickle import UNTYPED, Made, StorageRef, TensorRef, is_streamable
-from farcast_cli.output.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, below, plan_storages
+from farcast_cli.output.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, plan_storages
 from farcast_cli.tensors import is_row_major
 from farcast_cli.trainer.resume import StateTree, storages_of
 

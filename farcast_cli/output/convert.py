@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_file import TorchFile, below
 from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle
 from farcast_cli.output.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
 from farcast_cli.output.plan import (
@@ -29,7 +29,6 @@ from farcast_cli.output.plan import (
     Planned,
     Record,
     Rewrite,
-    below,
     is_read_whole,
     json_output,
     never_in_shards,
@@ -40,7 +39,7 @@ from farcast_cli.output.plan import (
     shards,
     torch_output,
 )
-from farcast_cli.tensors import DTYPES
+from farcast_cli.tensors import DTYPES, row_major_strides
 from farcast_cli.trainer.resume import StateTree
 
 if TYPE_CHECKING:
@@ -253,7 +252,7 @@ def _ref(tensor: Planned, key: str) -> TensorRef:
     """A tensor as a torch file has it, alone in a storage."""
     if tensor.dtype.name not in DTYPES:
         raise UsageError(f"tensor {tensor.name!r} is {tensor.dtype.name}, which torch cannot hold", hint="leave --layout out")
-    strides = tensor.strides or tuple(prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+    strides = tensor.strides or row_major_strides(tensor.shape)
     is_typed = bool(tensor.dtype.storage)
     size = prod(tensor.shape) if is_typed else tensor.num_bytes
     storage = StorageRef(key, tensor.dtype if is_typed else UNTYPED, "cpu", size)

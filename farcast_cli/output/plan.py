@@ -11,6 +11,7 @@ import json
 import struct
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import groupby
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.formats.dcp_file import DcpFile, Item
 from farcast_cli.formats.files import file_size
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import TorchFile, refuse_code_in, refuse_code_in_stretch
+from farcast_cli.formats.torch_file import TorchFile, below, refuse_code_in, refuse_code_in_stretch
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
 from farcast_cli.layouts.base import ADAPTER_FILES, Part, Snapshot, find_step_in_name
@@ -306,12 +307,6 @@ def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> It
     yield Record((Fixed(framed.tail),))
 
 
-def below(tree: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree
-
-
 def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> dict[str, list[tuple[int, int, Piece]]]:
     """Replaced stretches of each storage: (first element, elements, piece).
 
@@ -348,10 +343,10 @@ def _dcp_outputs(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> list[Outpu
     items, metadata = copy.deepcopy((dcp.items, dcp.metadata))
     storages = plan_storages(state, rewrite)
     outputs = []
-    for name in sorted({item.file for item in items}):
+    for name, its_items in groupby(sorted(items, key=lambda item: item.stretch), key=lambda item: item.file):
         records: list[Record] = []
         position = 0
-        for item in sorted((item for item in items if item.file == name), key=lambda item: item.offset):
+        for item in its_items:
             made = _item_records(dcp, item, state, storages, start=position)
             num_bytes = sum(record.num_bytes for record in made)
             item.info.states[0] |= {"offset": position, "length": num_bytes}

@@ -35,11 +35,10 @@ if TYPE_CHECKING:
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 
-MIN_FOR_A_BUFFER = 3  # snapshots; any two values lie on a line
-_MIN_TO_COUNT = 3  # points on one line, for a float to be a count
+MIN_TO_COUNT = 3  # snapshots, for what no counter's name tells to be one; any two values lie on a line
 HISTORY = 8  # snapshots that a counter's rate is measured on
 _STATE_ROLES = {"state", "side-state", "optimizer", "scheduler", "trainer-state"}
-_FLOAT_COUNTERS = {"epoch", "total_flos"}
+_FLOAT_COUNTERS = {"epoch", "step", "total_flos"}
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
@@ -168,7 +167,7 @@ def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[st
 
 def _buffer_at(name: str, series: Sequence[tuple[int, int]], target: int) -> int | Fraction | None:
     """A counter among the weights; one that is no BatchNorm's has to rise steadily, or it is none."""
-    if is_steady(series) and (len(series) >= MIN_FOR_A_BUFFER or _is_batch_count(name)):
+    if is_steady(series) and (len(series) >= MIN_TO_COUNT or _is_batch_count(name)):
         return extrapolate(series, target)
     by_epochs = in_epochs(series, target)
     return extrapolate(series, target) if by_epochs is None and _is_batch_count(name) else by_epochs
@@ -235,9 +234,9 @@ def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
 
 def _is_measured(path: Path_, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
     """Whether a float under no counter's name is none: a count kept as a float (tokens seen) rises in whole steady steps."""
-    if not isinstance(value, float) or path[-1] in _FLOAT_COUNTERS or path[-1] == "step":
+    if not isinstance(value, float) or path[-1] in _FLOAT_COUNTERS:
         return False
-    return not (len(series) >= _MIN_TO_COUNT and all(float(v).is_integer() for _, v in series) and is_steady(series))
+    return not (len(series) >= MIN_TO_COUNT and all(float(v).is_integer() for _, v in series) and is_steady(series))
 
 
 def _is_adam_step(path: Path_) -> bool:
@@ -282,7 +281,7 @@ def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Pat
 def _may_count(value: object, key: object, path: Path_) -> bool:
     """Whole numbers anywhere, as a float or a tensor of one element too; an epoch, and the optimiser's `step`."""
     if isinstance(value, float):
-        return key in _FLOAT_COUNTERS or key == "step" or value.is_integer()
+        return key in _FLOAT_COUNTERS or value.is_integer()
     if isinstance(value, TensorRef):
         is_adam = _is_adam_step((*path, key)) and value.dtype.name in _PACK
         return prod(value.shape) == 1 and (is_adam or value.dtype.name in {"int64", "int32"})
