@@ -19,6 +19,7 @@ from farcast_cli.cli import main
 from farcast_cli.fitted import fit, save_fitted
 from farcast_cli.forecast.gram import DEFAULT_SAMPLE
 from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
+from tests.tiny import torch_settings_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -169,6 +170,13 @@ def run_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **op
     with popen_cli(*args, cwd=cwd, env=env, **options) as process:
         stdout, stderr = process.communicate()
     return Done(stdout, stderr, process.returncode)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _torch_settings() -> Iterator[None]:
+    """One thread, as the command has it; whatever a module sets is put back after it."""
+    with torch_settings_kept():
+        yield
 
 
 @pytest.fixture(autouse=True)

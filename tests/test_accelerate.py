@@ -12,19 +12,12 @@ from safetensors.torch import load_file
 
 from farcast_cli.errors import UsageError
 from farcast_cli.trajectory import discover
-from tests.tiny import fit_run, predict_run, torch_settings_kept
+from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 EVERY, ORIGIN, VALID, END = 10, 80, 90, 120  # the runs go on to END, so that the truth of the valid step is known
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 class Progress:

@@ -28,10 +28,10 @@ from farcast_cli.forecast.backtest import (
 from farcast_cli.forecast.forecaster import Options
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from tests.tiny import make_task, statistic, torch_settings_kept, wander, weights_at
+from tests.tiny import make_task, statistic, wander, weights_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -42,12 +42,6 @@ STEPS = tuple(range(100, 1300, 100))
 SIZES = {"a": 40, "b": 5, "c": 120}
 JUDGED = [name for name, method in METHODS.items() if name != "persistence" and not method.averages]
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 def _coherence(arrays: Arrays, steps: tuple[int, ...] = STEPS) -> float:

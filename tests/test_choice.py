@@ -15,11 +15,9 @@ from farcast_cli.forecast.choice import CLEAR, choose_method, default_method, dr
 from farcast_cli.forecast.forecaster import forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from tests.tiny import applied, make_task, torch_settings_kept, wander, weights_at
+from tests.tiny import applied, make_task, wander, weights_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from farcast_cli.forecast.forecaster import Task
@@ -30,12 +28,6 @@ ANY = 1.0  # a horizon that is not looked at
 BLEND = METHODS["blend"]
 LATER_WEIGHTS = [name for name, method in METHODS.items() if not method.averages and name != "persistence"]
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 def _ways(count: int) -> NDArray[np.float64]:

@@ -24,10 +24,10 @@ from farcast_cli.evaluation import Evaluator
 from farcast_cli.trajectory import open_snapshot
 from tests.dcp_runs import make_run
 from tests.test_dcp import in_processes
-from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker, torch_settings_kept
+from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from farcast_cli.fitted import Fitted
     from farcast_cli.job import Outcome
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's checkpoint reader, lightning and peft warn of their own internals
 
 STEPS = (100, 200, 300, 400, 500, 600)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 @pytest.fixture(scope="module")

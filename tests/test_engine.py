@@ -18,10 +18,10 @@ from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.output.engine import QUEUED_PER_THREAD, LinearMap
-from tests.tiny import applied, basis, fit_run, predict_run, stored, torch_settings_kept, wander, write_run
+from tests.tiny import applied, basis, fit_run, predict_run, stored, wander, write_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from farcast_cli.fitted import Fitted
@@ -36,12 +36,6 @@ ROUNDING = {  # of a weight near 1: float32 arithmetic, then half a unit in the 
     torch.float16: 5e-4,
     torch.bfloat16: 4e-3,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 def _expected(fitted: Fitted, folder: Path, name: str, *, method: str = "blend", horizon: int = HORIZON) -> Any:

@@ -12,22 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import FileFormatError, NonFiniteError
 from farcast_cli.trajectory import discover
-from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker, torch_settings_kept
+from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import CallCli
 
 STEPS = (100, 200, 300, 400, 500, 600)
 TRUTH = SAMPLES / "truth" / "huggingface" / "checkpoint-1300"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 def _edited(tmp_path: Path, edit: Callable[[Path], None]) -> Path:

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from farcast_cli.forecast.forecaster import MAX_MATCH, StepNorm, forecast, plain_step, set_step_norm
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.output.engine import LinearMap
-from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, torch_settings_kept, wander, weights_at
+from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from farcast_cli.forecast.forecaster import Scope
@@ -29,12 +27,6 @@ LINEAR = [name for name in METHODS if name != "lfd2"]  # methods of increments a
 THINNED = [name for name, method in METHODS.items() if method.max_context]
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
 TRAINED = 2e-3  # of the move; lfd2 is trained by 300 steps of Adam
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 # --- the contract of all methods -------------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ from farcast_cli.forecast.methods import (
     find_method,
 )
 from farcast_cli.output.engine import LinearMap
-from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, torch_settings_kept, wander, weights_at
+from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -44,12 +44,6 @@ SIZES = {"a": 40, "b": 5, "c": 120}
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
 SQUARED = 1e-7  # normal equations square the condition of the oracle's problem
 TRAINED = 2e-3  # of the move; lfd2 is trained by 300 steps of Adam
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 # --- exact cases -----------------------------------------------------------------------------------------------------

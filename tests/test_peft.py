@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import UsageError
 from farcast_cli.trajectory import discover
-from tests.tiny import fit_run, predict_run, sample_maker, torch_settings_kept
+from tests.tiny import fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [
@@ -25,12 +24,6 @@ pytestmark = [
 ]
 
 EVERY, ORIGIN, VALID, END = 10, 80, 90, 110  # the run goes on to END, so that the truth of the valid step is on disk
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 def _adapted(*names: str) -> Any:

@@ -17,10 +17,9 @@ from farcast_cli.errors import UsageError
 from farcast_cli.trainer.counters import epoch_at, extrapolate, in_epochs, is_steady
 from farcast_cli.trainer.resume import advance, advance_batch_counts
 from farcast_cli.trajectory import discover
-from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker, torch_settings_kept
+from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from farcast_cli.fitted import Fitted
@@ -30,12 +29,6 @@ HORIZON = 100  # the runs' own distance between snapshots, so that the truth of 
 RESUMED = 20  # steps trained after the leap
 HF_ORIGIN, HF_TRUTH = SAMPLES / "huggingface" / "checkpoint-1200", SAMPLES / "truth" / "huggingface" / "checkpoint-1300"
 PLAIN_ORIGIN, PLAIN_TRUTH = SAMPLES / "plain" / "step_1600.pt", SAMPLES / "truth" / "plain" / "step_1700.pt"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 @pytest.fixture(scope="module")

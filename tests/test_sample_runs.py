@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from farcast_cli.verify import find_reference, verify
-from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker, torch_settings_kept
+from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -26,12 +25,6 @@ RUNS = {
     "safetensors": _Sample(1600, "step_{:06d}.safetensors"),
     "plain": _Sample(1600, "step_{}.pt"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 @pytest.mark.parametrize("purpose", ["resume", "evaluation"])

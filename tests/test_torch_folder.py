@@ -11,20 +11,14 @@ from safetensors.torch import save_file
 
 from farcast_cli.errors import NoWeightsError, TooFewSnapshotsError
 from farcast_cli.trajectory import discover
-from tests.tiny import fit_run, predict_run, torch_settings_kept
+from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 EVERY, ORIGIN, VALID, END = 10, 80, 90, 120
 ACCUMULATION = 4  # batches to a step, as litgpt counts them
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _torch_settings() -> Iterator[None]:
-    with torch_settings_kept():
-        yield
 
 
 class Loop:
