@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from farcast_cli.errors import SnapshotError
-from farcast_cli.output.plan import Copy, Fixed, OutputFile, Piece, Record, Values, Zeros
+from farcast_cli.output.plan import Copy, Fixed, Mapped, OutputFile, Piece, Record, Values, Zeros
 from farcast_cli.output.writer import Sink
 from farcast_cli.stream import Reader, Scratch, Stretch, buffer_of, non_finite, stretches
 
@@ -130,7 +130,7 @@ def bytes_to_read(outputs: Sequence[OutputFile], engine: Engine) -> int:
                 entries = engine.alignment.tensors[piece.index].entries
                 count = piece.entry.num_elements
                 total += sum(entries[t].dtype.bytes_of(count) for t in _snapshots_of(engine, piece.index))
-            elif isinstance(piece, (Copy, Values)):
+            elif isinstance(piece, (Copy, Values, Mapped)):
                 total += piece.num_bytes if isinstance(piece, Copy) else piece.entry.num_bytes
     return total
 
@@ -225,6 +225,9 @@ def _jobs(pieces: tuple[Piece, ...], engine: Engine) -> Iterator[Callable[[], _R
             first.entry.num_elements, num_snapshots=num_snapshots + engine.num_horizons, itemsize=itemsize
         ):
             yield lambda stretch=stretch: _forecast_stretch(first, stretch, engine)  # type: ignore[misc]
+    elif isinstance(first, Mapped):
+        for stretch in stretches(first.entry.num_elements, num_snapshots=2, itemsize=max(4, first.entry.dtype.itemsize)):
+            yield lambda stretch=stretch: _map_stretch(first, stretch, engine)  # type: ignore[misc]
     elif isinstance(first, Copy):
         for start, count in _chunks(first.num_bytes):
             yield lambda start=start, count=count: _copy_stretch(first, start, count, engine)  # type: ignore[misc]
@@ -250,6 +253,18 @@ def _copy_stretch(piece: Copy, start: int, count: int, engine: Engine) -> _Resul
     raw = engine.scratch.take(count)
     engine.reader.read_bytes(piece.path, piece.offset + start, raw)
     return _Result([raw] * engine.num_horizons, bytes_read=count)
+
+
+def _map_stretch(piece: Mapped, stretch: Stretch, engine: Engine) -> _Result:
+    source = _read(piece.entry, stretch, engine, "source")
+    work = torch.float64 if piece.entry.dtype.name == "float64" else torch.float32
+    values = torch.from_numpy(piece.function(source.to(work).numpy(), piece.begin + stretch.start))
+    limit = torch.finfo(getattr(torch, piece.dtype.name)).max
+    if not bool((values.abs() <= limit).all()):
+        raise SnapshotError(f"{piece.entry.path}: tensor {piece.entry.name!r} leaves the range of its type (+-{limit:g})")
+    taken = engine.scratch.take(stretch.count * piece.dtype.itemsize)
+    taken.view(getattr(torch, piece.dtype.name)).copy_(values)
+    return _Result([taken] * engine.num_horizons, source.nbytes)
 
 
 def _snapshots_of(engine: Engine, index: int) -> list[int]:
