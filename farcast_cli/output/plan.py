@@ -28,8 +28,13 @@ from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
 from farcast_cli.trainer.resume import Advanced, Change, StateTree, storages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from numpy import floating
+    from numpy.typing import NDArray
+
+    ValueMap = Callable[[NDArray[floating[Any]], int], NDArray[floating[Any]]]
 
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -60,6 +65,25 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
+class Mapped:
+    """The origin's values put through a function of them and of where they lie.
+
+    The function takes values (N,), float64 for float64 and else float32, and the index of the first in its tensor; it
+    gives (N,) that are rounded to `dtype`. It gives the same for every split into stretches.
+    """
+
+    entry: TensorEntry
+    dtype: DType
+    function: ValueMap
+    begin: int = 0
+    """The element of the tensor that `entry` begins with, where it is a part of it."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.entry.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Fixed:
     """Bytes known in advance."""
 
@@ -77,7 +101,7 @@ class Zeros:
     num_bytes: int
 
 
-Piece = Copy | Values | Fixed | Zeros
+Piece = Copy | Values | Mapped | Fixed | Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +155,8 @@ class Rewrite:
     valid_step: int = 0
     mirror: bool = False
     """Whether the forecast also takes the place of an average that users load."""
+    mapped: Mapping[str, ValueMap] = field(default_factory=dict)
+    """What becomes of the values of some tensors, by name."""
 
     def out_dtype(self, dtype: DType) -> DType:
         return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FLOATING else dtype
@@ -141,7 +167,9 @@ class Rewrite:
         def own(named: Mapping[str, Any]) -> dict[str, Any]:
             return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
-        return replace(self, index_of=own(self.index_of), batch_counts=own(self.batch_counts)) if prefix else self
+        if not prefix:
+            return self
+        return replace(self, index_of=own(self.index_of), batch_counts=own(self.batch_counts), mapped=own(self.mapped))
 
     def planned(self, entry: TensorEntry) -> Planned:
         """A tensor as it is written."""
@@ -152,6 +180,8 @@ class Rewrite:
         if entry.name in self.batch_counts:
             return (Fixed(struct.pack("<q", int(self.batch_counts[entry.name].new))),)
         index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
+        if entry.name in self.mapped:
+            return (Mapped(entry, dtype, self.mapped[entry.name]),)
         if index is None and dtype == entry.dtype:
             return (Copy(entry.path, entry.offset, entry.num_bytes),)
         real = entry.as_real()
@@ -317,7 +347,7 @@ def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> d
     found: dict[str, list[tuple[int, int, Piece]]] = {}
     for keys, ref in iter_tensors(weights):
         entry = file.entry(".".join(map(str, keys)), ref)
-        if entry.name in rewrite.index_of or entry.name in rewrite.batch_counts:
+        if any(entry.name in named for named in (rewrite.index_of, rewrite.batch_counts, rewrite.mapped)):
             (piece,) = rewrite.pieces(entry)
             twin = twins.get(keys)
             for place in (ref, twin) if twin and (twin.dtype, twin.stride) == (ref.dtype, ref.stride) else (ref,):
