@@ -125,12 +125,32 @@ JSON_KEYS: dict[str, dict[str, str]] = {
         "per_tensor[].ratio": "its ratio; `null` where it did not move",
     },
 }
+JSON_KEYS["tune"] = {
+    "path": "what was written; `null` where the gate was against it",
+    "layers": "the layers that were tuned",
+    "method": "name of the method, or `apply`",
+    "verdict": "`tuned`, `no significant gain`, or `applied`",
+    "held_out_before": "mean loss of the held-out rows, before; `null` with `--apply`",
+    "held_out_after": "the same, after",
+    "z": "standard errors that the gain on them is from 0",
+    "tuned_before": "mean loss of the rows tuned on, before",
+    "tuned_after": "the same, after",
+    "num_rows": "rows tuned on, rows that stop it early, rows held out",
+    "iterations": "after how many the early-stopping rows were best",
+    "relative_change": "norm of each layer's change against the layer's own",
+    "passes": "over the weights, while tuning",
+    "bytes_read": "bytes of weights read: to tune, to write, to check",
+    "bytes_written": "bytes written",
+    "seconds": "seconds it took",
+    "notes": "what is odd, such as rows that repeat, or a cache that did not pay",
+}
 BUILDERS = {
     "inspect": (render.inspect_json,),
     "fit": (render.fit_json,),
     "backtest": (render.backtest_json,),
     "predict": (render.outcome_json, render.predict_json),
     "verify": (render.verify_json,),
+    "tune": (render.tune_json,),
 }
 
 HEADER = f"""\

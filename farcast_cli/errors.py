@@ -6,13 +6,15 @@
     |   |-- TooFewSnapshotsError
     |   |-- MixedRunsError
     |   |-- StepConflictError
-    |   `-- NonFiniteError
+    |   |-- NonFiniteError
+    |   `-- DataError                 the rows to tune on cannot be used, or do not fit the layer
     |-- FileFormatError          4   a file is unreadable
     |   |-- HalfWrittenError          ... or is still being saved, or was cut off
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
     |-- OutputError              5   the output exists or cannot be written
     `-- NoForecastError         10   the run's own history says that a forecast would not help
+        `-- NoGainError              a tuning gains nothing significant on rows it has not seen
 
 A message is one line in lower case: what, where, expected against found. The hint says what to do about it.
 """
@@ -67,6 +69,10 @@ class NonFiniteError(SnapshotError):
     """NaN or infinity among the weights."""
 
 
+class DataError(SnapshotError):
+    """The rows to tune on cannot be used, or do not fit the layer."""
+
+
 class FileFormatError(FarcastError):
     """A file is not what its name says, is cut short or is damaged."""
 
@@ -95,3 +101,7 @@ class NoForecastError(FarcastError):
     """By the run's own history no forecast would be better than the last snapshot."""
 
     exit_code = 10
+
+
+class NoGainError(NoForecastError):
+    """A tuning gains nothing significant on rows that it has not seen."""

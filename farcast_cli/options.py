@@ -149,6 +149,43 @@ EvalTimeout = Annotated[
     typer.Option(envvar=env("EVAL_TIMEOUT"), metavar="SECONDS", help="Kill --eval-cmd and stop if one run takes longer."),
 ]
 
+Rows = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("DATA"), metavar="FILE", help="A .safetensors or .npz with x, inputs of the layer, and y, targets or labels."
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layer", envvar=env("LAYER"), metavar="KEY", help="The weight to tune; several in forward order."),
+]
+Biases = Annotated[
+    list[str] | None,
+    typer.Option("--bias", envvar=env("BIAS"), metavar="KEY", help="Its bias, tuned with it; one for each layer."),
+]
+Activations = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--activation",
+        envvar=env("ACTIVATION"),
+        metavar="none|relu|gelu|tanh",
+        help="Behind the layer; one for all layers, or one for each.",
+    ),
+]
+TuneMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        envvar=env("TUNE_METHOD"),
+        metavar="gauss-newton|gradient-descent",
+        help="gauss-newton for one layer, gradient-descent for several.",
+    ),
+]
+Round = Annotated[
+    str,
+    typer.Option("--round", envvar=env("ROUND"), metavar="nearest|stochastic", help="How values are put into the stored type."),
+]
+
 
 def one_of(option: str, value: str, allowed: Any) -> Any:
     """A value of a Literal type."""
@@ -194,6 +231,11 @@ def device_name(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def num_workers(threads: int) -> int:
+    """The number of workers, without torch: as many as asked for, or one per core, at most 8."""
+    return threads or min(8, len(os.sched_getaffinity(0)))
+
+
 def prepare_torch(device: str, threads: int = 0) -> int:
     """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
     kind, _, number = device.partition(":")
@@ -204,4 +246,4 @@ def prepare_torch(device: str, threads: int = 0) -> int:
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu")
     torch.set_num_threads(1)
-    return threads or min(8, len(os.sched_getaffinity(0)))
+    return num_workers(threads)

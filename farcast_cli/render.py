@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from farcast_cli.job import Outcome
     from farcast_cli.ledger import History, Leap
     from farcast_cli.trajectory import Trajectory
+    from farcast_cli.tune.run import Outcome as Tuning
     from farcast_cli.verify import Verification
 
 SCHEMA_VERSION = 1
@@ -489,3 +490,53 @@ def verify_table(result: Verification, *, verbose: bool) -> None:
         f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot it was made from;"
         f" mean absolute error {result.mean_absolute_error:.3g}"
     )
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+
+def tune_json(tuning: Tuning) -> dict[str, Any]:
+    verdict = tuning.verdict
+    return {
+        "path": str(tuning.path) if tuning.path else None,
+        "layers": list(tuning.layers),
+        "method": tuning.method,
+        "verdict": "applied" if verdict is None else "tuned" if verdict.is_accepted else "no significant gain",
+        "held_out_before": verdict.before if verdict else None,
+        "held_out_after": verdict.after if verdict else None,
+        "z": verdict.z if verdict else None,
+        "tuned_before": tuning.tuned_loss[0] if verdict else None,
+        "tuned_after": tuning.tuned_loss[1] if verdict else None,
+        "num_rows": list(tuning.num_rows),
+        "iterations": tuning.iterations,
+        "relative_change": list(tuning.sizes),
+        "passes": tuning.num_passes,
+        "bytes_read": tuning.bytes_read,
+        "bytes_written": tuning.bytes_written,
+        "seconds": round(tuning.seconds, 3),
+        "notes": list(tuning.notes),
+    }
+
+
+def tune_summary(tuning: Tuning) -> None:
+    """What was done, for people; or why nothing was."""
+    verdict, names = tuning.verdict, ", ".join(tuning.layers)
+    for text in tuning.notes:
+        note(f"note: {text}")
+    if verdict is None:
+        note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
+        return
+    if not verdict.is_accepted:
+        note(f"no significant gain: {verdict.reason}: nothing written")
+        note("hint: more rows, or rows that are more like what the model will see, may give one; --gate X asks for less")
+        return
+    rows = " + ".join(map(str, tuning.num_rows))
+    note(
+        f"{names}: {tuning.method}, {tuning.iterations} iterations on {rows} rows (tuned, early stop, held out),"
+        f" {tuning.num_passes} pass" + "es" * (tuning.num_passes != 1) + " over the weights"
+    )
+    changes = ", ".join(f"{share:.2g}" for share in tuning.sizes)
+    note(
+        f"{verdict.reason}; tuned rows {tuning.tuned_loss[0]:.4g} -> {tuning.tuned_loss[1]:.4g}; |W - W_0| / |W_0| = {changes}"
+    )
+    note(f"{size(tuning.bytes_written)} written, read back and its losses recomputed, in {tuning.seconds:.1f} s")

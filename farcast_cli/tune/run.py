@@ -1,0 +1,395 @@
+"""From a request to a published checkpoint: open, check, tune, judge, write, read back. Nothing is printed here."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from farcast_cli import __version__
+from farcast_cli.errors import OutputError, SnapshotError, UsageError
+from farcast_cli.layouts.base import unchanged
+from farcast_cli.output.writer import staged
+from farcast_cli.trajectory import open_snapshot
+from farcast_cli.tune.data import HOLDOUT, check_fit, read_anchors, read_data, split, subsample
+from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
+from farcast_cli.tune.gate import DEFAULT_GATE, Verdict, judge
+from farcast_cli.tune.objective import Objective
+from farcast_cli.tune.one_layer import Method, Settings
+from farcast_cli.tune.solve import Model, Solved, solve
+from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
+from farcast_cli.tune.write import Writing, check_kept, check_moved, check_place, write_tuned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.tune.data import Data, Splits
+    from farcast_cli.tune.delta import Delta
+    from farcast_cli.tune.objective import ActivationName, LossName
+    from farcast_cli.tune.weight import Weight
+
+    Progress = Callable[[str, int], Callable[[int], None]]
+
+MAX_HEAD_BYTES = 128 << 20
+"""Of a head in float64, which every iteration uses whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked `tune` for."""
+
+    checkpoint: Path
+    layers: tuple[str, ...]
+    data: Path
+    loss: LossName
+    biases: tuple[str, ...] = ()
+    activations: tuple[ActivationName, ...] = ("none",)
+    head: str | None = None
+    head_bias: str | None = None
+    anchor: Path | None = None
+    settings: Settings = field(default_factory=Settings)
+    holdout: float = HOLDOUT
+    gate: float = DEFAULT_GATE
+    subsample: int | None = None
+    rounded: Rounded = field(default_factory=Rounded)
+    output: Path | None = None
+    delta_out: Path | None = None
+    num_threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it; `path` is None where the gate was against it."""
+
+    layers: tuple[str, ...]
+    method: str
+    verdict: Verdict | None = None
+    path: Path | None = None
+    num_rows: tuple[int, int, int] = (0, 0, 0)
+    """Tuned on, that stop it early, held out."""
+    iterations: int = 0
+    tuned_loss: tuple[float, float] = (0.0, 0.0)
+    """Of the rows tuned on, before and after."""
+    sizes: tuple[float, ...] = ()
+    num_passes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def tune_checkpoint(request: Request, progress: Progress) -> Outcome:
+    """Tune layers of a checkpoint on labelled rows; write it where the held-out rows are the better for it.
+
+    Reads each layer once to tune it (several layers: as often as they are refreshed), once to write, once to check.
+
+    Raises:
+        UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
+    """
+    started = time.monotonic()
+    _check_options(request)
+    snapshot = open_snapshot(request.checkpoint)
+    place = _check_places(request, snapshot)
+    model = _model_of(request, snapshot)
+    data, splits, anchors, notes = _data_of(request, model)
+    with unchanged([snapshot], copied=snapshot):
+        told = progress("tune", 0)
+        solved = solve(model, data, splits, request.settings, anchors=anchors)
+        told(0)
+        gate = splits.gate
+        verdict = judge(solved.before[gate], solved.after[gate], data.groups[gate], threshold=request.gate)
+        outcome = _outcome(request, solved, verdict, splits)
+        outcome = replace(outcome, notes=(*notes, *solved.notes))
+        if verdict.is_accepted:
+            work = _Work(request, snapshot, model, data, splits, solved)
+            outcome = _publish(work, replace(outcome, path=place), progress)
+    return replace(outcome, bytes_read=_bytes_read(model) + outcome.bytes_read, seconds=time.monotonic() - started)
+
+
+def apply_deltas(
+    checkpoint: Path, file: Path, output: Path, rounded: Rounded, *, num_threads: int, progress: Progress
+) -> Outcome:
+    """Add the deltas of a file to the checkpoint that they were made for.
+
+    Raises:
+        SnapshotError: the weights are not those that the deltas were made for.
+    """
+    started = time.monotonic()
+    snapshot = open_snapshot(checkpoint)
+    check_place(output, snapshot)
+    deltas = read_deltas(file)
+    weights = [find_weight(snapshot, delta.layer, delta.bias) for delta in deltas]
+    with unchanged([snapshot], copied=snapshot):
+        bases = [_base_of(weight, delta, file) for weight, delta in zip(weights, deltas, strict=True)]
+
+        def check(written: Sequence[Weight]) -> None:
+            for again, base, delta in zip(written, bases, deltas, strict=True):
+                expected = delta.applied(base, delta.directions @ delta.directions.T)
+                check_moved(base, expected, again.forward(delta.directions), delta.layer)
+
+        outcome = Outcome(tuple(delta.layer for delta in deltas), "apply", path=output)
+
+        def about(home: Path) -> dict[str, Any]:
+            return _provenance(outcome, snapshot, home, rounded) | {"delta": os.path.relpath(file.resolve(), home)}
+
+        changes = list(zip(weights, deltas, strict=True))
+        done = write_tuned(snapshot, changes, Writing(output, rounded, about, check, num_threads), progress)
+    num_bytes = sum(weight.bytes_read for weight in weights) + done.bytes_read
+    return replace(outcome, bytes_read=num_bytes, bytes_written=done.bytes_written, seconds=time.monotonic() - started)
+
+
+def _base_of(weight: Weight, delta: Delta, file: Path) -> Any:
+    """D W_0^T, from weights that are seen to be those of the delta."""
+    width = weight.num_inputs + bool(weight.bias)
+    if delta.directions.shape[1] != width or delta.factors.shape[1] != weight.num_outputs:
+        raise SnapshotError(
+            f"{file}: {delta.layer}: expected a delta for {weight.num_outputs} x {width},"
+            f" found one for {delta.factors.shape[1]} x {delta.directions.shape[1]}",
+            hint="apply it to the checkpoint that it was made for",
+        )
+    base = weight.forward(delta.directions)
+    if weight.checksum != delta.checksum:
+        raise SnapshotError(
+            f"{weight.path}: {delta.layer} is not the layer that {file} was made for: its bytes differ",
+            hint="apply it to the checkpoint that it was made for, or tune this one",
+        )
+    return base
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_given(unwanted: Mapping[str, object], wanted: Mapping[str, object], *, of: str) -> None:
+    """See that some options are given and others are not."""
+    for name, value in unwanted.items():
+        if value:
+            raise UsageError(f"{of} takes no {name}", hint="farcast tune --help")
+    missing = [name for name, value in wanted.items() if value is None]
+    if missing:
+        raise UsageError(f"{of}: expected {', '.join(wanted)}, found no {missing[0]}", hint="farcast tune --help")
+
+
+def method_named(name: str | None, *, num_layers: int) -> Method:
+    """A method by its name; Gauss-Newton for one layer, gradient descent for several by default."""
+    if name is None:
+        return "gauss-newton" if num_layers == 1 else "gradient-descent"
+    if name.startswith("adam"):
+        raise UsageError(
+            f"--method {name}: divides every element of the gradient by a number of its own, and the result has no low rank:"
+            " it would need the whole layer in every iteration",
+            hint="--method gauss-newton takes the curvature into account, and needs no rate",
+        )
+    found = next((method for method in get_args(Method) if method == name), None)
+    if found is None:
+        raise UsageError(f"--method {name}: expected one of {', '.join(get_args(Method))}")
+    chosen: Method = found
+    return chosen
+
+
+def _check_options(request: Request) -> None:
+    settings, several = request.settings, len(request.layers) > 1
+    if len(set(request.layers)) != len(request.layers):
+        raise UsageError(f"--layer {request.layers[0]}: given twice")
+    if request.biases and len(request.biases) != len(request.layers):
+        raise UsageError(f"expected one --bias for each --layer, found {len(request.biases)} for {len(request.layers)}")
+    if len(request.activations) not in {1, len(request.layers)}:
+        raise UsageError(
+            f"expected one --activation, or one for each --layer, found {len(request.activations)} for {len(request.layers)}"
+        )
+    if (request.output is None) == (request.delta_out is None):
+        raise UsageError("expected one of -o OUT and --delta-out FILE", hint="-o OUT writes the tuned checkpoint")
+    if request.head_bias and not request.head:
+        raise UsageError("--head-bias without --head", hint="--head KEY")
+    if several and settings.method == "gauss-newton":
+        raise UsageError("--method gauss-newton tunes one layer", hint="--method gradient-descent tunes several")
+    if settings.method == "gauss-newton" and settings.weight_decay:
+        raise UsageError("--weight-decay needs --method gradient-descent", hint="--ridge pulls towards the checkpoint instead")
+    if request.anchor and settings.weight_decay:
+        raise UsageError("--weight-decay moves what --anchor holds", hint="--ridge pulls towards the checkpoint instead")
+    if request.anchor and several:
+        raise UsageError("--anchor holds the outputs of one layer, found several", hint="tune one layer, or leave it out")
+
+
+def _check_places(request: Request, snapshot: Snapshot) -> Path:
+    if request.output is not None:
+        check_place(request.output, snapshot)
+        return request.output
+    assert request.delta_out is not None  # noqa: S101 - _check_options has seen to it
+    check_place(request.delta_out, snapshot, option="--delta-out", ending=".safetensors")
+    return request.delta_out
+
+
+def _model_of(request: Request, snapshot: Snapshot) -> Model:
+    biases = request.biases or (None,) * len(request.layers)
+    weights = tuple(find_weight(snapshot, layer, bias) for layer, bias in zip(request.layers, biases, strict=True))
+    for before, after in pairwise(weights):
+        if before.num_outputs != after.num_inputs:
+            raise UsageError(
+                f"--layer {after.name}: expected {before.num_outputs} inputs, the outputs of {before.name},"
+                f" found {after.num_inputs}",
+                hint="name the layers in forward order",
+            )
+    activations = request.activations * (len(weights) if len(request.activations) == 1 else 1)
+    head, bias = _head_of(request, snapshot, weights[-1])
+    return Model(weights, activations[:-1], Objective(request.loss, activations[-1], head, bias))
+
+
+def _head_of(request: Request, snapshot: Snapshot, last: Weight) -> tuple[Any, Any]:
+    if request.head is None:
+        return None, None
+    shards = find_matrix(snapshot, "--head", request.head)
+    rows = sum(shard.num_rows for shard in shards)
+    width = shards[0].entry.shape[1]
+    if width != last.num_outputs:
+        raise UsageError(
+            f"{snapshot.path}: --head {request.head}: expected {last.num_outputs} inputs, the outputs of {last.name}, found {width}",
+            hint="the head comes right behind the (last) layer and its activation",
+        )
+    if 8 * rows * width > MAX_HEAD_BYTES:
+        raise UsageError(
+            f"{snapshot.path}: --head {request.head} is {rows} x {width}: more than tune holds in memory",
+            hint="leave the head out and give targets of the layer itself as y, with --loss mse",
+        )
+    head = np.concatenate([block.copy() for _, block in find_weight(snapshot, request.head).blocks()])
+    return head, None if request.head_bias is None else find_vector(snapshot, "--head-bias", request.head_bias, rows)
+
+
+def _data_of(request: Request, model: Model) -> tuple[Data, Splits, Any, tuple[str, ...]]:
+    data = read_data(request.data, request.loss)
+    if request.subsample is not None:
+        data = subsample(data, request.subsample, seed=request.rounded.seed)
+    anchors = read_anchors(request.anchor) if request.anchor else None
+    head = model.objective.head
+    num_outputs = model.weights[-1].num_outputs if head is None else len(head)
+    check_fit(data, list(model.weights), num_outputs=num_outputs, loss=request.loss, anchors=anchors)
+    notes = []
+    if data.num_copies:
+        notes.append(
+            f"{data.num_copies} of {data.num_rows} rows repeat the x of another: kept together, and counted once by the gate"
+        )
+    return data, split(data, holdout=request.holdout, seed=request.rounded.seed), anchors, tuple(notes)
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+def _outcome(request: Request, solved: Solved, verdict: Verdict, splits: Splits) -> Outcome:
+    return Outcome(
+        request.layers,
+        request.settings.method,
+        verdict,
+        num_rows=(len(splits.tuned), len(splits.early), len(splits.gate)),
+        iterations=solved.best,
+        tuned_loss=(float(solved.before[splits.tuned].mean()), float(solved.after[splits.tuned].mean())),
+        sizes=solved.sizes,
+        num_passes=solved.num_passes,
+    )
+
+
+def _bytes_read(model: Model) -> int:
+    return sum(weight.bytes_read for weight in model.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A tuning that was accepted, and all that it came from."""
+
+    request: Request
+    snapshot: Snapshot
+    model: Model
+    data: Data
+    splits: Splits
+    solved: Solved
+
+    def check(self, written: Sequence[Weight]) -> None:
+        """See that the losses are still what they were."""
+        again = replace(self.model, weights=tuple(written))
+        found = self.model.objective.row_losses(again.pre(self.data.inputs), self.data.targets)
+        for what, chosen in (("tuned", self.splits.tuned), ("held-out", self.splits.gate)):
+            check_kept(self.solved.before[chosen], self.solved.after[chosen], found[chosen], what)
+
+
+def _publish(work: _Work, outcome: Outcome, progress: Progress) -> Outcome:
+    """Write the checkpoint, or the deltas alone."""
+    request, snapshot, place = work.request, work.snapshot, outcome.path
+    assert place is not None  # noqa: S101 - the caller has set it
+
+    def about(home: Path) -> dict[str, Any]:
+        return _provenance(outcome, snapshot, home, request.rounded) | _asked(request, home)
+
+    if request.output is None:
+        return replace(outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about(place.resolve().parent)))
+    changes = list(zip(work.model.weights, work.solved.deltas, strict=True))
+    writing = Writing(place, request.rounded, about, work.check, request.num_threads)
+    done = write_tuned(snapshot, changes, writing, progress)
+    return replace(outcome, bytes_read=done.bytes_read, bytes_written=done.bytes_written)
+
+
+def _publish_deltas(deltas: Sequence[Delta], place: Path, about: dict[str, Any]) -> int:
+    """The size of the file."""
+    with ExitStack() as stack:
+        hidden = stack.enter_context(staged(place))
+        write_deltas(hidden, deltas, about)
+        for delta, again in zip(deltas, read_deltas(hidden), strict=True):
+            if not np.array_equal(delta.factors, again.factors) or not np.array_equal(delta.directions, again.directions):
+                raise OutputError(f"{place}: reads back as something else than was written", hint="check the disk")
+        return hidden.stat().st_size
+
+
+def _provenance(outcome: Outcome, snapshot: Snapshot, home: Path, rounded: Rounded) -> dict[str, Any]:
+    """What a sidecar says of a tuning."""
+    verdict = outcome.verdict
+    judged: dict[str, Any] = {}
+    if verdict is not None:
+        judged = {
+            "held_out": {"before": verdict.before, "after": verdict.after, "z": verdict.z, "rows": verdict.num_rows},
+            "gate": verdict.threshold,
+            "tuned": {"before": outcome.tuned_loss[0], "after": outcome.tuned_loss[1], "rows": outcome.num_rows[0]},
+            "iterations": outcome.iterations,
+            "relative_change": list(outcome.sizes),
+        }
+    return {
+        "schema_version": 1,
+        "command": "tune",
+        "name": outcome.path.name if outcome.path else None,
+        "farcast_version": __version__,
+        "layers": list(outcome.layers),
+        "method": outcome.method,
+        "input": {
+            "path": os.path.relpath(snapshot.path.resolve(), home),
+            "bytes": snapshot.num_bytes,
+            "digest": snapshot.digest,
+        },
+        **judged,
+        "round": rounded.how,
+        "seed": rounded.seed,
+        "notes": list(outcome.notes),
+    }
+
+
+def _asked(request: Request, home: Path) -> dict[str, Any]:
+    settings = request.settings
+    return {
+        "data": {"path": os.path.relpath(request.data.resolve(), home), "bytes": request.data.stat().st_size},
+        "options": {
+            "loss": request.loss,
+            "activation": list(request.activations),
+            "bias": list(request.biases),
+            "head": request.head,
+            "head_bias": request.head_bias,
+            "anchor": None if request.anchor is None else os.path.relpath(request.anchor.resolve(), home),
+            "rate": settings.rate,
+            "momentum": settings.momentum,
+            "weight_decay": settings.weight_decay,
+            "ridge": settings.ridge,
+            "holdout": request.holdout,
+            "subsample": request.subsample,
+        },
+    }

@@ -1,0 +1,283 @@
+"""One weight matrix of a checkpoint, read in blocks of rows: never whole, and every pass over it is counted.
+
+Knows which tensors can be tuned at all, and how the shards of one are joined.
+
+Shapes: W (m_out, m_in); with a bias the inputs get a last element 1, so that W has a last column b.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from farcast_cli.alignment import under_common_names
+from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
+from farcast_cli.formats.files import open_read_only, read_into
+from farcast_cli.quantised import quantised_owner
+from farcast_cli.tensors import FLOATING
+from farcast_cli.tune.numbers import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.tensors import TensorEntry
+
+BLOCK_BYTES = 8 << 20  # of float64, of a block of rows; a larger one gains nothing and takes memory
+_SHARD = re.compile(r"\.@(\d+)(?:,\d+)*$")
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows of a matrix that lie in one stretch of a file; `first` is the number of the first."""
+
+    entry: TensorEntry
+    first: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.entry.shape[0]
+
+
+@dataclass(slots=True)
+class Weight:
+    """A matrix, with its bias as a last column where it has one. Counts the bytes and the passes that were read."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    bias: tuple[Shard, ...] = ()
+    num_passes: int = 0
+    bytes_read: int = 0
+    square: float = field(default=0.0)
+    """The squared norm, and below the checksum: of the last pass."""
+    checksum: int = 0
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def num_inputs(self) -> int:
+        return self.shards[0].entry.shape[1]
+
+    @property
+    def path(self) -> Path:
+        return self.shards[0].entry.path
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        return tuple(shard.entry for shard in (*self.shards, *self.bias))
+
+    @property
+    def bias_name(self) -> str | None:
+        return _SHARD.sub("", self.bias[0].entry.name) if self.bias else None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries)
+
+    def extended(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Inputs (n, m_in) with the last element 1 that a bias asks for, (n, m_in + 1)."""
+        return np.hstack([inputs, np.ones((len(inputs), 1))]) if self.bias else inputs
+
+    def forward(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """X W^T (n, m_out) for extended inputs (n, m_in or m_in + 1), in one pass."""
+        out = np.empty((len(inputs), self.num_outputs))
+        for first, rows in self.blocks():
+            np.matmul(inputs, rows.T, out=out[:, first : first + len(rows)])
+        return out
+
+    def backward(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """G W (n, m_in or m_in + 1) for gradients (n, m_out), in one pass."""
+        out = np.zeros((len(gradients), self.num_inputs + bool(self.bias)))
+        for first, rows in self.blocks():
+            out += gradients[:, first : first + len(rows)] @ rows
+        return out
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The rows in order, as (first row, float64 (R, m_in or m_in + 1)), in memory that the next block takes over.
+
+        Raises:
+            NonFiniteError: a row that holds NaN or infinity.
+        """
+        self.num_passes += 1
+        self.square, self.checksum = 0.0, 0
+        width = self.num_inputs + bool(self.bias)
+        num_rows = max(1, BLOCK_BYTES // (8 * width))
+        block = np.empty((num_rows, width))
+        raw = np.empty(num_rows * self.num_inputs * 8, dtype=np.uint8)
+        biases = np.concatenate([self._read_all(shard) for shard in self.bias]) if self.bias else None
+        for shard in self.shards:
+            fd = open_read_only(shard.entry.path)
+            try:
+                for start in range(0, shard.num_rows, num_rows):
+                    count = min(num_rows, shard.num_rows - start)
+                    rows = block[:count]
+                    rows[:, : self.num_inputs] = self._read(fd, shard, start, count, raw)
+                    if biases is not None:
+                        rows[:, -1] = biases[shard.first + start : shard.first + start + count]
+                    self._check(shard.entry, rows)
+                    yield shard.first + start, rows
+            finally:
+                os.close(fd)
+
+    def _read(self, fd: int, shard: Shard, start: int, count: int, raw: NDArray[np.uint8]) -> NDArray[np.floating]:
+        row_bytes = self.num_inputs * shard.entry.dtype.itemsize
+        memory = raw[: count * row_bytes].data
+        read_into(fd, memory, shard.entry.offset + start * row_bytes, shard.entry.path)
+        self.bytes_read += len(memory)
+        self.checksum = zlib.crc32(memory, self.checksum)
+        return decode(memory, shard.entry.dtype).reshape(count, self.num_inputs)
+
+    def _read_all(self, shard: Shard) -> NDArray[np.floating]:
+        values, raw = read_tensor(shard.entry)
+        self.bytes_read += len(raw)
+        self.checksum = zlib.crc32(raw, self.checksum)
+        return values
+
+    def _check(self, entry: TensorEntry, rows: NDArray[np.float64]) -> None:
+        square = float(np.vdot(rows, rows))
+        if not np.isfinite(square) and not np.isfinite(rows).all():
+            value = rows[~np.isfinite(rows)][0]
+            raise NonFiniteError(
+                f"{entry.path}: tensor {entry.name!r} holds {value}: expected finite numbers",
+                hint="the run diverged or the file is damaged: tune an earlier checkpoint",
+            )
+        self.square += square
+
+
+def read_tensor(entry: TensorEntry, integers: str = "") -> tuple[NDArray[Any], bytes]:
+    """A small tensor's values (N,), whole, and its bytes; `integers` is numpy's code where it is not of a floating type."""
+    fd = open_read_only(entry.path)
+    try:
+        raw = bytearray(entry.num_bytes)
+        read_into(fd, memoryview(raw), entry.offset, entry.path)
+    finally:
+        os.close(fd)
+    return (np.frombuffer(raw, integers) if integers else decode(memoryview(raw), entry.dtype)), bytes(raw)
+
+
+def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None) -> Weight:
+    """A layer of a checkpoint, seen to be one that can be tuned.
+
+    Raises:
+        UsageError: no such tensor, or none of two dimensions (a bias: of one, as long as the layer has rows).
+        SnapshotError: integers, quantised, tied to another tensor, or not stored row by row.
+    """
+    shards = find_matrix(snapshot, "--layer", layer)
+    weight = Weight(layer, shards)
+    _check_tied(snapshot, weight.entries, layer)
+    if bias is None:
+        return weight
+    found = _find(snapshot, "--bias", bias)
+    length = sum(entry.num_elements for entry in found)
+    if any(len(entry.shape) != 1 for entry in found) or length != weight.num_outputs:
+        shape = list(found[0].shape) if len(found) == 1 else [length]
+        raise UsageError(
+            f"{snapshot.path}: --bias {bias}: expected shape [{weight.num_outputs}], one number for each output of {layer},"
+            f" found {shape}"
+        )
+    _check_tied(snapshot, found, bias)
+    return Weight(layer, shards, _in_order(found))
+
+
+def find_matrix(snapshot: Snapshot, option: str, key: str) -> tuple[Shard, ...]:
+    """A tensor of two dimensions, in the shards that it is stored as."""
+    found = _find(snapshot, option, key)
+    if any(len(entry.shape) != 2 for entry in found):  # noqa: PLR2004 - a matrix
+        shape = list(found[0].shape)
+        raise UsageError(
+            f"{snapshot.path}: {option} {key}: expected a matrix, outputs x inputs, found shape {shape}",
+            hint="name the weight of a linear layer",
+        )
+    shards = _in_order(found)
+    if any(shard.entry.shape[1] != shards[0].entry.shape[1] for shard in shards):
+        raise SnapshotError(
+            f"{snapshot.path}: {option} {key}: sharded by columns: expected rows",
+            hint="python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE",
+        )
+    return shards
+
+
+def find_vector(snapshot: Snapshot, option: str, key: str, length: int) -> NDArray[np.float64]:
+    """A small tensor's values (length,)."""
+    found = _find(snapshot, option, key)
+    values = np.concatenate([read_tensor(shard.entry)[0] for shard in _in_order(found)]).astype(np.float64)
+    if values.size != length or any(len(entry.shape) != 1 for entry in found):
+        raise UsageError(f"{snapshot.path}: {option} {key}: expected shape [{length}], found {list(found[0].shape)}")
+    return values
+
+
+def _in_order(entries: Sequence[TensorEntry]) -> tuple[Shard, ...]:
+    """Shards by their rows; each must begin where the one before ends."""
+    first, found = 0, []
+    for entry in sorted(entries, key=_begin):
+        found.append(Shard(entry, first))
+        if len(entries) > 1 and _begin(entry) != first:
+            raise SnapshotError(
+                f"{entry.path}: tensor {entry.name!r} does not begin at row {first}: expected shards of whole rows",
+                hint="python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE",
+            )
+        first += entry.shape[0] if entry.shape else 1
+    return tuple(found)
+
+
+def _begin(entry: TensorEntry) -> int:
+    match = _SHARD.search(entry.name)
+    return int(match[1]) if match else 0
+
+
+def _find(snapshot: Snapshot, option: str, key: str) -> list[TensorEntry]:
+    """The tensor of a name, or its shards, of a floating type."""
+    tensors = snapshot.tensors
+    named = [tensors[key]] if key in tensors else [e for name, e in tensors.items() if _SHARD.sub("", name) == key]
+    if not named:
+        common = under_common_names(tensors)
+        named = [common[key]] if key in common else []
+    if not named:
+        near = difflib.get_close_matches(key, tensors, n=MAX_NAMED, cutoff=0.3) or list(tensors)[:MAX_NAMED]
+        raise UsageError(f"{snapshot.path}: {option} {key}: no such tensor", hint=f"it has {', '.join(near)}")
+    for entry in named:
+        _check_kind(snapshot, entry)
+    return named
+
+
+def _check_kind(snapshot: Snapshot, entry: TensorEntry) -> None:
+    others = {other.name for other in snapshot.tensors.values() if other.dtype.name not in FLOATING}
+    owner = quantised_owner(entry.name, others)
+    if entry.dtype.name not in FLOATING or owner:
+        what = f"belongs to {owner}, which is quantised" if owner else f"is {entry.dtype.name}"
+        raise SnapshotError(
+            f"{entry.path}: tensor {entry.name!r} {what}: expected {', '.join(FLOATING)}",
+            hint="tune the checkpoint that it was quantised from",
+        )
+    if entry.name in snapshot.not_streamable or entry.strides:
+        raise SnapshotError(
+            f"{entry.path}: tensor {entry.name!r} is not stored row by row",
+            hint="save the checkpoint with tensor.contiguous()",
+        )
+    if not entry.num_elements:
+        raise SnapshotError(f"{entry.path}: tensor {entry.name!r} is empty", hint="name another layer")
+
+
+def _check_tied(snapshot: Snapshot, entries: Sequence[TensorEntry], key: str) -> None:
+    """Refuse a tensor whose bytes have a second name: tuning one layer would change another."""
+    own = {entry.name for entry in entries}
+    for entry in entries:
+        for other in snapshot.tensors.values():
+            overlaps = other.offset < entry.offset + entry.num_bytes and entry.offset < other.offset + other.num_bytes
+            if other.name not in own and other.path == entry.path and overlaps:
+                raise SnapshotError(
+                    f"{entry.path}: {key} is tied to {other.name}: tuning one would change both",
+                    hint="save the checkpoint with the two untied, or tune another layer",
+                )

@@ -1,0 +1,337 @@
+"""One layer in coordinates does what dense float64 training of it does, to rounding, whatever the method and activation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from farcast_cli.tune.objective import Objective, activate, normal_cdf, slope_of
+from farcast_cli.tune.one_layer import (
+    FIRST_DAMPING,
+    GOOD,
+    GROW,
+    LEAST_DAMPING,
+    LEAST_GAIN,
+    MAX_TRIES,
+    POOR,
+    POWER_ITERATIONS,
+    SHRINK,
+    Problem,
+    Rows,
+    Settings,
+    Tuned,
+    largest_curvature,
+    tune,
+)
+from farcast_cli.tune.solve import _beside_anchors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+ITERATIONS = 200
+TOLERANCE = 1e-12  # of the first loss
+TO_THE_END: Any = {"inner_iterations": 400, "inner_tolerance": 1e-13}
+"""Conjugate gradients that solve the damped system, as the oracle does; by default they stop earlier."""
+ACTIVATIONS = ("none", "relu", "gelu", "tanh")
+NUM_ROWS, NUM_INPUTS, NUM_OUTPUTS, NUM_CLASSES, NUM_ANCHORS = 7, 11, 6, 4, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small layer with its bias as last column, rows, and what comes after the layer."""
+
+    weights: Array
+    inputs: Array
+    targets: Array
+    objective: Objective
+    anchors: Array | None = None
+
+    @property
+    def problem(self) -> Problem:
+        directions = self.inputs if self.anchors is None else _beside_anchors(self.inputs, self.anchors)
+        return Problem(self.objective, Rows(self.inputs @ self.weights.T, self.inputs @ directions.T, self.targets))
+
+    def outputs(self, weights: torch.Tensor) -> torch.Tensor:
+        """By torch's own modules."""
+        act = {"none": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "tanh": nn.Tanh()}[self.objective.activation]
+        out: torch.Tensor = act(torch.from_numpy(self.inputs) @ weights.T)
+        if self.objective.head is not None and self.objective.head_bias is not None:
+            out = out @ torch.from_numpy(self.objective.head).T + torch.from_numpy(self.objective.head_bias)
+        return out
+
+    def loss(self, weights: torch.Tensor) -> torch.Tensor:
+        out, targets = self.outputs(weights), torch.from_numpy(self.targets)
+        if self.objective.loss == "mse":
+            return nn.functional.mse_loss(out, targets)
+        return nn.functional.cross_entropy(out, targets)
+
+    @property
+    def kept(self) -> Array:
+        """The projection of a gradient's rows that anchors leave, (m_in, m_in)."""
+        if self.anchors is None:
+            return np.eye(self.inputs.shape[1])
+        return np.eye(self.inputs.shape[1]) - np.linalg.pinv(self.anchors) @ self.anchors
+
+
+def make_case(loss: Any, activation: Any, *, with_head: bool, anchored: bool = False, seed: int = 0) -> Case:
+    random = np.random.default_rng(seed)
+    extended = np.hstack([random.normal(size=(NUM_ROWS, NUM_INPUTS)), np.ones((NUM_ROWS, 1))])
+    anchors = np.hstack([random.normal(size=(NUM_ANCHORS, NUM_INPUTS)), np.ones((NUM_ANCHORS, 1))]) if anchored else None
+    weights = random.normal(size=(NUM_OUTPUTS, NUM_INPUTS + 1)) / 3
+    head = random.normal(size=(NUM_CLASSES, NUM_OUTPUTS)) / math.sqrt(NUM_OUTPUTS) if with_head else None
+    head_bias = random.normal(size=NUM_CLASSES) if with_head else None
+    objective = Objective(loss, activation, head, head_bias)
+    elsewhere = objective.outputs(extended @ (weights + random.normal(size=weights.shape) / 3).T)
+    targets: Any = elsewhere + 0.1 * random.normal(size=elsewhere.shape)
+    if loss == "cross-entropy":
+        targets = targets.argmax(axis=1)
+    return Case(weights, extended, targets, objective, anchors)
+
+
+def dense_descent(case: Case, settings: Settings) -> list[float]:
+    """torch.optim.SGD on the whole matrix in float64; ridge and anchors act on its gradient."""
+    weights = nn.Parameter(torch.from_numpy(case.weights.copy()))
+    start, kept = torch.from_numpy(case.weights), torch.from_numpy(case.kept)
+    assert settings.rate is not None
+    optimizer = torch.optim.SGD([weights], lr=settings.rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    losses = []
+    for _ in range(settings.num_iterations + 1):
+        optimizer.zero_grad()
+        loss = case.loss(weights)
+        losses.append(loss.item())
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert weights.grad is not None
+        weights.grad = weights.grad @ kept + settings.ridge * (weights.detach() - start)
+        optimizer.step()
+    return losses
+
+
+def dense_newton(case: Case, settings: Settings) -> list[float]:
+    """The same rule on the whole matrix: the Jacobian by autograd, the damped system in all of W-space."""
+    shape = case.weights.shape
+    kept = np.kron(np.eye(shape[0]), case.kept)
+    start = torch.from_numpy(case.weights)
+    weights = start.clone()
+
+    def total(at: torch.Tensor) -> float:
+        return case.loss(at).item() + settings.ridge / 2 * float(((at - start) ** 2).sum())
+
+    def system(at: torch.Tensor) -> tuple[Array, Array]:
+        """The Gauss-Newton matrix and the gradient of the loss, where anchors let W move."""
+        jacobian = torch.func.jacrev(case.outputs)(at).reshape(-1, at.numel()).numpy()
+        out = case.outputs(at).numpy()
+        if case.objective.loss == "mse":
+            bend = np.eye(out.size) * 2 / out.size
+        else:
+            likely = np.exp(out) / np.exp(out).sum(axis=1, keepdims=True)
+            blocks = [(np.diag(p) - np.outer(p, p)) / len(out) for p in likely]
+            bend = np.zeros((out.size, out.size))
+            for row, block in enumerate(blocks):
+                place = slice(row * len(block), (row + 1) * len(block))
+                bend[place, place] = block
+        gradient = torch.func.grad(case.loss)(at).numpy().reshape(-1)
+        return kept @ (jacobian.T @ bend @ jacobian) @ kept, kept @ gradient
+
+    matrix, gradient = system(weights)
+    largest = dense_largest(matrix, gradient) + settings.ridge
+    damping = FIRST_DAMPING[case.objective.loss] * largest
+    losses = []
+    for _ in range(settings.num_iterations + 1):
+        losses.append(case.loss(weights).item())
+        matrix, gradient = system(weights)
+        right = -(gradient + settings.ridge * (weights - start).numpy().reshape(-1))
+        for _ in range(MAX_TRIES):
+            step = np.linalg.solve(matrix + (damping + settings.ridge) * np.eye(len(matrix)), right)
+            trial = weights + torch.from_numpy(step.reshape(shape))
+            gained = total(weights) - total(trial)
+            bent = step @ matrix @ step + settings.ridge * (step @ step)
+            share = gained / (right @ step - bent / 2)
+            damping = max(damping * (SHRINK if share > GOOD else GROW if share < POOR else 1), LEAST_DAMPING * largest)
+            if gained > LEAST_GAIN * losses[0]:
+                break
+        else:
+            return losses
+        weights = trial
+    return losses
+
+
+def dense_largest(matrix: Array, vector: Array) -> float:
+    largest = 0.0
+    for _ in range(POWER_ITERATIONS):
+        image = matrix @ vector
+        largest = max(largest, float(vector @ image) / float(vector @ vector))
+        vector = image / np.linalg.norm(image)
+    return largest
+
+
+def assert_same_path(found: list[float], expected: list[float]) -> None:
+    """Equal to the last loss that both have: a path that has come to its end stops when rounding lets it."""
+    length = min(len(found), len(expected))
+    np.testing.assert_allclose(found[:length], expected[:length], rtol=0, atol=TOLERANCE * expected[0])
+    assert abs(found[-1] - expected[-1]) <= TOLERANCE * expected[0]
+
+
+def run(case: Case, settings: Settings) -> Tuned:
+    return tune(case.problem, settings)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "weight_decay": 0.05},
+        {"momentum": 0.5, "ridge": 0.1},
+        {"momentum": 0.5, "ridge": 0.1, "weight_decay": 0.05},
+    ],
+    ids=["plain", "momentum", "decay", "ridge", "both"],
+)
+def test_gradient_descent_is_dense_sgd(loss: str, activation: str, with_head: bool, options: dict[str, Any]) -> None:  # noqa: FBT001
+    case = make_case(loss, activation, with_head=with_head)
+    settings = Settings("gradient-descent", ITERATIONS, rate=0.02, **options)
+    found, expected = run(case, settings).losses, dense_descent(case, settings)
+    assert len(found) == ITERATIONS + 1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * expected[0])
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+def test_gradient_descent_beside_anchors_is_dense_sgd_with_its_gradient_projected(loss: str, activation: str) -> None:
+    case = make_case(loss, activation, with_head=True, anchored=True)
+    settings = Settings("gradient-descent", ITERATIONS, rate=0.02, ridge=0.01)
+    expected = dense_descent(case, settings)
+    np.testing.assert_allclose(run(case, settings).losses, expected, rtol=0, atol=TOLERANCE * expected[0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("loss", "ridge"),
+    [("mse", 0.0), ("mse", 0.01), ("cross-entropy", 0.001), ("cross-entropy", 0.01)],
+    # rows that can be told apart send W to infinity without a ridge, and rounding grows on the way
+)
+@pytest.mark.parametrize("anchored", [False, True])
+def test_gauss_newton_is_dense_gauss_newton(loss: str, activation: str, ridge: float, anchored: bool) -> None:  # noqa: FBT001
+    case = make_case(loss, activation, with_head=True, anchored=anchored)
+    settings = Settings("gauss-newton", ITERATIONS, ridge=ridge, **TO_THE_END)
+    assert_same_path(run(case, settings).losses, dense_newton(case, settings))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+def test_gauss_newton_without_a_head_is_dense_gauss_newton(loss: str, activation: str) -> None:
+    case = make_case(loss, activation, with_head=False)
+    settings = Settings("gauss-newton", ITERATIONS, ridge=0.01, **TO_THE_END)
+    assert_same_path(run(case, settings).losses, dense_newton(case, settings))
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_the_closed_form_is_the_dense_ridge_regression(anchored: bool) -> None:  # noqa: FBT001
+    case = make_case("mse", "none", with_head=False, anchored=anchored)
+    ridge = 0.03
+    inputs = case.inputs @ case.kept
+    residual = case.targets - case.inputs @ case.weights.T
+    matrix = inputs.T @ inputs + ridge * residual.size / 2 * np.eye(inputs.shape[1])
+    change = np.linalg.solve(matrix, inputs.T @ residual).T @ case.kept
+    expected = float(((residual - case.inputs @ change.T) ** 2).mean())
+    found = run(case, Settings(ridge=ridge)).losses
+    assert abs(found[-1] - expected) <= TOLERANCE * found[0]
+
+
+def test_the_weights_are_the_dense_ones_too() -> None:
+    case = make_case("cross-entropy", "gelu", with_head=True)
+    settings = Settings("gradient-descent", ITERATIONS, rate=0.05, weight_decay=0.01)
+    point = run(case, settings).point
+    made = point.scale * case.weights + point.factors.T @ case.inputs
+    loss = case.loss(torch.from_numpy(made)).item()
+    assert abs(loss - dense_descent(case, settings)[-1]) <= TOLERANCE * dense_descent(case, settings)[0]
+
+
+def test_anchors_keep_their_pre_activations_to_rounding() -> None:
+    case = make_case("mse", "relu", with_head=True, anchored=True)
+    assert case.anchors is not None
+    point = run(case, Settings()).point
+    change = point.factors.T @ _beside_anchors(case.inputs, case.anchors)
+    assert np.linalg.norm(change) > 0.1
+    assert np.abs(case.anchors @ change.T).max() < 1e-13
+
+
+def test_gauss_newton_needs_far_fewer_iterations_than_gradient_descent_where_inputs_are_clustered() -> None:
+    case = make_case("mse", "none", with_head=True)
+    random = np.random.default_rng(1)
+    clustered = random.normal(size=(1, NUM_INPUTS + 1)) + 0.05 * case.inputs
+    case = replace(case, inputs=clustered)
+
+    def needed(settings: Settings) -> int:
+        losses = run(case, settings).losses
+        return next((i for i, loss in enumerate(losses) if loss <= 1e-6 * losses[0]), ITERATIONS + 1)
+
+    assert needed(Settings("gauss-newton", ITERATIONS)) <= 10
+    assert needed(Settings("gradient-descent", ITERATIONS)) > ITERATIONS
+
+
+def test_a_rate_found_from_the_curvature_brings_the_loss_down() -> None:
+    for activation in ACTIVATIONS:
+        case = make_case("cross-entropy", activation, with_head=True)
+        losses = run(case, Settings("gradient-descent", ITERATIONS)).losses
+        assert losses[-1] < 0.25 * losses[0]
+
+
+def test_the_largest_curvature_is_the_largest_eigenvalue_of_the_dense_gauss_newton_matrix() -> None:
+    case = make_case("mse", "none", with_head=False)
+    expected = 2 / case.targets.size * float(np.linalg.eigvalsh(case.inputs @ case.inputs.T)[-1])
+    assert largest_curvature(case.problem, case.problem.start) == pytest.approx(expected, rel=0.05)
+
+
+# --- objective -------------------------------------------------------------------------------------------------------
+
+
+def test_the_normal_distribution_function_is_that_of_the_c_library() -> None:
+    values = np.concatenate([np.linspace(-12, 12, 20_001), [0.0, -0.0, 1e-300, 40.0, -40.0]])
+    expected = [0.5 * math.erfc(-value / math.sqrt(2)) for value in values]
+    np.testing.assert_allclose(normal_cdf(values), expected, rtol=0, atol=2e-15)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=40))
+def test_activations_and_slopes_are_torchs(activation: Any, values: list[float]) -> None:
+    pre = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    act: Callable[[torch.Tensor], torch.Tensor]
+    act = {"none": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "tanh": nn.Tanh()}[activation]
+    out = act(pre)
+    out.sum().backward()
+    assert pre.grad is not None
+    found, slope = activate(activation, np.array(values)), slope_of(activation, np.array(values))
+    np.testing.assert_allclose(found, out.detach().numpy(), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(np.ones(len(values)) if slope is None else slope, pre.grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+@pytest.mark.parametrize("with_head", [True, False])
+def test_losses_and_gradients_are_torchs(loss: str, activation: str, with_head: bool) -> None:  # noqa: FBT001
+    case = make_case(loss, activation, with_head=with_head)
+    weights = torch.from_numpy(case.weights).requires_grad_()
+    expected = case.loss(weights)
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert weights.grad is not None
+    pre = case.inputs @ case.weights.T
+    value, gradient = case.objective.value_and_gradient(pre, case.targets)
+    assert value == pytest.approx(expected.item(), rel=1e-14)
+    assert case.objective.value(pre, case.targets) == pytest.approx(value, rel=1e-14)
+    np.testing.assert_allclose(gradient.T @ case.inputs, weights.grad.numpy(), rtol=1e-12, atol=1e-14)
