@@ -88,6 +88,7 @@ ORDER = (
     "tune.run",
     "render",
     "options",
+    "tune_command",
     "cli",
     "__main__",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ def outputs_of(weights: Mapping[str, torch.Tensor], inputs: np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Rows:
+    """What a file of rows holds."""
+
     x: np.ndarray[Any, Any]
     y: np.ndarray[Any, Any]
 
@@ -221,7 +224,7 @@ def test_the_bytes_read_do_not_depend_on_the_number_of_iterations(work: Path) ->
     read, said, done = [], [], []
     for iterations in (3, 3, 200):  # the first one also reads what is imported
         request = request_in(
-            work, data=work / "wide.npz", settings=Settings("gradient-descent", iterations, rate=1e-9), **plain
+            work, data=work / "wide.npz", settings=Settings("gradient-descent", iterations, rate=1e-3), **plain
         )
         request = replace(request, layers=("wide.weight",))
         before = bytes_that_this_process_read()
@@ -290,17 +293,18 @@ def test_a_folder_of_shards_keeps_its_files(work: Path) -> None:
 
 
 def test_a_distributed_checkpoint_is_tuned_in_place_of_its_tensor(work: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     weights = make_weights()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"model": weights, "step": 10}, checkpoint_id=str(work / "step-10"), no_dist=True)
+        save({"model": weights, "step": 10}, checkpoint_id=str(work / "step-10"), no_dist=True)
     tune_checkpoint(replace(request_in(work), checkpoint=work / "step-10", output=work / "tuned"), quiet)
     into = {"model": {name: torch.zeros_like(tensor) for name, tensor in weights.items()}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(into, checkpoint_id=str(work / "tuned"), no_dist=True)
+        load(into, checkpoint_id=str(work / "tuned"), no_dist=True)
     rows = load_rows(work)
     assert ((outputs_of(into["model"], rows.x) - rows.y) ** 2).mean() < 0.3 * (
         (outputs_of(weights, rows.x) - rows.y) ** 2
@@ -398,11 +402,11 @@ def test_no_split_into_stretches_changes_a_value_that_is_written(width: int, dat
     weight = find_weight_of(path, height, width)
     values = random.normal(size=height * width).astype(np.float32)
     for how in ("nearest", "stochastic"):
-        rounded: Any = Rounded(how, 11)  # type: ignore[arg-type]
+        rounded: Any = Rounded(how, 11)
         function = maps_of(delta, weight, rounded)["w"]
         cuts = sorted(data.draw(st.lists(st.integers(1, len(values) - 1), max_size=4, unique=True))) if len(values) > 1 else []
         edges = [0, *cuts, len(values)]
-        parts = [function(values[a:b], a) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [function(values[a:b], a) for a, b in pairwise(edges)]
         np.testing.assert_array_equal(np.concatenate(parts), function(values, 0))
     expected = 0.9 * values.astype(np.float64) + (delta.factors.T @ delta.directions).reshape(-1)
     np.testing.assert_allclose(maps_of(delta, weight, Rounded())["w"](values, 0), expected, rtol=1e-6, atol=1e-6)
@@ -497,7 +501,7 @@ def refused(call_cli: CallCli, folder: Path, code: int, words: tuple[str, ...], 
 
 def with_option(name: str, *values: str) -> tuple[str, ...]:
     """The usual call with another value of an option, or without it."""
-    call = list((*CALL, "-o", "tuned.safetensors"))
+    call = [*CALL, "-o", "tuned.safetensors"]
     place = call.index(name)
     return tuple(call[:place] + ([name, *values] if values else []) + call[place + 2 :])
 
@@ -542,7 +546,8 @@ def test_a_call_that_makes_no_sense_is_refused_in_one_line(
 
 def spoil(work: Path, **arrays: np.ndarray[Any, Any]) -> None:
     rows = load_rows(work)
-    np.savez(work / "rows.npz", **({"x": rows.x, "y": rows.y} | arrays))
+    whole: dict[str, Any] = {"x": rows.x, "y": rows.y} | arrays
+    np.savez(work / "rows.npz", **whole)
 
 
 @pytest.mark.parametrize(
