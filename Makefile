@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SAMPLES := sample_checkpoints
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-tune sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -52,6 +52,9 @@ bench-quality: setup ## what forecasts are worth on small runs: writes docs/resu
 
 bench-quality-quick: setup ## the same on the MLP and the convnet, a few minutes; report in bench/out/quality
 	$(BIN)/python bench/quality.py --quick
+
+bench-tune: setup ## what tuning a layer costs, against dense training and LoRA
+	$(BIN)/python bench/tune.py
 
 sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py

@@ -124,7 +124,7 @@ def to_target(width: int) -> dict[str, float]:
     problem = Problem(objective, Rows(base, inputs @ inputs.T, targets))
     point = problem.start
     first = None
-    for point, loss in newton(problem, Settings()):
+    for point, loss in newton(problem, Settings()):  # noqa: B007 - the last one is used
         first = first or loss
         if loss <= goal * first:
             break
