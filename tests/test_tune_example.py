@@ -26,9 +26,9 @@ def example() -> Any:
 def test_a_character_model_is_tuned_to_another_text_and_anchors_keep_the_old_one(tmp_path: Path, call_cli: CallCli) -> None:
     made = example()
     (old, old_test), (new, new_test) = made.windows_of(made.old_text()), made.windows_of(made.new_text())
-    model = made.train(old, hidden=256, steps=150)
+    model = made.train(old, hidden=256, steps=300)
     made.save_model(model, tmp_path / "step_400.safetensors")
-    made.save_rows(model, new.some(384, seed=1), tmp_path / "rows.npz")
+    made.save_rows(model, new.some(512, seed=1), tmp_path / "rows.npz")
     made.save_rows(model, old.some(64, seed=2), tmp_path / "anchors.npz")
     tests = old_test.some(4000, seed=3), new_test.some(4000, seed=3)
     before = [made.loss_of(model, windows) for windows in tests]

@@ -105,7 +105,9 @@ class Objective:
     def _pull_back(self, pre: Array, back: Array) -> Array:
         back = back if self.head is None else back @ self.head
         slope = slope_of(self.activation, pre)
-        return back if slope is None else np.multiply(back, slope, out=back)
+        if slope is not None:
+            back *= slope
+        return back
 
 
 def _softmax(out: Array) -> Array:
