@@ -139,12 +139,14 @@ def to_target(width: int) -> dict[str, float]:
         for factor in (0.1, 1.0) if name == "full" else (0.1, 1.0, 10.0, 100.0):  # the best rate of some
             dense = Dense(weights.copy(), inputs, targets, objective.head)
             started, first = time.process_time(), None
-            for step in range(300):
+            for step in range(300):  # noqa: B007 - the last one is told
                 loss = getattr(dense, name)(rate * factor)
                 first = first or loss
                 if loss <= goal * first or not loss < 100 * first:
                     break
-            runs.append((loss / first > goal or loss != loss, loss / first, time.process_time() - started, step, factor))
+            runs.append(
+                (loss / first > goal or not np.isfinite(loss), loss / first, time.process_time() - started, step, factor)
+            )
         missed, left, spent, step, factor = min(runs)
         found |= {
             f"{name}_s": spent,

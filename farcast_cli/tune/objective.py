@@ -103,7 +103,7 @@ class Objective:
         return np.asarray(logs - out[np.arange(len(out)), targets.astype(np.intp)])
 
     def _pull_back(self, pre: Array, back: Array) -> Array:
-        back = back if self.head is None else back @ self.head
+        back = back if self.head is None else np.asarray(back @ self.head)
         slope = slope_of(self.activation, pre)
         if slope is not None:
             back *= slope
