@@ -113,7 +113,7 @@ class Objective:
 def _softmax(out: Array) -> Array:
     raised = np.exp(out - out.max(axis=1, keepdims=True))
     raised /= raised.sum(axis=1, keepdims=True)
-    return raised
+    return np.asarray(raised)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
