@@ -28,8 +28,10 @@ from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
 from farcast_cli.trainer.resume import Advanced, Change, StateTree, storages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -53,6 +55,9 @@ class Values:
     non_negative: bool = False
     begin: int = 0
     """The element of the forecast tensor that `entry` begins with, where it is a part of it."""
+    function: Callable[[NDArray[Any], int], NDArray[Any]] | None = None
+    """What the origin's own values (N,) are put through, given the first one's place in `entry`. It works in the type of
+    arithmetic, element by element: what becomes of one must not depend on which others come with it."""
 
     @property
     def num_bytes(self) -> int:
