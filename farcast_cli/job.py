@@ -63,6 +63,8 @@ class Outcome:
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    peak_bytes: int | None = None
+    """Of memory, foretold by a dry run; `seconds` is then foretold too."""
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()

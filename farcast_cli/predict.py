@@ -31,7 +31,7 @@ from farcast_cli.layouts.base import find_step_in_name, unchanged
 from farcast_cli.ledger import Leap, check_ledger, record_leap
 from farcast_cli.output.batch import Source
 from farcast_cli.output.convert import Target, plan_converted, settle
-from farcast_cli.output.engine import Engine, Tally, bytes_to_read, total_bytes, write_forecasts
+from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.plan import Rewrite, forecast_name
 from farcast_cli.output.sidecar import compose, sidecar_of, write_sidecar
@@ -303,6 +303,7 @@ def _write(
             finished = write(prepared, outcomes, request, fitted, stack=stack, progress=progress)
         for outcome in finished:
             _record(outcome, request, fitted)
+        progress("sync to disk", 0)
     return finished
 
 
@@ -438,11 +439,19 @@ def _write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tall
 
 def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
     one = _only(prepared, index)
+    foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
     return replace(
         _finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
+        seconds=foretold.seconds,
+        peak_bytes=foretold.peak_bytes,
         bytes_read=bytes_to_read(one.plans[0], one.engine.source),
         bytes_written=total_bytes(one.plans[0]),
     )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
 def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:

@@ -39,6 +39,10 @@ class Arithmetic(Protocol):
     xp: Any
     """numpy or torch: multiply, add, subtract, where, zeros_like, amin, amax."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the host's memory that it holds."""
+
     def lane(self) -> AbstractContextManager[object]:
         """What a worker computes within."""
 
@@ -114,6 +118,10 @@ class HostArithmetic:
 
     def __init__(self) -> None:
         self._scratch = Scratch()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._scratch.num_bytes
 
     def lane(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")  # what is not finite is looked for afterwards

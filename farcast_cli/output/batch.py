@@ -99,6 +99,11 @@ class Computer:
         self._scratch = Scratch()
         self._bytes_read = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it holds."""
+        return self._scratch.num_bytes + self._arithmetic.num_bytes
+
     def compute(self, batch: Batch) -> Done:
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0

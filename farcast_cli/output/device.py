@@ -41,6 +41,10 @@ class DeviceArithmetic:
         self._copied: dict[int, torch.cuda.Event] = {}
         self._floats: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.numel() for buffers in self._memory.values() for buffer in buffers)
+
     def lane(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 

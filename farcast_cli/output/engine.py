@@ -7,11 +7,14 @@ Shapes: K tensors, T snapshots read, H horizons forecast in the same pass.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from farcast_cli import workers
 from farcast_cli.output.arithmetic import HostArithmetic
@@ -19,7 +22,7 @@ from farcast_cli.output.checksums import combine
 from farcast_cli.output.lane import Lane, Work
 from farcast_cli.output.plan import Copy, Values
 from farcast_cli.output.ranges import Placed, ranges
-from farcast_cli.output.target import create, finish
+from farcast_cli.output.target import create, finish, write_rate
 from farcast_cli.stream import Resources
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ RANGE_BYTES = 8 << 20  # of output that a worker fills at once, at all horizons 
 MIN_RANGE_BYTES = 1 << 20
 BLOCK = 1 << 17  # elements of a batch: in float32 half a MiB, so that what is computed stays in a core's cache
 FORK_BYTES = 32 << 20  # of output, from which on processes pay for their start
+FORKED_BYTES = 8 << 20  # of its own that a worker has beside its ranges and blocks
+REHEARSED = 8  # ranges that a dry run makes
 DEVICE_RANGE_BYTES = 32 << 20  # launches and transfers have a cost of their own
 DEVICE_LANES = 4  # read, copy there, compute, copy back and write
 
@@ -117,6 +122,36 @@ def write_forecasts(
     return tally
 
 
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a pass will take: seconds, and bytes of memory of all its processes at their peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def rehearse(outputs: Sequence[OutputFile], engine: Engine, folder: Path) -> Rehearsal:
+    """Foretell a pass over one horizon's plan: some of its ranges are made, and thrown away.
+
+    Workers make ranges side by side, and the disk takes them meanwhile: the slower of the two tells the time.
+
+    Args:
+        folder: an existing one, on the disk that will be written to; what it takes is tried with a file without a name.
+    """
+    work = _work([[Placed.of(output) for output in outputs]], [[]], engine, [0])
+    chosen = sorted({round(i) for i in np.linspace(0, len(work.ranges) - 1, REHEARSED)}) if work.ranges else []
+    lane = _host_lane(replace(work, ahead=0))
+    started = time.monotonic()
+    made = sum(lane.make(number).num_bytes for number in chosen)
+    elapsed = time.monotonic() - started
+    total, num_workers = total_bytes(outputs), _num_workers(work, engine)
+    making = elapsed * total / max(made, 1) / num_workers
+    rate = write_rate(folder)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with one worker's memory
+    others = num_workers * (FORKED_BYTES + lane.num_bytes) if num_workers > 1 else 0
+    return Rehearsal(max(making, total / rate if rate else 0.0), own + others)
+
+
 def _path(target: Path, output: OutputFile) -> Path:
     return target / output.name if output.name else target
 
@@ -176,10 +211,14 @@ def _run(work: Work, engine: Engine) -> Iterator[Report]:
         device = torch.device(engine.resources.device)
         return workers.in_threads(num_tasks, lambda: Lane(work, DeviceArithmetic(device)), min(DEVICE_LANES, num_tasks))
     make = partial(_host_lane, work)
+    num_workers = _num_workers(work, engine)
+    return workers.alone(num_tasks, make) if num_workers == 1 else workers.in_processes(num_tasks, make, num_workers)
+
+
+def _num_workers(work: Work, engine: Engine) -> int:
+    """On the CPU; a small output is not worth the start of processes."""
     num_bytes = sum(one.num_bytes for one in work.ranges) * work.num_horizons
-    if engine.resources.num_workers == 1 or num_bytes < FORK_BYTES:
-        return workers.alone(num_tasks, make)
-    return workers.in_processes(num_tasks, make, min(engine.resources.num_workers, num_tasks))
+    return min(engine.resources.num_workers, len(work.ranges)) if num_bytes >= FORK_BYTES and work.ranges else 1
 
 
 def _host_lane(work: Work) -> Lane:

@@ -88,6 +88,15 @@ class Lane:
 
     def fill(self, number: int) -> Report:
         """Read, compute and write range `number`."""
+        report = self.make(number)
+        one = self._work.ranges[number]
+        for paths, files, room in zip(self._work.paths, self._work.files, self._rooms, strict=True):
+            total = files[one.file].num_bytes
+            self._target.write(paths[one.file], one.start, room, one.num_bytes, file_bytes=total)
+        return report
+
+    def make(self, number: int) -> Report:
+        """Read and compute range `number`, and leave it in memory."""
         work, one = self._work, self._work.ranges[number]
         report = Report(number, one.num_bytes * work.num_horizons, unchanged=[0] * work.num_horizons)
         self._read_ahead(number + work.ahead)
@@ -99,10 +108,12 @@ class Lane:
                 report.unchanged = [a + b for a, b in zip(report.unchanged, done.unchanged, strict=True)]
         self._reader.release()
         self._sum_up(one, report)
-        for paths, files, room in zip(work.paths, work.files, self._rooms, strict=True):
-            total = files[one.file].num_bytes
-            self._target.write(paths[one.file], one.start, room, one.num_bytes, file_bytes=total)
         return report
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it holds."""
+        return self._computer.num_bytes + sum(room.num_bytes for room in self._rooms)
 
     def close(self) -> None:
         self._target.close()
