@@ -1,10 +1,12 @@
-"""Time and memory of fit and predict against copying the same output, side by side in one run.
+"""Time and memory of every command against copying the same files, and against other tools, side by side.
 
-Makes a run of generated snapshots (weights that drift and jitter) in Hugging Face shards, checks one forecast against
-an oracle, then times each command in turns with `cp` and fsync of the same bytes. Prints and saves a table of ratios.
+Makes runs of generated snapshots, checks one forecast of each against an oracle, then times each command in turns with its
+rival, pair by pair. Prints and saves the ratios (median, least, most) with the targets beside them, and peak memory.
 
-    python bench/speed.py            about 1 GB a snapshot, bf16 and fp32; some 16 GB of disk
-    python bench/speed.py --quick    50 MB a snapshot
+    python bench/speed.py            up to 2 billion parameters; 40 GB of disk, half an hour
+    python bench/speed.py --quick    up to 100 million parameters; under five minutes
+
+mergekit is measured where `--mergekit` names its command; it wants other versions of its libraries than the tests do.
 """
 
 from __future__ import annotations
@@ -19,107 +21,243 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fixture import steps_of
+
+HERE = Path(__file__).parent
 FARCAST = [sys.executable, "-m", "farcast_cli"]
-STEPS = (1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000)
-HORIZON = 2000
-DTYPES = ("bfloat16", "float32")
+HORIZON = 1000
+NUM_SNAPSHOTS = 7
+LINE = ["predict", "--horizon", str(HORIZON), "--method", "line", "--even-if-worse", "-o", "out", "-q"]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One process: wall and CPU seconds, peak resident memory in MiB."""
+    """One command: wall and CPU seconds of it and its children, and the peak resident memory of all its processes in MiB."""
 
     wall_s: float
     cpu_s: float
     peak_mib: float
 
 
+@dataclass
+class Row:
+    """A comparison: what, against what, the ratios pair by pair, and the target."""
+
+    what: str
+    against: str
+    target: str
+    ours: list[Usage] = field(default_factory=list)
+    theirs: list[Usage] = field(default_factory=list)
+
+    def ratios(self, name: str) -> list[float]:
+        return [getattr(a, name) / max(getattr(b, name), 1e-9) for a, b in zip(self.ours, self.theirs, strict=True)]
+
+    def text(self) -> str:
+        wall = ""
+        if self.theirs:
+            found = self.ratios("wall_s")
+            wall = f"wall {statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
+            wall += (
+                f" cpu {statistics.median(self.ratios('cpu_s')):.2f} memory {statistics.median(self.ratios('peak_mib')):.2f};"
+            )
+        mine = (
+            f"{statistics.median(u.wall_s for u in self.ours):.2f} s, cpu {statistics.median(u.cpu_s for u in self.ours):.2f} s"
+        )
+        peak = max(usage.peak_mib for usage in self.ours)
+        return f"{self.what:<42} {self.against:<30} {wall:<52} {mine}, {peak:.0f} MiB   [{self.target}]"
+
+
+def resident_mib(pid: int) -> float:
+    """Memory that a process and its children hold now; what they share is counted once, by halves and thirds."""
+    total = 0
+    for process in (pid, *children(pid)):
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+            total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+        except (OSError, StopIteration):
+            continue
+    return total / 1024
+
+
+def children(pid: int) -> list[int]:
+    try:
+        found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return found + [below for child in found for below in children(child)]
+
+
 def measure(command: list[str], cwd: Path) -> Usage:
     """Run a command to its end; fails if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, used = os.wait4(process.pid, 0)
+    peak = 0.0
+    while True:
+        pid, status, used = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        peak = max(peak, resident_mib(process.pid))
+        time.sleep(0.02)
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
+    message = process.stderr.read().decode() if process.stderr else ""
     if process.returncode:
-        message = process.stderr.read().decode() if process.stderr else ""
         raise SystemExit(f"{' '.join(command)}: exit {process.returncode}\n{message}")
-    return Usage(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return Usage(wall, used.ru_utime + used.ru_stime, max(peak, used.ru_maxrss / 1024 if not peak else 0))
 
 
 def fixture(*arguments: object) -> None:
-    """Make or check a run in a process of its own: a child's peak memory counts what its parent held at the fork."""
-    subprocess.run([sys.executable, str(Path(__file__).with_name("fixture.py")), *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, str(HERE / "fixture.py"), *map(str, arguments)], check=True)
 
 
-def tree_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+@dataclass
+class Bench:
+    """The runs of one setting, and what was measured."""
+
+    work: Path
+    rounds: int
+    mergekit: str | None
+    rows: list[Row] = field(default_factory=list)
+
+    def make(self, kind: str, count: int, dtype: str, num_snapshots: int = NUM_SNAPSHOTS) -> Path:
+        """A run, fitted, with one forecast checked."""
+        run = self.work / f"{kind}-{count}-{dtype}-{num_snapshots}"
+        fixture("make", run, kind, count, dtype, num_snapshots)
+        self.ours("fit", str(run), "-q")
+        self.ours(*LINE)
+        fixture("check", run, self.work / "out", HORIZON)
+        return run
+
+    def ours(self, *arguments: str) -> Usage:
+        shutil.rmtree(self.work / "out", ignore_errors=True)
+        return measure([*FARCAST, *arguments], self.work)
+
+    def compare(
+        self, what: str, arguments: list[str], against: str, rival: list[str], target: str, *, cold: bool = False
+    ) -> None:
+        row = Row(what, against, target)
+        for _ in range(self.rounds):
+            self.chill() if cold else None
+            row.ours.append(self.ours(*arguments))
+            for name in ("copy", "out"):
+                shutil.rmtree(self.work / name, ignore_errors=True)
+            if rival:
+                self.chill() if cold else None
+                row.theirs.append(measure(rival, self.work))
+        self.rows.append(row)
+        print(row.text(), flush=True)
+
+    def chill(self) -> None:
+        """Drop the snapshots from the page cache."""
+        os.sync()
+        for path in self.work.rglob("*.safetensors"):
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
 
-def compare(work: Path, run: Path, rounds: int) -> list[dict[str, object]]:
-    """Each command in turns with the copy; ratios pair by pair."""
-    out, copy = work / "out", work / "copy"
-    commands = {
-        "fit (sample)": [*FARCAST, "fit", str(run), "-q"],
-        "fit --full": [*FARCAST, "fit", str(run), "-q", "--full", "-o", "full.safetensors"],
-        "predict line": [*FARCAST, "predict", "--horizon", str(HORIZON), "--method", "line", "-o", str(out), "-q"],
-        "predict blend": [*FARCAST, "predict", "--horizon", str(HORIZON), "-o", str(out), "-q"],
-    }  # fmt: skip
-    last = run / f"step{STEPS[-1]}"
-    copying = ["sh", "-c", f"cp -r {last} {copy} && sync {copy}/*"]
-    reading = ["sh", "-c", f"cat {run}/*/*.safetensors > /dev/null"]
-    measure(commands["fit (sample)"], work)
-    measure(commands["predict line"], work)
-    fixture("check", run, out)
-    rows = []
-    for name, command in commands.items():
-        rival = reading if name == "fit --full" else copying
-        pairs = []
-        for _ in range(rounds):
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(copy, ignore_errors=True)
-            pairs.append((measure(command, work), measure(rival, work)))
-        ratios = [ours.wall_s / theirs.wall_s for ours, theirs in pairs]
-        rows.append({
-            "command": name, "against": "cat of all snapshots" if rival is reading else "cp + fsync of the output",
-            "wall_ratio": statistics.median(ratios), "wall_ratio_min": min(ratios), "wall_ratio_max": max(ratios),
-            "cpu_ratio": statistics.median(ours.cpu_s / theirs.cpu_s for ours, theirs in pairs),
-            "peak_mib": max(ours.peak_mib for ours, _ in pairs), "last": asdict(pairs[-1][0]),
-        })  # fmt: skip
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.rmtree(copy, ignore_errors=True)
-    return rows
+def copying(run: Path) -> list[str]:
+    """Copy the last snapshot, and fsync the copy."""
+    return ["sh", "-c", f"cp -r {last(run)} copy && sync copy/*"]
+
+
+def last(run: Path, index: int = -1) -> Path:
+    steps = sorted(int(path.name.removeprefix("step")) for path in run.iterdir())
+    return run / f"step{steps[index]}"
+
+
+def against_copying(bench: Bench, large: int) -> None:
+    cp = "cp + fsync of the output"
+    run = bench.make("transformer", large, "bfloat16")
+    name = f"{large / 1e9:.2g} B bf16"
+    bench.compare(f"predict line, {name}", LINE, cp, copying(run), "wall <= 1.5 idle, 1.8 loaded")
+    bench.compare(f"predict line, {name}, one worker", [*LINE, "--threads", "1"], cp, copying(run), "-")
+    bench.compare(f"predict line, {name}, mmap", [*LINE, "--io", "mmap"], cp, copying(run), "-")
+    bench.compare(f"predict line, {name}, buffered", [*LINE, "--io", "pread"], cp, copying(run), "-")
+    blend = ["predict", "--horizon", str(HORIZON), "--even-if-worse", "-o", "out", "-q"]
+    bench.compare(f"predict blend (7 snapshots), {name}", blend, cp, copying(run), "-")
+    bench.compare(f"predict line, {name}, cold cache", LINE, "the same, cold", copying(run), "-", cold=True)
+    rivals(bench, run, name)
+    cat = ["sh", "-c", f"cat {run}/*/*.safetensors > /dev/null"]
+    bench.compare(f"fit (sample), {name}", ["fit", str(run), "-q"], "-", [], "<= 2 s at any size")
+    full = ["fit", str(run), "-q", "--full", "-o", "full.safetensors"]
+    bench.compare(f"fit --full, {name}", full, "cat of all snapshots", cat, "wall <= 2.0")
+    shutil.rmtree(run)
+
+
+def rivals(bench: Bench, run: Path, name: str) -> None:
+    middle = last(run, len(steps_of(NUM_SNAPSHOTS)) // 2)
+    script = [sys.executable, str(HERE / "rivals.py"), "save_file", str(middle), str(last(run)), "copy"]
+    bench.compare(f"predict line, {name}", LINE, "load_file + save_file", script, "-")
+    if bench.mergekit:
+        config = bench.work / "merge.yaml"
+        subprocess.run(
+            [sys.executable, str(HERE / "rivals.py"), "mergekit", str(middle), str(last(run)), str(config)], check=True
+        )
+        merging = [bench.mergekit, str(config), "copy", "--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card"]
+        target = "cpu <= .15, wall <= .25, memory <= .08"
+        bench.compare(f"predict line, {name}", LINE, "mergekit linear", merging, target)
+
+
+def over_sizes(bench: Bench, sizes: list[int]) -> None:
+    for size in sizes:
+        run = bench.make("transformer", size, "bfloat16")
+        bench.compare(
+            f"predict line, {size / 1e9:.2g} B bf16", LINE, "cp + fsync of the output", copying(run), "flat, <= 300 MiB"
+        )
+        bench.compare(f"fit (sample), {size / 1e9:.2g} B bf16", ["fit", str(run), "-q"], "-", [], "<= 2 s, <= 300 MiB")
+        shutil.rmtree(run)
+
+
+def over_shapes(bench: Bench, one: int, single: int) -> None:
+    cp = "cp + fsync of the output"
+    run = bench.make("transformer", single, "float32")
+    bench.compare(f"predict line, {single / 1e9:.2g} B fp32", LINE, cp, copying(run), "wall <= 1.15")
+    shutil.rmtree(run)
+    run = bench.make("tiny", 20_000 * 600, "bfloat16")
+    bench.compare("predict line, 20,000 tensors of 600", LINE, cp, copying(run), "-")
+    bench.compare("fit (sample), 20,000 tensors of 600", ["fit", str(run), "-q"], "-", [], "-")
+    shutil.rmtree(run)
+    run = bench.make("one", one, "bfloat16")
+    bench.compare(f"predict line, one tensor of {2 * one / 1e9:.2g} GB", LINE, cp, copying(run), "-")
+    shutil.rmtree(run)
+    for count in (7, 101):
+        run = bench.make("transformer", 30_000_000, "bfloat16", count)
+        every = ["predict", "--horizon", str(HORIZON), "--method", "drift", "--even-if-worse", "-o", "out", "-q"]
+        bench.compare(f"predict drift, {count} snapshots of 60 MB", every, "-", [], "<= 300 MiB")
+        bench.compare(f"fit --full, {count} snapshots of 60 MB", ["fit", str(run), "-q", "--full"], "-", [], "<= 300 MiB")
+        shutil.rmtree(run)
+
+
+def starting(bench: Bench) -> None:
+    run = bench.work / "start"
+    fixture("make", run, "transformer", 200_000_000, "bfloat16", 1)
+    bench.compare("--help", ["--help"], "-", [], "cpu <= .2 s")
+    bench.compare("inspect, one snapshot of 146 tensors", ["inspect", str(run)], "-", [], "cpu <= .2 s")
+    shutil.rmtree(run)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small files")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parameters", type=int, nargs="*", help="sizes to try")
-    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mergekit", help="the mergekit-yaml command")
     parser.add_argument("--dir", type=Path, help="where the fixtures go; a temporary folder by default")
     options = parser.parse_args()
-    results = []
-    for dtype in options.dtypes:
-        for count in options.parameters or ([25_000_000] if options.quick else [500_000_000]):
-            with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-                work = Path(folder)
-                fixture("make", work / "run", count, dtype)
-                size = tree_bytes(work / "run" / f"step{STEPS[-1]}")
-                print(f"\n{dtype}, {size / 1e9:.2f} GB a snapshot, {len(STEPS)} snapshots")
-                print(f"{'command':<15} {'against':<26} {'wall':>6} {'min':>6} {'max':>6} {'cpu':>6} {'peak MiB':>9}")
-                for row in compare(work, work / "run", options.rounds):
-                    print(f"{row['command']:<15} {row['against']:<26} {row['wall_ratio']:6.2f} {row['wall_ratio_min']:6.2f}"
-                          f" {row['wall_ratio_max']:6.2f} {row['cpu_ratio']:6.2f} {row['peak_mib']:9.0f}")  # fmt: skip
-                    results.append({"dtype": dtype, "bytes": size, **row})
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}  # fmt: skip
-    target = Path(__file__).parent / "out" / "speed.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
-    print(f"\nsaved {target}")
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        bench = Bench(Path(folder), options.rounds, options.mergekit)
+        starting(bench)
+        over_shapes(bench, *((40_000_000, 40_000_000) if options.quick else (1_000_000_000, 500_000_000)))
+        over_sizes(bench, [30_000_000, 100_000_000] if options.quick else [100_000_000, 500_000_000, 2_000_000_000])
+        against_copying(bench, 100_000_000 if options.quick else 1_236_000_000)
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    saved = HERE / "out" / "speed.json"
+    saved.parent.mkdir(exist_ok=True)
+    saved.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in bench.rows]}, indent=2) + "\n")
+    print(f"\n{machine}\nsaved {saved}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from farcast_cli.options import (
     Full,
     GradWeight,
     Include,
+    IoOption,
     Jobs,
     Json,
     LayoutOption,
@@ -43,7 +44,7 @@ from farcast_cli.options import (
     one_of,
     parse_horizons,
     parse_size,
-    prepare_torch,
+    prepare,
 )
 
 INTERRUPTED = 130
@@ -138,6 +139,7 @@ def fit(
     full: Full = False,
     ledger: Ledger = DEFAULT_LEDGER,
     device: Device = "auto",
+    io: IoOption = "auto",
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
@@ -150,7 +152,7 @@ def fit(
     started = time.monotonic()
     chosen = tuple(include or ()), tuple(exclude or ())
     fitted, bytes_read = _fit(
-        _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, threads, quiet)
+        _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, io, threads, quiet)
     )
     from farcast_cli.fitted import save_fitted
     from farcast_cli.forecast.backtest import coherence, recent_coherence
@@ -186,6 +188,7 @@ def backtest(
     full: Full = False,
     ledger: Ledger = DEFAULT_LEDGER,
     device: Device = "auto",
+    io: IoOption = "auto",
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
@@ -194,7 +197,7 @@ def backtest(
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
     horizons = parse_horizons(horizon)
-    prepare_torch(device)
+    prepare(device)
     from farcast_cli import render
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecast.backtest import Purpose, coherence, decide, score
@@ -207,7 +210,7 @@ def backtest(
     if directory:
         patterns = tuple(include or ()), tuple(exclude or ())
         fitted, _ = _fit(
-            _Reading(directory, *patterns, steps, pattern or "", None if full else sample, ledger, device, threads, quiet)
+            _Reading(directory, *patterns, steps, pattern or "", None if full else sample, ledger, device, io, threads, quiet)
         )
     else:
         fitted = load_fitted(forecaster)
@@ -312,6 +315,7 @@ def predict(
     ledger: Ledger = DEFAULT_LEDGER,
     dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
     device: Device = "auto",
+    io: IoOption = "auto",
     threads: Threads = 0,
     json_: Json = False,
     quiet: Quiet = False,
@@ -320,7 +324,7 @@ def predict(
 ) -> None:
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
-    num_threads = prepare_torch(device, threads)
+    num_threads = prepare(device, threads)
     from farcast_cli import render
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
@@ -331,6 +335,7 @@ def predict(
     from farcast_cli.output.plan import OutputDType
     from farcast_cli.predict import default_notes
     from farcast_cli.predict import predict as run
+    from farcast_cli.stream import Io
     from farcast_cli.trainer.resume import CountersMode, OptimizerMode
 
     norm = None if step_norm is None else one_of("step-norm", step_norm, StepNorm)
@@ -354,6 +359,7 @@ def predict(
         dry_run=dry_run,
         ledger=ledger,
         device=device_name(device),
+        io=one_of("io", io, Io),
         num_threads=num_threads,
         evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
     )
@@ -389,7 +395,7 @@ def verify(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Say what a forecast was worth, once training has reached its step."""
-    prepare_torch("cpu")
+    prepare("cpu")
     from farcast_cli import render
     from farcast_cli.verify import find_reference
     from farcast_cli.verify import verify as run
@@ -423,6 +429,7 @@ class _Reading:
     num_samples: int | None
     ledger: Path
     device: str
+    io: str
     threads: int
     quiet: bool
 
@@ -434,14 +441,13 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
 
     wanted = parse_steps(reading.steps)
     trajectory = discover(reading.directory, steps=wanted, pattern=reading.pattern, minimum=MIN_SNAPSHOTS)
-    num_threads = prepare_torch(reading.device, reading.threads)
-    import torch
-
+    num_workers = prepare(reading.device, reading.threads)
     from farcast_cli import render
     from farcast_cli.alignment import since_last_change
     from farcast_cli.fitted import fit as run
     from farcast_cli.forecast.gram import bytes_to_sample
     from farcast_cli.ledger import History, read_leaps, since_last_leap
+    from farcast_cli.stream import Io, Resources
 
     leaps = read_leaps(reading.ledger, trajectory.directory)
     history = History(trajectory, None, 0) if wanted else since_last_leap(trajectory, leaps, minimum=MIN_SNAPSHOTS)
@@ -463,8 +469,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
             **chosen,
             leap=history.leap,
             num_samples=reading.num_samples,
-            device=torch.device(device_name(reading.device)),
-            num_threads=num_threads,
+            resources=Resources(device_name(reading.device), one_of("io", reading.io, Io), num_workers),
             progress=count,
         )
     return fitted, sum(done)

@@ -21,6 +21,8 @@ A message is one line in lower case: what, where, expected against found. The hi
 
 from __future__ import annotations
 
+from typing import Any
+
 MAX_MESSAGE = 2_000  # characters
 
 
@@ -32,6 +34,14 @@ class FarcastError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(printable(" ".join(message.split())))
         self.hint = printable(hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker's error travels to its parent with its hint."""
+        return _again, (type(self), str(self), self.hint)
+
+
+def _again(kind: type[FarcastError], message: str, hint: str) -> FarcastError:
+    return kind(message, hint=hint)
 
 
 def printable(text: str) -> str:

@@ -26,13 +26,13 @@ from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.output.writer import staged
+from farcast_cli.stream import Resources
 from farcast_cli.trajectory import run_entries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import torch
     from numpy.typing import NDArray
 
     from farcast_cli.layouts.base import Snapshot
@@ -139,15 +139,18 @@ def fit(
     exclude: Sequence[str] = (),
     leap: Leap | None = None,
     num_samples: int | None,
-    device: torch.device | None = None,
-    num_threads: int = 1,
+    resources: Resources | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Fitted:
     """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None)."""
     alignment = align(trajectory.snapshots, include=include, exclude=exclude)
     with unchanged(trajectory.snapshots):
         gram, sample = accumulate(
-            alignment, trajectory.steps, num_samples=num_samples, device=device, num_threads=num_threads, progress=progress
+            alignment,
+            trajectory.steps,
+            num_samples=num_samples,
+            resources=resources or Resources(),
+            progress=progress,
         )
         records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
     _check_one_run(gram, trajectory)

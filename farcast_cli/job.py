@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from farcast_cli.output.convert import OutputLayout, Target
     from farcast_cli.output.engine import Engine
     from farcast_cli.output.plan import OutputDType, OutputFile
+    from farcast_cli.stream import Io
     from farcast_cli.trainer.resume import Advanced, CountersMode, OptimizerMode
 
 
@@ -39,6 +40,7 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     device: str = "cpu"
+    io: Io = "auto"
     num_threads: int = 1
     evaluator: Evaluator | None = None
     ledger: Path | None = None
@@ -61,6 +63,8 @@ class Outcome:
     bytes_read: int = 0
     bytes_written: int = 0
     seconds: float = 0.0
+    peak_bytes: int | None = None
+    """Of memory, foretold by a dry run; `seconds` is then foretold too."""
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()

@@ -11,6 +11,7 @@ import typer
 from farcast_cli.errors import UsageError
 
 MAX_DIGITS = 15  # of a number of steps
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
 
 
@@ -62,9 +63,20 @@ def env(name: str) -> str:
 Json = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
-Device = Annotated[str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute.")]
+Device = Annotated[
+    str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute; auto is the CPU.")
+]
 Threads = Annotated[
-    int, typer.Option(envvar=env("THREADS"), min=0, help="Threads that read and compute; 0: one per core, at most 8.")
+    int, typer.Option(envvar=env("THREADS"), min=0, help="Workers that read and compute; 0: one per core, at most 8.")
+]
+IoOption = Annotated[
+    str,
+    typer.Option(
+        "--io",
+        envvar=env("IO"),
+        metavar="auto|pread|mmap",
+        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place.",
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -226,24 +238,39 @@ def parse_size(text: str | None) -> int | None:
 
 
 def device_name(device: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
+    return "cpu" if device == "auto" else device
 
 
 def num_workers(threads: int) -> int:
-    """The number of workers, without torch: as many as asked for, or one per core, at most 8."""
+    """As many as asked for, or one for each core, at most 8."""
     return threads or min(8, len(os.sched_getaffinity(0)))
 
 
-def prepare_torch(device: str, threads: int = 0) -> int:
+def prepare(device: str, threads: int = 0) -> int:
     """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
     kind, _, number = device.partition(":")
     if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
         raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    import torch
+    _import_numpy()
+    if kind == "cuda":
+        import torch
 
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu")
-    torch.set_num_threads(1)
+        if int(number or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
+            )
     return num_workers(threads)
+
+
+def _import_numpy() -> None:
+    """Import numpy with one thread for its matrix products, which it asks the environment for at import, and only then."""
+    known = {name: os.environ.get(name) for name in _BLAS_THREADS}
+    os.environ.update(dict.fromkeys(_BLAS_THREADS, "1"))
+    import numpy as np  # noqa: F401
+
+    for name, value in known.items():  # the user's own --eval-cmd has the environment as it was
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value

@@ -17,8 +17,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
@@ -31,11 +29,14 @@ from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name, unchanged
 from farcast_cli.ledger import Leap, check_ledger, record_leap
+from farcast_cli.output.batch import Source
 from farcast_cli.output.convert import Target, plan_converted, settle
-from farcast_cli.output.engine import Engine, LinearMap, Tally, bytes_to_read, total_bytes, write_forecasts
+from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
+from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.plan import Rewrite, forecast_name
 from farcast_cli.output.sidecar import compose, sidecar_of, write_sidecar
 from farcast_cli.output.writer import refuse_existing, staged
+from farcast_cli.stream import Resources
 from farcast_cli.trainer.lightning_loops import epoch_after, whole_epochs
 from farcast_cli.trainer.resume import HISTORY, Advanced, advance, advance_batch_counts, told_as_damage
 from farcast_cli.trainer.run_end import find_run_end
@@ -199,7 +200,8 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon, mirror)
         advanced.append(moved)
         plans.append(tuple(plan_converted(origin, moved, rewrite, target)))
-    engine = Engine(alignment, linear.restrict(linear.used), torch.device(request.device))
+    resources = Resources(request.device, request.io, request.num_threads)
+    engine = Engine(Source(alignment, linear.restrict(linear.used)), resources)
     used = tuple(snapshots[index] for index in linear.used)
     return Prepared(engine, tuple(plans), tuple(advanced), target, tuple(places), used, origin)
 
@@ -301,6 +303,7 @@ def _write(
             finished = write(prepared, outcomes, request, fitted, stack=stack, progress=progress)
         for outcome in finished:
             _record(outcome, request, fitted)
+        progress("sync to disk", 0)
     return finished
 
 
@@ -311,9 +314,7 @@ def _write_all(
     places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
     notes = [_enter(stack, prepared, target) for target in prepared.targets]
     total = sum(total_bytes(plan) for plan in prepared.plans)
-    tally = write_forecasts(
-        prepared.plans, places, prepared.engine, num_threads=request.num_threads, progress=progress("predict", total)
-    )
+    tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
     finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
     for outcome, place, note in zip(finished, places, notes, strict=True):
         write_sidecar(place, note, compose(prepared, outcome, request, fitted))
@@ -357,13 +358,10 @@ def _enter(stack: ExitStack, prepared: Prepared, target: Path) -> Path | None:
 
 def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
     """One horizon of several, its step scaled."""
-    linear = prepared.engine.linear
-    picked = LinearMap(
-        linear.weights[[index]] * scale, linear.gain[[index]] * scale, linear.constant[[index]] * scale, linear.origin
-    )
+    source = prepared.engine.source
     return replace(
         prepared,
-        engine=replace(prepared.engine, linear=picked),
+        engine=replace(prepared.engine, source=replace(source, linear=source.linear.pick([index], scale))),
         plans=(prepared.plans[index],),
         advanced=(prepared.advanced[index],),
         targets=(prepared.targets[index],),
@@ -402,23 +400,23 @@ def _try_strengths(
     logs = logs_of(prepared.targets[0], is_file=prepared.target.is_file)
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
     with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
-        judge.start(0.0, _judged_origin(prepared, place, request, progress))
+        judge.start(0.0, _judged_origin(prepared, place, progress))
         for strength in STRENGTHS:
             judge.wait(below=evaluator.num_jobs)
             _drop_beaten(written, judge.trials, request)
             candidate = place.parent / f"strength-{strength:g}" / place.name
-            written[strength] = candidate, _write_candidate(_only(prepared, 0, strength), candidate, request, progress)
+            written[strength] = candidate, _write_candidate(_only(prepared, 0, strength), candidate, progress)
             judge.start(strength, candidate)
         judge.wait(below=1)
         return judge.trials, written
 
 
-def _judged_origin(prepared: Prepared, place: Path, request: Request, progress: Progress) -> Path:
+def _judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
     """The origin; in the container of the candidates where that is another, as the command can read those."""
     if prepared.target.layout == "same":
         return prepared.origin.path
     copied = place.parent / "strength-0" / place.name
-    _write_candidate(_only(prepared, 0, 0.0), copied, request, progress)
+    _write_candidate(_only(prepared, 0, 0.0), copied, progress)
     return copied
 
 
@@ -433,23 +431,31 @@ def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Tria
         shutil.rmtree(candidate.parent)
 
 
-def _write_candidate(one: Prepared, candidate: Path, request: Request, progress: Progress) -> Tally:
+def _write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tally:
     candidate.parent.mkdir()
     told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
-    return write_forecasts(one.plans, [candidate], one.engine, num_threads=request.num_threads, progress=told)
+    return write_forecasts(one.plans, [candidate], one.engine, progress=told)
 
 
 def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
     one = _only(prepared, index)
+    foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
     return replace(
         _finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
-        bytes_read=bytes_to_read(one.plans[0], one.engine),
+        seconds=foretold.seconds,
+        peak_bytes=foretold.peak_bytes,
+        bytes_read=bytes_to_read(one.plans[0], one.engine.source),
         bytes_written=total_bytes(one.plans[0]),
     )
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+
+
 def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
-    alignment, advanced = prepared.engine.alignment, prepared.advanced[index]
+    alignment, advanced = prepared.engine.source.alignment, prepared.advanced[index]
     moved = {change.where for change in advanced.changes}
     return replace(
         outcome,

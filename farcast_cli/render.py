@@ -426,7 +426,12 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         note(
             f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
             f" {outcome.num_copied} copied"
-            + ("" if dry_run else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s")
+            + (
+                f"; reads {size(outcome.bytes_read)}, takes about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)}"
+                " of memory"
+                if dry_run
+                else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
+            )
         )
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(

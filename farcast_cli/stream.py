@@ -1,33 +1,54 @@
 """Stretches of a tensor at several snapshots, read side by side within a fixed memory budget.
 
-Knows how many bytes to read at once and where a sample of a tensor lies. No tensor is ever whole in memory.
+Knows how files are read, how many bytes at once, and where a sample of a tensor lies. No tensor is ever whole in memory.
 
 Shapes: T snapshots, N elements of a stretch.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
-from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+import numpy as np
 
-from farcast_cli.errors import NonFiniteError
+from farcast_cli.casts import widen
+from farcast_cli.errors import HalfWrittenError, NonFiniteError
 from farcast_cli.formats.files import open_read_only, read_into
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from farcast_cli.tensors import TensorEntry
 
+Io = Literal["auto", "pread", "mmap"]
+"""How files are read and written.
+
+`pread` reads into memory of our own and writes through the page cache; `auto` reads likewise and writes past the page
+cache (O_DIRECT) where the filesystem allows it; `mmap` writes as `auto` does and reads the page cache in place, which
+saves a copy, but a file that is cut short while it is read then ends the process.
+"""
+PAGE = 4096
 SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
 STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
 MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in its cache while it works on it
 _MAX_OPEN = 64  # per thread, far below the usual limit of 1,024 for a process
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a pass over the files may use: a device by torch's name ("cpu" computes in numpy), and how many workers."""
+
+    device: str = "cpu"
+    io: Io = "auto"
+    num_workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,42 +60,81 @@ class Stretch:
 
 
 class Reader:
-    """Reads stretches of tensors; keeps files open, per thread, because a run has more files than a process may open."""
+    """Reads stretches of files; keeps files open, per thread, because a run has more files than a process may open."""
 
-    def __init__(self) -> None:
+    def __init__(self, io: Io = "auto") -> None:
         self._local = threading.local()
+        self._is_mapped = io == "mmap"
 
-    def read(self, entry: TensorEntry, stretch: Stretch, out: torch.Tensor) -> None:
-        """Fill `out` (N bytes x itemsize, uint8) with a stretch's raw bytes."""
-        offset = entry.offset + stretch.start * entry.dtype.itemsize
-        read_into(self.file(entry.path), buffer_of(out), offset, entry.path)
+    def fill(self, path: Path, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` from byte `offset` of a file."""
+        file = self._file(path)
+        if self._is_mapped:
+            np.copyto(out, file.view(offset, len(out)))
+        else:
+            read_into(file.fd, out.data, offset, path)
 
-    def read_values(self, entry: TensorEntry, stretch: Stretch, raw: torch.Tensor | None = None) -> torch.Tensor:
-        """A stretch's values in their own dtype, shape (N,); in the memory of `raw` where that is given."""
-        if raw is None:
-            raw = torch.empty(stretch.count * entry.dtype.itemsize, dtype=torch.uint8)
-        self.read(entry, stretch, raw)
-        return raw.view(getattr(torch, entry.dtype.name))
+    def raw(self, path: Path, offset: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As many bytes of a file as `memory` has: in that memory, or in place where files are mapped (read-only)."""
+        if self._is_mapped:
+            return self._file(path).view(offset, len(memory))
+        self.fill(path, offset, memory)
+        return memory
 
-    def read_bytes(self, path: Path, offset: int, out: torch.Tensor) -> None:
-        """Fill `out` (uint8) from byte `offset` of a file."""
-        read_into(self.file(path), buffer_of(out), offset, path)
+    def prefetch(self, path: Path, offset: int, num_bytes: int) -> None:
+        """Let the kernel start reading what will be asked for soon."""
+        with suppress(OSError, AttributeError):  # a hint: not every filesystem or system knows it
+            os.posix_fadvise(self._file(path).fd, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def file(self, path: Path) -> int:
-        """The descriptor of a file that this thread keeps open."""
+    def release(self) -> None:
+        """Let go of what was read in place, so that what is resident does not grow with it."""
+        for file in self._files.values():
+            file.release()
+
+    @property
+    def _files(self) -> dict[Path, _OpenFile]:
         files: dict[Path, _OpenFile] = self._local.__dict__.setdefault("files", {})
+        return files
+
+    def _file(self, path: Path) -> _OpenFile:
+        files = self._files
         if path not in files:
             if len(files) >= _MAX_OPEN:
                 files.pop(next(iter(files)))
             files[path] = _OpenFile(path)
-        return files[path].fd
+        return files[path]
 
 
 class _OpenFile:
-    """A descriptor that is closed with its last reference."""
+    """A descriptor, and a mapping where one is asked for, that are closed with their last reference."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = open_read_only(path)
+        self.path, self.fd = path, open_read_only(path)
+        self._map: mmap.mmap | None = None
+        self._seen: list[tuple[int, int]] = []
+
+    def view(self, offset: int, num_bytes: int) -> NDArray[np.uint8]:
+        """Bytes of the mapped file."""
+        if num_bytes == 0:  # an empty file cannot be mapped
+            return np.empty(0, np.uint8)
+        if self._map is None:
+            self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+        if offset + num_bytes > len(self._map):
+            expected = f"expected at least {offset + num_bytes} bytes, found {len(self._map)}"
+            raise HalfWrittenError(
+                f"{self.path}: file ends early: {expected}",
+                hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
+            )
+        self._seen.append((offset, num_bytes))
+        return np.frombuffer(self._map, np.uint8, num_bytes, offset)
+
+    def release(self) -> None:
+        """Drop the pages that were seen; whoever still looks at them has them read again."""
+        for offset, num_bytes in self._seen:
+            first = offset // PAGE * PAGE
+            if self._map is not None:
+                self._map.madvise(mmap.MADV_DONTNEED, first, offset + num_bytes - first)
+        self._seen.clear()
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", None)
@@ -85,41 +145,22 @@ class _OpenFile:
 class Scratch:
     """Working memory that is allocated once: fresh memory costs a page fault for every 4 KiB, more than the arithmetic.
 
-    `named` memory belongs to the calling thread until it asks for the same name again. Memory that was `taken` goes
-    from thread to thread until it is given back.
+    The memory of a name is the caller's until it asks for the same name again.
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
-        self._free: deque[torch.Tensor] = deque()
+        self._held: dict[str, NDArray[np.uint8]] = {}
 
-    def named(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor (count,) of the calling thread."""
-        held: dict[str, torch.Tensor] = self._local.__dict__
-        num_bytes = count * dtype.itemsize
-        if name not in held or held[name].numel() < num_bytes:
-            held[name] = torch.empty(num_bytes, dtype=torch.uint8)
-        return held[name][:num_bytes].view(dtype)
+    def named(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
+        """An uninitialised array (count,)."""
+        num_bytes = count * np.dtype(dtype).itemsize
+        if name not in self._held or len(self._held[name]) < num_bytes:
+            self._held[name] = np.empty(num_bytes, np.uint8)
+        return self._held[name][:num_bytes].view(dtype)
 
-    def take(self, num_bytes: int) -> torch.Tensor:
-        """An uninitialised uint8 tensor (num_bytes,) that the caller owns."""
-        try:
-            whole = self._free.popleft()
-        except IndexError:
-            whole = torch.empty(0, dtype=torch.uint8)
-        if whole.numel() < num_bytes:
-            whole = torch.empty(num_bytes, dtype=torch.uint8)
-        return whole[:num_bytes]
-
-    def give_back(self, taken: torch.Tensor) -> None:
-        """Let others have what `take` returned."""
-        whole = taken if taken._base is None else taken._base  # noqa: SLF001 - the tensor that a slice is of
-        self._free.append(whole)
-
-
-def buffer_of(raw: torch.Tensor) -> memoryview:
-    """The memory of a uint8 tensor, to read into or to write from."""
-    return raw.numpy().data
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(memory) for memory in self._held.values())
 
 
 def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
@@ -143,9 +184,9 @@ def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 4) -> It
 
 
 def read_trajectory(
-    reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], dtype: torch.dtype
-) -> torch.Tensor:
-    """Stretches of one tensor at all its snapshots, one after another: shape (T, N), converted to `dtype`.
+    reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], out: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Stretches of one tensor at all its snapshots, one after another, into `out`: shape (T, N).
 
     Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
     never move.
@@ -153,26 +194,29 @@ def read_trajectory(
     Raises:
         NonFiniteError: NaN, or an infinity that is not in every snapshot.
     """
-    values = torch.stack([_read_pieces(reader, entry, pieces).to(dtype) for entry in entries])
-    if bool(torch.isfinite(values).all()):
-        return values
-    bad = ~torch.isfinite(values) & ~(values == values[-1]).all(dim=0)
+    for row, entry in zip(out, entries, strict=True):
+        _read_pieces(reader, entry, pieces, row)
+    if bool(np.isfinite(out).all()):
+        return out
+    bad = ~np.isfinite(out) & ~(out == out[-1]).all(axis=0)
     if bool(bad.any()):
-        raise non_finite(entries[int(bad.any(dim=1).nonzero()[0])], values[bad][0].item())
-    return torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+        raise non_finite(entries[int(bad.any(axis=1).argmax())], float(out[bad][0]))
+    out[~np.isfinite(out)] = 0
+    return out
 
 
-def _read_pieces(reader: Reader, entry: TensorEntry, pieces: Sequence[Stretch]) -> torch.Tensor:
-    """Stretches of one tensor, one behind the other, in one allocation."""
+def _read_pieces(reader: Reader, entry: TensorEntry, pieces: Sequence[Stretch], row: NDArray[np.float64]) -> None:
+    """Stretches of one tensor, one behind the other."""
     itemsize = entry.dtype.itemsize
-    raw = torch.empty(sum(piece.count for piece in pieces) * itemsize, dtype=torch.uint8)
-    memory, position = buffer_of(raw), 0
-    fd = reader.file(entry.path)
+    raw = np.empty(len(row) * itemsize, np.uint8)
+    position = 0
     for piece in pieces:
         end = position + piece.count * itemsize
-        read_into(fd, memory[position:end], entry.offset + piece.start * itemsize, entry.path)
+        reader.fill(entry.path, entry.offset + piece.start * itemsize, raw[position:end])
         position = end
-    return raw.view(getattr(torch, entry.dtype.name))
+    found = widen(raw, entry.dtype, row)
+    if found is not row:
+        np.copyto(row, found)
 
 
 def non_finite(entry: TensorEntry, value: float) -> NonFiniteError:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from farcast_cli.alignment import align
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.output.sidecar import sidecar_of
-from farcast_cli.stream import Reader, read_trajectory, stretches
+from farcast_cli.stream import Reader, Scratch, read_trajectory, stretches
 from farcast_cli.trajectory import open_snapshot
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def verify(
     snapshots = [open_snapshot(path) for path in (reference, forecast, truth)]
     alignment = align(snapshots)
     told = progress("verify", _bytes_of(alignment))
-    reader, per_tensor, total = Reader(), [], _Sums()
+    reader, scratch, per_tensor, total = Reader(), Scratch(), [], _Sums()
     for tensor in alignment.tensors:
-        sums = _compare(reader, tensor, told)
+        sums = _compare(reader, scratch, tensor, told)
         per_tensor.append(TensorVerification(tensor.name, tensor.num_elements, _ratio(sums)))
         for name in ("forecast", "reference", "absolute", "count"):
             setattr(total, name, getattr(total, name) + getattr(sums, name))
@@ -103,14 +103,15 @@ def _ratio(sums: _Sums) -> float | None:
     return (sums.forecast / sums.reference) ** 0.5 if sums.reference else None
 
 
-def _compare(reader: Reader, tensor: AlignedTensor, told: Callable[[int], None]) -> _Sums:
+def _compare(reader: Reader, scratch: Scratch, tensor: AlignedTensor, told: Callable[[int], None]) -> _Sums:
     sums = _Sums()
     for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries), itemsize=8):
-        reference, forecast, truth = read_trajectory(reader, tensor.entries, [stretch], torch.float64)
+        values = scratch.named("values", len(tensor.entries) * stretch.count, np.float64).reshape(-1, stretch.count)
+        reference, forecast, truth = read_trajectory(reader, tensor.entries, [stretch], values)
         error, nothing = forecast - truth, reference - truth
         sums.forecast += float(error @ error)
         sums.reference += float(nothing @ nothing)
-        sums.absolute += float(error.abs().sum())
+        sums.absolute += float(np.abs(error).sum())
         sums.count += stretch.count
         told(_stretch_bytes(tensor.entries, stretch.count))
     return sums

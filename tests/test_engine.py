@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,17 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import farcast_cli.output.target
 import farcast_cli.stream
 from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.output.engine import QUEUED_PER_THREAD, LinearMap
+from farcast_cli.output import engine
+from farcast_cli.output.linear import LinearMap
 from tests.tiny import applied, basis, fit_run, predict_run, stored, wander, write_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from farcast_cli.fitted import Fitted
     from tests.tiny import Arrays
@@ -92,34 +97,105 @@ def test_the_map_over_snapshots_equals_the_coefficients_over_increments(
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_a_large_tensor_read_in_many_stretches_is_the_same_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = wander(2, num_snapshots=8, sizes={"w": 30_000})
-    fitted = fit_run(write_run(tmp_path / "run", arrays, STEPS))
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small outputs in many ranges, written as large ones are: past the cache, by several processes."""
+    monkeypatch.setattr(engine, "RANGE_BYTES", 8192)
+    monkeypatch.setattr(engine, "MIN_RANGE_BYTES", 4096)
+    monkeypatch.setattr(engine, "DEVICE_RANGE_BYTES", 8192)
+    monkeypatch.setattr(engine, "FORK_BYTES", 0)
+    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
+
+
+WAYS: list[dict[str, Any]] = [
+    *({"num_threads": workers, "io": io} for workers in (1, 2, 5) for io in ("auto", "pread", "mmap")),
+    {"device": "cpu:0"},  # the GPU's code, on the CPU
+]
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_bytes_do_not_depend_on_workers_ranges_blocks_the_way_of_reading_or_the_device(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of odd lengths, so that ranges cut through elements and through many small tensors."""
+    sizes = {"w": 30_001, **{f"{index}.bias": 3 + index for index in range(40)}, "x": 4_097}
+    arrays = {name: values / 10 for name, values in wander(2, num_snapshots=8, sizes=sizes).items()}
+    arrays["0.bias"][:] = -0.0
+    fitted = fit_run(write_run(tmp_path / "run", arrays, STEPS, dtype=dtype))
     written = []
-    for index, (stretch, budget) in enumerate([(1 << 18, 8 << 20), (4096, 8 << 20), (9_999, 8 << 20), (1 << 18, 300_000)]):
-        monkeypatch.setattr(farcast_cli.stream, "MAX_STRETCH", stretch)
-        monkeypatch.setattr(farcast_cli.stream, "STRETCH_BYTES", budget)
-        for threads in (1, 2, 5):
-            output = tmp_path / str(index) / str(threads) / "out.safetensors"
-            predict_run(fitted, output, horizons=[HORIZON], num_threads=threads)
+    for ranges, block in [(8192, 1 << 17), (4096, 1000), (1 << 20, 7)]:
+        monkeypatch.setattr(engine, "RANGE_BYTES", ranges)
+        monkeypatch.setattr(engine, "BLOCK", block)
+        for number, way in enumerate(WAYS if block > 7 else WAYS[:1]):
+            output = tmp_path / str(ranges) / str(number) / "out.safetensors"
+            predict_run(fitted, output, horizons=[HORIZON], **way)
             written.append(output.read_bytes())
     assert len(set(written)) == 1
-    values = load_file(tmp_path / "0" / "1" / "out.safetensors")["w"].double().numpy()
-    expected = _expected(fitted, tmp_path / "run", "w")
-    np.testing.assert_allclose(values, expected, rtol=0, atol=np.abs(expected).max() * 1e-6)  # float32 arithmetic
+    values = load_file(output)
+    for name in ("w", "0.bias", "39.bias", "x"):
+        expected = _expected(fitted, tmp_path / "run", name)
+        scale = max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(values[name].double().numpy(), expected, rtol=0, atol=scale * ROUNDING[dtype])
 
 
-def test_a_torch_file_has_the_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_tasks")
+def test_a_gain_and_a_constant_are_added_alike_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lfd2 has them, for several tensors of one batch."""
+    arrays = wander(2, num_snapshots=8, sizes={"w": 5_001, "b": 30, "still": 9})
+    arrays["still"][:] = 0.1
+    fitted = fit_run(write_run(tmp_path / "run", arrays, STEPS))
+    written = []
+    for block in (1 << 17, 1000):
+        monkeypatch.setattr(engine, "BLOCK", block)
+        for way in (WAYS[0], WAYS[4], WAYS[-1]):
+            output = tmp_path / str(len(written)) / "out.safetensors"
+            predict_run(fitted, output, horizons=[HORIZON], method="lfd2", **way)
+            written.append(output.read_bytes())
+    assert len(set(written)) == 1
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_torch_file_has_the_same_bytes_and_right_checksums_whatever_the_way(way: dict[str, Any], tmp_path: Path) -> None:
     _torch_run(tmp_path / "run", {"a": 5000, "b": 3})
     fitted = fit_run(tmp_path / "run")
-    for threads in (1, 2, 5):
-        predict_run(fitted, tmp_path / str(threads) / "out.pt", horizons=[HORIZON], num_threads=threads)
-    assert len({(tmp_path / str(threads) / "out.pt").read_bytes() for threads in (1, 2, 5)}) == 1
+    predict_run(fitted, tmp_path / "plain" / "out.pt", horizons=[HORIZON])
+    predict_run(fitted, tmp_path / "way" / "out.pt", horizons=[HORIZON], **way)
+    assert (tmp_path / "way" / "out.pt").read_bytes() == (tmp_path / "plain" / "out.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "way" / "out.pt") as archive:
+        assert archive.testzip() is None
 
 
-def test_the_memory_that_is_held_does_not_grow_with_the_number_of_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("small_tasks")
+def test_tensors_that_lie_at_odd_bytes_are_forecast(tmp_path: Path) -> None:
+    """A tensor of three bytes before them moves all others off their alignment."""
+    arrays = wander(2, num_snapshots=8, sizes={"a": 5_000, "b": 3})
+    run = write_run(tmp_path / "run", arrays, STEPS)
+    plain = tmp_path / "plain.safetensors"
+    predict_run(fit_run(run), plain, horizons=[HORIZON])
+    for path in run.iterdir():
+        _put_first(path, np.array([1, 2, 3], np.uint8))
+    for number, way in enumerate(WAYS):
+        output = tmp_path / str(number) / "out.safetensors"
+        predict_run(fit_run(run), output, horizons=[HORIZON], **way)
+        written, expected = load_file(output), load_file(plain)
+        assert written["odd"].tolist() == [1, 2, 3]
+        assert all(torch.equal(written[name], value) for name, value in expected.items())
+
+
+def _put_first(path: Path, odd: NDArray[np.uint8]) -> None:
+    """Add a tensor of bytes before all others of a safetensors file."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    for entry in (entry for name, entry in header.items() if name != "__metadata__"):
+        entry["data_offsets"] = [offset + len(odd) for offset in entry["data_offsets"]]
+    text = json.dumps({"odd": {"dtype": "U8", "shape": [len(odd)], "data_offsets": [0, len(odd)]}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + odd.tobytes() + data)
+
+
+def test_the_memory_that_is_held_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[farcast_cli.stream.Scratch] = []
     make = farcast_cli.stream.Scratch.__init__
 
@@ -128,15 +204,27 @@ def test_the_memory_that_is_held_does_not_grow_with_the_number_of_records(
         held.append(scratch)
 
     monkeypatch.setattr(farcast_cli.stream.Scratch, "__init__", remember)
+    sizes = {"large": 400_000, **{f"layer {index}": 3_000 for index in range(60)}}
+    fitted = fit_run(write_run(tmp_path / "run", wander(2, num_snapshots=6, sizes=sizes), STEPS[:6]))
+    held.clear()
+    predict_run(fitted, tmp_path / "out.safetensors", horizons=[HORIZON])
+    num_buffers = 8  # source, another, last, move, term, step, bits, output
+    assert 0 < sum(scratch.num_bytes for scratch in held) <= num_buffers * 4 * engine.BLOCK
+
+
+def test_horizons_whose_counters_have_more_digits_are_written_as_alone(tmp_path: Path) -> None:
+    """A longer pickle moves what follows it: such a horizon is written in a pass of its own."""
     (tmp_path / "run").mkdir()
-    moments = {f"exp_avg {index}": torch.full((20_000,), 0.5) for index in range(60)}
-    for step in range(10, 90, 10):
-        weights = {f"layer {index}": torch.full((300,), float(step * index)) for index in range(60)}
-        torch.save({"model": weights, "moments": moments, "step": step}, tmp_path / "run" / f"step_{step}.pt")
-    predict_run(fit_run(tmp_path / "run"), tmp_path / "step_90.pt", horizons=[10], num_threads=1)
-    sizes = [buffer.numel() for scratch in held for buffer in scratch._free]
-    assert 0 < len(sizes) <= 2 * QUEUED_PER_THREAD
-    assert sum(sizes) <= 2 * QUEUED_PER_THREAD * 80_000
+    for index, step in enumerate(range(10, 90, 10)):
+        weights = {"w": torch.linspace(0, 1, 50) * index**0.5}
+        torch.save({"model": weights, "steps": {str(key): step for key in range(40)}}, tmp_path / "run" / f"step_{step}.pt")
+    fitted = fit_run(tmp_path / "run")
+    horizons = [50, 70_000, 60]
+    predict_run(fitted, f"{tmp_path / 'all'}/", horizons=horizons, method="line")
+    for horizon in horizons:
+        alone = tmp_path / "alone" / f"{horizon}.pt"
+        predict_run(fitted, alone, horizons=[horizon], method="line")
+        assert (tmp_path / "all" / f"step_{80 + horizon}.pt").read_bytes() == alone.read_bytes()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from farcast_cli.forecast.forecaster import MAX_MATCH, StepNorm, forecast, plain_step, set_step_norm
 from farcast_cli.forecast.methods import METHODS
-from farcast_cli.output.engine import LinearMap
+from farcast_cli.output.linear import LinearMap
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from farcast_cli.forecast.methods import (
     averaging_window,
     find_method,
 )
-from farcast_cli.output.engine import LinearMap
+from farcast_cli.output.linear import LinearMap
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:

@@ -43,6 +43,7 @@ def fit_lfd2(
         grad_weight: of L_grad.
         per_tensor: one layer for each tensor rather than one for all.
     """
+    torch.set_num_threads(1)  # sums would depend on how many
     rows = _training_rows(sample, timeline, training_origin, per_tensor=per_tensor)
     layer = _train(_Rows(*(getattr(rows, name).to(device) for name in _Rows.__slots__)), grad_weight=grad_weight)
     along_drift, along_weight, constant = layer[:, -1].cpu().double().numpy().T  # each (B,)

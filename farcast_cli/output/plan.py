@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy import floating
     from numpy.typing import NDArray
 
-    ValueMap = Callable[[NDArray[floating[Any]], int], NDArray[floating[Any]]]
+    ValueMap = Callable[[NDArray[Any], int], NDArray[Any]]
 
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -57,26 +56,10 @@ class Values:
     dtype: DType
     non_negative: bool = False
     begin: int = 0
-    """The element of the forecast tensor that `entry` begins with, where it is a part of it."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.entry.num_elements * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """The origin's values put through a function of them and of where they lie.
-
-    The function takes values (N,), float64 for float64 and else float32, and the index of the first in its tensor; it
-    gives (N,) that are rounded to `dtype`. It gives the same for every split into stretches.
-    """
-
-    entry: TensorEntry
-    dtype: DType
-    function: ValueMap
-    begin: int = 0
-    """The element of the tensor that `entry` begins with, where it is a part of it."""
+    """The element of the whole tensor that `entry` begins with, where it is a part of it."""
+    function: ValueMap | None = None
+    """What the origin's own values (N,) are put through, given the first one's place in the tensor. It works in the type of
+    arithmetic, element by element: what becomes of one must not depend on which others come with it."""
 
     @property
     def num_bytes(self) -> int:
@@ -101,7 +84,7 @@ class Zeros:
     num_bytes: int
 
 
-Piece = Copy | Values | Mapped | Fixed | Zeros
+Piece = Copy | Values | Fixed | Zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +164,7 @@ class Rewrite:
             return (Fixed(struct.pack("<q", int(self.batch_counts[entry.name].new))),)
         index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
         if entry.name in self.mapped:
-            return (Mapped(entry, dtype, self.mapped[entry.name]),)
+            return (Values(entry, None, dtype, function=self.mapped[entry.name]),)
         if index is None and dtype == entry.dtype:
             return (Copy(entry.path, entry.offset, entry.num_bytes),)
         real = entry.as_real()

@@ -32,9 +32,9 @@ def write_sidecar(place: Path, beside: Path | None, text: str) -> None:
 def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> str:
     assert outcome.path is not None  # noqa: S101 - only written forecasts have one
     home = outcome.path.resolve().parent
-    linear = prepared.engine.linear
+    linear = prepared.engine.source.linear
     index = prepared.targets.index(outcome.path)
-    sizes = np.array([tensor.num_elements for tensor in prepared.engine.alignment.tensors], dtype=float)
+    sizes = np.array([tensor.num_elements for tensor in prepared.engine.source.alignment.tensors], dtype=float)
     mean = sizes @ linear.weights[index] / sizes.sum()
     content: dict[str, Any] = {
         "schema_version": 1,
@@ -77,7 +77,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
             "last_step": fitted.steps[-1],
             "samples_per_tensor": fitted.provenance.num_samples,
         },
-        "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.alignment.copied],
+        "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.source.alignment.copied],
         "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
     }
     if outcome.trials:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +17,6 @@ from farcast_cli.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-SYNC_BYTES = 64 << 20  # written between two hints to the kernel, so that the last sync has little left to do
 
 
 @contextmanager
@@ -129,46 +126,3 @@ def _sync(path: Path) -> None:
         raise
     finally:
         os.close(fd)
-
-
-class Sink:
-    """Where the bytes of one output file go, record by record, in order."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("xb", buffering=0)
-        self._unsynced = 0
-        self._checksum = 0
-        self._checksums_at: tuple[int, ...] = ()
-        self._filled_in: list[tuple[int, int]] = []
-
-    def begin(self, checksums_at: tuple[int, ...] = ()) -> None:
-        """Start a record whose CRC-32 belongs to these positions of the file."""
-        self._end_record()
-        self._checksum, self._checksums_at = 0, checksums_at
-
-    def write(self, data: memoryview) -> None:
-        if self._checksums_at:
-            self._checksum = zlib.crc32(data, self._checksum)
-        while data:
-            data = data[self._file.write(data) :]
-        self._unsynced = _start_writeback(self._file.fileno(), self._file.tell(), self._unsynced)
-
-    def close(self) -> None:
-        self._end_record()
-        for position, checksum in self._filled_in:
-            os.pwrite(self._file.fileno(), checksum.to_bytes(4, "little"), position)
-        self._file.close()
-
-    def _end_record(self) -> None:
-        self._filled_in += [(position, self._checksum) for position in self._checksums_at]
-        self._checksums_at = ()
-
-
-def _start_writeback(fd: int, position: int, unsynced: int) -> int:
-    """Let the kernel start writing what is complete; returns from where on it is still to do."""
-    if position - unsynced < SYNC_BYTES:
-        return unsynced
-    with suppress(OSError, AttributeError):
-        os.posix_fadvise(fd, unsynced, position - unsynced, os.POSIX_FADV_DONTNEED)
-    return position

@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from farcast_cli.alignment import Alignment
 from farcast_cli.errors import OutputError, UsageError
+from farcast_cli.output.batch import Source
+from farcast_cli.output.engine import Engine, write_forecasts
+from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.plan import Rewrite, plan_outputs
 from farcast_cli.output.sidecar import sidecar_of, write_sidecar
 from farcast_cli.output.writer import staged
+from farcast_cli.stream import Resources
 from farcast_cli.trainer.resume import advance, told_as_damage
 from farcast_cli.trajectory import open_snapshot
 from farcast_cli.tune.delta import maps_of
@@ -107,14 +112,9 @@ def write_tuned(
 
 def _write_plan(plan: Sequence[OutputFile], place: Path, *, num_threads: int, told: Callable[[int], None]) -> Written:
     """One pass of the engine over a plan without forecast tensors."""
-    import torch
-
-    from farcast_cli.alignment import Alignment
-    from farcast_cli.output.engine import Engine, LinearMap, write_forecasts
-
     nothing = LinearMap(np.zeros((1, 0, 1)), np.zeros((1, 0)), np.zeros((1, 0)), 0)
-    engine = Engine(Alignment((), ()), nothing, torch.device("cpu"))
-    tally = write_forecasts([plan], [place], engine, num_threads=num_threads, progress=told)
+    engine = Engine(Source(Alignment((), ()), nothing), Resources(num_workers=num_threads))
+    tally = write_forecasts([plan], [place], engine, progress=told)
     return Written(tally.bytes_read, tally.bytes_written)
 
 

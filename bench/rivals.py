@@ -1,0 +1,41 @@
+"""What other tools do for the same work: the sum of two snapshots, each by its usual way.
+
+    python bench/rivals.py save_file EARLY LAST OUT
+    python bench/rivals.py mergekit EARLY LAST OUT      (prints the configuration that mergekit-yaml is given)
+
+Programs of their own, so that their memory is theirs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+EARLY, LAST = -0.5, 1.5
+
+
+def by_save_file(early: Path, last: Path, out: Path) -> None:
+    """Safetensors' load_file and save_file, shard by shard, as a script of one's own would do it."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir()
+    for path in sorted(last.glob("*.safetensors")):
+        then, now = load_file(early / path.name), load_file(path)
+        save_file({name: (EARLY * then[name].float() + LAST * value.float()).to(value.dtype) for name, value in now.items()},
+                  out / path.name, metadata={"format": "pt"})  # fmt: skip
+
+
+def mergekit_config(early: Path, last: Path) -> str:
+    """Mergekit's linear merge; the transformer is not one of its architectures, so the names are taken from the files."""
+    return (
+        f"merge_method: linear\nmodels:\n  - model: {early}\n    parameters: {{weight: {EARLY}}}\n"
+        f"  - model: {last}\n    parameters: {{weight: {LAST}}}\nparameters: {{normalize: false}}\ndtype: bfloat16\n"
+    )
+
+
+if __name__ == "__main__":
+    paths = [Path(argument) for argument in sys.argv[2:]]
+    if sys.argv[1] == "save_file":
+        by_save_file(*paths)
+    else:
+        paths[2].write_text(mergekit_config(paths[0], paths[1]))

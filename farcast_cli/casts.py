@@ -1,0 +1,114 @@
+"""Stored element types to and from the types of arithmetic, in numpy, with the bits that torch's own casts give.
+
+numpy knows no bfloat16 and converts float16 one element at a time, and importing torch takes two seconds and 200 MiB, more
+than most forecasts. So bfloat16 is rounded by integer arithmetic here; only float16 goes through torch, on the same memory.
+
+Shapes: N elements of a block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from farcast_cli.tensors import DType
+
+Floats = np.ndarray[tuple[Any, ...], np.dtype[np.floating[Any]]]
+"""Values in a type of arithmetic."""
+WorkType = type[np.float32] | type[np.float64]
+
+_CARRIERS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+"""What a stored type's bytes are viewed as; bfloat16 is the upper half of a float32."""
+_BITS = {2: np.int16, 4: np.int32, 8: np.int64}
+_UPPER = np.uint32(16)
+_ODD = np.uint32(1)
+_HALF = np.uint32(0x7FFF)  # and one more where the last bit that stays is set: to nearest even
+_QUIET_NAN = np.uint16(0x7FC0)
+MAX_FINITE = {
+    "float64": float(np.finfo(np.float64).max),
+    "float32": float(np.finfo(np.float32).max),
+    "float16": float(np.finfo(np.float16).max),
+    "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
+}
+
+
+def work_type(dtype: DType) -> WorkType:
+    """The type in which values of a stored type are computed with."""
+    return np.float64 if dtype.name == "float64" else np.float32
+
+
+def bits_of(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.signedinteger[Any]]:
+    """The elements (N,) of raw bytes as integers, to compare them bit by bit."""
+    return raw.view(_BITS[dtype.itemsize])
+
+
+def num_negative_zeros(raw: NDArray[np.uint8], dtype: DType) -> int:
+    bits = bits_of(raw, dtype)
+    return int(np.count_nonzero(bits == np.iinfo(bits.dtype).min))
+
+
+def widen(raw: NDArray[np.uint8], dtype: DType, out: Floats) -> Floats:
+    """The values of raw bytes in the type of `out` (N,); a view of the bytes where they are of that type already."""
+    stored = raw.view(_CARRIERS[dtype.name])
+    if stored.dtype == out.dtype:
+        return stored
+    if dtype.name == "float16":
+        _convert_by_torch(stored, out)
+    elif dtype.name != "bfloat16":
+        np.copyto(out, stored, casting="same_kind")
+    elif out.dtype == np.float32:
+        _widen_halves(stored, out)
+    else:
+        single = np.empty(len(stored), np.float32)
+        _widen_halves(stored, single)
+        np.copyto(out, single)
+    return out
+
+
+def _widen_halves(upper: NDArray[np.uint16], out: Floats) -> None:
+    bits = out.view(np.uint32)
+    np.copyto(bits, upper)
+    np.left_shift(bits, _UPPER, out=bits)
+
+
+def narrow(values: Floats, dtype: DType, out: NDArray[np.uint8], scratch: NDArray[np.uint32], *, may_be_nan: bool) -> None:
+    """Round values (N,) to a stored type, to nearest even, into its bytes (N x itemsize).
+
+    Args:
+        scratch: (N,), for the bits that decide.
+        may_be_nan: look for NaN, which rounding by integers would turn into other numbers.
+    """
+    stored = out.view(_CARRIERS[dtype.name])
+    if dtype.name == "float16":
+        _convert_by_torch(values, stored)
+    elif dtype.name != "bfloat16":
+        np.copyto(stored, values, casting="same_kind")
+    else:
+        single = values if values.dtype == np.float32 else values.astype(np.float32)
+        _narrow_to_halves(single, stored, scratch)
+        if may_be_nan:
+            stored[np.isnan(single)] = _QUIET_NAN
+
+
+def _narrow_to_halves(values: Floats, out: NDArray[np.uint16], rest: NDArray[np.uint32]) -> None:
+    """The upper halves of float32 values, rounded: bits + 0x7fff + their last bit that stays, shifted down."""
+    bits = values.view(np.uint32)
+    np.right_shift(bits, _UPPER, out=rest)
+    np.bitwise_and(rest, _ODD, out=rest)
+    np.add(rest, _HALF, out=rest)
+    np.add(rest, bits, out=rest)
+    np.right_shift(rest, _UPPER, out=rest)
+    np.copyto(out, rest, casting="unsafe")
+
+
+def _convert_by_torch(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:
+    """Numpy takes 5 ns for an element of float16, torch .1."""
+    import torch
+
+    torch.set_num_threads(1)  # the caller is one of many workers
+    source = values if values.flags.writeable else values.copy()  # torch warns of memory that it must not write to
+    torch.from_numpy(out).copy_(torch.from_numpy(source))

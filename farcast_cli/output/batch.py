@@ -1,0 +1,248 @@
+"""Computes a batch of segments: reads them at every snapshot, adds the step, checks, rounds, and puts the bytes in place.
+
+Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from farcast_cli.casts import MAX_FINITE, bits_of, num_negative_zeros, widen, work_type
+from farcast_cli.errors import SnapshotError
+from farcast_cli.output.arithmetic import Step, forecasts
+from farcast_cli.stream import Scratch, non_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.alignment import Alignment
+    from farcast_cli.output.arithmetic import Arithmetic, Array, Weight
+    from farcast_cli.output.linear import LinearMap
+    from farcast_cli.output.plan import Values
+    from farcast_cli.output.ranges import Batch, Segment
+    from farcast_cli.output.target import Room
+    from farcast_cli.stream import Reader
+    from farcast_cli.tensors import TensorEntry
+
+Stretch = tuple["Path", int, int]
+"""Bytes of a file: path, first byte, number of bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What forecasts are computed from: the aligned tensors of the snapshots that are read, and the map."""
+
+    alignment: Alignment
+    linear: LinearMap
+
+    def others(self, piece: Values) -> tuple[int, ...]:
+        """The snapshots beside the origin that a piece's forecast reads."""
+        return () if piece.index is None else self.linear.others[piece.index]
+
+    def entry(self, piece: Values, snapshot: int) -> TensorEntry:
+        assert piece.index is not None  # noqa: S101 - only forecast tensors have other snapshots
+        return self.alignment.tensors[piece.index].entries[snapshot]
+
+    def kind(self, piece: Values) -> Hashable:
+        """What pieces have in common that are computed at once."""
+        if piece.function is not None:
+            return id(piece)
+        others = self.others(piece)
+        types = tuple(self.entry(piece, t).dtype.name for t in others)
+        return piece.index is None, piece.entry.dtype.name, piece.dtype.name, piece.non_negative, others, types
+
+    def stretch(self, segment: Segment, snapshot: int | None = None) -> Stretch:
+        """Where a segment lies in a snapshot, or in the origin where none is named."""
+        piece = segment.piece
+        entry = piece.entry if snapshot is None else self.entry(piece, snapshot)
+        first = segment.first + (0 if snapshot is None else piece.begin)
+        return entry.path, entry.offset + first * entry.dtype.itemsize, segment.count * entry.dtype.itemsize
+
+    def stretches(self, segment: Segment) -> Iterator[Stretch]:
+        """All that is read for a segment."""
+        yield self.stretch(segment)
+        for snapshot in self.others(segment.piece):
+            yield self.stretch(segment, snapshot)
+
+
+def joined(stretches: Iterator[Stretch]) -> list[Stretch]:
+    """The same with neighbours as one."""
+    found: list[Stretch] = []
+    for path, offset, num_bytes in stretches:
+        if found and found[-1][0] == path and found[-1][1] + found[-1][2] == offset:
+            found[-1] = path, found[-1][1], found[-1][2] + num_bytes
+        else:
+            found.append((path, offset, num_bytes))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a batch took. An element that two ranges share is counted in both."""
+
+    bytes_read: int
+    num_forecast: int
+    unchanged: Sequence[int]
+
+
+class Computer:
+    """Computes batches into rooms, one for each horizon; belongs to one worker."""
+
+    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader, rooms: Sequence[Room]) -> None:
+        self._source, self._arithmetic, self._reader, self._rooms = source, arithmetic, reader, rooms
+        self._scratch = Scratch()
+        self._bytes_read = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it holds."""
+        return self._scratch.num_bytes + self._arithmetic.num_bytes
+
+    def compute(self, batch: Batch) -> Done:
+        piece, arithmetic = batch.piece, self._arithmetic
+        self._bytes_read = 0
+        source = self._read(batch, None)
+        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype))
+        unchanged = [0] * len(self._rooms)
+        for horizon, values in enumerate(self._values(batch, source, last)):
+            checked, is_finite = self._checked(values, batch)
+            out = self._place(batch, horizon)
+            arithmetic.store(checked, piece.dtype, out, may_be_nan=not is_finite)
+            self._deliver(batch, horizon, out)
+            if piece.index is not None:
+                own = source if piece.dtype == piece.entry.dtype else self._retyped(last, batch)
+                equal = bits_of(out, piece.dtype) == bits_of(own, piece.dtype)
+                unchanged[horizon] = int(np.count_nonzero(equal))
+        return Done(self._bytes_read, 0 if piece.index is None else batch.count, unchanged)
+
+    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array) -> Iterator[Array]:
+        """The batch's values at every horizon."""
+        piece, arithmetic = batch.piece, self._arithmetic
+        if piece.function is not None:
+            (segment,) = batch.segments
+            own = np.array(arithmetic.to_host(last))  # a copy, which the function may change
+            made = arithmetic.from_host(np.asarray(piece.function(own, piece.begin + segment.first), dtype=own.dtype))
+            yield from [made] * len(self._rooms)
+        elif piece.index is None:
+            yield from [last] * len(self._rooms)
+        else:
+            others = (self._load(batch, snapshot) for snapshot in self._source.others(piece))
+            keep_zeros = num_negative_zeros(source, piece.entry.dtype) > 0
+            yield from forecasts(arithmetic, last, others, self._step(batch), keep_zeros=keep_zeros)
+
+    def _load(self, batch: Batch, snapshot: int) -> Array:
+        piece = batch.piece
+        raw = self._read(batch, snapshot)
+        return self._arithmetic.load(raw, self._source.entry(piece, snapshot).dtype, "other", work_type(piece.entry.dtype))
+
+    def _step(self, batch: Batch) -> Step:
+        """The weights of a batch, spread over its segments' elements."""
+        linear, others, work = self._source.linear, self._source.others(batch.piece), work_type(batch.piece.entry.dtype)
+        indices = np.array([segment.piece.index for segment in batch.segments], dtype=np.intp)
+        counts = [segment.count for segment in batch.segments]
+
+        def spread(numbers: NDArray[np.float64]) -> Weight:
+            return self._arithmetic.spread(numbers[indices], counts, work)
+
+        weights = [[spread(of[:, t]) for t in others] for of in linear.weights]
+        if not (linear.gain[:, indices].any() or linear.constant[:, indices].any()):
+            return Step(weights)
+        return Step(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant])
+
+    # --- bytes in and out ---------------------------------------------------------------------------------------------
+
+    def _read(self, batch: Batch, snapshot: int | None) -> NDArray[np.uint8]:
+        """The batch's bytes at a snapshot, or at the origin as it lies there; neighbours in the file in one go."""
+        stretches = joined(self._source.stretch(segment, snapshot) for segment in batch.segments)
+        total = sum(num_bytes for _, _, num_bytes in stretches)
+        memory = self._arithmetic.memory("source" if snapshot is None else "other", total)
+        self._bytes_read += total
+        if len(stretches) == 1:
+            path, offset, _ = stretches[0]
+            return self._reader.raw(path, offset, memory)
+        position = 0
+        for path, offset, num_bytes in stretches:
+            self._reader.fill(path, offset, memory[position : position + num_bytes])
+            position += num_bytes
+        return memory
+
+    def _place(self, batch: Batch, horizon: int) -> NDArray[np.uint8]:
+        """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
+        num_bytes = batch.count * batch.piece.dtype.itemsize
+        if batch.is_in_place:
+            return self._rooms[horizon].at(batch.segments[0].at, num_bytes)
+        return self._scratch.named("out", num_bytes, np.uint8)
+
+    def _deliver(self, batch: Batch, horizon: int, out: NDArray[np.uint8]) -> None:
+        if batch.is_in_place:
+            return
+        position = 0
+        for segment in batch.segments:
+            num_bytes = segment.end - segment.at
+            np.copyto(self._rooms[horizon].at(segment.at, num_bytes), out[position : position + num_bytes])
+            position += num_bytes
+
+    def _retyped(self, last: Array, batch: Batch) -> NDArray[np.uint8]:
+        """The origin's values in the output's type."""
+        out = self._scratch.named("retyped", batch.count * batch.piece.dtype.itemsize, np.uint8)
+        self._arithmetic.store(last, batch.piece.dtype, out, may_be_nan=True)
+        return out
+
+    # --- what must not be published -----------------------------------------------------------------------------------
+
+    def _checked(self, values: Array, batch: Batch) -> tuple[Array, bool]:
+        """The values, and whether all are finite. Refuses NaN and infinity, but for what every snapshot has.
+
+        Also keeps BatchNorm's variance from falling below zero.
+        """
+        xp, piece = self._arithmetic.xp, batch.piece
+        limit = MAX_FINITE[piece.dtype.name]
+        if not (-limit <= float(xp.amin(values)) and float(xp.amax(values)) <= limit):
+            return self._arithmetic.from_host(self._without_infinities(batch, self._arithmetic.to_host(values))), False
+        return (xp.where(values < 0, xp.zeros_like(values), values) if piece.non_negative else values), True
+
+    def _without_infinities(self, batch: Batch, values: NDArray[Any]) -> NDArray[Any]:
+        """The values with constant infinities put back; an error that names the snapshot, or the type's range, for others.
+
+        Rare, so everything is read again.
+        """
+        snapshots = (None, *self._source.others(batch.piece))
+        last, *others = (self._again(batch, snapshot) for snapshot in snapshots)
+        if batch.piece.index is None and batch.piece.function is None:
+            still = ~np.isfinite(last)  # copied: what it is
+        else:
+            still = np.isinf(last)
+            for other in others:
+                still &= other == last
+            for snapshot, found in zip(snapshots, (last, *others), strict=True):
+                if (bad := ~np.isfinite(found) & ~still).any():
+                    at = int(bad.argmax())
+                    raise non_finite(self._entry_at(batch, at, snapshot), float(found[at]))
+        limit = MAX_FINITE[batch.piece.dtype.name]
+        kept = np.where(still, last.dtype.type(0), values)
+        if not (np.abs(kept) <= limit).all():
+            entry = self._entry_at(batch, int((~(np.abs(kept) <= limit)).argmax()), None)
+            raise SnapshotError(
+                f"{entry.path}: the forecast of tensor {entry.name!r} leaves the range of its type (+-{limit:g})",
+                hint="--scale .5 takes a smaller step; --dtype float32 widens the range",
+            )
+        return np.asarray(np.where(still, last, values))
+
+    def _again(self, batch: Batch, snapshot: int | None) -> NDArray[Any]:
+        raw = self._read(batch, snapshot)
+        dtype = (batch.piece.entry if snapshot is None else self._source.entry(batch.piece, snapshot)).dtype
+        return np.array(widen(raw, dtype, np.empty(batch.count, work_type(batch.piece.entry.dtype))))
+
+    def _entry_at(self, batch: Batch, element: int, snapshot: int | None) -> TensorEntry:
+        """The tensor that an element of a batch belongs to."""
+        for segment in batch.segments:
+            if element < segment.count:
+                return segment.piece.entry if snapshot is None else self._source.entry(segment.piece, snapshot)
+            element -= segment.count
+        raise AssertionError("an element outside of its batch")

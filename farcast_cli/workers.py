@@ -1,0 +1,177 @@
+"""Workers that take tasks by number: processes on the CPU, threads for a GPU, or none.
+
+Processes, because Python holds its interpreter lock between two numpy operations: two threads on two cores get no more done
+than one. They are forked, so that they share what was planned, and die with the process that made them.
+
+Source: fork(2), prctl(2) PR_SET_PDEATHSIG.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from farcast_cli.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from concurrent.futures import Future
+    from multiprocessing.context import ForkProcess
+    from multiprocessing.sharedctypes import Synchronized
+
+Result_co = TypeVar("Result_co", covariant=True)
+Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1
+
+
+class _Numbered(Protocol):
+    """What came of a task, with its number."""
+
+    @property
+    def number(self) -> int: ...
+
+
+Numbered = TypeVar("Numbered", bound=_Numbered)
+
+
+class Worker(Protocol[Result_co]):
+    """Does tasks, one after another."""
+
+    def fill(self, number: int, /) -> Result_co: ...
+
+    def close(self) -> None: ...
+
+
+def alone(num_tasks: int, make: Callable[[], Worker[Result]]) -> Iterator[Result]:
+    """In this process, in order."""
+    worker = make()
+    try:
+        for number in range(num_tasks):
+            yield worker.fill(number)
+    finally:
+        worker.close()
+
+
+def in_threads(num_tasks: int, make: Callable[[], Worker[Result]], num_workers: int) -> Iterator[Result]:
+    """In threads with a worker each, in any order; few results wait at a time."""
+    local, made = threading.local(), list[Worker[Result]]()
+
+    def begin() -> None:
+        local.worker = make()
+        made.append(local.worker)
+
+    def fill(number: int) -> Result:
+        result: Result = local.worker.fill(number)
+        return result
+
+    pool = ThreadPoolExecutor(num_workers, initializer=begin)
+    running: set[Future[Result]] = set()
+    try:
+        for number in range(num_tasks):
+            running.add(pool.submit(fill, number))
+            if len(running) > num_workers or number == num_tasks - 1:
+                done, running = futures_wait(running, return_when=FIRST_COMPLETED if number < num_tasks - 1 else ALL_COMPLETED)
+                yield from (future.result() for future in done)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in made:
+            worker.close()
+
+
+def in_order(results: Iterator[Numbered]) -> Iterator[Numbered]:
+    """The same by their numbers, 0 first; those that are early wait."""
+    early: dict[int, Numbered] = {}
+    due = 0
+    for result in results:
+        early[result.number] = result
+        while due in early:
+            yield early.pop(due)
+            due += 1
+
+
+def in_processes(num_tasks: int, make: Callable[[], Worker[Result]], num_workers: int) -> Iterator[Result]:
+    """In forked processes with a worker each, in any order.
+
+    Raises:
+        OutputError: a worker was killed.
+        whatever a worker raised.
+    """
+    context = multiprocessing.get_context("fork")
+    taken = context.Value("q", 0)
+    processes: dict[Connection, ForkProcess] = {}
+    try:
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(num_tasks, taken, make, theirs, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        yield from _collect(processes)
+    finally:
+        for pipe, process in processes.items():
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def _collect(processes: Mapping[Connection, ForkProcess]) -> Iterator[Any]:
+    """What the workers send, until each has said that it is done."""
+    waiting = dict(processes)
+    while waiting:
+        for pipe in [pipe for pipe in wait(list(waiting)) if isinstance(pipe, Connection)]:
+            try:
+                result, error = pipe.recv()
+            except EOFError:
+                raise _killed(waiting[pipe]) from None
+            if error is not None:
+                raise error
+            if result is None:
+                del waiting[pipe]
+            else:
+                yield result
+
+
+def _killed(process: ForkProcess) -> OutputError:
+    process.join()
+    code = process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return OutputError(f"a worker process {how}", hint="is the memory used up? --threads 1 takes the least")
+
+
+def _serve(num_tasks: int, taken: Synchronized[int], make: Callable[[], Worker[Any]], pipe: Connection, parent: int) -> None:
+    """A worker's life: take the next number, do it, send what came of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
+    try:
+        worker = make()
+        while (number := _next(taken)) < num_tasks:
+            pipe.send((worker.fill(number), None))
+        worker.close()
+        pipe.send((None, None))
+    except Exception as error:  # noqa: BLE001 - raised again by the parent
+        with suppress(OSError):  # the parent is gone
+            pipe.send((None, error))
+
+
+def _next(taken: Synchronized[int]) -> int:
+    with taken.get_lock():
+        number = taken.value
+        taken.value = number + 1
+        return number
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies, which might be killed without a chance to do so itself."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
