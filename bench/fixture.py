@@ -29,18 +29,31 @@ def steps_of(num_snapshots: int) -> list[int]:
 
 
 def shapes(kind: str, num_parameters: int) -> dict[str, tuple[int, ...]]:
-    """A transformer's tensors, as many tiny ones as make up the parameters, or one."""
+    """A Llama's tensors, as many tiny ones as make up the parameters, or one."""
     if kind == "one":
         return {"w": (num_parameters // 4096, 4096)}
     if kind == "tiny":
         return {f"layer.{index:06d}.bias": (num_parameters // 20_000,) for index in range(20_000)}
-    width = 2048 if num_parameters > 200_000_000 else 768
-    found: dict[str, tuple[int, ...]] = {"embed.weight": (16 * width, width)}
-    for block in range(max(1, (num_parameters - 16 * width * width) // (12 * width * width))):
-        for name, shape in (("attn.qkv", (3 * width, width)), ("attn.out", (width, width)),
-                            ("mlp.up", (4 * width, width)), ("mlp.down", (width, 4 * width)), ("norm", (width,))):  # fmt: skip
-            found[f"blocks.{block}.{name}.weight"] = shape
-    return found
+    width, kept = (2048, 512) if num_parameters > 200_000_000 else (768, 192)
+    rows = 62 * width if num_parameters > 200_000_000 else 8 * width
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (rows, width)}
+    for layer in range(max(1, round((num_parameters - rows * width) / (14.5 * width * width)))):
+        for name, shape in (("self_attn.q_proj", (width, width)), ("self_attn.k_proj", (kept, width)),
+                            ("self_attn.v_proj", (kept, width)), ("self_attn.o_proj", (width, width)),
+                            ("mlp.gate_proj", (4 * width, width)), ("mlp.up_proj", (4 * width, width)),
+                            ("mlp.down_proj", (width, 4 * width)), ("input_layernorm", (width,)),
+                            ("post_attention_layernorm", (width,))):  # fmt: skip
+            found[f"model.layers.{layer}.{name}.weight"] = shape
+    return {**found, "model.norm.weight": (width,)}
+
+
+def config(layout: dict[str, tuple[int, ...]]) -> str:
+    """What a tool needs to know of a Llama, so that it merges these files too."""
+    rows, width = layout.get("model.embed_tokens.weight", (8, 8))
+    num_layers = sum(name.endswith("q_proj.weight") for name in layout)
+    fixed = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": rows, "num_hidden_layers": num_layers}
+    return json.dumps({**fixed, **sizes, "num_attention_heads": width // 64, "num_key_value_heads": width // 256})
 
 
 def snapshot(layout: dict[str, tuple[int, ...]], step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -64,7 +77,7 @@ def make_run(folder: Path, kind: str, num_parameters: int, dtype: torch.dtype, n
     for step in steps_of(num_snapshots):
         target = folder / f"step{step}"
         target.mkdir(parents=True)
-        (target / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+        (target / "config.json").write_text(config(layout))
         state = snapshot(layout, step, dtype)
         split = split_torch_state_dict_into_shards(state, max_shard_size="1GB")
         for file, names in split.filename_to_tensors.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-EARLY, LAST = -0.5, 1.5
+EARLY, LAST = -1 / 3, 4 / 3  # a line through the steps 4000 and 7000, to 8000
 
 
 def by_save_file(early: Path, last: Path, out: Path) -> None:

@@ -65,7 +65,8 @@ def widen(raw: NDArray[np.uint8], dtype: DType, out: Floats) -> Floats:
     else:
         single = np.empty(len(stored), np.float32)
         _widen_halves(stored, single)
-        np.copyto(out, single)
+        with np.errstate(invalid="ignore"):  # signalling NaN, which whoever reads looks for
+            np.copyto(out, single)
     return out
 
 

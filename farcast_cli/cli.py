@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -485,6 +486,7 @@ _ParsingError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__
 
 def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
+    gc.disable()  # a command is over before cycles matter, and looking for them among 100,000 tensors takes its time
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
         signal.signal(signal.SIGHUP, _interrupt)
@@ -503,6 +505,8 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted: what was not complete has been removed\n")
         sys.exit(INTERRUPTED)
+    finally:
+        gc.enable()
 
 
 def _fail(error: FarcastError) -> NoReturn:

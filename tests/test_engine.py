@@ -145,7 +145,7 @@ def test_a_gain_and_a_constant_are_added_alike_in_every_way(tmp_path: Path, monk
     arrays = wander(2, num_snapshots=8, sizes={"w": 5_001, "b": 30, "still": 9})
     arrays["still"][:] = 0.1
     fitted = fit_run(write_run(tmp_path / "run", arrays, STEPS))
-    written = []
+    written: list[bytes] = []
     for block in (1 << 17, 1000):
         monkeypatch.setattr(engine, "BLOCK", block)
         for way in (WAYS[0], WAYS[4], WAYS[-1]):

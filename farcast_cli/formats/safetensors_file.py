@@ -120,16 +120,12 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
     return value
 
 
-def _has_surrogates(name: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
-    if not name.isprintable() or _has_surrogates(name) or len(name) > MAX_NAME:
+    if not name.isprintable() or len(name) > MAX_NAME:  # halves of a surrogate pair are not printable either
         raise _damaged(
             path, f"a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"
         )

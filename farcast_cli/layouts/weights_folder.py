@@ -46,7 +46,9 @@ class Weights:
     def under(self, prefix: str, folder: Path) -> Weights:
         """The same with a prefix to all names; `folder` is the snapshot's."""
         parts = [replace(part, name=part.path.relative_to(folder).as_posix(), prefix=prefix) for part in self.parts]
-        tensors = {prefix + name: replace(entry, name=prefix + name) for name, entry in self.tensors.items()}
+        tensors = {
+            prefix + name: replace(entry, name=prefix + name) if prefix else entry for name, entry in self.tensors.items()
+        }
         return Weights(tuple(parts), tensors, frozenset(prefix + name for name in self.rough))
 
 

@@ -98,6 +98,7 @@ class Computer:
         self._source, self._arithmetic, self._reader, self._rooms = source, arithmetic, reader, rooms
         self._scratch = Scratch()
         self._bytes_read = 0
+        self._held: tuple[object, Step] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -134,12 +135,21 @@ class Computer:
         else:
             others = (self._load(batch, snapshot) for snapshot in self._source.others(piece))
             keep_zeros = num_negative_zeros(source, piece.entry.dtype) > 0
-            yield from forecasts(arithmetic, last, others, self._step(batch), keep_zeros=keep_zeros)
+            yield from forecasts(arithmetic, last, others, self._step_of(batch), keep_zeros=keep_zeros)
 
     def _load(self, batch: Batch, snapshot: int) -> Array:
         piece = batch.piece
         raw = self._read(batch, snapshot)
         return self._arithmetic.load(raw, self._source.entry(piece, snapshot).dtype, "other", work_type(piece.entry.dtype))
+
+    def _step_of(self, batch: Batch) -> Step:
+        """The weights of a batch; those of a large tensor are the same from one to the next."""
+        if len(batch.segments) > 1:
+            return self._step(batch)
+        key = batch.piece.index, batch.piece.entry.dtype
+        if self._held is None or self._held[0] != key:
+            self._held = key, self._step(batch)
+        return self._held[1]
 
     def _step(self, batch: Batch) -> Step:
         """The weights of a batch, spread over its segments' elements."""

@@ -1,0 +1,115 @@
+"""Workers do every task once, their errors arrive whole, and none outlives what made it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from farcast_cli.errors import OutputError, SnapshotError
+from farcast_cli.workers import alone, in_order, in_processes, in_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@dataclass
+class _Done:
+    number: int
+    process: int
+
+
+class _Worker:
+    """Does tasks by number, but for one that it may be asked to fail in."""
+
+    def __init__(self, fails: Callable[[int], None]) -> None:
+        self._fails = fails
+
+    def fill(self, number: int) -> _Done:
+        self._fails(number)
+        return _Done(number, os.getpid())
+
+    def close(self) -> None:
+        pass
+
+
+def _well(_: int) -> None:
+    pass
+
+
+def _killed(number: int) -> None:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refused(number: int) -> None:
+    if number == 3:
+        raise SnapshotError("tensor 3 is odd", hint="leave it out")
+
+
+WAYS: dict[str, Callable[[Callable[[int], None]], Iterator[_Done]]] = {
+    "alone": lambda fails: alone(20, partial(_Worker, fails)),
+    "threads": lambda fails: in_threads(20, partial(_Worker, fails), 3),
+    "processes": lambda fails: in_processes(20, partial(_Worker, fails), 3),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_task_is_done_once_and_can_be_had_in_order(way: str) -> None:
+    assert [done.number for done in in_order(WAYS[way](_well))] == list(range(20))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_a_worker_arrives_with_its_hint(way: str) -> None:
+    with pytest.raises(SnapshotError, match="tensor 3 is odd") as caught:
+        list(WAYS[way](_refused))
+    assert caught.value.hint == "leave it out"
+
+
+def test_a_killed_worker_is_an_output_error_that_says_so() -> None:
+    with pytest.raises(OutputError, match="a worker process was killed by SIGKILL") as caught:
+        list(in_processes(20, partial(_Worker, _killed), 3))
+    assert "--threads 1" in caught.value.hint
+
+
+def test_workers_are_gone_when_their_results_are_not_wanted_any_more() -> None:
+    results = in_processes(1000, partial(_Worker, _well), 2)
+    process = next(results).process
+    results.close()  # type: ignore[attr-defined]
+    assert not Path(f"/proc/{process}").exists()
+
+
+def test_workers_die_with_a_parent_that_is_killed() -> None:
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if not parent:  # it is killed while its worker sleeps
+
+        def sleep(_: int) -> None:
+            os.write(writing, os.getpid().to_bytes(4, "little"))
+            time.sleep(60)
+
+        list(in_processes(1, partial(_Worker, sleep), 1))
+        os._exit(0)
+    worker = int.from_bytes(os.read(reading, 4), "little")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    deadline = time.monotonic() + 10
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _runs(worker)
+    os.close(reading)
+    os.close(writing)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process is there and no zombie, which some containers never wait for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
