@@ -41,10 +41,10 @@ types: setup
 docs: setup ## is the generated reference current?
 	$(BIN)/python docs/build_cli_reference.py --check
 
-bench: setup ## speed and memory against cp and other tools, a few GB of disk
+bench: setup ## speed and memory against cp and other tools, 40 GB of disk, half an hour
 	$(BIN)/python bench/speed.py
 
-bench-quick: setup ## the same on small files, about a minute
+bench-quick: setup ## the same on small files, under five minutes
 	$(BIN)/python bench/speed.py --quick
 
 bench-quality: setup ## what forecasts are worth on small runs: writes docs/results.md, about 35 minutes on two cores
