@@ -242,11 +242,6 @@ def device_name(device: str) -> str:
     return "cpu" if device == "auto" else device
 
 
-def num_workers(threads: int) -> int:
-    """As many as asked for, or one for each core, at most 8."""
-    return threads or min(8, len(os.sched_getaffinity(0)))
-
-
 def prepare(device: str, threads: int = 0) -> int:
     """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
     kind, _, number = device.partition(":")
@@ -260,7 +255,7 @@ def prepare(device: str, threads: int = 0) -> int:
             raise UsageError(
                 f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
             )
-    return num_workers(threads)
+    return threads or min(8, len(os.sched_getaffinity(0)))
 
 
 def _import_numpy() -> None:

@@ -21,8 +21,8 @@ from farcast_cli.options import (
     TuneMethod,
     Verbose,
     env,
-    num_workers,
     one_of,
+    prepare,
 )
 
 EXAMPLES = (
@@ -98,6 +98,7 @@ def tune(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Adapt a wide layer to labelled rows at a small cost per iteration; write it if rows held out are the better for it."""
+    num_threads = prepare("cpu", threads)
     from farcast_cli import render
     from farcast_cli.tune.delta import Rounded
     from farcast_cli.tune.numbers import Rounding
@@ -110,7 +111,7 @@ def tune(
         if apply is not None:
             check_given({"--layer": layer, "--data": data, "--delta-out": delta_out}, {"-o": output}, of="--apply")
             where: Any = output
-            outcome = apply_deltas(checkpoint, apply, where, rounded, num_threads=num_workers(threads), progress=progress)
+            outcome = apply_deltas(checkpoint, apply, where, rounded, num_threads=num_threads, progress=progress)
         else:
             check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
             rows: Any = data
@@ -133,7 +134,7 @@ def tune(
                 rounded=rounded,
                 output=output,
                 delta_out=delta_out,
-                num_threads=num_workers(threads),
+                num_threads=num_threads,
             )
             outcome = tune_checkpoint(request, progress)
     if not quiet:

@@ -26,7 +26,7 @@ from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.run import Outcome, Request, tune_checkpoint
 from farcast_cli.tune.weight import BLOCK_BYTES, find_weight
 from farcast_cli.tune.write import ROUNDING_SHARE, check_kept
-from tests.conftest import tree_digest
+from tests.conftest import run_cli, tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -344,6 +344,38 @@ def test_stochastic_rounding_keeps_what_the_nearest_loses(coarse: Path, call_cli
     done = call_cli(*COARSE, "-o", "tuned.safetensors", "--round", "stochastic", "--seed", 3, cwd=coarse)
     assert done.returncode == 0, done
     assert load_file(coarse / "tuned.safetensors")["fc.weight"].dtype == torch.bfloat16
+
+
+def test_a_tuned_value_beyond_the_range_of_its_type_is_refused_with_a_hint_that_tune_knows(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    random = np.random.default_rng(0)
+    weights = torch.from_numpy(random.uniform(50_000, 60_000, size=(64, 8))).half()
+    inputs = random.normal(size=(128, 8))
+    save_file({"fc.weight": weights}, tmp_path / "step_10.safetensors", metadata={"format": "pt"})
+    np.savez(tmp_path / "rows.npz", x=inputs, y=inputs @ (2 * weights.double().numpy()).T)
+    before = tree_digest(tmp_path)
+    done = call_cli(*COARSE, "-o", "tuned.safetensors", cwd=tmp_path)
+    assert done.returncode == 3, done
+    assert "a tuned value of tensor 'fc.weight' leaves the range of its type (+-65504)" in done.errors[0]
+    assert done.hints == ["hint: --ridge keeps the change small; --delta-out FILE keeps it in a file of its own"]
+    assert tree_digest(tmp_path) == before
+
+
+def test_the_bytes_do_not_depend_on_the_threads_of_matrix_products(tmp_path: Path) -> None:
+    """In float64, where no rounding hides a sum in another order."""
+    random = np.random.default_rng(0)
+    weights = torch.from_numpy(random.normal(size=(600, 1000)))
+    inputs = 0.3 * random.normal(size=(400, 1000)) + 1.0  # with a direction in common, along which rows held out gain too
+    save_file({"fc.weight": weights}, tmp_path / "step_10.safetensors", metadata={"format": "pt"})
+    np.savez(tmp_path / "rows.npz", x=inputs, y=inputs @ (weights.numpy() + 0.1).T)
+    written = []
+    for threads in ("1", "2"):
+        env = {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        done = run_cli(*COARSE, "-o", f"tuned{threads}.safetensors", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done
+        written.append((tmp_path / f"tuned{threads}.safetensors").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_a_loss_that_comes_back_larger_than_it_should_be_is_an_error() -> None:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Stretch = tuple["Path", int, int]
 """Bytes of a file: path, first byte, number of bytes."""
 
+_FORECAST = "the forecast", "--scale .5 takes a smaller step; --dtype float32 widens the range"
+_TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keeps it in a file of its own"
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -238,9 +241,9 @@ class Computer:
         kept = np.where(still, last.dtype.type(0), values)
         if not (np.abs(kept) <= limit).all():
             entry = self._entry_at(batch, int((~(np.abs(kept) <= limit)).argmax()), None)
+            what, hint = _FORECAST if batch.piece.function is None else _TUNED
             raise SnapshotError(
-                f"{entry.path}: the forecast of tensor {entry.name!r} leaves the range of its type (+-{limit:g})",
-                hint="--scale .5 takes a smaller step; --dtype float32 widens the range",
+                f"{entry.path}: {what} of tensor {entry.name!r} leaves the range of its type (+-{limit:g})", hint=hint
             )
         return np.asarray(np.where(still, last, values))
 
