@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import signal
 import time
@@ -11,6 +12,7 @@ import zlib
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from farcast_cli.errors import OutputError
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_zip import frame
+from farcast_cli.output.target import _write_all
 from farcast_cli.output.writer import staged
 from tests.conftest import fit_run, make_loose_run, make_torch_run, popen_cli, run_cli, tree_digest
 
@@ -172,6 +175,26 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
         pytest.fail("the block must not start")
     assert caught.value.hint == "choose another place with -o"
     assert tree_digest(tmp_path).keys() == {"file"}
+
+
+def test_a_disk_that_takes_only_a_part_of_a_write_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+    """Where no room could be set aside: the first call writes less than it is given, the next one nothing."""
+
+    def run() -> None:
+        _limit_files(2000)
+        signal.alarm(10)
+        fd = os.open(tmp_path / "a.bin", os.O_WRONLY | os.O_CREAT)
+        try:
+            _write_all(fd, np.zeros(10_000, np.uint8), 0)
+        except OSError as error:
+            os._exit(error.errno or 1)
+        os._exit(0)
+
+    child = os.fork()
+    if not child:
+        run()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == errno.EFBIG
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ class DeviceArithmetic:
         return self._floats[key][:count]
 
     def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
+        if not raw.flags.writeable:  # a file read in place: torch takes memory that it could write to, and that is pinned
+            mapped, raw = raw, self.memory("mapped", len(raw))
+            np.copyto(raw, mapped)
         host = torch.from_numpy(raw).view(getattr(torch, dtype.name))
         values = host.to(self._device, non_blocking=True)
         if self._is_cuda:

@@ -161,13 +161,10 @@ class Target:
 
 
 def _write_all(fd: int, data: NDArray[np.uint8], offset: int) -> None:
-    """One call may write less than it is given."""
+    """One call may write less than it is given; a direct write that cannot go on from there is refused (EINVAL)."""
     done = 0
     while done < len(data):
-        count = os.pwrite(fd, data[done:].data, offset + done)
-        if count % PAGE and done + count < len(data):
-            count -= count % PAGE  # a direct write must go on at a whole page
-        done += count
+        done += os.pwrite(fd, data[done:].data, offset + done)
 
 
 def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
