@@ -1,7 +1,8 @@
 """Stored element types to and from the types of arithmetic, in numpy, with the bits that torch's own casts give.
 
 numpy knows no bfloat16 and converts float16 one element at a time, and importing torch takes two seconds and 200 MiB, more
-than most forecasts. So bfloat16 is rounded by integer arithmetic here; only float16 goes through torch, on the same memory.
+than most forecasts. So bfloat16 is rounded by integer arithmetic here; only float16 goes through torch, on the same memory,
+where it is rounded or comes in many values at once.
 
 Shapes: N elements of a block.
 """
@@ -24,6 +25,7 @@ WorkType = type[np.float32] | type[np.float64]
 _CARRIERS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 """What a stored type's bytes are viewed as; bfloat16 is the upper half of a float32."""
 _BITS = {2: np.int16, 4: np.int32, 8: np.int64}
+_TORCH_PAYS = 1 << 16  # float16 values at once: where so many come together, the import is soon made up for
 _UPPER = np.uint32(16)
 _ODD = np.uint32(1)
 _HALF = np.uint32(0x7FFF)  # and one more where the last bit that stays is set: to nearest even
@@ -56,7 +58,7 @@ def widen(raw: NDArray[np.uint8], dtype: DType, out: Floats) -> Floats:
     stored = raw.view(_CARRIERS[dtype.name])
     if stored.dtype == out.dtype:
         return stored
-    if dtype.name == "float16":
+    if dtype.name == "float16" and len(stored) >= _TORCH_PAYS:
         _convert_by_torch(stored, out)
     elif dtype.name != "bfloat16":
         np.copyto(out, stored, casting="same_kind")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from farcast_cli.casts import widen
-from farcast_cli.errors import HalfWrittenError, NonFiniteError
-from farcast_cli.formats.files import open_read_only, read_into
+from farcast_cli.errors import NonFiniteError
+from farcast_cli.formats.files import ends_early, open_read_only, read_into
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,11 +120,7 @@ class _OpenFile:
         if self._map is None:
             self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
         if offset + num_bytes > len(self._map):
-            expected = f"expected at least {offset + num_bytes} bytes, found {len(self._map)}"
-            raise HalfWrittenError(
-                f"{self.path}: file ends early: {expected}",
-                hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
-            )
+            raise ends_early(self.path, expected=offset + num_bytes, found=len(self._map))
         self._seen.append((offset, num_bytes))
         return np.frombuffer(self._map, np.uint8, num_bytes, offset)
 

@@ -40,12 +40,15 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done : done + _MAX_READ]], offset + done)
         if count == 0:
-            expected = offset + len(buffer)
-            raise HalfWrittenError(
-                f"{path}: file ends early: expected at least {expected} bytes, found {offset + done}",
-                hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
-            )
+            raise ends_early(path, expected=offset + len(buffer), found=offset + done)
         done += count
+
+
+def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:
+    return HalfWrittenError(
+        f"{path}: file ends early: expected at least {expected} bytes, found {found}",
+        hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
+    )
 
 
 def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:

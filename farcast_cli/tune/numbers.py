@@ -1,7 +1,7 @@
-"""Floating numbers as files hold them: to float64 and back, to nearest even or stochastically.
+"""Floating numbers as files hold them, and stochastic rounding to their types.
 
-numpy has no bfloat16; its bits are the upper half of a float32's. Stochastic rounding draws from a generator that
-counts: the number for an element is a hash of the seed and the element's index, so that no split changes it.
+Stochastic rounding draws from a generator that counts: the number for an element is a hash of the seed and the element's
+index, so that no split changes it.
 
 Shapes: N numbers.
 """
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from farcast_cli.casts import widen, work_type
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 Rounding = Literal["nearest", "stochastic"]
 
-_NUMPY = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 _MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
 _LEAST_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}
 """Of a normal number; below it the grid stays as wide as it is there."""
@@ -28,10 +29,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def decode(raw: bytes | memoryview | NDArray[np.uint8], dtype: DType) -> NDArray[Any]:
     """The numbers (N,) that bytes stand for: float64 for float64, float32 for all narrower types."""
-    stored = np.frombuffer(raw, _NUMPY[dtype.name])
-    if dtype.name == "bfloat16":
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored if dtype.name == "float64" else stored.astype(np.float32, copy=False)
+    stored = np.frombuffer(raw, np.uint8)
+    return widen(stored, dtype, np.empty(len(stored) // dtype.itemsize, work_type(dtype)))
 
 
 def round_stochastically(values: NDArray[np.float64], dtype: DType, *, seed: int, start: int) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ Shapes: W (m_out, m_in); with a bias the inputs get a last element 1, so that W 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ import numpy as np
 
 from farcast_cli.alignment import under_common_names
 from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
-from farcast_cli.formats.files import open_read_only, read_into
+from farcast_cli.formats.files import read_bytes
 from farcast_cli.quantised import quantised_owner
+from farcast_cli.stream import Reader
 from farcast_cli.tensors import FLOATING
 from farcast_cli.tune.numbers import decode
 
@@ -117,26 +117,23 @@ class Weight:
         block = np.empty((num_rows, width))
         raw = np.empty(num_rows * self.num_inputs * 8, dtype=np.uint8)
         biases = np.concatenate([self._read_all(shard) for shard in self.bias]) if self.bias else None
+        reader = Reader()
         for shard in self.shards:
-            fd = open_read_only(shard.entry.path)
-            try:
-                for start in range(0, shard.num_rows, num_rows):
-                    count = min(num_rows, shard.num_rows - start)
-                    rows = block[:count]
-                    rows[:, : self.num_inputs] = self._read(fd, shard, start, count, raw)
-                    if biases is not None:
-                        rows[:, -1] = biases[shard.first + start : shard.first + start + count]
-                    self._check(shard.entry, rows)
-                    yield shard.first + start, rows
-            finally:
-                os.close(fd)
+            for start in range(0, shard.num_rows, num_rows):
+                count = min(num_rows, shard.num_rows - start)
+                rows = block[:count]
+                rows[:, : self.num_inputs] = self._read(reader, shard, start, count, raw)
+                if biases is not None:
+                    rows[:, -1] = biases[shard.first + start : shard.first + start + count]
+                self._check(shard.entry, rows)
+                yield shard.first + start, rows
 
-    def _read(self, fd: int, shard: Shard, start: int, count: int, raw: NDArray[np.uint8]) -> NDArray[np.floating]:
+    def _read(self, reader: Reader, shard: Shard, start: int, count: int, raw: NDArray[np.uint8]) -> NDArray[np.floating]:
         row_bytes = self.num_inputs * shard.entry.dtype.itemsize
-        memory = raw[: count * row_bytes].data
-        read_into(fd, memory, shard.entry.offset + start * row_bytes, shard.entry.path)
+        memory = raw[: count * row_bytes]
+        reader.fill(shard.entry.path, shard.entry.offset + start * row_bytes, memory)
         self.bytes_read += len(memory)
-        self.checksum = zlib.crc32(memory, self.checksum)
+        self.checksum = zlib.crc32(memory.data, self.checksum)
         return decode(memory, shard.entry.dtype).reshape(count, self.num_inputs)
 
     def _read_all(self, shard: Shard) -> NDArray[np.floating]:
@@ -158,13 +155,8 @@ class Weight:
 
 def read_tensor(entry: TensorEntry, integers: str = "") -> tuple[NDArray[Any], bytes]:
     """A small tensor's values (N,), whole, and its bytes; `integers` is numpy's code where it is not of a floating type."""
-    fd = open_read_only(entry.path)
-    try:
-        raw = bytearray(entry.num_bytes)
-        read_into(fd, memoryview(raw), entry.offset, entry.path)
-    finally:
-        os.close(fd)
-    return (np.frombuffer(raw, integers) if integers else decode(memoryview(raw), entry.dtype)), bytes(raw)
+    raw = read_bytes(entry.path, entry.offset, entry.num_bytes)
+    return (np.frombuffer(raw, integers) if integers else decode(raw, entry.dtype)), raw
 
 
 def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None) -> Weight:
