@@ -50,6 +50,12 @@ class Worker(Protocol[Result_co]):
     def close(self) -> None: ...
 
 
+def on_cores(num_tasks: int, make: Callable[[], Worker[Result]], num_workers: int) -> Iterator[Result]:
+    """In so many processes, as far as there are tasks for them; in this one, where one is enough."""
+    needed = min(num_workers, num_tasks)
+    return in_processes(num_tasks, make, needed) if needed > 1 else alone(num_tasks, make)
+
+
 def alone(num_tasks: int, make: Callable[[], Worker[Result]]) -> Iterator[Result]:
     """In this process, in order."""
     worker = make()

@@ -234,9 +234,7 @@ def _parts(reading: _Reading) -> Iterator[Part]:
         make = partial(_Summer, reading, multiplies=False)
         return _multiplied(workers.in_threads(num_tasks, make, max(num_workers, 2)), device)
     make = partial(_Summer, reading, multiplies=True)
-    if num_workers == 1 or reading.num_bytes < FORK_BYTES:
-        return workers.alone(num_tasks, make)
-    return workers.in_processes(num_tasks, make, min(num_workers, num_tasks))
+    return workers.on_cores(num_tasks, make, num_workers if reading.num_bytes >= FORK_BYTES else 1)
 
 
 def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:

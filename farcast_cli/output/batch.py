@@ -113,17 +113,18 @@ class Computer:
         self._bytes_read = 0
         source = self._read(batch, None)
         last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype))
+        is_forecast, is_retyped = piece.index is not None, piece.dtype != piece.entry.dtype
+        own = self._retyped(last, batch) if is_forecast and is_retyped else source
         unchanged = [0] * len(self._rooms)
         for horizon, values in enumerate(self._values(batch, source, last)):
             checked, is_finite = self._checked(values, batch)
             out = self._place(batch, horizon)
             arithmetic.store(checked, piece.dtype, out, may_be_nan=not is_finite)
             self._deliver(batch, horizon, out)
-            if piece.index is not None:
-                own = source if piece.dtype == piece.entry.dtype else self._retyped(last, batch)
+            if is_forecast:
                 equal = bits_of(out, piece.dtype) == bits_of(own, piece.dtype)
                 unchanged[horizon] = int(np.count_nonzero(equal))
-        return Done(self._bytes_read, 0 if piece.index is None else batch.count, unchanged)
+        return Done(self._bytes_read, batch.count if is_forecast else 0, unchanged)
 
     def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array) -> Iterator[Array]:
         """The batch's values at every horizon."""

@@ -71,10 +71,6 @@ class Engine:
     source: Source
     resources: Resources = field(default_factory=Resources)
 
-    @property
-    def num_horizons(self) -> int:
-        return len(self.source.linear.weights)
-
 
 def total_bytes(outputs: Iterable[OutputFile]) -> int:
     return sum(output.num_bytes for output in outputs)
@@ -210,9 +206,7 @@ def _run(work: Work, engine: Engine) -> Iterator[Report]:
 
         device = torch.device(engine.resources.device)
         return workers.in_threads(num_tasks, lambda: Lane(work, DeviceArithmetic(device)), min(DEVICE_LANES, num_tasks))
-    make = partial(_host_lane, work)
-    num_workers = _num_workers(work, engine)
-    return workers.alone(num_tasks, make) if num_workers == 1 else workers.in_processes(num_tasks, make, num_workers)
+    return workers.on_cores(num_tasks, partial(_host_lane, work), _num_workers(work, engine))
 
 
 def _num_workers(work: Work, engine: Engine) -> int:
