@@ -1,13 +1,13 @@
 """A small run that saves torch.distributed.checkpoint folders, alone or sharded by FSDP2 over processes.
 
-`python -m tests.dcp_runs RANK WORLD STORE SAVE_TO [LOAD_FROM]` is one process of a sharded run.
+`python -m tests.dcp_runs RANK WORLD STORE SAVE_TO [LOAD_FROM] [--hidden N]` is one process of a sharded run.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ TOTAL = 200
 class Run:
     """A model, AdamW, a cosine schedule and a count of steps; the same numbers every time."""
 
-    def __init__(self, *, flat: bool = False, sharded: bool = False) -> None:
+    def __init__(self, *, flat: bool = False, sharded: bool = False, hidden: int = 16) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.model = nn.Sequential(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 2))
         self.inputs, self.outputs = torch.randn(64, 8), torch.randn(64, 2)
         if sharded:
             from torch.distributed.device_mesh import init_device_mesh
@@ -103,27 +103,38 @@ def make_run(folder: Path, *, flat: bool = False) -> Path:
     return folder
 
 
-def _main(rank: int, world: int, store: str, save_to: Path, load_from: Path | None) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    run = Run(sharded=True)
-    if load_from is None:
+def _main(asked: argparse.Namespace) -> None:
+    store = f"file://{asked.store}"
+    dist.init_process_group("gloo", init_method=store, rank=asked.rank, world_size=asked.world)
+    run = Run(sharded=True, hidden=asked.hidden)
+    if asked.load_from is None:
         for step in STEPS:
             run.train(step)
-            run.save(save_to / f"step-{step}")
+            run.save(asked.save_to / f"step-{step}")
     else:
-        run.load(load_from)
+        run.load(asked.load_from)
         loaded = run.whole()
         adam = run.optimizer.state_dict()["state"][0]["step"]
         said = {"step": run.step, "adam": float(adam), "lr": run.optimizer.param_groups[0]["lr"]}
         said["rates"] = run.train(run.step + 5)
-        if rank == 0:
-            torch.save(loaded, save_to.with_suffix(".pt"))
-            save_to.with_suffix(".json").write_text(json.dumps(said))
+        if asked.rank == 0:
+            torch.save(loaded, asked.save_to.with_suffix(".pt"))
+            asked.save_to.with_suffix(".json").write_text(json.dumps(said))
     dist.destroy_process_group()
 
 
+def _asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rank", type=int)
+    parser.add_argument("world", type=int)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("save_to", type=Path)
+    parser.add_argument("load_from", type=Path, nargs="?")
+    parser.add_argument("--hidden", type=int, default=16)
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    _rank, _world, _store, _save_to, *_load_from = sys.argv[1:]
     torch.set_num_threads(1)
-    _main(int(_rank), int(_world), _store, Path(_save_to), Path(_load_from[0]) if _load_from else None)
+    _main(_asked())
     os._exit(0)  # gloo's threads may abort a process that ends while another is still ending

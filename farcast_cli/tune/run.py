@@ -26,7 +26,7 @@ from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
 from farcast_cli.tune.write import Writing, check_kept, check_moved, check_place, write_tuned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from farcast_cli.layouts.base import Snapshot
@@ -106,7 +106,7 @@ def tune_checkpoint(request: Request, progress: Progress) -> Outcome:
         gate = splits.gate
         verdict = judge(solved.before[gate], solved.after[gate], data.groups[gate], threshold=request.gate)
         outcome = _outcome(request, solved, verdict, splits)
-        outcome = replace(outcome, notes=(*notes, *solved.notes))
+        outcome = replace(outcome, notes=(*notes, *_left_alone(snapshot), *solved.notes))
         if verdict.is_accepted:
             work = _Work(request, snapshot, model, data, splits, solved)
             outcome = _publish(work, replace(outcome, path=place), progress)
@@ -134,7 +134,7 @@ def apply_deltas(
                 expected = delta.applied(base, delta.directions @ delta.directions.T)
                 check_moved(base, expected, again.forward(delta.directions), delta.layer)
 
-        outcome = Outcome(tuple(delta.layer for delta in deltas), "apply", path=output)
+        outcome = Outcome(tuple(delta.layer for delta in deltas), "apply", path=output, notes=tuple(_left_alone(snapshot)))
 
         def about(home: Path) -> dict[str, Any]:
             return _provenance(outcome, snapshot, home, rounded) | {"delta": os.path.relpath(file.resolve(), home)}
@@ -291,6 +291,12 @@ def _outcome(request: Request, solved: Solved, verdict: Verdict, splits: Splits)
         sizes=solved.sizes,
         num_passes=solved.num_passes,
     )
+
+
+def _left_alone(snapshot: Snapshot) -> Iterator[str]:
+    """Other weights beside those that are tuned, such as their average, which may be the ones that are loaded."""
+    if snapshot.beside:
+        yield f"not tuned, and copied as they are: {', '.join(name for name, _ in snapshot.beside)}"
 
 
 def _bytes_read(model: Model) -> int:
