@@ -4,7 +4,8 @@
 
 Q is an orthonormal basis of the inputs seen so far, and Q W_0^T is read off W_0 once for each new direction. While the
 residual stays below a tolerance it is dropped, and an iteration does not touch W_0. The way back, g W, is cached alike
-on a basis of the gradients seen. A layer whose bases grow in every iteration falls back to exact products with W_0.
+on a basis of the gradients seen. A layer whose bases have grown so far that they cost as much as W_0 falls back to exact
+products with W_0.
 
 The first layer's inputs are fixed: there Q is x itself, C is the identity, and nothing is ever dropped.
 
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-TOLERANCE = 0.02  # of a row's root-mean-square length: what is dropped of the inputs and the gradients
-WINDOW = 8  # iterations over which it is seen whether the cache pays
-PAYS_BELOW = 0.5  # of the passes that exact products would have taken in the window
-MAX_BASIS_BYTES = 128 << 20  # of a layer's basis and its product
+TOLERANCE = 3e-4
+"""Of the rows' root-mean-square length: what is dropped of the inputs and the gradients. It is not random, but lies along the
+gradient: 0.02 moved the loss on its way by 6 % of the first one, 0.0003 by 0.05 to 0.5 %, at half as many passes again."""
+MAX_BASIS_BYTES = 128 << 20  # of a layer's basis with its product, or with U where there is no product any more
 FIRST_RATE, SLOWER, RISEN = 0.5, 0.5, 1.5
 """Without a rate of the user's own: the first step aims at half the loss; a loss 1.5 times the best so far halves the rate."""
 
@@ -64,6 +65,14 @@ class Basis:
         """Coordinates C (n, r) of rows, and what W_0 makes of the rows (n, m'), extending the basis where it must."""
         coordinates = self._cover(rows)
         return coordinates, self.product(rows) if self.is_exact else coordinates @ self.products
+
+    def through(self, rows: Array) -> Array:
+        """What W_0 makes of the rows (n, m'), for one who needs no coordinates."""
+        return self.product(rows) if self.is_exact else self.multiply(rows)[1]
+
+    def give_up_products(self) -> None:
+        """From here on products are exact; the directions stay, since what was made of them stays."""
+        self.is_exact, self.products = True, self.products[:0].copy()
 
     def _cover(self, rows: Array) -> Array:
         coordinates = rows @ self.directions.T
@@ -93,6 +102,7 @@ class Stack:
     between: tuple[ActivationName, ...]
     objective: Objective
     tolerance: float = TOLERANCE
+    max_basis_bytes: int = MAX_BASIS_BYTES
 
 
 @dataclass(slots=True)
@@ -110,7 +120,7 @@ class TunedLayers:
 def tune_layers(stack: Stack, inputs: Array, targets: NDArray[Any], settings: Settings, *, num_tuned: int) -> TunedLayers:
     """Gradient descent with momentum on all layers, stopped early by the rows behind the first `num_tuned`."""
     layers = [_Layer.first(stack.weights[0], inputs, num_tuned)]
-    layers += [_Layer.later(weight, stack.tolerance) for weight in stack.weights[1:]]
+    layers += [_Layer.later(weight, stack) for weight in stack.weights[1:]]
     run = _Run(stack, layers, targets, num_tuned, settings)
     found, best = TunedLayers(), [layer.moved() for layer in layers]
     for iteration in range(settings.num_iterations + 1):
@@ -122,10 +132,10 @@ def tune_layers(stack: Stack, inputs: Array, targets: NDArray[Any], settings: Se
         elif run.has_risen(found.losses):
             run.go_back(best)
             continue
-        if iteration - found.best >= PATIENCE[settings.method] and num_tuned < len(inputs):
+        is_over = iteration - found.best >= PATIENCE[settings.method] and num_tuned < len(inputs)
+        if is_over or iteration == settings.num_iterations or run.is_full():
             break
-        if iteration < settings.num_iterations:
-            run.step()
+        run.step()
     run.go_back(best)
     found.deltas = tuple(layer.delta() for layer in layers)
     found.sizes = tuple(layer.size for layer in layers)
@@ -156,7 +166,7 @@ class _Layer:
     back: Basis | None = None
     coordinates: Array = field(default_factory=lambda: np.empty((0, 0)))
     base: Array = field(default_factory=lambda: np.empty((0, 0)))
-    refreshes: list[int] = field(default_factory=list)
+    max_basis_bytes: int = MAX_BASIS_BYTES
     notes: list[str] = field(default_factory=list)
     square: float = 0.0
     checksum: int = 0
@@ -172,12 +182,14 @@ class _Layer:
         return layer
 
     @classmethod
-    def later(cls, weight: Weight, tolerance: float) -> _Layer:
+    def later(cls, weight: Weight, stack: Stack) -> _Layer:
         width = weight.num_inputs + bool(weight.bias)
-        seen = Basis.empty(width, weight.num_outputs, weight.forward, tolerance)
-        back = Basis.empty(weight.num_outputs, width, weight.backward, tolerance)
+        seen = Basis.empty(width, weight.num_outputs, weight.forward, stack.tolerance)
+        back = Basis.empty(weight.num_outputs, width, weight.backward, stack.tolerance)
         zeros = np.zeros((0, weight.num_outputs))
-        return cls(weight, seen.directions, _Moved(1.0, zeros, 0.0, zeros.copy()), seen=seen, back=back)
+        layer = cls(weight, seen.directions, _Moved(1.0, zeros, 0.0, zeros.copy()), seen=seen, back=back)
+        layer.max_basis_bytes = stack.max_basis_bytes
+        return layer
 
     def forward(self, inputs: Array) -> Array:
         """Z (n, m_out)."""
@@ -193,8 +205,7 @@ class _Layer:
     def backward(self, gradient: Array) -> Array:
         """G W (n, m_in), of W as it is before the step."""
         assert self.back is not None  # noqa: S101 - nobody asks the first layer
-        _, through = self.back.multiply(gradient)
-        through = self.state.scale * through + gradient @ self.state.factors.T @ self.directions
+        through = self.state.scale * self.back.through(gradient) + gradient @ self.state.factors.T @ self.directions
         return through[:, : self.weight.num_inputs]
 
     def step(self, gradient: Array, rate: float, settings: Settings) -> None:
@@ -234,16 +245,31 @@ class _Layer:
         self._pad()
 
     def see_whether_it_pays(self, iteration: int) -> None:
-        """Fall back to exact products where the bases grow in most iterations, or have become too large to hold."""
+        """Fall back to exact products where the bases cost as much as W_0 does, or have become too large to hold.
+
+        Until then at most as many products with W_0 were paid as exact ones would have been, and half as much besides.
+        """
         if self.seen is None or self.back is None or self.seen.is_exact:
             return
-        self.refreshes.append(self.seen.num_refreshes + self.back.num_refreshes)
-        recent = self.refreshes[-1] - self.refreshes[-WINDOW - 1] if len(self.refreshes) > WINDOW else 0
-        is_full = max(self.seen.num_bytes, self.back.num_bytes) > MAX_BASIS_BYTES
-        if recent >= 2 * WINDOW * PAYS_BELOW or is_full:
-            self.seen.is_exact = self.back.is_exact = True
-            why = "its basis is full" if is_full else "its inputs move too fast for the cache to pay"
+        num_directions = len(self.seen.directions) + len(self.back.directions)
+        is_dear = num_directions * (self.seen.width + self.back.width) >= 2 * self.seen.width * self.back.width
+        if is_dear or max(self.seen.num_bytes, self.back.num_bytes) > self.max_basis_bytes:
+            self.seen.give_up_products()
+            self.back.give_up_products()
+            self.back.directions = self.back.directions[:0].copy()
+            why = "its inputs move too far for the cache to pay" if is_dear else "its basis is full"
             self.notes.append(f"{self.weight.name}: exact products with W_0 from iteration {iteration} on: {why}")
+
+    def is_full(self, iteration: int) -> bool:
+        """Whether its change, in directions, takes more memory than it may."""
+        is_exact = self.seen is not None and self.seen.is_exact
+        if not is_exact or self.directions.nbytes + self.state.factors.nbytes <= self.max_basis_bytes:
+            return False
+        self.notes.append(
+            f"{self.weight.name}: ended at iteration {iteration}: its change has come to {len(self.directions)} directions:"
+            " ordinary training is cheaper here"
+        )
+        return True
 
     def delta(self) -> Delta:
         return Delta(
@@ -314,6 +340,10 @@ class _Run:
     def has_risen(self, losses: list[float]) -> bool:
         """Whether a rate that was found here turned out too large."""
         return self.settings.rate is None and not losses[-1] <= RISEN * min(losses)
+
+    def is_full(self) -> bool:
+        """Whether a layer cannot hold what it has come to."""
+        return any(layer.is_full(self.iteration) for layer in self.layers)
 
     def go_back(self, best: list[_Moved]) -> None:
         self.rate *= SLOWER
