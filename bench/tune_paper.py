@@ -371,7 +371,7 @@ def sketching(cases: tuple[tuple[int, int, int], ...]) -> list[dict[str, Any]]:
 
 
 def several_layers(width: int, num_rows: int = 16, iterations: int = 60) -> list[dict[str, Any]]:
-    """tune's own cache against dense training: passes over the second layer, time per iteration, largest error of the loss."""
+    """Tune's own cache against dense training: passes over the second layer, time per iteration, largest error of the loss."""
     import torch
     from safetensors.torch import load_file, save_file
 
