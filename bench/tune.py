@@ -1,19 +1,17 @@
 """What `farcast tune` costs and what it is worth: time per iteration by width, memory, and the gate's record.
 
-    python bench/tune.py            some minutes; 1 GiB of disk in a temporary folder
-    python bench/tune.py --quick    widths up to 4096, no memory run
+    python bench/tune.py            half an hour; 3 GiB of disk in a temporary folder
+    python bench/tune.py --quick    small widths, a few minutes
+    python bench/tune.py gate paper     only these parts: memory, scaling, target, break_even, gate, paper
 
-Dense training runs in float32, as people train; tune runs in float64, as it ships. One thread.
+Dense training runs in float32, as people train; tune runs in float64, as it ships. One thread. Saved in bench/out/tune.json.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
+from tune_gate import NUM_SEEDS, gate_record
+from tune_memory import memory
+from tune_paper import paper
+from tune_target import to_target
+from tune_timing import per_call
 
-from farcast_cli.formats.safetensors_file import encode_header
-from farcast_cli.tensors import DTYPES
-from farcast_cli.tune.gate import judge
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Problem, Rows, Settings, descend, newton, tune
+from farcast_cli.tune.one_layer import Problem, Rows, Settings, descend, newton
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,19 +35,6 @@ if TYPE_CHECKING:
 NUM_ROWS = 64
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384)
 OUT = Path(__file__).resolve().parent / "out" / "tune.json"
-
-
-def per_call(action: Callable[[], object], *, at_least_s: float = 0.3) -> float:
-    """The smallest of three mean CPU times, in ms."""
-    action()
-    times = []
-    for _ in range(3):
-        count, started = 0, time.process_time()
-        while time.process_time() - started < at_least_s / 3 or not count:
-            action()
-            count += 1
-        times.append((time.process_time() - started) / count)
-    return 1000 * min(times)
 
 
 def make_rows(width: int, num_rows: int) -> tuple[Any, Any, Objective]:
@@ -114,51 +101,6 @@ def exponent(rows: list[dict[str, float]], key: str) -> float:
     return float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
 
 
-def to_target(width: int) -> dict[str, float]:
-    """CPU seconds until the loss is 1e-3 of the first, first and last pass over W included; nan where 300 do not do."""
-    inputs, targets, objective = make_rows(width, NUM_ROWS)
-    weights = np.random.default_rng(2).standard_normal((width, width), dtype=np.float32)
-    goal = 1e-3
-    started = time.process_time()
-    base = np.concatenate([inputs @ weights[i : i + 256].astype(np.float64).T for i in range(0, width, 256)], axis=1)
-    problem = Problem(objective, Rows(base, inputs @ inputs.T, targets))
-    point = problem.start
-    first = None
-    for point, loss in newton(problem, Settings()):  # noqa: B007 - the last one is used
-        first = first or loss
-        if loss <= goal * first:
-            break
-    for i in range(0, width, 256):
-        weights[i : i + 256] + (point.factors[:, i : i + 256].T @ inputs).astype(np.float32)
-    found = {"m": width, "tune": time.process_time() - started}
-    from farcast_cli.tune.one_layer import largest_curvature
-
-    rate = 1 / largest_curvature(problem, problem.start)
-    for name in ("full", "lora"):
-        runs = []
-        for factor in (0.1, 1.0) if name == "full" else (0.1, 1.0, 10.0, 100.0):  # the best rate of some
-            dense = Dense(weights.copy(), inputs, targets, objective.head)
-            started, first = time.process_time(), None
-            for step in range(300):  # noqa: B007 - the last one is told
-                loss = getattr(dense, name)(rate * factor)
-                first = first or loss
-                if loss <= goal * first or not loss < 100 * first:
-                    break
-            runs.append(
-                (loss / first > goal or not np.isfinite(loss), loss / first, time.process_time() - started, step, factor)
-            )
-        missed, left, spent, step, factor = min(runs)
-        found |= {
-            f"{name}_s": spent,
-            f"{name}_left": left,
-            f"{name}_steps": step,
-            f"{name}_rate": factor,
-            f"{name}_missed": missed,
-        }
-    print(found, flush=True)
-    return found
-
-
 def break_even(width: int) -> list[dict[str, float]]:
     """Dense time over ours per iteration, by the number of rows."""
     found = []
@@ -174,92 +116,28 @@ def break_even(width: int) -> list[dict[str, float]]:
     return found
 
 
-def memory(width: int = 16384) -> dict[str, float]:
-    """Peak resident memory of a process that tunes a 1 GiB layer, up to the written delta."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "step_1.safetensors"
-        random = np.random.default_rng(0)
-        with path.open("wb") as file:
-            file.write(encode_header([("w", DTYPES["float32"], (width, width))], {}))
-            for _ in range(0, width, 256):
-                file.write(random.standard_normal((256, width), dtype=np.float32).data)
-        inputs = random.standard_normal((128, width), dtype=np.float32) / np.sqrt(np.float32(width))
-        np.savez(Path(folder) / "rows.npz", x=inputs, y=np.tanh(inputs @ random.standard_normal((width, 8))))
-        done = subprocess.run([sys.executable, __file__, "--child", folder], check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    print(found, flush=True)
-    return found
+PARTS: dict[str, Callable[[bool], Any]] = {
+    "memory": lambda quick: memory(4096 if quick else 16384),
+    "scaling": lambda quick: scaling(WIDTHS[:4] if quick else WIDTHS),
+    "target": lambda quick: [to_target(width) for width in ((1024,) if quick else (1024, 4096))],
+    "break_even": lambda _: break_even(1024),
+    "gate": lambda quick: gate_record(10 if quick else NUM_SEEDS),
+    "paper": lambda quick: paper(quick=quick),
+}
 
 
-def child(folder: Path) -> None:
-    from farcast_cli.trajectory import open_snapshot
-    from farcast_cli.tune.data import read_data, split
-    from farcast_cli.tune.solve import Model, solve
-    from farcast_cli.tune.weight import find_weight
-
-    started = time.monotonic()
-    weight = find_weight(open_snapshot(folder / "step_1.safetensors"), "w")
-    head = np.random.default_rng(1).normal(size=(8, weight.num_outputs)) / np.sqrt(weight.num_outputs)
-    data = read_data(folder / "rows.npz", "mse")
-    model = Model((weight,), (), Objective("mse", "relu", head))
-    solved = solve(model, data, split(data, holdout=0.25, seed=0), Settings())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        json.dumps({"peak_mib": peak, "seconds": time.monotonic() - started, "losses": solved.losses[:1] + solved.losses[-1:]})
-    )
-
-
-def gate_record(count: int = 24) -> dict[str, Any]:
-    """Tunings that should help (a shifted model's targets) and that should not (the model's own, with noise)."""
-    width, record = 256, {}
-    for name, shift in (("should help", 1.0), ("should not", 0.0)):
-        accepted = harmful = would_harm = 0
-        for seed in range(count):
-            random = np.random.default_rng(seed)
-            weights, change = random.normal(size=(2, width, width)) / np.sqrt(width)
-            head = random.normal(size=(4, width)) / np.sqrt(width)
-            objective = Objective("mse", "relu", head)
-            inputs = random.normal(size=(2256, width)) @ random.normal(size=(width, width)) * np.linspace(1, 0, width) ** 4 / 8
-            truth = objective.outputs(inputs @ (weights + shift * change).T)
-            targets = truth + 0.3 * truth.std() * random.normal(size=truth.shape)
-            base, overlap = inputs @ weights.T, inputs @ inputs[:160].T
-            rows = Rows(base, overlap, targets)
-            early = Rows(base[160:192], overlap[160:192], targets[160:192])
-            found = tune(Problem(objective, Rows(base[:160], overlap[:160], targets[:160]), early), Settings())
-            before, after = objective.row_losses(base, targets), objective.row_losses(rows.pre(found.point), targets)
-            verdict = judge(before[192:256], after[192:256], np.arange(64), threshold=3)
-            is_harm = bool(after[256:].mean() > before[256:].mean())
-            accepted, harmful = accepted + verdict.is_accepted, harmful + (verdict.is_accepted and is_harm)
-            would_harm += is_harm
-        record[name] = {
-            "tunings": count,
-            "accepted": accepted,
-            "accepted and harmful": harmful,
-            "harmful if all were": would_harm,
-        }
-        print(name, record[name], flush=True)
-    return record
-
-
-def main(*, quick: bool) -> None:
-    widths = WIDTHS[:4] if quick else WIDTHS
-    apart = {} if quick else {"memory": memory()}  # first: a child's peak counts what its parent holds at the fork
-    rows = scaling(widths)
-    found: dict[str, Any] = {
-        **apart,
-        "scaling": rows,
-        "exponents": {key: exponent(rows, key) for key in ("gd", "gn", "dense", "lora")},
-    }
-    print(found["exponents"], flush=True)
-    found["gate"] = gate_record()
-    found["target"] = to_target(2048)
-    found["break_even"] = break_even(1024)
+def main(names: list[str], *, quick: bool) -> None:
+    """Measure the parts named, or all; what was measured is saved part by part, beside what an earlier run saved."""
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(found, indent=2) + "\n")
+    found: dict[str, Any] = json.loads(OUT.read_text()) if names and OUT.exists() else {}
+    for name in names or PARTS:
+        print(f"--- {name}", flush=True)
+        found[name] = PARTS[name](quick)
+        if name == "scaling":
+            found["exponents"] = {key: exponent(found[name], key) for key in ("gd", "gn", "dense", "lora")}
+            print(found["exponents"], flush=True)
+        OUT.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        child(Path(sys.argv[-1]))
-    else:
-        main(quick="--quick" in sys.argv)
+    main([word for word in sys.argv[1:] if word in PARTS], quick="--quick" in sys.argv)

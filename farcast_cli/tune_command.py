@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from farcast_cli.options import (
     one_of,
     prepare,
 )
+
+if TYPE_CHECKING:
+    from farcast_cli.tune.run import Outcome
 
 EXAMPLES = (
     "Examples: farcast tune model.safetensors --layer fc.weight --data rows.npz --loss mse -o tuned.safetensors   |   "
@@ -137,9 +140,16 @@ def tune(
                 num_threads=num_threads,
             )
             outcome = tune_checkpoint(request, progress)
+    _tell(outcome, quiet=quiet, as_json=json_)
+
+
+def _tell(outcome: Outcome, *, quiet: bool, as_json: bool) -> None:
+    """What came of it; ends with the gate's own exit code where it was against it."""
+    from farcast_cli import render
+
     if not quiet:
         render.tune_summary(outcome)
-    if json_:
+    if as_json:
         render.as_json(render.tune_json(outcome))
     elif outcome.path:
         render.paths([outcome.path])

@@ -231,44 +231,71 @@ def newton(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float]
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters" (1963); damping times the
     identity, as Levenberg has it, since inputs of a layer have one scale.
     """
-    rows, objective, ridge = problem.tuned, problem.objective, settings.ridge
-    point = problem.start
-    largest = largest_curvature(problem, point) + ridge
-    damping = FIRST_DAMPING * largest
+    rows, objective = problem.tuned, problem.objective
     is_direct = objective.loss == "mse" and objective.head is not None and _fits(rows, len(objective.head))
-    loss, total = _losses(problem, point, ridge)
-    least = LEAST_GAIN * loss
-    while True:
-        yield point, loss
-        pre = rows.pre(point)
+    search = _Search.begin(problem, settings.ridge)
+    place: _Place | None = search.place(problem.start)
+    while place is not None:
+        yield place.point, place.loss
+        pre = rows.pre(place.point)
         _, gradient = objective.value_and_gradient(pre, rows.targets)
-        gradient += ridge * point.factors
-        make = _by_gram(problem, pre, point, settings) if is_direct else _by_cg(problem, pre, gradient, settings)
+        gradient += settings.ridge * place.point.factors
+        solve = _by_gram(problem, pre, place.point, settings) if is_direct else _by_cg(problem, pre, gradient, settings)
+        place = search.improved(place, gradient, solve)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A point with its loss, and its loss with the ridge."""
+
+    point: Point
+    loss: float
+    total: float
+
+
+@dataclass(slots=True)
+class _Search:
+    """Damped steps until one helps; the damping follows how well the quadratic model foretold the gain."""
+
+    problem: Problem
+    ridge: float
+    damping: float
+    least_damping: float
+    least_gain: float
+
+    @classmethod
+    def begin(cls, problem: Problem, ridge: float) -> _Search:
+        largest = largest_curvature(problem, problem.start) + ridge
+        search = cls(problem, ridge, FIRST_DAMPING * largest, LEAST_DAMPING * largest, 0.0)
+        search.least_gain = LEAST_GAIN * search.place(problem.start).loss
+        return search
+
+    def place(self, point: Point) -> _Place:
+        moved = self.problem.tuned.overlap @ point.factors
+        loss = self.problem.objective.value(self.problem.tuned.base + moved, self.problem.tuned.targets)
+        return _Place(point, loss, loss + self.ridge / 2 * float(np.vdot(point.factors, moved)))
+
+    def improved(self, place: _Place, gradient: Array, solve: Callable[[float], Array]) -> _Place | None:
+        """The next place, or None where no damping makes a step that helps."""
         for _ in range(MAX_TRIES):
-            step = make(damping)
-            trial = Point(1.0, point.factors + step)
-            trial_loss, trial_total = _losses(problem, trial, ridge)
-            moved = rows.overlap @ step
-            promised = (damping * float(np.vdot(step, moved)) - float(np.vdot(gradient, moved))) / 2
-            share = (total - trial_total) / promised if promised > 0 else 0.0
-            damping = max(damping * (SHRINK if share > GOOD else GROW if share < POOR else 1), LEAST_DAMPING * largest)
-            if trial_total < total - least:
-                break
-        else:
-            return
-        point, loss, total = trial, trial_loss, trial_total
+            step = solve(self.damping)
+            trial = self.place(Point(1.0, place.point.factors + step))
+            moved = self.problem.tuned.overlap @ step
+            promised = (self.damping * float(np.vdot(step, moved)) - float(np.vdot(gradient, moved))) / 2
+            self._learn((place.total - trial.total) / promised if promised > 0 else 0.0)
+            if trial.total < place.total - self.least_gain:
+                return trial
+        return None
+
+    def _learn(self, share: float) -> None:
+        """Less damping where the promise was kept, more where it was not."""
+        factor = SHRINK if share > GOOD else GROW if share < POOR else 1
+        self.damping = max(self.damping * factor, self.least_damping)
 
 
 def _fits(rows: Rows, num_outputs: int) -> bool:
     size = len(rows.base) * num_outputs
     return size <= DIRECT_ROWS and 8 * size * rows.base.shape[1] <= DIRECT_BYTES
-
-
-def _losses(problem: Problem, point: Point, ridge: float) -> tuple[float, float]:
-    """The loss, and the loss with its ridge."""
-    moved = problem.tuned.overlap @ point.factors
-    loss = problem.objective.value(problem.tuned.base + moved, problem.tuned.targets)
-    return loss, loss + ridge / 2 * float(np.vdot(point.factors, moved))
 
 
 def _by_gram(problem: Problem, pre: Array, point: Point, settings: Settings) -> Callable[[float], Array]:
