@@ -52,6 +52,12 @@ def threshold(width: int) -> float:
     return float(np.sqrt(0.4 * np.log(width)))
 
 
+def drawn(inputs: Array, width: int, random: Any) -> Array:
+    """Pre-activations (n, m) as m neurons of normal weights, of variance 1 / d, give them; without making the weights."""
+    gram = inputs @ inputs.T / inputs.shape[1]
+    return np.linalg.cholesky(gram) @ random.normal(size=(len(inputs), width))
+
+
 # --- shifted ReLU, inputs that stay ----------------------------------------------------------------------------------
 
 
@@ -71,7 +77,7 @@ class Fixed:
     def make(cls, width: int, num_rows: int) -> Fixed:
         random = np.random.default_rng(0)
         inputs = random.normal(size=(num_rows, width))
-        pre = (random.normal(size=(width, width), scale=1 / np.sqrt(width)) @ inputs.T).copy()
+        pre = drawn(inputs, width, random).T.copy()
         head = random.normal(size=width) / np.sqrt(width)
         shift = threshold(width)
         return cls(pre, inputs @ inputs.T / width, head, random.normal(size=num_rows), shift, [], np.zeros_like(pre))
@@ -309,7 +315,7 @@ def make_rows(width: int, num_rows: int, *, clustered: bool) -> tuple[Array, Arr
     inputs = random.normal(size=(num_rows, width)) * np.linspace(1, 0.01, width) / np.sqrt(width)
     if clustered:
         inputs = 0.1 * inputs + inputs[np.arange(num_rows) % 32]
-    pre = inputs @ random.normal(size=(width, width), scale=1 / np.sqrt(width)).T
+    pre = drawn(inputs, width, random)
     return (random.normal(size=width) / np.sqrt(width)) * (pre > 0), inputs
 
 
