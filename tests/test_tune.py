@@ -487,6 +487,24 @@ def test_where_nothing_is_gained_nothing_is_written_and_the_exit_code_says_so(wo
     assert (content["path"], content["verdict"]) == (None, "no significant gain")
 
 
+def test_what_early_stopping_took_for_a_gain_by_chance_is_not_written(work: Path) -> None:
+    """Rows of the model itself, with noise: these few say that an iteration helped, and so do those held out, a little."""
+    weights, random = make_weights(), np.random.default_rng(107)
+    inputs = random.normal(size=(NUM_ROWS, NUM_INPUTS))
+    own = outputs_of(weights, inputs)
+    np.savez(work / "rows.npz", x=inputs, y=own + 0.5 * random.normal(size=own.shape))
+    draw = Rounded("nearest", 7)
+    lax = tuned(work, rounded=draw, gate=0.0)
+    assert lax.iterations > 0
+    fresh = np.random.default_rng(0).normal(size=(4000, NUM_INPUTS))
+    truth = Rows(fresh, outputs_of(weights, fresh))
+    assert loss_of(work / "tuned.safetensors", truth) > loss_of(work / "step_10.safetensors", truth) + 1e-3
+    strict = tuned(work, rounded=draw, output=work / "again.safetensors")
+    assert strict.iterations == lax.iterations
+    assert strict.path is None
+    assert not (work / "again.safetensors").exists()
+
+
 def test_the_gate_counts_copies_of_a_row_once() -> None:
     gains = np.array([1.0, 0.5, -0.2, 0.4])
     once = judge(gains, np.zeros(4), np.arange(4), threshold=3)
