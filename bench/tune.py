@@ -2,7 +2,7 @@
 
     python bench/tune.py            half an hour; 3 GiB of disk in a temporary folder
     python bench/tune.py --quick    small widths, a few minutes
-    python bench/tune.py gate paper     only these parts: memory, scaling, target, break_even, gate, paper
+    python bench/tune.py gate relu      only these parts: memory, scaling, target, break_even, gate, several, relu, sketch
 
 Dense training runs in float32, as people train; tune runs in float64, as it ships. One thread. Saved in bench/out/tune.json.
 """
@@ -22,7 +22,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from tune_gate import NUM_SEEDS, gate_record
 from tune_memory import memory
-from tune_paper import paper
+from tune_relu import shifted_relu
+from tune_several import several_layers
+from tune_sketch import CASES, sketching
 from tune_target import to_target
 from tune_timing import per_call
 
@@ -122,7 +124,9 @@ PARTS: dict[str, Callable[[bool], Any]] = {
     "target": lambda quick: [to_target(width) for width in ((1024,) if quick else (1024, 4096))],
     "break_even": lambda _: break_even(1024),
     "gate": lambda quick: gate_record(10 if quick else NUM_SEEDS),
-    "paper": lambda quick: paper(quick=quick),
+    "several": lambda quick: several_layers(1024 if quick else 4096),
+    "relu": lambda quick: shifted_relu(quick=quick),
+    "sketch": lambda quick: sketching(((1024, 512, 1024),) if quick else CASES),
 }
 
 

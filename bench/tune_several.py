@@ -1,0 +1,103 @@
+"""Several layers at once: passes over the second one's weights and time per iteration, against dense training.
+
+    python bench/tune_several.py [WIDTH]
+
+Two layers (256 - m - m), a head of one output, squared loss, gradient descent at rates that bring the loss down by a
+thousand and more. Dense: torch's SGD in float32; its losses in float64 are the truth. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from farcast_cli.trajectory import open_snapshot
+from farcast_cli.tune.layers import Stack, tune_layers
+from farcast_cli.tune.objective import Objective
+from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.weight import find_weight
+
+if TYPE_CHECKING:
+    from farcast_cli.tune.objective import ActivationName
+
+NUM_ROWS, NUM_INPUTS, ITERATIONS = 16, 256, 60
+CASES: tuple[tuple[ActivationName, float, float], ...] = (
+    ("gelu", 4.0, 0.0),
+    ("gelu", 0.6, 0.9),
+    ("relu", 4.0, 0.0),
+    ("relu", 0.6, 0.9),
+)
+"""Activation, rate times m, momentum."""
+
+
+def several_layers(width: int) -> list[dict[str, Any]]:
+    """For each case the passes, milliseconds per iteration, and the largest error of the loss on the way."""
+    torch.set_num_threads(1)
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(NUM_ROWS, NUM_INPUTS)), random.normal(size=(NUM_ROWS, 1))
+    shapes = {"0": (width, NUM_INPUTS), "1": (width, width), "head": (1, width)}
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "step_1.safetensors"
+        made = {name: random.normal(size=shape) * np.sqrt((1 + (name != "head")) / shape[1]) for name, shape in shapes.items()}
+        save_file({name: torch.from_numpy(values).float() for name, values in made.items()}, path)
+        for name, rate, momentum in CASES:
+            settings = Settings("gradient-descent", ITERATIONS, rate=rate / width, momentum=momentum)
+            about = {"m": width, "activation": name, "momentum": momentum}
+            found.append(about | compared(path, name, rows, settings))
+            print(found[-1], flush=True)
+    return found
+
+
+def compared(path: Path, name: ActivationName, rows: Any, settings: Settings) -> dict[str, Any]:
+    """The same training by tune's cache and by torch."""
+    weights = tuple(find_weight(open_snapshot(path), layer) for layer in ("0", "1"))
+    stack = Stack(weights, (name,), Objective("mse", name, load_file(path)["head"].double().numpy()))
+    started = time.process_time()
+    lazy = tune_layers(stack, *rows, settings, num_tuned=NUM_ROWS)
+    between = time.process_time()
+    dense_losses(load_file(path), name, rows, settings, torch.float32)
+    ended = time.process_time()
+    exact = dense_losses(load_file(path), name, rows, settings, torch.float64)
+    return {
+        "passes": weights[1].num_passes,
+        "exact passes": 2 * ITERATIONS,
+        "ms": 1000 * (between - started) / ITERATIONS,
+        "dense ms": 1000 * (ended - between) / ITERATIONS,
+        "error": float(np.abs(np.array(lazy.losses) - exact).max() / exact[0]),
+        "loss left": exact[-1] / exact[0],
+        "notes": list(lazy.notes),
+    }
+
+
+def dense_losses(made: Any, activation: str, rows: Any, settings: Settings, dtype: Any) -> list[float]:
+    """The loss before each step of torch's SGD on both layers."""
+    layers = [made[name].to(dtype).requires_grad_() for name in ("0", "1")]
+    act = {"gelu": torch.nn.functional.gelu, "relu": torch.relu}[activation]
+    optimizer = torch.optim.SGD(layers, settings.rate or 0.0, settings.momentum)
+    x, y = (torch.from_numpy(one).to(dtype) for one in rows)
+    head = made["head"].to(dtype)
+    losses = []
+    for _ in range(settings.num_iterations + 1):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(act(act(x @ layers[0].T) @ layers[1].T) @ head.T, y)
+        losses.append(loss.item())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return losses
+
+
+if __name__ == "__main__":
+    several_layers(int([*sys.argv, "4096"][1]))
