@@ -89,7 +89,8 @@ def test_with_a_tolerance_the_loss_is_near_the_dense_one_at_a_few_passes(tmp_pat
     settings = Settings("gradient-descent", ITERATIONS, rate=0.005)
     found, weights = lazily(tmp_path, activation, TOLERANCE, settings)
     expected = densely(model, settings)
-    assert np.abs(np.array(found.losses) - expected).max() < 5e-3 * expected[0]
+    assert np.abs(np.array(found.losses) - expected).max() < 0.05 * expected[0]
+    assert found.losses[-1] == pytest.approx(expected[-1], rel=0.01)
     assert expected[-1] < 0.3 * expected[0]
     assert weights[0].num_passes == 1
     assert weights[1].num_passes < most  # exact products take 120
