@@ -21,7 +21,8 @@ from safetensors.numpy import save
 from farcast_cli import __version__
 from farcast_cli.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError
-from farcast_cli.forecast.gram import Gram, Sample, accumulate
+from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation

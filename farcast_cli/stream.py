@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.casts import Floats
     from farcast_cli.tensors import TensorEntry
 
 Io = Literal["auto", "pread", "mmap"]
@@ -172,16 +173,16 @@ def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
     return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
 
 
-def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 4) -> Iterator[Stretch]:
-    """The whole tensor in stretches that fit the budget at all snapshots together."""
-    count = max(1 << 12, min(MAX_STRETCH, STRETCH_BYTES // (itemsize * num_snapshots)))
+def stretches(num_elements: int, *, num_snapshots: int, limit: int = MAX_STRETCH) -> Iterator[Stretch]:
+    """The whole tensor in stretches that fit the budget at all snapshots together, in float64."""
+    count = max(1 << 12, min(limit, STRETCH_BYTES // (8 * num_snapshots)))
     for start in range(0, num_elements, count):
         yield Stretch(start, min(count, num_elements - start))
 
 
 def read_trajectory(
-    reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], out: NDArray[np.float64]
-) -> NDArray[np.float64]:
+    reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], out: Floats, scratch: Scratch
+) -> Floats:
     """Stretches of one tensor at all its snapshots, one after another, into `out`: shape (T, N).
 
     Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
@@ -190,8 +191,7 @@ def read_trajectory(
     Raises:
         NonFiniteError: NaN, or an infinity that is not in every snapshot.
     """
-    for row, entry in zip(out, entries, strict=True):
-        _read_pieces(reader, entry, pieces, row)
+    read_rows(reader, entries, pieces, out, scratch)
     if bool(np.isfinite(out).all()):
         return out
     bad = ~np.isfinite(out) & ~(out == out[-1]).all(axis=0)
@@ -201,18 +201,26 @@ def read_trajectory(
     return out
 
 
-def _read_pieces(reader: Reader, entry: TensorEntry, pieces: Sequence[Stretch], row: NDArray[np.float64]) -> None:
+def read_rows(reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], out: Floats, scratch: Scratch) -> None:
+    """The same, whatever the values are."""
+    for row, entry in zip(out, entries, strict=True):
+        found = widen(_raw_pieces(reader, entry, pieces, scratch), entry.dtype, row)
+        if found is not row:
+            np.copyto(row, found)
+
+
+def _raw_pieces(reader: Reader, entry: TensorEntry, pieces: Sequence[Stretch], scratch: Scratch) -> NDArray[np.uint8]:
     """Stretches of one tensor, one behind the other."""
     itemsize = entry.dtype.itemsize
-    raw = np.empty(len(row) * itemsize, np.uint8)
+    raw = scratch.named("raw", sum(piece.count for piece in pieces) * itemsize, np.uint8)
+    if len(pieces) == 1:
+        return reader.raw(entry.path, entry.offset + pieces[0].start * itemsize, raw)
     position = 0
     for piece in pieces:
         end = position + piece.count * itemsize
         reader.fill(entry.path, entry.offset + piece.start * itemsize, raw[position:end])
         position = end
-    found = widen(raw, entry.dtype, row)
-    if found is not row:
-        np.copyto(row, found)
+    return raw
 
 
 def non_finite(entry: TensorEntry, value: float) -> NonFiniteError:

@@ -105,9 +105,9 @@ def _ratio(sums: _Sums) -> float | None:
 
 def _compare(reader: Reader, scratch: Scratch, tensor: AlignedTensor, told: Callable[[int], None]) -> _Sums:
     sums = _Sums()
-    for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries), itemsize=8):
+    for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries)):
         values = scratch.named("values", len(tensor.entries) * stretch.count, np.float64).reshape(-1, stretch.count)
-        reference, forecast, truth = read_trajectory(reader, tensor.entries, [stretch], values)
+        reference, forecast, truth = read_trajectory(reader, tensor.entries, [stretch], values, scratch)
         error, nothing = forecast - truth, reference - truth
         sums.forecast += float(error @ error)
         sums.reference += float(nothing @ nothing)

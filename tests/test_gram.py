@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import farcast_cli.stream
 from farcast_cli.alignment import align
 from farcast_cli.errors import NonFiniteError
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, Gram, Sample, accumulate, bytes_to_sample
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, accumulate, bytes_to_sample
 from farcast_cli.stream import sample_stretches
 from farcast_cli.trajectory import discover
 from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from farcast_cli.forecast.gram import Gram, Sample
 
 STEPS = (100, 200, 300, 450, 500)
 SIZES = {"a": 300, "b": 1, "c": 4000}
@@ -158,11 +160,11 @@ def test_the_kept_sample_holds_the_weights_themselves_evenly_spread(tmp_path: Pa
 
 
 def test_the_kept_sample_shrinks_when_there_are_very_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farcast_cli.forecast.gram.KEPT_BYTES", 4 * 5 * 3 * 100)  # a hundred weights of each tensor
+    monkeypatch.setattr("farcast_cli.forecast.accumulate.KEPT_BYTES", 4 * 5 * 3 * 100)  # a hundred weights of each tensor
     sizes = {"a": 500, "b": 500, "c": 10}
     _, sample = _accumulated(write_run(tmp_path / "a", wander(6, num_snapshots=5, sizes=sizes), STEPS))
     assert np.diff(sample.bounds).tolist() == [100, 100, 10]
-    monkeypatch.setattr("farcast_cli.forecast.gram.KEPT_BYTES", 1)
+    monkeypatch.setattr("farcast_cli.forecast.accumulate.KEPT_BYTES", 1)
     _, sample = _accumulated(tmp_path / "a")
     assert np.diff(sample.bounds).tolist() == [MIN_KEPT, MIN_KEPT, 10]
 
