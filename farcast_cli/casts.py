@@ -27,6 +27,7 @@ _CARRIERS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "
 _BITS = {2: np.int16, 4: np.int32, 8: np.int64}
 _TORCH_PAYS = 1 << 16  # float16 values at once: where so many come together, the import is soon made up for
 _UPPER = np.uint32(16)
+_UPPER_BITS = np.uint32(0xFFFF0000)
 _ODD = np.uint32(1)
 _HALF = np.uint32(0x7FFF)  # and one more where the last bit that stays is set: to nearest even
 _QUIET_NAN = np.uint16(0x7FC0)
@@ -70,6 +71,13 @@ def widen(raw: NDArray[np.uint8], dtype: DType, out: Floats) -> Floats:
         with np.errstate(invalid="ignore"):  # signalling NaN, which whoever reads looks for
             np.copyto(out, single)
     return out
+
+
+def widen_in_any_order(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """The values of an even number of bfloat16s, those at even places first: in half the time, for sums over all of them."""
+    pairs, bits = raw.view(np.uint32), out.view(np.uint32)
+    np.left_shift(pairs, _UPPER, out=bits[: len(pairs)])
+    np.bitwise_and(pairs, _UPPER_BITS, out=bits[len(pairs) :])
 
 
 def _widen_halves(upper: NDArray[np.uint16], out: Floats) -> None:

@@ -25,7 +25,7 @@ from farcast_cli.stream import (
     Resources,
     Scratch,
     Stretch,
-    read_rows,
+    read_in_any_order,
     read_trajectory,
     sample_stretches,
     stretches,
@@ -47,7 +47,7 @@ KEPT_BYTES = 64 << 20  # for all kept samples together
 MIN_KEPT = 64
 FORK_BYTES = 16 << 20  # to be read, from which on processes pay for their start
 SPAN = 1 << 20  # elements of a tensor that a worker sums up before it says so
-BLOCK = 1 << 16  # elements that it multiplies at once
+BLOCK = 1 << 17  # elements that it multiplies at once
 
 
 def accumulate(
@@ -176,8 +176,9 @@ class _Summer:
         """In float32 where the values are of such types and it can hold their products."""
         if all(work_type(entry.dtype) is np.float32 for entry in entries):
             basis = self._memory(len(entries) + 1, piece.count, np.float32)
-            read_rows(self._reader, entries, [piece], basis[:-1], self._scratch)
-            products = inner_products(to_basis(basis))
+            read_in_any_order(self._reader, entries, piece, basis[:-1], self._scratch)
+            with np.errstate(all="ignore"):  # what is not finite, or becomes so, is looked for afterwards
+                products = inner_products(to_basis(basis))
             if are_held(products, basis):
                 return products
         basis = self._memory(len(entries) + 1, piece.count, np.float64)
