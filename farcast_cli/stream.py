@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from farcast_cli.casts import widen, widen_in_any_order
+from farcast_cli.casts import widen, widen_pairs
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.formats.files import ends_early, open_read_only, read_into
 
@@ -224,7 +224,7 @@ def read_in_any_order(
     if {entry.dtype.name for entry in entries} != {"bfloat16"} or piece.count % 2:
         return read_rows(reader, entries, [piece], out, scratch)
     for row, entry in zip(out, entries, strict=True):
-        widen_in_any_order(_raw_pieces(reader, entry, [piece], scratch), row)
+        widen_pairs(_raw_pieces(reader, entry, [piece], scratch), row)
     return None
 
 
