@@ -9,8 +9,9 @@ Shapes: K tensors, T snapshots, R = T + 1 basis vectors, N elements of a stretch
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +22,11 @@ from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis
 from farcast_cli.stream import (
     MAX_STRETCH,
+    STRETCH_BYTES,
     Reader,
     Resources,
     Scratch,
+    Section,
     Stretch,
     read_in_any_order,
     read_trajectory,
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
     from farcast_cli.alignment import Alignment
     from farcast_cli.casts import Floats, WorkType
     from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.tensors import TensorEntry
 
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 KEPT_SAMPLE = 1_024  # of those, kept for the fits that are not least squares; within .005 of a full fit
@@ -68,22 +70,21 @@ def accumulate(
     """
     num_snapshots, num_tensors = len(steps), len(alignment.tensors)
     resources = resources or Resources()
-    tasks = tuple(_tasks(alignment, num_samples, SPAN if resources.device == "cpu" else MAX_STRETCH))
-    reading = _Reading(alignment, tasks, resources, _num_kept(num_snapshots, num_tensors))
+    reading = _Reading(_tasks(alignment, num_samples, resources), resources, _num_kept(num_snapshots, num_tensors))
     products = np.zeros((num_tensors, num_snapshots + 1, num_snapshots + 1))
     seen = np.zeros(num_tensors)
-    kept: list[NDArray[np.float32]] = []
+    kept: list[_Kept] = []
     for task, part in zip(reading.tasks, workers.in_order(_parts(reading)), strict=True):
         if part.products is not None:
-            products[task.index] += part.products
-            seen[task.index] += task.count
-            progress(part.num_bytes)
+            products[task.tensors] += part.products
+            seen[task.tensors] += [section.count for section in task.sections]
+            progress(task.num_bytes)
         if part.kept is not None:
             kept.append(part.kept)
     sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
-    bounds = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])]).astype(np.int64)
-    values = np.concatenate(kept) if kept else np.empty((0, num_snapshots), np.float32)
     products *= (sizes / seen)[:, None, None]
+    values = np.concatenate([one.values for one in kept])
+    bounds = np.concatenate([[0], np.cumsum(np.concatenate([one.counts for one in kept]))]).astype(np.int64)
     return Gram(np.array(steps, dtype=np.int64), products), Sample(values, bounds, sizes)
 
 
@@ -93,57 +94,80 @@ def _num_kept(num_snapshots: int, num_tensors: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Stretches of tensor `index`, to be summed up, kept a few of, or both."""
+    """Samples of some neighbouring tensors, to be kept a few of and perhaps summed up; or a part of one, to be summed up."""
 
-    index: int
-    pieces: tuple[Stretch, ...]
+    first: int
+    sections: tuple[Section, ...]
     is_summed: bool
     is_kept: bool
 
     @property
-    def count(self) -> int:
-        return sum(piece.count for piece in self.pieces)
+    def tensors(self) -> slice:
+        return slice(self.first, self.first + len(self.sections))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(section.num_bytes for section in self.sections)
 
 
-def _tasks(alignment: Alignment, num_samples: int | None, span: int) -> Iterator[_Task]:
+def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) -> tuple[_Task, ...]:
     """A sample of every tensor, and where all is to be read, all of the tensors that are larger than a sample."""
+    is_host, found, held = resources.device == "cpu", list[_Task](), list[Section]()
+
+    def flush(*, before: int, is_summed: bool) -> None:
+        if held:
+            found.append(_Task(before - len(held), tuple(held), is_summed=is_summed, is_kept=True))
+            held.clear()
+
     for index, tensor in enumerate(alignment.tensors):
-        is_summed = num_samples is not None or tensor.num_elements <= DEFAULT_SAMPLE
-        count = num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE)
-        yield _Task(index, tuple(sample_stretches(tensor.num_elements, count)), is_summed=is_summed, is_kept=True)
+        entries, size = tensor.entries, tensor.num_elements
+        is_summed = num_samples is not None or size <= DEFAULT_SAMPLE
+        section = Section(entries, sample_stretches(size, num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE)))
+        if held and not (is_host and is_summed and _fit_together(held, section)):
+            flush(before=index, is_summed=True)
+        held.append(section)
         if not is_summed:
-            for start in range(0, tensor.num_elements, span):
-                piece = Stretch(start, min(span, tensor.num_elements - start))
-                yield _Task(index, (piece,), is_summed=True, is_kept=False)
+            flush(before=index + 1, is_summed=False)
+            span = SPAN if is_host else MAX_STRETCH
+            for start in range(0, size, span):
+                part = Section(entries, (Stretch(start, min(span, size - start)),))
+                found.append(_Task(index, (part,), is_summed=True, is_kept=False))
+    flush(before=len(alignment.tensors), is_summed=True)
+    return tuple(found)
+
+
+def _fit_together(held: Sequence[Section], another: Section) -> bool:
+    """Whether sections are of the same types, and all of them fit into a stretch's memory."""
+    count = sum(section.count for section in held) + another.count
+    types = [[entry.dtype for entry in section.entries] for section in (held[0], another)]
+    return 8 * len(another.entries) * count <= STRETCH_BYTES and types[0] == types[1]
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
     """What is read, and how."""
 
-    alignment: Alignment
     tasks: tuple[_Task, ...]
     resources: Resources
     num_kept: int
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(task.count * self.itemsize(task) for task in self.tasks)
 
-    def itemsize(self, task: _Task) -> int:
-        """Bytes of an element at all its snapshots."""
-        return sum(entry.dtype.itemsize for entry in self.alignment.tensors[task.index].entries)
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A few weights of some tensors, (M, T), and how many of each."""
+
+    values: NDArray[np.float32]
+    counts: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class Part:
-    """What came of a task: the products (R, R) of its values, or the basis (R, N) for a device to multiply."""
+    """What came of a task: the products (K, R, R) of its tensors, or the basis (R, N) for a device to multiply."""
 
     number: int
-    num_bytes: int
     products: NDArray[np.float64] | None = None
     basis: Floats | None = None
-    kept: NDArray[np.float32] | None = None
+    kept: _Kept | None = None
 
 
 class _Summer:
@@ -153,39 +177,39 @@ class _Summer:
         self._reading, self._reader, self._scratch = reading, Reader(reading.resources.io), Scratch()
 
     def fill(self, number: int) -> Part:
-        task = self._reading.tasks[number]
-        entries = self._reading.alignment.tensors[task.index].entries
-        part = Part(number, task.count * self._reading.itemsize(task))
+        task, part = self._reading.tasks[number], Part(number)
         if not task.is_kept:
-            part.products = self._full_products(entries, task.pieces[0])
+            part.products = self._full_products(task.sections[0])[None]
         else:
-            basis = self._memory(len(entries) + 1, task.count, np.float64)
-            values = read_trajectory(self._reader, entries, task.pieces, basis[:-1], self._scratch)
-            part.kept = _thin(values, self._reading.num_kept)
-            part.products = inner_products(to_basis(basis)) if task.is_summed else None
+            basis = self._memory(task.sections, np.float64)
+            values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
+            part.kept = _thin(values, task.sections, self._reading.num_kept)
+            part.products = _products_of_each(to_basis(basis), task.sections) if task.is_summed else None
         self._reader.release()
         return part
 
-    def _full_products(self, entries: Sequence[TensorEntry], span: Stretch) -> NDArray[np.float64]:
+    def _full_products(self, span: Section) -> NDArray[np.float64]:
+        entries, (whole,) = span.entries, span.pieces
         products = np.zeros((len(entries) + 1, len(entries) + 1))
-        for piece in stretches(span.count, num_snapshots=len(entries), limit=BLOCK):
-            products += self._products(entries, Stretch(span.start + piece.start, piece.count))
+        for piece in stretches(whole.count, num_snapshots=len(entries), limit=BLOCK):
+            products += self._products(Section(entries, (Stretch(whole.start + piece.start, piece.count),)))
         return products
 
-    def _products(self, entries: Sequence[TensorEntry], piece: Stretch) -> NDArray[np.float64]:
+    def _products(self, section: Section) -> NDArray[np.float64]:
         """In float32 where the values are of such types and it can hold their products."""
-        if all(work_type(entry.dtype) is np.float32 for entry in entries):
-            basis = self._memory(len(entries) + 1, piece.count, np.float32)
-            read_in_any_order(self._reader, entries, piece, basis[:-1], self._scratch)
+        if all(work_type(entry.dtype) is np.float32 for entry in section.entries):
+            basis = self._memory((section,), np.float32)
+            read_in_any_order(self._reader, section, basis[:-1], self._scratch)
             with np.errstate(all="ignore"):  # what is not finite, or becomes so, is looked for afterwards
                 products = inner_products(to_basis(basis))
             if are_held(products, basis):
                 return products
-        basis = self._memory(len(entries) + 1, piece.count, np.float64)
-        read_trajectory(self._reader, entries, [piece], basis[:-1], self._scratch)
+        basis = self._memory((section,), np.float64)
+        read_trajectory(self._reader, (section,), basis[:-1], self._scratch)
         return inner_products(to_basis(basis))
 
-    def _memory(self, num_rows: int, count: int, dtype: WorkType) -> Floats:
+    def _memory(self, sections: Sequence[Section], dtype: WorkType) -> Floats:
+        num_rows, count = len(sections[0].entries) + 1, sum(section.count for section in sections)
         return self._scratch.named("basis", num_rows * count, dtype).reshape(num_rows, count)
 
     def close(self) -> None:
@@ -197,21 +221,25 @@ class _Gatherer(_Summer):
 
     def fill(self, number: int) -> Part:
         task = self._reading.tasks[number]
-        entries = self._reading.alignment.tensors[task.index].entries
-        basis = np.empty((len(entries) + 1, task.count))
-        values = read_trajectory(self._reader, entries, task.pieces, basis[:-1], self._scratch)
+        basis = np.empty((len(task.sections[0].entries) + 1, sum(section.count for section in task.sections)))
+        values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
         self._reader.release()
-        part = Part(number, task.count * self._reading.itemsize(task))
-        part.kept = _thin(values, self._reading.num_kept) if task.is_kept else None
-        part.basis = to_basis(basis) if task.is_summed else None
-        return part
+        kept = _thin(values, task.sections, self._reading.num_kept) if task.is_kept else None
+        return Part(number, kept=kept, basis=to_basis(basis) if task.is_summed else None)
+
+
+def _products_of_each(basis: Floats, sections: Sequence[Section]) -> NDArray[np.float64]:
+    """(K, R, R) of the basis (R, N) of K sections, one behind the other."""
+    ends = np.cumsum([section.count for section in sections])
+    return in_basis_order(np.stack([rows @ rows.T for rows in np.split(basis, ends[:-1], axis=1)]))
 
 
 def _parts(reading: _Reading) -> Iterator[Part]:
     num_tasks, device, num_workers = len(reading.tasks), reading.resources.device, reading.resources.num_workers
     if device != "cpu":
         return _multiplied(workers.in_threads(num_tasks, partial(_Gatherer, reading), max(num_workers, 2)), device)
-    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if reading.num_bytes >= FORK_BYTES else 1)
+    pays = sum(task.num_bytes for task in reading.tasks) >= FORK_BYTES
+    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1)
 
 
 def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
@@ -223,7 +251,7 @@ def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
 
     def flush() -> Iterator[Part]:
         for part, products in zip(held, products_of(bases, device) if held else (), strict=True):
-            part.products = in_basis_order(products)
+            part.products = in_basis_order(products)[None]
             yield part
         held.clear()
         bases.clear()
@@ -240,11 +268,19 @@ def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
     yield from flush()
 
 
-def _thin(values: Floats, num_kept: int) -> NDArray[np.float32]:
-    """At most `num_kept` of N elements, evenly spread: (M, T)."""
-    count = values.shape[1]
-    chosen = np.linspace(0, count - 1, min(count, num_kept)).round().astype(np.int64)
-    return np.ascontiguousarray(values[:, chosen].T.astype(np.float32))
+def _thin(values: Floats, sections: Sequence[Section], num_kept: int) -> _Kept:
+    """At most `num_kept` elements of each section of values (T, N), evenly spread."""
+    counts = [section.count for section in sections]
+    starts = [0, *itertools.accumulate(counts)]
+    chosen = [start + _evenly(count, num_kept) for start, count in zip(starts, counts, strict=False)]
+    rows = np.ascontiguousarray(values[:, np.concatenate(chosen)].T.astype(np.float32))
+    return _Kept(rows, tuple(len(places) for places in chosen))
+
+
+@lru_cache(maxsize=256)
+def _evenly(count: int, num_kept: int) -> NDArray[np.int64]:
+    """At most `num_kept` of `count` places."""
+    return np.linspace(0, count - 1, min(count, num_kept)).round().astype(np.int64)
 
 
 def bytes_to_sample(snapshots: Sequence[Snapshot], num_samples: int | None) -> int:

@@ -13,11 +13,10 @@ import numpy as np
 from farcast_cli.casts import MAX_FINITE, are_finite_halves, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.errors import SnapshotError
 from farcast_cli.output.arithmetic import Step, forecasts
-from farcast_cli.stream import Scratch, non_finite
+from farcast_cli.stream import Scratch, joined, non_finite
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -27,11 +26,8 @@ if TYPE_CHECKING:
     from farcast_cli.output.plan import Values
     from farcast_cli.output.ranges import Batch, Segment
     from farcast_cli.output.target import Room
-    from farcast_cli.stream import Reader
+    from farcast_cli.stream import FileStretch, Reader
     from farcast_cli.tensors import TensorEntry
-
-Stretch = tuple["Path", int, int]
-"""Bytes of a file: path, first byte, number of bytes."""
 
 _FORECAST = "the forecast", "--scale .5 takes a smaller step; --dtype float32 widens the range"
 _TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keeps it in a file of its own"
@@ -60,29 +56,18 @@ class Source:
         types = tuple(self.entry(piece, t).dtype.name for t in others)
         return piece.index is None, piece.entry.dtype.name, piece.dtype.name, piece.non_negative, others, types
 
-    def stretch(self, segment: Segment, snapshot: int | None = None) -> Stretch:
+    def stretch(self, segment: Segment, snapshot: int | None = None) -> FileStretch:
         """Where a segment lies in a snapshot, or in the origin where none is named."""
         piece = segment.piece
         entry = piece.entry if snapshot is None else self.entry(piece, snapshot)
         first = segment.first + (0 if snapshot is None else piece.begin)
         return entry.path, entry.offset + first * entry.dtype.itemsize, segment.count * entry.dtype.itemsize
 
-    def stretches(self, segment: Segment) -> Iterator[Stretch]:
+    def stretches(self, segment: Segment) -> Iterator[FileStretch]:
         """All that is read for a segment."""
         yield self.stretch(segment)
         for snapshot in self.others(segment.piece):
             yield self.stretch(segment, snapshot)
-
-
-def joined(stretches: Iterator[Stretch]) -> list[Stretch]:
-    """The same with neighbours as one."""
-    found: list[Stretch] = []
-    for path, offset, num_bytes in stretches:
-        if found and found[-1][0] == path and found[-1][1] + found[-1][2] == offset:
-            found[-1] = path, found[-1][1], found[-1][2] + num_bytes
-        else:
-            found.append((path, offset, num_bytes))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
