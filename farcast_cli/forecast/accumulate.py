@@ -10,7 +10,7 @@ Shapes: K tensors, T snapshots, R = T + 1 basis vectors, N elements of a stretch
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -73,18 +73,17 @@ def accumulate(
     reading = _Reading(_tasks(alignment, num_samples, resources), resources, _num_kept(num_snapshots, num_tensors))
     products = np.zeros((num_tensors, num_snapshots + 1, num_snapshots + 1))
     seen = np.zeros(num_tensors)
-    kept: list[_Kept] = []
+    bounds = np.concatenate([[0], np.cumsum([min(n, reading.num_kept) for n in reading.counts])]).astype(np.int64)
+    values = np.empty((bounds[-1], num_snapshots), np.float32)
     for task, part in zip(reading.tasks, workers.in_order(_parts(reading)), strict=True):
         if part.products is not None:
             products[task.tensors] += part.products
             seen[task.tensors] += [section.count for section in task.sections]
             progress(task.num_bytes)
         if part.kept is not None:
-            kept.append(part.kept)
+            values[bounds[task.tensors.start] : bounds[task.tensors.stop]] = part.kept
     sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
     products *= (sizes / seen)[:, None, None]
-    values = np.concatenate([one.values for one in kept])
-    bounds = np.concatenate([[0], np.cumsum(np.concatenate([one.counts for one in kept]))]).astype(np.int64)
     return Gram(np.array(steps, dtype=np.int64), products), Sample(values, bounds, sizes)
 
 
@@ -92,14 +91,29 @@ def _num_kept(num_snapshots: int, num_tensors: int) -> int:
     return min(KEPT_SAMPLE, max(MIN_KEPT, KEPT_BYTES // (4 * num_snapshots * num_tensors)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Task:
     """Samples of some neighbouring tensors, to be kept a few of and perhaps summed up; or a part of one, to be summed up."""
 
     first: int
-    sections: tuple[Section, ...]
+    sections: list[Section]
     is_summed: bool
     is_kept: bool
+    count: int = field(init=False)
+    """Elements."""
+
+    def __post_init__(self) -> None:
+        self.count = sum(section.count for section in self.sections)
+
+    def take(self, section: Section, limit: int) -> bool:
+        """Take the next tensor's sample too, if it is of the same types and all together have no more than `limit` elements."""
+        mine, its = self.sections[0].entries, section.entries
+        fits = self.is_kept and self.is_summed and self.count + section.count <= limit
+        if not fits or any(a.dtype is not b.dtype for a, b in zip(mine, its, strict=True)):
+            return False
+        self.sections.append(section)
+        self.count += section.count
+        return True
 
     @property
     def tensors(self) -> slice:
@@ -112,35 +126,20 @@ class _Task:
 
 def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) -> tuple[_Task, ...]:
     """A sample of every tensor, and where all is to be read, all of the tensors that are larger than a sample."""
-    is_host, found, held = resources.device == "cpu", list[_Task](), list[Section]()
-
-    def flush(*, before: int, is_summed: bool) -> None:
-        if held:
-            found.append(_Task(before - len(held), tuple(held), is_summed=is_summed, is_kept=True))
-            held.clear()
-
+    found, is_host = list[_Task](), resources.device == "cpu"
+    limit = STRETCH_BYTES // (8 * len(alignment.tensors[0].entries)) if is_host else 0
     for index, tensor in enumerate(alignment.tensors):
         entries, size = tensor.entries, tensor.num_elements
         is_summed = num_samples is not None or size <= DEFAULT_SAMPLE
         section = Section(entries, sample_stretches(size, num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE)))
-        if held and not (is_host and is_summed and _fit_together(held, section)):
-            flush(before=index, is_summed=True)
-        held.append(section)
+        if not (found and is_summed and found[-1].take(section, limit)):
+            found.append(_Task(index, [section], is_summed=is_summed, is_kept=True))
         if not is_summed:
-            flush(before=index + 1, is_summed=False)
             span = SPAN if is_host else MAX_STRETCH
             for start in range(0, size, span):
                 part = Section(entries, (Stretch(start, min(span, size - start)),))
-                found.append(_Task(index, (part,), is_summed=True, is_kept=False))
-    flush(before=len(alignment.tensors), is_summed=True)
+                found.append(_Task(index, [part], is_summed=True, is_kept=False))
     return tuple(found)
-
-
-def _fit_together(held: Sequence[Section], another: Section) -> bool:
-    """Whether sections are of the same types, and all of them fit into a stretch's memory."""
-    count = sum(section.count for section in held) + another.count
-    types = [[entry.dtype for entry in section.entries] for section in (held[0], another)]
-    return 8 * len(another.entries) * count <= STRETCH_BYTES and types[0] == types[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,23 +150,20 @@ class _Reading:
     resources: Resources
     num_kept: int
 
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A few weights of some tensors, (M, T), and how many of each."""
-
-    values: NDArray[np.float32]
-    counts: tuple[int, ...]
+    @property
+    def counts(self) -> list[int]:
+        """Of each tensor, the elements that some are kept of."""
+        return [section.count for task in self.tasks if task.is_kept for section in task.sections]
 
 
 @dataclass(slots=True)
 class Part:
-    """What came of a task: the products (K, R, R) of its tensors, or the basis (R, N) for a device to multiply."""
+    """What came of a task: products (K, R, R) of its tensors, or the basis (R, N) for a device to multiply; weights (M, T)."""
 
     number: int
     products: NDArray[np.float64] | None = None
     basis: Floats | None = None
-    kept: _Kept | None = None
+    kept: NDArray[np.float32] | None = None
 
 
 class _Summer:
@@ -268,13 +264,12 @@ def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
     yield from flush()
 
 
-def _thin(values: Floats, sections: Sequence[Section], num_kept: int) -> _Kept:
-    """At most `num_kept` elements of each section of values (T, N), evenly spread."""
+def _thin(values: Floats, sections: Sequence[Section], num_kept: int) -> NDArray[np.float32]:
+    """At most `num_kept` elements of each section of values (T, N), evenly spread: (M, T)."""
     counts = [section.count for section in sections]
     starts = [0, *itertools.accumulate(counts)]
     chosen = [start + _evenly(count, num_kept) for start, count in zip(starts, counts, strict=False)]
-    rows = np.ascontiguousarray(values[:, np.concatenate(chosen)].T.astype(np.float32))
-    return _Kept(rows, tuple(len(places) for places in chosen))
+    return np.ascontiguousarray(values[:, np.concatenate(chosen)].T.astype(np.float32))
 
 
 @lru_cache(maxsize=256)
