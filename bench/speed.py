@@ -6,7 +6,8 @@ rival, pair by pair. Prints and saves the ratios (median, least, most) with the 
     python bench/speed.py            up to 2 billion parameters; 40 GB of disk, half an hour
     python bench/speed.py --quick    up to 100 million parameters; under five minutes
 
-mergekit is measured where `--mergekit` names its command; it wants other versions of its libraries than the tests do.
+mergekit is measured where `--mergekit` names its command; it wants other versions of its libraries than the tests do, so
+`make bench` puts it into an environment of its own.
 """
 
 from __future__ import annotations
@@ -190,8 +191,9 @@ def against_copying(bench: Bench, large: int) -> None:
 
 def rivals(bench: Bench, run: Path, name: str) -> None:
     middle = last(run, len(steps_of(NUM_SNAPSHOTS)) // 2)
-    script = [sys.executable, str(HERE / "rivals.py"), "save_file", str(middle), str(last(run)), "copy"]
-    bench.compare(f"predict line, {name}", LINE, "load_file + save_file", script, "-")
+    for rival, called in (("save_file", "load_file + save_file"), ("transformers", "from_ + save_pretrained")):
+        script = [sys.executable, str(HERE / "rivals.py"), rival, str(middle), str(last(run)), "copy"]
+        bench.compare(f"predict line, {name}", LINE, called, script, "-")
     if bench.mergekit:
         config = bench.work / "merge.yaml"
         subprocess.run(

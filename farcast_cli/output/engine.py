@@ -7,6 +7,7 @@ Shapes: K tensors, T snapshots read, H horizons forecast in the same pass.
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections import defaultdict
@@ -143,7 +144,7 @@ def rehearse(outputs: Sequence[OutputFile], engine: Engine, folder: Path) -> Reh
     made = sum(lane.make(number).num_bytes for number in chosen)
     elapsed = time.monotonic() - started
     total, num_workers = total_bytes(outputs), _num_workers(work, engine)
-    making = elapsed * total / max(made, 1) / num_workers
+    making = elapsed * total / max(made, 1) / min(num_workers, len(os.sched_getaffinity(0)))
     rate = write_rate(folder)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with one worker's memory
     others = num_workers * (FORKED_BYTES + lane.num_bytes) if num_workers > 1 else 0
