@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "farcast"
+_ARRAYS = {"steps", "gram", "sample.bounds", "sample.sizes", "sample.values"}
 
 
 class SnapshotRecord(BaseModel):
@@ -256,8 +257,15 @@ def _refuse_to_replace(path: Path) -> None:
     try:
         with safe_open(path, framework="np") as file:
             _provenance_of(path, file.metadata())
+            is_whole = set(file.keys()) == _ARRAYS
     except (FileFormatError, SafetensorError, ValidationError, OSError) as error:
-        raise OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o") from error
+        raise _not_ours(path) from error
+    if not is_whole:
+        raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> OutputError:
+    return OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o")
 
 
 def load_fitted(path: Path) -> Fitted:
