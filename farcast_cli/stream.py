@@ -43,7 +43,9 @@ LINE = 64  # of a processor's cache: a kernel copies to memory that begins elsew
 SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
 STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
 MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in its cache while it works on it
-_MAX_OPEN = 64  # per thread, far below the usual limit of 1,024 for a process
+_MAX_OPEN = (
+    160  # per thread, so that a long run's snapshots stay open; some four threads read at once, and a process may have 1,024
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +210,9 @@ def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
     return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
 
 
-def stretches(num_elements: int, *, num_snapshots: int, limit: int = MAX_STRETCH) -> Iterator[Stretch]:
-    """The whole tensor in stretches that fit the budget at all snapshots together, in float64."""
-    count = max(1 << 12, min(limit, STRETCH_BYTES // (8 * num_snapshots)))
+def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8, limit: int = MAX_STRETCH) -> Iterator[Stretch]:
+    """The whole tensor in stretches that fit the budget at all snapshots together, `itemsize` bytes an element."""
+    count = max(4096, min(limit, STRETCH_BYTES // (itemsize * num_snapshots) // 2048 * 2048))
     for start in range(0, num_elements, count):
         yield Stretch(start, min(count, num_elements - start))
 

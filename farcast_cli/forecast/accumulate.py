@@ -187,7 +187,7 @@ class _Summer:
     def _full_products(self, span: Section) -> NDArray[np.float64]:
         entries, (whole,) = span.entries, span.pieces
         products = np.zeros((len(entries) + 1, len(entries) + 1))
-        for piece in stretches(whole.count, num_snapshots=len(entries), limit=BLOCK):
+        for piece in stretches(whole.count, num_snapshots=len(entries), itemsize=4, limit=BLOCK):
             products += self._products(Section(entries, (Stretch(whole.start + piece.start, piece.count),)))
         return products
 
