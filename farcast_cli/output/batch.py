@@ -5,6 +5,7 @@ Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,10 @@ class Done:
 
 
 class Computer:
-    """Computes batches into rooms, one for each horizon; belongs to one worker."""
+    """Computes batches into rooms, of which there is one for each horizon; belongs to one worker."""
 
-    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader, rooms: Sequence[Room]) -> None:
-        self._source, self._arithmetic, self._reader, self._rooms = source, arithmetic, reader, rooms
+    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader) -> None:
+        self._source, self._arithmetic, self._reader = source, arithmetic, reader
         self._scratch = Scratch()
         self._bytes_read = 0
         self._held: tuple[object, Step] | None = None
@@ -93,20 +94,19 @@ class Computer:
         """The memory that it holds."""
         return self._scratch.num_bytes + self._arithmetic.num_bytes
 
-    def compute(self, batch: Batch) -> Done:
+    def compute(self, batch: Batch, rooms: Sequence[Room]) -> Done:
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0
         source, by_pairs = self._read(batch, None), self._is_by_pairs(batch)
         last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype), by_pairs=by_pairs)
         is_forecast, is_retyped = piece.index is not None, piece.dtype != piece.entry.dtype
         own = self._retyped(last, batch) if is_forecast and is_retyped else source
-        unchanged = [0] * len(self._rooms)
-        for horizon, values in enumerate(self._values(batch, source, last, by_pairs=by_pairs)):
-            out = self._place(batch, horizon)
+        unchanged = []
+        for room, values in zip(rooms, self._values(batch, source, last, by_pairs=by_pairs), strict=False):
+            out = self._place(batch, room)
             self._store(values, batch, out, by_pairs=by_pairs)
-            self._deliver(batch, horizon, out)
-            if is_forecast:
-                unchanged[horizon] = self._num_equal(out, own, batch)
+            self._deliver(batch, room, out)
+            unchanged.append(self._num_equal(out, own, batch) if is_forecast else 0)
         return Done(self._bytes_read, batch.count if is_forecast else 0, unchanged)
 
     def _is_by_pairs(self, batch: Batch) -> bool:
@@ -123,15 +123,15 @@ class Computer:
         return int(np.count_nonzero(np.equal(bits_of(out, dtype), bits_of(own, dtype), out=equal)))
 
     def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array, *, by_pairs: bool) -> Iterator[Array]:
-        """The batch's values at every horizon."""
+        """The batch's values at every horizon; without end where they are the same at all."""
         piece, arithmetic = batch.piece, self._arithmetic
         if piece.function is not None:
             (segment,) = batch.segments
             own = np.array(arithmetic.to_host(last, by_pairs=by_pairs))  # a copy, which the function may change
             made = arithmetic.from_host(np.asarray(piece.function(own, piece.begin + segment.first), dtype=own.dtype))
-            yield from [made] * len(self._rooms)
+            yield from itertools.repeat(made)
         elif piece.index is None:
-            yield from [last] * len(self._rooms)
+            yield from itertools.repeat(last)
         else:
             others = (self._load(batch, snapshot, by_pairs=by_pairs) for snapshot in self._source.others(piece))
             keep_zeros = has_negative_zeros(source, piece.entry.dtype)
@@ -181,20 +181,20 @@ class Computer:
             position += num_bytes
         return memory
 
-    def _place(self, batch: Batch, horizon: int) -> NDArray[np.uint8]:
+    def _place(self, batch: Batch, room: Room) -> NDArray[np.uint8]:
         """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
         num_bytes = batch.count * batch.piece.dtype.itemsize
         if batch.is_in_place:
-            return self._rooms[horizon].at(batch.segments[0].at, num_bytes)
+            return room.at(batch.segments[0].at, num_bytes)
         return self._scratch.named("out", num_bytes, np.uint8)
 
-    def _deliver(self, batch: Batch, horizon: int, out: NDArray[np.uint8]) -> None:
+    def _deliver(self, batch: Batch, room: Room, out: NDArray[np.uint8]) -> None:
         if batch.is_in_place:
             return
         position = 0
         for segment in batch.segments:
             num_bytes = segment.end - segment.at
-            np.copyto(self._rooms[horizon].at(segment.at, num_bytes), out[position : position + num_bytes])
+            np.copyto(room.at(segment.at, num_bytes), out[position : position + num_bytes])
             position += num_bytes
 
     def _retyped(self, last: Array, batch: Batch) -> NDArray[np.uint8]:

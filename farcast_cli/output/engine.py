@@ -101,7 +101,7 @@ def write_forecasts(
 ) -> Tally:
     """Write one checkpoint per horizon, in a single pass over the snapshots where their bytes lie alike.
 
-    Peak memory: for each worker a range and a few blocks, whatever the model's size.
+    Peak memory: for each worker two ranges and a few blocks, whatever the model's size.
 
     Args:
         plans: H plans that differ in counters alone.
