@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SAMPLES := sample_checkpoints
+MERGEKIT := bench/.venv/bin/mergekit-yaml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-tune sample clean
@@ -41,8 +42,12 @@ types: setup
 docs: setup ## is the generated reference current?
 	$(BIN)/python docs/build_cli_reference.py --check
 
-bench: setup ## speed and memory against cp and other tools, 40 GB of disk, half an hour
-	$(BIN)/python bench/speed.py
+bench: setup $(MERGEKIT) ## speed and memory against cp and other tools, 40 GB of disk, three quarters of an hour
+	$(BIN)/python bench/speed.py --mergekit $(MERGEKIT)
+
+$(MERGEKIT): ## a rival that wants other versions of libraries
+	$(PYTHON) -m venv bench/.venv
+	bench/.venv/bin/pip install --quiet '$(shell grep '^torch==' constraints.txt)' '.[rivals]'
 
 bench-quick: setup ## the same on small files, under five minutes
 	$(BIN)/python bench/speed.py --quick
@@ -60,4 +65,4 @@ sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py
 
 clean:
-	rm -rf $(VENV) build dist demo bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,6 +1,7 @@
 """What other tools do for the same work: the sum of two snapshots, each by its usual way.
 
     python bench/rivals.py save_file EARLY LAST OUT
+    python bench/rivals.py transformers EARLY LAST OUT
     python bench/rivals.py mergekit EARLY LAST OUT      (prints the configuration that mergekit-yaml is given)
 
 Programs of their own, so that their memory is theirs.
@@ -25,6 +26,18 @@ def by_save_file(early: Path, last: Path, out: Path) -> None:
                   out / path.name, metadata={"format": "pt"})  # fmt: skip
 
 
+def by_transformers(early: Path, last: Path, out: Path) -> None:
+    """Two models, one moved along the line between them, and saved."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    then, now = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for path in (early, last))
+    with torch.no_grad():
+        for was, value in zip(then.parameters(), now.parameters(), strict=True):
+            value.copy_(EARLY * was.float() + LAST * value.float())
+    now.save_pretrained(out)
+
+
 def mergekit_config(early: Path, last: Path) -> str:
     """Mergekit's linear merge; the transformer is not one of its architectures, so the names are taken from the files."""
     return (
@@ -37,5 +50,7 @@ if __name__ == "__main__":
     paths = [Path(argument) for argument in sys.argv[2:]]
     if sys.argv[1] == "save_file":
         by_save_file(*paths)
+    elif sys.argv[1] == "transformers":
+        by_transformers(*paths)
     else:
         paths[2].write_text(mergekit_config(paths[0], paths[1]))

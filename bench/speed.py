@@ -6,7 +6,8 @@ rival, pair by pair. Prints and saves the ratios (median, least, most) with the 
     python bench/speed.py            up to 2 billion parameters; 40 GB of disk, half an hour
     python bench/speed.py --quick    up to 100 million parameters; under five minutes
 
-mergekit is measured where `--mergekit` names its command; it wants other versions of its libraries than the tests do.
+mergekit is measured where `--mergekit` names its command; it wants other versions of its libraries than the tests do, so
+`make bench` puts it into an environment of its own.
 """
 
 from __future__ import annotations
@@ -190,8 +191,9 @@ def against_copying(bench: Bench, large: int) -> None:
 
 def rivals(bench: Bench, run: Path, name: str) -> None:
     middle = last(run, len(steps_of(NUM_SNAPSHOTS)) // 2)
-    script = [sys.executable, str(HERE / "rivals.py"), "save_file", str(middle), str(last(run)), "copy"]
-    bench.compare(f"predict line, {name}", LINE, "load_file + save_file", script, "-")
+    for rival, called in (("save_file", "load_file + save_file"), ("transformers", "from_ + save_pretrained")):
+        script = [sys.executable, str(HERE / "rivals.py"), rival, str(middle), str(last(run)), "copy"]
+        bench.compare(f"predict line, {name}", LINE, called, script, "-")
     if bench.mergekit:
         config = bench.work / "merge.yaml"
         subprocess.run(
@@ -212,7 +214,7 @@ def over_sizes(bench: Bench, sizes: list[int]) -> None:
         shutil.rmtree(run)
 
 
-def over_shapes(bench: Bench, one: int, single: int) -> None:
+def over_shapes(bench: Bench, one: int, single: int, many: int) -> None:
     cp = "cp + fsync of the output"
     run = bench.make("transformer", single, "float32")
     bench.compare(f"predict line, {single / 1e9:.2g} B fp32", LINE, cp, copying(run), "wall <= 1.15")
@@ -225,10 +227,16 @@ def over_shapes(bench: Bench, one: int, single: int) -> None:
     bench.compare(f"predict line, one tensor of {2 * one / 1e9:.2g} GB", LINE, cp, copying(run), "-")
     shutil.rmtree(run)
     for count in (7, 101):
-        run = bench.make("transformer", 30_000_000, "bfloat16", count)
+        run = bench.make("transformer", many, "bfloat16", count)
         every = ["predict", "--horizon", str(HORIZON), "--method", "drift", "--even-if-worse", "-o", "out", "-q"]
-        bench.compare(f"predict drift, {count} snapshots of 60 MB", every, "-", [], "<= 300 MiB")
-        bench.compare(f"fit --full, {count} snapshots of 60 MB", ["fit", str(run), "-q", "--full"], "-", [], "<= 300 MiB")
+        bench.compare(f"predict drift, {count} snapshots of {2 * many / 1e6:.0f} MB", every, "-", [], "<= 300 MiB")
+        bench.compare(
+            f"fit --full, {count} snapshots of {2 * many / 1e6:.0f} MB",
+            ["fit", str(run), "-q", "--full"],
+            "-",
+            [],
+            "<= 300 MiB",
+        )
         shutil.rmtree(run)
 
 
@@ -243,14 +251,17 @@ def starting(bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small files")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--mergekit", help="the mergekit-yaml command")
+    parser.add_argument("--rounds", type=int, help="pairs of each comparison: 3, or 2 with --quick")
+    parser.add_argument("--mergekit", type=Path, help="the mergekit-yaml command")
     parser.add_argument("--dir", type=Path, help="where the fixtures go; a temporary folder by default")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        bench = Bench(Path(folder), options.rounds, options.mergekit)
+        mergekit = str(options.mergekit.absolute()) if options.mergekit else None
+        bench = Bench(Path(folder), options.rounds or (2 if options.quick else 3), mergekit)
         starting(bench)
-        over_shapes(bench, *((40_000_000, 40_000_000) if options.quick else (1_000_000_000, 500_000_000)))
+        over_shapes(
+            bench, *((40_000_000, 40_000_000, 10_000_000) if options.quick else (1_000_000_000, 500_000_000, 30_000_000))
+        )
         over_sizes(bench, [30_000_000, 100_000_000] if options.quick else [100_000_000, 500_000_000, 2_000_000_000])
         against_copying(bench, 100_000_000 if options.quick else 1_236_000_000)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}

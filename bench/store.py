@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out" / "quality"
 FARCAST = Path(farcast_cli.__file__).parent
-STATISTIC = ("forecast.gram", "stream", "fitted")
+STATISTIC = ("forecast.accumulate", "forecast.gram", "forecast.products", "stream", "fitted")
 _FORECASTERS = ("forecast.timeline", "forecast.forecaster", "forecast.methods", "forecast.lfd2")
 FORECAST = (*STATISTIC, *_FORECASTERS, "output.engine")
 GATE = (*FORECAST, "forecast.backtest")

@@ -17,7 +17,7 @@ from store import OUT, Cell
 
 from farcast_cli.fitted import fit as fit_run
 from farcast_cli.fitted import load_fitted, save_fitted
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.trajectory import discover
 
 if TYPE_CHECKING:

@@ -75,15 +75,15 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
         MixedRunsError: names or shapes of other tensors differ between snapshots.
     """
     origin, choice = snapshots[-1], _Choice(tuple(include), tuple(exclude))
-    for snapshot in snapshots[:-1]:
-        if changes := _changes(snapshot, origin, choice):
-            raise _mixed_runs(snapshot, origin, changes, choice)
-    by_name = [_tensors(snapshot) for snapshot in snapshots]
+    named = [_Named.of(snapshot, choice) for snapshot in snapshots]
+    for before in named[:-1]:
+        if changes := _changes(before, named[-1], choice):
+            raise _mixed_runs(before.snapshot, origin, changes, choice)
     set_aside, kinds = _set_aside(origin, choice), _not_floating(origin)
     aligned: list[AlignedTensor] = []
     copied: list[Copied] = []
-    for key, entry in by_name[-1].items():
-        found = [tensors.get(key) for tensors in by_name]
+    for key, entry in named[-1].tensors.items():
+        found = [one.tensors.get(key) for one in named]
         why = set_aside.get(key) or _changed(entry.name, found, snapshots) or kinds.get(key) or _reordered(entry.name, found)
         if why:
             copied.append(why)
@@ -110,9 +110,11 @@ def since_last_change(
         MixedRunsError: fewer than `minimum` of them, or two models.
     """
     choice = _Choice(tuple(include), tuple(exclude))
+    then = _Named.of(snapshots[-1], choice)
     for index in reversed(range(1, len(snapshots))):
         before, after = snapshots[index - 1], snapshots[index]
-        changes = _changes(before, after, choice)
+        now, then = then, _Named.of(before, choice)
+        changes = _changes(then, now, choice)
         if not changes:
             continue
         num_left = len(snapshots) - index
@@ -239,22 +241,41 @@ class _Change:
     what: str
 
 
-def _changes(before: Snapshot, after: Snapshot, choice: _Choice) -> list[_Change]:
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A snapshot's tensors by their common names, and the shapes of those that may be forecast."""
+
+    snapshot: Snapshot
+    tensors: Mapping[str, TensorEntry]
+    outline: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, choice: _Choice) -> _Named:
+        tensors = _tensors(snapshot)
+        return cls(snapshot, tensors, _outline(tensors, choice))
+
+
+def _changes(before: _Named, after: _Named, choice: _Choice) -> list[_Change]:
     """What became of the tensors that are forecast in either of two snapshots."""
-    old, new = _tensors(before), _tensors(after)
-    if _outline(old, choice) == _outline(new, choice):
+    if before.outline == after.outline:
         return []
-    found = [_Change(now.name, _difference(old.get(key), now)) for key, now in _forecast_in(after, choice).items()]
-    gone = [_Change(was.name, "vanished") for key, was in _forecast_in(before, choice).items() if key not in new]
+    found = [
+        _Change(now.name, _difference(before.tensors.get(key), now))
+        for key, now in _forecast_in(after.snapshot, choice).items()
+    ]
+    gone = [
+        _Change(was.name, "vanished") for key, was in _forecast_in(before.snapshot, choice).items() if key not in after.tensors
+    ]
     return [change for change in found if change.what] + gone
 
 
 def _outline(tensors: Mapping[str, TensorEntry], choice: _Choice) -> dict[str, tuple[int, ...]]:
     """The shapes of whatever may be forecast: where they are equal, nothing that is has changed."""
+    exclude = choice.exclude
     return {
         key: _shape(entry)
         for key, entry in tensors.items()
-        if entry.dtype.name in FORECASTABLE and 0 not in entry.shape and not _matches(entry.name, choice.exclude)
+        if entry.dtype.name in FORECASTABLE and 0 not in entry.shape and not (exclude and _matches(entry.name, exclude))
     }
 
 

@@ -27,8 +27,10 @@ _CARRIERS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "
 _BITS = {2: np.int16, 4: np.int32, 8: np.int64}
 _TORCH_PAYS = 1 << 16  # float16 values at once: where so many come together, the import is soon made up for
 _UPPER = np.uint32(16)
+_UPPER_BITS = np.uint32(0xFFFF0000)
 _ODD = np.uint32(1)
 _HALF = np.uint32(0x7FFF)  # and one more where the last bit that stays is set: to nearest even
+_INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80
 _QUIET_NAN = np.uint16(0x7FC0)
 MAX_FINITE = {
     "float64": float(np.finfo(np.float64).max),
@@ -48,9 +50,15 @@ def bits_of(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.signedinteger[An
     return raw.view(_BITS[dtype.itemsize])
 
 
-def num_negative_zeros(raw: NDArray[np.uint8], dtype: DType) -> int:
+def has_negative_zeros(raw: NDArray[np.uint8], dtype: DType) -> bool:
     bits = bits_of(raw, dtype)
-    return int(np.count_nonzero(bits == np.iinfo(bits.dtype).min))
+    return bool(np.minimum.reduce(bits) == np.iinfo(bits.dtype).min)
+
+
+def are_finite_halves(raw: NDArray[np.uint8]) -> bool:
+    """Whether all of some bfloat16s are finite: those of one sign are in the order of their bits, infinity and NaN last."""
+    greatest, least = np.maximum.reduce(raw.view(np.int16)), np.maximum.reduce(raw.view(np.uint16))
+    return bool(greatest < _INFINITY and least < _MINUS_INFINITY)
 
 
 def widen(raw: NDArray[np.uint8], dtype: DType, out: Floats) -> Floats:
@@ -98,14 +106,44 @@ def narrow(values: Floats, dtype: DType, out: NDArray[np.uint8], scratch: NDArra
 
 
 def _narrow_to_halves(values: Floats, out: NDArray[np.uint16], rest: NDArray[np.uint32]) -> None:
-    """The upper halves of float32 values, rounded: bits + 0x7fff + their last bit that stays, shifted down."""
+    _round_to_upper(values, rest)
+    np.right_shift(rest, _UPPER, out=rest)
+    np.copyto(out, rest, casting="unsafe")
+
+
+def _round_to_upper(values: Floats, rest: NDArray[np.uint32]) -> None:
+    """The bits of float32 values, their upper halves rounded: bits + 0x7fff + the last bit that stays."""
     bits = values.view(np.uint32)
     np.right_shift(bits, _UPPER, out=rest)
     np.bitwise_and(rest, _ODD, out=rest)
     np.add(rest, _HALF, out=rest)
     np.add(rest, bits, out=rest)
-    np.right_shift(rest, _UPPER, out=rest)
-    np.copyto(out, rest, casting="unsafe")
+
+
+# --- bfloat16 by pairs: what lies at even places first, then what lies at odd ones; in half the time ------------------
+
+
+def widen_pairs(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The values of an even number of bfloat16s, by pairs."""
+    pairs, bits = raw.view(np.uint32), out.view(np.uint32)
+    np.left_shift(pairs, _UPPER, out=bits[: len(pairs)])
+    np.bitwise_and(pairs, _UPPER_BITS, out=bits[len(pairs) :])
+    return out
+
+
+def narrow_pairs(values: NDArray[np.float32], out: NDArray[np.uint8], scratch: NDArray[np.uint32]) -> None:
+    """Round values by pairs to bfloat16 in the order of a file; none of them is NaN but such as bfloat16 holds."""
+    _round_to_upper(values, scratch)
+    pairs = out.view(np.uint32)
+    even, odd = scratch[: len(pairs)], scratch[len(pairs) :]
+    np.right_shift(even, _UPPER, out=pairs)
+    np.bitwise_and(odd, _UPPER_BITS, out=odd)
+    np.bitwise_or(pairs, odd, out=pairs)
+
+
+def unpaired(values: Floats) -> Floats:
+    """Values by pairs, in the order of a file."""
+    return values.reshape(2, -1).T.ravel()
 
 
 def _convert_by_torch(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:

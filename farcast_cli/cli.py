@@ -446,7 +446,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
     from farcast_cli import render
     from farcast_cli.alignment import since_last_change
     from farcast_cli.fitted import fit as run
-    from farcast_cli.forecast.gram import bytes_to_sample
+    from farcast_cli.forecast.accumulate import bytes_to_sample
     from farcast_cli.ledger import History, read_leaps, since_last_leap
     from farcast_cli.stream import Io, Resources
 

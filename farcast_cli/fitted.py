@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from farcast_cli import __version__
 from farcast_cli.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError
-from farcast_cli.forecast.gram import Gram, Sample, accumulate
+from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.forecast.gram import Gram, Sample
+from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.output.writer import staged
 from farcast_cli.stream import Resources
+from farcast_cli.tensors import DTYPES
 from farcast_cli.trajectory import run_entries
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "farcast"
+_ARRAYS = {"steps", "gram", "sample.bounds", "sample.sizes", "sample.values"}
 
 
 class SnapshotRecord(BaseModel):
@@ -229,28 +232,40 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "steps": fitted.gram.steps,
         "gram": fitted.gram.matrix,
-        "sample.values": fitted.sample.values,
         "sample.bounds": fitted.sample.bounds,
         "sample.sizes": fitted.sample.sizes,
+        "sample.values": fitted.sample.values,  # last, since float32 needs no more than its place
     }
     provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
-    with staged(path, overwrite=True) as temporary:
-        temporary.write_bytes(save(arrays, metadata={_METADATA_KEY: provenance.model_dump_json()}))
+    tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
+    with staged(path, overwrite=True) as temporary, temporary.open("wb") as file:
+        file.write(encode_header(tensors, {_METADATA_KEY: provenance.model_dump_json()}))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
     whole = hashlib.sha256()
     for name in sorted(arrays):
-        whole.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+        whole.update(name.encode())
+        whole.update(np.ascontiguousarray(arrays[name]).data)
     return whole.hexdigest()
 
 
 def _refuse_to_replace(path: Path) -> None:
     """An older forecaster is replaced; anything else is the user's own."""
     try:
-        load_fitted(path)
-    except FileFormatError as error:
-        raise OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o") from error
+        with safe_open(path, framework="np") as file:
+            _provenance_of(path, file.metadata())
+            is_whole = set(file.keys()) == _ARRAYS
+    except (FileFormatError, SafetensorError, ValidationError, OSError) as error:
+        raise _not_ours(path) from error
+    if not is_whole:
+        raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> OutputError:
+    return OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o")
 
 
 def load_fitted(path: Path) -> Fitted:
@@ -263,10 +278,7 @@ def load_fitted(path: Path) -> Fitted:
         raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
     try:
         with safe_open(path, framework="np") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            if text is None:
-                raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
-            provenance = Provenance.model_validate_json(text)
+            provenance = _provenance_of(path, file.metadata())
             _check_paths(path, provenance)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if provenance.checksum != _checksum(arrays):
@@ -287,6 +299,13 @@ def load_fitted(path: Path) -> Fitted:
             hint="write it again with farcast fit CKPTS",
         )
     return Fitted(gram, sample, provenance, path.parent / provenance.directory)
+
+
+def _provenance_of(path: Path, metadata: dict[str, str] | None) -> Provenance:
+    text = (metadata or {}).get(_METADATA_KEY)
+    if text is None:
+        raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
+    return Provenance.model_validate_json(text)
 
 
 def _check_paths(path: Path, provenance: Provenance) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from farcast_cli.alignment import align
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError, TooFewSnapshotsError
-from farcast_cli.forecast.gram import accumulate
+from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.layouts import recognise
 
 if TYPE_CHECKING:

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from farcast_cli.casts import widen
+from farcast_cli.casts import widen, widen_pairs
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.formats.files import ends_early, open_read_only, read_into
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from farcast_cli.casts import Floats
     from farcast_cli.tensors import TensorEntry
 
 Io = Literal["auto", "pread", "mmap"]
@@ -35,11 +36,16 @@ Io = Literal["auto", "pread", "mmap"]
 cache (O_DIRECT) where the filesystem allows it; `mmap` writes as `auto` does and reads the page cache in place, which
 saves a copy, but a file that is cut short while it is read then ends the process.
 """
+FileStretch = tuple["Path", int, int]
+"""Bytes of a file: path, first byte, number of bytes."""
 PAGE = 4096
+LINE = 64  # of a processor's cache: a kernel copies to memory that begins elsewhere at a sixth of the speed (AMD, Linux 6)
 SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
 STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
 MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in its cache while it works on it
-_MAX_OPEN = 64  # per thread, far below the usual limit of 1,024 for a process
+_MAX_OPEN = (
+    160  # per thread, so that a long run's snapshots stay open; some four threads read at once, and a process may have 1,024
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,31 @@ class Stretch:
 
     start: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Stretches of one tensor; `entries[t]` is where snapshot t holds it."""
+
+    entries: Sequence[TensorEntry]
+    pieces: Sequence[Stretch]
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return sum(piece.count for piece in self.pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all snapshots together."""
+        return self.count * sum(entry.dtype.itemsize for entry in self.entries)
+
+    def at(self, snapshot: int) -> Iterator[FileStretch]:
+        """Where a snapshot holds them."""
+        entry = self.entries[snapshot]
+        size = entry.dtype.itemsize
+        for piece in self.pieces:
+            yield entry.path, entry.offset + piece.start * size, piece.count * size
 
 
 class Reader:
@@ -151,12 +182,19 @@ class Scratch:
         """An uninitialised array (count,)."""
         num_bytes = count * np.dtype(dtype).itemsize
         if name not in self._held or len(self._held[name]) < num_bytes:
-            self._held[name] = np.empty(num_bytes, np.uint8)
+            self._held[name] = aligned(num_bytes)
         return self._held[name][:num_bytes].view(dtype)
 
     @property
     def num_bytes(self) -> int:
         return sum(len(memory) for memory in self._held.values())
+
+
+def aligned(num_bytes: int, to: int = LINE) -> NDArray[np.uint8]:
+    """Uninitialised bytes that begin at a multiple of `to`."""
+    memory = np.empty(num_bytes + to, np.uint8)
+    first = -memory.ctypes.data % to
+    return memory[first : first + num_bytes]
 
 
 def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
@@ -172,47 +210,79 @@ def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
     return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
 
 
-def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 4) -> Iterator[Stretch]:
-    """The whole tensor in stretches that fit the budget at all snapshots together."""
-    count = max(1 << 12, min(MAX_STRETCH, STRETCH_BYTES // (itemsize * num_snapshots)))
+def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8, limit: int = MAX_STRETCH) -> Iterator[Stretch]:
+    """The whole tensor in stretches that fit the budget at all snapshots together, `itemsize` bytes an element."""
+    count = max(4096, min(limit, STRETCH_BYTES // (itemsize * num_snapshots) // 2048 * 2048))
     for start in range(0, num_elements, count):
         yield Stretch(start, min(count, num_elements - start))
 
 
-def read_trajectory(
-    reader: Reader, entries: Sequence[TensorEntry], pieces: Sequence[Stretch], out: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Stretches of one tensor at all its snapshots, one after another, into `out`: shape (T, N).
+def read_trajectory(reader: Reader, sections: Sequence[Section], out: Floats, scratch: Scratch) -> Floats:
+    """Stretches of tensors at all their snapshots, one behind the other, into `out`: shape (T, N).
 
     Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
     never move.
 
+    Args:
+        sections: of tensors with the same types.
+
     Raises:
         NonFiniteError: NaN, or an infinity that is not in every snapshot.
     """
-    for row, entry in zip(out, entries, strict=True):
-        _read_pieces(reader, entry, pieces, row)
-    if bool(np.isfinite(out).all()):
-        return out
-    bad = ~np.isfinite(out) & ~(out == out[-1]).all(axis=0)
-    if bool(bad.any()):
-        raise non_finite(entries[int(bad.any(axis=1).argmax())], float(out[bad][0]))
-    out[~np.isfinite(out)] = 0
+    for snapshot, row in enumerate(out):
+        raw = _raw(reader, [stretch for section in sections for stretch in section.at(snapshot)], scratch)
+        found = widen(raw, sections[0].entries[snapshot].dtype, row)
+        if found is not row:
+            np.copyto(row, found)
+    if not bool(np.isfinite(out).all()):
+        end = 0
+        for section in sections:
+            start, end = end, end + section.count
+            _still_infinities(section, out[:, start:end])
     return out
 
 
-def _read_pieces(reader: Reader, entry: TensorEntry, pieces: Sequence[Stretch], row: NDArray[np.float64]) -> None:
-    """Stretches of one tensor, one behind the other."""
-    itemsize = entry.dtype.itemsize
-    raw = np.empty(len(row) * itemsize, np.uint8)
-    position = 0
-    for piece in pieces:
-        end = position + piece.count * itemsize
-        reader.fill(entry.path, entry.offset + piece.start * itemsize, raw[position:end])
-        position = end
-    found = widen(raw, entry.dtype, row)
-    if found is not row:
-        np.copyto(row, found)
+def _still_infinities(section: Section, values: Floats) -> None:
+    """Put 0 for what is not finite but never moves; an error for anything else that is not finite."""
+    bad = ~np.isfinite(values) & ~(values == values[-1]).all(axis=0)
+    if bool(bad.any()):
+        raise non_finite(section.entries[int(bad.any(axis=1).argmax())], float(values[bad][0]))
+    values[~np.isfinite(values)] = 0
+
+
+def read_in_any_order(reader: Reader, section: Section, out: NDArray[np.float32], scratch: Scratch) -> None:
+    """The values of a section at all snapshots, whatever they are, in an order that is the same for all of them."""
+    by_pairs = {entry.dtype.name for entry in section.entries} == {"bfloat16"} and section.count % 2 == 0
+    for snapshot, row in enumerate(out):
+        raw = _raw(reader, section.at(snapshot), scratch)
+        found = widen_pairs(raw, row) if by_pairs else widen(raw, section.entries[snapshot].dtype, row)
+        if found is not row:
+            np.copyto(row, found)
+
+
+def _raw(reader: Reader, stretches: Iterable[FileStretch], scratch: Scratch) -> NDArray[np.uint8]:
+    """Stretches of files, one behind the other."""
+    found = joined(stretches)
+    raw = scratch.named("raw", sum(num_bytes for _, _, num_bytes in found), np.uint8)
+    if len(found) == 1:
+        path, offset, _ = found[0]
+        return reader.raw(path, offset, raw)
+    end = 0
+    for path, offset, num_bytes in found:
+        start, end = end, end + num_bytes
+        reader.fill(path, offset, raw[start:end])
+    return raw
+
+
+def joined(stretches: Iterable[FileStretch]) -> list[FileStretch]:
+    """The same with neighbours as one."""
+    found: list[FileStretch] = []
+    for path, offset, num_bytes in stretches:
+        if found and found[-1][0] is path and found[-1][1] + found[-1][2] == offset:
+            found[-1] = path, found[-1][1], found[-1][2] + num_bytes
+        else:
+            found.append((path, offset, num_bytes))
+    return found
 
 
 def non_finite(entry: TensorEntry, value: float) -> NonFiniteError:

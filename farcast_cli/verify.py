@@ -15,11 +15,11 @@ from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.output.sidecar import sidecar_of
-from farcast_cli.stream import Reader, Scratch, read_trajectory, stretches
+from farcast_cli.stream import Reader, Scratch, Section, read_trajectory, stretches
 from farcast_cli.trajectory import open_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from farcast_cli.alignment import AlignedTensor, Alignment
@@ -105,17 +105,14 @@ def _ratio(sums: _Sums) -> float | None:
 
 def _compare(reader: Reader, scratch: Scratch, tensor: AlignedTensor, told: Callable[[int], None]) -> _Sums:
     sums = _Sums()
-    for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries), itemsize=8):
+    for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries)):
+        section = Section(tensor.entries, (stretch,))
         values = scratch.named("values", len(tensor.entries) * stretch.count, np.float64).reshape(-1, stretch.count)
-        reference, forecast, truth = read_trajectory(reader, tensor.entries, [stretch], values)
+        reference, forecast, truth = read_trajectory(reader, [section], values, scratch)
         error, nothing = forecast - truth, reference - truth
         sums.forecast += float(error @ error)
         sums.reference += float(nothing @ nothing)
         sums.absolute += float(np.abs(error).sum())
         sums.count += stretch.count
-        told(_stretch_bytes(tensor.entries, stretch.count))
+        told(section.num_bytes)
     return sums
-
-
-def _stretch_bytes(entries: Sequence[object], count: int) -> int:
-    return sum(entry.dtype.itemsize * count for entry in entries)  # type: ignore[attr-defined]

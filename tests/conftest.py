@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from farcast_cli.cli import main
 from farcast_cli.fitted import fit, save_fitted
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
 from tests.tiny import torch_settings_kept
 

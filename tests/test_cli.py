@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.stream import sample_stretches
 from tests.conftest import (

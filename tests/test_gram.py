@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import farcast_cli.stream
 from farcast_cli.alignment import align
 from farcast_cli.errors import NonFiniteError
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, Gram, Sample, accumulate, bytes_to_sample
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, accumulate, bytes_to_sample
 from farcast_cli.stream import sample_stretches
 from farcast_cli.trajectory import discover
 from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
@@ -25,9 +24,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.forecast.gram import Gram, Sample
+
 STEPS = (100, 200, 300, 450, 500)
 SIZES = {"a": 300, "b": 1, "c": 4000}
 FLOAT64_SUM = 1e-12  # of the largest entry: sums of some thousand products in float64, in another order
+FLOAT32_SUM = 1e-7  # of the two vectors' norms: increments rounded to float32 (6e-8), sums of 2,048 products (2e-8)
 
 
 def _accumulated(folder: Path, *, num_samples: int | None = DEFAULT_SAMPLE) -> tuple[Gram, Sample]:
@@ -65,14 +67,65 @@ def test_the_increments_of_a_hardly_moving_large_weight_do_not_cancel(tmp_path: 
     np.testing.assert_allclose(gram.matrix[0][:4, :4], np.full((4, 4), 50 * 1e-8), rtol=1e-8)  # float64: 1e-13 / 1e-4
 
 
+def _assert_close_by_norms(found: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+    norms = np.sqrt(np.diagonal(expected, axis1=-2, axis2=-1))
+    np.testing.assert_array_less(np.abs(found - expected), FLOAT32_SUM * norms[..., :, None] * norms[..., None, :])
+
+
+@pytest.mark.parametrize("num_elements", [16_385, 50_001, 200_000, (1 << 20) + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_full_pass_over_a_large_tensor_multiplies_in_float32_and_adds_up_in_float64(
+    dtype: torch.dtype, num_elements: int, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, wander(2, num_snapshots=5, sizes={"w": num_elements}), STEPS, dtype=dtype)
+    gram, sample = _accumulated(run, num_samples=None)
+    expected = _oracle(stored(run, STEPS, "w"))
+    _assert_close_by_norms(gram.matrix[0], expected)
+    assert len(sample.values) == KEPT_SAMPLE
+    if dtype == torch.float64:
+        np.testing.assert_allclose(gram.matrix[0], expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+
+
+def test_very_many_snapshots_are_multiplied_as_matrices(tmp_path: Path) -> None:
+    steps = tuple(range(100, 2100, 100))
+    run = write_run(tmp_path, wander(2, num_snapshots=20, sizes={"w": 30_000}), steps)
+    gram, _ = _accumulated(run, num_samples=None)
+    _assert_close_by_norms(gram.matrix[0], _oracle(stored(run, steps, "w")))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e22])
+def test_what_float32_cannot_square_is_multiplied_in_float64(size: float, tmp_path: Path) -> None:
+    values = size * wander(3, num_snapshots=5, sizes={"w": 20_000})["w"]
+    run = write_run(tmp_path, {"w": values}, STEPS)
+    gram, _ = _accumulated(run, num_samples=None)
+    _assert_close_by_norms(gram.matrix[0], _oracle(stored(run, STEPS, "w")))
+
+
+def test_a_frozen_tensor_counts_as_still_in_a_full_pass(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"w": np.repeat(np.linspace(-1, 1, 20_000)[None], 5, axis=0)}, STEPS)
+    gram, _ = _accumulated(run, num_samples=None)
+    assert not gram.matrix[0, :4].any()
+
+
+def test_a_full_pass_refuses_or_forgives_what_is_not_finite_as_a_sample_does(tmp_path: Path) -> None:
+    values = wander(4, num_snapshots=5, sizes={"w": 20_000})["w"]
+    values[:, 7] = -np.inf
+    gram, _ = _accumulated(write_run(tmp_path / "mask", {"w": values}, STEPS), num_samples=None)
+    values[:, 7] = 0
+    _assert_close_by_norms(gram.matrix[0], _oracle(values.astype(np.float32).astype(np.float64)))
+    values[2, 19_999] = np.nan
+    with pytest.raises(NonFiniteError, match=r"step_300\.safetensors: tensor 'w' holds nan"):
+        _accumulated(write_run(tmp_path / "nan", {"w": values}, STEPS), num_samples=None)
+
+
 def test_the_size_of_the_stretches_changes_only_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path, wander(2, num_snapshots=5, sizes={"w": 50_000}), STEPS)
     whole, _ = _accumulated(run, num_samples=None)
-    for stretch in (4096, 5_000, 49_999):
-        monkeypatch.setattr(farcast_cli.stream, "MAX_STRETCH", stretch)
+    for stretch, span in ((4096, 1 << 20), (5_000, 12_000), (49_999, 50_000)):
+        monkeypatch.setattr("farcast_cli.forecast.accumulate.BLOCK", stretch)
+        monkeypatch.setattr("farcast_cli.forecast.accumulate.SPAN", span)
         pieces, _ = _accumulated(run, num_samples=None)
-        _assert_close(pieces.matrix, whole.matrix)
-    _assert_close(whole.matrix[0], _oracle(stored(run, STEPS, "w")))
+        _assert_close_by_norms(pieces.matrix, whole.matrix)
 
 
 def test_a_small_tensor_is_its_own_sample(tmp_path: Path) -> None:
@@ -158,11 +211,11 @@ def test_the_kept_sample_holds_the_weights_themselves_evenly_spread(tmp_path: Pa
 
 
 def test_the_kept_sample_shrinks_when_there_are_very_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farcast_cli.forecast.gram.KEPT_BYTES", 4 * 5 * 3 * 100)  # a hundred weights of each tensor
+    monkeypatch.setattr("farcast_cli.forecast.accumulate.KEPT_BYTES", 4 * 5 * 3 * 100)  # a hundred weights of each tensor
     sizes = {"a": 500, "b": 500, "c": 10}
     _, sample = _accumulated(write_run(tmp_path / "a", wander(6, num_snapshots=5, sizes=sizes), STEPS))
     assert np.diff(sample.bounds).tolist() == [100, 100, 10]
-    monkeypatch.setattr("farcast_cli.forecast.gram.KEPT_BYTES", 1)
+    monkeypatch.setattr("farcast_cli.forecast.accumulate.KEPT_BYTES", 1)
     _, sample = _accumulated(tmp_path / "a")
     assert np.diff(sample.bounds).tolist() == [MIN_KEPT, MIN_KEPT, 10]
 

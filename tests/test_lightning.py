@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from farcast_cli.errors import UsageError
 from farcast_cli.fitted import Fitted, fit
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.layouts import recognise
 from farcast_cli.layouts.base import find_step_in_name
 from farcast_cli.trainer.resume import advance

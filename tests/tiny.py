@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.fitted import Fitted, fit
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.forecaster import Options, Task, forecast
-from farcast_cli.forecast.gram import DEFAULT_SAMPLE, Gram, Sample
+from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.job import Outcome, Request

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.casts import Floats
+
 BATCH_BYTES = 64 << 20  # of float64, which the host and the device hold at once
 
 
-def products_of(bases: Sequence[NDArray[np.float64]], device: str) -> NDArray[np.float64]:
+def products_of(bases: Sequence[Floats], device: str) -> NDArray[np.float64]:
     """Inner products of each basis' rows, (B, R, R), from bases (R, N); their N may differ.
 
     One product (B, R, N) x (B, N, R): shorter ones are filled up with zeros, which add nothing.

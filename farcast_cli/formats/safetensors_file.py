@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_NAME = 1_000  # characters of a tensor's name
 MAX_DIMS = 64  # torch's own
 ALIGNMENT = 8
+_MAX_COUNT = 1 << 62
 _LENGTH_BYTES = 8  # of the header length in front
 
 
@@ -120,10 +122,6 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
     return value
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
 def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
     if not name.isprintable() or len(name) > MAX_NAME:  # halves of a surrogate pair are not printable either
         raise _damaged(
@@ -133,17 +131,18 @@ def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")
     shape, offsets = spec["shape"], spec["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if not all(map(_is_count, numbers)) or len(offsets) != 2 or len(shape) > MAX_DIMS:  # noqa: PLR2004
+    if not all(type(n) is int and 0 <= n < _MAX_COUNT for n in numbers) or len(offsets) != 2 or len(shape) > MAX_DIMS:  # noqa: PLR2004
         raise _damaged(path, f"tensor {name!r} has shape {shape} and data_offsets {offsets}")
     dtype = BY_CODE.get(spec["dtype"]) if isinstance(spec["dtype"], str) else None
     if dtype is None:
         raise FileFormatError(f"{path}: tensor {name!r} has the unknown dtype {spec['dtype']!r}")
-    entry = TensorEntry(name, dtype, tuple(shape), path, data_start + offsets[0])
-    if entry.num_elements * dtype.bits % 8:
-        raise _damaged(path, f"tensor {name!r}: {entry.num_elements} elements of {dtype.bits} bits fill no whole bytes")
-    if offsets[1] - offsets[0] != entry.num_bytes:
-        raise _damaged(path, f"tensor {name!r}: expected {entry.num_bytes} bytes of data, found {offsets[1] - offsets[0]}")
-    return entry
+    num_elements = prod(shape)
+    if num_elements * dtype.bits % 8:
+        raise _damaged(path, f"tensor {name!r}: {num_elements} elements of {dtype.bits} bits fill no whole bytes")
+    expected, found = dtype.bytes_of(num_elements), offsets[1] - offsets[0]
+    if found != expected:
+        raise _damaged(path, f"tensor {name!r}: expected {expected} bytes of data, found {found}")
+    return TensorEntry(sys.intern(name), dtype, tuple(shape), path, data_start + offsets[0])
 
 
 def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:

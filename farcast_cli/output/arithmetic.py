@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from farcast_cli.casts import narrow, widen
+from farcast_cli.casts import narrow, narrow_pairs, unpaired, widen, widen_pairs
 from farcast_cli.stream import Scratch
 
 if TYPE_CHECKING:
@@ -52,16 +52,21 @@ class Arithmetic(Protocol):
     def floats(self, name: str, count: int, like: Array) -> Array:
         """Working memory (count,) of the type of `like`."""
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
-        """The values of raw bytes, which must not be changed, in the type of the arithmetic."""
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
+        """The values of raw bytes, which must not be changed, in the type of the arithmetic.
+
+        Args:
+            by_pairs: they are an even number of bfloat16s, which may come in another order (`casts.widen_pairs`).
+        """
 
     def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
         """One number for each segment's elements, over all of the batch's."""
 
-    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool) -> None:
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
         """Round values to a stored type, into its bytes."""
 
-    def to_host(self, values: Array) -> NDArray[Any]: ...
+    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
+        """Values in the order of the file."""
 
     def from_host(self, values: NDArray[Any]) -> Array: ...
 
@@ -132,19 +137,24 @@ class HostArithmetic:
     def floats(self, name: str, count: int, like: Array) -> Array:
         return self._scratch.named(name, count, like.dtype)
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
-        return widen(raw, dtype, self._scratch.named(name, len(raw) // dtype.itemsize, work))
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
+        out = self._scratch.named(name, len(raw) // dtype.itemsize, work)
+        return widen_pairs(raw, out) if by_pairs else widen(raw, dtype, out)
 
     def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
         if len(values) == 1:
             return float(values[0])
         return np.repeat(values.astype(work), counts)
 
-    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool) -> None:
-        narrow(values, dtype, out, self._scratch.named("rest", len(values), np.uint32), may_be_nan=may_be_nan)
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
+        scratch = self._scratch.named("rest", len(values), np.uint32)
+        if by_pairs:
+            narrow_pairs(values, out, scratch)
+        else:
+            narrow(values, dtype, out, scratch, may_be_nan=may_be_nan)
 
-    def to_host(self, values: Array) -> NDArray[Any]:
-        return np.asarray(values)
+    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
+        return np.asarray(unpaired(values) if by_pairs else values)
 
     def from_host(self, values: NDArray[Any]) -> Array:
         return values

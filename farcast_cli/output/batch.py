@@ -5,19 +5,19 @@ Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.casts import MAX_FINITE, bits_of, num_negative_zeros, widen, work_type
+from farcast_cli.casts import MAX_FINITE, are_finite_halves, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.errors import SnapshotError
 from farcast_cli.output.arithmetic import Step, forecasts
-from farcast_cli.stream import Scratch, non_finite
+from farcast_cli.stream import Scratch, joined, non_finite
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from farcast_cli.output.plan import Values
     from farcast_cli.output.ranges import Batch, Segment
     from farcast_cli.output.target import Room
-    from farcast_cli.stream import Reader
+    from farcast_cli.stream import FileStretch, Reader
     from farcast_cli.tensors import TensorEntry
-
-Stretch = tuple["Path", int, int]
-"""Bytes of a file: path, first byte, number of bytes."""
 
 _FORECAST = "the forecast", "--scale .5 takes a smaller step; --dtype float32 widens the range"
 _TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keeps it in a file of its own"
@@ -60,29 +57,18 @@ class Source:
         types = tuple(self.entry(piece, t).dtype.name for t in others)
         return piece.index is None, piece.entry.dtype.name, piece.dtype.name, piece.non_negative, others, types
 
-    def stretch(self, segment: Segment, snapshot: int | None = None) -> Stretch:
+    def stretch(self, segment: Segment, snapshot: int | None = None) -> FileStretch:
         """Where a segment lies in a snapshot, or in the origin where none is named."""
         piece = segment.piece
         entry = piece.entry if snapshot is None else self.entry(piece, snapshot)
         first = segment.first + (0 if snapshot is None else piece.begin)
         return entry.path, entry.offset + first * entry.dtype.itemsize, segment.count * entry.dtype.itemsize
 
-    def stretches(self, segment: Segment) -> Iterator[Stretch]:
+    def stretches(self, segment: Segment) -> Iterator[FileStretch]:
         """All that is read for a segment."""
         yield self.stretch(segment)
         for snapshot in self.others(segment.piece):
             yield self.stretch(segment, snapshot)
-
-
-def joined(stretches: Iterator[Stretch]) -> list[Stretch]:
-    """The same with neighbours as one."""
-    found: list[Stretch] = []
-    for path, offset, num_bytes in stretches:
-        if found and found[-1][0] == path and found[-1][1] + found[-1][2] == offset:
-            found[-1] = path, found[-1][1], found[-1][2] + num_bytes
-        else:
-            found.append((path, offset, num_bytes))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +81,10 @@ class Done:
 
 
 class Computer:
-    """Computes batches into rooms, one for each horizon; belongs to one worker."""
+    """Computes batches into rooms, of which there is one for each horizon; belongs to one worker."""
 
-    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader, rooms: Sequence[Room]) -> None:
-        self._source, self._arithmetic, self._reader, self._rooms = source, arithmetic, reader, rooms
+    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader) -> None:
+        self._source, self._arithmetic, self._reader = source, arithmetic, reader
         self._scratch = Scratch()
         self._bytes_read = 0
         self._held: tuple[object, Step] | None = None
@@ -108,43 +94,52 @@ class Computer:
         """The memory that it holds."""
         return self._scratch.num_bytes + self._arithmetic.num_bytes
 
-    def compute(self, batch: Batch) -> Done:
+    def compute(self, batch: Batch, rooms: Sequence[Room]) -> Done:
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0
-        source = self._read(batch, None)
-        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype))
+        source, by_pairs = self._read(batch, None), self._is_by_pairs(batch)
+        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype), by_pairs=by_pairs)
         is_forecast, is_retyped = piece.index is not None, piece.dtype != piece.entry.dtype
         own = self._retyped(last, batch) if is_forecast and is_retyped else source
-        unchanged = [0] * len(self._rooms)
-        for horizon, values in enumerate(self._values(batch, source, last)):
-            checked, is_finite = self._checked(values, batch)
-            out = self._place(batch, horizon)
-            arithmetic.store(checked, piece.dtype, out, may_be_nan=not is_finite)
-            self._deliver(batch, horizon, out)
-            if is_forecast:
-                equal = bits_of(out, piece.dtype) == bits_of(own, piece.dtype)
-                unchanged[horizon] = int(np.count_nonzero(equal))
+        unchanged = []
+        for room, values in zip(rooms, self._values(batch, source, last, by_pairs=by_pairs), strict=False):
+            out = self._place(batch, room)
+            self._store(values, batch, out, by_pairs=by_pairs)
+            self._deliver(batch, room, out)
+            unchanged.append(self._num_equal(out, own, batch) if is_forecast else 0)
         return Done(self._bytes_read, batch.count if is_forecast else 0, unchanged)
 
-    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array) -> Iterator[Array]:
-        """The batch's values at every horizon."""
+    def _is_by_pairs(self, batch: Batch) -> bool:
+        """Whether all is bfloat16, and the same is done to every element: then their order does not matter."""
+        piece, count = batch.piece, batch.count
+        if len(batch.segments) > 1 or piece.function is not None or count % 2 or batch.segments[0].at % 4:
+            return False
+        types = {self._source.entry(piece, snapshot).dtype.name for snapshot in self._source.others(piece)}
+        return types | {piece.entry.dtype.name, piece.dtype.name} == {"bfloat16"}
+
+    def _num_equal(self, out: NDArray[np.uint8], own: NDArray[np.uint8], batch: Batch) -> int:
+        """Elements whose bits are those of the origin."""
+        dtype, equal = batch.piece.dtype, self._scratch.named("equal", batch.count, np.bool_)
+        return int(np.count_nonzero(np.equal(bits_of(out, dtype), bits_of(own, dtype), out=equal)))
+
+    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array, *, by_pairs: bool) -> Iterator[Array]:
+        """The batch's values at every horizon; without end where they are the same at all."""
         piece, arithmetic = batch.piece, self._arithmetic
         if piece.function is not None:
             (segment,) = batch.segments
-            own = np.array(arithmetic.to_host(last))  # a copy, which the function may change
+            own = np.array(arithmetic.to_host(last, by_pairs=by_pairs))  # a copy, which the function may change
             made = arithmetic.from_host(np.asarray(piece.function(own, piece.begin + segment.first), dtype=own.dtype))
-            yield from [made] * len(self._rooms)
+            yield from itertools.repeat(made)
         elif piece.index is None:
-            yield from [last] * len(self._rooms)
+            yield from itertools.repeat(last)
         else:
-            others = (self._load(batch, snapshot) for snapshot in self._source.others(piece))
-            keep_zeros = num_negative_zeros(source, piece.entry.dtype) > 0
+            others = (self._load(batch, snapshot, by_pairs=by_pairs) for snapshot in self._source.others(piece))
+            keep_zeros = has_negative_zeros(source, piece.entry.dtype)
             yield from forecasts(arithmetic, last, others, self._step_of(batch), keep_zeros=keep_zeros)
 
-    def _load(self, batch: Batch, snapshot: int) -> Array:
-        piece = batch.piece
-        raw = self._read(batch, snapshot)
-        return self._arithmetic.load(raw, self._source.entry(piece, snapshot).dtype, "other", work_type(piece.entry.dtype))
+    def _load(self, batch: Batch, snapshot: int, *, by_pairs: bool) -> Array:
+        dtype, work = self._source.entry(batch.piece, snapshot).dtype, work_type(batch.piece.entry.dtype)
+        return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work, by_pairs=by_pairs)
 
     def _step_of(self, batch: Batch) -> Step:
         """The weights of a batch; those of a large tensor are the same from one to the next."""
@@ -186,40 +181,51 @@ class Computer:
             position += num_bytes
         return memory
 
-    def _place(self, batch: Batch, horizon: int) -> NDArray[np.uint8]:
+    def _place(self, batch: Batch, room: Room) -> NDArray[np.uint8]:
         """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
         num_bytes = batch.count * batch.piece.dtype.itemsize
         if batch.is_in_place:
-            return self._rooms[horizon].at(batch.segments[0].at, num_bytes)
+            return room.at(batch.segments[0].at, num_bytes)
         return self._scratch.named("out", num_bytes, np.uint8)
 
-    def _deliver(self, batch: Batch, horizon: int, out: NDArray[np.uint8]) -> None:
+    def _deliver(self, batch: Batch, room: Room, out: NDArray[np.uint8]) -> None:
         if batch.is_in_place:
             return
         position = 0
         for segment in batch.segments:
             num_bytes = segment.end - segment.at
-            np.copyto(self._rooms[horizon].at(segment.at, num_bytes), out[position : position + num_bytes])
+            np.copyto(room.at(segment.at, num_bytes), out[position : position + num_bytes])
             position += num_bytes
 
     def _retyped(self, last: Array, batch: Batch) -> NDArray[np.uint8]:
         """The origin's values in the output's type."""
         out = self._scratch.named("retyped", batch.count * batch.piece.dtype.itemsize, np.uint8)
-        self._arithmetic.store(last, batch.piece.dtype, out, may_be_nan=True)
+        self._arithmetic.store(last, batch.piece.dtype, out, may_be_nan=True, by_pairs=False)
         return out
 
     # --- what must not be published -----------------------------------------------------------------------------------
 
-    def _checked(self, values: Array, batch: Batch) -> tuple[Array, bool]:
-        """The values, and whether all are finite. Refuses NaN and infinity, but for what every snapshot has.
+    def _store(self, values: Array, batch: Batch, out: NDArray[np.uint8], *, by_pairs: bool) -> None:
+        """Round values into their place. Refuses NaN and infinity, but for what every snapshot has.
 
         Also keeps BatchNorm's variance from falling below zero.
         """
-        xp, piece = self._arithmetic.xp, batch.piece
-        limit = MAX_FINITE[piece.dtype.name]
-        if not (-limit <= float(xp.amin(values)) and float(xp.amax(values)) <= limit):
-            return self._arithmetic.from_host(self._without_infinities(batch, self._arithmetic.to_host(values))), False
-        return (xp.where(values < 0, xp.zeros_like(values), values) if piece.non_negative else values), True
+        piece, arithmetic, xp = batch.piece, self._arithmetic, self._arithmetic.xp
+        least = xp.where(values < 0, xp.zeros_like(values), values) if piece.non_negative else values
+        if by_pairs:  # NaN and infinity stay what they are
+            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=True)
+            if are_finite_halves(out):
+                return
+        elif self._is_within(values, MAX_FINITE[piece.dtype.name]):
+            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=False)
+            return
+        mended = self._without_infinities(batch, arithmetic.to_host(values, by_pairs=by_pairs))
+        arithmetic.store(arithmetic.from_host(mended), piece.dtype, out, may_be_nan=True, by_pairs=False)
+
+    def _is_within(self, values: Array, limit: float) -> bool:
+        """Whether no value is larger or NaN."""
+        xp = self._arithmetic.xp
+        return -limit <= float(xp.amin(values)) and float(xp.amax(values)) <= limit
 
     def _without_infinities(self, batch: Batch, values: NDArray[Any]) -> NDArray[Any]:
         """The values with constant infinities put back; an error that names the snapshot, or the type's range, for others.

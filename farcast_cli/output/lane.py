@@ -1,6 +1,6 @@
 """One worker: fills ranges of the output and writes them.
 
-Knows how pieces become bytes of a range. Its memory is a range for each horizon and a few blocks of a batch, whatever the
+Knows how pieces become bytes of a range. Its memory is two ranges for each horizon and a few blocks of a batch, whatever the
 model's size and the number of snapshots.
 
 Shapes: K tensors, T snapshots, H horizons.
@@ -9,6 +9,7 @@ Shapes: K tensors, T snapshots, H horizons.
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from farcast_cli.stream import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     from farcast_cli.output.arithmetic import Arithmetic
@@ -78,22 +80,37 @@ class Report:
 
 
 class Lane:
-    """Fills ranges; belongs to one process or thread."""
+    """Fills ranges; belongs to one process or thread. While one range is computed, the last one is being written."""
 
     def __init__(self, work: Work, arithmetic: Arithmetic) -> None:
         self._work, self._arithmetic = work, arithmetic
         self._reader, self._target = Reader(work.io), Target(work.io)
-        self._rooms = [Room(work.range_bytes) for _ in range(work.num_horizons)]
-        self._computer = Computer(work.source, arithmetic, self._reader, self._rooms)
+        self._rooms, self._other_rooms = ([Room(work.range_bytes) for _ in range(work.num_horizons)] for _ in range(2))
+        self._computer = Computer(work.source, arithmetic, self._reader)
+        self._writer = ThreadPoolExecutor(1)
+        self._being_written: Future[None] | None = None
 
     def fill(self, number: int) -> Report:
-        """Read, compute and write range `number`."""
+        """Read and compute range `number`, and begin to write it.
+
+        Raises:
+            OSError: the range before it could not be written; `close` tells of the last one.
+        """
         report = self.make(number)
-        one = self._work.ranges[number]
-        for paths, files, room in zip(self._work.paths, self._work.files, self._rooms, strict=True):
-            total = files[one.file].num_bytes
-            self._target.write(paths[one.file], one.start, room, one.num_bytes, file_bytes=total)
+        self._wait()
+        self._being_written = self._writer.submit(self._write, number, self._rooms)
+        self._rooms, self._other_rooms = self._other_rooms, self._rooms
         return report
+
+    def _write(self, number: int, rooms: Sequence[Room]) -> None:
+        one = self._work.ranges[number]
+        for paths, files, room in zip(self._work.paths, self._work.files, rooms, strict=True):
+            self._target.write(paths[one.file], one.start, room, one.num_bytes, file_bytes=files[one.file].num_bytes)
+
+    def _wait(self) -> None:
+        if self._being_written is not None:
+            being_written, self._being_written = self._being_written, None
+            being_written.result()
 
     def make(self, number: int) -> Report:
         """Read and compute range `number`, and leave it in memory."""
@@ -102,7 +119,7 @@ class Lane:
         self._read_ahead(number + work.ahead)
         with self._arithmetic.lane():
             for batch in batches(self._segments(one, report), work.source.kind, work.block):
-                done = self._computer.compute(batch)
+                done = self._computer.compute(batch, self._rooms)
                 report.bytes_read += done.bytes_read
                 report.num_forecast += done.num_forecast
                 report.unchanged = [a + b for a, b in zip(report.unchanged, done.unchanged, strict=True)]
@@ -113,10 +130,19 @@ class Lane:
     @property
     def num_bytes(self) -> int:
         """The memory that it holds."""
-        return self._computer.num_bytes + sum(room.num_bytes for room in self._rooms)
+        return self._computer.num_bytes + sum(room.num_bytes for room in (*self._rooms, *self._other_rooms))
 
     def close(self) -> None:
-        self._target.close()
+        """Wait for the last range to be written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+            self._target.close()
 
     def _segments(self, one: Range, report: Report) -> Iterator[Segment]:
         """What is to be computed in a range; everything else is put there on the way."""

@@ -96,15 +96,13 @@ class Batch:
     """Segments that are computed at once."""
 
     segments: tuple[Segment, ...]
+    count: int
+    """Elements."""
 
     @property
     def piece(self) -> Values:
         """The first one's, whose types are those of all."""
         return self.segments[0].piece
-
-    @property
-    def count(self) -> int:
-        return sum(segment.count for segment in self.segments)
 
     @property
     def is_in_place(self) -> bool:
@@ -126,12 +124,12 @@ def batches(segments: Iterable[Segment], kind: Callable[[Values], Hashable], lim
     count = 0
     for segment in (part for whole in segments for part in _parts(whole, limit)):
         if held and (count + segment.count > limit or kind(segment.piece) != kind(held[0].piece)):
-            yield Batch(tuple(held))
+            yield Batch(tuple(held), count)
             held, count = [], 0
         held.append(segment)
         count += segment.count
     if held:
-        yield Batch(tuple(held))
+        yield Batch(tuple(held), count)
 
 
 def _parts(segment: Segment, limit: int) -> Iterator[Segment]:

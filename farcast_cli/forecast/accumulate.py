@@ -1,0 +1,284 @@
+"""One pass over a run's tensors that sums up their inner products, on a sample or on everything.
+
+Knows what is read, in which order it is summed, and in which precision. A sample is summed in float64. A full pass over
+millions of elements multiplies in float32, some thousand at a time, and adds up in float64; what float32 cannot hold is
+read again in float64.
+
+Shapes: K tensors, T snapshots, R = T + 1 basis vectors, N elements of a stretch, M sampled elements.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from farcast_cli import workers
+from farcast_cli.casts import work_type
+from farcast_cli.forecast.gram import Gram, Sample
+from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis
+from farcast_cli.stream import (
+    MAX_STRETCH,
+    STRETCH_BYTES,
+    Reader,
+    Resources,
+    Scratch,
+    Section,
+    Stretch,
+    read_in_any_order,
+    read_trajectory,
+    sample_stretches,
+    stretches,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.alignment import Alignment
+    from farcast_cli.casts import Floats, WorkType
+    from farcast_cli.layouts.base import Snapshot
+
+DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
+KEPT_SAMPLE = 1_024  # of those, kept for the fits that are not least squares; within .005 of a full fit
+KEPT_BYTES = 64 << 20  # for all kept samples together
+MIN_KEPT = 64
+FORK_BYTES = 16 << 20  # to be read, from which on processes pay for their start
+SPAN = 1 << 20  # elements of a tensor that a worker sums up before it says so
+BLOCK = 1 << 17  # elements that it multiplies at once
+
+
+def accumulate(
+    alignment: Alignment,
+    steps: Sequence[int],
+    *,
+    num_samples: int | None = DEFAULT_SAMPLE,
+    resources: Resources | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> tuple[Gram, Sample]:
+    """Read a sample (or, with None, all) of every tensor at every snapshot and sum up its inner products.
+
+    One pass over what it reads, in parallel, in stretches of tensors; sums are taken in order, so that the result does not
+    depend on the number of workers. Peak memory: a stretch at all snapshots for each worker, and the result.
+
+    Raises:
+        NonFiniteError: NaN or infinity in what was read.
+    """
+    num_snapshots, num_tensors = len(steps), len(alignment.tensors)
+    resources = resources or Resources()
+    reading = _Reading(_tasks(alignment, num_samples, resources), resources, _num_kept(num_snapshots, num_tensors))
+    products = np.zeros((num_tensors, num_snapshots + 1, num_snapshots + 1))
+    seen = np.zeros(num_tensors)
+    bounds = np.concatenate([[0], np.cumsum([min(n, reading.num_kept) for n in reading.counts])]).astype(np.int64)
+    values = np.empty((bounds[-1], num_snapshots), np.float32)
+    for task, part in zip(reading.tasks, workers.in_order(_parts(reading)), strict=True):
+        if part.products is not None:
+            products[task.tensors] += part.products
+            seen[task.tensors] += [section.count for section in task.sections]
+            progress(task.num_bytes)
+        if part.kept is not None:
+            values[bounds[task.tensors.start] : bounds[task.tensors.stop]] = part.kept
+    sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
+    products *= (sizes / seen)[:, None, None]
+    return Gram(np.array(steps, dtype=np.int64), products), Sample(values, bounds, sizes)
+
+
+def _num_kept(num_snapshots: int, num_tensors: int) -> int:
+    return min(KEPT_SAMPLE, max(MIN_KEPT, KEPT_BYTES // (4 * num_snapshots * num_tensors)))
+
+
+@dataclass(slots=True)
+class _Task:
+    """Samples of some neighbouring tensors, to be kept a few of and perhaps summed up; or a part of one, to be summed up."""
+
+    first: int
+    sections: list[Section]
+    is_summed: bool
+    is_kept: bool
+    count: int = field(init=False)
+    """Elements."""
+
+    def __post_init__(self) -> None:
+        self.count = sum(section.count for section in self.sections)
+
+    def take(self, section: Section, limit: int) -> bool:
+        """Take the next tensor's sample too, if it is of the same types and all together have no more than `limit` elements."""
+        mine, its = self.sections[0].entries, section.entries
+        fits = self.is_kept and self.is_summed and self.count + section.count <= limit
+        if not fits or any(a.dtype is not b.dtype for a, b in zip(mine, its, strict=True)):
+            return False
+        self.sections.append(section)
+        self.count += section.count
+        return True
+
+    @property
+    def tensors(self) -> slice:
+        return slice(self.first, self.first + len(self.sections))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(section.num_bytes for section in self.sections)
+
+
+def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) -> tuple[_Task, ...]:
+    """A sample of every tensor, and where all is to be read, all of the tensors that are larger than a sample."""
+    found, is_host = list[_Task](), resources.device == "cpu"
+    limit = STRETCH_BYTES // (8 * len(alignment.tensors[0].entries)) if is_host else 0
+    for index, tensor in enumerate(alignment.tensors):
+        entries, size = tensor.entries, tensor.num_elements
+        is_summed = num_samples is not None or size <= DEFAULT_SAMPLE
+        section = Section(entries, sample_stretches(size, num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE)))
+        if not (found and is_summed and found[-1].take(section, limit)):
+            found.append(_Task(index, [section], is_summed=is_summed, is_kept=True))
+        if not is_summed:
+            span = SPAN if is_host else MAX_STRETCH
+            for start in range(0, size, span):
+                part = Section(entries, (Stretch(start, min(span, size - start)),))
+                found.append(_Task(index, [part], is_summed=True, is_kept=False))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What is read, and how."""
+
+    tasks: tuple[_Task, ...]
+    resources: Resources
+    num_kept: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each tensor, the elements that some are kept of."""
+        return [section.count for task in self.tasks if task.is_kept for section in task.sections]
+
+
+@dataclass(slots=True)
+class Part:
+    """What came of a task: products (K, R, R) of its tensors, or the basis (R, N) for a device to multiply; weights (M, T)."""
+
+    number: int
+    products: NDArray[np.float64] | None = None
+    basis: Floats | None = None
+    kept: NDArray[np.float32] | None = None
+
+
+class _Summer:
+    """Reads tasks and sums them up; belongs to one worker."""
+
+    def __init__(self, reading: _Reading) -> None:
+        self._reading, self._reader, self._scratch = reading, Reader(reading.resources.io), Scratch()
+
+    def fill(self, number: int) -> Part:
+        task, part = self._reading.tasks[number], Part(number)
+        if not task.is_kept:
+            part.products = self._full_products(task.sections[0])[None]
+        else:
+            basis = self._memory(task.sections, np.float64)
+            values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
+            part.kept = _thin(values, task.sections, self._reading.num_kept)
+            part.products = _products_of_each(to_basis(basis), task.sections) if task.is_summed else None
+        self._reader.release()
+        return part
+
+    def _full_products(self, span: Section) -> NDArray[np.float64]:
+        entries, (whole,) = span.entries, span.pieces
+        products = np.zeros((len(entries) + 1, len(entries) + 1))
+        for piece in stretches(whole.count, num_snapshots=len(entries), itemsize=4, limit=BLOCK):
+            products += self._products(Section(entries, (Stretch(whole.start + piece.start, piece.count),)))
+        return products
+
+    def _products(self, section: Section) -> NDArray[np.float64]:
+        """In float32 where the values are of such types and it can hold their products."""
+        if all(work_type(entry.dtype) is np.float32 for entry in section.entries):
+            basis = self._memory((section,), np.float32)
+            read_in_any_order(self._reader, section, basis[:-1], self._scratch)
+            with np.errstate(all="ignore"):  # what is not finite, or becomes so, is looked for afterwards
+                products = inner_products(to_basis(basis))
+            if are_held(products, basis):
+                return products
+        basis = self._memory((section,), np.float64)
+        read_trajectory(self._reader, (section,), basis[:-1], self._scratch)
+        return inner_products(to_basis(basis))
+
+    def _memory(self, sections: Sequence[Section], dtype: WorkType) -> Floats:
+        num_rows, count = len(sections[0].entries) + 1, sum(section.count for section in sections)
+        return self._scratch.named("basis", num_rows * count, dtype).reshape(num_rows, count)
+
+    def close(self) -> None:
+        """Nothing to do: the reader's files close with it."""
+
+
+class _Gatherer(_Summer):
+    """Reads tasks for a device to sum up: in float64, in memory of their own."""
+
+    def fill(self, number: int) -> Part:
+        task = self._reading.tasks[number]
+        basis = np.empty((len(task.sections[0].entries) + 1, sum(section.count for section in task.sections)))
+        values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
+        self._reader.release()
+        kept = _thin(values, task.sections, self._reading.num_kept) if task.is_kept else None
+        return Part(number, kept=kept, basis=to_basis(basis) if task.is_summed else None)
+
+
+def _products_of_each(basis: Floats, sections: Sequence[Section]) -> NDArray[np.float64]:
+    """(K, R, R) of the basis (R, N) of K sections, one behind the other."""
+    ends = np.cumsum([section.count for section in sections])
+    return in_basis_order(np.stack([rows @ rows.T for rows in np.split(basis, ends[:-1], axis=1)]))
+
+
+def _parts(reading: _Reading) -> Iterator[Part]:
+    num_tasks, device, num_workers = len(reading.tasks), reading.resources.device, reading.resources.num_workers
+    if device != "cpu":
+        return _multiplied(workers.in_threads(num_tasks, partial(_Gatherer, reading), max(num_workers, 2)), device)
+    pays = sum(task.num_bytes for task in reading.tasks) >= FORK_BYTES
+    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1)
+
+
+def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
+    """The parts with their products in place of their bases, made on a device, as many at once as it may hold."""
+    from farcast_cli.forecast.device_gram import BATCH_BYTES, products_of
+
+    held: list[Part] = []
+    bases: list[Floats] = []
+
+    def flush() -> Iterator[Part]:
+        for part, products in zip(held, products_of(bases, device) if held else (), strict=True):
+            part.products = in_basis_order(products)[None]
+            yield part
+        held.clear()
+        bases.clear()
+
+    for part in parts:
+        if part.basis is None:
+            yield part
+            continue
+        if (len(held) + 1) * max(part.basis.nbytes, *(basis.nbytes for basis in bases), 0) > BATCH_BYTES:
+            yield from flush()
+        held.append(part)
+        bases.append(part.basis)
+        part.basis = None
+    yield from flush()
+
+
+def _thin(values: Floats, sections: Sequence[Section], num_kept: int) -> NDArray[np.float32]:
+    """At most `num_kept` elements of each section of values (T, N), evenly spread: (M, T)."""
+    counts = [section.count for section in sections]
+    starts = [0, *itertools.accumulate(counts)]
+    chosen = [start + _evenly(count, num_kept) for start, count in zip(starts, counts, strict=False)]
+    return np.ascontiguousarray(values[:, np.concatenate(chosen)].T.astype(np.float32))
+
+
+@lru_cache(maxsize=256)
+def _evenly(count: int, num_kept: int) -> NDArray[np.int64]:
+    """At most `num_kept` of `count` places."""
+    return np.linspace(0, count - 1, min(count, num_kept)).round().astype(np.int64)
+
+
+def bytes_to_sample(snapshots: Sequence[Snapshot], num_samples: int | None) -> int:
+    """What `accumulate` will read at most: a sample (or, with None, all) of every tensor at every snapshot."""
+    entries = [entry for snapshot in snapshots for entry in snapshot.tensors.values()]
+    return sum(min(e.num_elements, num_samples or e.num_elements) * e.dtype.itemsize for e in entries)
