@@ -675,6 +675,36 @@ def test_tied_weights_are_refused(work: Path, call_cli: CallCli) -> None:
     refused(call_cli, work, 3, ("tied to twin.weight",), *call, "-o", "tuned.pt")
 
 
+@pytest.mark.parametrize(
+    ("key", "config", "head"),
+    [
+        ("model.embed_tokens.weight", {"tie_word_embeddings": True}, None),
+        ("lm_head.weight", {"text_config": {"tie_word_embeddings": True}}, None),
+        ("transformer.wte.weight", {"model_type": "gpt2"}, None),  # tied by default
+        ("model.embed_tokens.weight", {"tie_word_embeddings": False}, "not tied"),
+        ("transformer.wte.weight", {"model_type": "gpt2"}, "lm_head.weight"),
+        ("model.fc.weight", {"tie_word_embeddings": True}, "another layer"),
+    ],
+)
+def test_a_weight_that_its_model_ties_is_refused(
+    work: Path, call_cli: CallCli, key: str, config: dict[str, object], head: str | None
+) -> None:
+    """A safetensors file holds one of the two; only config.json says that it is used twice."""
+    weights = make_weights()
+    weights[key] = weights.pop("fc.weight")
+    if head:
+        weights[head] = torch.ones(3, 3)
+    folder = work / "checkpoint-10"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    call = [{"step_10.safetensors": "checkpoint-10", "fc.weight": key}.get(word, word) for word in CALL]
+    if head is None:
+        refused(call_cli, work, 3, (key, "tie_word_embeddings", "untied"), *call, "-o", "tuned")
+    else:
+        assert call_cli(*call, "-o", "tuned", cwd=work).returncode in {0, 10}
+
+
 def test_a_delta_for_other_weights_is_not_applied(work: Path, call_cli: CallCli) -> None:
     tuned(work, output=None, delta_out=work / "delta.safetensors")
     save_file(make_weights(seed=9), work / "step_20.safetensors", metadata={"format": "pt"})

@@ -17,10 +17,11 @@ import numpy as np
 
 from farcast_cli.alignment import under_common_names
 from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
-from farcast_cli.formats.files import read_bytes
+from farcast_cli.formats.files import file_size, read_bytes
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.quantised import quantised_owner
-from farcast_cli.stream import Reader
-from farcast_cli.tensors import FLOATING
+from farcast_cli.stream import Reader, aligned
+from farcast_cli.tensors import FLOATING, canonical_name
 from farcast_cli.tune.numbers import decode
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from farcast_cli.tensors import TensorEntry
 
 BLOCK_BYTES = 8 << 20  # of float64, of a block of rows; a larger one gains nothing and takes memory
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
+_HEADS = {"lm_head", "embed_out"}
+"""What transformers' models call the layers that they may tie."""
+_OTHER_HEADS = {"output", "score", "classifier"}
 _SHARD = re.compile(r"\.@(\d+)(?:,\d+)*$")
 MAX_NAMED = 3
 
@@ -115,7 +120,7 @@ class Weight:
         width = self.num_inputs + bool(self.bias)
         num_rows = max(1, BLOCK_BYTES // (8 * width))
         block = np.empty((num_rows, width))
-        raw = np.empty(num_rows * self.num_inputs * 8, dtype=np.uint8)
+        raw = aligned(num_rows * self.num_inputs * 8)
         biases = np.concatenate([self._read_all(shard) for shard in self.bias]) if self.bias else None
         reader = Reader()
         for shard in self.shards:
@@ -263,7 +268,8 @@ def _check_kind(snapshot: Snapshot, entry: TensorEntry) -> None:
 
 
 def _check_tied(snapshot: Snapshot, entries: Sequence[TensorEntry], key: str) -> None:
-    """Refuse a tensor whose bytes have a second name: tuning one layer would change another."""
+    """Refuse a tensor that another layer uses too: tuning one would change both."""
+    _check_tied_by_config(snapshot, key)
     own = {entry.name for entry in entries}
     for entry in entries:
         for other in snapshot.tensors.values():
@@ -273,3 +279,24 @@ def _check_tied(snapshot: Snapshot, entries: Sequence[TensorEntry], key: str) ->
                     f"{entry.path}: {key} is tied to {other.name}: tuning one would change both",
                     hint="save the checkpoint with the two untied, or tune another layer",
                 )
+
+
+def _check_tied_by_config(snapshot: Snapshot, key: str) -> None:
+    """A file keeps one of two tied weights; that transformers uses it twice, only the model's settings tell."""
+    path = next((part.path for part in snapshot.parts if part.name == "config.json"), None)
+    module = canonical_name(key).split(".")[-2:][0]
+    if path is None or module not in _EMBEDDINGS | _HEADS:
+        return
+    try:
+        config = parse_json(read_bytes(path, 0, file_size(path)))
+    except ValueError:
+        return
+    sections = [one for one in (config, *config.values()) if isinstance(one, dict)] if isinstance(config, dict) else []
+    told = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section]
+    has_head = any(not (_HEADS | _OTHER_HEADS).isdisjoint(name.split(".")) for name in snapshot.tensors)
+    if told[0] if told else not has_head:  # a setting that is what its model has by default is not written
+        raise SnapshotError(
+            f"{snapshot.path}: {key} is the model's input and its output layer (tie_word_embeddings): tuning one would change"
+            " both",
+            hint="save the checkpoint with the two untied, or tune another layer",
+        )
