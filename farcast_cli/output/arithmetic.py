@@ -98,15 +98,16 @@ def forecasts(arithmetic: Arithmetic, last: Array, others: Iterator[Array], step
     moved: Array = False
     number = -1
     for number, other in enumerate(others):
-        move = xp.subtract(other, last, out=arithmetic.floats("move", count, last))
+        is_alone = number == 0 and len(steps) == 1
+        move = xp.subtract(other, last, out=steps[0] if is_alone else arithmetic.floats("move", count, last))
+        if step.gains is not None:
+            moved = (move != 0) | moved
         for total, weights in zip(steps, step.weights, strict=True):
             if number == 0:
                 xp.multiply(move, weights[number], out=total)
             else:
                 term = xp.multiply(move, weights[number], out=arithmetic.floats("term", count, last))
                 xp.add(total, term, out=total)
-        if step.gains is not None:
-            moved = (move != 0) | moved
     for horizon, total in enumerate(steps):
         if number < 0:
             total[:] = 0
