@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-tune sample clean
 
 help: ## say what the targets do
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 setup: $(STAMP) ## make .venv with farcast and all that its tests need
 
@@ -42,10 +42,10 @@ types: setup
 docs: setup ## is the generated reference current?
 	$(BIN)/python docs/build_cli_reference.py --check
 
-bench: setup $(MERGEKIT) ## speed and memory against cp and other tools, 40 GB of disk, three quarters of an hour
+bench: setup $(MERGEKIT) ## speed and memory against cp and other tools, 40 GB of disk, half an hour
 	$(BIN)/python bench/speed.py --mergekit $(MERGEKIT)
 
-$(MERGEKIT): ## a rival that wants other versions of libraries
+$(MERGEKIT):
 	$(PYTHON) -m venv bench/.venv
 	bench/.venv/bin/pip install --quiet '$(shell grep '^torch==' constraints.txt)' '.[rivals]'
 
