@@ -25,6 +25,8 @@ WorkType = type[np.float32] | type[np.float64]
 _CARRIERS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 """What a stored type's bytes are viewed as; bfloat16 is the upper half of a float32."""
 _BITS = {2: np.int16, 4: np.int32, 8: np.int64}
+_LEAST = {itemsize: -(1 << (8 * itemsize - 1)) for itemsize in _BITS}
+"""-0.0, as an integer."""
 _TORCH_PAYS = 1 << 16  # float16 values at once: where so many come together, the import is soon made up for
 _UPPER = np.uint32(16)
 _UPPER_BITS = np.uint32(0xFFFF0000)
@@ -51,8 +53,7 @@ def bits_of(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.signedinteger[An
 
 
 def has_negative_zeros(raw: NDArray[np.uint8], dtype: DType) -> bool:
-    bits = bits_of(raw, dtype)
-    return bool(np.minimum.reduce(bits) == np.iinfo(bits.dtype).min)
+    return bool(np.minimum.reduce(bits_of(raw, dtype)) == _LEAST[dtype.itemsize])
 
 
 def are_finite_halves(raw: NDArray[np.uint8]) -> bool:
