@@ -1,6 +1,6 @@
 """What `farcast tune` costs and what it is worth: time per iteration by width, memory, and the gate's record.
 
-    python bench/tune.py            20 minutes; 3 GiB of disk in a temporary folder
+    python bench/tune.py            ten minutes; 3 GiB of disk in a temporary folder
     python bench/tune.py --quick    small widths, a few minutes
     python bench/tune.py gate relu      only these parts: memory, scaling, target, break_even, gate, several, relu, sketch
 
