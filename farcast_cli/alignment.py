@@ -227,7 +227,7 @@ def _reason_by_group(entry: TensorEntry, group: _MemoryGroup, choice: _Choice) -
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return bool(patterns) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 # --- what differs between snapshots ----------------------------------------------------------------------------------
@@ -271,11 +271,10 @@ def _changes(before: _Named, after: _Named, choice: _Choice) -> list[_Change]:
 
 def _outline(tensors: Mapping[str, TensorEntry], choice: _Choice) -> dict[str, tuple[int, ...]]:
     """The shapes of whatever may be forecast: where they are equal, nothing that is has changed."""
-    exclude = choice.exclude
     return {
         key: _shape(entry)
         for key, entry in tensors.items()
-        if entry.dtype.name in FORECASTABLE and 0 not in entry.shape and not (exclude and _matches(entry.name, exclude))
+        if entry.dtype.name in FORECASTABLE and 0 not in entry.shape and not _matches(entry.name, choice.exclude)
     }
 
 

@@ -196,10 +196,10 @@ class Scratch:
         return sum(len(memory) for memory in self._held.values())
 
 
-def aligned(num_bytes: int, to: int = LINE) -> NDArray[np.uint8]:
-    """Uninitialised bytes that begin at a multiple of `to`."""
-    memory = np.empty(num_bytes + to, np.uint8)
-    first = -memory.ctypes.data % to
+def aligned(num_bytes: int) -> NDArray[np.uint8]:
+    """Uninitialised bytes that begin on a cache line."""
+    memory = np.empty(num_bytes + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
     return memory[first : first + num_bytes]
 
 
@@ -216,9 +216,9 @@ def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
     return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
 
 
-def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8, limit: int = MAX_STRETCH) -> Iterator[Stretch]:
+def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8) -> Iterator[Stretch]:
     """The whole tensor in stretches that fit the budget at all snapshots together, `itemsize` bytes an element."""
-    count = max(4096, min(limit, STRETCH_BYTES // (itemsize * num_snapshots) // 2048 * 2048))
+    count = max(4096, min(MAX_STRETCH, STRETCH_BYTES // (itemsize * num_snapshots) // 2048 * 2048))
     for start in range(0, num_elements, count):
         yield Stretch(start, min(count, num_elements - start))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -170,6 +171,15 @@ def run_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **op
     with popen_cli(*args, cwd=cwd, env=env, **options) as process:
         stdout, stderr = process.communicate()
     return Done(stdout, stderr, process.returncode)
+
+
+@pytest.fixture
+def quiet_lightning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Little said by Lightning, and one thread, as the command has it: the networks are tiny."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.ERROR)
+    with torch_settings_kept():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

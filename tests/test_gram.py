@@ -122,7 +122,7 @@ def test_the_size_of_the_stretches_changes_only_rounding(tmp_path: Path, monkeyp
     run = write_run(tmp_path, wander(2, num_snapshots=5, sizes={"w": 50_000}), STEPS)
     whole, _ = _accumulated(run, num_samples=None)
     for stretch, span in ((4096, 1 << 20), (5_000, 12_000), (49_999, 50_000)):
-        monkeypatch.setattr("farcast_cli.forecast.accumulate.BLOCK", stretch)
+        monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", stretch)
         monkeypatch.setattr("farcast_cli.forecast.accumulate.SPAN", span)
         pieces, _ = _accumulated(run, num_samples=None)
         _assert_close_by_norms(pieces.matrix, whole.matrix)

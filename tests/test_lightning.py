@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from farcast_cli.layouts import recognise
 from farcast_cli.layouts.base import find_step_in_name
 from farcast_cli.trainer.resume import advance
 from farcast_cli.trajectory import discover
-from tests.tiny import predict_run, torch_settings_kept
+from tests.tiny import predict_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,12 +26,13 @@ with warnings.catch_warnings():
     from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tests.conftest import CallCli
 
 pytestmark = [
+    pytest.mark.usefixtures("quiet_lightning"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.rank_zero.LightningDeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -40,15 +40,6 @@ pytestmark = [
 ]
 
 BATCH_SIZE = 4
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Little said, and one thread, as the command has it: the networks are tiny."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.ERROR)
-    with torch_settings_kept():
-        yield
 
 
 def loader(num_batches: int, seed: int, *, same: bool = False) -> DataLoader[Any]:

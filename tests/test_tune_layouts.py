@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -20,28 +19,22 @@ from torch.utils.data import DataLoader, TensorDataset
 from farcast_cli.trajectory import open_snapshot
 from farcast_cli.tune.run import Outcome, Request, tune_checkpoint
 from tests.dcp_runs import Run
-from tests.tiny import SAMPLES, sample_maker, torch_settings_kept
+from tests.tiny import SAMPLES, sample_maker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from tests.conftest import CallCli
 
     Weights = Mapping[str, torch.Tensor]
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn of themselves and of each other
+pytestmark = [
+    pytest.mark.usefixtures("quiet_lightning"),
+    pytest.mark.filterwarnings("ignore"),  # the libraries warn of themselves and of each other
+]
 
 NUM_INPUTS, NUM_HIDDEN, NUM_OUTPUTS, NUM_ROWS, NUM_UNSEEN = 8, 96, 2, 160, 400
 SHIFT = 1.0  # of the layer's bias in the model that the rows come from
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Little said, and one thread, as the command has it."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.ERROR)
-    with torch_settings_kept():
-        yield
 
 
 def quiet(_phase: str, _total: int) -> Callable[[int], None]:

@@ -49,7 +49,6 @@ KEPT_BYTES = 64 << 20  # for all kept samples together
 MIN_KEPT = 64
 FORK_BYTES = 16 << 20  # to be read, from which on processes pay for their start
 SPAN = 1 << 20  # elements of a tensor that a worker sums up before it says so
-BLOCK = 1 << 17  # elements that it multiplies at once
 
 
 def accumulate(
@@ -187,7 +186,7 @@ class _Summer:
     def _full_products(self, span: Section) -> NDArray[np.float64]:
         entries, (whole,) = span.entries, span.pieces
         products = np.zeros((len(entries) + 1, len(entries) + 1))
-        for piece in stretches(whole.count, num_snapshots=len(entries), itemsize=4, limit=BLOCK):
+        for piece in stretches(whole.count, num_snapshots=len(entries), itemsize=4):
             products += self._products(Section(entries, (Stretch(whole.start + piece.start, piece.count),)))
         return products
 
@@ -217,7 +216,7 @@ class _Gatherer(_Summer):
 
     def fill(self, number: int) -> Part:
         task = self._reading.tasks[number]
-        basis = np.empty((len(task.sections[0].entries) + 1, sum(section.count for section in task.sections)))
+        basis = np.empty((len(task.sections[0].entries) + 1, task.count))
         values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
         self._reader.release()
         kept = _thin(values, task.sections, self._reading.num_kept) if task.is_kept else None
