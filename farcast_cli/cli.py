@@ -149,7 +149,9 @@ def fit(
 ) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
     from farcast_cli import render
+    from farcast_cli.output.place import check_outside
 
+    check_outside(output, directory)
     started = time.monotonic()
     chosen = tuple(include or ()), tuple(exclude or ())
     fitted, bytes_read = _fit(

@@ -23,6 +23,7 @@ SAID_BYTES = 1 << 16  # of the end of each stream, in which the number and the l
 GRACE_S = 5.0  # from SIGTERM to SIGKILL: a launcher such as torchrun must end workers in sessions of their own
 LINGER_S = 2.0  # for what a command that has ended left running, such as a `tee`, before it is ended too
 TICK_S = 0.05
+LOG_MARK = b"$ "  # and the command: how a log begins
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor moves
 _SIGNALS = {int(number): number.name for number in signal.Signals}
 _LINE_CHARS = 200
@@ -53,10 +54,10 @@ class Log:
     """A run's output in a file: its start as it comes, its end when the run is over, nothing of what lies between."""
 
     def __init__(self, path: Path, command: str) -> None:
-        self._file = path.open("wb")
+        self._file = path.open("xb")
         self._room = LOG_BYTES
         self._end = Tail(LOG_BYTES)
-        self._write(f"$ {command}\n".encode())
+        self._write(LOG_MARK + f"{command}\n".encode())
 
     def add(self, data: bytes) -> None:
         start, rest = data[: self._room], data[self._room :]
@@ -74,6 +75,15 @@ class Log:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._file.flush()
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is a log of a run; a file of somebody else's has another beginning."""
+    try:
+        with path.open("rb") as file:
+            return not path.is_symlink() and file.read(2) == LOG_MARK
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,16 @@ Each run of the command is a process group of its own with a log of its own, and
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 import shlex
 from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from farcast_cli.command import ESCAPES, Ended, Log, Run, Stop, failure
+from farcast_cli.command import ESCAPES, Ended, Log, Run, Stop, failure, is_log
 from farcast_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -77,9 +79,9 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1]) if numbers else None
 
 
-def logs_of(target: Path, *, is_file: bool) -> Path:
+def logs_of(target: Path) -> Path:
     """The folder beside a forecast that holds the output of its evaluations."""
-    return target.with_name(f"{target.stem if is_file else target.name}.eval")
+    return target.with_name(f"{target.name}.eval")
 
 
 def _label(strength: float) -> str:
@@ -113,10 +115,14 @@ class Judge:
         self._trials: dict[float, Trial | None] = {}
 
     def __enter__(self) -> Self:
-        """Make the folder of logs, without those of an earlier forecast."""
+        """Make the folder of logs, without those of an earlier forecast; nothing else in it is touched."""
         try:
             self._logs.mkdir(parents=True, exist_ok=True)
+            if self._logs.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link")  # noqa: TRY301 - one message for all that is wrong with it
             for old in (self._logs / "origin.log", *self._logs.glob("strength-*.log")):
+                if os.path.lexists(old) and not is_log(old):
+                    raise OSError(errno.EEXIST, f"{old.name} is somebody else's")  # noqa: TRY301 - likewise
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(

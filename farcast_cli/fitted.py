@@ -26,6 +26,7 @@ from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
+from farcast_cli.output.place import check_outside, open_new
 from farcast_cli.output.writer import staged
 from farcast_cli.stream import Resources
 from farcast_cli.tensors import DTYPES
@@ -227,8 +228,7 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     provenance = fitted.provenance.model_copy(update={"directory": os.path.relpath(fitted.directory.resolve(), home)})
     if provenance.leap:
         provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
-    if path.exists():
-        _refuse_to_replace(path)
+    check_outside(path, fitted.directory)
     arrays: dict[str, NDArray[Any]] = {
         "steps": fitted.gram.steps,
         "gram": fitted.gram.matrix,
@@ -238,7 +238,8 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     }
     provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
     tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
-    with staged(path, overwrite=True) as temporary, temporary.open("wb") as file:
+    last = fitted.directory / fitted.provenance.snapshots[-1].path
+    with staged(path, check=_refuse_to_replace) as temporary, open_new(temporary, like=last) as file:
         file.write(encode_header(tensors, {_METADATA_KEY: provenance.model_dump_json()}))
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).data)

@@ -9,8 +9,12 @@ The ledger is JSON lines, because appending a line cannot damage the others. Pat
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
+import json
 import os
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,9 +26,10 @@ from farcast_cli.alignment import align
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError, TooFewSnapshotsError
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.layouts import recognise
+from farcast_cli.output.writer import sync
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.trajectory import Trajectory
@@ -47,6 +52,10 @@ class Leap(BaseModel):
         """The step that the trainer's counters are at when it resumes."""
         return self.valid_step if self.counters == "advance" else self.origin_step
 
+    def as_line(self) -> str:
+        """One line of JSON; a name that is no UTF-8 is kept by escapes."""
+        return json.dumps(self.model_dump(), separators=(",", ":"))
+
     def relative_to(self, home: Path) -> Leap:
         return self.model_copy(
             update={"run": os.path.relpath(self.run, home), "forecast": os.path.relpath(self.forecast, home)}
@@ -62,23 +71,85 @@ class History:
     num_before: int
 
 
-def record_leap(ledger: Path, leap: Leap) -> None:
-    """Append a line to the ledger.
+@contextmanager
+def recorded(ledger: Path, leaps: Sequence[Leap]) -> Iterator[None]:
+    """Append leaps to the ledger; take the lines back if the block, which publishes the forecasts, fails.
+
+    The lines come first: a forecast that a killed process published without its line would be taken for training. A line
+    that is there already, because such a process was killed before it published anything, is not written twice.
 
     Raises:
         OutputError: it cannot be written.
     """
     try:
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-        with ledger.open("a") as file:
-            # in one write, and on a line of its own even where a killed process left half a line
-            file.write("\n" * _ends_within_a_line(ledger) + leap.relative_to(ledger.parent.resolve()).model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        fd, is_new = _open_locked(ledger)
     except OSError as error:
-        raise OutputError(
-            f"{ledger}: the ledger of leaps cannot be written: {error.strerror}", hint="choose another place with --ledger"
-        ) from error
+        raise _cannot_be_written(ledger, error) from error
+    try:
+        before = os.fstat(fd).st_size
+        try:
+            after = _append(fd, ledger, leaps)
+        except OSError as error:
+            _take_back(ledger, fd, before, is_new=is_new)
+            raise _cannot_be_written(ledger, error) from error
+        try:
+            yield
+        except BaseException:
+            if os.fstat(fd).st_size == after:  # without locks, another process may have added a line
+                _take_back(ledger, fd, before, is_new=is_new)
+            raise
+    finally:
+        os.close(fd)
+
+
+def _open_locked(ledger: Path) -> tuple[int, bool]:
+    """The ledger, locked where the filesystem has locks, and whether it is new."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        is_new = not os.path.lexists(ledger)
+        fd = os.open(ledger, flags | (os.O_CREAT | os.O_EXCL) * is_new, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), ledger.stat(follow_symlinks=False)):
+                    return fd, is_new
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # removed by another process since: once more
+
+
+def _append(fd: int, ledger: Path, leaps: Sequence[Leap]) -> int:
+    """Write the lines that are missing; returns the size of the ledger afterwards."""
+    content = os.pread(fd, os.fstat(fd).st_size, 0)
+    home = ledger.parent.resolve()
+    lines = [leap.relative_to(home).as_line() for leap in leaps]
+    missing = [line for line in dict.fromkeys(lines) if line.encode() not in content.split(b"\n")]
+    # on a line of its own even if a killed process left half a line
+    text = "\n" * bool(content and not content.endswith(b"\n")) + "".join(f"{line}\n" for line in missing)
+    raw = text.encode() if missing else b""
+    while raw:
+        raw = raw[os.write(fd, raw) :]
+    os.fsync(fd)
+    sync(ledger.parent)
+    return os.fstat(fd).st_size
+
+
+def _take_back(ledger: Path, fd: int, size: int, *, is_new: bool) -> None:
+    with suppress(OSError):
+        if is_new:
+            ledger.unlink()
+        else:
+            os.ftruncate(fd, size)
+
+
+def _cannot_be_written(ledger: Path, error: OSError) -> OutputError:
+    is_link = error.errno == errno.ELOOP
+    what = "it is a link" if is_link else error.strerror
+    hint = "name the file itself with --ledger" if is_link else "choose another place with --ledger"
+    return OutputError(f"{ledger}: the ledger of leaps cannot be written: {what}", hint=hint)
 
 
 def check_ledger(ledger: Path, run: Path) -> None:
@@ -92,11 +163,6 @@ def check_ledger(ledger: Path, run: Path) -> None:
         raise OutputError(f"{ledger}: expected the ledger of leaps, found a folder", hint="--ledger FILE")
     if ledger.is_file():
         read_leaps(ledger, run)
-
-
-def _ends_within_a_line(ledger: Path) -> bool:
-    content = ledger.read_bytes()
-    return bool(content) and not content.endswith(b"\n")
 
 
 def read_leaps(ledger: Path, run: Path) -> list[Leap]:

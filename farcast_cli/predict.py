@@ -11,9 +11,9 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +28,15 @@ from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name, unchanged
-from farcast_cli.ledger import Leap, check_ledger, record_leap
+from farcast_cli.ledger import Leap, check_ledger, recorded
 from farcast_cli.output.batch import Source
 from farcast_cli.output.convert import Target, plan_converted, settle
 from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.plan import Rewrite, forecast_name
-from farcast_cli.output.sidecar import compose, sidecar_of, write_sidecar
-from farcast_cli.output.writer import refuse_existing, staged
+from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of, write_sidecar
+from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.output.sidecar import compose
+from farcast_cli.output.writer import Staging, refuse_existing, staging
 from farcast_cli.stream import Resources
 from farcast_cli.trainer.lightning_loops import epoch_after, whole_epochs
 from farcast_cli.trainer.resume import HISTORY, Advanced, advance, advance_batch_counts, told_as_damage
@@ -85,7 +86,7 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     steps = [forecast(method, tasks[i]) for i in chosen]
     prepared = _prepare(fitted, request, [request.horizons[i] for i in chosen], steps)
     if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
-        _check_outside(request.ledger, fitted.directory, option="--ledger")
+        check_outside(request.ledger, fitted.directory, option="--ledger")
         check_ledger(request.ledger, fitted.directory)
     written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
     for index, outcome in zip(chosen, written, strict=True):
@@ -182,7 +183,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     for place in places:
         _check_place(place, fitted.directory, overwrite=request.overwrite, is_file=target.is_file)
         if request.evaluator:
-            _check_outside(logs_of(place, is_file=target.is_file), fitted.directory)
+            check_outside(logs_of(place), fitted.directory)
     alignment = realign(fitted, [snapshots[index] for index in linear.used])
     index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
     advanced, plans = [], []
@@ -199,7 +200,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         mirror = request.purpose == "evaluation"
         rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon, mirror)
         advanced.append(moved)
-        plans.append(tuple(plan_converted(origin, moved, rewrite, target)))
+        plans.append(tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin)))
     resources = Resources(request.device, request.io, request.num_threads)
     engine = Engine(Source(alignment, linear.restrict(linear.used)), resources)
     used = tuple(snapshots[index] for index in linear.used)
@@ -253,19 +254,13 @@ def _name_unit(fitted: Fitted) -> Fraction:
 
 def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
     """Never inside the run's folder, and never over something that farcast did not write."""
-    _check_outside(target, run)
+    check_outside(target, run)
     if not overwrite:
         refuse_existing(target)
-    elif os.path.lexists(target) and not sidecar_of(target, is_file=is_file).is_file():
-        raise OutputError(f"{target}: exists and is not a forecast", hint="farcast replaces only what it wrote itself: -o OUT")
-
-
-def _check_outside(place: Path, run: Path, *, option: str = "-o") -> None:
-    if place.resolve().is_relative_to(run.resolve()):
-        raise OutputError(
-            f"{place}: lies inside the run's folder {run}",
-            hint=f"the trainer could take it for its own, or rotate it away: choose a place outside with {option}",
-        )
+    elif os.path.lexists(target):
+        check_ours(target, is_file=is_file)
+    if is_file and os.path.lexists(sidecar_of(target, is_file=True)):
+        check_sidecar_ours(sidecar_of(target, is_file=True))
 
 
 def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
@@ -297,63 +292,65 @@ def _write(
 ) -> list[Outcome]:
     if request.dry_run:
         return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
-    with ExitStack() as stack:  # one for all horizons: what fails on the last publishes none
+    with staging() as outputs:  # one for all horizons: what fails on the last publishes none
         write = _write_all if request.evaluator is None else _write_judged
         with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
-            finished = write(prepared, outcomes, request, fitted, stack=stack, progress=progress)
-        for outcome in finished:
-            _record(outcome, request, fitted)
+            finished = write(prepared, outcomes, request, fitted, outputs=outputs, progress=progress)
+        leaps = [_leap(outcome.path, outcome, request, fitted) for outcome in finished if outcome.path]
+        if request.ledger is not None and request.purpose == "resume" and leaps:
+            outputs.alongside(recorded(request.ledger, leaps))
         progress("sync to disk", 0)
     return finished
 
 
 def _write_all(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, stack: ExitStack, progress: Progress
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
 ) -> list[Outcome]:
     """Write every horizon in one pass."""
-    places = [stack.enter_context(staged(target, overwrite=request.overwrite)) for target in prepared.targets]
-    notes = [_enter(stack, prepared, target) for target in prepared.targets]
+    staged = [_stage(outputs, prepared, target, request) for target in prepared.targets]
+    places = [place for place, _ in staged]
     total = sum(total_bytes(plan) for plan in prepared.plans)
     tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
     finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
-    for outcome, place, note in zip(finished, places, notes, strict=True):
+    for outcome, (place, note) in zip(finished, staged, strict=True):
         write_sidecar(place, note, compose(prepared, outcome, request, fitted))
     return finished
 
 
 def _write_judged(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, stack: ExitStack, progress: Progress
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
 ) -> list[Outcome]:
     """Write every horizon at the strength that the user's command likes best."""
     return [
-        _write_best(_only(prepared, index), outcome, request, fitted, stack=stack, progress=progress)
+        _write_best(_only(prepared, index), outcome, request, fitted, outputs=outputs, progress=progress)
         for index, outcome in enumerate(outcomes)
     ]
 
 
-def _record(outcome: Outcome, request: Request, fitted: Fitted) -> None:
-    """Enter a checkpoint to resume from into the ledger, before it is published: a leap must not go unnoticed."""
-    if request.ledger is None or request.purpose != "resume" or outcome.path is None:
-        return
-    leap = Leap(
+def _leap(path: Path, outcome: Outcome, request: Request, fitted: Fitted) -> Leap:
+    """What the ledger says of a checkpoint to resume from."""
+    return Leap(
         run=str(fitted.directory.resolve()),
         origin_step=outcome.origin_step,
         valid_step=outcome.valid_step,
         counters=request.counters,
-        forecast=str(outcome.path.resolve()),
+        forecast=str(path.resolve()),
     )
-    record_leap(request.ledger, leap)
 
 
-def _enter(stack: ExitStack, prepared: Prepared, target: Path) -> Path | None:
-    """Stage the sidecar that lies beside a single file; one inside a folder is staged with the folder.
+def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:
+    """Where a forecast is written, and where its sidecar, if that lies beside it and not inside.
 
-    Entered last, it is published first: a forecast that can be seen has its provenance.
+    The sidecar is added last and so published first: a forecast that can be seen has its provenance.
     """
-    if not prepared.target.is_file:
-        return None
-    # one that a killed run left without its forecast is replaced; _check_place has seen to everything else
-    return stack.enter_context(staged(sidecar_of(target, is_file=True), overwrite=True, may_stay_empty=True))
+    is_file = prepared.target.is_file
+    check = partial(check_ours, is_file=is_file) if request.overwrite else refuse_existing
+    may_stay_empty = request.evaluator is not None
+    place = outputs.add(target, check=check, may_stay_empty=may_stay_empty)
+    if not is_file:
+        return place, None
+    beside = sidecar_of(target, is_file=True)
+    return place, outputs.add(beside, check=check_sidecar_ours, may_stay_empty=may_stay_empty)
 
 
 def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
@@ -369,13 +366,12 @@ def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
 
 
 def _write_best(
-    prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, *, stack: ExitStack, progress: Progress
+    prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
 ) -> Outcome:
     """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
     evaluator, target = request.evaluator, prepared.targets[0]
     assert evaluator is not None  # noqa: S101 - the caller's branch
-    place = stack.enter_context(staged(target, overwrite=request.overwrite, may_stay_empty=True))
-    note = _enter(stack, prepared, target)
+    place, note = _stage(outputs, prepared, target, request)
     trials, written = _try_strengths(prepared, outcome, request, place, progress)
     best = best_trial(trials, maximize=evaluator.maximize)
     outcome = replace(outcome, trials=tuple(trials))
@@ -397,7 +393,7 @@ def _try_strengths(
     """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
     evaluator, written = request.evaluator, dict[float, tuple[Path, Tally]]()
     assert evaluator is not None  # noqa: S101 - the caller's branch
-    logs = logs_of(prepared.targets[0], is_file=prepared.target.is_file)
+    logs = logs_of(prepared.targets[0])
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
     with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
         judge.start(0.0, _judged_origin(prepared, place, progress))

@@ -11,12 +11,14 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.layouts import hf_trainer, hub_folder, recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name, read_snapshot
+from farcast_cli.output.place import sidecar_of
 from farcast_cli.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
 
 if TYPE_CHECKING:
@@ -109,6 +111,17 @@ def open_snapshot(path: Path) -> Snapshot:
     snapshot = read_snapshot(layout, path)
     first = snapshot.evidence[0] if snapshot.evidence else None
     return snapshot.settle(first.step, first.source) if first else snapshot
+
+
+def run_of(snapshot: Snapshot) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None for a checkpoint that is by itself.
+
+    A run is a folder with two checkpoints of this layout or more whose names tell a step, and which farcast did not write.
+    """
+    folder = snapshot.path.absolute().parent
+    entries = (path for path in run_entries(folder, snapshot.layout) if find_step_in_name(path.name))
+    others = (path for path in entries if not is_output(path))
+    return folder if len(list(islice(others, 2))) > 1 else None
 
 
 def _too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
@@ -262,6 +275,11 @@ def is_own_file(path: Path) -> bool:
         return False
     head = read_bytes(path, 0, min(file_size(path), len(OWN_MARK) + 8))
     return head[8:] == OWN_MARK
+
+
+def is_output(path: Path) -> bool:
+    """Whether a checkpoint is one that farcast wrote: it has a sidecar."""
+    return sidecar_of(path, is_file=path.is_file()).is_file()
 
 
 def _main_layout(candidates: Sequence[Candidate]) -> Layout:

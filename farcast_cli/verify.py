@@ -14,7 +14,7 @@ from farcast_cli.alignment import align
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.formats.json_text import parse_json
-from farcast_cli.output.sidecar import sidecar_of
+from farcast_cli.output.place import sidecar_of
 from farcast_cli.stream import Reader, Scratch, Section, read_trajectory, stretches
 from farcast_cli.trajectory import open_snapshot
 

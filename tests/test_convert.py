@@ -153,7 +153,7 @@ def test_the_weights_of_a_torch_file_become_a_safetensors_file(plain: Fitted, tm
         "tied weights written one by one, each with values of its own: head.weight",
     )
     assert outcome.changes == ()
-    assert json.loads((tmp_path / "step_1700.farcast.json").read_text())["options"]["layout"] == "safetensors"
+    assert json.loads((tmp_path / "step_1700.safetensors.farcast.json").read_text())["options"]["layout"] == "safetensors"
 
 
 def test_a_torch_file_becomes_a_dcp_folder_as_torch_converts_it(plain: Fitted, tmp_path: Path) -> None:
@@ -724,8 +724,8 @@ def test_an_evaluation_command_gets_the_origin_in_the_container_of_the_forecasts
     assert outcome.path.read_bytes() == (tmp_path / "judged-1").read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "step_1700.safetensors",
-        "step_1700.farcast.json",
-        "step_1700.eval",
+        "step_1700.safetensors.farcast.json",
+        "step_1700.safetensors.eval",
     }
 
 

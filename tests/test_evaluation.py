@@ -36,8 +36,11 @@ STEPS = tuple(range(100, 900, 100))
 LAST, STEP = 8.0, 2.0  # the last weight, and the step that 200 more steps of a straight path take
 PATIENCE_S = 60.0  # for what ends within a second or two, but for a machine that is very busy
 ALL = {"origin", "strength-1", "strength-0.5", "strength-0.25"}
-LOGS = ["step_1000.eval", *(f"step_1000.eval/{name}.log" for name in ("origin", "strength-0.25", "strength-0.5", "strength-1"))]
-OUTPUT = ["step_1000.farcast.json", "step_1000.safetensors"]
+LOGS = [
+    "step_1000.safetensors.eval",
+    *(f"step_1000.safetensors.eval/{name}.log" for name in ("origin", "strength-0.25", "strength-0.5", "strength-1")),
+]
+OUTPUT = ["step_1000.safetensors", "step_1000.safetensors.farcast.json"]
 LEDGER = "ledger.jsonl"  # what may be resumed from
 
 
@@ -73,7 +76,7 @@ def _predict(folder: Path, command: str, call_cli: CallCli, *more: object) -> Do
 
 
 def _log(folder: Path, name: str = "origin") -> str:
-    return (folder / "forecasts" / "step_1000.eval" / f"{name}.log").read_text()
+    return (folder / "forecasts" / "step_1000.safetensors.eval" / f"{name}.log").read_text()
 
 
 def _left(folder: Path) -> list[str]:
@@ -107,9 +110,9 @@ def test_the_best_strength_of_the_step_is_kept(target: float, strength: float, f
     assert done.returncode == 0
     written = load_file(fitted / "forecasts" / "step_1000.safetensors")["w"]
     np.testing.assert_allclose(written, LAST + strength * STEP, rtol=1e-6)  # float32
-    assert _left(fitted) == [LEDGER, *LOGS, *OUTPUT]
+    assert _left(fitted) == [LEDGER, OUTPUT[0], *LOGS, OUTPUT[1]]
     assert told["path"] == "forecasts/step_1000.safetensors"
-    sidecar = json.loads((fitted / "forecasts" / "step_1000.farcast.json").read_text())
+    sidecar = json.loads((fitted / "forecasts" / "step_1000.safetensors.farcast.json").read_text())
     assert [trial["strength"] for trial in sidecar["evaluations"]] == [0.0, 1.0, 0.5, 0.25]
     values = [trial["value"] for trial in sidecar["evaluations"]]
     assert values == pytest.approx([abs(LAST + share * STEP - target) for share in (0, 1, 0.5, 0.25)], rel=1e-5)
@@ -171,9 +174,9 @@ def test_a_command_that_fails_or_says_no_number_publishes_nothing_and_its_log_is
     done = _predict(fitted, _script(fitted, *lines), call_cli)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.errors[0]
-    assert f"forecasts/step_1000.eval/{run}.log; nothing was published" in done.hints[0]
+    assert f"forecasts/step_1000.safetensors.eval/{run}.log; nothing was published" in done.hints[0]
     assert set(_left(fitted)) <= set(LOGS)
-    assert f"step_1000.eval/{run}.log" in _left(fitted)
+    assert f"step_1000.safetensors.eval/{run}.log" in _left(fitted)
 
 
 def test_a_command_that_is_killed_by_a_signal_is_an_error_with_its_name(fitted: Path, call_cli: CallCli) -> None:
@@ -205,7 +208,10 @@ def test_a_command_that_fails_on_one_of_several_horizons_publishes_none(fitted: 
     done = call_cli("predict", "--horizon", "100,400", "--method", "line", "--eval-cmd", command, cwd=fitted)
     assert (done.returncode, done.stdout) == (2, "")
     assert "failed with exit code 1 on strength 1" in done.errors[0]
-    assert [name for name in _left(fitted) if not name.endswith(".log")] == ["step_1200.eval", "step_900.eval"]
+    assert [name for name in _left(fitted) if not name.endswith(".log")] == [
+        "step_1200.safetensors.eval",
+        "step_900.safetensors.eval",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +253,7 @@ def test_a_run_in_a_folder_with_an_odd_name_can_be_judged(tmp_path: Path, call_c
     write_run(odd / "run", {"w": np.arange(1.0, 9.0)[:, None] * np.ones((1, 4))}, STEPS)
     assert call_cli("fit", "run", cwd=odd).returncode == 0
     assert _predict(odd, "cd / && test -s {ckpt} && echo $FARCAST_STRENGTH", call_cli, "--maximize").returncode == 0
-    assert _left(odd) == [LEDGER, *LOGS, *OUTPUT]
+    assert _left(odd) == [LEDGER, OUTPUT[0], *LOGS, OUTPUT[1]]
 
 
 def test_of_equal_trials_the_first_is_the_best() -> None:
@@ -272,7 +278,7 @@ def test_strength_value_seconds_and_log_of_every_run_are_told_and_kept(fitted: P
         assert command.startswith(f"$ {sys.executable}")
         assert said == ["to stderr", str(trial["value"])]
         assert remark.startswith("[exit code 0, after ")
-    sidecar = json.loads((fitted / "forecasts" / "step_1000.farcast.json").read_text())
+    sidecar = json.loads((fitted / "forecasts" / "step_1000.safetensors.farcast.json").read_text())
     assert sidecar["evaluations"] == [trial | {"log": trial["log"].removeprefix("forecasts/")} for trial in told]
 
 
@@ -302,29 +308,30 @@ def test_a_long_output_is_kept_by_its_start_and_its_end(fitted: Path, call_cli: 
 
 def test_the_logs_of_an_earlier_forecast_are_replaced_and_nothing_else_in_their_folder(fitted: Path, call_cli: CallCli) -> None:
     assert _predict(fitted, _script(fitted, "print('first', 9 - w)"), call_cli).returncode == 0
-    (fitted / "forecasts" / "step_1000.eval" / "mine.txt").write_text("mine")
+    (fitted / "forecasts" / "step_1000.safetensors.eval" / "mine.txt").write_text("mine")
     done = _predict(fitted, _script(fitted, "sys.exit('second')"), call_cli, "--overwrite")
     assert done.returncode == 2
-    assert _left(fitted) == [LEDGER, "step_1000.eval", "step_1000.eval/mine.txt", "step_1000.eval/origin.log", *OUTPUT]
+    mine, first = "step_1000.safetensors.eval/mine.txt", LOGS[:2]
+    assert _left(fitted) == [LEDGER, OUTPUT[0], first[0], mine, first[1], OUTPUT[1]]
     assert "second" in _log(fitted)
 
 
 def test_a_file_in_the_place_of_the_logs_is_an_output_error(fitted: Path, call_cli: CallCli) -> None:
     (fitted / "forecasts").mkdir()
-    (fitted / "forecasts" / "step_1000.eval").write_text("mine")
+    (fitted / "forecasts" / "step_1000.safetensors.eval").write_text("mine")
     done = _predict(fitted, "echo 1 {ckpt}", call_cli)
     assert (done.returncode, done.stdout) == (5, "")
-    assert "forecasts/step_1000.eval: the logs of the evaluation command cannot be written" in done.errors[0]
-    assert _left(fitted) == ["step_1000.eval"]
+    assert "forecasts/step_1000.safetensors.eval: the logs of the evaluation command cannot be written" in done.errors[0]
+    assert _left(fitted) == ["step_1000.safetensors.eval"]
 
 
 def test_logs_that_would_lie_in_the_runs_folder_are_refused(tmp_path: Path, call_cli: CallCli) -> None:
-    run = make_loose_run(tmp_path / "run.eval")
+    run = make_loose_run(tmp_path / "run.safetensors.eval")
     assert call_cli("fit", run, cwd=tmp_path).returncode == 0
     before = tree_digest(tmp_path)
     done = _predict(tmp_path, "echo 1 {ckpt}", call_cli, "-o", "run.safetensors")
     assert (done.returncode, done.stdout) == (5, "")
-    assert "run.eval: lies inside the run's folder" in done.errors[0]
+    assert "run.safetensors.eval: lies inside the run's folder" in done.errors[0]
     assert tree_digest(tmp_path) == before
 
 
@@ -358,7 +365,7 @@ def test_a_command_that_runs_over_its_time_is_killed_with_all_that_it_started(
     assert "ran over its 0.5 s and was killed on the origin: started" in done.errors[0]
     assert "--eval-timeout" in done.hints[0]
     assert "killed for running over its time" in _log(fitted)
-    assert _left(fitted) == ["step_1000.eval", "step_1000.eval/origin.log"]
+    assert _left(fitted) == ["step_1000.safetensors.eval", "step_1000.safetensors.eval/origin.log"]
     assert {path.name: _gone(path) for path in pids.iterdir()} == {"0": True, "0.child": True}
 
 
@@ -424,7 +431,7 @@ def test_jobs_run_at_once(jobs: int, fitted: Path, call_cli: CallCli) -> None:
     assert done.returncode == 0, done.stderr
     assert [trial["strength"] for trial in json.loads(done.stdout)["evaluations"]] == [0, 1, 0.5, 0.25]
     np.testing.assert_allclose(load_file(fitted / "forecasts" / "step_1000.safetensors")["w"], LAST + STEP, rtol=1e-6)
-    assert _left(fitted) == [LEDGER, *LOGS, *OUTPUT]
+    assert _left(fitted) == [LEDGER, OUTPUT[0], *LOGS, OUTPUT[1]]
     places = dict(path.name.split() for path in (fitted / "meeting").iterdir())
     assert {places["0"], places["1"]} == {"0", "1"}
     assert set(places.values()) == {str(job) for job in range(min(jobs, 4))}

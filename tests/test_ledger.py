@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from farcast_cli.errors import FileFormatError, OutputError, TooFewSnapshotsError
 from farcast_cli.fitted import load_fitted
-from farcast_cli.ledger import History, Leap, read_leaps, record_leap, since_last_leap
+from farcast_cli.ledger import History, Leap, read_leaps, recorded, since_last_leap
 from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
 from tests.conftest import clean_environment, tree_digest
 from tests.tiny import write_run
@@ -66,6 +66,12 @@ def _forecast(path: Path, *, step: int, miss: float = 3.0, seed: int = 3) -> dic
 def _continued(run: Path, weights: Mapping[str, NDArray[Any]], steps: Sequence[int], *, after: int) -> Path:
     """Snapshots of a run that resumed from given weights, with its counters at `after`."""
     return write_run(run, _path(steps, start=weights, first=after), steps)
+
+
+def record_leap(ledger: Path, leap: Leap) -> None:
+    """As when a forecast is published without trouble."""
+    with recorded(ledger, [leap]):
+        pass
 
 
 def _leap(run: Path, forecast: Path, *, origin: int = 1200, horizon: int = 500, counters: Any = "advance") -> Leap:
@@ -191,14 +197,14 @@ def test_processes_that_record_at_once_lose_nothing(tmp_path: Path) -> None:
     """Each waits for all to be ready, and then writes as fast as it can."""
     num, each, ledger = 6, 50, tmp_path / "ledger.jsonl"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom farcast_cli.ledger import Leap, record_leap\n"
+        "import sys, time\nfrom pathlib import Path\nfrom farcast_cli.ledger import Leap, recorded\n"
         f"place, number = Path({str(tmp_path)!r}), int(sys.argv[1])\n"
         "(place / f'ready-{number}').touch()\n"
         f"while len(list(place.glob('ready-*'))) < {num}: time.sleep(0.005)\n"
         f"for i in range({each}):\n"
         "    leap = Leap(run=str(place / 'run'), origin_step=number, valid_step=1000 * (number + 1) + i, counters='advance',\n"
         "                forecast=str(place / ('deep/' * 100) / 'x'))\n"
-        "    record_leap(place / 'ledger.jsonl', leap)\n"
+        "    with recorded(place / 'ledger.jsonl', [leap]): pass\n"
     )
     environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     processes = [subprocess.Popen([sys.executable, "-c", code, str(number)], env=environment) for number in range(num)]
@@ -543,7 +549,7 @@ def test_half_a_line_that_a_killed_process_left_does_not_spoil_the_next(tmp_path
     leap = Leap(run=str(tmp_path / "run"), origin_step=800, valid_step=1200, counters="advance", forecast=str(tmp_path / "f"))
     ledger.write_text('{"run": "ru')
     record_leap(ledger, leap)
-    assert ledger.read_text().split("\n")[1:] == [leap.relative_to(tmp_path).model_dump_json(), ""]
+    assert ledger.read_text().split("\n")[1:] == [leap.relative_to(tmp_path).as_line(), ""]
     assert [found.valid_step for found in read_leaps(ledger, tmp_path / "run")] == [1200]
 
 

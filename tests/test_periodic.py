@@ -171,7 +171,7 @@ def test_with_tidy_two_forecasts_are_kept_and_the_ledger_remembers_all(tmp_path:
     names = [Path(leap["forecast"]) for leap in found.leaps]
     assert [r["resume"] for r in found.rounds] == [None, *(f"forecasts/{name}" for name in names)]
     assert found.forecasts == {name.name for name in names[1:]}
-    assert {path.name for path in tmp_path.glob("forecasts/*.json")} == {f"{name.stem}.farcast.json" for name in names[1:]}
+    assert {path.name for path in tmp_path.glob("forecasts/*.json")} == {f"{name.name}.farcast.json" for name in names[1:]}
     assert len(names) == 3
 
 

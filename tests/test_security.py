@@ -484,7 +484,7 @@ def test_a_ledger_that_is_a_fifo_is_not_waited_for(tmp_path: Path, fitted: Path,
 )
 def test_a_sidecar_that_was_tampered_with_is_refused(tmp_path: Path, fitted: Path, call_cli: CallCli, text: str) -> None:
     shutil.copy(fitted / "run" / "step_000800.safetensors", tmp_path / "step_000900.safetensors")
-    (tmp_path / "step_000900.farcast.json").write_text(text)
+    (tmp_path / "step_000900.safetensors.farcast.json").write_text(text)
     truth = fitted / "run" / "step_000700.safetensors"
     assert_refused(call_cli("verify", "step_000900.safetensors", "--against", truth, cwd=tmp_path), 3, 4)
 

@@ -147,7 +147,7 @@ def test_the_json_has_the_promised_keys(work: Path, call_cli: CallCli) -> None:
 
 def test_the_sidecar_holds_the_provenance(work: Path) -> None:
     outcome = tuned(work)
-    content = json.loads((work / "tuned.farcast.json").read_text())
+    content = json.loads((work / "tuned.safetensors.farcast.json").read_text())
     assert content["command"] == "tune"
     assert content["input"] | {"digest": ""} == {
         "path": "step_10.safetensors",

@@ -104,7 +104,7 @@ def test_a_checkpoint_without_sidecar_needs_to_be_told_its_reference(folder: boo
 @pytest.mark.parametrize("content", ["not json", "[]", "{}", '{"origin": 3}', '{"origin": null}', "\ud800"])
 def test_a_damaged_sidecar_is_an_error_and_no_crash(content: str, tmp_path: Path) -> None:
     path = _random(tmp_path / "step_5.safetensors", 1)
-    (tmp_path / "step_5.farcast.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    (tmp_path / "step_5.safetensors.farcast.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(FileFormatError):
         find_reference(path)
 

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 MID_WRITE_BYTES = 1 << 20
 
 
+def anything(_: Path) -> None:
+    """Whatever has the final name may be replaced."""
+
+
+def hidden_of(final: Path) -> list[Path]:
+    """The hidden folders of an output."""
+    return sorted(final.parent.glob(f".{final.name}.{'[0-9a-f]' * 8}.partial"))
+
+
 # --- staged ----------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +124,7 @@ def test_overwriting_replaces_the_old_output_whole(tmp_path: Path, kind: str) ->
         (path / name if kind == "folder" else path).write_text(name)
 
     write(final, "old")
-    with staged(final, overwrite=True) as temporary:
+    with staged(final, check=anything) as temporary:
         write(temporary, "new")
         assert (final / "old" if kind == "folder" else final).read_text() == "old"
     assert tree_digest(tmp_path).keys() == ({"a", "a/new"} if kind == "folder" else {"a"})
@@ -129,7 +138,7 @@ def test_a_failed_overwrite_leaves_the_old_output(tmp_path: Path) -> None:
     before = tree_digest(tmp_path)
 
     def write() -> None:
-        with staged(final, overwrite=True) as temporary:
+        with staged(final, check=anything) as temporary:
             temporary.mkdir()
             raise OSError(errno.EIO, "Input/output error")
 
@@ -151,11 +160,16 @@ def test_a_block_that_writes_nothing_without_leave_is_an_output_error(tmp_path: 
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
-    left = tmp_path / ".a.bin.partial"
-    (left / "a.bin").mkdir(parents=True)
-    (left / "other").write_text("half")
+    child = os.fork()
+    if not child:
+        with staged(tmp_path / "a.bin") as temporary:
+            temporary.mkdir()
+            (temporary / "half").write_text("half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    (left,) = hidden_of(tmp_path / "a.bin")
     with staged(tmp_path / "a.bin") as temporary:
-        assert list(left.iterdir()) == []
+        assert not left.exists()
         temporary.write_bytes(b"whole")
     assert tree_digest(tmp_path).keys() == {"a.bin"}
 
@@ -239,12 +253,12 @@ def big_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_and_wait_for_bytes(work: Path, out: Path, arguments: Sequence[object]) -> subprocess.Popen[str]:
     """A `farcast predict` that has begun to write, stopped there: its hidden folder holds a part of the output."""
     process = popen_cli("predict", "--horizon", 100, "-o", out, "--threads", 1, *arguments, cwd=work)
-    hidden = out.parent / f".{out.name}.partial"
     while process.poll() is None:
-        written = hidden / out.name
-        if written.exists() and written.stat().st_size > MID_WRITE_BYTES:
-            process.send_signal(signal.SIGSTOP)  # a busy machine may let it end before the test goes on
-            return process
+        for hidden in hidden_of(out):
+            written = hidden / out.name
+            if written.exists() and written.stat().st_size > MID_WRITE_BYTES:
+                process.send_signal(signal.SIGSTOP)  # a busy machine may let it end before the test goes on
+                return process
         time.sleep(0.002)
     pytest.fail(f"it ended before it was met: {process.communicate()}")
 
@@ -256,10 +270,10 @@ def test_a_killed_forecast_leaves_no_output_and_the_next_one_succeeds(big_run: P
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
-    assert (tmp_path / f".{out.name}.partial" / out.name).exists()
+    assert [(hidden / out.name).exists() for hidden in hidden_of(out)] == [True]
     done = run_cli("predict", "--horizon", 100, "-o", out, cwd=big_run)
     assert (done.returncode, done.stdout) == (0, f"{out}\n")
-    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.farcast.json"}
+    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.safetensors.farcast.json"}
     assert tree_digest(big_run / "run") == before
 
 
@@ -286,7 +300,7 @@ def test_a_second_forecast_to_the_same_place_is_refused_while_the_first_one_comp
     assert (second.returncode, second.stdout) == (5, "")
     assert "another farcast is writing this output" in second.errors[0]
     assert (process.returncode, stdout) == (0, f"{out}\n")
-    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.farcast.json"}
+    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.safetensors.farcast.json"}
 
 
 def _limit_files(num_bytes: int) -> None:

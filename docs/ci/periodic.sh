@@ -43,8 +43,8 @@ remove() {
 		return
 	elif [ -f "$1/farcast.json" ]; then
 		rm -r -- "$1"
-	elif [ -f "${1%.*}.farcast.json" ]; then
-		rm -- "$1" "${1%.*}.farcast.json"
+	elif [ -f "$1.farcast.json" ]; then
+		rm -- "$1" "$1.farcast.json"
 	fi
 }
 

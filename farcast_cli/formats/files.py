@@ -78,6 +78,14 @@ def mark_of(path: Path) -> Mark:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
+def mode_of(path: Path) -> int:
+    """A file's or a folder's permissions."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode) & 0o777
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def refuse_lfs_pointer(path: Path, head: bytes) -> None:
     """Git LFS leaves a text of some 130 bytes where the file should be; say so rather than 'corrupt'."""
     if head.startswith(_LFS_PREFIX):

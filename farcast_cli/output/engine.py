@@ -168,7 +168,7 @@ def _pass(
 ) -> Iterator[Report]:
     """Write some horizons' files at once."""
     for path, file in ((path, file) for pair in zip(paths, files, strict=True) for path, file in zip(*pair, strict=True)):
-        create(path, file.num_bytes)
+        create(path, file.num_bytes, mode=file.output.mode, folder_mode=file.output.folder_mode)
     parts: dict[tuple[int, int], dict[int, list[Part]]] = defaultdict(lambda: defaultdict(list))
     for report in _run(_work(files, paths, engine, horizons), engine):
         for horizon, number, record, part in report.checksums:

@@ -11,13 +11,15 @@ import json
 import struct
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import reduce
 from itertools import groupby
 from math import prod
+from operator import and_
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.dcp_file import DcpFile, Item
-from farcast_cli.formats.files import file_size
+from farcast_cli.formats.files import file_size, mode_of
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
 from farcast_cli.formats.torch_file import TorchFile, below, refuse_code_in, refuse_code_in_stretch
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
@@ -105,6 +107,9 @@ class OutputFile:
 
     name: str
     records: tuple[Record, ...]
+    mode: int = 0o666
+    """Its permissions, and those of the folders that are made for it, within the umask."""
+    folder_mode: int = 0o777
 
     @property
     def num_bytes(self) -> int:
@@ -198,6 +203,14 @@ def plan_outputs(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list
     if rewrite.max_shard_bytes is not None:
         return _resharded(origin, advanced, rewrite)
     return [output for part in origin.parts for output in plan_part(part, advanced, rewrite)]
+
+
+def with_modes(outputs: Iterable[OutputFile], origin: Snapshot) -> list[OutputFile]:
+    """The same with the permissions of the origin's files; a file that the origin lacks gets what all of them allow."""
+    modes = {part.name: mode_of(part.path) for part in origin.parts}
+    shared = reduce(and_, modes.values(), 0o666)
+    folder_mode = mode_of(origin.path) | 0o700 if origin.path.is_dir() else 0o777
+    return [replace(output, mode=modes.get(output.name, shared) & 0o666 | 0o600, folder_mode=folder_mode) for output in outputs]
 
 
 def plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:

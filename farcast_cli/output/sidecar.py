@@ -1,8 +1,7 @@
-"""A forecast's provenance, in `farcast.json`: inside the folder, or beside the single file."""
+"""What a forecast's sidecar says: of what it was made, and how."""
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +10,12 @@ import numpy as np
 from farcast_cli import __version__
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from farcast_cli.fitted import Fitted
     from farcast_cli.job import Outcome, Prepared, Request
 
 
-SIDECAR = "farcast.json"
-
-
-def sidecar_of(target: Path, *, is_file: bool) -> Path:
-    """Where a forecast's provenance lies: inside a folder, beside a file."""
-    return target.with_name(f"{target.stem}.{SIDECAR}") if is_file else target / SIDECAR
-
-
-def write_sidecar(place: Path, beside: Path | None, text: str) -> None:
-    (beside or place / SIDECAR).write_text(text)
-
-
-def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> str:
+def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> dict[str, Any]:
+    """The content of a forecast's sidecar; `write_sidecar` adds the files."""
     assert outcome.path is not None  # noqa: S101 - only written forecasts have one
     home = outcome.path.resolve().parent
     linear = prepared.engine.source.linear
@@ -90,7 +76,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
             }
             for trial in outcome.trials
         ]
-    return json.dumps(content, indent=2) + "\n"
+    return content
 
 
 def _number(value: float) -> float | None:

@@ -14,7 +14,7 @@ import errno
 import mmap
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from farcast_cli.stream import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,18 +35,29 @@ _NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
-def create(path: Path, num_bytes: int) -> None:
-    """Make a file with room for so many bytes.
+def create(path: Path, num_bytes: int, *, mode: int = 0o666, folder_mode: int = 0o777) -> None:
+    """Make a file with room for so many bytes, and the folders above it that are missing.
 
     Raises:
-        OSError: it exists, or there is no room.
+        OSError: it exists, or there is no room; it names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    for folder in reversed([above for above in path.parents if not above.exists()]):
+        folder.mkdir(mode=folder_mode)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        _reserve(fd, num_bytes)
+        with _naming(path):
+            _reserve(fd, num_bytes)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """System calls on a descriptor do not know the file's name; an error of this block does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _reserve(fd: int, num_bytes: int) -> None:
@@ -65,9 +76,10 @@ def finish(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes]]) -
     """Cut a file to its size and fill in what was not known before the rest was written, (position, bytes)."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for position, data in filled_in:
-            os.pwrite(fd, data, position)
-        os.ftruncate(fd, num_bytes)
+        with _naming(path):
+            for position, data in filled_in:
+                _write_all(fd, np.frombuffer(data, np.uint8), position)
+            os.ftruncate(fd, num_bytes)
     finally:
         os.close(fd)
 
@@ -123,14 +135,16 @@ class Target:
         if is_direct:
             whole = -(-num_bytes // PAGE) * PAGE  # what lies behind the end is cut off when the file is finished
             try:
-                _write_all(fd, room.at(0, whole), offset)
+                with _naming(path):
+                    _write_all(fd, room.at(0, whole), offset)
             except OSError as error:
                 if error.errno not in _NOT_DIRECT:
                     raise
                 fd = self._reopen(path)
             else:
                 return
-        _write_all(fd, room.at(0, num_bytes), offset)
+        with _naming(path):
+            _write_all(fd, room.at(0, num_bytes), offset)
         _start_writeback(fd, offset, num_bytes)
 
     def close(self) -> None:
@@ -164,7 +178,10 @@ def _write_all(fd: int, data: NDArray[np.uint8], offset: int) -> None:
     """One call may write less than it is given; a direct write that cannot go on from there is refused (EINVAL)."""
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:].data, offset + done)
+        count = os.pwrite(fd, data[done:].data, offset + done)
+        if not count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += count
 
 
 def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:

@@ -1,57 +1,30 @@
-"""Files and folders that are invisible until they are whole.
+"""Files and folders that are invisible until they are whole, and that appear together or not at all.
 
-Everything is written under a hidden folder beside its final place, synced to disk, and renamed once. The hidden
-folder is locked while it is written: a second writer is refused, and what a killed one left is cleared away.
+Each is written in a hidden folder beside its final place. At the end all are synced to disk, and then all are renamed. If
+one of the renames fails, the others are undone.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
-import shutil
-from contextlib import contextmanager, suppress
+import signal
+import threading
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import OutputError
+from farcast_cli.output.hidden import Hidden, clear_left, make_hidden
+from farcast_cli.output.renames import put, swap, swap_back
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    Check = Callable[[Path], None]
 
-@contextmanager
-def staged(final: Path, *, overwrite: bool = False, may_stay_empty: bool = False) -> Iterator[Path]:
-    """A path to write to, which becomes `final` when the block ends well and vanishes when it does not.
-
-    Args:
-        may_stay_empty: the block may decide to write nothing; then nothing is published.
-
-    Yields:
-        a path of the same name that does not exist yet, to be made a file or a folder.
-
-    Raises:
-        OutputError: `final` exists (and `overwrite` is not set), or the place cannot be written.
-    """
-    if not overwrite:
-        refuse_existing(final)
-    hidden = final.parent / f".{final.name}.partial"
-    parent_is_new = not final.parent.exists()
-    lock = _lock(hidden)
-    try:
-        try:
-            _clear(hidden)
-            yield hidden / final.name
-            if (hidden / final.name).exists() or not may_stay_empty:
-                _sync_tree(hidden / final.name)
-                _publish(hidden / final.name, final, overwrite=overwrite)
-        except OSError as error:
-            raise OutputError(f"{final}: cannot be written: {error.strerror or error}", hint=_space_hint(error)) from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.close(lock)
-        if parent_is_new:
-            with suppress(OSError):  # not empty: something was published there
-                final.parent.rmdir()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def refuse_existing(final: Path) -> None:
@@ -59,70 +32,221 @@ def refuse_existing(final: Path) -> None:
         raise OutputError(f"{final}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
 
 
-def _lock(hidden: Path) -> int:
-    """Make the hidden folder and lock it; the lock ends with its descriptor, or with the process."""
-    try:
-        hidden.parent.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir(exist_ok=True)
-        lock = os.open(hidden, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(
-            f"{hidden.parent}: cannot be written: {error.strerror}", hint="choose another place with -o"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise OutputError(f"{hidden}: another farcast is writing this output", hint="wait for it to end") from error
-    except OSError:  # a filesystem without locks; the rename is still atomic
-        return lock
-    return lock
+@dataclass(slots=True)
+class _Output:
+    """One output: its hidden folder and what is known of its publication."""
+
+    final: Path
+    hidden: Hidden
+    check: Check
+    may_stay_empty: bool
+    is_renamed: bool = False
+    has_replaced: bool = False
+
+    @property
+    def written(self) -> Path:
+        return self.hidden.path / self.final.name
+
+    def may_be_published(self) -> None:
+        """Check what has the final name, if anything has."""
+        if os.path.lexists(self.final):
+            self.check(self.final)
+
+    def publish(self, *, replaces: bool) -> None:
+        """Take the final name. What had it is kept in the hidden folder until all is well.
+
+        Args:
+            replaces: something had the name when it was checked; else the name must be free.
+        """
+        try:
+            if replaces:
+                swap(self.written, self.final)
+                self.has_replaced = True
+            else:
+                put(self.written, self.final)
+            self.is_renamed = True
+        except FileExistsError:
+            refuse_existing(self.final)
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.final)) from error
+        sync(self.final.parent)
+
+    def undo(self) -> None:
+        if self.has_replaced:
+            swap_back(self.written, self.final)
+        elif self.is_renamed:
+            self.final.rename(self.written)
+        self.is_renamed = self.has_replaced = False
 
 
-def _clear(folder: Path) -> None:
-    for left in folder.iterdir():
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+class Staging:
+    """Outputs that are published together. Made by `staging`."""
+
+    def __init__(self) -> None:
+        self._outputs: list[_Output] = []
+        self._made: list[Path] = []
+        self._alongside: list[AbstractContextManager[Any]] = []
+
+    def add(self, final: Path, *, check: Check = refuse_existing, may_stay_empty: bool = False) -> Path:
+        """A path to write to, which becomes `final`.
+
+        Args:
+            check: raises an OutputError if what has the name `final` must stay. It is called now, and again right before
+                the rename. By default nothing may have that name.
+            may_stay_empty: the block may decide to write nothing; then nothing is published under this name.
+
+        Returns:
+            a path of the same name that does not exist yet, to be made a file or a folder.
+
+        Raises:
+            OutputError: `final` must stay, or the place cannot be written.
+        """
+        clear_left(final)
+        if os.path.lexists(final):
+            check(final)
+        try:
+            with _uninterrupted():
+                self._make_parents(final.parent)
+                self._outputs.append(_Output(final, make_hidden(final), check, may_stay_empty))
+        except OSError as error:
+            raise OutputError(
+                f"{final.parent}: cannot be written: {error.strerror}", hint="choose another place with -o"
+            ) from error
+        return self._outputs[-1].written
+
+    def alongside(self, record: AbstractContextManager[Any]) -> None:
+        """Enter a block right before the renames, and leave it right after; it sees the exception if one of them fails."""
+        self._alongside.append(record)
+
+    def publish(self) -> None:
+        """Sync everything, then rename everything; what was added last comes first.
+
+        Raises:
+            OutputError, OSError: nothing was published.
+        """
+        ready = [one for one in self._outputs[::-1] if os.path.lexists(one.written) or not one.may_stay_empty]
+        for one in ready:
+            _sync_tree(one.written)
+        if ready:
+            with _uninterrupted(), ExitStack() as stack:
+                for record in self._alongside:
+                    stack.enter_context(record)
+                self._publish_all(ready)
+
+    def _publish_all(self, ready: list[_Output]) -> None:
+        for one in ready:
+            one.may_be_published()
+        replaced = {one.final for one in ready if os.path.lexists(one.final)}
+        try:
+            for one in ready:
+                one.publish(replaces=one.final in replaced)
+        except BaseException:
+            for one in reversed(ready):
+                with suppress(OSError):
+                    one.undo()
+            raise
+
+    def close(self) -> None:
+        """Remove the hidden folders, and the folders that were made for outputs and hold none."""
+        with _uninterrupted():
+            for one in self._outputs:
+                one.hidden.remove()
+            for folder in reversed(self._made):
+                with suppress(OSError):  # not empty: something was published there
+                    folder.rmdir()
+
+    def named(self, error: OSError) -> OutputError:
+        """An error of the block as one that names the output that it belongs to."""
+        where = str(error.filename or "")
+        hit = [one.final for one in self._outputs if where and where.startswith((str(one.hidden.path), str(one.final)))]
+        final = hit[0] if hit else self._outputs[0].final
+        return OutputError(f"{final}: cannot be written: {error.strerror or error}", hint=_space_hint(error))
+
+    def _make_parents(self, folder: Path) -> None:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        for place in reversed(missing):
+            place.mkdir(exist_ok=True)
+            self._made.append(place)
+            sync(place.parent)
+
+
+@contextmanager
+def staging() -> Iterator[Staging]:
+    """Outputs that appear together when the block ends well, and vanish when it does not.
+
+    Raises:
+        OutputError: one of them cannot be written; none is published.
+    """
+    outputs = Staging()
+    try:
+        try:
+            yield outputs
+            outputs.publish()
+        except OSError as error:
+            raise outputs.named(error) from error
+    finally:
+        outputs.close()
+
+
+@contextmanager
+def staged(final: Path, *, check: Check = refuse_existing, may_stay_empty: bool = False) -> Iterator[Path]:
+    """The same for one output; yields the path to write to."""
+    with staging() as outputs:
+        yield outputs.add(final, check=check, may_stay_empty=may_stay_empty)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A block that signals do not interrupt: they take effect after it. The renames take milliseconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        for number, handler in former.items():
+            if callable(handler):
+                signal.signal(number, lambda one, frame: came.append((one, frame)))
+        yield
+    finally:
+        for number, handler in former.items():
+            if callable(handler):
+                signal.signal(number, handler)
+    for first, frame in came[:1]:
+        handler = former[signal.Signals(first)]
+        assert callable(handler)  # noqa: S101 - only such were replaced
+        handler(first, frame)
 
 
 def _space_hint(error: OSError) -> str:
-    return "free some space, or choose another disk with -o" if error.errno == 28 else "choose another place with -o"  # noqa: PLR2004 - ENOSPC
-
-
-def _publish(temporary: Path, final: Path, *, overwrite: bool) -> None:
-    """One rename. A folder cannot be renamed over another, so an old one steps aside first."""
-    aside = temporary.with_name("replaced")
-    if overwrite and final.is_dir() and not final.is_symlink():
-        final.rename(aside)
-    elif not overwrite:
-        refuse_existing(final)
-    try:
-        temporary.rename(final)
-    except OSError:
-        if aside.exists():
-            aside.rename(final)
-        raise
-    _sync(final.parent)
+    is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return "free some space, or choose another disk with -o" if is_full else "choose another place with -o"
 
 
 def _sync_tree(top: Path) -> None:
-    if top.is_file():
-        _sync(top)
-    for root, _, names in os.walk(top):
+    """Files first, then the folders that hold them."""
+    if not top.is_dir():
+        sync(top)
+    for root, _, names in os.walk(top, topdown=False):
         for name in names:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or a folder's entries, on the disk."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # a folder that may be written but not read cannot be synced
+            return
+        raise
     try:
         os.fsync(fd)
     except OSError as error:
-        if path.is_dir() and error.errno in {22, 95}:  # EINVAL, ENOTSUP: some filesystems cannot sync a folder
+        if path.is_dir() and error.errno in {errno.EINVAL, errno.ENOTSUP}:  # some filesystems cannot sync a folder
             return
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)

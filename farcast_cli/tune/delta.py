@@ -19,6 +19,7 @@ import numpy as np
 from farcast_cli.errors import FileFormatError, HalfWrittenError
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
+from farcast_cli.output.place import open_new
 from farcast_cli.tensors import DTYPES
 from farcast_cli.tune.numbers import Rounding, round_stochastically
 from farcast_cli.tune.weight import read_tensor
@@ -119,8 +120,8 @@ class _Map:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def write_deltas(path: Path, deltas: Sequence[Delta], about: dict[str, Any]) -> None:
-    """Write a delta file; `about` goes into its metadata, for people."""
+def write_deltas(path: Path, deltas: Sequence[Delta], about: dict[str, Any], *, like: Path) -> None:
+    """Write a delta file; `about` goes into its metadata, for people. `like` is the checkpoint that it belongs to."""
     arrays: dict[str, Array] = {}
     for number, delta in enumerate(deltas):
         arrays[f"{number}.directions"] = delta.directions
@@ -129,7 +130,7 @@ def write_deltas(path: Path, deltas: Sequence[Delta], about: dict[str, Any]) -> 
     layers = [{"layer": d.layer, "bias": d.bias, "checksum": d.checksum} for d in deltas]
     metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": json.dumps(about)}
     header = encode_header(((name, DTYPES["float64"], array.shape) for name, array in arrays.items()), metadata)
-    with path.open("xb") as file:
+    with open_new(path, like=like) as file:
         file.write(header)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).data)

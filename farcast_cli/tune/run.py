@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
@@ -331,18 +330,19 @@ def _publish(work: _Work, outcome: Outcome, progress: Progress) -> Outcome:
         return _provenance(outcome, snapshot, home, request.rounded) | _asked(request, home)
 
     if request.output is None:
-        return replace(outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about(place.resolve().parent)))
+        return replace(
+            outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about(place.resolve().parent), like=snapshot.path)
+        )
     changes = list(zip(work.model.weights, work.solved.deltas, strict=True))
     writing = Writing(place, request.rounded, about, work.check, request.num_threads)
     done = write_tuned(snapshot, changes, writing, progress)
     return replace(outcome, bytes_read=done.bytes_read, bytes_written=done.bytes_written)
 
 
-def _publish_deltas(deltas: Sequence[Delta], place: Path, about: dict[str, Any]) -> int:
-    """The size of the file."""
-    with ExitStack() as stack:
-        hidden = stack.enter_context(staged(place))
-        write_deltas(hidden, deltas, about)
+def _publish_deltas(deltas: Sequence[Delta], place: Path, about: dict[str, Any], *, like: Path) -> int:
+    """The size of the file; its permissions are those of the checkpoint."""
+    with staged(place) as hidden:
+        write_deltas(hidden, deltas, about, like=like)
         for delta, again in zip(deltas, read_deltas(hidden), strict=True):
             if not np.array_equal(delta.factors, again.factors) or not np.array_equal(delta.directions, again.directions):
                 raise OutputError(f"{place}: reads back as something else than was written", hint="check the disk")

@@ -6,9 +6,7 @@ written is read again, and the losses are computed anew.
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +17,12 @@ from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.output.batch import Source
 from farcast_cli.output.engine import Engine, write_forecasts
 from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.plan import Rewrite, plan_outputs
-from farcast_cli.output.sidecar import sidecar_of, write_sidecar
-from farcast_cli.output.writer import staged
+from farcast_cli.output.place import check_outside, check_sidecar_ours, sidecar_of, write_sidecar
+from farcast_cli.output.plan import Rewrite, plan_outputs, with_modes
+from farcast_cli.output.writer import staging
 from farcast_cli.stream import Resources
 from farcast_cli.trainer.resume import advance, told_as_damage
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.trajectory import open_snapshot, run_of
 from farcast_cli.tune.delta import maps_of
 from farcast_cli.tune.weight import find_weight
 
@@ -63,6 +61,9 @@ def check_place(place: Path, snapshot: Snapshot, *, option: str = "-o", ending: 
     if real == own or real.is_relative_to(own):
         where = "is the checkpoint itself" if real == own else f"lies inside the checkpoint {snapshot.path}"
         raise UsageError(f"{option} {place}: {where}", hint="farcast never changes its input: choose another place")
+    run = run_of(snapshot)
+    if run is not None:
+        check_outside(place, run, option=option)
     if os.path.lexists(place):
         raise OutputError(f"{place}: exists already", hint=f"choose another place with {option}")
     wanted = ending if ending is not None else snapshot.path.suffix if snapshot.path.is_file() else ""
@@ -95,18 +96,19 @@ def write_tuned(
         maps |= maps_of(delta, weight, writing.rounded)
     with told_as_damage(snapshot):
         moved = advance([snapshot], 0, optimizer="copy", counters="keep")
-    plan = plan_outputs(snapshot, moved, Rewrite({}, valid_step=snapshot.step, mapped=maps))
+    plan = with_modes(plan_outputs(snapshot, moved, Rewrite({}, valid_step=snapshot.step, mapped=maps)), snapshot)
     told = progress("write", sum(output.num_bytes for output in plan))
-    with ExitStack() as stack:
-        hidden = stack.enter_context(staged(writing.place))
-        note = sidecar_of(writing.place, is_file=True)
-        beside = stack.enter_context(staged(note, overwrite=True, may_stay_empty=True)) if snapshot.path.is_file() else None
+    with staging() as outputs:
+        hidden = outputs.add(writing.place)
+        beside = None
+        if snapshot.path.is_file():
+            beside = outputs.add(sidecar_of(writing.place, is_file=True), check=check_sidecar_ours)
         written = _write_plan(plan, hidden, num_threads=writing.num_threads, told=told)
         again = open_snapshot(hidden)
         layers = [find_weight(again, weight.name, weight.bias_name) for weight, _ in changes]
         writing.check(layers)
         about = writing.about(writing.place.resolve().parent)
-        write_sidecar(hidden, beside, json.dumps(about, indent=2) + "\n")
+        write_sidecar(hidden, beside, about)
     return replace(written, bytes_read=written.bytes_read + sum(layer.bytes_read for layer in layers))
 
 

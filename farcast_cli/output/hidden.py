@@ -1,0 +1,147 @@
+"""Hidden folders in which outputs are written: made new each time, marked, locked, and cleared away later if need be.
+
+A hidden folder's name ends in random letters, so that it is never one that somebody else made: no link is followed and
+nothing is emptied. A folder that a killed process left is removed by the next one that writes the same output. It must be
+a real folder, belong to this user, carry the mark for that output, and be locked by nobody.
+
+Source: open(2) O_NOFOLLOW and O_DIRECTORY, flock(2), mkdtemp(3).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import OutputError
+from farcast_cli.output.renames import put_back
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MARK = ".farcast-partial"
+"""The file in a hidden folder that says that farcast made it; it holds the output's name."""
+_ENDING = ".partial"
+_MAX_NAME = 200  # bytes of an output's name that a hidden folder's name repeats; 255 is a usual limit of the whole
+_TRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A hidden folder of this process. Its lock ends with the descriptor, or with the process."""
+
+    path: Path
+    fd: int
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.fd)
+
+
+def make_hidden(final: Path) -> Hidden:
+    """A new hidden folder beside an output; what killed processes left of the same output is cleared away first.
+
+    Raises:
+        OutputError: another process writes the same output.
+        OSError: the folder cannot be made.
+    """
+    clear_left(final)
+    for _ in range(_TRIES):
+        path = final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}{_ENDING}")
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            found = _take(path, final)
+            if found is not None:
+                return found
+    raise OutputError(f"{final.parent}: no hidden folder could be made in {_TRIES} tries")
+
+
+def clear_left(final: Path) -> None:
+    """Remove what killed processes left of an output; give an old output its name back if one had set it aside.
+
+    Raises:
+        OutputError: another process writes this output.
+    """
+    for path in list(_others(final)):
+        with suppress(OSError):  # not ours, not a folder, or gone
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                _clear_one(path, fd, final)
+            finally:
+                os.close(fd)
+
+
+def _clear_one(path: Path, fd: int, final: Path) -> None:
+    if os.fstat(fd).st_uid != os.geteuid():
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if _mark_of(fd) == os.fsencode(final.name):
+            raise OutputError(
+                f"{final}: another farcast is writing this output (in {path})", hint="wait for it to end"
+            ) from None
+        return
+    if _mark_of(fd) == os.fsencode(final.name):
+        put_back(path, final)
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.rmdir()  # fails, as it should, unless the folder is empty: a process was killed before it made the mark
+
+
+def _take(path: Path, final: Path) -> Hidden | None:
+    """Lock and mark a new folder; None where another process took it for a leftover first."""
+    fd = -1
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with suppress(OSError):  # a filesystem without locks: no other process clears this folder then
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
+        try:
+            os.write(mark, os.fsencode(final.name))
+        finally:
+            os.close(mark)
+    except FileNotFoundError:
+        if fd >= 0:
+            os.close(fd)
+        return None
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    return Hidden(path, fd)
+
+
+def _others(final: Path) -> Iterator[Path]:
+    """What may be hidden folders of an output, by their names."""
+    pattern = re.compile(re.escape(_beginning(final)) + r"[0-9a-f]{8}" + re.escape(_ENDING))
+    with suppress(OSError), os.scandir(final.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name):
+                yield final.with_name(entry.name)
+
+
+def _beginning(final: Path) -> str:
+    raw = os.fsencode(final.name)
+    return f".{final.name if len(raw) <= _MAX_NAME else hashlib.sha256(raw).hexdigest()}."
+
+
+def _mark_of(fd: int) -> bytes | None:
+    """What the mark in a folder says; None where there is none."""
+    try:
+        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+    except OSError:
+        return None
+    try:
+        return os.read(mark, 1 << 12) if stat.S_ISREG(os.fstat(mark).st_mode) else None
+    finally:
+        os.close(mark)
