@@ -77,14 +77,18 @@ def make_rows(weights: Mapping[str, torch.Tensor], *, num_rows: int = NUM_ROWS, 
     return Rows(inputs, targets.astype(np.float32))
 
 
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
+def save_work(folder: Path) -> Path:
     """A folder with a checkpoint and rows that it should be tuned to."""
     weights = make_weights()
-    save_file(weights, tmp_path / "step_10.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "step_10.safetensors", metadata={"format": "pt"})
     rows = make_rows(weights)
-    np.savez(tmp_path / "rows.npz", x=rows.x, y=rows.y)
-    return tmp_path
+    np.savez(folder / "rows.npz", x=rows.x, y=rows.y)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return save_work(tmp_path)
 
 
 def request_in(work: Path, **more: Any) -> Request:
@@ -707,9 +711,9 @@ def test_a_weight_that_its_model_ties_is_refused(
 
 def test_a_delta_for_other_weights_is_not_applied(work: Path, call_cli: CallCli) -> None:
     tuned(work, output=None, delta_out=work / "delta.safetensors")
-    save_file(make_weights(seed=9), work / "step_20.safetensors", metadata={"format": "pt"})
-    words = ("step_20.safetensors", "not the layer that", "bytes differ")
-    refused(call_cli, work, 3, words, "tune", "step_20.safetensors", "--apply", "delta.safetensors", "-o", "t.safetensors")
+    save_file(make_weights(seed=9), work / "other.safetensors", metadata={"format": "pt"})
+    words = ("other.safetensors", "not the layer that", "bytes differ")
+    refused(call_cli, work, 3, words, "tune", "other.safetensors", "--apply", "delta.safetensors", "-o", "t.safetensors")
 
 
 def test_an_output_inside_the_checkpoint_is_refused(work: Path, call_cli: CallCli) -> None:
