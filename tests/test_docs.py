@@ -267,9 +267,12 @@ def test_the_ci_script_fails_with_the_code_of_the_command_that_failed_and_leaves
 
 def test_the_ci_script_passes_on_the_code_of_a_prediction_that_failed(tmp_path: Path, tools: Path) -> None:
     run = make_loose_run(tmp_path / "run")
-    done = run_script(tools, run, 200, run / "forecast")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "step_001000.safetensors").write_text("mine")
+    done = run_script(tools, run, 200, "out")
     assert done.returncode == 5
     assert "failed with exit code 5" in done.stderr
+    assert (tmp_path / "out" / "step_001000.safetensors").read_text() == "mine"
 
 
 @pytest.mark.parametrize("horizon", ["", "soon", "100,200", "-5"])
