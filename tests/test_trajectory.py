@@ -320,7 +320,7 @@ def test_two_numbered_snapshots_of_one_step_are_two_runs(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["forecaster.safetensors", "own.safetensors", "step_000900.safetensors"])
 def test_a_forecaster_among_the_snapshots_is_not_taken_for_one_whatever_its_name(tmp_path: Path, name: str) -> None:
     run = make_loose_run(tmp_path / "run")
-    fit_run(run, run / name)
+    fit_run(run, tmp_path / "elsewhere.safetensors").rename(run / name)
     assert discover(run).steps == STEPS
     assert reasons(run) == {name: "farcast's own file"}
 
