@@ -21,6 +21,7 @@ A message is one line in lower case: what, where, expected against found. The hi
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 MAX_MESSAGE = 2_000  # characters
@@ -33,7 +34,7 @@ class FarcastError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(printable(" ".join(message.split())))
-        self.hint = printable(hint)
+        self.hint = printable(hint) if len(hint) <= MAX_MESSAGE else ""  # cut short, its quotes would no longer match
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker's error travels to its parent with its hint."""
@@ -49,6 +50,12 @@ def printable(text: str) -> str:
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 500]} ... {text[-400:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shell_word(path: object) -> str:
+    """A path as a word of a command to paste: quoted for the shell, and never taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 class UsageError(FarcastError):

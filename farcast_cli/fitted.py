@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from farcast_cli import __version__
 from farcast_cli.alignment import Alignment, Copied, align, under_common_names
-from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError
+from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.formats.safetensors_file import encode_header
@@ -344,7 +343,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     """
     record = fitted.provenance.snapshots[index]
     path = fitted.directory / record.path
-    again = f"farcast fit {shlex.quote(str(fitted.directory))}"
+    again = f"farcast fit {shell_word(fitted.directory)}"
     if not path.exists():
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
     layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
@@ -367,7 +366,7 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
         origin = fitted.provenance.snapshots[-1].step
         raise SnapshotError(
             f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
-            hint=f"farcast fit {shlex.quote(str(fitted.directory))} --steps :{snapshots[-1].step}",
+            hint=f"farcast fit {shell_word(fitted.directory)} --steps :{snapshots[-1].step}",
         )
     more = (replace(reasons[key], name=tensor.name) for key, tensor in found.items() if key not in known)
     return Alignment(tuple(found[key] for key in known), (*alignment.copied, *more))

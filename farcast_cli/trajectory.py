@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError, TooFewSnapshotsError
+from farcast_cli.errors import (
+    FileFormatError,
+    HalfWrittenError,
+    NoWeightsError,
+    SnapshotError,
+    TooFewSnapshotsError,
+    shell_word,
+)
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.layouts import hf_trainer, hub_folder, recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name, read_snapshot
@@ -151,7 +158,7 @@ def _candidates(directory: Path, pattern: str, steps: StepRange | StepList | Non
     if alone and not any(find_step_in_name(path.name) for path, _ in found):
         raise TooFewSnapshotsError(
             f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
-            hint=f"name the folder above it: {directory.resolve().parent}",
+            hint=f"name the folder above it: {shell_word(directory.resolve().parent)}",
         )
     if not found:
         raise _nothing_found(directory, pattern, findings)
@@ -167,9 +174,7 @@ def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewS
         return _too_few(directory, 0, 1, half_written)
     matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
     hint = (
-        f"farcast inspect {shlex.quote(str(directory))} shows all"
-        if pattern
-        else "docs/formats.md lists the layouts that are read"
+        f"farcast inspect {shell_word(directory)} shows all" if pattern else "docs/formats.md lists the layouts that are read"
     )
     return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
 
