@@ -10,6 +10,7 @@ The ledger is JSON lines, because appending a line cannot damage the others. Pat
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from farcast_cli.alignment import align
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError, TooFewSnapshotsError
 from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.formats.files import file_size, local, portable, read_bytes, reading
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.layouts import recognise
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.trajectory import Trajectory
 
+_INERT = {ord(mark): f"\\u{ord(mark):04x}" for mark in "$`!"}
+"""What a shell obeys between double quotes, as JSON's own escapes. The quotes of JSON are quotes to a shell as well."""
 NUM_COMPARED = 1_024  # elements per tensor, enough to tell a forecast from a snapshot
 
 
@@ -52,6 +57,11 @@ class Leap(BaseModel):
             update={"run": os.path.relpath(self.run, home), "forecast": os.path.relpath(self.forecast, home)}
         )
 
+    def as_line(self) -> str:
+        """As the ledger holds it: JSON in ASCII, in which no name is a command, even where a shell reads the file."""
+        named = self.model_dump() | {"run": portable(self.run), "forecast": portable(self.forecast)}
+        return json.dumps(named, separators=(",", ":")).translate(_INERT)
+
 
 @dataclass(frozen=True, slots=True)
 class History:
@@ -70,9 +80,9 @@ def record_leap(ledger: Path, leap: Leap) -> None:
     """
     try:
         ledger.parent.mkdir(parents=True, exist_ok=True)
-        with ledger.open("a") as file:
+        with ledger.open("a", encoding="utf-8") as file:
             # in one write, and on a line of its own even where a killed process left half a line
-            file.write("\n" * _ends_within_a_line(ledger) + leap.relative_to(ledger.parent.resolve()).model_dump_json() + "\n")
+            file.write("\n" * _ends_within_a_line(ledger) + leap.relative_to(ledger.parent.resolve()).as_line() + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -105,26 +115,24 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
     Raises:
         FileFormatError: a line that is no leap.
     """
-    if ledger.exists() and not (ledger.is_file() or ledger.is_dir()):  # a FIFO would be waited for
-        raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: no regular file")
     try:
-        lines = ledger.read_text().split("\n")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(ledger):
+            if not ledger.exists():
+                return []
+            lines = read_bytes(ledger, 0, file_size(ledger)).decode().split("\n")
+            home, found = ledger.parent.resolve(), list[Leap]()
+    except UnicodeDecodeError as error:
         raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: {error}") from error
-    home, found = ledger.parent.resolve(), []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (line.startswith("{") and not line.endswith("}")):
             continue  # the half line that a killed process left was of a forecast that it did not publish
         try:
-            leap = Leap.model_validate_json(line)
-        except ValidationError as error:
-            raise FileFormatError(
-                f"{ledger}: line {number} is no leap: {error.errors()[0]['msg']}", hint="mend or remove that line"
-            ) from error
+            leap = Leap.model_validate(parse_json(line.encode()))
+        except ValueError as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise FileFormatError(f"{ledger}: line {number} is no leap: {why}", hint="mend or remove that line") from error
         try:
-            its_run, forecast = (home / leap.run).resolve(), (home / leap.forecast).resolve()
+            its_run, forecast = (home / local(leap.run)).resolve(), (home / local(leap.forecast)).resolve()
         except (ValueError, OSError) as error:
             raise FileFormatError(f"{ledger}: line {number} names no path: {error}", hint="mend or remove that line") from error
         if its_run == run.resolve():

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from farcast_cli.errors import printable
+from farcast_cli.errors import printable, shell_word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -225,10 +225,9 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, 
 
 def _fit_command(trajectory: Trajectory) -> str:
     """With what the run cannot be read without."""
-    words = ["farcast", "fit", str(trajectory.directory)]
-    words += ["--pattern", trajectory.pattern] if trajectory.pattern else []
+    words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
     words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
-    return shlex.join(words)
+    return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
 
 
 def _by_kind(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -264,7 +263,7 @@ def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
 
 def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], begins: str, *, quiet: bool) -> None:
     """What a person should know of the folder before its run is forecast."""
-    folder = shlex.quote(str(trajectory.directory))
+    folder = shell_word(trajectory.directory)
     if trajectory.ignored:
         entries = "entry" if len(trajectory.ignored) == 1 else "entries"
         note(f"{len(trajectory.ignored)} {entries} left out (farcast inspect {folder} lists them)", quiet=quiet)
