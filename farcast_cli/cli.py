@@ -12,8 +12,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from farcast_cli import __version__, tune_command
-from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, UsageError
+from farcast_cli import __version__, streams, tune_command
+from farcast_cli.errors import FarcastError, NoForecastError, OutputError, SnapshotError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
     Config,
@@ -486,6 +486,7 @@ _ParsingError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__
 
 def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
+    streams.take_over()
     gc.disable()  # a command is over before cycles matter, and looking for them among 100,000 tensors takes its time
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
@@ -494,7 +495,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn an interrupt into this code
             raise KeyboardInterrupt  # noqa: TRY301
-        sys.stdout.flush()
+        _check_printed(code or 0)
         sys.exit(code or 0)
     except FarcastError as error:
         _fail(error)
@@ -507,6 +508,20 @@ def main() -> NoReturn:
         sys.exit(INTERRUPTED)
     finally:
         gc.enable()
+
+
+def _check_printed(code: int) -> None:
+    """That the result of a command that ended well is on stdout.
+
+    Raises:
+        OutputError: a part of it is not.
+    """
+    problem = streams.lost()
+    if problem is not None and code in {0, NoForecastError.exit_code}:
+        raise OutputError(
+            f"stdout: the result cannot be printed: {problem.strerror}",
+            hint="the files that the command wrote are whole and in their places: only what it prints is lost",
+        )
 
 
 def _fail(error: FarcastError) -> NoReturn:

@@ -12,9 +12,13 @@
     |   |-- HalfWrittenError          ... or is still being saved, or was cut off
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
-    |-- OutputError              5   the output exists or cannot be written
+    |-- OutputError              5   the output exists, cannot be written, or its path cannot be printed
     `-- NoForecastError         10   the run's own history says that a forecast would not help
         `-- NoGainError              a tuning gains nothing significant on rows it has not seen
+
+What cannot be printed on stdout is 5 as well, although the files are written: whoever reads the output must not go on with
+half of it. A reader that went away, as `head` does, wanted no more: the command ends as it would have. A stream that was
+closed from the start takes everything, like /dev/null. What stderr does not take changes nothing.
 
 A message is one line in lower case: what, where, expected against found. The hint says what to do about it.
 """
@@ -49,6 +53,11 @@ def printable(text: str) -> str:
     """A text as a terminal may show it: names from files may hold escape sequences, and be as long as they like."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 500]} ... {text[-400:]}"
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """A text of any length without what a terminal would obey or cannot show."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -109,7 +118,7 @@ class UnsafeFileError(FileFormatError):
 
 
 class OutputError(FarcastError):
-    """The output exists, lies where it must not, or cannot be written."""
+    """The output exists, lies where it must not, or cannot be written; or stdout is full, and the result is not printed."""
 
     exit_code = 5
 
