@@ -7,13 +7,14 @@ which snapshots were read (with sizes and header hashes) and which tensors. No p
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from farcast_cli import __version__
@@ -21,6 +22,8 @@ from farcast_cli.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.gram import Gram, Sample
+from farcast_cli.formats.files import local, portable
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
@@ -238,7 +241,8 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
     tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
     with staged(path, overwrite=True) as temporary, temporary.open("wb") as file:
-        file.write(encode_header(tensors, {_METADATA_KEY: provenance.model_dump_json()}))
+        text = json.dumps(_spelled(provenance, portable).model_dump(), separators=(",", ":"))
+        file.write(encode_header(tensors, {_METADATA_KEY: text}))
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).data)
 
@@ -257,7 +261,7 @@ def _refuse_to_replace(path: Path) -> None:
         with safe_open(path, framework="np") as file:
             _provenance_of(path, file.metadata())
             is_whole = set(file.keys()) == _ARRAYS
-    except (FileFormatError, SafetensorError, ValidationError, OSError) as error:
+    except (FileFormatError, SafetensorError, ValueError, OSError) as error:
         raise _not_ours(path) from error
     if not is_whole:
         raise _not_ours(path)
@@ -288,7 +292,7 @@ def load_fitted(path: Path) -> Fitted:
         gram = Gram(arrays["steps"], arrays["gram"])
         sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
         _check_shapes(gram, sample, provenance)
-    except (SafetensorError, ValidationError, KeyError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
         ) from error
@@ -304,7 +308,19 @@ def _provenance_of(path: Path, metadata: dict[str, str] | None) -> Provenance:
     text = (metadata or {}).get(_METADATA_KEY)
     if text is None:
         raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
-    return Provenance.model_validate_json(text)
+    return _spelled(Provenance.model_validate(parse_json(text.encode())), local)
+
+
+def _spelled(provenance: Provenance, spell: Callable[[str], str]) -> Provenance:
+    """The same with its paths spelled for a file, or for this locale."""
+    leap = provenance.leap
+    return provenance.model_copy(
+        update={
+            "directory": spell(provenance.directory),
+            "snapshots": tuple(record.model_copy(update={"path": spell(record.path)}) for record in provenance.snapshots),
+            "leap": leap and leap.model_copy(update={"run": spell(leap.run), "forecast": spell(leap.forecast)}),
+        }
+    )
 
 
 def _check_paths(path: Path, provenance: Provenance) -> None:

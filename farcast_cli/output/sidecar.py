@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli import __version__
+from farcast_cli.formats.files import portable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ def sidecar_of(target: Path, *, is_file: bool) -> Path:
 
 
 def write_sidecar(place: Path, beside: Path | None, text: str) -> None:
-    (beside or place / SIDECAR).write_text(text)
+    (beside or place / SIDECAR).write_text(text, encoding="utf-8")
 
 
 def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> str:
@@ -38,7 +39,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
     mean = sizes @ linear.weights[index] / sizes.sum()
     content: dict[str, Any] = {
         "schema_version": 1,
-        "name": outcome.path.name,
+        "name": portable(outcome.path.name),
         "farcast_version": __version__,
         "origin_step": outcome.origin_step,
         "valid_step": outcome.valid_step,
@@ -60,10 +61,10 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
         "expected_ratio": _number(outcome.decision.expected),
         "coherence": _number(outcome.decision.coherence),
         "recent_coherence": _number(outcome.decision.recent),
-        "origin": os.path.relpath(prepared.origin.path.resolve(), home),
+        "origin": portable(os.path.relpath(prepared.origin.path.resolve(), home)),
         "inputs": [
             {
-                "path": os.path.relpath(s.path.resolve(), home),
+                "path": portable(os.path.relpath(s.path.resolve(), home)),
                 "step": s.step,
                 "bytes": s.num_bytes,
                 "digest": s.digest,
@@ -86,7 +87,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
                 "strength": trial.strength,
                 "value": trial.value,
                 "seconds": round(trial.seconds, 3),
-                "log": trial.log and os.path.relpath(trial.log.resolve(), home),
+                "log": trial.log and portable(os.path.relpath(trial.log.resolve(), home)),
             }
             for trial in outcome.trials
         ]
