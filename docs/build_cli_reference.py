@@ -192,6 +192,15 @@ OUTPUT = """\
 
 stdout carries the result and nothing else: the path that `fit` or `predict` wrote, a table, or one JSON object. Progress,
 notes and errors go to stderr. Bars and colour appear on a terminal only; `NO_COLOR` is honoured. Nothing ever prompts.
+
+Where stdout is full (a disk, `/dev/full`), the exit code is 5 and stderr says so; the files that the command wrote are whole
+and in their places. A reader that goes away, as in `| head`, changes nothing: the exit code is the command's own. A stream
+that is closed from the start (`>&-`) takes everything, like `/dev/null`. What stderr does not take changes nothing.
+
+A path goes into a pipe or a file as the very bytes of the file's name, so that `$(farcast predict)` works in any locale. On a
+terminal, characters that it would obey are shown escaped. A path with a newline in it is escaped everywhere, with a note on
+stderr; `--json` has it as it is. In JSON, a byte of a name that is no UTF-8 is written as `\\udc80` to `\\udcff` (the
+byte plus 0xDC00), as Python spells it; so it is in the ledger, the sidecar and the forecaster.
 """
 
 JSON_INTRODUCTION = f"""\

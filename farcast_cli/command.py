@@ -56,7 +56,7 @@ class Log:
         self._file = path.open("wb")
         self._room = LOG_BYTES
         self._end = Tail(LOG_BYTES)
-        self._write(f"$ {command}\n".encode())
+        self._write(f"$ {command}\n".encode("utf-8", "surrogateescape"))
 
     def add(self, data: bytes) -> None:
         start, rest = data[: self._room], data[self._room :]

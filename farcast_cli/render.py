@@ -394,7 +394,12 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
     if outcome.trials:
         content["evaluations"] = [
-            {"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3), "log": portable(t.log) if t.log else None}
+            {
+                "strength": t.strength,
+                "value": t.value,
+                "seconds": round(t.seconds, 3),
+                "log": portable(t.log) if t.log else None,
+            }
             for t in outcome.trials
         ]
     return content
