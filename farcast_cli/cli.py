@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from farcast_cli import __version__, streams, tune_command
-from farcast_cli.errors import FarcastError, NoForecastError, OutputError, SnapshotError, UsageError
+from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, SnapshotError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
     Config,
@@ -499,6 +499,11 @@ def main() -> NoReturn:
         sys.exit(code or 0)
     except FarcastError as error:
         _fail(error)
+    except (OSError, RuntimeError, UnicodeEncodeError, MemoryError) as error:
+        told = _of_the_system(error)
+        if told is None:
+            raise
+        _fail(told)
     except _ParsingError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "farcast"
@@ -524,8 +529,23 @@ def _check_printed(code: int) -> None:
         )
 
 
-def _fail(error: FarcastError) -> NoReturn:
-    from farcast_cli import render
+def _of_the_system(error: Exception) -> FarcastError | None:
+    """What the system fails at where no module has said so better; None for a bug."""
+    from farcast_cli.formats.files import unreadable
 
-    render.error(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of a GPU
+        return MemoryUsedUpError("the memory does not suffice", hint="--threads 1 takes the least; --device cpu uses no GPU's")
+    if isinstance(error, UnicodeEncodeError):
+        return UsageError(f"a name cannot be spelled in this locale: {error}", hint="LC_ALL=C.UTF-8")
+    cause = error.__context__ if isinstance(error, RuntimeError) else error  # pathlib's, for a link that leads to itself
+    return unreadable(Path("an input"), cause) if isinstance(cause, OSError) else None
+
+
+def _fail(error: FarcastError) -> NoReturn:
+    try:
+        from farcast_cli import render
+
+        render.error(error)
+    except MemoryError:
+        streams.say(f"error: {error}")
     sys.exit(error.exit_code)

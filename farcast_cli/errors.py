@@ -13,8 +13,12 @@
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
     |-- OutputError              5   the output exists, cannot be written, or its path cannot be printed
+    |   `-- MemoryUsedUpError           ... or there is not the memory to make it
     `-- NoForecastError         10   the run's own history says that a forecast would not help
         `-- NoGainError              a tuning gains nothing significant on rows it has not seen
+
+A fault of the system while an input is read (a bad disk, a network filesystem that goes away, no memory for it) is 4 and
+names that input; one while the output is written is 5.
 
 What cannot be printed on stdout is 5 as well, although the files are written: whoever reads the output must not go on with
 half of it. A reader that went away, as `head` does, wanted no more: the command ends as it would have. A stream that was
@@ -121,6 +125,10 @@ class OutputError(FarcastError):
     """The output exists, lies where it must not, or cannot be written; or stdout is full, and the result is not printed."""
 
     exit_code = 5
+
+
+class MemoryUsedUpError(OutputError):
+    """The memory does not suffice."""
 
 
 class NoForecastError(FarcastError):

@@ -22,7 +22,7 @@ from farcast_cli.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.gram import Gram, Sample
-from farcast_cli.formats.files import local, portable
+from farcast_cli.formats.files import local, portable, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.layouts import LAYOUTS
@@ -277,10 +277,12 @@ def load_fitted(path: Path) -> Fitted:
     Raises:
         FileFormatError: no such file, not a forecaster, or damaged.
     """
-    if not path.is_file():
+    with reading(path):
+        is_file = path.is_file()
+    if not is_file:
         raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
     try:
-        with safe_open(path, framework="np") as file:
+        with reading(path), safe_open(path, framework="np") as file:
             provenance = _provenance_of(path, file.metadata())
             _check_paths(path, provenance)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -292,7 +294,7 @@ def load_fitted(path: Path) -> Fitted:
         gram = Gram(arrays["steps"], arrays["gram"])
         sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
         _check_shapes(gram, sample, provenance)
-    except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
         ) from error
@@ -360,7 +362,9 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     record = fitted.provenance.snapshots[index]
     path = fitted.directory / record.path
     again = f"farcast fit {shell_word(fitted.directory)}"
-    if not path.exists():
+    with reading(path):
+        is_there = path.exists()
+    if not is_there:
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
     layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
     snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
@@ -394,7 +398,7 @@ def newer_snapshots(fitted: Fitted) -> list[str]:
     last = find_step_in_name(fitted.provenance.snapshots[-1].path)
     try:
         names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]
-    except OSError:
+    except (OSError, FileFormatError):
         return []
     numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]
     return [name for number, name in sorted(numbered) if last and number > int(last[1])]

@@ -98,9 +98,11 @@ def check_ledger(ledger: Path, run: Path) -> None:
         OutputError: a folder.
         FileFormatError: an existing file that is no ledger.
     """
-    if ledger.is_dir():
+    with reading(ledger):
+        is_folder, is_file = ledger.is_dir(), ledger.is_file()
+    if is_folder:
         raise OutputError(f"{ledger}: expected the ledger of leaps, found a folder", hint="--ledger FILE")
-    if ledger.is_file():
+    if is_file:
         read_leaps(ledger, run)
 
 
@@ -195,11 +197,12 @@ def _nearer_to_forecast(leap: Leap, trajectory: Trajectory, before: Snapshot, af
     that lay ahead of it. A snapshot before that equals the forecast is the forecast, put into the run's folder.
     """
     path, past = Path(leap.forecast), _drift_before(leap, trajectory)
-    layout = recognise(path) if path.exists() else None
-    if layout is None:
-        return None
     num_read = len(past) + 3
     try:
+        with reading(path):
+            layout = recognise(path) if path.exists() else None
+        if layout is None:
+            return None
         alignment = align((*past, before, layout.read(path), after))
         gram, _ = accumulate(alignment, range(num_read), num_samples=NUM_COMPARED)
     except FarcastError:

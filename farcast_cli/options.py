@@ -113,7 +113,8 @@ IoOption = Annotated[
         "--io",
         envvar=env("IO"),
         metavar="auto|pread|mmap",
-        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place.",
+        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place, and a"
+        " file that is cut short meanwhile, or a failing disk, ends the process.",
     ),
 ]
 Config = Annotated[

@@ -77,6 +77,12 @@ def _text_to(fd: int, encoding: str) -> TextIO:
     )
 
 
+def say(line: str) -> None:
+    """A line on stderr with as little memory as can be."""
+    with suppress(OSError):
+        os.write(2, line.encode(errors="backslashreplace") + b"\n")
+
+
 def lost() -> OSError | None:
     """Why a part of stdout could not be printed; None where all was, or where the reader wanted no more of it."""
     sys.stdout.flush()

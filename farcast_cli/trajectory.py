@@ -21,7 +21,7 @@ from farcast_cli.errors import (
     TooFewSnapshotsError,
     shell_word,
 )
-from farcast_cli.formats.files import file_size, read_bytes
+from farcast_cli.formats.files import file_size, read_bytes, reading
 from farcast_cli.layouts import hf_trainer, hub_folder, recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name, read_snapshot
 from farcast_cli.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
@@ -95,12 +95,10 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
     findings = Findings()
-    try:
+    with reading(directory):
         candidates = _candidates(directory, pattern, steps, findings)
         main = _main_layout(candidates)
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
-    except OSError as error:
-        raise FileFormatError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
     if not settled and not conflicts:
@@ -111,7 +109,7 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
 def open_snapshot(path: Path) -> Snapshot:
     """One checkpoint by itself, its step settled by its own evidence (-1 where there is none)."""
     layout = recognise(path)
-    if layout is None:
+    if layout is None:  # which has seen that the path can be looked at
         raise SnapshotError(f"{path}: no checkpoint here" if path.exists() else f"{path}: no such file or folder")
     snapshot = read_snapshot(layout, path)
     first = snapshot.evidence[0] if snapshot.evidence else None

@@ -127,11 +127,11 @@ def test_a_reader_that_goes_away_changes_nothing(work: Path, arguments: str, cod
 @pytest.mark.parametrize("what", NAMES)
 def test_a_printed_path_is_the_very_bytes_of_the_name(work: Path, what: str, locale: str) -> None:
     run, home = os.fsencode(work) + b"/" + NAMES[what], b"out-" + NAMES[what]
-    os.rename(work / "run", run)
+    (work / "run").rename(os.fsdecode(run))
     script = b'set -e; f=$(farcast fit "$RUN" -q -o "$OUT/f"); farcast predict --forecaster "$f" --horizon 100 -q -o "$OUT/"'
     done = through_shell(script.decode(), work, LOCALES[locale] | {"RUN": os.fsdecode(NAMES[what]), "OUT": os.fsdecode(home)})
     assert (done.returncode, done.stdout, done.stderr) == (0, home + b"/step_000900.safetensors\n", b"")
-    assert os.path.isfile(os.fsencode(work) + b"/" + done.stdout.strip())
+    assert (work / os.fsdecode(done.stdout.strip())).is_file()
 
 
 @pytest.mark.parametrize("what", NAMES)

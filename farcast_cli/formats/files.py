@@ -6,6 +6,7 @@ A file that is cut short while it is read raises an error here; the same under m
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from farcast_cli.errors import FileFormatError, HalfWrittenError, shell_word
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from _typeshed import WriteableBuffer
 
 _LFS_PREFIX = b"version https://git-lfs"
 _HINTS = {
@@ -94,6 +97,27 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         if count == 0:
             raise ends_early(path, expected=offset + len(buffer), found=offset + done)
         done += count
+
+
+class _Input(io.FileIO):
+    """An input whose faults are no OSErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__(open_read_only(path), "rb")
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        with reading(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with reading(self._path):
+            return super().readall() or b""
+
+
+def open_input(path: Path) -> io.BufferedReader:
+    """An input for libraries that read open files, and would take a fault of the disk for a fault of the format."""
+    return io.BufferedReader(_Input(path))
 
 
 def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:

@@ -13,7 +13,7 @@ import numpy as np
 
 from farcast_cli import __version__
 from farcast_cli.errors import OutputError, SnapshotError, UsageError
-from farcast_cli.formats.files import portable
+from farcast_cli.formats.files import file_size, portable
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.output.writer import staged
 from farcast_cli.trajectory import open_snapshot
@@ -384,7 +384,7 @@ def _provenance(outcome: Outcome, snapshot: Snapshot, home: Path, rounded: Round
 def _asked(request: Request, home: Path) -> dict[str, Any]:
     settings = request.settings
     return {
-        "data": {"path": portable(os.path.relpath(request.data.resolve(), home)), "bytes": request.data.stat().st_size},
+        "data": {"path": portable(os.path.relpath(request.data.resolve(), home)), "bytes": file_size(request.data)},
         "options": {
             "loss": request.loss,
             "activation": list(request.activations),
