@@ -20,6 +20,7 @@ import typer
 
 from farcast_cli import errors, render
 from farcast_cli.cli import app
+from farcast_cli.options import FROM_ANY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -153,13 +154,15 @@ BUILDERS = {
     "tune": (render.tune_json,),
 }
 
+KEYS = sorted({"json_": "json", "round_": "round"}.get(name, name) for name in FROM_ANY_FILE)
+
 HEADER = f"""\
 # Command line
 
 <!-- Made by {REBUILD.removeprefix("python ")}; change the program or that script, not this page. -->
 """
 
-CONFIG = """\
+CONFIG = f"""\
 ## Defaults from the environment and from a file
 
 Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`
@@ -168,7 +171,9 @@ and `--exclude` take several patterns from one variable, separated by blanks.
 `--config FILE`, or a `farcast.toml` in the working directory, sets defaults too. Keys at the top hold for every command,
 a table holds for one command. The command line wins over the environment, and the environment over the file.
 
-`eval_cmd` is taken only from a file that you name (`--config FILE`), never from a `farcast.toml` that merely lies there.
+A `farcast.toml` that merely lies there may have come with a download. It may set {", ".join(f"`{key}`" for key in KEYS)}.
+Every other key ends the command with exit code 2: it would choose what is read, written or run, or weaken a check. Name
+the file to have it obeyed as a whole: `--config farcast.toml`, or `FARCAST_CONFIG=farcast.toml`.
 
 ```toml
 threads = 4
@@ -187,6 +192,15 @@ OUTPUT = """\
 
 stdout carries the result and nothing else: the path that `fit` or `predict` wrote, a table, or one JSON object. Progress,
 notes and errors go to stderr. Bars and colour appear on a terminal only; `NO_COLOR` is honoured. Nothing ever prompts.
+
+Where stdout is full (a disk, `/dev/full`), the exit code is 5 and stderr says so; the files that the command wrote are whole
+and in their places. A reader that goes away, as in `| head`, changes nothing: the exit code is the command's own. A stream
+that is closed from the start (`>&-`) takes everything, like `/dev/null`. What stderr does not take changes nothing.
+
+A path goes into a pipe or a file as the very bytes of the file's name, so that `$(farcast predict)` works in any locale. On a
+terminal, characters that it would obey are shown escaped. A path with a newline in it is escaped everywhere, with a note on
+stderr; `--json` has it as it is. In JSON, a byte of a name that is no UTF-8 is written as `\\udc80` to `\\udcff` (the
+byte plus 0xDC00), as Python spells it; so it is in the ledger, the sidecar and the forecaster.
 """
 
 JSON_INTRODUCTION = f"""\
@@ -207,9 +221,9 @@ def main(arguments: Sequence[str]) -> int:
     """Write the page, or with --check compare it."""
     text = reference()
     if "--check" not in arguments:
-        PAGE.write_text(text)
+        PAGE.write_text(text, encoding="utf-8")
         return 0
-    if PAGE.is_file() and PAGE.read_text() == text:
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
         return 0
     sys.stderr.write(f"docs/{PAGE.name} is stale: {REBUILD}\n")
     return 1

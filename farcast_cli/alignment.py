@@ -5,6 +5,7 @@ Knows how names are matched between snapshots, where a run's tensors change, and
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -318,7 +319,9 @@ def _mixed_runs(
             f"{where}: two models, with less than half of the parameters in both: {told}",
             hint="keep one run in the folder, or choose its steps with --steps A:B",
         )
-    names = " ".join(f"--exclude '{change.name}'" for change in changes[:MAX_NAMED]) + " ..." * (len(changes) > MAX_NAMED)
+    names = " ".join(f"--exclude {shlex.quote(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
+        len(changes) > MAX_NAMED
+    )
     return MixedRunsError(
         f"{where}: tensor {told}{since}",
         hint=f"{names} copies {'it' if len(changes) == 1 else 'them'} from the last snapshot and keeps the whole history;"

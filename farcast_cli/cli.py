@@ -12,8 +12,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from farcast_cli import __version__, tune_command
-from farcast_cli.errors import FarcastError, NoForecastError, SnapshotError, UsageError
+from farcast_cli import __version__, streams, tune_command
+from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, SnapshotError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
     Config,
@@ -488,6 +488,7 @@ _ParsingError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__
 
 def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
+    streams.take_over()
     gc.disable()  # a command is over before cycles matter, and looking for them among 100,000 tensors takes its time
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
@@ -496,10 +497,15 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn an interrupt into this code
             raise KeyboardInterrupt  # noqa: TRY301
-        sys.stdout.flush()
+        _check_printed(code or 0)
         sys.exit(code or 0)
     except FarcastError as error:
         _fail(error)
+    except (OSError, RuntimeError, UnicodeEncodeError, MemoryError) as error:
+        told = _of_the_system(error)
+        if told is None:
+            raise
+        _fail(told)
     except _ParsingError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "farcast"
@@ -511,8 +517,37 @@ def main() -> NoReturn:
         gc.enable()
 
 
-def _fail(error: FarcastError) -> NoReturn:
-    from farcast_cli import render
+def _check_printed(code: int) -> None:
+    """That the result of a command that ended well is on stdout.
 
-    render.error(error)
+    Raises:
+        OutputError: a part of it is not.
+    """
+    problem = streams.lost()
+    if problem is not None and code in {0, NoForecastError.exit_code}:
+        raise OutputError(
+            f"stdout: the result cannot be printed: {problem.strerror}",
+            hint="the files that the command wrote are whole and in their places: only what it prints is lost",
+        )
+
+
+def _of_the_system(error: Exception) -> FarcastError | None:
+    """What the system fails at where no module has said so better; None for a bug."""
+    from farcast_cli.formats.files import unreadable
+
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of a GPU
+        return MemoryUsedUpError("the memory does not suffice", hint="--threads 1 takes the least; --device cpu uses no GPU's")
+    if isinstance(error, UnicodeEncodeError):
+        return UsageError(f"a name cannot be spelled in this locale: {error}", hint="LC_ALL=C.UTF-8")
+    cause = error.__context__ if isinstance(error, RuntimeError) else error  # pathlib's, for a link that leads to itself
+    return unreadable(Path("an input"), cause) if isinstance(cause, OSError) else None
+
+
+def _fail(error: FarcastError) -> NoReturn:
+    try:
+        from farcast_cli import render
+
+        render.error(error)
+    except MemoryError:
+        streams.say(f"error: {error}")
     sys.exit(error.exit_code)

@@ -10,13 +10,15 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from farcast_cli.errors import OutputError, UsageError
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 LOG_BYTES = 1 << 20  # of the start of a run's output, and as many of its end, are kept in its log
 SAID_BYTES = 1 << 16  # of the end of each stream, in which the number and the last line are looked for
@@ -54,10 +56,12 @@ class Log:
     """A run's output in a file: its start as it comes, its end when the run is over, nothing of what lies between."""
 
     def __init__(self, path: Path, command: str) -> None:
-        self._file = path.open("xb")
+        self._path = path
+        with self._writing():
+            self._file = path.open("xb")
         self._room = LOG_BYTES
         self._end = Tail(LOG_BYTES)
-        self._write(LOG_MARK + f"{command}\n".encode())
+        self._write(LOG_MARK + f"{command}\n".encode("utf-8", "surrogateescape"))
 
     def add(self, data: bytes) -> None:
         start, rest = data[: self._room], data[self._room :]
@@ -73,8 +77,18 @@ class Log:
             self._write(f"\n[{remark}]\n".encode())
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
+        with self._writing():
+            self._file.write(data)
+            self._file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self._path}: the evaluation's log cannot be written: {error.strerror}", hint="choose another place with -o"
+            ) from error
 
 
 def is_log(path: Path) -> bool:
@@ -124,15 +138,20 @@ class Run:
 
     def __init__(self, command: str, log: Log, variables: Mapping[str, str]) -> None:
         self._log = log
-        self._process = subprocess.Popen(  # noqa: S602 - the user's own command
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | variables,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S602 - the user's own command
+                command,
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=os.environ | variables,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UsageError(
+                f"the evaluation command cannot be started: {error.strerror}", hint="sh, or a process, is missing"
+            ) from error
         self._tails = {"stdout": Tail(SAID_BYTES), "stderr": Tail(SAID_BYTES)}
         self._selector = selectors.DefaultSelector()
         for name, stream in (("stdout", self._process.stdout), ("stderr", self._process.stderr)):

@@ -12,15 +12,24 @@
     |   |-- HalfWrittenError          ... or is still being saved, or was cut off
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
-    |-- OutputError              5   the output exists or cannot be written
+    |-- OutputError              5   the output exists, cannot be written, or its path cannot be printed
+    |   `-- MemoryUsedUpError           ... or there is not the memory to make it
     `-- NoForecastError         10   the run's own history says that a forecast would not help
         `-- NoGainError              a tuning gains nothing significant on rows it has not seen
+
+A fault of the system while an input is read (a bad disk, a network filesystem that goes away, no memory for it) is 4 and
+names that input; one while the output is written is 5.
+
+What cannot be printed on stdout is 5 as well, although the files are written: whoever reads the output must not go on with
+half of it. A reader that went away, as `head` does, wanted no more: the command ends as it would have. A stream that was
+closed from the start takes everything, like /dev/null. What stderr does not take changes nothing.
 
 A message is one line in lower case: what, where, expected against found. The hint says what to do about it.
 """
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 MAX_MESSAGE = 2_000  # characters
@@ -33,7 +42,7 @@ class FarcastError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(printable(" ".join(message.split())))
-        self.hint = printable(hint)
+        self.hint = printable(hint) if len(hint) <= MAX_MESSAGE else ""  # cut short, its quotes would no longer match
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker's error travels to its parent with its hint."""
@@ -48,7 +57,18 @@ def printable(text: str) -> str:
     """A text as a terminal may show it: names from files may hold escape sequences, and be as long as they like."""
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 500]} ... {text[-400:]}"
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """A text of any length without what a terminal would obey or cannot show."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shell_word(path: object) -> str:
+    """A path as a word of a command to paste: quoted for the shell, and never taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 class UsageError(FarcastError):
@@ -102,9 +122,13 @@ class UnsafeFileError(FileFormatError):
 
 
 class OutputError(FarcastError):
-    """The output exists, lies where it must not, or cannot be written."""
+    """The output exists, lies where it must not, or cannot be written; or stdout is full, and the result is not printed."""
 
     exit_code = 5
+
+
+class MemoryUsedUpError(OutputError):
+    """The memory does not suffice."""
 
 
 class NoForecastError(FarcastError):

@@ -60,8 +60,23 @@ class Evaluator:
 
     def command_for(self, checkpoint: Path) -> str:
         """The path is absolute, and the name its own: a link's ending may say more than that of what it leads to."""
-        path = checkpoint.parent.resolve() / checkpoint.name
-        return self.command.replace(PLACEHOLDER, shlex.quote(str(path)))
+        path = str(checkpoint.parent.resolve() / checkpoint.name)
+        word = shlex.quote(path)
+        before = self.command.split(PLACEHOLDER)[:-1]
+        if word != path and any(_is_within_quotes(PLACEHOLDER.join(before[: n + 1])) for n in range(len(before))):
+            raise UsageError(
+                f"--eval-cmd: {PLACEHOLDER} stands within quotes, and the path {path} needs its own",
+                hint=f"write {PLACEHOLDER} without quotes around it: farcast puts them where they are needed",
+            )
+        return self.command.replace(PLACEHOLDER, word)
+
+
+_QUOTING = re.compile(r"\\.|'[^']*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
+
+
+def _is_within_quotes(text: str) -> bool:
+    """Whether a shell that has read this much is in a quotation or a here-document, in which quotes are something else."""
+    return any(mark in _QUOTING.sub("", text) for mark in ("'", '"', "\\", "`", "<<"))
 
 
 def best_trial(trials: Sequence[Trial], *, maximize: bool) -> Trial:

@@ -7,21 +7,23 @@ which snapshots were read (with sizes and header hashes) and which tensors. No p
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from farcast_cli import __version__
 from farcast_cli.alignment import Alignment, Copied, align, under_common_names
-from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError
+from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.gram import Gram, Sample
+from farcast_cli.formats.files import local, portable, reading
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.layouts import LAYOUTS
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
@@ -240,7 +242,8 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
     last = fitted.directory / fitted.provenance.snapshots[-1].path
     with staged(path, check=_refuse_to_replace) as temporary, open_new(temporary, like=last) as file:
-        file.write(encode_header(tensors, {_METADATA_KEY: provenance.model_dump_json()}))
+        text = json.dumps(_spelled(provenance, portable).model_dump(), separators=(",", ":"))
+        file.write(encode_header(tensors, {_METADATA_KEY: text}))
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).data)
 
@@ -259,7 +262,7 @@ def _refuse_to_replace(path: Path) -> None:
         with safe_open(path, framework="np") as file:
             _provenance_of(path, file.metadata())
             is_whole = set(file.keys()) == _ARRAYS
-    except (FileFormatError, SafetensorError, ValidationError, OSError) as error:
+    except (FileFormatError, SafetensorError, ValueError, OSError) as error:
         raise _not_ours(path) from error
     if not is_whole:
         raise _not_ours(path)
@@ -275,10 +278,12 @@ def load_fitted(path: Path) -> Fitted:
     Raises:
         FileFormatError: no such file, not a forecaster, or damaged.
     """
-    if not path.is_file():
+    with reading(path):
+        is_file = path.is_file()
+    if not is_file:
         raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
     try:
-        with safe_open(path, framework="np") as file:
+        with reading(path), safe_open(path, framework="np") as file:
             provenance = _provenance_of(path, file.metadata())
             _check_paths(path, provenance)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -290,7 +295,7 @@ def load_fitted(path: Path) -> Fitted:
         gram = Gram(arrays["steps"], arrays["gram"])
         sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
         _check_shapes(gram, sample, provenance)
-    except (SafetensorError, ValidationError, KeyError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
         ) from error
@@ -306,7 +311,19 @@ def _provenance_of(path: Path, metadata: dict[str, str] | None) -> Provenance:
     text = (metadata or {}).get(_METADATA_KEY)
     if text is None:
         raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
-    return Provenance.model_validate_json(text)
+    return _spelled(Provenance.model_validate(parse_json(text.encode())), local)
+
+
+def _spelled(provenance: Provenance, spell: Callable[[str], str]) -> Provenance:
+    """The same with its paths spelled for a file, or for this locale."""
+    leap = provenance.leap
+    return provenance.model_copy(
+        update={
+            "directory": spell(provenance.directory),
+            "snapshots": tuple(record.model_copy(update={"path": spell(record.path)}) for record in provenance.snapshots),
+            "leap": leap and leap.model_copy(update={"run": spell(leap.run), "forecast": spell(leap.forecast)}),
+        }
+    )
 
 
 def _check_paths(path: Path, provenance: Provenance) -> None:
@@ -345,8 +362,10 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     """
     record = fitted.provenance.snapshots[index]
     path = fitted.directory / record.path
-    again = f"farcast fit {shlex.quote(str(fitted.directory))}"
-    if not path.exists():
+    again = f"farcast fit {shell_word(fitted.directory)}"
+    with reading(path):
+        is_there = path.exists()
+    if not is_there:
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
     layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
     snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
@@ -368,7 +387,7 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
         origin = fitted.provenance.snapshots[-1].step
         raise SnapshotError(
             f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
-            hint=f"farcast fit {shlex.quote(str(fitted.directory))} --steps :{snapshots[-1].step}",
+            hint=f"farcast fit {shell_word(fitted.directory)} --steps :{snapshots[-1].step}",
         )
     more = (replace(reasons[key], name=tensor.name) for key, tensor in found.items() if key not in known)
     return Alignment(tuple(found[key] for key in known), (*alignment.copied, *more))
@@ -380,7 +399,7 @@ def newer_snapshots(fitted: Fitted) -> list[str]:
     last = find_step_in_name(fitted.provenance.snapshots[-1].path)
     try:
         names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]
-    except OSError:
+    except (OSError, FileFormatError):
         return []
     numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]
     return [name for number, name in sorted(numbered) if last and number > int(last[1])]

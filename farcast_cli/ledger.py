@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from farcast_cli.alignment import align
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError, TooFewSnapshotsError
 from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.formats.files import file_size, local, portable, read_bytes, reading
+from farcast_cli.formats.json_text import parse_json
 from farcast_cli.layouts import recognise
 from farcast_cli.output.writer import sync
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.trajectory import Trajectory
 
+_INERT = {ord(mark): f"\\u{ord(mark):04x}" for mark in "$`!"}
+"""What a shell obeys between double quotes, as JSON's own escapes. The quotes of JSON are quotes to a shell as well."""
 NUM_COMPARED = 1_024  # elements per tensor, enough to tell a forecast from a snapshot
 
 
@@ -52,14 +56,15 @@ class Leap(BaseModel):
         """The step that the trainer's counters are at when it resumes."""
         return self.valid_step if self.counters == "advance" else self.origin_step
 
-    def as_line(self) -> str:
-        """One line of JSON; a name that is no UTF-8 is kept by escapes."""
-        return json.dumps(self.model_dump(), separators=(",", ":"))
-
     def relative_to(self, home: Path) -> Leap:
         return self.model_copy(
             update={"run": os.path.relpath(self.run, home), "forecast": os.path.relpath(self.forecast, home)}
         )
+
+    def as_line(self) -> str:
+        """As the ledger holds it: JSON in ASCII, in which no name is a command, even where a shell reads the file."""
+        named = self.model_dump() | {"run": portable(self.run), "forecast": portable(self.forecast)}
+        return json.dumps(named, separators=(",", ":")).translate(_INERT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,10 @@ def _open_locked(ledger: Path) -> tuple[int, bool]:
     ledger.parent.mkdir(parents=True, exist_ok=True)
     while True:
         is_new = not os.path.lexists(ledger)
-        fd = os.open(ledger, flags | (os.O_CREAT | os.O_EXCL) * is_new, 0o666)
+        try:
+            fd = os.open(ledger, flags | (os.O_CREAT | os.O_EXCL) * is_new, 0o666)
+        except (FileExistsError, FileNotFoundError):  # made or removed by another process since
+            continue
         try:
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX)
@@ -159,9 +167,11 @@ def check_ledger(ledger: Path, run: Path) -> None:
         OutputError: a folder.
         FileFormatError: an existing file that is no ledger.
     """
-    if ledger.is_dir():
+    with reading(ledger):
+        is_folder, is_file = ledger.is_dir(), ledger.is_file()
+    if is_folder:
         raise OutputError(f"{ledger}: expected the ledger of leaps, found a folder", hint="--ledger FILE")
-    if ledger.is_file():
+    if is_file:
         read_leaps(ledger, run)
 
 
@@ -171,26 +181,24 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
     Raises:
         FileFormatError: a line that is no leap.
     """
-    if ledger.exists() and not (ledger.is_file() or ledger.is_dir()):  # a FIFO would be waited for
-        raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: no regular file")
     try:
-        lines = ledger.read_text().split("\n")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(ledger):
+            if not ledger.exists():
+                return []
+            lines = read_bytes(ledger, 0, file_size(ledger)).decode().split("\n")
+            home, found = ledger.parent.resolve(), list[Leap]()
+    except UnicodeDecodeError as error:
         raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: {error}") from error
-    home, found = ledger.parent.resolve(), []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (line.startswith("{") and not line.endswith("}")):
             continue  # the half line that a killed process left was of a forecast that it did not publish
         try:
-            leap = Leap.model_validate_json(line)
-        except ValidationError as error:
-            raise FileFormatError(
-                f"{ledger}: line {number} is no leap: {error.errors()[0]['msg']}", hint="mend or remove that line"
-            ) from error
+            leap = Leap.model_validate(parse_json(line.encode()))
+        except ValueError as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise FileFormatError(f"{ledger}: line {number} is no leap: {why}", hint="mend or remove that line") from error
         try:
-            its_run, forecast = (home / leap.run).resolve(), (home / leap.forecast).resolve()
+            its_run, forecast = (home / local(leap.run)).resolve(), (home / local(leap.forecast)).resolve()
         except (ValueError, OSError) as error:
             raise FileFormatError(f"{ledger}: line {number} names no path: {error}", hint="mend or remove that line") from error
         if its_run == run.resolve():
@@ -253,11 +261,12 @@ def _nearer_to_forecast(leap: Leap, trajectory: Trajectory, before: Snapshot, af
     that lay ahead of it. A snapshot before that equals the forecast is the forecast, put into the run's folder.
     """
     path, past = Path(leap.forecast), _drift_before(leap, trajectory)
-    layout = recognise(path) if path.exists() else None
-    if layout is None:
-        return None
     num_read = len(past) + 3
     try:
+        with reading(path):
+            layout = recognise(path) if path.exists() else None
+        if layout is None:
+            return None
         alignment = align((*past, before, layout.read(path), after))
         gram, _ = accumulate(alignment, range(num_read), num_samples=NUM_COMPARED)
     except FarcastError:

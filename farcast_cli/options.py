@@ -8,8 +8,27 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, shell_word
 
+CONFIG_FILE = Path("farcast.toml")
+"""Read where it lies in the working directory, though nobody named it. It may have come with a download."""
+FROM_ANY_FILE = frozenset(
+    {
+        *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
+        *("horizon", "to_step", "origin", "method", "scope", "grad_weight", "sample", "full"),  # judged by the back-test
+        *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
+        *("layer", "bias", "loss", "activation", "head", "head_bias"),
+        *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
+        *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
+    }
+)
+"""The options that a file which nobody named may set. All others need a file that the user named.
+
+None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `purpose`
+and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `io`
+may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
+"""
+MAX_CONFIG_BYTES = 1 << 20
 MAX_DIGITS = 15  # of a number of steps
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
@@ -22,38 +41,57 @@ def _commands(context: typer.Context) -> list[Any]:
 
 
 def load_config(context: typer.Context, value: Path | None) -> Path | None:
-    """Defaults from a TOML file: keys at the top for every command, tables for one."""
-    path = value or Path("farcast.toml")
+    """Defaults from a TOML file: keys at the top for every command, tables for one.
+
+    Raises:
+        UsageError: the file cannot be read, or sets what it may not.
+    """
+    path = value or CONFIG_FILE
     if value is None and not path.is_file():
         return None
-    import tomllib
-
-    try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: not a readable TOML file: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
+    content = _read_toml(path)
     own = content.get(context.info_name or "", {})
     if not isinstance(own, dict):
         raise UsageError(f"{path}: {context.info_name} = {own!r}: expected a table, [{context.info_name}]")
     shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
-    defaults = {key.replace("-", "_"): item for key, item in (shared | own).items()}
-    renamed = {"for": "purpose", "json": "json_"}
+    known = {parameter.name for parameter in context.command.params}
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
-    strangers = sorted(key for key in shared if renamed.get(key, key.replace("-", "_")) not in anywhere)
+    strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
     if strangers:
         raise UsageError(f"{path}: no command has an option {strangers[0]!r}", hint="farcast --help")
-    unknown = sorted(key for key in own if renamed.get(key, key.replace("-", "_")) not in known)
+    unknown = sorted(key for key in own if _option_of(key) not in known)
     if unknown:
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
         )
-    if value is None and "eval_cmd" in defaults:  # whoever made this folder would choose what is run
-        raise UsageError(f"{path}: eval_cmd runs a program, so the file must be named", hint=f"--config {path}")
+    refused = sorted(key for key in shared | own if _option_of(key) not in FROM_ANY_FILE)
+    if value is None and refused:  # whoever made this folder would choose what is read, written or run, and what is checked
+        raise UsageError(
+            f"{path}: it may not set {refused[0]!r}, since no --config names this file", hint=f"--config {shell_word(path)}"
+        )
     context.default_map = {
-        renamed.get(k, k): ",".join(map(str, v)) if isinstance(v, list) and k == "horizon" else v for k, v in defaults.items()
+        _option_of(key): ",".join(map(str, item)) if isinstance(item, list) and key == "horizon" else item
+        for key, item in (shared | own).items()
     }
     return path
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes: expected a few options")
+        return tomllib.loads(raw.decode())
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not a readable TOML file: {error}") from error
+
+
+def _option_of(key: str) -> str:
+    """The parameter that a key of the file stands for."""
+    return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
 def env(name: str) -> str:
@@ -75,7 +113,8 @@ IoOption = Annotated[
         "--io",
         envvar=env("IO"),
         metavar="auto|pread|mmap",
-        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place.",
+        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place, and a"
+        " file that is cut short meanwhile, or a failing disk, ends the process.",
     ),
 ]
 Config = Annotated[
@@ -85,7 +124,7 @@ Config = Annotated[
         callback=load_config,
         is_eager=True,
         metavar="FILE",
-        help="Defaults for these options; ./farcast.toml if it is there.",
+        help="Defaults for these options. Without it ./farcast.toml if it is there, for some of them.",
     ),
 ]
 Forecaster = Annotated[Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="What fit wrote.")]

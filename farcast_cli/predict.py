@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import OutputError, UsageError
+from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide
@@ -131,7 +130,7 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     notes = []
     newer = newer_snapshots(fitted)
     if newer and request.origin_step is None:
-        again = f"farcast fit {shlex.quote(str(fitted.directory))}"
+        again = f"farcast fit {shell_word(fitted.directory)}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     for outcome in outcomes:
         if (
@@ -232,7 +231,7 @@ def _place(request: Request, origin: Snapshot, horizon: int, fitted: Fitted, tar
         why = f", as {origin.path.name} does" if target.layout == "same" else ""
         raise OutputError(
             f"-o {request.output}: expected a name that ends in {ending}{why}",
-            hint=f"-o {request.output}{ending}, or -o {request.output}{os.sep} for a folder to put it in",
+            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
         )
     return Path(request.output)
 

@@ -13,13 +13,14 @@ import sys
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from farcast_cli.errors import printable
+from farcast_cli.errors import printable, shell_word, visible
+from farcast_cli.formats.files import portable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,29 +50,8 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
-class _Console(Console):
-    """A console whose reader may stop reading, as `head` does: that is no error."""
-
-    def on_broken_pipe(self) -> None:
-        stop_writing()
-
-
-def stop_writing() -> NoReturn:
-    """End well, with nothing left to flush."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise SystemExit(0)
-
-
 def stdout() -> Console:
-    return _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        stop_writing()
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def stderr() -> Console:
@@ -91,13 +71,24 @@ def note(text: str, *, quiet: bool = False) -> None:
 
 
 def paths(found: Sequence[Path]) -> None:
-    """The result of a command that writes: paths, one a line, and nothing else."""
+    """The result of a command that writes: paths, one a line, and nothing else.
+
+    A pipe gets the very bytes of the name, whatever the locale; a terminal nothing that it would obey. A line cannot hold a
+    path with a newline in it.
+    """
     for path in found:
-        _write(f"{path}\n")
+        text = str(path)
+        if text == visible(text) if sys.stdout.isatty() else "\n" not in text:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+            sys.stdout.buffer.flush()
+        else:
+            sys.stdout.write(visible(text) + "\n")
+            note("caution: the path holds what a line cannot show, and stands here escaped: --json gives it as it is")
 
 
 def as_json(content: dict[str, Any]) -> None:
-    _write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
+    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -156,7 +147,8 @@ def number(value: float) -> str:
 def bar(ratio: float) -> str:
     """A ratio from 0 to 1 as a bar, full at 'no better than nothing'."""
     filled = round(min(max(ratio, 0.0), 1.0) * BAR_WIDTH) if math.isfinite(ratio) else 0
-    return "█" * filled + "·" * (BAR_WIDTH - filled)
+    full, empty = ("█", "·") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
+    return full * filled + empty * (BAR_WIDTH - filled)
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -167,7 +159,7 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
         "layout": trajectory.layout,
         "snapshots": [
             {
-                "path": str(s.path),
+                "path": portable(s.path),
                 "step": s.step if s.step >= 0 else None,
                 "step_source": s.step_source,
                 "bytes": s.num_bytes,
@@ -178,7 +170,7 @@ def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: 
         "num_tensors": len(alignment.tensors) if alignment else 0,
         "num_parameters": alignment.num_parameters if alignment else 0,
         "copied": [{"name": c.name, "reason": c.reason} for c in alignment.copied] if alignment else [],
-        "ignored": [{"path": str(i.path), "reason": i.reason} for i in trajectory.ignored],
+        "ignored": [{"path": portable(i.path), "reason": i.reason} for i in trajectory.ignored],
         "notes": list(trajectory.notes),
         "problems": list(problems),
     }
@@ -225,10 +217,9 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, 
 
 def _fit_command(trajectory: Trajectory) -> str:
     """With what the run cannot be read without."""
-    words = ["farcast", "fit", str(trajectory.directory)]
-    words += ["--pattern", trajectory.pattern] if trajectory.pattern else []
+    words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
     words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
-    return shlex.join(words)
+    return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
 
 
 def _by_kind(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -264,7 +255,7 @@ def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
 
 def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], begins: str, *, quiet: bool) -> None:
     """What a person should know of the folder before its run is forecast."""
-    folder = shlex.quote(str(trajectory.directory))
+    folder = shell_word(trajectory.directory)
     if trajectory.ignored:
         entries = "entry" if len(trajectory.ignored) == 1 else "entries"
         note(f"{len(trajectory.ignored)} {entries} left out (farcast inspect {folder} lists them)", quiet=quiet)
@@ -292,7 +283,7 @@ def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap
 
 def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:
     return {
-        "forecaster": str(path),
+        "forecaster": portable(path),
         "origin_step": fitted.steps[-1],
         "num_snapshots": len(fitted.steps),
         "leap": fitted.provenance.leap.resumes_after if fitted.provenance.leap else None,
@@ -380,7 +371,7 @@ def backtest_table(
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
     decision = outcome.decision
     content: dict[str, Any] = {
-        "path": str(outcome.path) if outcome.path else None,
+        "path": portable(outcome.path) if outcome.path else None,
         "origin_step": outcome.origin_step,
         "valid_step": outcome.valid_step,
         "horizon": outcome.horizon,
@@ -403,7 +394,12 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     }
     if outcome.trials:
         content["evaluations"] = [
-            {"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3), "log": str(t.log) if t.log else None}
+            {
+                "strength": t.strength,
+                "value": t.value,
+                "seconds": round(t.seconds, 3),
+                "log": portable(t.log) if t.log else None,
+            }
             for t in outcome.trials
         ]
     return content
@@ -464,7 +460,7 @@ def verify_json(result: Verification) -> dict[str, Any]:
     return {
         "ratio": result.ratio,
         "mean_absolute_error": result.mean_absolute_error,
-        "reference": str(result.reference),
+        "reference": portable(result.reference),
         "per_tensor": [{"name": t.name, "ratio": t.ratio} for t in result.per_tensor],
     }
 
@@ -503,7 +499,7 @@ def verify_table(result: Verification, *, verbose: bool) -> None:
 def tune_json(tuning: Tuning) -> dict[str, Any]:
     verdict = tuning.verdict
     return {
-        "path": str(tuning.path) if tuning.path else None,
+        "path": portable(tuning.path) if tuning.path else None,
         "layers": list(tuning.layers),
         "method": tuning.method,
         "verdict": "applied" if verdict is None else "tuned" if verdict.is_accepted else "no significant gain",

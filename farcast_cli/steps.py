@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError
+from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError, shell_word
 from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Snapshot, find_step_in_name
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotErr
     first, num_more = conflicts[0], len(conflicts) - 1
     if not num_more:
         return first
-    return type(first)(
-        f"{first} (and {num_more} more: farcast inspect {shlex.quote(str(directory))} shows all)", hint=first.hint
-    )
+    return type(first)(f"{first} (and {num_more} more: farcast inspect {shell_word(directory)} shows all)", hint=first.hint)
 
 
 # --- snapshots without evidence --------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path,
         findings.conflicts.append(
             TooFewSnapshotsError(
                 f"{directory}: no snapshot of step {listed}, which --steps lists",
-                hint=f"farcast inspect {shlex.quote(str(directory))} shows the steps that are there",
+                hint=f"farcast inspect {shell_word(directory)} shows the steps that are there",
             )
         )
 
@@ -323,7 +321,7 @@ def _two_runs(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot]
     first, num_more = collisions[0], len(collisions) - 1
     groups = _groups(collisions, kept)
     kinds = ", ".join(f"{pattern!r} ({count})" for pattern, count in groups.most_common(MAX_NAMED))
-    choose = f"--pattern {max(groups)!r} reads one of the runs; or " if groups else "a trajectory is one run: "
+    choose = f"--pattern {shlex.quote(max(groups))} reads one of the runs; or " if groups else "a trajectory is one run: "
     return MixedRunsError(
         f"{directory}: two snapshots of step {first[0].step}: {first[0].path.name} and {first[1].path.name}"
         + (f", and two at {num_more} more steps" if num_more else "")

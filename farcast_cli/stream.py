@@ -18,7 +18,7 @@ import numpy as np
 
 from farcast_cli.casts import widen, widen_pairs
 from farcast_cli.errors import NonFiniteError
-from farcast_cli.formats.files import ends_early, open_read_only, read_into
+from farcast_cli.formats.files import ends_early, open_read_only, read_into, reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,7 @@ Io = Literal["auto", "pread", "mmap"]
 
 `pread` reads into memory of our own and writes through the page cache; `auto` reads likewise and writes past the page
 cache (O_DIRECT) where the filesystem allows it; `mmap` writes as `auto` does and reads the page cache in place, which
-saves a copy, but a file that is cut short while it is read then ends the process.
+saves a copy, but a file that is cut short while it is read, or a disk that fails, then ends the process (SIGBUS).
 """
 FileStretch = tuple["Path", int, int]
 """Bytes of a file: path, first byte, number of bytes."""
@@ -149,7 +149,8 @@ class _OpenFile:
         if num_bytes == 0:  # an empty file cannot be mapped
             return np.empty(0, np.uint8)
         if self._map is None:
-            self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+            with reading(self.path):
+                self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
         if offset + num_bytes > len(self._map):
             raise ends_early(self.path, expected=offset + num_bytes, found=len(self._map))
         self._seen.append((offset, num_bytes))

@@ -14,8 +14,15 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError, TooFewSnapshotsError
-from farcast_cli.formats.files import file_size, read_bytes
+from farcast_cli.errors import (
+    FileFormatError,
+    HalfWrittenError,
+    NoWeightsError,
+    SnapshotError,
+    TooFewSnapshotsError,
+    shell_word,
+)
+from farcast_cli.formats.files import file_size, read_bytes, reading
 from farcast_cli.layouts import hf_trainer, hub_folder, recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name, read_snapshot
 from farcast_cli.output.place import sidecar_of
@@ -90,12 +97,10 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
     findings = Findings()
-    try:
+    with reading(directory):
         candidates = _candidates(directory, pattern, steps, findings)
         main = _main_layout(candidates)
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
-    except OSError as error:
-        raise FileFormatError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
     if not settled and not conflicts:
@@ -106,7 +111,7 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
 def open_snapshot(path: Path) -> Snapshot:
     """One checkpoint by itself, its step settled by its own evidence (-1 where there is none)."""
     layout = recognise(path)
-    if layout is None:
+    if layout is None:  # which has seen that the path can be looked at
         raise SnapshotError(f"{path}: no checkpoint here" if path.exists() else f"{path}: no such file or folder")
     snapshot = read_snapshot(layout, path)
     first = snapshot.evidence[0] if snapshot.evidence else None
@@ -164,7 +169,7 @@ def _candidates(directory: Path, pattern: str, steps: StepRange | StepList | Non
     if alone and not any(find_step_in_name(path.name) for path, _ in found):
         raise TooFewSnapshotsError(
             f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
-            hint=f"name the folder above it: {directory.resolve().parent}",
+            hint=f"name the folder above it: {shell_word(directory.resolve().parent)}",
         )
     if not found:
         raise _nothing_found(directory, pattern, findings)
@@ -180,9 +185,7 @@ def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewS
         return _too_few(directory, 0, 1, half_written)
     matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
     hint = (
-        f"farcast inspect {shlex.quote(str(directory))} shows all"
-        if pattern
-        else "docs/formats.md lists the layouts that are read"
+        f"farcast inspect {shell_word(directory)} shows all" if pattern else "docs/formats.md lists the layouts that are read"
     )
     return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
 

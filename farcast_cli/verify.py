@@ -12,7 +12,7 @@ import numpy as np
 
 from farcast_cli.alignment import align
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
-from farcast_cli.formats.files import file_size, read_bytes
+from farcast_cli.formats.files import file_size, local, read_bytes, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.output.place import sidecar_of
 from farcast_cli.stream import Reader, Scratch, Section, read_trajectory, stretches
@@ -56,17 +56,17 @@ class _Sums:
 
 def find_reference(forecast: Path) -> Path:
     """The origin that a forecast was made from, by its sidecar."""
-    sidecar = sidecar_of(forecast, is_file=forecast.is_file())
-    try:
-        origin = parse_json(read_bytes(sidecar, 0, file_size(sidecar)))["origin"]
-        if not isinstance(origin, str):
-            raise TypeError(origin)  # noqa: TRY301 - one message for whatever is wrong with it
-    except FileFormatError as error:
+    with reading(forecast):
+        sidecar = sidecar_of(forecast, is_file=forecast.is_file())
+        is_there = sidecar.exists()
+    if not is_there:
         raise UsageError(
             f"{forecast}: no {sidecar.name} says what it was forecast from",
             hint="--reference CKPT names the last snapshot before the forecast",
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
+        )
+    try:
+        origin = local(parse_json(read_bytes(sidecar, 0, file_size(sidecar)))["origin"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{sidecar}: not a forecast's provenance", hint="--reference CKPT") from error
     return forecast.parent / origin
 

@@ -117,7 +117,7 @@ def in_processes(num_tasks: int, make: Callable[[], Worker[Result]], num_workers
         for _ in range(num_workers):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_serve, args=(num_tasks, taken, make, theirs, os.getpid()), daemon=True)
-            process.start()
+            _start(process)
             theirs.close()
             processes[ours] = process
         yield from _collect(processes)
@@ -126,6 +126,13 @@ def in_processes(num_tasks: int, make: Callable[[], Worker[Result]], num_workers
             process.kill()
             process.join()
             pipe.close()
+
+
+def _start(process: ForkProcess) -> None:
+    try:
+        process.start()
+    except OSError as error:
+        raise OutputError(f"a worker process cannot be started: {error.strerror}", hint="--threads 1 needs none") from error
 
 
 def _collect(processes: Mapping[Connection, ForkProcess]) -> Iterator[Any]:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
+from farcast_cli.cli import app
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.methods import METHODS
+from farcast_cli.options import FROM_ANY_FILE
 from farcast_cli.stream import sample_stretches
 from tests.conftest import (
     STEPS,
@@ -395,7 +398,7 @@ def test_a_forecast_does_not_depend_on_snapshots_after_its_origin(work: Path, ca
 def test_options_come_from_the_command_line_before_the_environment_before_the_config_file(
     work: Path, call_cli: CallCli
 ) -> None:
-    (work / "farcast.toml").write_text("quiet = true\n[predict]\nhorizon = 100\neven-if-worse = true\n")
+    (work / "farcast.toml").write_text("quiet = true\n[predict]\nhorizon = 100\ngrad-weight = 0.0\n")
     predict = partial(call_cli, "predict", "--dry-run", "--json", cwd=work)
     assert as_json(predict())["horizon"] == 100
     assert as_json(predict(env={"FARCAST_HORIZON": "200"}))["horizon"] == 200
@@ -414,6 +417,7 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], object], object]] = {
     "another command's table": ("[fit]\nsample = 2000\n[predict]\nhorizon = 100\n", lambda c: c["horizon"], 100),
     "the option called for": ("[predict]\nhorizon = 100\nfor = 'evaluation'\n", lambda c: c["method"], "k5"),
     "the option called for, for all": ("for = 'evaluation'\nhorizon = 100\n", lambda c: c["method"], "k5"),
+    "the option called round": ("[tune]\nround = 'stochastic'\n[predict]\nhorizon = 100\n", lambda c: c["horizon"], 100),
     "the option called json": ("[predict]\nhorizon = 100\njson = true\n", lambda c: c["horizon"], 100),
 }
 
@@ -438,6 +442,56 @@ def test_a_config_file_that_makes_no_sense_is_a_usage_error(
 ) -> None:
     (work / "own.toml").write_text(text)
     refused(call_cli, work, 2, words, "predict", "--horizon", 100, "--config", "own.toml")
+
+
+NAMED_ONLY = {
+    "a place to read": {"forecaster", "ledger", "data", "anchor", "apply", "against", "reference", "config"},
+    "an argument, which is a place to read": {"directory", "checkpoint", "forecast"},
+    "a place to write": {"output", "delta_out"},
+    "a program": {"eval_cmd"},
+    "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
+    "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm"},
+}
+"""What a farcast.toml that nobody named may not set, and why. A new option belongs here or into FROM_ANY_FILE."""
+
+
+def test_every_option_is_either_harmless_in_a_file_that_nobody_named_or_listed_with_the_reason_why_not() -> None:
+    group: Any = typer.main.get_command(app)
+    found = {parameter.name for command in group.commands.values() for parameter in command.params}
+    refused = set[str]().union(*NAMED_ONLY.values())
+    assert found == FROM_ANY_FILE | refused
+    assert set() == FROM_ANY_FILE & refused
+
+
+@pytest.mark.parametrize("key", sorted(set[str]().union(*NAMED_ONLY.values()) - {"config"}))
+def test_a_file_that_nobody_named_sets_no_place_no_program_and_no_check(work: Path, call_cli: CallCli, key: str) -> None:
+    group: Any = typer.main.get_command(app)
+    name = next(name for name, command in group.commands.items() if key in {p.name for p in command.params})
+    arguments = {"verify": ("x", "--against", "y"), "tune": ("x",), "inspect": ("run",), "fit": ("run",)}.get(name, ())
+    spelled = {"purpose": "for"}.get(key, key.replace("_", "-"))
+    for text in (f"{spelled} = 1\n", f"[{name}]\n{spelled} = 1\n"):
+        (work / "farcast.toml").write_text(text)
+        done = refused(call_cli, work, 2, ("farcast.toml", repr(spelled)), name, *arguments)
+        assert done.hints == ["hint: --config farcast.toml"]
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_file_that_the_user_names_sets_every_option(work: Path, call_cli: CallCli, by: str) -> None:
+    (work / "farcast.toml").write_text("[predict]\nhorizon = 100\noutput = 'there/'\nledger = 'leaps'\nquiet = true\n")
+    named = {"args": ("--config", "farcast.toml")} if by == "option" else {"env": {"FARCAST_CONFIG": "farcast.toml"}}
+    done = call_cli("predict", *named.get("args", ()), cwd=work, env=named.get("env"))  # type: ignore[arg-type]
+    assert (done.returncode, done.stdout) == (0, "there/step_000900.safetensors\n")
+    assert (work / "leaps").is_file()
+
+
+def test_a_table_of_another_command_does_not_stop_this_one(work: Path, call_cli: CallCli) -> None:
+    (work / "farcast.toml").write_text("[predict]\noutput = 'there/'\n")
+    assert call_cli("inspect", "run", cwd=work).returncode == 0
+
+
+def test_a_config_file_without_end_is_refused(work: Path, call_cli: CallCli) -> None:
+    (work / "large.toml").write_text("# " + "x" * (2 << 20))
+    refused(call_cli, work, 2, ("large.toml", "larger"), "inspect", "run", "--config", "large.toml")
 
 
 def test_a_config_file_that_is_not_there_is_a_usage_error(work: Path, call_cli: CallCli) -> None:

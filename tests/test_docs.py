@@ -275,6 +275,26 @@ def test_the_ci_script_passes_on_the_code_of_a_prediction_that_failed(tmp_path: 
     assert (tmp_path / "out" / "step_001000.safetensors").read_text() == "mine"
 
 
+def test_the_ci_script_puts_no_path_that_a_shell_would_obey_where_jobs_read_it(tmp_path: Path, tools: Path) -> None:
+    run = make_loose_run(tmp_path / "run")
+    for path in run.iterdir():
+        path.rename(path.with_name(f"$(touch marker)_{path.name}"))
+    done = run_script(tools, run, 200, "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "could obey" in done.stderr
+    assert not (tmp_path / "out/result.env").exists()
+    assert not (tmp_path / "marker").exists()
+    told = json.loads((tmp_path / "out/predict.json").read_text())["path"]
+    assert (tmp_path / told).is_file()
+
+
+def test_the_ci_script_takes_a_folder_that_is_called_like_an_option_for_a_folder(tmp_path: Path, tools: Path) -> None:
+    make_loose_run(tmp_path / "--version")
+    done = run_script(tools, "--version", 200, "-o")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "-o/step_001000.safetensors").is_file()
+
+
 @pytest.mark.parametrize("horizon", ["", "soon", "100,200", "-5"])
 def test_the_ci_script_refuses_a_horizon_that_is_not_one_number(tmp_path: Path, tools: Path, horizon: str) -> None:
     done = run_script(tools, tmp_path, horizon)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import farcast_cli
 from farcast_cli.command import LOG_BYTES
+from farcast_cli.errors import UsageError
 from farcast_cli.evaluation import Evaluator, Trial, best_trial, last_number
 from farcast_cli.fitted import load_fitted
 from farcast_cli.job import Request
@@ -239,6 +240,34 @@ def test_a_command_that_fails_on_one_of_several_horizons_publishes_none(fitted: 
 )
 def test_the_last_number_is_the_score_and_a_part_of_a_word_is_none(printed: str, value: float | None) -> None:
     assert last_number(printed) == value
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        'cat "{ckpt}"',
+        "cat '{ckpt}'",
+        'sh -c "cat {ckpt}"',
+        "cat \\{ckpt}",
+        "cat <<X\n{ckpt}\nX",
+        'echo "a" "b{ckpt}"',
+        "cat `echo {ckpt}`",
+    ],
+)
+def test_a_path_with_a_command_in_it_never_goes_between_quotes_of_the_users_own(tmp_path: Path, command: str) -> None:
+    assert Evaluator(command).command_for(tmp_path / "plain") == command.replace("{ckpt}", f"{tmp_path}/plain")
+    with pytest.raises(UsageError, match="within quotes"):
+        Evaluator(command).command_for(tmp_path / "run$(touch marker)")
+
+
+@pytest.mark.parametrize("command", ["cat {ckpt}", 'python -c \'print(1)\' "a\\"b" {ckpt}', "echo it\\'s {ckpt} '{x}'"])
+def test_a_path_with_a_command_in_it_is_quoted_outside_of_quotes(tmp_path: Path, command: str) -> None:
+    place = tmp_path / "run$(touch marker)"
+    place.mkdir()
+    words = ["sh", "-c", Evaluator(command.replace("cat", "test -d")).command_for(place)]
+    done = subprocess.run(words, cwd=tmp_path, check=False)
+    assert not (tmp_path / "marker").exists()
+    assert done.returncode == 0
 
 
 def test_the_checkpoints_path_is_quoted_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ def test_what_cannot_be_read_as_a_ledger_is_an_error_with_its_path(tmp_path: Pat
         ledger.mkdir()
     else:
         ledger.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FileFormatError, match=r"ledger\.jsonl: the ledger of leaps cannot be read"):
+    with pytest.raises(FileFormatError, match=r"ledger\.jsonl: .*cannot be read"):
         read_leaps(ledger, tmp_path)
 
 

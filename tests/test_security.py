@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,11 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 
-from farcast_cli.errors import UnsafeFileError
+from farcast_cli.errors import UnsafeFileError, UsageError, shell_word
 from farcast_cli.formats.pickle_names import is_data, runs_code
 from farcast_cli.formats.torch_file import read_torch_file, refuse_code_in
 from farcast_cli.formats.torch_pickle import encode_pickle
+from farcast_cli.ledger import read_leaps
 from tests import corpus
 from tests.conftest import STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
 from tests.corpus import CASES, Calls, Case, make_hf_run, name_of, newest, torch_zip
@@ -510,6 +512,74 @@ def test_settings_that_lie_in_the_folder_run_nothing(tmp_path: Path, fitted: Pat
     assert_refused(call_cli("predict", "--even-if-worse", cwd=tmp_path), 2, 4)
     assert not (tmp_path / "marker").exists()
     assert not (tmp_path / "forecasts").exists()
+
+
+COMMAND = "run$(touch marker)`touch marker`;touch marker"
+
+
+def test_a_runs_name_is_no_command_where_a_shell_reads_the_ledger(tmp_path: Path, fitted: Path, call_cli: CallCli) -> None:
+    shutil.copytree(fitted / "run", tmp_path / COMMAND)
+    assert call_cli("fit", COMMAND, cwd=tmp_path).returncode == 0
+    place = ("-o", tmp_path / "out" / "step_000900.safetensors", "--ledger", "profile")
+    assert call_cli("predict", "--horizon", 100, *place, cwd=tmp_path).returncode == 0
+    for shell in ("sh", "bash"):
+        if shutil.which(shell):
+            subprocess.run(
+                [shell, "-c", ". ./profile; . out/step_000900.farcast.json"], cwd=tmp_path, capture_output=True, check=False
+            )
+    assert not (tmp_path / "marker").exists()
+    again = call_cli("fit", COMMAND, "--ledger", "profile", cwd=tmp_path)
+    assert (again.returncode, read_leaps(tmp_path / "profile", tmp_path / COMMAND)[0].valid_step) == (0, 900)
+
+
+HINTS: dict[str, tuple[str, ...]] = {
+    "an output without its ending": ("predict", "--horizon", "100", "-o", "$(touch marker)"),
+    "a run that changed": ("predict", "--horizon", "100"),
+    "the run's notes": ("fit", COMMAND),
+    "what to do next": ("inspect", COMMAND),
+    "an output of tune's": (
+        "tune",
+        f"{COMMAND}/step_000100.safetensors",
+        "--layer",
+        "norm.weight",
+        "--loss",
+        "mse",
+        "-o",
+        "$(touch marker)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HINTS)
+def test_no_line_that_is_printed_runs_a_name_where_it_is_pasted(
+    tmp_path: Path, fitted: Path, call_cli: CallCli, what: str
+) -> None:
+    run = Path(shutil.copytree(fitted / "run", tmp_path / COMMAND))
+    (run / "notes0").write_text("x")
+    assert call_cli("fit", COMMAND, cwd=tmp_path).returncode == 0
+    if what == "a run that changed":
+        save_arrays({"a": np.ones(2)}, run / "step_000800.safetensors")
+    arguments = HINTS[what] if "tune" not in HINTS[what] else (*HINTS[what], "--data", str(run / "step_000800.safetensors"))
+    done = call_cli(*arguments, cwd=tmp_path)
+    commands = [line[line.index("farcast ") :] for line in (done.stdout + done.stderr).splitlines() if "farcast " in line]
+    commands += ["farcast x " + line.removeprefix("hint: ") for line in done.hints]
+    for command in commands:
+        subprocess.run(["sh", "-c", f"farcast() {{ :; }}; {command}"], cwd=tmp_path, capture_output=True, check=False)
+    assert commands
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [("a/b", "a/b"), ("-o", "./-o"), ("--config=x y", "'./--config=x y'"), ("$(x)", "'$(x)'"), ("it's", "'it'\"'\"'s'")],
+)
+def test_a_path_in_a_hint_is_one_word_and_no_option(path: str, word: str) -> None:
+    assert shell_word(path) == word
+    assert shlex.split(word)[0].removeprefix("./") == path
+
+
+def test_a_hint_that_is_too_long_is_left_out_rather_than_cut_within_its_quotes() -> None:
+    assert UsageError("x", hint=shell_word("'" * 1500)).hint == ""
 
 
 # --- trainer's state that is odd ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@
 # Needs farcast and python3 on PATH. Any other option of farcast: its FARCAST_... variable.
 set -eu
 
+read_path='import json, os, sys; sys.stdout.buffer.write(os.fsencode(json.load(open(sys.argv[1], "rb"))["path"]))'
 NO_FORECAST=10 # farcast's exit code for "no forecast better than the last checkpoint"
 
 run=${1:-${RUN_DIR:-}}
@@ -45,6 +46,13 @@ case $horizon in
 '' | *[!0-9]*) usage ;;
 esac
 
+case $run in
+-*) run=./$run ;; # a folder and no option, whatever it is called
+esac
+case $out in
+-*) out=./$out ;;
+esac
+
 mkdir -p "$out"
 rm -f "$out/inspect.json" "$out/fit.json" "$out/predict.json" "$out/result.env"
 
@@ -55,7 +63,13 @@ keep predict predict --forecaster "$out/forecaster.safetensors" --horizon "$hori
 
 case $status in
 0)
-	path=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["path"])' "$out/predict.json")
+	path=$(python3 -c "$read_path" "$out/predict.json")
+	case $path in
+	*[][:space:][:cntrl:]\'\"\`\$\\\;\&\|\<\>\(\)\{\}\*\?\[\#\!]*)
+		say "the forecast's path holds what a shell could obey, so it stands in predict.json and not in result.env"
+		exit 2
+		;;
+	esac
 	printf 'OUTCOME=forecast\nRESUME_FROM=%s\n' "$path" >"$out/result.env"
 	say "resume from $path"
 	printf '%s\n' "$path"

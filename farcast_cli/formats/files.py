@@ -5,18 +5,71 @@ A file that is cut short while it is read raises an error here; the same under m
 
 from __future__ import annotations
 
+import errno
+import io
 import os
-import shlex
 import stat
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError, HalfWrittenError
+from farcast_cli.errors import FileFormatError, HalfWrittenError, shell_word
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from _typeshed import WriteableBuffer
+
 _LFS_PREFIX = b"version https://git-lfs"
+_HINTS = {
+    errno.EIO: "the disk or the network filesystem has a fault: try again, or restore the file from another copy",
+    errno.ESTALE: "the network filesystem lost the file: try again",
+}
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system fails at in this block, it failed at while an input was read: the error names that input.
+
+    Raises:
+        FileFormatError: an OSError, which names its own file where it knows one, or memory that does not suffice.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except MemoryError as error:
+        raise FileFormatError(
+            f"{path}: cannot be read: the memory does not suffice{_size_of(path)}", hint="--threads 1 takes the least memory"
+        ) from error
+
+
+def unreadable(path: Path, error: OSError) -> FileFormatError:
+    """What the system says against reading a file; against the file that it names, where it names one."""
+    named = error.filename if isinstance(error.filename, str) else path
+    return FileFormatError(f"{named}: cannot be read: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, ""))
+
+
+def _size_of(path: Path) -> str:
+    try:
+        return f" for its {path.stat().st_size} bytes" if path.is_file() else ""
+    except OSError:
+        return ""
+
+
+def portable(name: str | Path) -> str:
+    """A path as a file of ours holds it, whatever the locale: its bytes as UTF-8, those that are none as surrogates."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def local(name: str) -> str:
+    """A path out of a file of ours, as this locale spells it.
+
+    Raises:
+        UnicodeEncodeError: a ValueError; no path is spelled like this.
+    """
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def open_read_only(path: Path) -> int:
@@ -24,11 +77,10 @@ def open_read_only(path: Path) -> int:
 
     Opening a FIFO would wait for a writer, and a device has no end: only regular files are read.
     """
-    try:
+    with reading(path):
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+    if not is_regular:
         os.close(fd)
         raise FileFormatError(f"{path}: cannot be read: no regular file")
     return fd
@@ -38,10 +90,34 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     """Fill `buffer` (bytes) from byte `offset` of an open file."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(fd, [buffer[done : done + _MAX_READ]], offset + done)
+        try:  # not `reading`, whose block costs some microseconds, a good part of a short read
+            count = os.preadv(fd, [buffer[done : done + _MAX_READ]], offset + done)
+        except OSError as error:
+            raise unreadable(path, error) from error
         if count == 0:
             raise ends_early(path, expected=offset + len(buffer), found=offset + done)
         done += count
+
+
+class _Input(io.FileIO):
+    """An input whose faults are no OSErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__(open_read_only(path), "rb")
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        with reading(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with reading(self._path):
+            return super().readall() or b""
+
+
+def open_input(path: Path) -> io.BufferedReader:
+    """An input for libraries that read open files, and would take a fault of the disk for a fault of the format."""
+    return io.BufferedReader(_Input(path))
 
 
 def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:
@@ -55,11 +131,12 @@ def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
     """`num_bytes` bytes of a file from byte `offset` on."""
     fd = open_read_only(path)
     try:
-        buffer = bytearray(num_bytes)
-        read_into(fd, memoryview(buffer), offset, path)
+        with reading(path):
+            buffer = bytearray(num_bytes)
+            read_into(fd, memoryview(buffer), offset, path)
+            return bytes(buffer)
     finally:
         os.close(fd)
-    return bytes(buffer)
 
 
 def file_size(path: Path) -> int:
@@ -71,19 +148,15 @@ Mark = tuple[int, int, int]
 
 
 def mark_of(path: Path) -> Mark:
-    try:
+    with reading(path):
         found = path.stat()
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def mode_of(path: Path) -> int:
     """A file's or a folder's permissions."""
-    try:
+    with reading(path):
         return stat.S_IMODE(path.stat().st_mode) & 0o777
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def refuse_lfs_pointer(path: Path, head: bytes) -> None:
@@ -91,5 +164,5 @@ def refuse_lfs_pointer(path: Path, head: bytes) -> None:
     if head.startswith(_LFS_PREFIX):
         raise FileFormatError(
             f"{path}: this is a git-LFS pointer, not the file itself",
-            hint=f"git -C {shlex.quote(str(path.parent))} lfs pull",
+            hint=f"git -C {shell_word(path.parent)} lfs pull",
         )

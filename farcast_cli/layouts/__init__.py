@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from farcast_cli.formats.files import reading
 from farcast_cli.layouts import (
     accelerate,
     dcp,
@@ -35,5 +36,10 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def recognise(path: Path) -> Layout | None:
-    """The layout of what lies at `path`, judged by names (a `.ckpt` by whose it is); None if it is no checkpoint."""
-    return next((layout for layout in LAYOUTS if layout.recognises(path)), None)
+    """The layout of what lies at `path`, judged by names (a `.ckpt` by whose it is); None if it is no checkpoint.
+
+    Raises:
+        FileFormatError: the system cannot say what lies there.
+    """
+    with reading(path):
+        return next((layout for layout in LAYOUTS if layout.recognises(path)), None)

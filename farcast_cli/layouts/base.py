@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnsafeFileError
 from farcast_cli.formats.dcp_file import DcpFile
-from farcast_cli.formats.files import Mark, file_size, mark_of, read_bytes
+from farcast_cli.formats.files import Mark, file_size, mark_of, read_bytes, reading
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
@@ -125,9 +125,10 @@ def read_snapshot(layout: Layout, path: Path) -> Snapshot:
         UnsafeFileError: a link inside its folder leads out of the run.
         FileFormatError: a link that leads nowhere, or what the layout cannot read.
     """
-    files = [file for file, _ in files_below(path)] if path.is_dir() else [path]
-    marks = {file: mark_of(file) for file in files}
-    return replace(layout.read(path), marks=marks)
+    with reading(path):
+        files = [file for file, _ in files_below(path)] if path.is_dir() else [path]
+        marks = {file: mark_of(file) for file in files}
+        return replace(layout.read(path), marks=marks)
 
 
 @contextmanager
@@ -233,8 +234,9 @@ def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
         UnsafeFileError: a link that leads out of the run's folder, whose target a forecast would copy.
         FileFormatError: a link that leads nowhere or in a circle.
     """
-    found = _walk(folder, _homes_of(folder), (Path(os.path.realpath(folder)),))
-    yield from sorted(((path, path.relative_to(folder).as_posix()) for path in found), key=lambda pair: pair[0])
+    with reading(folder):
+        found = sorted(_walk(folder, _homes_of(folder), (Path(os.path.realpath(folder)),)))
+    yield from ((path, path.relative_to(folder).as_posix()) for path in found)
 
 
 def _homes_of(folder: Path) -> tuple[Path, ...]:
@@ -265,6 +267,8 @@ def _check_link(path: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) ->
     try:
         real = Path(os.path.realpath(path, strict=True))
     except OSError as error:
+        if error.errno not in {errno.ELOOP, errno.ENOENT, errno.ENOTDIR}:
+            raise
         where = "in a circle" if error.errno == errno.ELOOP else "nowhere"
         raise FileFormatError(f"{path}: a link that leads {where}", hint="remove it, or restore what it points to") from error
     if not any(real.is_relative_to(home) for home in homes):

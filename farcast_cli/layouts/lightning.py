@@ -12,6 +12,7 @@ import zipfile
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import NoWeightsError
+from farcast_cli.formats.files import open_input
 from farcast_cli.formats.torch_file import MAX_PICKLE_BYTES, read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence, weights_of
@@ -38,7 +39,7 @@ def _recognises(path: Path) -> bool:
     if path.suffix != ".ckpt" or not path.is_file():
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
             pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
             small = len(pickles) == 1 and pickles[0].file_size <= MAX_PICKLE_BYTES
             if small and pickles[0].compress_type != zipfile.ZIP_STORED:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError
+from farcast_cli.errors import FileFormatError, shell_word
 from farcast_cli.layouts.base import Layout, Snapshot
 
 if TYPE_CHECKING:
@@ -105,8 +105,10 @@ def refuse(path: Path) -> None:
 
 def _raise(kind: Refused, path: Path) -> Snapshot:
     is_tag = (path.parent / "latest").is_file() or path.name.startswith("global_step")
-    home, tag = (path.parent, f" --tag {path.name}") if is_tag else (path, "")
-    raise FileFormatError(f"{path}: {kind.what}: not read yet", hint=kind.hint.format(path=path, home=home, tag=tag))
+    home, tag = (path.parent, f" --tag {shell_word(path.name)}") if is_tag else (path, "")
+    raise FileFormatError(
+        f"{path}: {kind.what}: not read yet", hint=kind.hint.format(path=shell_word(path), home=shell_word(home), tag=tag)
+    )
 
 
 def _is_folder_of(kind: Refused, path: Path) -> bool:

@@ -14,7 +14,7 @@ from operator import and_
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from farcast_cli.errors import FarcastError, OutputError
-from farcast_cli.formats.files import file_size, mode_of, read_bytes
+from farcast_cli.formats.files import file_size, mode_of, portable, read_bytes
 from farcast_cli.formats.json_text import parse_json
 
 if TYPE_CHECKING:
@@ -61,12 +61,13 @@ def list_files(place: Path) -> list[dict[str, Any]]:
     Reads at most three blocks of each.
     """
     if place.is_file():
-        return [{"name": place.name, "bytes": file_size(place), "fingerprint": _fingerprint(place)}]
+        return [_described(place, place.name)]
     found = sorted(path for path in place.rglob("*") if path != place / SIDECAR and (path.is_symlink() or not path.is_dir()))
-    return [
-        {"name": path.relative_to(place).as_posix(), "bytes": file_size(path), "fingerprint": _fingerprint(path)}
-        for path in found
-    ]
+    return [_described(path, path.relative_to(place).as_posix()) for path in found]
+
+
+def _described(path: Path, name: str) -> dict[str, Any]:
+    return {"name": portable(name), "bytes": file_size(path), "fingerprint": _fingerprint(path)}
 
 
 def _fingerprint(path: Path) -> str:
@@ -100,7 +101,7 @@ def check_ours(place: Path, *, is_file: bool) -> None:
     hint = "farcast replaces only what it wrote itself, unchanged: -o OUT writes elsewhere"
     sidecar = sidecar_of(place, is_file=is_file)
     content = _read_sidecar(sidecar)
-    if content is None or (is_file and content.get("name") != place.name) or place.is_symlink():
+    if content is None or (is_file and content.get("name") != portable(place.name)) or place.is_symlink():
         raise OutputError(f"{place}: exists and is not a forecast", hint=hint)
     told, found = content.get("files"), _list_or_none(place)
     if told == found and found is not None:
@@ -118,7 +119,7 @@ def check_sidecar_ours(sidecar: Path) -> None:
         OutputError: it is something else.
     """
     content = None if sidecar.is_symlink() else _read_sidecar(sidecar)
-    if content is None or content.get("name") != sidecar.name.removesuffix(f".{SIDECAR}"):
+    if content is None or content.get("name") != portable(sidecar.name.removesuffix(f".{SIDECAR}")):
         raise OutputError(
             f"{sidecar}: exists and is not a forecast's sidecar", hint="move it away, or choose another place with -o"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli import __version__
+from farcast_cli.formats.files import portable
 
 if TYPE_CHECKING:
     from farcast_cli.fitted import Fitted
@@ -24,7 +25,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
     mean = sizes @ linear.weights[index] / sizes.sum()
     content: dict[str, Any] = {
         "schema_version": 1,
-        "name": outcome.path.name,
+        "name": portable(outcome.path.name),
         "farcast_version": __version__,
         "origin_step": outcome.origin_step,
         "valid_step": outcome.valid_step,
@@ -46,10 +47,10 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
         "expected_ratio": _number(outcome.decision.expected),
         "coherence": _number(outcome.decision.coherence),
         "recent_coherence": _number(outcome.decision.recent),
-        "origin": os.path.relpath(prepared.origin.path.resolve(), home),
+        "origin": portable(os.path.relpath(prepared.origin.path.resolve(), home)),
         "inputs": [
             {
-                "path": os.path.relpath(s.path.resolve(), home),
+                "path": portable(os.path.relpath(s.path.resolve(), home)),
                 "step": s.step,
                 "bytes": s.num_bytes,
                 "digest": s.digest,
@@ -72,7 +73,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
                 "strength": trial.strength,
                 "value": trial.value,
                 "seconds": round(trial.seconds, 3),
-                "log": trial.log and os.path.relpath(trial.log.resolve(), home),
+                "log": trial.log and portable(os.path.relpath(trial.log.resolve(), home)),
             }
             for trial in outcome.trials
         ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli.errors import DataError, FarcastError, FileFormatError, UnsafeFileError, UsageError
-from farcast_cli.formats.files import file_size
+from farcast_cli.formats.files import file_size, open_input, reading
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.tensors import FLOATING
 from farcast_cli.tune.gate import MIN_ROWS
@@ -189,16 +189,18 @@ def _from_safetensors(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[A
 
 
 def _from_npz(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    if not zipfile.is_zipfile(path):
-        raise _not_npz(path, "no zip file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file.files}
+        with reading(path), open_input(path) as raw:
+            if not zipfile.is_zipfile(raw):
+                raise _not_npz(path, "no zip file")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                return {name: file[name] for name in names if name in file.files}
     except ValueError as error:
         if "pickle" in str(error).lower():
             raise UnsafeFileError(f"{path}: holds pickled objects, which may run code: expected plain arrays") from error
         raise _not_npz(path, error) from error
-    except (OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise _not_npz(path, error) from error
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from farcast_cli import __version__
 from farcast_cli.errors import OutputError, SnapshotError, UsageError
+from farcast_cli.formats.files import file_size, portable
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.output.writer import staged
 from farcast_cli.trajectory import open_snapshot
@@ -136,7 +137,7 @@ def apply_deltas(
         outcome = Outcome(tuple(delta.layer for delta in deltas), "apply", path=output, notes=tuple(_left_alone(snapshot)))
 
         def about(home: Path) -> dict[str, Any]:
-            return _provenance(outcome, snapshot, home, rounded) | {"delta": os.path.relpath(file.resolve(), home)}
+            return _provenance(outcome, snapshot, home, rounded) | {"delta": portable(os.path.relpath(file.resolve(), home))}
 
         changes = list(zip(weights, deltas, strict=True))
         done = write_tuned(snapshot, changes, Writing(output, rounded, about, check, num_threads), progress)
@@ -364,12 +365,12 @@ def _provenance(outcome: Outcome, snapshot: Snapshot, home: Path, rounded: Round
     return {
         "schema_version": 1,
         "command": "tune",
-        "name": outcome.path.name if outcome.path else None,
+        "name": portable(outcome.path.name) if outcome.path else None,
         "farcast_version": __version__,
         "layers": list(outcome.layers),
         "method": outcome.method,
         "input": {
-            "path": os.path.relpath(snapshot.path.resolve(), home),
+            "path": portable(os.path.relpath(snapshot.path.resolve(), home)),
             "bytes": snapshot.num_bytes,
             "digest": snapshot.digest,
         },
@@ -383,14 +384,14 @@ def _provenance(outcome: Outcome, snapshot: Snapshot, home: Path, rounded: Round
 def _asked(request: Request, home: Path) -> dict[str, Any]:
     settings = request.settings
     return {
-        "data": {"path": os.path.relpath(request.data.resolve(), home), "bytes": request.data.stat().st_size},
+        "data": {"path": portable(os.path.relpath(request.data.resolve(), home)), "bytes": file_size(request.data)},
         "options": {
             "loss": request.loss,
             "activation": list(request.activations),
             "bias": list(request.biases),
             "head": request.head,
             "head_bias": request.head_bias,
-            "anchor": None if request.anchor is None else os.path.relpath(request.anchor.resolve(), home),
+            "anchor": None if request.anchor is None else portable(os.path.relpath(request.anchor.resolve(), home)),
             "rate": settings.rate,
             "momentum": settings.momentum,
             "weight_decay": settings.weight_decay,

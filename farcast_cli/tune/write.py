@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli.alignment import Alignment
-from farcast_cli.errors import OutputError, UsageError
+from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.output.batch import Source
 from farcast_cli.output.engine import Engine, write_forecasts
 from farcast_cli.output.linear import LinearMap
@@ -68,7 +68,9 @@ def check_place(place: Path, snapshot: Snapshot, *, option: str = "-o", ending: 
         raise OutputError(f"{place}: exists already", hint=f"choose another place with {option}")
     wanted = ending if ending is not None else snapshot.path.suffix if snapshot.path.is_file() else ""
     if not place.name.endswith(wanted):
-        raise UsageError(f"{option} {place}: expected a name that ends in {wanted}", hint=f"{option} {place}{wanted}")
+        raise UsageError(
+            f"{option} {place}: expected a name that ends in {wanted}", hint=f"{option} {shell_word(f'{place}{wanted}')}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
