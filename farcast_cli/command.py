@@ -133,12 +133,57 @@ class Ended:
         return "it printed nothing"
 
 
+_WATCH = """
+while read -r _; do :; done
+kill -s TERM -- "-$1" || exit
+left=$2
+while [ "$left" -gt 0 ]; do
+    sleep 1
+    kill -s 0 -- "-$1" || exit
+    left=$((left - 1))
+done
+kill -s KILL -- "-$1"
+"""
+"""Waits for the end of its input, which comes when nobody can write to it any more; then ends a group as `follow` does."""
+
+
+class Watch:
+    """A process that ends a group when farcast dies without the time to do so itself, as by SIGKILL.
+
+    It reads from a pipe that only farcast can write to. It is in a session of its own, where no signal for the group or for
+    the terminal reaches it, and holds none of the user's streams.
+    """
+
+    def __init__(self, group: int, *, grace_s: float = GRACE_S) -> None:
+        ours, self._end = os.pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own script, and two numbers
+                ["/bin/sh", "-c", _WATCH, "sh", str(group), f"{grace_s:.0f}"],
+                stdin=ours,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._end)
+            raise
+        finally:
+            os.close(ours)
+
+    def close(self) -> None:
+        """The group has ended: so does this."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._end)
+
+
 class Run:
     """One run of the command: a shell in a process group of its own, whose output is read as it comes."""
 
     def __init__(self, command: str, log: Log, variables: Mapping[str, str]) -> None:
         self._log = log
-        try:
+        with _starting():
             self._process = subprocess.Popen(  # noqa: S602 - the user's own command
                 command,
                 shell=True,
@@ -148,10 +193,13 @@ class Run:
                 env=os.environ | variables,
                 start_new_session=True,
             )
-        except OSError as error:
-            raise UsageError(
-                f"the evaluation command cannot be started: {error.strerror}", hint="sh, or a process, is missing"
-            ) from error
+        try:
+            with _starting():
+                self._watcher = Watch(self._process.pid)
+        except BaseException:
+            self._signal(signal.SIGKILL)
+            self._process.communicate()
+            raise
         self._tails = {"stdout": Tail(SAID_BYTES), "stderr": Tail(SAID_BYTES)}
         self._selector = selectors.DefaultSelector()
         for name, stream in (("stdout", self._process.stdout), ("stderr", self._process.stderr)):
@@ -171,11 +219,13 @@ class Run:
             self._read_until_gone(GRACE_S, stop.hurry)
         finally:
             self._signal(signal.SIGKILL)
+            self._watcher.close()  # while the group's number cannot be another's: its shell has not been waited for
             code = self._process.wait()
         self._read(0)  # what the pipes still hold; they are smaller than one read
         return Ended(cause, code, seconds, self._tails["stdout"].text, self._tails["stderr"].text)
 
     def close(self) -> None:
+        self._watcher.close()
         self._selector.close()
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
@@ -217,6 +267,16 @@ class Run:
         except PermissionError:
             return True
         return _any_runs(self._process.pid)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"the evaluation command cannot be started: {error.strerror}", hint="end other processes, and look for /bin/sh"
+        ) from error
 
 
 def _any_runs(group: int) -> bool:

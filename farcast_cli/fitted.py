@@ -22,7 +22,7 @@ from farcast_cli.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.gram import Gram, Sample
-from farcast_cli.formats.files import local, portable, reading
+from farcast_cli.formats.files import local, open_input, portable, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.layouts import LAYOUTS
@@ -282,6 +282,7 @@ def load_fitted(path: Path) -> Fitted:
         is_file = path.is_file()
     if not is_file:
         raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
+    open_input(path).close()  # says why it cannot be opened, which safetensors does not
     try:
         with reading(path), safe_open(path, framework="np") as file:
             provenance = _provenance_of(path, file.metadata())

@@ -79,12 +79,21 @@ def paths(found: Sequence[Path]) -> None:
     for path in found:
         text = str(path)
         if text == visible(text) if sys.stdout.isatty() else "\n" not in text:
-            sys.stdout.flush()
-            sys.stdout.buffer.write(os.fsencode(path) + b"\n")
-            sys.stdout.buffer.flush()
+            _write_bytes(text)
         else:
             sys.stdout.write(visible(text) + "\n")
             note("caution: the path holds what a line cannot show, and stands here escaped: --json gives it as it is")
+
+
+def _write_bytes(text: str) -> None:
+    """A line as the bytes that name a file; a text that is collected in memory has no bytes."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if raw is None:
+        sys.stdout.write(text + "\n")
+        return
+    sys.stdout.flush()
+    raw.write(os.fsencode(text) + b"\n")
+    raw.flush()
 
 
 def as_json(content: dict[str, Any]) -> None:

@@ -150,6 +150,8 @@ class _OpenFile:
             return np.empty(0, np.uint8)
         if self._map is None:
             with reading(self.path):
+                if os.fstat(self.fd).st_size == 0:
+                    raise ends_early(self.path, expected=offset + num_bytes, found=0)
                 self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
         if offset + num_bytes > len(self._map):
             raise ends_early(self.path, expected=offset + num_bytes, found=len(self._map))

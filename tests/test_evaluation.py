@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import farcast_cli
-from farcast_cli.command import LOG_BYTES
+from farcast_cli.command import LOG_BYTES, Log, Run, Stop, Watch
 from farcast_cli.errors import UsageError
 from farcast_cli.evaluation import Evaluator, Trial, best_trial, last_number
 from farcast_cli.fitted import load_fitted
@@ -545,6 +545,52 @@ def test_a_second_interrupt_does_not_wait_for_a_command_that_will_not_end(fitted
     assert all(_gone(path) for path in pids.iterdir())
     assert _left(fitted) == [LOGS[0], LOGS[1], LOGS[4]]
     assert all("[interrupted, after" in _log(fitted, name) for name in ("origin", "strength-1"))
+
+
+@pytest.mark.parametrize("streams", ["", ">/dev/null 2>&1 <&-"])
+def test_a_command_ends_with_its_children_when_farcast_is_killed(fitted: Path, streams: str) -> None:
+    command, pids = _endless(fitted, f"(exec sleep 1000 {streams}) & echo $! > {fitted}/pids/deep", "sleep 0.1")
+    process = _started(fitted, command)
+    _until(lambda: len(list(pids.iterdir())) == 3 or process.poll() is not None, "the command was not started")
+    time.sleep(0.1)  # the ids are in their files
+    process.kill()
+    process.communicate()
+    _until(lambda: all(_gone(path) for path in pids.iterdir()), "the command goes on")
+    assert {path.name for path in pids.iterdir()} == {"0", "0.child", "deep"}
+
+
+def test_what_does_not_end_when_it_is_told_to_is_ended_after_a_while(tmp_path: Path) -> None:
+    deaf = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]
+    script = (
+        f"import os; from farcast_cli.command import Watch; Watch({{}}, grace_s=1); os.kill(os.getpid(), {signal.SIGKILL:d})"
+    )
+    with subprocess.Popen(deaf, stdout=subprocess.PIPE, start_new_session=True) as stubborn:
+        assert stubborn.stdout is not None
+        assert stubborn.stdout.readline() == b"ready\n"
+        started = time.monotonic()
+        environment = clean_environment() | {"PYTHONPATH": str(Path(farcast_cli.__file__).parent.parent)}
+        subprocess.run([sys.executable, "-c", script.format(stubborn.pid)], env=environment, cwd=tmp_path, check=False)
+        assert stubborn.wait(PATIENCE_S) == -signal.SIGKILL
+        assert time.monotonic() - started >= 1
+
+
+def test_the_watcher_ends_with_the_command_and_holds_no_stream_of_the_users(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log", "echo 1")
+    run = Run("echo 1", log, {})
+    watcher = run._watcher._process
+    assert os.getsid(watcher.pid) == watcher.pid
+    assert run.follow(None, Stop()).stdout == "1\n"
+    assert watcher.returncode == -signal.SIGKILL
+    run.close()
+    log.close("over")
+
+
+def test_a_watcher_of_a_group_that_has_ended_ends_too() -> None:
+    ended = subprocess.Popen(["true"], start_new_session=True)
+    ended.wait()
+    watch = Watch(ended.pid)
+    os.close(watch._end)
+    assert watch._process.wait(PATIENCE_S) >= 0
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
