@@ -26,6 +26,8 @@ _PLAIN = {
     "array": "array _array_reconstructor",
     "functools": "partial",
     "re": "_compile",
+    "time": "struct_time",
+    "platform": "uname_result",
     "collections": "OrderedDict Counter defaultdict deque ChainMap UserDict UserList",
     "builtins": "set frozenset bytearray complex range slice object int float str bool list dict tuple bytes",
     "copyreg": "_reconstructor",
@@ -45,6 +47,7 @@ _PLAIN = {
     "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
     "numpy.ma.core": "_mareconstruct",
     "torch._tensor": "_rebuild_from_type_v2",
+    "torch.torch_version": "TorchVersion",
     "torch._C": "Generator",
     "torch._C._nn": "gelu",
     "torch.nn.functional": "relu relu6 elu selu celu leaky_relu gelu silu mish hardswish hardtanh sigmoid tanh softplus"

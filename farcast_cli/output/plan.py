@@ -16,10 +16,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
+from farcast_cli.formats.copied_file import refuse_code_in, refuse_code_in_stretch
 from farcast_cli.formats.dcp_file import DcpFile, Item
 from farcast_cli.formats.files import file_size
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import TorchFile, below, refuse_code_in, refuse_code_in_stretch
+from farcast_cli.formats.torch_file import TorchFile, below
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
 from farcast_cli.layouts.base import ADAPTER_FILES, Part, Snapshot, find_step_in_name
