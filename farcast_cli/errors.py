@@ -9,6 +9,7 @@
     |   |-- NonFiniteError
     |   `-- DataError                 the rows to tune on cannot be used, or do not fit the layer
     |-- FileFormatError          4   a file is unreadable
+    |   |-- UnreadableError           ... because the system fails: a bad disk, a filesystem that went away, no memory
     |   |-- HalfWrittenError          ... or is still being saved, or was cut off
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
@@ -107,6 +108,10 @@ class FileFormatError(FarcastError):
     """A file is not what its name says, is cut short or is damaged."""
 
     exit_code = 4
+
+
+class UnreadableError(FileFormatError):
+    """The system fails to read a file: nothing is known of what it holds."""
 
 
 class HalfWrittenError(FileFormatError):

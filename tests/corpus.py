@@ -7,8 +7,11 @@ said and how much memory it took.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import resource
@@ -27,6 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import joblib  # type: ignore[import-untyped]
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -250,6 +255,10 @@ def stack_global(module: str, name: str, *args: str, protocol: int = 4) -> bytes
     return bytes([0x80, protocol]) + short(module) + short(name) + b"\x93(" + b"".join(map(text, args)) + b"tR."
 
 
+def frame(size: int) -> bytes:
+    return b"\x95" + struct.pack("<Q", size)
+
+
 class Calls:
     """Pickles as a call of any function."""
 
@@ -295,6 +304,11 @@ CODE: dict[str, Callable[[Path], bytes]] = {
     "torch.load": lambda m: reduces("torch", "load", str(m)),
     "torch's file writer": lambda m: reduces("torch._C", "PyTorchFileWriter", str(m)),
     "numpy's runstring": lambda m: reduces("numpy.testing._private.utils", "runstring", f"open({str(m)!r}, 'w')", ""),
+    "spawn under another module's name": lambda m: b"c_testcapi\nspawn_shell\n(" + text(touch(m)) + b"tR.",
+    "FRAME that ends within a name": lambda m: (
+        b"\x80\x04" + frame(3) + b"cmyos\nspawnlp\n(K\x00" + b"".join(map(text, ("sh", "sh", "-c", touch(m)))) + b"tR."
+    ),
+    "FRAME within a FRAME": lambda m: b"\x80\x04" + frame(24) + b"N0" + frame(5) + reduces("os", "system", touch(m)),
     "extension code": lambda _m: b"\x80\x02\x82\x01.",
     "persistent id": lambda m: b"\x80\x02cos\nsystem\n(" + text(touch(m)) + b"tRQ.",
 }
@@ -309,6 +323,7 @@ BLANKS = {
     "torch's file writer": "torch would have to be imported",
     "numpy's runstring": "numpy need not have it",
     "dotted name of an innocent module": "torch would have to be imported",
+    "spawn under another module's name": "the function is made up",
     "extension code": "nobody has registered it",
     "NEWOBJ": "it makes the object without its `__init__`",
     "NEWOBJ_EX": "it makes the object without its `__init__`",
@@ -374,15 +389,59 @@ def ints(*values: int) -> str:
     return "(" + "".join(f"L{value}L\n" for value in values) + "t"
 
 
-# --- zips ------------------------------------------------------------------------------------------------------------
+# --- containers of pickles -------------------------------------------------------------------------------------------
+
+
+def numpy_objects(marker: Path) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Calls(os.system, touch(marker))], dtype=object))
+    return buffer.getvalue()
+
+
+def joblib_file(marker: Path, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    joblib.dump([Calls(os.system, touch(marker))], buffer, **options)
+    return buffer.getvalue()
+
 
 GOOD = b"\x80\x02}."
+HELD: dict[str, Callable[[Path], bytes]] = {
+    "scaler.joblib": joblib_file,
+    "zlib.joblib": lambda m: joblib_file(m, compress=3),
+    "lzma.joblib": lambda m: joblib_file(m, compress=("lzma", 1)),
+    "data.npy": numpy_objects,
+    "data.npz": lambda m: torch_zip(GOOD, {"x.npy": numpy_objects(m)}),
+    "small.npz": lambda m: torch_zip(b"", {"x.npy": numpy_objects(m)}, compression=zipfile.ZIP_DEFLATED).replace(
+        b"data.pkl", b"data.npx"
+    ),
+    "as_storage.npz": lambda m: torch_zip(GOOD, {"archive/data/0": numpy_objects(m)}),
+    "state.pkl.gz": lambda m: gzip.compress(CODE["protocol 4"](m)),
+    "two.gz": lambda m: gzip.compress(GOOD) + gzip.compress(CODE["protocol 4"](m)),
+    "state.bz2": lambda m: bz2.compress(CODE["protocol 2"](m)),
+    "state.xz": lambda m: lzma.compress(CODE["protocol 5"](m)),
+    "state_0": CODE["protocol 0"],
+    "state_1": CODE["protocol 1"],
+    "inner.pt": lambda m: torch_zip(GOOD, {"archive/inner.pickle": CODE["protocol 4"](m)}),
+    "second.state": lambda m: GOOD + CODE["protocol 2"](m),
+    "hparams.yaml": lambda m: b"lr: 1\nx: !!python/object/apply:os.system ['%b']\n" % touch(m).encode(),
+    "escaped.yml": lambda m: b"!<tag:yaml.org,2002:pyth%%6fn/object/new:os.system> ['%b']" % touch(m).encode(),
+}
+"""Files that their usual loader runs code from, and that hold it somewhere else than a torch file does."""
+
+
+# --- zips ------------------------------------------------------------------------------------------------------------
 
 
 @cache
 def compressed() -> bytes:
     """A data.pkl of 300 MB that takes 0.3 MB."""
     return torch_zip(b"\x80\x02" + bytes(300_000_000) + b".", compression=zipfile.ZIP_DEFLATED)
+
+
+@cache
+def packed() -> bytes:
+    """A pickle of 300 MB of zeros, and a call behind them."""
+    return gzip.compress(b"\x80\x04B" + struct.pack("<I", 300_000_000) + bytes(300_000_000) + reduces("os", "system"), 1)
 
 
 def claims(declared: int) -> Callable[[Path], bytes]:
@@ -410,6 +469,16 @@ def two_directories(marker: Path) -> bytes:
     size = len(good) - 22 - good_directory
     end[12:20] = struct.pack("<II", size, evil_directory)
     return bytes(evil[:-22] + good[:good_directory] + good[good_directory:-22] + end)
+
+
+def long_directory(_: Path) -> bytes:
+    """A zip of nothing but a list of 400,000 records."""
+    head = struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 20, 20, 0, 0, 0, 33, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0)
+    listed = b"".join(head + b"%07d" % number for number in range(400_000))
+    end64 = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, 400_000, 400_000, len(listed), 4)
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, 4 + len(listed), 1)
+    end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, len(listed), 4, 0)
+    return b"PK\x03\x04" + listed + end64 + locator + end
 
 
 def overlapping(_: Path) -> bytes:
@@ -651,6 +720,7 @@ DCP_METADATA: dict[str, Callable[[Any], None]] = {
 
 # --- the cases -------------------------------------------------------------------------------------------------------
 
+ZIPS: tuple[Base, ...] = ("torch", "lightning")
 COPIED = ("rng_state.pth", "training_args.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "notes")
 
 CASES: tuple[Case, ...] = (
@@ -736,6 +806,10 @@ CASES: tuple[Case, ...] = (
         "predict",
         says="posix.system",
     ),
+    *(Case(f"held in {name}", "hf", last(name, raw), "predict", says="system") for name, raw in HELD.items()),
+    Case("a zip with two directories under any name", "hf", last("notes", two_directories), "predict", says="directory"),
+    Case("gzip that unpacks to 300 MB", "hf", last("state.gz", lambda _: packed()), "predict", says="unpacks"),
+    *(Case(f"a directory of 400,000 records, {base}", base, each("", long_directory), says="zip directory") for base in ZIPS),
     Case("a zip with two directories", "torch", each("", two_directories), says="directory"),
     Case(
         "a zip with two directories that is copied", "hf", last("rng_state.pth", two_directories), "predict", says="directory"

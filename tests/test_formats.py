@@ -28,9 +28,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
+from farcast_cli.formats.json_text import UnreadList, encode_json, parse_json
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
+from farcast_cli.layouts.weights_folder import MAX_JSON_BYTES, read_json
 from farcast_cli.tensors import BY_CODE, DTYPES
 
 SAFETENSORS_NAMES = sorted(dtype.name for dtype in BY_CODE.values() if not dtype.bits)  # of whole bytes, as torch has them
@@ -48,6 +50,96 @@ def bytes_of(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().flatten().view(torch.uint8).tolist())
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.just("log"), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def written(tree: dict[str, Any]) -> bytes:
+    """The text of an object whose log lies in its file."""
+    parts = (
+        part.path.read_bytes()[part.offset : part.offset + part.num_bytes] if isinstance(part, UnreadList) else part
+        for part in encode_json(tree)
+    )
+    return b"".join(parts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tree=st.dictionaries(st.text(max_size=5), VALUES, max_size=4),
+    log=st.lists(VALUES, max_size=6),
+    indent=st.sampled_from([None, 2]),
+)
+def test_a_log_that_is_left_in_its_file_is_written_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any], log: list[Any], indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "state.json"
+    whole = tree | {"log": log}
+    path.write_text(json.dumps(whole, indent=indent, sort_keys=True))
+    read = read_json(path, log="log")
+    assert {key: value for key, value in read.items() if key != "log"} == {key: v for key, v in whole.items() if key != "log"}
+    again = written(read | {"step": 7})
+    assert json.loads(again) == whole | {"step": 7}
+    if indent:
+        assert again.decode() == json.dumps(whole | {"step": 7}, indent=2, sort_keys=True) + "\n"
+
+
+def test_a_long_log_takes_little_memory_and_is_not_kept(tmp_path: Path) -> None:
+    entries = [
+        {"epoch": n / 100, "grad_norm": n * 1.37, "learning_rate": 5e-05, "loss": 2 + n * 1e-7, "step": n}
+        for n in range(70_000)
+    ]
+    (tmp_path / "state.json").write_text(json.dumps({"global_step": 9, "log_history": entries}, indent=2))
+    size = (tmp_path / "state.json").stat().st_size
+    assert size > 9_000_000
+    tracemalloc.start()
+    read = read_json(tmp_path / "state.json", log="log_history")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read["global_step"] == 9
+    assert peak < 2.2 * size
+    assert kept < 100_000
+    assert json.loads(written(read))["log_history"] == entries
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"log": [{"a": 1}, {"a": 2', "ends before its JSON does"),
+        ('{"log": [{"a": 1} {"a": 2}]}', "does not end"),
+        ('{"log": [{"a": 1}, {"a": nul}]}', "no JSON"),
+        ('{"log": [' + "[" * 500 + "]" * 500 + "]}", "nested deep"),
+        ('{"log": [[' + "1," * 600_000 + "1]]}", "longer than a megabyte"),
+        ('{"log": [' + "9" * 5000 + "]}", "digits"),
+    ],
+)
+def test_a_log_that_is_damaged_or_made_to_exhaust_its_reader_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(FileFormatError, match=says):
+        read_json(tmp_path / "state.json", log="log")
+
+
+@pytest.mark.parametrize("letter", ["a", "\u20ac"])
+def test_json_over_the_limit_is_not_read_into_memory(tmp_path: Path, letter: str) -> None:
+    """Other letters than ASCII's take four bytes each once they are read."""
+    room = MAX_JSON_BYTES // (1 if letter == "a" else 4)
+    with (tmp_path / "state.json").open("wb") as file:
+        file.write(b'{"x": "' + letter.encode() * 2)
+        file.truncate(room + 1)
+    with pytest.raises(FileFormatError, match="over the limit"):
+        read_json(tmp_path / "state.json")
+
+
+@pytest.mark.parametrize("mark", [b"{},", b"0,", b'"a":1,'])
+def test_json_of_more_objects_items_or_keys_than_any_checkpoint_has_is_refused(mark: bytes) -> None:
+    with pytest.raises(ValueError, match="more than"):
+        parse_json(b"[" + mark * 4_100_000 + b"0]")
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import argparse
 import collections
 import datetime as dt
 import enum
+import gzip
 import io
 import json
 import os
 import pickle
+import pickletools
 import random
 import shlex
 import shutil
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import joblib  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -26,8 +29,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 
 from farcast_cli.errors import UnsafeFileError, UsageError, shell_word
+from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import is_data, runs_code
-from farcast_cli.formats.torch_file import read_torch_file, refuse_code_in
+from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import encode_pickle
 from farcast_cli.ledger import read_leaps
 from tests import corpus
@@ -152,6 +156,11 @@ FUNCTIONS = (
     *("numpy.load", "numpy.testing._private.utils.runstring", "numpy.f2py.compile", "numpy.DataSource", "numpy.memmap"),
     *("accelerate.utils.other!os.system", "pandas.eval", "pandas.read_pickle", "pandas.io.common!os.system"),
     *("six.exec_", "sympy.core.Popen", "dill.loads", "cloudpickle.loads", "joblib.popen.Popen", "mylib!Config.__subclasses__"),
+    *("myos.spawnlp", "mylib.execvp", "mylib.posix_spawn", "mylib.forkpty", "mylib.fork_exec", "mylib.system", "mylib.popen2"),
+    *("pexpect.run", "invoke.run", "pexpect.pty_spawn.spawn", "ptyprocess!PtyProcess.spawn", "anyio.run_process"),
+    *("_posixsubprocess.fork_exec", "mylib.getattr", "mylib.attrgetter", "mylib.import_string", "mylib.__import__"),
+    *("cloudpickle.cloudpickle._make_function", "cloudpickle.cloudpickle._builtin_type", "dill._dill._create_code"),
+    *("joblib.load", "yaml.unsafe_load", "transformers!AutoModel.from_pretrained", "mylib.urlretrieve", "mylib.rmtree"),
 )
 
 
@@ -172,6 +181,8 @@ DATA = (
     *("numpy.random._pickle.__generator_ctor", "numpy.dtypes.Float64DType", "torch.FloatStorage", "torch.bfloat16"),
     *("torch._utils._rebuild_qtensor", "torch.nn.modules.linear.Linear", "torch.optim.adamw.AdamW", "torch.device"),
     *("torch.distributed.tensor.DTensor", "transformers.training_args.TrainingArguments", "omegaconf.dictconfig.DictConfig"),
+    *("torch.torch_version.TorchVersion", "torch.utils.data.sampler.RandomSampler", "platform.uname_result"),
+    *("time.struct_time", "mylib.RunConfig", "mylib.SystemPrompt", "mylib.Executor", "mylib.Loader"),
     *("transformers_modules.org.name-0a1b.configuration.Config", "__main__.Config", "mylib!Outer.Inner", "mylib._Mode"),
 )
 
@@ -291,6 +302,20 @@ def test_a_payload_of_any_data_is_carried_through_a_forecast(tmp_path: Path, cal
     assert [name for name in before["config"] if not _same(before["config"][name], after["config"][name])] == []
 
 
+def test_torchs_version_in_a_payload_is_carried_and_loads_as_the_same_object(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_torch_run(tmp_path / "run")
+    for path in run.iterdir():
+        torch.save({**torch.load(path), "torch": torch.__version__}, path)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
+    with torch.serialization.safe_globals([torch.torch_version.TorchVersion]):
+        loaded = [torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=only) for only in (False, True)]
+    for made in loaded:
+        assert made["step"] == 90
+        assert type(made["torch"]) is type(torch.__version__)
+        assert str(made["torch"]) == str(torch.__version__)
+
+
 @pytest.fixture(scope="module")
 def real_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a real Trainer's arguments and random states are on disk."""
@@ -336,6 +361,74 @@ def test_whole_objects_of_torch_and_numpy_are_data(tmp_path: Path, make: Callabl
     torch.save({"w": torch.ones(2), "it": make()}, tmp_path / "a.pt")
     refuse_code_in(tmp_path / "a.pt")
     assert "it" in read_torch_file(tmp_path / "a.pt").tree
+
+
+def _by(writer: str, value: object, protocol: int) -> bytes:
+    buffer = io.BytesIO()
+    if writer == "in C, to a file":
+        pickle.Pickler(buffer, protocol).dump(value)
+    elif writer == "in Python":
+        pickle._Pickler(buffer, protocol).dump(value)
+    else:
+        raw = pickle.dumps(value, protocol)
+        buffer.write(pickletools.optimize(raw) if writer == "optimised" else raw)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("writer", ["in C", "in C, to a file", "in Python", "optimised"])
+def test_what_real_picklers_write_passes(tmp_path: Path, writer: str, protocol: int) -> None:
+    """With several frames, what is too large for a frame, and pickles one behind the other."""
+    sizes = (0, 3, 255, 256, 65_535, 65_536, 65_537, 200_000)
+    large = [[b"x" * size, "y" * size, bytearray(size), np.zeros(1 + size // 8)] for size in sizes]
+    many = [argparse.Namespace(number=number, name=f"the {number}th") for number in range(5_000)]
+    raw = _by(writer, [large, many], protocol) + _by(writer, many, protocol)
+    assert protocol < 4 or raw.count(b"\x95") > 4
+    for name in ("state.pkl", "state"):
+        (tmp_path / name).write_bytes(raw)
+        refuse_code_in(tmp_path / name)
+
+
+HARMLESS: dict[str, Callable[[Path], object]] = {
+    "a numpy file": lambda p: np.save(p, np.arange(9.0)),
+    "numpy objects": lambda p: np.save(p, np.array([1, "x", None], dtype=object), allow_pickle=True),
+    "a numpy archive": lambda p: np.savez_compressed(p, a=np.arange(9.0), b=np.array([{"x": 1}], dtype=object)),
+    "joblib": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p),
+    "joblib, packed": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p, compress=("gzip", 3)),
+    "yaml": lambda p: p.write_text("a: !!python/tuple [1, 2]\nb: !!python/object:argparse.Namespace {x: 1}\n"),
+    "a log, packed": lambda p: p.write_bytes(gzip.compress(b"system\n" * 9)),
+    "damaged gzip": lambda p: p.write_bytes(gzip.compress(pickle.dumps([1] * 999))[:-20]),
+    "an old torch file": lambda p: torch.save({"w": torch.ones(3)}, p, _use_new_zipfile_serialization=False),
+    "a sampler": lambda p: torch.save(torch.utils.data.RandomSampler(range(5)), p),
+    "a list of words": lambda p: p.write_text("cos\nsin\ntan\n"),
+    "a list of systems": lambda p: p.write_text("ios\nandroid\n"),
+    "bytes like opcodes": lambda p: p.write_bytes(b"\x93\x82\x95" + bytes(range(256)) * 9),
+}
+
+
+@pytest.mark.parametrize("ending", [".npz", ".bin", ".yaml", ""])
+@pytest.mark.parametrize("what", HARMLESS)
+def test_a_copied_file_without_code_passes_under_any_name(tmp_path: Path, what: str, ending: str) -> None:
+    HARMLESS[what](tmp_path / "x")
+    (made,) = tmp_path.iterdir()
+    refuse_code_in(made.rename(tmp_path / f"x{ending}"))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x80\x02" + corpus.frame(2) + b"N.",
+        b"\x80\x04" + corpus.frame(3) + b"N.N",
+        b"\x80\x04" + corpus.frame(12) + b"N0" + corpus.frame(1) + b"N.",
+        b"\x80\x04" + corpus.frame(2) + b"X\x01\0\0\0a.",
+        corpus.frame(4) + b"(cmyos\nspawn\n)R.",
+    ],
+    ids=["protocol 2", "more behind the end", "one within another", "cut argument", "no protocol"],
+)
+def test_a_frame_that_no_pickler_writes_is_refused(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "state").write_bytes(raw)
+    with pytest.raises(UnsafeFileError, match="frames that no pickler writes"):
+        refuse_code_in(tmp_path / "state")
 
 
 @pytest.mark.parametrize("name", ["vocab.bin", "notes.pkl", "empty.pt"])

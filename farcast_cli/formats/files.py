@@ -12,7 +12,7 @@ import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError, HalfWrittenError, shell_word
+from farcast_cli.errors import FileFormatError, HalfWrittenError, UnreadableError, shell_word
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,22 +33,22 @@ def reading(path: Path) -> Iterator[None]:
     """What the system fails at in this block, it failed at while an input was read: the error names that input.
 
     Raises:
-        FileFormatError: an OSError, which names its own file where it knows one, or memory that does not suffice.
+        UnreadableError: an OSError, which names its own file where it knows one, or memory that does not suffice.
     """
     try:
         yield
     except OSError as error:
         raise unreadable(path, error) from error
     except MemoryError as error:
-        raise FileFormatError(
+        raise UnreadableError(
             f"{path}: cannot be read: the memory does not suffice{_size_of(path)}", hint="--threads 1 takes the least memory"
         ) from error
 
 
-def unreadable(path: Path, error: OSError) -> FileFormatError:
+def unreadable(path: Path, error: OSError) -> UnreadableError:
     """What the system says against reading a file; against the file that it names, where it names one."""
     named = error.filename if isinstance(error.filename, str) else path
-    return FileFormatError(f"{named}: cannot be read: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, ""))
+    return UnreadableError(f"{named}: cannot be read: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, ""))
 
 
 def _size_of(path: Path) -> str:

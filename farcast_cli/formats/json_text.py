@@ -1,21 +1,40 @@
-"""JSON of somebody else's: parsed within limits of size, number and depth.
+"""JSON of somebody else's: parsed within limits of size, number and depth, and written back.
 
 `json` makes some 20 bytes of memory of one byte of `[[],[],...`, and what is nested deep ends whatever walks it later.
+A log that grows with the run is passed over: it is checked a few entries at a time, left in its file, and copied from there.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
+from json.decoder import JSONDecoder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 1_500_000  # half a million tensors in a safetensors header
-MAX_ITEMS = 8_000_000
+MAX_ITEMS = 4_000_000  # eight for each of them
+MAX_KEYS = 2_500_000
+_ENTRY_CHARS = (1 << 12, 1 << 20)  # of one entry of a log: as most are, and at most
+_BATCH_CHARS = 1 << 16
+_DECODER = JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 Pairs = list[tuple[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadList:
+    """A list that was checked and left in its file: where its text lies."""
+
+    path: Path
+    offset: int
+    num_bytes: int
 
 
 def parse_json(raw: bytes, *, made_of: Callable[[Pairs], dict[str, Any]] | None = None) -> Any:
@@ -28,8 +47,8 @@ def parse_json(raw: bytes, *, made_of: Callable[[Pairs], dict[str, Any]] | None 
         ValueError: not JSON, or more of it than any checkpoint has.
     """
     num_containers = raw.count(b"{") + raw.count(b"[")
-    if num_containers > MAX_CONTAINERS or raw.count(b",") > MAX_ITEMS:
-        raise ValueError(f"more than {MAX_CONTAINERS} objects and lists, or than {MAX_ITEMS} items")
+    if num_containers > MAX_CONTAINERS or raw.count(b",") > MAX_ITEMS or raw.count(b":") > MAX_KEYS:
+        raise ValueError(f"more than {MAX_CONTAINERS} objects and lists, {MAX_ITEMS} items or {MAX_KEYS} keys")
     try:
         value = json.loads(raw, object_pairs_hook=made_of)
     except RecursionError:
@@ -39,8 +58,81 @@ def parse_json(raw: bytes, *, made_of: Callable[[Pairs], dict[str, Any]] | None 
     return value
 
 
+def parse_json_beside(raw: bytes, log: str, path: Path) -> Any:
+    """The value of a JSON file's text, with an `UnreadList` in place of the list under one key at its top.
+
+    Where the text is not as trainers write it (plain ASCII, the key once), it is parsed whole, within the limits.
+    Memory: the text twice.
+
+    Raises:
+        ValueError: as `parse_json`, or an entry of the list is larger than a megabyte.
+    """
+    begin = re.search(rb'"' + re.escape(log.encode()) + rb'"[ \t\n\r]*:[ \t\n\r]*(?=\[)', raw)
+    if begin is None or not raw.isascii():
+        return parse_json(raw)
+    text = raw.decode("ascii")
+    end = _list_end(text, begin.end())
+    stand_in = f"unread from {begin.end()} to {end}"
+    value = parse_json(f'{text[: begin.end()]}"{stand_in}"{text[end:]}'.encode())
+    if not isinstance(value, dict) or value.get(log) != stand_in:
+        return parse_json(raw)
+    return value | {log: UnreadList(path, begin.end(), end - begin.end())}
+
+
+def encode_json(tree: dict[str, Any]) -> list[bytes | UnreadList]:
+    """The text of an object as a Trainer writes it: stretches of it, and the lists between them that were left unread."""
+    unread = {key: value for key, value in tree.items() if isinstance(value, UnreadList)}
+    rest = json.dumps(tree | {key: [] for key in unread}, indent=2, sort_keys=True) + "\n"
+    made: list[bytes | UnreadList] = []
+    for key in sorted(unread):
+        place = f"\n  {json.dumps(key)}: "  # with this indent at the top alone: a string holds no line breaks
+        before, _, rest = rest.partition(f"{place}[]")
+        made += [f"{before}{place}".encode(), unread[key]]
+    return [*made, rest.encode()]
+
+
+def _list_end(text: str, begin: int) -> int:
+    """Where a list ends that begins at `begin`, its entries having been checked a few at a time."""
+    at = _skip_space(text, begin + 1)
+    while text[at : at + 1] != "]":
+        at = _skip_space(text, _several(text, at) or _one(text, at))
+        if text[at : at + 1] == ",":
+            at = _skip_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise ValueError(f"a list that does not end: at character {at}")
+    return at + 1
+
+
+def _several(text: str, begin: int) -> int:
+    """Where the last of several whole entries ends; 0 where that cannot be told."""
+    end = text.rfind("},", begin, begin + _BATCH_CHARS) + 1
+    try:
+        return end if end and not _is_deep(json.loads(f"[{text[begin:end]}]")) else 0
+    except (json.JSONDecodeError, RecursionError):
+        return 0  # it was cut within an entry
+
+
+def _one(text: str, begin: int) -> int:
+    for count in _ENTRY_CHARS:
+        chunk = text[begin : begin + count]
+        try:
+            entry, end = _DECODER.raw_decode(chunk)
+        except json.JSONDecodeError:
+            continue
+        except RecursionError:
+            break
+        if (end < len(chunk) or begin + count >= len(text)) and not _is_deep(entry):
+            return begin + end
+    raise ValueError(f"an entry of a list is no JSON, nested deep or longer than a megabyte: at character {begin}")
+
+
+def _skip_space(text: str, begin: int) -> int:
+    found = _SPACE.match(text, begin)
+    return found.end() if found else begin
+
+
 def _is_deep(value: object) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
         inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
         level = [child for children in inner for child in children if isinstance(child, (dict, list))]

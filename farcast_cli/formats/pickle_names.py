@@ -26,6 +26,8 @@ _PLAIN = {
     "array": "array _array_reconstructor",
     "functools": "partial",
     "re": "_compile",
+    "time": "struct_time",
+    "platform": "uname_result",
     "collections": "OrderedDict Counter defaultdict deque ChainMap UserDict UserList",
     "builtins": "set frozenset bytearray complex range slice object int float str bool list dict tuple bytes",
     "copyreg": "_reconstructor",
@@ -45,6 +47,8 @@ _PLAIN = {
     "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
     "numpy.ma.core": "_mareconstruct",
     "torch._tensor": "_rebuild_from_type_v2",
+    "torch.torch_version": "TorchVersion",
+    "torch.jit._pickle": "build_intlist build_tensorlist build_doublelist build_boollist build_tensor_from_id restore_type_tag",
     "torch._C": "Generator",
     "torch._C._nn": "gelu",
     "torch.nn.functional": "relu relu6 elu selu celu leaky_relu gelu silu mish hardswish hardtanh sigmoid tanh softplus"
@@ -57,18 +61,31 @@ _SYSTEM = sys.stdlib_module_names | {
     *("distutils", "imp", "asyncore", "asynchat", "smtpd", "binhex"),  # until Python 3.11
     *("commands", "popen2", "nt", "posix", "ntpath", "posixpath", "pip", "setuptools", "pkg_resources"),
 }
-_RUNNERS = {
-    *("system", "popen", "Popen", "exec", "exec_", "execfile", "eval", "compile", "__import__", "import_module"),
-    *("check_call", "check_output", "getoutput", "getstatusoutput", "runstring", "read_pickle", "loads"),
-    *("CDLL", "PyDLL", "FileIO", "ZipFile", "TarFile", "InteractiveInterpreter", "InteractiveConsole", "Unpickler"),
-    *("SourceFileLoader", "NamedTemporaryFile", "TemporaryDirectory", "ProxyCommand"),
+_FAMILIES = re.compile(
+    r"(?:posix_)?spawn\w*|exec(?:[lv]p?e?|_\w+|file)?|v?fork(?:pty|_exec)?|[pP]open\w*|run(?:_\w+)?|import_\w+"
+)
+_ACTIVE = {
+    "starts programs": "system os_system startfile shell call check_call check_output getoutput getstatusoutput ProxyCommand",
+    "runs a text": "eval eval_expr eval_str eval_repr compile runcode runsource runstring runctx runeval breakpoint",
+    "imports by name": "import reload subimport dynamic_subimport load_module load_source load_dynamic SourceFileLoader",
+    "unpickles": "load loads full_load unsafe_load read_pickle unpickle Unpickler from_pretrained load_from_checkpoint",
+    "reaches by name": "getattr setattr delattr attrgetter methodcaller globals locals builtin_type load_type",
+    "makes code": "make_function create_function fill_function make_skel_func make_skeleton_class make_skeleton_enum"
+    " create_code create_type FunctionType CodeType CDLL PyDLL WinDLL InteractiveInterpreter InteractiveConsole",
+    "opens, fetches or removes files": "open FileIO ZipFile TarFile NamedTemporaryFile TemporaryDirectory urlopen urlretrieve"
+    " rmtree rmdir removedirs unlink copytree copyfile",
 }
-"""What does things under whatever module's name it can be reached: modules hand on what they import."""
+"""What does things under whatever module's name it can be reached: modules hand on what they import.
+
+Underscores around a name do not count. `_FAMILIES` are the names of the first two kinds that begin alike.
+"""
+_RUNNERS = {name for names in _ACTIVE.values() for name in names.split()}
 _QUIET = {
     "torch": (
         *("nn", "optim", "amp", "cuda.amp", "ao", "storage", "_tensor", "_subclasses", "masked", "distributions"),
         *("distributed.tensor", "distributed._tensor", "distributed._shard", "distributed.device_mesh"),
         *("distributed.checkpoint", "distributed.fsdp"),
+        *("utils.data.dataset", "utils.data.distributed", "utils.data.sampler"),
     ),
     "numpy": ("random", "ma", "dtypes", "matrixlib"),
 }
@@ -111,9 +128,14 @@ def _today(module: str, name: str) -> tuple[str, str]:
 
 def _is_active(module: str, name: str) -> bool:
     root, _, inner = module.partition(".")
-    if root in _SYSTEM or module.startswith(("test.support", "test.libregrtest")) or _RUNNERS & set(name.split(".")):
+    if root in _SYSTEM or module.startswith(("test.support", "test.libregrtest")) or any(map(_does_things, name.split("."))):
         return True
     return root in _QUIET and not (_is_class(name) and any(inner == one or inner.startswith(f"{one}.") for one in _QUIET[root]))
+
+
+def _does_things(part: str) -> bool:
+    bare = part.strip("_")
+    return bare in _RUNNERS or bool(_FAMILIES.fullmatch(bare))
 
 
 def _is_class(name: str) -> bool:

@@ -1,7 +1,8 @@
 """A pickle that is only copied: the names that loading it would ask for, found without making anything of it.
 
 A pickle has no jumps: one walk over its opcodes meets all that loading it meets. Where the walk cannot go on, loading
-cannot either. Memory is the names alone, whatever the file's size.
+cannot either. What two unpicklers would read in two ways, no pickler writes: that is refused. Memory is the names
+alone, whatever the file's size.
 
 Source: Lib/pickletools.py, whose table of opcodes this reads by.
 """
@@ -11,12 +12,15 @@ from __future__ import annotations
 import pickle
 import pickletools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UnsafeFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import io
+    from collections.abc import Iterable, Iterator
+
+    Stream = io.BufferedReader[Any]
 
 MAX_OPCODES = 20_000_000  # some 20 s
 MAX_NAME = 1_000  # characters; a longer string is no name
@@ -35,7 +39,18 @@ _GET = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET}
 _PUT = {pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT}
 _EXTENSIONS = {pickle.EXT1, pickle.EXT2, pickle.EXT4}
 _SILENT = {pickle.PROTO, pickle.FRAME}
+_CALLS = {pickle.REDUCE, pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX}
+_FRAMED = 4  # the first protocol that has frames
+_CHUNK_BYTES = 1 << 16
 _HIDDEN = "its pickle hides what it asks for"
+_MISFRAMED = "its pickle has frames that no pickler writes"
+_HAS_MARK = {code.code.encode("latin-1") for code in pickletools.opcodes if pickletools.markobject in code.stack_before}
+_TAKES = {
+    code.code.encode("latin-1"): sum(kind not in {pickletools.markobject, pickletools.stackslice} for kind in code.stack_before)
+    for code in pickletools.opcodes
+}
+_GIVES = {code.code.encode("latin-1"): len(code.stack_after) for code in pickletools.opcodes}
+"""What opcodes take from the stack and put on it, beside a mark and what lies on that."""
 
 
 class _EndError(Exception):
@@ -59,34 +74,132 @@ class _Memory:
         if self.top[1] is not None:
             self.texts[number] = self.top[1]
         if len(self.texts) > MAX_REMEMBERED:
+            self.texts.clear()
             raise UnsafeFileError(_HIDDEN)
 
 
-def iter_names(stream: BinaryIO) -> Iterator[tuple[str, str]]:
+@dataclass(slots=True)
+class _Stack:
+    """How many objects lie on the stack, each mark counted as one, and where the marks are."""
+
+    depth: int = 0
+    marks: list[int] = field(default_factory=list)
+
+    def follow(self, code: bytes) -> None:
+        if code in _HAS_MARK:
+            if not self.marks:
+                raise _EndError
+            self.depth = self.marks[-1]
+        self.depth -= _TAKES[code] - (code == pickle.OBJ)  # whose class lies above the mark
+        if self.depth < 0:
+            raise _EndError
+        while self.marks and self.marks[-1] >= self.depth:
+            self.marks.pop()
+        if code == pickle.MARK:
+            self.marks.append(self.depth)
+        self.depth += _GIVES[code]
+
+
+@dataclass(slots=True)
+class _Frames:
+    """Where the frame ends that the walk is in; an opcode lies in one frame, or in none.
+
+    CPython's unpickler in C loses a part of an argument that reaches over a frame's end, and so sees another pickle.
+    """
+
+    protocol: int = 0
+    end: int | None = None
+
+    def begin(self, stream: Stream) -> UnsafeFileError | None:
+        size = int.from_bytes(_exactly(stream, 8), "little")
+        if self.end is not None:
+            raise UnsafeFileError(_MISFRAMED)
+        self.end = stream.tell() + size
+        return None if self.protocol >= _FRAMED else UnsafeFileError(_MISFRAMED)
+
+    def check(self, position: int, *, is_last: bool) -> None:
+        """Called behind an opcode; the last of a pickle is the last of its frame."""
+        if self.end is None:
+            return
+        if position > self.end or (is_last and position < self.end):
+            raise UnsafeFileError(_MISFRAMED)
+        if position == self.end:
+            self.end = None
+
+
+_Found = tuple[str, str] | UnsafeFileError | None
+
+
+def iter_names(stream: Stream) -> Iterator[tuple[str, str]]:
     """Module and name of all that one pickle asks for; leaves the stream behind it, or where it cannot be followed.
 
+    Of a pickle that does not say that it is one (protocols 0 and 1), only what it asks for before a call: the words of
+    a text may look like opcodes.
+
     Raises:
-        UnsafeFileError: a name that is worked out by the pickle, or is in the registry of the process that loads it.
+        UnsafeFileError: a name that is worked out by the pickle, or is in the registry of the process that loads it;
+            frames that no pickler writes.
         EOFError: the pickle does not come to an end.
     """
-    memory, began = _Memory(), False
+    is_told = peek(stream, 1) == pickle.PROTO
+    steps = _iter_steps(stream)
     try:
-        for _ in range(MAX_OPCODES):
-            code = stream.read(1)
-            if code == pickle.STOP:
-                return
-            began = began or code == pickle.PROTO
-            if code in _EXTENSIONS and began:
-                raise UnsafeFileError(_HIDDEN)
-            name = _step(code, stream, memory)
-            if name:
-                yield name
+        for found in _found(steps) if is_told else _found_before_calls(steps):
+            if isinstance(found, UnsafeFileError):
+                raise found
+            yield found
     except _EndError:
         raise EOFError from None
+
+
+def peek(stream: Stream, count: int) -> bytes:
+    """The next bytes, not taken from the stream."""
+    return stream.peek(count)[:count]
+
+
+def _found(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple[str, str] | UnsafeFileError]:
+    return (found for _, found in steps if found)
+
+
+def _found_before_calls(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple[str, str] | UnsafeFileError]:
+    """What was found up to each call that has something on the stack to be called."""
+    stack, held = _Stack(), {}
+    for code, found in steps:
+        stack.follow(code)
+        if found:
+            held[str(found)] = found
+        if len(held) > MAX_REMEMBERED:
+            raise UnsafeFileError(_HIDDEN)
+        if code in _CALLS:
+            yield from held.values()
+            held.clear()
+
+
+def _iter_steps(stream: Stream) -> Iterator[tuple[bytes, _Found]]:
+    """Every opcode up to the end, and what it asks for or why that cannot be said."""
+    memory, frames = _Memory(), _Frames()
+    for _ in range(MAX_OPCODES):
+        code = stream.read(1)
+        if code == pickle.PROTO:
+            frames.protocol = frames.protocol or int.from_bytes(peek(stream, 1), "little")
+        found = frames.begin(stream) if code == pickle.FRAME else _asked(code, stream, memory)
+        if frames.end is not None:
+            frames.check(stream.tell(), is_last=code == pickle.STOP)
+        yield code, found
+        if code == pickle.STOP:
+            return
     raise UnsafeFileError(f"its pickle has more than {MAX_OPCODES} opcodes")
 
 
-def _step(code: bytes, stream: BinaryIO, memory: _Memory) -> tuple[str, str] | None:
+def _asked(code: bytes, stream: Stream, memory: _Memory) -> _Found:
+    try:
+        found = _step(code, stream, memory)
+    except UnsafeFileError as error:
+        return error
+    return UnsafeFileError(_HIDDEN) if code in _EXTENSIONS else found
+
+
+def _step(code: bytes, stream: Stream, memory: _Memory) -> tuple[str, str] | None:
     """Follow one opcode; returns the name that it asks for."""
     if code in _NAMED:
         module, name = _named(code, stream, memory)
@@ -105,7 +218,7 @@ def _step(code: bytes, stream: BinaryIO, memory: _Memory) -> tuple[str, str] | N
     return None
 
 
-def _named(code: bytes, stream: BinaryIO, memory: _Memory) -> tuple[str, str]:
+def _named(code: bytes, stream: Stream, memory: _Memory) -> tuple[str, str]:
     if code != pickle.STACK_GLOBAL:
         lines = _line(stream), _line(stream)
         if max(map(len, lines)) > MAX_NAME:
@@ -117,7 +230,7 @@ def _named(code: bytes, stream: BinaryIO, memory: _Memory) -> tuple[str, str]:
     return module, name
 
 
-def _remember(code: bytes, stream: BinaryIO, memory: _Memory) -> None:
+def _remember(code: bytes, stream: Stream, memory: _Memory) -> None:
     if code == pickle.MEMOIZE:
         memory.put(memory.num_memoized)
         memory.num_memoized += 1
@@ -128,7 +241,7 @@ def _remember(code: bytes, stream: BinaryIO, memory: _Memory) -> None:
         raise UnsafeFileError(_HIDDEN)
 
 
-def _number(code: bytes, stream: BinaryIO) -> int:
+def _number(code: bytes, stream: Stream) -> int:
     size = _ARGUMENTS[code]
     try:
         return int(_line(stream)) if size < 0 else int.from_bytes(_exactly(stream, size), "little")
@@ -136,7 +249,7 @@ def _number(code: bytes, stream: BinaryIO) -> int:
         raise _EndError from None
 
 
-def _text(code: bytes, stream: BinaryIO) -> str | None:
+def _text(code: bytes, stream: Stream) -> str | None:
     """A text that is short enough for a name."""
     if code == pickle.UNICODE:
         line = _line(stream)
@@ -155,7 +268,7 @@ def _decoded(raw: bytes, encoding: str) -> str:
         raise _EndError from None
 
 
-def _skip(code: bytes, stream: BinaryIO) -> None:
+def _skip(code: bytes, stream: Stream) -> None:
     """Step over an opcode's argument."""
     size = _ARGUMENTS.get(code)
     if size is None:
@@ -166,7 +279,7 @@ def _skip(code: bytes, stream: BinaryIO) -> None:
         _seek(stream, size if size >= 0 else _length(code, stream))
 
 
-def _length(code: bytes, stream: BinaryIO) -> int:
+def _length(code: bytes, stream: Stream) -> int:
     num_bytes, signed = _LENGTHS[_ARGUMENTS[code]]
     size = int.from_bytes(_exactly(stream, num_bytes), "little", signed=signed)
     if not 0 <= size < 1 << 62:
@@ -174,18 +287,24 @@ def _length(code: bytes, stream: BinaryIO) -> int:
     return size
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
+def _exactly(stream: Stream, size: int) -> bytes:
     found = stream.read(size)
     if len(found) != size:
         raise _EndError
     return found
 
 
-def _seek(stream: BinaryIO, size: int) -> None:
-    stream.seek(size, 1)  # beyond the end there is nothing to read
+def _seek(stream: Stream, size: int) -> None:
+    """Step over bytes; beyond the end there is nothing to read."""
+    if size > _CHUNK_BYTES and stream.seekable():
+        stream.seek(size, 1)
+        return
+    while size > 0:
+        found = len(stream.read(min(size, _CHUNK_BYTES)))
+        size = size - found if found else 0
 
 
-def _line(stream: BinaryIO) -> bytes:
+def _line(stream: Stream) -> bytes:
     """A line without its end; of one that is too long for a name, more of its beginning than a name has."""
     line = rest = stream.readline(MAX_NAME + 2)
     while rest and not rest.endswith(b"\n"):

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import codecs
 import io
-import itertools
 import pickle
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
-from farcast_cli.formats.pickle_names import is_data, runs_code
-from farcast_cli.formats.pickle_scan import iter_names
+from farcast_cli.formats.pickle_names import is_data
 from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, is_dense
 
 if TYPE_CHECKING:
@@ -38,7 +36,6 @@ _STORAGES = BY_STORAGE | {
     name: DType(name.removesuffix("Storage").lower(), size, "", name) for name, size in _QUANTISED.items()
 }
 _PARAMETER_ARGS = 3
-_NUM_PICKLES = 5  # one behind the other in a file, as torch before 1.6 wrote them
 _COSTS = {code[0]: 16 for code in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.REDUCE, pickle.NEWOBJ)} | {
     code[0]: 4
     for code in (
@@ -469,31 +466,6 @@ def decode_pickle(path: Path, raw: bytes, *, num_records: int = 0) -> object:
             hint="the file is damaged or half-written: save or download it again",
         ) from error
     return tree
-
-
-def refuse_code(path: Path, stream: BinaryIO) -> None:
-    """Refuse pickles that would run code where they are loaded; what cannot be loaded is no concern of ours.
-
-    Raises:
-        UnsafeFileError: one names a function of the system's or of torch's, or hides what it names.
-    """
-    try:
-        for number in itertools.count(1):
-            for module, name in iter_names(stream):
-                if runs_code(module, name):
-                    raise UnsafeFileError(f"its pickle asks for {module}.{name}")  # noqa: TRY301
-            if number >= _NUM_PICKLES and not _is_pickle_next(stream):
-                return
-    except UnsafeFileError as error:
-        raise unsafe(path, error) from error
-    except EOFError:
-        return
-
-
-def _is_pickle_next(stream: BinaryIO) -> bool:
-    found = stream.read(1)
-    stream.seek(-len(found), 1)
-    return found == pickle.PROTO
 
 
 def unsafe(path: Path, error: UnsafeFileError) -> UnsafeFileError:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STATE_FILE = "trainer_state.json"
+_LOG = "log_history"
 _TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
 
 
@@ -53,7 +54,7 @@ def _read(path: Path) -> Snapshot:
     refuse(path)
     weights = read_weights(path, _sources(path))
     known = {part.name for part in weights.parts}
-    state = read_json(path / STATE_FILE)
+    state = read_json(path / STATE_FILE, log=_LOG)
     others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
     step = state.get("global_step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**MAX_DIGITS:

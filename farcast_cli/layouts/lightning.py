@@ -8,12 +8,10 @@ Source: lightning/pytorch/trainer/connectors/checkpoint_connector.py, `dump_chec
 
 from __future__ import annotations
 
-import zipfile
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import NoWeightsError
-from farcast_cli.formats.files import open_input
-from farcast_cli.formats.torch_file import MAX_PICKLE_BYTES, read_torch_file
+from farcast_cli.errors import FileFormatError, NoWeightsError, UnreadableError, UnsafeFileError
+from farcast_cli.formats.torch_file import read_raw_pickle, read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence, weights_of
 from farcast_cli.layouts.torch_payload import adam_evidence, other_weights, payload_evidence
@@ -39,13 +37,12 @@ def _recognises(path: Path) -> bool:
     if path.suffix != ".ckpt" or not path.is_file():
         return False
     try:
-        with open_input(path) as file, zipfile.ZipFile(file) as archive:
-            pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
-            small = len(pickles) == 1 and pickles[0].file_size <= MAX_PICKLE_BYTES
-            if small and pickles[0].compress_type != zipfile.ZIP_STORED:
-                return True  # to be refused where it is read, which is not to be done here: it may be a bomb
-            return small and VERSION_KEY.encode() in archive.read(pickles[0])
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError):
+        return VERSION_KEY.encode() in read_raw_pickle(path)
+    except UnsafeFileError:
+        return True  # to be refused where it is read
+    except UnreadableError:
+        raise
+    except FileFormatError:
         return False  # not a torch file; whoever reads it says so
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, SnapshotError, UnsafeFileError
 from farcast_cli.formats.files import file_size, read_bytes
-from farcast_cli.formats.json_text import parse_json
+from farcast_cli.formats.json_text import parse_json, parse_json_beside
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.layouts.base import ADAPTER_FILES, Part, find_weights, unique_tensors, weights_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from farcast_cli.formats.safetensors_file import SafetensorsFile
     from farcast_cli.tensors import TensorEntry
 
-MAX_JSON_BYTES = 1 << 28
+MAX_JSON_BYTES = 1 << 27  # 128 MiB; a log of 400,000 steps takes half of it
 _WEIGHTS = re.compile(r"(?:^|/)(?!optim)[^/]*\.safetensors$|(?:model|weights|consolidated)[^/]*\.(?:bin|pth?)$")
 _SECOND_FILE = "a second file of weights: not forecast, as the last snapshot has it"
 _SECOND_ADAPTER = "an adapter beside whole weights, which are what is loaded: not forecast, as the last snapshot has it"
@@ -70,14 +70,17 @@ def find_adapters(folder: Path) -> list[Source]:
     return [*([Source(top)] if top else []), *(Source(path, f"{name}.") for path, name in below if path)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the run."""
+def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
+    """A JSON object from a file of the run; the list under the key `log`, which grows with the run, is left in the file."""
     size = file_size(path)
-    if size > MAX_JSON_BYTES:
-        raise FileFormatError(f"{path}: {size} bytes of JSON, over the limit of {MAX_JSON_BYTES}")
-    raw = read_bytes(path, 0, size)
+    raw = read_bytes(path, 0, size) if size <= MAX_JSON_BYTES else b""
+    if size > (MAX_JSON_BYTES if raw.isascii() else MAX_JSON_BYTES // 4):  # other letters take four bytes of memory
+        raise FileFormatError(
+            f"{path}: {size} bytes of JSON, over the limit of {MAX_JSON_BYTES}, or of a quarter of it where it is not ASCII",
+            hint="shorten the log in it, or leave the snapshot out with --steps",
+        )
     try:
-        value = parse_json(raw)
+        value = parse_json_beside(raw, log, path) if log else parse_json(raw)
     except ValueError as error:
         if not raw.strip(b"\0 \n") or (raw.startswith(b"{") and not raw.rstrip().endswith(b"}")):
             raise HalfWrittenError(

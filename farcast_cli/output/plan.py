@@ -7,7 +7,6 @@ same tensors under the same names, in the same files, in the same order: whateve
 from __future__ import annotations
 
 import copy
-import json
 import struct
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -18,10 +17,12 @@ from operator import and_
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import UsageError
+from farcast_cli.formats.copied_file import refuse_code_in, refuse_code_in_stretch
 from farcast_cli.formats.dcp_file import DcpFile, Item
 from farcast_cli.formats.files import file_size, mode_of
+from farcast_cli.formats.json_text import UnreadList, encode_json
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import TorchFile, below, refuse_code_in, refuse_code_in_stretch
+from farcast_cli.formats.torch_file import TorchFile, below
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
 from farcast_cli.layouts.base import ADAPTER_FILES, Part, Snapshot, find_step_in_name
@@ -238,8 +239,11 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
 
 
 def json_output(name: str, tree: Any) -> OutputFile:
-    text = json.dumps(tree, indent=2, sort_keys=True) + "\n"  # as the Trainer writes it
-    return OutputFile(name, (Record((Fixed(text.encode()),)),))
+    pieces = (
+        Copy(piece.path, piece.offset, piece.num_bytes) if isinstance(piece, UnreadList) else Fixed(piece)
+        for piece in encode_json(tree)
+    )
+    return OutputFile(name, (Record(tuple(pieces)),))
 
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
