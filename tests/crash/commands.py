@@ -81,11 +81,11 @@ def make_bases(folder: Path) -> None:
     corpus.make_lightning_run(folder / "lightning/run")
     corpus.make_accelerate_run(folder / "accelerate/run")
     corpus.make_dcp_run(folder / "dcp/run")
-    _make_sharded_run(folder / "sharded/run")
+    make_sharded_run(folder / "sharded/run")
     _make_tune_base(folder / "tune")
 
 
-def _make_sharded_run(folder: Path) -> None:
+def make_sharded_run(folder: Path) -> None:
     """Folders as on the hub, their weights in two files with an index."""
     from safetensors.torch import save_file
 
