@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import farcast_cli
 from tests.crash.commands import COMMANDS, Command, make_bases
 from tests.crash.shim import build, why_not
-from tests.crash.sweep import Swept, file_name, from_json, table
+from tests.crash.sweep import Swept, file_name, from_json, summary, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -120,7 +120,7 @@ def _is_done(result: Path) -> bool:
 
 
 def _report(results: Sequence[Swept]) -> None:
-    sys.stdout.write("\n".join(["", *table(results), "", *examples(results)]) + "\n")
+    sys.stdout.write("\n".join(["", *table(results), "", *summary(results), "", *examples(results)]) + "\n")
     for result in results:
         if result.num_left:
             sys.stdout.write(f"{result.name}: {result.num_left} of {result.num_points} calls left out, the time was over\n")

@@ -22,7 +22,7 @@ from tests.crash.judge import COLUMNS, NOTES, Judge, State, Verdict
 from tests.crash.shim import FAULTS, Call, Fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
 MAX_EXAMPLES = 400
 
@@ -34,8 +34,9 @@ class Tally:
     cases: int = 0
     found: dict[str, int] = field(default_factory=dict)
 
-    def add(self, found: Mapping[str, int]) -> None:
-        for column, number in found.items():
+    def add(self, other: Tally) -> None:
+        self.cases += other.cases
+        for column, number in other.found.items():
             self.found[column] = self.found.get(column, 0) + number
 
 
@@ -161,9 +162,7 @@ class Sweep:
 
     def _enter(self, verdict: Verdict, fault: Fault, struck: Call, number: int) -> None:
         found = [*verdict.faults, *verdict.notes]
-        tally = self.result.tallies[fault.name]
-        tally.cases += 1
-        tally.add(Counter({column for column, _ in found}))
+        self.result.tallies[fault.name].add(Tally(1, Counter({column for column, _ in found})))
         at, case = struck.path.removeprefix(self.result.work + "/"), {"fault": fault.name, "call": number, "kind": struck.kind}
         for column, what in found[: MAX_EXAMPLES - len(self.result.examples)]:
             told = what.replace(self.result.work, "")
@@ -193,27 +192,40 @@ def sweep(command: Command, bases: Path, home: Path, *, few: int = 0, every: boo
     return result
 
 
+SHOWN = (*COLUMNS, *NOTES)
+
+
 def table(results: Sequence[Swept]) -> Iterator[str]:
-    """Command x fault, in Markdown; a row of sums at the end."""
-    heads = ("cases", *COLUMNS, PUBLISHED_HEAD)
-    yield "| command | fault | " + " | ".join(heads) + " |"
-    yield "| --- | --- |" + " ---: |" * len(heads)
-    total = Tally()
+    """Command x fault, in Markdown."""
+    yield from _heads("command", "fault")
     for result in results:
         for name, tally in result.tallies.items():
             if tally.cases:
-                yield _row(result.name, name, tally)
-                total.cases += tally.cases
-                total.add(tally.found)
-    yield _row("all", "", total)
+                yield _row(tally, f"`{result.name}`", name)
 
 
-PUBLISHED_HEAD = "(" + NOTES[0] + ")"
+def summary(results: Sequence[Swept]) -> Iterator[str]:
+    """All commands together, fault by fault; a row of sums at the end."""
+    yield from _heads("fault")
+    whole = Tally()
+    for fault in FAULTS:
+        total = Tally()
+        for tally in [result.tallies[fault.name] for result in results if fault.name in result.tallies]:
+            total.add(tally)
+        whole.add(total)
+        yield _row(total, fault.name)
+    yield _row(whole, "all")
 
 
-def _row(name: str, fault: str, tally: Tally) -> str:
-    numbers = (tally.cases, *(tally.found.get(column, 0) for column in (*COLUMNS, NOTES[0])))
-    return f"| `{name}` | {fault} | " + " | ".join(map(str, numbers)) + " |"
+def _heads(*first: str) -> Iterator[str]:
+    heads = ("cases", *COLUMNS, *(f"({note})" for note in NOTES))
+    yield f"| {' | '.join((*first, *heads))} |"
+    yield "|" + " --- |" * len(first) + " ---: |" * len(heads)
+
+
+def _row(tally: Tally, *first: str) -> str:
+    numbers = (tally.cases, *(tally.found.get(column, 0) for column in SHOWN))
+    return f"| {' | '.join((*first, *map(str, numbers)))} |"
 
 
 def as_json(result: Swept) -> str:

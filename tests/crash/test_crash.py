@@ -15,7 +15,7 @@ from tests.crash.commands import COMMANDS
 from tests.crash.judge import LEDGER, Judge, State
 from tests.crash.order import Disk, played, renames_into
 from tests.crash.shim import FAULTS, Call, Fault, why_not
-from tests.crash.sweep import Swept, file_name, from_json, points, table
+from tests.crash.sweep import Swept, file_name, from_json, points, summary, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -219,7 +219,8 @@ def test_of_many_equal_calls_in_a_row_three_are_struck() -> None:
     assert points(calls, FAULTS[0], judge, every=True) == list(range(1, 12))
 
 
-def test_the_table_has_a_row_for_each_command_and_fault_and_their_sum(swept: dict[str, Swept]) -> None:
+def test_the_tables_have_a_row_for_each_command_and_fault_and_their_sums(swept: dict[str, Swept]) -> None:
     rows = [line.split(" | ") for line in table(list(swept.values()))][2:]
-    assert len(rows) == len(COMMANDS) * len(FAULTS) + 1
-    assert sum(int(row[2]) for row in rows[:-1]) == int(rows[-1][2])
+    sums = [line.split(" | ") for line in summary(list(swept.values()))][2:]
+    assert (len(rows), len(sums)) == (len(COMMANDS) * len(FAULTS), len(FAULTS) + 1)
+    assert sum(int(row[2]) for row in rows) == sum(int(row[1]) for row in sums[:-1]) == int(sums[-1][1])
