@@ -106,13 +106,18 @@ def main() -> None:
     out = asked.out / f"{fingerprint()[:12]}-{settings}"
     out.mkdir(parents=True, exist_ok=True)
     todo = [command for command in wanted if asked.again or not _is_done(out / file_name(command))]
+    if todo:
+        _sweep(todo, out, asked)
+    _report([from_json((out / file_name(command)).read_text()) for command in wanted])
+
+
+def _sweep(todo: Sequence[Command], out: Path, asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="farcast-crash-", dir=place_for_work()) as name:
         home = Path(name)
         prepare(home)
+        options = _options(asked)
         with ThreadPoolExecutor(asked.jobs) as pool:
-            options = _options(asked)
             list(pool.map(lambda command: run_sweep([command.name], home, out, *options), todo))
-    _report([from_json((out / file_name(command)).read_text()) for command in wanted])
 
 
 def _is_done(result: Path) -> bool:

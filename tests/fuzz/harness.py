@@ -131,8 +131,8 @@ class Harness:
         found = [f"asked the system for {event}" for event in self._watch.seen]
         found += [f"took {spent:.1f} s"] if spent > MAX_S else []
         found += [f"took over {MAX_MB} MB"] if peak_mb() - peak > MAX_MB else []
-        if ended == "read" and (wrong := target.check(value)):
-            found.append(wrong)
+        if ended == "read":
+            found += _checked(target, value)
         if ended.startswith("!"):
             found.append(ended[1:])
             ended = "other exceptions"
@@ -153,3 +153,11 @@ class Harness:
             gc.collect()
             last = traceback.extract_tb(error.__traceback__)[-1]
             return None, f"!{type(error).__name__} in {Path(last.filename).name}, {last.name}: {str(error)[:80]}"
+
+
+def _checked(target: Target, value: Any) -> list[str]:
+    try:
+        wrong = target.check(value)
+    except Exception as error:  # noqa: BLE001 - each format's reader has its own
+        wrong = f"read, and its format's own reader refuses it: {type(error).__name__}: {str(error)[:60]}"
+    return [wrong] if wrong else []

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -56,7 +56,7 @@ def tried(tmp_path: Path, watch: Watch, read: Callable[[], Any], check: Callable
     return list(Harness(watch, 0).run(target, cases=2).findings)
 
 
-def fail(error: BaseException) -> None:
+def fail(error: BaseException) -> NoReturn:
     raise error
 
 
@@ -93,6 +93,11 @@ def test_a_file_that_is_written_is_a_finding(tmp_path: Path, watch: Watch) -> No
 
 def test_another_value_than_the_formats_own_reader_gives_is_a_finding(tmp_path: Path, watch: Watch) -> None:
     assert tried(tmp_path, watch, lambda: 1, lambda value: "" if value == 2 else "another") == ["another"]
+
+
+def test_a_file_that_the_formats_own_reader_refuses_is_a_finding(tmp_path: Path, watch: Watch) -> None:
+    (found,) = tried(tmp_path, watch, lambda: 1, lambda _: fail(KeyError("x")))
+    assert "its format's own reader refuses it: KeyError" in found
 
 
 def test_a_case_is_the_same_by_its_seed_and_number(tmp_path: Path, watch: Watch) -> None:
