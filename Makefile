@@ -8,7 +8,7 @@ SAMPLES := sample_checkpoints
 MERGEKIT := bench/.venv/bin/mergekit-yaml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-tune sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-tune crash fuzz sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -60,6 +60,12 @@ bench-quality-quick: setup ## the same on the MLP and the convnet, a few minutes
 
 bench-tune: setup ## what tuning a layer costs, against dense training and LoRA
 	$(BIN)/python bench/tune.py
+
+crash: setup ## strike every system call of every writing command once, half an hour on two cores; OPTIONS="--only tune"
+	$(BIN)/python -m tests.crash $(OPTIONS)
+
+fuzz: setup ## damaged and hostile files for every reader, SECONDS=30 for each of them
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),30) $(OPTIONS)
 
 sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py
