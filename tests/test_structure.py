@@ -93,6 +93,7 @@ ORDER = (
     "tune.objective",
     "tune.one_layer",
     "tune.weight",
+    "tune.rows_file",
     "tune.data",
     "tune.delta",
     "tune.layers",
