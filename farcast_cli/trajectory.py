@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from farcast_cli.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.layouts import hf_trainer, hub_folder, recognise
@@ -209,14 +210,21 @@ def _shape_of(path: Path) -> str:
 def _read_all(
     candidates: Sequence[Candidate], main: Layout, steps: StepRange | StepList | None, findings: Findings
 ) -> list[Snapshot]:
-    """Open every candidate of the run; what is half-written, gone or without weights is noted and left out."""
+    """Open every candidate of the run; what is half-written, gone or without weights is noted and left out.
+
+    Where all together have very many tensors, they are closed again.
+    """
     snapshots: list[Snapshot] = []
     without: list[NoWeightsError] = []
+    num_open, shelf = 0, Shelf(main)
     for path, kind in candidates:
         if _is_left_out(path, kind, main, steps, findings):
             continue
         try:
             snapshots.append(read_snapshot(kind, path))
+            num_open += len(snapshots[-1].tensors)
+            if num_open > MAX_OPEN:
+                snapshots = [closed(snapshot, shelf) for snapshot in snapshots]
         except HalfWrittenError as error:
             what = str(error).removeprefix(str(path)).lstrip(":/ ")
             findings.ignore(path, f"half-written: {what}", is_half_written=True)
