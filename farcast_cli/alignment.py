@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, TypeVar
 
+from farcast_cli.closed import are_alike
 from farcast_cli.errors import MixedRunsError, SnapshotError
 from farcast_cli.quantised import quantised_owner
 from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
@@ -111,10 +112,13 @@ def since_last_change(
         MixedRunsError: fewer than `minimum` of them, or two models.
     """
     choice = _Choice(tuple(include), tuple(exclude))
-    then = _Named.of(snapshots[-1], choice)
+    then = None
     for index in reversed(range(1, len(snapshots))):
         before, after = snapshots[index - 1], snapshots[index]
-        now, then = then, _Named.of(before, choice)
+        if are_alike(before, after):
+            then = None
+            continue
+        now, then = then or _Named.of(after, choice), _Named.of(before, choice)
         changes = _changes(then, now, choice)
         if not changes:
             continue

@@ -103,6 +103,7 @@ def inspect(
     from farcast_cli import render
     from farcast_cli.alignment import align, since_last_change
     from farcast_cli.steps import parse_steps
+    from farcast_cli.thinning import thinned
     from farcast_cli.trajectory import MIN_SNAPSHOTS, survey
 
     trajectory = survey(directory, steps=parse_steps(steps), pattern=pattern or "")
@@ -111,8 +112,9 @@ def inspect(
     chosen: Any = {"include": include or (), "exclude": exclude or ()}
     try:
         history, begins = since_last_change(trajectory.snapshots, minimum=MIN_SNAPSHOTS, **chosen)
-        alignment = align(history, **chosen)
-        trajectory = replace(trajectory, notes=(*trajectory.notes, *([begins] if begins else [])))
+        entering, left_out = thinned(history, **chosen)
+        alignment = align(entering, **chosen)
+        trajectory = replace(trajectory, notes=(*trajectory.notes, *filter(None, (begins, left_out))))
     except SnapshotError as error:
         fatal = error
         problems.append(f"{error}; {error.hint}" if error.hint else str(error))
@@ -451,13 +453,17 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
     from farcast_cli.forecast.accumulate import bytes_to_sample
     from farcast_cli.ledger import History, read_leaps, since_last_leap
     from farcast_cli.stream import Io, Resources
+    from farcast_cli.thinning import thinned
 
     leaps = read_leaps(reading.ledger, trajectory.directory)
     history = History(trajectory, None, 0) if wanted else since_last_leap(trajectory, leaps, minimum=MIN_SNAPSHOTS)
     chosen: Any = {"include": reading.include, "exclude": reading.exclude}
     snapshots, begins = since_last_change(history.trajectory.snapshots, minimum=MIN_SNAPSHOTS, **chosen)
     render.fit_cautions(trajectory, history, leaps if wanted else (), begins, quiet=reading.quiet)
-    notes = (*trajectory.notes, *([begins] if begins else []))
+    snapshots, left_out = thinned(snapshots, **chosen)
+    if left_out:
+        render.note(left_out, quiet=reading.quiet)
+    notes = (*trajectory.notes, *filter(None, (begins, left_out)))
     trajectory = replace(history.trajectory, snapshots=snapshots, notes=notes)
     done = []
     with render.progress(quiet=reading.quiet) as progress:

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from farcast_cli.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.errors import (
     FileFormatError,
     HalfWrittenError,
@@ -225,14 +226,21 @@ def _shape_of(path: Path) -> str:
 def _read_all(
     candidates: Sequence[Candidate], main: Layout, steps: StepRange | StepList | None, findings: Findings
 ) -> list[Snapshot]:
-    """Open every candidate of the run; what is half-written, gone or without weights is noted and left out."""
+    """Open every candidate of the run; what is half-written, gone or without weights is noted and left out.
+
+    Where all together have very many tensors, they are closed again.
+    """
     snapshots: list[Snapshot] = []
     without: list[NoWeightsError] = []
+    num_open, shelf = 0, Shelf(main)
     for path, kind in candidates:
         if _is_left_out(path, kind, main, steps, findings):
             continue
         try:
             snapshots.append(read_snapshot(kind, path))
+            num_open += len(snapshots[-1].tensors)
+            if num_open > MAX_OPEN:
+                snapshots = [closed(snapshot, shelf) for snapshot in snapshots]
         except HalfWrittenError as error:
             what = str(error).removeprefix(str(path)).lstrip(":/ ")
             findings.ignore(path, f"half-written: {what}", is_half_written=True)

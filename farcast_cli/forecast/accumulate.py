@@ -47,6 +47,7 @@ DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass 
 KEPT_SAMPLE = 1_024  # of those, kept for the fits that are not least squares; within .005 of a full fit
 KEPT_BYTES = 64 << 20  # for all kept samples together
 MIN_KEPT = 64
+MAX_KEPT_BYTES = 128 << 20  # up to which there are no fewer of a tensor
 FORK_BYTES = 16 << 20  # to be read, from which on processes pay for their start
 SPAN = 1 << 20  # elements of a tensor that a worker sums up before it says so
 
@@ -87,7 +88,9 @@ def accumulate(
 
 
 def _num_kept(num_snapshots: int, num_tensors: int) -> int:
-    return min(KEPT_SAMPLE, max(MIN_KEPT, KEPT_BYTES // (4 * num_snapshots * num_tensors)))
+    """Of each tensor, so that all samples together stay within their limits."""
+    each = 4 * num_snapshots * num_tensors
+    return min(KEPT_SAMPLE, max(min(MIN_KEPT, MAX_KEPT_BYTES // each), KEPT_BYTES // each, 1))
 
 
 @dataclass(slots=True)

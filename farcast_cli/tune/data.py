@@ -7,32 +7,31 @@ Shapes: x (n, m_in), y (n, k) or labels (n,).
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.errors import DataError, FarcastError, FileFormatError, UnsafeFileError, UsageError
-from farcast_cli.formats.files import file_size, open_input, reading
-from farcast_cli.formats.safetensors_file import read_safetensors
-from farcast_cli.tensors import FLOATING
+from farcast_cli.errors import DataError, UsageError
 from farcast_cli.tune.gate import MIN_ROWS
-from farcast_cli.tune.weight import read_tensor
+from farcast_cli.tune.rows_file import open_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from farcast_cli.tune.objective import LossName
+    from farcast_cli.tune.rows_file import StoredArray
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
 
 HOLDOUT = 0.25
 EARLY_SHARE = 0.5  # of the held-out share: the early-stopping rows, a noisier choice than the gate's
-_INTEGERS = {"int64": "<i8", "int32": "<i4", "int16": "<i2", "int8": "i1", "uint8": "u1", "uint16": "<u2", "uint32": "<u4"}
+MAX_NUMBERS = 1 << 27  # of x, and of y, that are kept: 1 GiB of float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,70 +62,68 @@ class Splits:
     gate: NDArray[np.int64]
 
 
-def read_data(path: Path, loss: LossName) -> Data:
-    """Read x and y, whatever their element type, and check what can be checked without the layer.
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What rows must fit: layers from the first to the last, and the outputs of the head, or of the last layer."""
+
+    layers: Sequence[Weight]
+    num_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Some of the rows, drawn by the seed, in their order."""
+
+    count: int
+    seed: int
+
+    def of(self, num_rows: int) -> NDArray[np.int64]:
+        if self.count >= num_rows:
+            return np.arange(num_rows)
+        return np.sort(np.random.default_rng(self.seed).permutation(num_rows)[: self.count])
+
+
+def read_data(path: Path, loss: LossName, *, fit: Fit | None = None, draw: Draw | None = None) -> Data:
+    """Read x and y, whatever their element type, and check them; what their headers tell is checked before they are read.
+
+    All rows are looked at, some MiB at a time, and those drawn are kept.
 
     Raises:
-        FileFormatError: no such file, or none of the two formats.
-        DataError: x or y is missing, of the wrong kind or shape, or holds NaN or infinity.
+        FileFormatError: no such file, none of the two formats, or damaged.
+        DataError: x or y is missing, of the wrong kind, shape or width, or holds NaN, infinity or labels outside the outputs.
+        UsageError: more rows than tuning pays for.
     """
-    arrays = _read_arrays(path, ("x", "y"))
-    inputs = _matrix(path, "x", arrays["x"])
-    targets = _labels(path, arrays["y"]) if loss == "cross-entropy" else _matrix(path, "y", _upright(arrays["y"]))
-    if len(inputs) != len(targets):
+    arrays = open_rows(path, ("x", "y"))
+    x, y = arrays["x"], arrays["y"]
+    _check_matrix(x)
+    (_check_labels if loss == "cross-entropy" else _check_matrix)(y)
+    if x.shape[0] != y.shape[0]:
         raise DataError(
-            f"{path}: expected as many rows of y as of x, found x {list(inputs.shape)} and y {list(targets.shape)}",
+            f"{path}: expected as many rows of y as of x, found x {list(x.shape)} and y {list(y.shape)}",
             hint="each row of y belongs to the same row of x",
         )
-    if not (inputs != inputs[:1]).any():
-        raise DataError(f"{path}: x is constant: all {len(inputs)} rows are the same", hint="save one row for each example")
+    num_kept = min(draw.count, x.shape[0]) if draw else x.shape[0]
+    if fit:
+        _check_fit(x, y, fit, loss=loss, num_kept=num_kept)
+    for array in (x, y):
+        _check_size(array, num_kept)
+    rows = draw.of(x.shape[0]) if draw else np.arange(x.shape[0])
+    inputs, moves = _read_rows(x, rows)
+    if not moves:
+        raise DataError(f"{path}: x is constant: all {x.shape[0]} rows are the same", hint="save one row for each example")
+    targets, _ = _read_rows(y, rows, labels=loss == "cross-entropy")
+    if fit and loss == "cross-entropy":
+        _check_range(path, targets, rows, fit.num_outputs)
     return Data(path, inputs, targets, _groups(inputs))
 
 
-def read_anchors(path: Path) -> Array:
+def read_anchors(path: Path, layer: Weight) -> Array:
     """The inputs x (n, m_in) whose outputs must stay."""
-    return _matrix(path, "x", _read_arrays(path, ("x",))["x"])
-
-
-def check_fit(data: Data, layers: list[Weight], *, num_outputs: int, loss: LossName, anchors: Array | None) -> None:
-    """See that rows fit a layer, or the first of several.
-
-    Args:
-        num_outputs: of the head, or of the last layer.
-
-    Raises:
-        DataError: widths that differ, labels outside the outputs.
-        UsageError: more rows than tuning pays for.
-    """
-    _check_width(data.path, data.inputs, layers[0])
-    if anchors is not None:
-        _check_width(data.path, anchors, layers[0], what="--anchor: x")
-    if loss == "mse" and data.targets.shape[1] != num_outputs:
-        raise DataError(
-            f"{data.path}: y: expected {num_outputs} columns, one for each output, found {data.targets.shape[1]}",
-            hint="y holds targets of the layer, or of the head where one is given",
-        )
-    if loss == "cross-entropy" and (data.targets.min() < 0 or data.targets.max() >= num_outputs):
-        wrong = int(np.flatnonzero((data.targets < 0) | (data.targets >= num_outputs))[0])
-        raise DataError(
-            f"{data.path}: y: expected labels from 0 to {num_outputs - 1}, found {data.targets[wrong]} in row {wrong}",
-            hint="labels number the outputs of the head, from 0",
-        )
-    narrowest = min(layer.num_outputs for layer in layers)
-    if data.num_rows > 2 * narrowest:
-        raise UsageError(
-            f"{data.path}: {data.num_rows} rows, more than twice the {narrowest} outputs of the layer: ordinary training"
-            " is cheaper there",
-            hint=f"--subsample {2 * narrowest} or fewer tunes on some of them",
-        )
-
-
-def subsample(data: Data, count: int, *, seed: int) -> Data:
-    """Some of the rows, drawn by the seed, in their order."""
-    if count >= data.num_rows:
-        return data
-    rows = np.sort(np.random.default_rng(seed).permutation(data.num_rows)[:count])
-    return Data(data.path, data.inputs[rows], data.targets[rows], _groups(data.inputs[rows]))
+    x = open_rows(path, ("x",))["x"]
+    _check_matrix(x)
+    _check_width(x, layer, what="--anchor: x")
+    _check_size(x, x.shape[0])
+    return _read_rows(x, np.arange(x.shape[0]))[0]
 
 
 def split(data: Data, *, holdout: float, seed: int) -> Splits:
@@ -159,90 +156,45 @@ def split(data: Data, *, holdout: float, seed: int) -> Splits:
     return found
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
+# --- before it is read -----------------------------------------------------------------------------------------------
 
 
-def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """The named arrays of a .safetensors or .npz file."""
-    if path.suffix not in {".safetensors", ".npz"}:
-        raise UsageError(f"{path}: expected a .safetensors or .npz file with {' and '.join(names)}")
-    file_size(path)  # which says that it is not there
-    found = _from_safetensors(path, names) if path.suffix == ".safetensors" else _from_npz(path, names)
-    for name in names:
-        if name not in found:
-            raise DataError(f"{path}: no array {name!r}", hint="x holds the inputs of the layer, y its targets or labels")
-    return found
+def _check_matrix(array: StoredArray) -> None:
+    """Rows of numbers; a y of one dimension is one column."""
+    is_column = array.name == "y" and len(array.shape) == 1
+    if (len(array.shape) != 2 and not is_column) or not all(array.shape) or array.dtype.kind not in "fiu":  # noqa: PLR2004 - rows of numbers
+        found = f"{array.dtype} of shape {list(array.shape)}"
+        raise DataError(f"{array.path}: {array.name}: expected rows of numbers, found {found}")
 
 
-def _from_safetensors(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    found: dict[str, NDArray[Any]] = {}
-    for entry in read_safetensors(path).entries:
-        if entry.name not in names:
-            continue
-        if entry.dtype.name in FLOATING:
-            found[entry.name] = read_tensor(entry)[0].reshape(entry.shape)
-        elif entry.dtype.name in _INTEGERS:
-            found[entry.name] = read_tensor(entry, _INTEGERS[entry.dtype.name])[0].reshape(entry.shape)
-        else:
-            raise DataError(f"{path}: {entry.name} is {entry.dtype.name}: expected plain numbers")
-    return found
-
-
-def _from_npz(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    try:
-        with reading(path), open_input(path) as raw:
-            if not zipfile.is_zipfile(raw):
-                raise _not_npz(path, "no zip file")
-            raw.seek(0)
-            with np.load(raw, allow_pickle=False) as file:
-                return {name: file[name] for name in names if name in file.files}
-    except ValueError as error:
-        if "pickle" in str(error).lower():
-            raise UnsafeFileError(f"{path}: holds pickled objects, which may run code: expected plain arrays") from error
-        raise _not_npz(path, error) from error
-    except (EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise _not_npz(path, error) from error
-
-
-def _not_npz(path: Path, error: object) -> FarcastError:
-    return FileFormatError(f"{path}: not a readable .npz file: {error}", hint="write it with numpy.savez(FILE, x=..., y=...)")
-
-
-def _upright(values: NDArray[Any]) -> NDArray[Any]:
-    return values[:, None] if values.ndim == 1 else values
-
-
-def _matrix(path: Path, name: str, values: NDArray[Any]) -> Array:
-    if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":  # noqa: PLR2004 - rows of numbers
-        raise DataError(f"{path}: {name}: expected rows of numbers, found {values.dtype} of shape {list(values.shape)}")
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
+def _check_labels(array: StoredArray) -> None:
+    if array.shape[1:] not in {(), (1,)} or not array.shape or array.dtype.kind not in "iu":
         raise DataError(
-            f"{path}: {name} holds {values[row, column]} in row {row}, column {column}: expected finite numbers",
-            hint="leave such rows out",
-        )
-    return values.astype(np.float64)
-
-
-def _labels(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
-    values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values  # noqa: PLR2004 - a column
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: y: expected whole-numbered labels, one a row, for cross-entropy, found {values.dtype}"
-            f" of shape {list(values.shape)}",
+            f"{array.path}: y: expected whole-numbered labels, one a row, for cross-entropy, found {array.dtype}"
+            f" of shape {list(array.shape)}",
             hint="--loss mse takes targets",
         )
-    return values.astype(np.int64)
 
 
-def _groups(inputs: Array) -> NDArray[np.int64]:
-    known: dict[bytes, int] = {}
-    return np.array([known.setdefault(row.tobytes(), len(known)) for row in inputs], dtype=np.int64)
+def _check_fit(x: StoredArray, y: StoredArray, fit: Fit, *, loss: LossName, num_kept: int) -> None:
+    _check_width(x, fit.layers[0])
+    columns = y.shape[1] if len(y.shape) > 1 else 1
+    if loss == "mse" and columns != fit.num_outputs:
+        raise DataError(
+            f"{y.path}: y: expected {fit.num_outputs} columns, one for each output, found {columns}",
+            hint="y holds targets of the layer, or of the head where one is given",
+        )
+    narrowest = min(layer.num_outputs for layer in fit.layers)
+    if num_kept > 2 * narrowest:
+        raise UsageError(
+            f"{x.path}: {num_kept} rows, more than twice the {narrowest} outputs of the layer: ordinary training"
+            " is cheaper there",
+            hint=f"--subsample {2 * narrowest} or fewer tunes on some of them",
+        )
 
 
-def _check_width(path: Path, inputs: Array, layer: Weight, *, what: str = "x") -> None:
-    width, found = layer.num_inputs, inputs.shape[1]
+def _check_width(x: StoredArray, layer: Weight, *, what: str = "x") -> None:
+    width, found = layer.num_inputs, x.shape[1]
     if found == width:
         return
     shape = f"{layer.name} is {layer.num_outputs} x {width}, outputs x inputs"
@@ -251,4 +203,56 @@ def _check_width(path: Path, inputs: Array, layer: Weight, *, what: str = "x") -
         if found == layer.num_outputs
         else "x holds the inputs of the layer, not of the model"
     )
-    raise DataError(f"{path}: {what}: expected {width} columns ({shape}), found {found}", hint=hint)
+    raise DataError(f"{x.path}: {what}: expected {width} columns ({shape}), found {found}", hint=hint)
+
+
+def _check_size(array: StoredArray, num_rows: int) -> None:
+    if num_rows * prod(array.shape[1:]) > MAX_NUMBERS:
+        raise DataError(
+            f"{array.path}: {array.name}: expected at most {MAX_NUMBERS} numbers, found {num_rows} rows of"
+            f" {prod(array.shape[1:])}",
+            hint="save fewer rows",
+        )
+
+
+# --- as it is read ---------------------------------------------------------------------------------------------------
+
+
+def _read_rows(array: StoredArray, chosen: NDArray[np.int64], *, labels: bool = False) -> tuple[NDArray[Any], bool]:
+    """The chosen rows of an array, in their order, as float64 (n, columns) or labels (n,); and whether any two rows differ."""
+    shape = (len(chosen),) if labels else (len(chosen), prod(array.shape[1:]))
+    kept = np.empty(shape, np.int64 if labels else np.float64)
+    first, differ, start = None, False, 0
+    for block in array.blocks():
+        _check_finite(array, block, start)
+        first = block[:1].copy() if first is None else first
+        differ = differ or bool((block != first).any())
+        low, high = np.searchsorted(chosen, (start, start + len(block)))
+        kept[low:high] = block[chosen[low:high] - start].reshape(-1, *shape[1:])
+        start += len(block)
+    return kept, differ
+
+
+def _check_finite(array: StoredArray, block: NDArray[Any], start: int) -> None:
+    bad = ~np.isfinite(block)
+    if bad.any():
+        row, *column = np.argwhere(bad)[0]
+        raise DataError(
+            f"{array.path}: {array.name} holds {block[row, *column]} in row {start + row}, column {(*column, 0)[0]}:"
+            " expected finite numbers",
+            hint="leave such rows out",
+        )
+
+
+def _check_range(path: Path, labels: NDArray[np.int64], rows: NDArray[np.int64], num_outputs: int) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_outputs))
+    if len(wrong):
+        raise DataError(
+            f"{path}: y: expected labels from 0 to {num_outputs - 1}, found {labels[wrong[0]]} in row {rows[wrong[0]]}",
+            hint="labels number the outputs of the head, from 0",
+        )
+
+
+def _groups(inputs: Array) -> NDArray[np.int64]:
+    known: dict[bytes, int] = {}
+    return np.array([known.setdefault(row.tobytes(), len(known)) for row in inputs], dtype=np.int64)

@@ -16,7 +16,7 @@ from farcast_cli.formats.files import file_size, portable
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.output.writer import staged
 from farcast_cli.trajectory import open_snapshot
-from farcast_cli.tune.data import HOLDOUT, check_fit, read_anchors, read_data, split, subsample
+from farcast_cli.tune.data import HOLDOUT, Draw, Fit, read_anchors, read_data, split
 from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
 from farcast_cli.tune.gate import DEFAULT_GATE, Verdict, judge
 from farcast_cli.tune.objective import Objective
@@ -262,13 +262,11 @@ def _head_of(request: Request, snapshot: Snapshot, last: Weight) -> tuple[Any, A
 
 
 def _data_of(request: Request, model: Model) -> tuple[Data, Splits, Any, tuple[str, ...]]:
-    data = read_data(request.data, request.loss)
-    if request.subsample is not None:
-        data = subsample(data, request.subsample, seed=request.rounded.seed)
-    anchors = read_anchors(request.anchor) if request.anchor else None
     head = model.objective.head
-    num_outputs = model.weights[-1].num_outputs if head is None else len(head)
-    check_fit(data, list(model.weights), num_outputs=num_outputs, loss=request.loss, anchors=anchors)
+    fit = Fit(model.weights, model.weights[-1].num_outputs if head is None else len(head))
+    draw = Draw(request.subsample, request.rounded.seed) if request.subsample is not None else None
+    data = read_data(request.data, request.loss, fit=fit, draw=draw)
+    anchors = read_anchors(request.anchor, model.weights[0]) if request.anchor else None
     notes = []
     if data.num_copies:
         notes.append(

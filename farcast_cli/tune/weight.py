@@ -145,17 +145,22 @@ class Weight:
         values, raw = read_tensor(shard.entry)
         self.bytes_read += len(raw)
         self.checksum = zlib.crc32(raw, self.checksum)
+        if not np.isfinite(values).all():
+            raise _non_finite(shard.entry, values)
         return values
 
     def _check(self, entry: TensorEntry, rows: NDArray[np.float64]) -> None:
         square = float(np.vdot(rows, rows))
         if not np.isfinite(square) and not np.isfinite(rows).all():
-            value = rows[~np.isfinite(rows)][0]
-            raise NonFiniteError(
-                f"{entry.path}: tensor {entry.name!r} holds {value}: expected finite numbers",
-                hint="the run diverged or the file is damaged: tune an earlier checkpoint",
-            )
+            raise _non_finite(entry, rows)
         self.square += square
+
+
+def _non_finite(entry: TensorEntry, values: NDArray[np.floating]) -> NonFiniteError:
+    return NonFiniteError(
+        f"{entry.path}: tensor {entry.name!r} holds {values[~np.isfinite(values)][0]}: expected finite numbers",
+        hint="the run diverged or the file is damaged: tune an earlier checkpoint",
+    )
 
 
 def read_tensor(entry: TensorEntry, integers: str = "") -> tuple[NDArray[Any], bytes]:

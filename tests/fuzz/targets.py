@@ -24,12 +24,12 @@ from farcast_cli.cli import main as call_main
 from farcast_cli.errors import FarcastError
 from farcast_cli.evaluation import last_number
 from farcast_cli.fitted import fit, load_fitted, save_fitted
+from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names
-from farcast_cli.formats.torch_file import refuse_code_in
 from farcast_cli.ledger import read_leaps
+from farcast_cli.output.place import sidecar_of
 from farcast_cli.output.plan import Rewrite, plan_outputs
-from farcast_cli.output.sidecar import sidecar_of
 from farcast_cli.stream import Reader
 from farcast_cli.trainer.resume import advance, told_as_damage
 from farcast_cli.trajectory import discover, open_snapshot
@@ -247,7 +247,7 @@ def _names_met(raw: bytes) -> set[tuple[str, str]]:
     """By the scan, up to where nobody can go on."""
     found = set[tuple[str, str]]()
     with suppress(EOFError):
-        for name in iter_names(io.BytesIO(raw)):
+        for name in iter_names(io.BufferedReader(io.BytesIO(raw))):
             found.add(name)
     return found
 
@@ -259,7 +259,7 @@ def dcp_metadata(folder: Path) -> Target:
     place = folder / "step-100"
     corpus.save_dcp(corpus.dcp_state(100), place)
     raw = (place / ".metadata").read_bytes()
-    names = set(iter_names(io.BytesIO(raw)))
+    names = set(iter_names(io.BufferedReader(io.BytesIO(raw))))
 
     def case(random: Random) -> bytes:
         if random.random() < 0.5:
@@ -273,7 +273,7 @@ def dcp_metadata(folder: Path) -> Target:
 def dcp_data(folder: Path) -> Target:
     place = folder / "step-100"
     corpus.save_dcp(corpus.dcp_state(100), place)
-    file, names = place / "__0_0.distcp", set(iter_names(io.BytesIO((place / ".metadata").read_bytes())))
+    file, names = place / "__0_0.distcp", set(iter_names(io.BufferedReader(io.BytesIO((place / ".metadata").read_bytes()))))
     case = partial(mutate.some_bytes, data=file.read_bytes())
     return Target("dcp data", file, case, lambda: _entries_of(place), partial(_as_dcp_says, place, names))
 
@@ -450,7 +450,9 @@ def settings(folder: Path, *, is_named: bool) -> Target:
 
 def delta(folder: Path) -> Target:
     random, file = np.random.default_rng(0), folder / "delta.safetensors"
-    write_deltas(file, [Delta("w", None, 0.5, random.normal(size=(3, 4)), random.normal(size=(3, 5)), 7)], {"rows": 9})
+    write_deltas(
+        file, [Delta("w", None, 0.5, random.normal(size=(3, 4)), random.normal(size=(3, 5)), 7)], {"rows": 9}, like=folder
+    )
     raw = file.read_bytes()
 
     def check(found: list[Delta]) -> str:
