@@ -31,6 +31,7 @@ from farcast_cli.ledger import Leap, check_ledger, recorded
 from farcast_cli.output.batch import Source
 from farcast_cli.output.convert import Target, plan_converted, settle
 from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
+from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of, write_sidecar
 from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
@@ -179,6 +180,10 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     history = _history(fitted, snapshots, last)
     target = settle(origin, request.layout)
     places = [_place(request, origin, horizon, fitted, target) for horizon in horizons]
+    if not request.dry_run:
+        for place in places:
+            clear_left(place)
+            clear_left(sidecar_of(place, is_file=True))
     for place in places:
         _check_place(place, fitted.directory, overwrite=request.overwrite, is_file=target.is_file)
         if request.evaluator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -275,38 +276,113 @@ def test_an_old_output_of_any_kind_is_replaced(tmp_path: Path, old: str, new: st
     assert {path.name for path in tmp_path.iterdir()} == {"a", "linked"}
 
 
+def killed_in(write: Callable[[], object]) -> None:
+    """The block is run in a process that it kills."""
+    child = os.fork()
+    if not child:
+        write()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+def killing(rename: Callable[..., Any], *, at: int = 1) -> Callable[..., Any]:
+    """The process is killed right after its n-th rename."""
+    count = itertools.count(1)
+
+    def counted(*arguments: Any) -> Any:
+        done = rename(*arguments)
+        if next(count) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    return counted
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_kill_between_two_renames_loses_nothing_and_the_next_start_gives_the_old_output_its_name_back(
+def test_a_kill_between_two_renames_loses_nothing_and_the_next_start_gives_the_new_output_its_name(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the filesystem cannot exchange names in one call, nor make links."""
     final = tmp_path / "a"
     make(final, kind, "old")
-    monkeypatch.setattr(renames, "_rename", lambda *_: False)
-    monkeypatch.setattr(renames, "_link", lambda *_: False)
-    child = os.fork()
-    if not child:
+
+    def write() -> None:
+        monkeypatch.setattr(renames, "_rename", lambda *_: False)
+        monkeypatch.setattr(renames, "_link", lambda *_: False)
         monkeypatch.setattr(type(final), "rename", killing(type(final).rename))
         with staged(final, check=anything) as temporary:
             make(temporary, kind, "new")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+    killed_in(write)
     assert not final.exists()
     with pytest.raises(OutputError, match="exists already"), staged(final):
         pytest.fail("the block must not start")
-    assert content_of(final) == "old"
+    assert content_of(final) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def killing(rename: Callable[..., Any]) -> Callable[..., Any]:
-    """The process is killed right after its first rename."""
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_a_kill_left_of_several_outputs_is_completed_by_the_next_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    was_there: bool,  # noqa: FBT001
+) -> None:
+    names = ("first", "second", "third")
+    for name in names if was_there else ():
+        (tmp_path / name).write_text("old")
 
-    def once(*paths: Path) -> None:
-        rename(*paths)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def write() -> None:
+        monkeypatch.setattr(renames, "_rename", killing(renames._rename, at=at))
+        with staging() as outputs:
+            for name in names:
+                outputs.add(tmp_path / name, check=anything).write_text("new")
 
-    return once
+    killed_in(write)
+    found = [(tmp_path / name).read_text() for name in names if (tmp_path / name).exists()]
+    assert sorted(found) == ["new"] * at + ["old"] * ((3 - at) * was_there)
+    for name in names:
+        with pytest.raises(OutputError, match="exists already"), staged(tmp_path / name):
+            pytest.fail("the block must not start")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "new")
+
+
+def test_a_file_that_the_user_put_there_after_a_kill_is_not_replaced_by_what_was_to_be_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write() -> None:
+        monkeypatch.setattr(renames, "_rename", killing(renames._rename))
+        with staging() as outputs:
+            for name in ("first", "second"):
+                outputs.add(tmp_path / name).write_text("forecast")
+
+    killed_in(write)
+    (tmp_path / "first").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "first"):
+        pytest.fail("the block must not start")
+    assert (tmp_path / "first").read_text() == "mine"
+
+
+def test_a_kill_before_anything_was_decided_publishes_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with staging() as outputs:
+            outputs.add(tmp_path / "a").write_text("whole")
+            outputs.alongside(interrupting(signal.SIGKILL))
+
+    killed_in(write)
+    with staged(tmp_path / "a", may_stay_empty=True):
+        assert not (tmp_path / "a").exists()
+    assert tree_digest(tmp_path) == {}
+
+
+def test_a_kill_while_a_mark_is_made_leaves_what_the_next_start_removes(tmp_path: Path) -> None:
+    (tmp_path / ".a.bin.0123abcd.partial").mkdir()
+    (tmp_path / ".a.bin.0123abcd.partial" / MARK).touch()
+    with staged(tmp_path / "a.bin") as temporary:
+        temporary.write_text("forecast")
+    assert tree_digest(tmp_path).keys() == {"a.bin"}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from farcast_cli.errors import UnsafeFileError
-from farcast_cli.formats.files import file_size, open_read_only
+from farcast_cli.formats.files import file_size, open_input
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names, peek
 from farcast_cli.formats.torch_pickle import unsafe
@@ -47,7 +47,7 @@ def refuse_code_in(path: Path) -> None:
         UnsafeFileError: it names a function of the system's, or hides what it names.
         FileFormatError: it is a zip that is not whole, or that two readers would read in two ways.
     """
-    with io.BufferedReader(io.FileIO(open_read_only(path)), _BUFFER_BYTES) as stream:
+    with open_input(path, _BUFFER_BYTES) as stream:
         if peek(stream, len(ZIP_MARK)) == ZIP_MARK:
             refuse_code_in_stretch(path, 0, file_size(path))
         elif path.suffix.lower() in _YAML:

@@ -115,9 +115,9 @@ class _Input(io.FileIO):
             return super().readall() or b""
 
 
-def open_input(path: Path) -> io.BufferedReader:
+def open_input(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
     """An input for libraries that read open files, and would take a fault of the disk for a fault of the format."""
-    return io.BufferedReader(_Input(path))
+    return io.BufferedReader(_Input(path), buffer_bytes)
 
 
 def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:

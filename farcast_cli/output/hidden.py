@@ -2,7 +2,8 @@
 
 A hidden folder's name ends in random letters, so that it is never one that somebody else made: no link is followed and
 nothing is emptied. A folder that a killed process left is removed by the next one that writes the same output. It must be
-a real folder, belong to this user, carry the mark for that output, and be locked by nobody.
+a real folder, belong to this user, carry the mark for that output, and be locked by nobody. If the process was killed when
+everything was written and synced, and only names were to be given, that is done first.
 
 Source: open(2) O_NOFOLLOW and O_DIRECTORY, flock(2), mkdtemp(3).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -18,10 +20,11 @@ import shutil
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import OutputError
-from farcast_cli.output.renames import put_back
+from farcast_cli.output.renames import put, put_back, swap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 MARK = ".farcast-partial"
 """The file in a hidden folder that says that farcast made it; it holds the output's name."""
+_READY = ".farcast-ready"
+"""The file in a hidden folder that says that the output is to take its name: which file is new, and which has the name."""
 _ENDING = ".partial"
 _MAX_NAME = 200  # bytes of an output's name that a hidden folder's name repeats; 255 is a usual limit of the whole
 _TRIES = 100
@@ -40,6 +45,16 @@ class Hidden:
 
     path: Path
     fd: int
+
+    def decide(self, final: Path) -> None:
+        """Say that what is written here is whole, and about to take its name."""
+        text = json.dumps([_identity(self.path / final.name), _identity(final)])
+        with open(_READY, "x", opener=partial(os.open, mode=0o600, dir_fd=self.fd)) as file:
+            file.write(text)
+
+    def withdraw(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(_READY, dir_fd=self.fd)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -65,7 +80,7 @@ def make_hidden(final: Path) -> Hidden:
 
 
 def clear_left(final: Path) -> None:
-    """Remove what killed processes left of an output; give an old output its name back if one had set it aside.
+    """Remove what killed processes left of an output; do first what one of them had decided to do.
 
     Raises:
         OutputError: another process writes this output.
@@ -91,10 +106,36 @@ def _clear_one(path: Path, fd: int, final: Path) -> None:
             ) from None
         return
     if _mark_of(fd) == os.fsencode(final.name):
-        put_back(path, final)
+        _finish(path, fd, final)
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.rmdir()  # fails, as it should, unless the folder is empty: a process was killed before it made the mark
+        return
+    if _mark_of(fd) == b"":  # a process was killed while it made the mark, or before
+        os.unlink(MARK, dir_fd=fd)
+    path.rmdir()  # fails, as it should, if anything else is in it
+
+
+def _finish(folder: Path, fd: int, final: Path) -> None:
+    """Give the output its name if that was decided; else give an old one its name back if it was set aside."""
+    written = folder / final.name
+    try:
+        new, old = json.loads(_read_small(_READY, fd) or b"[null, null]")
+    except ValueError:
+        new, old = None, None
+    if new is not None and _identity(written) == new:
+        if not os.path.lexists(final):
+            put(written, final)
+        elif _identity(final) == old:
+            swap(written, final)
+    put_back(folder, final)
+
+
+def _identity(path: Path) -> list[int] | None:
+    """What tells a file from any other; None if there is none."""
+    try:
+        found = path.stat(follow_symlinks=False)
+    except OSError:
+        return None
+    return [found.st_dev, found.st_ino]
 
 
 def _take(path: Path, final: Path) -> Hidden | None:
@@ -135,13 +176,18 @@ def _beginning(final: Path) -> str:
     return f".{final.name if len(raw) <= _MAX_NAME else hashlib.sha256(raw).hexdigest()}."
 
 
-def _mark_of(fd: int) -> bytes | None:
+def _mark_of(folder: int) -> bytes | None:
     """What the mark in a folder says; None where there is none."""
+    return _read_small(MARK, folder)
+
+
+def _read_small(name: str, folder: int) -> bytes | None:
+    """A small file in a folder that is open; None where there is none."""
     try:
-        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except OSError:
         return None
     try:
-        return os.read(mark, 1 << 12) if stat.S_ISREG(os.fstat(mark).st_mode) else None
+        return os.read(fd, 1 << 12) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     finally:
-        os.close(mark)
+        os.close(fd)

@@ -140,8 +140,13 @@ class Staging:
         replaced = {one.final for one in ready if os.path.lexists(one.final)}
         try:
             for one in ready:
+                one.hidden.decide(one.final)
+            for one in ready:
                 one.publish(replaces=one.final in replaced)
         except BaseException:
+            for one in ready:
+                with suppress(OSError):
+                    one.hidden.withdraw()
             for one in reversed(ready):
                 with suppress(OSError):
                     one.undo()

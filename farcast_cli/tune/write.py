@@ -16,6 +16,7 @@ from farcast_cli.alignment import Alignment
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.output.batch import Source
 from farcast_cli.output.engine import Engine, write_forecasts
+from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.place import check_outside, check_sidecar_ours, sidecar_of, write_sidecar
 from farcast_cli.output.plan import Rewrite, plan_outputs, with_modes
@@ -64,6 +65,8 @@ def check_place(place: Path, snapshot: Snapshot, *, option: str = "-o", ending: 
     run = run_of(snapshot)
     if run is not None:
         check_outside(place, run, option=option)
+    clear_left(place)
+    clear_left(sidecar_of(place, is_file=True))
     if os.path.lexists(place):
         raise OutputError(f"{place}: exists already", hint=f"choose another place with {option}")
     wanted = ending if ending is not None else snapshot.path.suffix if snapshot.path.is_file() else ""
