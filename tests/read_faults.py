@@ -22,7 +22,6 @@ from pathlib import Path
 
 from farcast_cli.cli import main
 
-
 MAX_RUNS = 40
 
 
