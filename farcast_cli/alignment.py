@@ -5,7 +5,6 @@ Knows how names are matched between snapshots, where a run's tensors change, and
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -314,6 +313,11 @@ def _told(changes: Sequence[_Change]) -> str:
     return f"{changes[0].name} {changes[0].what}{more}"
 
 
+def _quoted(name: str) -> str:
+    """A name as one word of a shell, in quotes whatever it is: it stands for a glob."""
+    return "'" + name.replace("'", "'\"'\"'") + "'"
+
+
 def _mixed_runs(
     before: Snapshot, after: Snapshot, changes: Sequence[_Change], choice: _Choice, since: str = ""
 ) -> MixedRunsError:
@@ -323,7 +327,7 @@ def _mixed_runs(
             f"{where}: two models, with less than half of the parameters in both: {told}",
             hint="keep one run in the folder, or choose its steps with --steps A:B",
         )
-    names = " ".join(f"--exclude {shlex.quote(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
+    names = " ".join(f"--exclude {_quoted(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
         len(changes) > MAX_NAMED
     )
     return MixedRunsError(
