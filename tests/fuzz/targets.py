@@ -146,14 +146,19 @@ def as_torch_reads(file: Path, key: str) -> Callable[[Tensors], str]:
     """The dict under a key, or the whole, by torch's own careful reader. What it refuses cannot be compared."""
 
     def check(found: Tensors) -> str:
-        try:
-            tree = torch.load(file, weights_only=True)
-        except Exception:  # noqa: BLE001 - whatever torch raises
-            return ""
-        inner = tree.get(key) if isinstance(tree, dict) else None
-        return differing(found, {name: as_tuple(value) for name, value in flat(tree if inner is None else inner).items()})
+        wrong = _torch_differs(file, key, found, mmap=False)
+        return wrong and _torch_differs(file, key, found, mmap=True)  # a damaged directory lets torch read memory as it lies
 
     return check
+
+
+def _torch_differs(file: Path, key: str, found: Tensors, *, mmap: bool) -> str:
+    try:
+        tree = torch.load(file, weights_only=True, mmap=mmap)
+    except Exception:  # noqa: BLE001 - whatever torch raises
+        return ""
+    inner = tree.get(key) if isinstance(tree, dict) else None
+    return differing(found, {name: as_tuple(value) for name, value in flat(tree if inner is None else inner).items()})
 
 
 def torch_zip(folder: Path) -> Target:
@@ -177,8 +182,12 @@ def torch_legacy(folder: Path) -> Target:
         raise AssertionError("an old torch file was read")
 
     def check(content: bytes) -> str:
-        stream = io.BytesIO(content)
-        asked = [pair for _ in range(5) for pair in names_asked_for(pickle.Unpickler, stream)]
+        stream, asked = io.BytesIO(content), list[tuple[str, str]]()
+        for _ in range(5):  # pickles, of which a reader goes on behind whole ones alone
+            start = stream.tell()
+            asked += names_asked_for(pickle.Unpickler, stream)
+            if content[stream.tell() - 1 : stream.tell()] != pickle.STOP or stream.tell() == start:
+                break
         return "passed, and it asks for what runs code" if any(runs_code(*pair) for pair in asked) else ""
 
     return Target("torch legacy file", file, partial(mutate.some_bytes, data=raw, words=mutate.FRAGMENTS), read, check)
@@ -213,7 +222,10 @@ def names_asked_for(kind: Any, stream: io.BytesIO) -> list[tuple[str, str]]:
 
     class Asking(kind):  # type: ignore[misc]
         def find_class(self, module: str, name: str) -> Any:
-            asked.append((module, name))
+            if kind is pickle.Unpickler or stream.tell() < len(
+                stream.getbuffer()
+            ):  # else a line cut off, and nothing behind it
+                asked.append((module, name))
             return lambda *_args, **_options: argparse.Namespace()
 
         def persistent_load(self, _: object) -> None:
@@ -300,7 +312,8 @@ def _as_dcp_says(place: Path, names: set[tuple[str, str]], found: Mapping[tuple[
         return ""
     for (path, position), mine in found.items():
         inside = [item for item in items if item[0] == path and item[1] <= position < item[1] + item[2]]
-        if mine[2] and not any(_item(*item) == mine for item in inside):
+        theirs = [_item(*item) for item in inside]
+        if mine[2] and None not in theirs and mine not in theirs:
             return "another tensor than torch reads from that item"
     return ""
 
