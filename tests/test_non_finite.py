@@ -192,6 +192,19 @@ def test_a_forecast_that_leaves_its_types_range_is_refused(dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize("name", ["even", "w"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_forecast_in_which_infinities_cancel_to_nan_is_refused(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    """Finite in every snapshot; two moves overflow, and their weights have opposite signs."""
+    arrays = {key: np.zeros((len(STEPS), size)) for key, size in SIZES.items()}
+    arrays["even"][:, 1] = arrays["w"][:, 1] = np.linspace(0, 1, len(STEPS)) ** 2
+    arrays[name][:, -2] = 0.9 * RANGES[dtype][0] * np.array([-1] * (len(STEPS) - 1) + [1])
+    fitted = fit_run(write_run(tmp_path / "run", arrays, STEPS, dtype=dtype), num_samples=2)
+    with pytest.raises(SnapshotError, match=f"tensor '{name}' leaves the range of its type"):
+        predict_run(fitted, tmp_path / "out" / "out.safetensors", horizons=(200,), method="average-extrapolate")
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", ["even", "w"])
 @pytest.mark.parametrize(("dtype", "value"), [("bfloat16", 3.397e38), ("float16", 65_520.0), ("float16", 1e38)])
 def test_a_number_that_only_rounding_makes_infinite_is_refused(dtype: str, value: float, name: str, tmp_path: Path) -> None:
     """Finite in float32, and beyond the middle between the largest number of the asked-for type and the next."""

@@ -108,9 +108,11 @@ class _Task:
         self.count = sum(section.count for section in self.sections)
 
     def take(self, section: Section, limit: int) -> bool:
-        """Take the next tensor's sample too, if it is of the same types and all together have no more than `limit` elements."""
+        """Take the next tensor's sample too, if it is of the same types and all have no more than `limit` values, and products."""
         mine, its = self.sections[0].entries, section.entries
-        fits = self.is_kept and self.is_summed and self.count + section.count <= limit
+        num_snapshots, num_tensors = len(its), len(self.sections) + 1
+        numbers = max((self.count + section.count) * num_snapshots, num_tensors * (num_snapshots + 1) ** 2)
+        fits = self.is_kept and self.is_summed and numbers <= limit
         if not fits or any(a.dtype is not b.dtype for a, b in zip(mine, its, strict=True)):
             return False
         self.sections.append(section)
@@ -129,7 +131,7 @@ class _Task:
 def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) -> tuple[_Task, ...]:
     """A sample of every tensor, and where all is to be read, all of the tensors that are larger than a sample."""
     found, is_host = list[_Task](), resources.device == "cpu"
-    limit = STRETCH_BYTES // (8 * len(alignment.tensors[0].entries)) if is_host else 0
+    limit = STRETCH_BYTES // 8 if is_host else 0
     for index, tensor in enumerate(alignment.tensors):
         entries, size = tensor.entries, tensor.num_elements
         is_summed = num_samples is not None or size <= DEFAULT_SAMPLE

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from farcast_cli.fitted import Fitted
     from farcast_cli.job import Outcome, Prepared, Request
 
+DIGITS = 10  # of a figure; the same sums on other processors differ in the fourteenth or later
+
 
 def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> dict[str, Any]:
     """The content of a forecast's sidecar; `write_sidecar` adds the files."""
@@ -54,7 +56,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
                 "step": s.step,
                 "bytes": s.num_bytes,
                 "digest": s.digest,
-                "mean_weight": float(mean[t]),
+                "mean_weight": _number(float(mean[t])),
             }
             for t, s in enumerate(prepared.snapshots)
         ],
@@ -81,4 +83,5 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
 
 
 def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
+    """A figure to ten digits: the last ones of a float64 depend on the processor, by whose type numpy's products are summed."""
+    return None if np.isnan(value) else float(f"{value:.{DIGITS}g}")
