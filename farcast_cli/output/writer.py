@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import OutputError
+from farcast_cli.errors import OutputError, UnreadableError
 from farcast_cli.output.hidden import Hidden, clear_left, make_hidden
 from farcast_cli.output.renames import put, swap, swap_back
 
@@ -111,7 +111,7 @@ class Staging:
                 self._outputs.append(_Output(final, make_hidden(final), check, may_stay_empty))
         except OSError as error:
             raise OutputError(
-                f"{final.parent}: cannot be written: {error.strerror}", hint="choose another place with -o"
+                f"{final}: cannot be written: {error.strerror}", hint="choose another place with -o"
             ) from error
         return self._outputs[-1].written
 
@@ -168,6 +168,11 @@ class Staging:
         final = hit[0] if hit else self._outputs[0].final
         return OutputError(f"{final}: cannot be written: {error.strerror or error}", hint=_space_hint(error))
 
+    def misread(self, error: UnreadableError) -> OutputError | UnreadableError:
+        """An error of reading, if it was an output that was read back, as one that names the output."""
+        hit = [one.final for one in self._outputs if str(one.hidden.path) in str(error)]
+        return OutputError(f"{hit[0]}: cannot be read back: {error}", hint="check the disk") if hit else error
+
     def _make_parents(self, folder: Path) -> None:
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         for place in reversed(missing):
@@ -190,6 +195,8 @@ def staging() -> Iterator[Staging]:
             outputs.publish()
         except OSError as error:
             raise outputs.named(error) from error
+        except UnreadableError as error:
+            raise outputs.misread(error) from error
     finally:
         outputs.close()
 
