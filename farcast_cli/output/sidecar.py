@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from farcast_cli.fitted import Fitted
     from farcast_cli.job import Outcome, Prepared, Request
 
-DIGITS = 10  # of a figure; the same sums on other processors differ in the fourteenth or later
-
-
 SIDECAR = "farcast.json"
+DIGITS = 10  # of a figure; the same sums on other processors differ in the fourteenth or later
 
 
 def sidecar_of(target: Path, *, is_file: bool) -> Path:
