@@ -202,7 +202,8 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
         moved.changes.extend(counts.values())
         mirror = request.purpose == "evaluation"
-        rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, origin.step + horizon, mirror)
+        step = origin.step + (horizon if counters == "advance" else 0)
+        rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
         advanced.append(moved)
         plans.append(tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin)))
     resources = Resources(request.device, request.io, request.num_threads)

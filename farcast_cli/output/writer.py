@@ -110,9 +110,7 @@ class Staging:
                 self._make_parents(final.parent)
                 self._outputs.append(_Output(final, make_hidden(final), check, may_stay_empty))
         except OSError as error:
-            raise OutputError(
-                f"{final}: cannot be written: {error.strerror}", hint="choose another place with -o"
-            ) from error
+            raise OutputError(f"{final}: cannot be written: {error.strerror}", hint="choose another place with -o") from error
         return self._outputs[-1].written
 
     def alongside(self, record: AbstractContextManager[Any]) -> None:
