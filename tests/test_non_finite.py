@@ -397,4 +397,4 @@ def test_the_steps_in_a_safetensors_files_metadata_are_moved_on_with_the_weights
     (outcome,) = predict_run(fitted, f"{tmp_path / 'keep'}/", horizons=(200,), counters="keep")
     assert outcome.path is not None
     with safe_open(outcome.path, framework="np") as file:
-        assert file.metadata() == kept | {key: "600" for key in ("step", "ss_steps", "global_step")} | {"note": "step 600"}
+        assert file.metadata() == kept | dict.fromkeys(("step", "ss_steps", "global_step"), "600") | {"note": "step 600"}

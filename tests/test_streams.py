@@ -183,7 +183,7 @@ def test_a_torch_checkpoint_may_bear_a_name_that_is_no_text(tmp_path: Path, call
     command = ("predict", "--horizon", 10, "--even-if-worse", "-q", "-o", "\udcfe_90.pt", "--eval-cmd", "echo 1 # {ckpt}")
     done = run_cli(*command, cwd=tmp_path, errors="surrogateescape")
     assert (done.returncode, done.stdout) == (0, "\udcfe_90.pt\n"), done
-    log = tmp_path / "\udcfe_90.eval" / "origin.log"
+    log = tmp_path / "\udcfe_90.pt.eval" / "origin.log"
     assert b"run\xff" in log.read_bytes()
 
 

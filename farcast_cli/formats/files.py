@@ -99,12 +99,16 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         done += count
 
 
-class _Input(io.FileIO):
+class Input(io.FileIO):
     """An input whose faults are no OSErrors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         super().__init__(open_read_only(path), "rb")
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with reading(self._path):
+            return super().read(size) or b""
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         with reading(self._path):
@@ -117,7 +121,7 @@ class _Input(io.FileIO):
 
 def open_input(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
     """An input for libraries that read open files, and would take a fault of the disk for a fault of the format."""
-    return io.BufferedReader(_Input(path), buffer_bytes)
+    return io.BufferedReader(Input(path), buffer_bytes)
 
 
 def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:

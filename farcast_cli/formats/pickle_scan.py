@@ -294,10 +294,13 @@ def _exactly(stream: Stream, size: int) -> bytes:
     return found
 
 
+_MAX_SEEK = 1 << 62  # beyond any file's end; more is no position to the system
+
+
 def _seek(stream: Stream, size: int) -> None:
     """Step over bytes; beyond the end there is nothing to read."""
     if size > _CHUNK_BYTES and stream.seekable():
-        stream.seek(size, 1)
+        stream.seek(min(size, _MAX_SEEK), 1)
         return
     while size > 0:
         found = len(stream.read(min(size, _CHUNK_BYTES)))

@@ -156,7 +156,7 @@ def read_deltas(path: Path) -> list[Delta]:
 def _delta(path: Path, number: int, about: Any, entries: dict[str, TensorEntry]) -> Delta:
     directions, factors, scale = (_array(entries[f"{number}.{name}"]) for name in ("directions", "factors", "scale"))
     layer, bias, checksum = about["layer"], about["bias"], about["checksum"]
-    is_sound = directions.ndim == factors.ndim == 2 and len(directions) == len(factors) and scale.size == 1  # noqa: PLR2004
+    is_sound = directions.ndim == factors.ndim == 2 and len(directions) == len(factors) and scale.shape == (1,)  # noqa: PLR2004
     if not (is_sound and isinstance(layer, str) and isinstance(bias, str | None) and isinstance(checksum, int)):
         raise ValueError(f"layer {number} is described wrongly")
     if not all(np.isfinite(values).all() for values in (directions, factors, scale)):

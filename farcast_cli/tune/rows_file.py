@@ -8,7 +8,6 @@ or deflated, of plain numbers.
 from __future__ import annotations
 
 import ast
-import io
 import os
 import re
 import zipfile
@@ -22,7 +21,7 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 
 from farcast_cli.errors import DataError, FarcastError, FileFormatError, UnsafeFileError, UsageError
-from farcast_cli.formats.files import file_size, open_read_only, read_bytes
+from farcast_cli.formats.files import Input, file_size, read_bytes
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.tensors import FLOATING
 from farcast_cli.tune.numbers import decode
@@ -137,7 +136,7 @@ def _damaged(path: Path, what: object) -> FarcastError:
     return FileFormatError(f"{path}: not a readable .npz file: {what}", hint=_HINT)
 
 
-class _Bounded(io.FileIO):
+class _Bounded(Input):
     """A file of which nobody reads much at once: a zip's directory is read whole, however long it says that it is."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -151,7 +150,7 @@ class _Bounded(io.FileIO):
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """The zip, and one line for whatever is wrong with it."""
     try:
-        with _Bounded(open_read_only(path)) as file, zipfile.ZipFile(file) as archive:
+        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except _DAMAGE as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else error
