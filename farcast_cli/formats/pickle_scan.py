@@ -9,6 +9,7 @@ Source: Lib/pickletools.py, whose table of opcodes this reads by.
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 from dataclasses import dataclass, field
@@ -294,13 +295,13 @@ def _exactly(stream: Stream, size: int) -> bytes:
     return found
 
 
-_MAX_SEEK = 1 << 62  # beyond any file's end; more is no position to the system
-
-
 def _seek(stream: Stream, size: int) -> None:
     """Step over bytes; beyond the end there is nothing to read."""
     if size > _CHUNK_BYTES and stream.seekable():
-        stream.seek(min(size, _MAX_SEEK), 1)
+        try:
+            stream.seek(size, io.SEEK_CUR)
+        except (OSError, OverflowError):  # further than any file may reach
+            stream.seek(0, io.SEEK_END)
         return
     while size > 0:
         found = len(stream.read(min(size, _CHUNK_BYTES)))

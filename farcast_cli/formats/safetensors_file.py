@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from math import prod
@@ -100,6 +101,9 @@ def _ends_in_header(head: bytes, length: int) -> bool:
     return len(head) <= _LENGTH_BYTES or not any(head) or (head[8:9] == b"{" and length <= MAX_HEADER_BYTES)
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -113,6 +117,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         raise _damaged(path, f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
+    if b"\\u" in raw and _LONE_SURROGATE.search(json.dumps(header, ensure_ascii=False)):
+        raise _damaged(path, "the header is not JSON: half of a surrogate pair")  # Python reads it, others do not
     return header
 
 

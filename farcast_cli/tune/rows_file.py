@@ -39,6 +39,7 @@ MAX_HEADER_BYTES = 1 << 20  # of a safetensors file, or of a zip's directory: ro
 MAX_NPY_HEADER = 10_000  # bytes; numpy's own limit
 MAX_WHOLE = 1 << 27  # numbers of an array that cannot be read row by row: 1 GiB of float64
 _INTEGERS = {"int64": "<i8", "int32": "<i4", "int16": "<i2", "int8": "i1", "uint8": "u1", "uint16": "<u2", "uint32": "<u4"}
+_ZIP_MARK = b"PK\x03\x04"
 _ENCRYPTED = 0x1 | 0x40  # of a zip member's flags
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _PREFIX = {(1, 0): 10, (2, 0): 12}
@@ -150,8 +151,11 @@ class _Bounded(Input):
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """The zip, and one line for whatever is wrong with it."""
     try:
-        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
-            yield archive
+        with _Bounded(path) as file:
+            if file.read(len(_ZIP_MARK)) != _ZIP_MARK:  # zipfile would look for a zip behind anything
+                raise zipfile.BadZipFile("File is not a zip file")
+            with zipfile.ZipFile(file) as archive:
+                yield archive
     except _DAMAGE as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise _damaged(path, what or type(error).__name__) from error
@@ -211,7 +215,7 @@ def _npy_header(path: Path, info: zipfile.ZipInfo, stream: Any) -> tuple[_Header
     try:
         with catch_warnings():
             simplefilter("ignore")  # of Python's about a text that is none of its programs
-            header = ast.literal_eval(text.strip())
+            header = ast.literal_eval(text.rstrip(" \n"))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise _damaged(path, f"{info.filename}: its header cannot be read: {text[:80]!r}") from error
     return _checked(path, info, header), _PREFIX[version] + num_bytes
@@ -224,12 +228,14 @@ def _checked(path: Path, info: zipfile.ZipInfo, header: object) -> _Header:
     descr, shape = header["descr"], header["shape"]
     if not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
         raise _damaged(path, f"{info.filename}: its header cannot be read: expected whole numbers as shape")
+    if not isinstance(header["fortran_order"], bool):
+        raise _damaged(path, f"{info.filename}: its header cannot be read: expected True or False as fortran_order")
     if "'|O'" in repr(descr):
         raise UnsafeFileError(f"{path}: {info.filename}: holds pickled objects, which may run code: expected plain arrays")
     if not isinstance(descr, str) or not _NUMBERS.fullmatch(descr):
         name = info.filename.removesuffix(".npy")
         raise DataError(f"{path}: {name}: expected rows of numbers, found {descr} of shape {list(shape)}")
-    return shape, bool(header["fortran_order"]), np.dtype(descr)
+    return shape, header["fortran_order"], np.dtype(descr)
 
 
 def _read(path: Path, info: zipfile.ZipInfo, stream: Any, num_bytes: int) -> NDArray[np.uint8]:
