@@ -25,6 +25,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
@@ -780,3 +781,18 @@ def test_something_else_under_a_torch_files_name_is_refused(tmp_path: Path) -> N
     path.write_text("hello")
     with pytest.raises(FileFormatError, match="not a torch file: expected a zip, found b'hello'"):
         read_torch_file(path)
+
+
+@pytest.mark.parametrize("text", [r'"half \ud83d of a pair"', r'"\udc00\ud800"'])
+@pytest.mark.parametrize("place", ["name", "metadata"])
+def test_half_of_a_surrogate_pair_in_a_safetensors_header_is_refused_as_safetensors_does(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    spec = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = {"name": f"{{{text}:{spec}}}", "metadata": f'{{"__metadata__":{{"a":{text}}},"w":{spec}}}'}[place].encode()
+    path = tmp_path / "step_1.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    with pytest.raises(FileFormatError, match="half of a surrogate pair"):
+        read_safetensors(path)

@@ -576,6 +576,12 @@ def test_a_ledger_that_is_a_fifo_is_not_waited_for(tmp_path: Path, fitted: Path,
     assert_refused(call_cli("fit", "run", "--ledger", "ledger", cwd=tmp_path), 4)
 
 
+def test_a_copied_pickle_with_an_argument_beyond_the_end_of_any_file_runs_nothing_and_ends_the_scan(tmp_path: Path) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x04\x8e" + (1 << 62).to_bytes(8, "little") + b"cos\nsystem\n")
+    refuse_code_in(path)  # no unpickler gets beyond it either
+
+
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"origin": 1}', '{"origin": "a\\u0000b"}', '{"origin": "../\\u001b[2J"}', "\x1b[2J"]
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import OutputError
@@ -707,6 +708,16 @@ def test_a_weight_that_its_model_ties_is_refused(
         refused(call_cli, work, 3, (key, "tie_word_embeddings", "untied"), *call, "-o", "tuned")
     else:
         assert call_cli(*call, "-o", "tuned", cwd=work).returncode in {0, 10}
+
+
+def test_a_delta_whose_scale_has_no_dimension_is_damaged(work: Path, call_cli: CallCli) -> None:
+    tuned(work, output=None, delta_out=work / "delta.safetensors")
+    with safe_open(work / "delta.safetensors", "pt") as file:
+        metadata = file.metadata()
+    changed = load_file(work / "delta.safetensors") | {"0.scale": torch.tensor(1.0, dtype=torch.float64)}
+    save_file(changed, work / "delta.safetensors", metadata=metadata)
+    call = ("tune", "step_10.safetensors", "--apply", "delta.safetensors", "-o", "t.safetensors")
+    refused(call_cli, work, 4, ("delta.safetensors", "layer 0 is described wrongly"), *call)
 
 
 def test_a_delta_for_other_weights_is_not_applied(work: Path, call_cli: CallCli) -> None:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import UnsafeFileError
 
 if TYPE_CHECKING:
-    import io
     from collections.abc import Iterable, Iterator
 
     Stream = io.BufferedReader[Any]
