@@ -91,6 +91,17 @@ def test_a_log_that_is_left_in_its_file_is_written_as_it_was(
         assert again.decode() == json.dumps(whole | {"step": 7}, indent=2, sort_keys=True) + "\n"
 
 
+@pytest.mark.parametrize("entry", [7, None, "a},b", [1, [2]], {"a": [1, {"b": "},"}]}, "y" * 70_000])
+@pytest.mark.parametrize("separator", [",", ",\n  "])
+def test_a_log_of_any_entries_is_left_in_its_file(tmp_path: Path, entry: object, separator: str) -> None:
+    """Batches of entries are cut at what looks like the end of one."""
+    log = f"[{separator.join([json.dumps(entry)] * (20_000 if len(str(entry)) < 100 else 5))}]"
+    (tmp_path / "state.json").write_text(f'{{"global_step": 9, "log": {log}}}')
+    left = read_json(tmp_path / "state.json", log="log")["log"]
+    assert isinstance(left, UnreadList)
+    assert (tmp_path / "state.json").read_text()[left.offset : left.offset + left.num_bytes] == log
+
+
 def test_a_long_log_takes_little_memory_and_is_not_kept(tmp_path: Path) -> None:
     entries = [
         {"epoch": n / 100, "grad_norm": n * 1.37, "learning_rate": 5e-05, "loss": 2 + n * 1e-7, "step": n}

@@ -424,8 +424,9 @@ def test_a_copied_file_without_code_passes_under_any_name(tmp_path: Path, what: 
         b"\x80\x04" + corpus.frame(12) + b"N0" + corpus.frame(1) + b"N.",
         b"\x80\x04" + corpus.frame(2) + b"X\x01\0\0\0a.",
         corpus.frame(4) + b"(cmyos\nspawn\n)R.",
+        b"\x80\x04" + corpus.frame(4) + b"X\x09\0\0\0\xffcos\nsystem\n)R.",
     ],
-    ids=["protocol 2", "more behind the end", "one within another", "cut argument", "no protocol"],
+    ids=["protocol 2", "more behind the end", "one within another", "cut argument", "no protocol", "cut text that is none"],
 )
 def test_a_frame_that_no_pickler_writes_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "state").write_bytes(raw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from json.decoder import JSONDecoder
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ MAX_DEPTH = 64
 MAX_CONTAINERS = 1_500_000  # half a million tensors in a safetensors header
 MAX_ITEMS = 4_000_000  # eight for each of them
 MAX_KEYS = 2_500_000
-_ENTRY_CHARS = (1 << 12, 1 << 20)  # of one entry of a log: as most are, and at most
 _BATCH_CHARS = 1 << 16
+_ENTRY_CHARS = (_BATCH_CHARS, 1 << 20)  # of one entry of a log: as most are, and at most
 _DECODER = JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -95,7 +96,7 @@ def _list_end(text: str, begin: int) -> int:
     """Where a list ends that begins at `begin`, its entries having been checked a few at a time."""
     at = _skip_space(text, begin + 1)
     while text[at : at + 1] != "]":
-        at = _skip_space(text, _several(text, at) or _one(text, at))
+        at = _skip_space(text, _several(text, at) or _one_by_one(text, at))
         if text[at : at + 1] == ",":
             at = _skip_space(text, at + 1)
         elif text[at : at + 1] != "]":
@@ -105,25 +106,36 @@ def _list_end(text: str, begin: int) -> int:
 
 def _several(text: str, begin: int) -> int:
     """Where the last of several whole entries ends; 0 where that cannot be told."""
-    end = text.rfind("},", begin, begin + _BATCH_CHARS) + 1
-    try:
-        return end if end and not _is_deep(json.loads(f"[{text[begin:end]}]")) else 0
-    except (json.JSONDecodeError, RecursionError):
-        return 0  # it was cut within an entry
+    for mark, kept in (("},", 1), (",", 0)):  # entries are records as trainers write them, or else anything
+        end = text.rfind(mark, begin, begin + _BATCH_CHARS) + kept
+        with suppress(json.JSONDecodeError, RecursionError):  # it was cut within an entry
+            if end > begin and not _is_deep(json.loads(f"[{text[begin:end]}]")):
+                return end
+    return 0
 
 
-def _one(text: str, begin: int) -> int:
+def _one_by_one(text: str, begin: int) -> int:
+    """Where the last of the entries ends that lie in a batch, or the first one if that is longer."""
     for count in _ENTRY_CHARS:
-        chunk = text[begin : begin + count]
-        try:
-            entry, end = _DECODER.raw_decode(chunk)
-        except json.JSONDecodeError:
-            continue
-        except RecursionError:
-            break
-        if (end < len(chunk) or begin + count >= len(text)) and not _is_deep(entry):
+        end = _whole_entries(text[begin : begin + count], is_last=begin + count >= len(text))
+        if end:
             return begin + end
     raise ValueError(f"an entry of a list is no JSON, nested deep or longer than a megabyte: at character {begin}")
+
+
+def _whole_entries(chunk: str, *, is_last: bool) -> int:
+    """Where the last whole entry of a stretch of a list ends; 0 where there is none."""
+    at = done = 0
+    with suppress(json.JSONDecodeError, RecursionError):
+        while True:
+            entry, end = _DECODER.raw_decode(chunk, at)
+            if _is_deep(entry) or not (end < len(chunk) or is_last):  # a number may go on behind the stretch
+                break
+            done, at = end, _skip_space(chunk, end)
+            if chunk[at : at + 1] != ",":
+                break
+            at = _skip_space(chunk, at + 1)
+    return done
 
 
 def _skip_space(text: str, begin: int) -> int:

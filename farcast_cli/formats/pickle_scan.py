@@ -182,7 +182,12 @@ def _iter_steps(stream: Stream) -> Iterator[tuple[bytes, _Found]]:
         code = stream.read(1)
         if code == pickle.PROTO:
             frames.protocol = frames.protocol or int.from_bytes(peek(stream, 1), "little")
-        found = frames.begin(stream) if code == pickle.FRAME else _asked(code, stream, memory)
+        try:
+            found = frames.begin(stream) if code == pickle.FRAME else _asked(code, stream, memory)
+        except _EndError:  # but an unpickler that drops what the frame held reads something else, and goes on
+            if frames.end is not None:
+                frames.check(stream.tell(), is_last=False)
+            raise
         if frames.end is not None:
             frames.check(stream.tell(), is_last=code == pickle.STOP)
         yield code, found

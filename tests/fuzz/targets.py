@@ -136,8 +136,8 @@ def flat(tree: Any, place: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return {".".join(place): tree}
     found = {}
-    if isinstance(tree, dict):
-        for key, value in tree.items():
+    if isinstance(tree, (dict, list, tuple)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             found.update(flat(value, (*place, str(key))))
     return found
 
