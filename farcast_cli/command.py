@@ -92,10 +92,10 @@ class Log:
 
 
 def is_log(path: Path) -> bool:
-    """Whether a file is a log of a run; a file of somebody else's has another beginning."""
+    """Whether a file is a log of a run, or the beginning of one; a file of somebody else's begins with something else."""
     try:
         with path.open("rb") as file:
-            return not path.is_symlink() and file.read(2) == LOG_MARK
+            return not path.is_symlink() and LOG_MARK.startswith(file.read(len(LOG_MARK)))
     except OSError:
         return False
 

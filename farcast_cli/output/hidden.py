@@ -21,19 +21,21 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import OutputError
 from farcast_cli.output.renames import put, put_back, swap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
 MARK = ".farcast-partial"
 """The file in a hidden folder that says that farcast made it; it holds the output's name."""
+_GROUP = ".farcast-group"
+"""The file in a hidden folder that names the one whose decision holds for it: outputs that are published together have one."""
 _READY = ".farcast-ready"
-"""The file in a hidden folder that says that the output is to take its name: which file is new, and which has the name."""
+"""That decision: which outputs are to take their names, and what tells the new file and the old one of each."""
 _ENDING = ".partial"
 _MAX_NAME = 200  # bytes of an output's name that a hidden folder's name repeats; 255 is a usual limit of the whole
 _TRIES = 100
@@ -46,18 +48,28 @@ class Hidden:
     path: Path
     fd: int
 
-    def decide(self, final: Path) -> None:
-        """Say that what is written here is whole, and about to take its name."""
-        text = json.dumps([_identity(self.path / final.name), _identity(final)])
-        with open(_READY, "x", opener=partial(os.open, mode=0o600, dir_fd=self.fd)) as file:
-            file.write(text)
+    def join(self, leader: Path) -> None:
+        """Say that another hidden folder, or this one, holds the decision on this output."""
+        with open(_GROUP, "xb", opener=partial(os.open, mode=0o600, dir_fd=self.fd)) as file:
+            file.write(os.fsencode(leader.absolute()))
+
+    def decide(self, outputs: Iterable[tuple[Path, Path]]) -> None:
+        """Say, in one step, that outputs are whole and about to take their names: (hidden folder, final place) of each."""
+        moves = [
+            [os.fspath(folder.absolute()), os.fspath(final.absolute()), _identity(folder / final.name), _identity(final)]
+            for folder, final in outputs
+        ]
+        draft = f"{_READY}.draft"
+        with open(draft, "x", encoding="ascii", opener=partial(os.open, mode=0o600, dir_fd=self.fd)) as file:
+            file.write(json.dumps(moves))
+        os.rename(draft, _READY, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def withdraw(self) -> None:
         with suppress(FileNotFoundError):
             os.unlink(_READY, dir_fd=self.fd)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         os.close(self.fd)
 
 
@@ -106,27 +118,51 @@ def _clear_one(path: Path, fd: int, final: Path) -> None:
             ) from None
         return
     if _mark_of(fd) == os.fsencode(final.name):
-        _finish(path, fd, final)
-        shutil.rmtree(path, ignore_errors=True)
+        _complete(Path(os.fsdecode(_read_small(_GROUP, fd) or os.fsencode(path))))
+        put_back(path, final)
+        _remove(path)
         return
     if _mark_of(fd) == b"":  # a process was killed while it made the mark, or before
         os.unlink(MARK, dir_fd=fd)
     path.rmdir()  # fails, as it should, if anything else is in it
 
 
-def _finish(folder: Path, fd: int, final: Path) -> None:
-    """Give the output its name if that was decided; else give an old one its name back if it was set aside."""
+def _complete(leader: Path) -> None:
+    """Do what a killed process had decided: give outputs their names, as far as nothing has changed since."""
+    with suppress(OSError, ValueError, TypeError):  # there is no decision, or no readable one
+        fd = os.open(leader, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            moves = json.loads(_read_small(_READY, fd) or b"[]") if os.fstat(fd).st_uid == os.geteuid() else []
+        finally:
+            os.close(fd)
+        for folder, final, new, old in moves:
+            with suppress(OSError):
+                _move(Path(folder), Path(final), new, old)
+
+
+def _move(folder: Path, final: Path, new: list[int], old: list[int] | None) -> None:
+    """Give one output its name, if its hidden folder lies beside it, and both names mean what they meant."""
     written = folder / final.name
-    try:
-        new, old = json.loads(_read_small(_READY, fd) or b"[null, null]")
-    except ValueError:
-        new, old = None, None
-    if new is not None and _identity(written) == new:
-        if not os.path.lexists(final):
-            put(written, final)
-        elif _identity(final) == old:
-            swap(written, final)
-    put_back(folder, final)
+    if folder not in _others(final) or new is None or _identity(written) != new:
+        return
+    if not os.path.lexists(final):
+        put(written, final)
+    elif _identity(final) == old:
+        swap(written, final)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a hidden folder, its mark last: what cannot be removed now is still known as ours."""
+    with suppress(OSError):
+        for entry in list(folder.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != MARK:
+                with suppress(OSError):
+                    entry.unlink()
+        if [entry.name for entry in folder.iterdir()] == [MARK]:
+            (folder / MARK).unlink()
+        folder.rmdir()
 
 
 def _identity(path: Path) -> list[int] | None:
@@ -188,6 +224,6 @@ def _read_small(name: str, folder: int) -> bytes | None:
     except OSError:
         return None
     try:
-        return os.read(fd, 1 << 12) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        return os.read(fd, 1 << 20) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     finally:
         os.close(fd)

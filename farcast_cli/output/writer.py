@@ -87,6 +87,7 @@ class Staging:
         self._outputs: list[_Output] = []
         self._made: list[Path] = []
         self._alongside: list[AbstractContextManager[Any]] = []
+        self._is_published = False
 
     def add(self, final: Path, *, check: Check = refuse_existing, may_stay_empty: bool = False) -> Path:
         """A path to write to, which becomes `final`.
@@ -127,24 +128,27 @@ class Staging:
         for one in ready:
             _sync_tree(one.written)
         if ready:
-            with _uninterrupted(), ExitStack() as stack:
-                for record in self._alongside:
-                    stack.enter_context(record)
-                self._publish_all(ready)
+            with _uninterrupted(is_too_late=lambda: self._is_published):
+                with ExitStack() as stack:
+                    for record in self._alongside:
+                        stack.enter_context(record)
+                    self._publish_all(ready)
+                self._is_published = True
 
     def _publish_all(self, ready: list[_Output]) -> None:
         for one in ready:
             one.may_be_published()
+        leader = ready[0].hidden
         replaced = {one.final for one in ready if os.path.lexists(one.final)}
         try:
             for one in ready:
-                one.hidden.decide(one.final)
+                one.hidden.join(leader.path)
+            leader.decide((one.hidden.path, one.final) for one in ready)
             for one in ready:
                 one.publish(replaces=one.final in replaced)
         except BaseException:
-            for one in ready:
-                with suppress(OSError):
-                    one.hidden.withdraw()
+            with suppress(OSError):
+                leader.withdraw()
             for one in reversed(ready):
                 with suppress(OSError):
                     one.undo()
@@ -152,7 +156,7 @@ class Staging:
 
     def close(self) -> None:
         """Remove the hidden folders, and the folders that were made for outputs and hold none."""
-        with _uninterrupted():
+        with _uninterrupted(is_too_late=lambda: self._is_published):
             for one in self._outputs:
                 one.hidden.remove()
             for folder in reversed(self._made):
@@ -207,8 +211,12 @@ def staged(final: Path, *, check: Check = refuse_existing, may_stay_empty: bool 
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A block that signals do not interrupt: they take effect after it. The renames take milliseconds."""
+def _uninterrupted(*, is_too_late: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """A block that signals do not interrupt: they take effect after it. The renames take milliseconds.
+
+    Args:
+        is_too_late: whether, at the end of the block, nothing is left to be interrupted; then the command ends as it would have.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -223,7 +231,7 @@ def _uninterrupted() -> Iterator[None]:
         for number, handler in former.items():
             if callable(handler):
                 signal.signal(number, handler)
-    for first, frame in came[:1]:
+    for first, frame in came[:1] if not is_too_late() else ():
         handler = former[signal.Signals(first)]
         assert callable(handler)  # noqa: S101 - only such were replaced
         handler(first, frame)
