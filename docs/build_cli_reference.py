@@ -314,7 +314,12 @@ def _exit_codes() -> str:
     for kind in errors.FarcastError.__subclasses__():
         more = [_sentence(inner) for inner in kind.__subclasses__()]
         rows.append((str(kind.exit_code), " ".join([_sentence(kind), *more])))
-    rows.append(("130", "Interrupted (SIGINT, SIGTERM or SIGHUP). Nothing was published."))
+    rows.append(
+        (
+            "130",
+            "Interrupted (SIGINT, SIGTERM or SIGHUP). Nothing was published; an interrupt that comes when the outputs have their names is too late, and the code is 0.",
+        )
+    )
     return "## Exit codes\n\n" + _table(("code", "meaning"), rows)
 
 

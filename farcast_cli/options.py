@@ -53,7 +53,12 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     own = content.get(context.info_name or "", {})
     if not isinstance(own, dict):
         raise UsageError(f"{path}: {context.info_name} = {own!r}: expected a table, [{context.info_name}]")
+    if context.info_name == "tune" and "method" in own:  # its methods are others than predict's
+        own = {("tune_method" if key == "method" else key): item for key, item in own.items()}
     shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
+    tables = sorted(content.keys() - shared.keys() - {command.name for command in _commands(context)})
+    if tables:
+        raise UsageError(f"{path}: no command is called {tables[0]!r}, as a table here is", hint="farcast --help")
     known = {parameter.name for parameter in context.command.params}
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
     strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
@@ -69,11 +74,16 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
         raise UsageError(
             f"{path}: it may not set {refused[0]!r}, since no --config names this file", hint=f"--config {shell_word(path)}"
         )
-    context.default_map = {
-        _option_of(key): ",".join(map(str, item)) if isinstance(item, list) and key == "horizon" else item
-        for key, item in (shared | own).items()
-    }
+    several = {parameter.name for parameter in context.command.params if getattr(parameter, "multiple", False)}
+    context.default_map = {_option_of(key): _default(key, item, several) for key, item in (shared | own).items()}
     return path
+
+
+def _default(key: str, item: Any, several: set[str]) -> Any:
+    """A value of the file as typer takes it: horizons in one text, one pattern as a list of one."""
+    if isinstance(item, list) and key == "horizon":
+        return ",".join(map(str, item))
+    return [item] if isinstance(item, str) and _option_of(key) in several else item
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -230,6 +230,8 @@ def _place(request: Request, origin: Snapshot, horizon: int, fitted: Fitted, tar
     name = target.renamed(name, origin)
     if request.output is None:
         return DEFAULT_FOLDER / name
+    if not request.output:
+        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
     if len(request.horizons) > 1 or request.output.endswith(os.sep):
         return Path(request.output) / name
     ending = target.ending

@@ -452,6 +452,25 @@ NAMED_ONLY = {
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
     "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm"},
 }
+
+
+def test_a_table_for_no_command_is_an_error(work: Path, call_cli: CallCli) -> None:
+    (work / "farcast.toml").write_text("[predikt]\nhorizon = 100\n")
+    refused(call_cli, work, 2, ("farcast.toml", "no command is called 'predikt'"), "fit", "run")
+
+
+def test_one_pattern_in_the_file_needs_no_list(work: Path, call_cli: CallCli) -> None:
+    (work / "farcast.toml").write_text("[fit]\nexclude = 'layers.0.*'\n")
+    assert call_cli("fit", "run", "-q", cwd=work).returncode == 0
+    done = call_cli("predict", "--horizon", 100, "--json", cwd=work)
+    assert as_json(done)["num_copied"] > 0
+
+
+def test_an_empty_place_is_a_usage_error_and_no_hint_leads_to_the_root(work: Path, call_cli: CallCli) -> None:
+    done = refused(call_cli, work, 2, ("-o", "empty"), "predict", "--horizon", 100, "-o", "")
+    assert "/ " not in done.hints[0].replace("forecasts/ ", "")
+
+
 """What a farcast.toml that nobody named may not set, and why. A new option belongs here or into FROM_ANY_FILE."""
 
 

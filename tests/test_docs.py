@@ -18,7 +18,7 @@ import typer
 from safetensors.torch import save_file
 
 from farcast_cli.cli import app
-from tests.conftest import clean_environment, make_loose_run
+from tests.conftest import clean_environment, make_loose_run, tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -293,6 +293,34 @@ def test_the_ci_script_takes_a_folder_that_is_called_like_an_option_for_a_folder
     done = run_script(tools, "--version", 200, "-o")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "-o/step_001000.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["inspect.json", "predict.json", "result.env"])
+def test_the_ci_script_removes_no_file_that_is_not_its_own(tmp_path: Path, tools: Path, name: str) -> None:
+    run = make_loose_run(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    done = run_script(tools, run, 200, "out")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert f"out/{name} is not from an earlier call" in done.stderr
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+
+
+def test_the_ci_script_writes_nothing_into_the_runs_folder(tmp_path: Path, tools: Path) -> None:
+    run = make_loose_run(tmp_path / "run")
+    before = tree_digest(run)
+    done = run_script(tools, run, 200, run / "deep" / "forecast")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "lies inside RUN" in done.stderr
+    assert tree_digest(run) == before
+
+
+def test_the_ci_script_resumes_from_no_forecast_that_is_not_there_or_is_for_evaluation(tmp_path: Path, tools: Path) -> None:
+    run = make_loose_run(tmp_path / "run")
+    done = run_script(tools, run, 200, "out", FARCAST_DRY_RUN="true", FARCAST_FOR="evaluation")
+    assert done.returncode == 0, done.stderr
+    assert Path(tmp_path / done.stdout.strip()).is_file()
+    assert json.loads((tmp_path / "out" / "step_001000.safetensors.farcast.json").read_text())["for"] == "resume"
 
 
 @pytest.mark.parametrize("horizon", ["", "soon", "100,200", "-5"])

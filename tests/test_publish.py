@@ -528,6 +528,10 @@ def test_a_folder_in_which_the_user_has_put_a_file_is_not_replaced(tmp_path: Pat
     arguments = ["predict", "--horizon", 10, "--layout", "dcp", "--even-if-worse", "-o", "out"]
     assert call_cli(*arguments, cwd=tmp_path).returncode == 0
     assert call_cli(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
+    (tmp_path / "out" / "mine").mkdir()
+    done = call_cli(*arguments, "--overwrite", cwd=tmp_path)
+    assert "out: holds 'mine', which farcast did not write" in done.errors[0]
+    (tmp_path / "out" / "mine").rmdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     done = call_cli(*arguments, "--overwrite", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (5, "")

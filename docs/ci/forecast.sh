@@ -31,6 +31,25 @@ usage() {
 	exit 2
 }
 
+# Outside RUN: a trainer could take what is written there for its own.
+check_place() {
+	is_inside='import os, sys; run, out = map(os.path.realpath, sys.argv[1:]); sys.exit(out == run or out.startswith(run + os.sep))'
+	python3 -c "$is_inside" "$run" "$out" || {
+		say "OUT='$out' lies inside RUN='$run': choose another"
+		exit 5
+	}
+}
+
+# FILE BEGINNING: remove a result of an earlier call; a file that does not begin like one is somebody else's.
+remove_old() {
+	[ -e "$1" ] || [ -L "$1" ] || return 0
+	if [ -L "$1" ] || [ "$(head -c "${#2}" "$1")" != "$2" ]; then
+		say "$1 is not from an earlier call: move it away, or choose another OUT"
+		exit 5
+	fi
+	rm -f -- "$1"
+}
+
 # NAME COMMAND...: run a farcast command and keep its JSON object as OUT/NAME.json, if it got that far.
 keep() {
 	file=$out/$1.json
@@ -53,8 +72,13 @@ case $out in
 -*) out=./$out ;;
 esac
 
+check_place
 mkdir -p "$out"
-rm -f "$out/inspect.json" "$out/fit.json" "$out/predict.json" "$out/result.env"
+for name in inspect fit predict; do
+	remove_old "$out/$name.json" '{"schema_version"'
+done
+remove_old "$out/result.env" OUTCOME=
+export FARCAST_FOR=resume FARCAST_DRY_RUN=false # whatever a farcast.toml says: the job resumes from what this writes
 
 keep inspect inspect "$run"
 keep fit fit "$run" --output "$out/forecaster.safetensors"

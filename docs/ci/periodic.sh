@@ -48,10 +48,16 @@ remove() {
 	fi
 }
 
+export FARCAST_JSON=false FARCAST_DRY_RUN=false # whatever a farcast.toml says: predict prints a path that is there
+
 # Set `leap` to the checkpoint to resume from, or to nothing.
 look_ahead() {
 	leap=''
 	code=0
+	[ -d "$run" ] || {
+		say "no folder '$run': the training command leaves its checkpoints elsewhere"
+		exit 2
+	}
 	farcast fit "$run" >/dev/null || code=$?
 	case $code in
 	0) ;;

@@ -62,11 +62,18 @@ def list_files(place: Path) -> list[dict[str, Any]]:
     """
     if place.is_file():
         return [_described(place, place.name)]
-    found = sorted(path for path in place.rglob("*") if path != place / SIDECAR and (path.is_symlink() or not path.is_dir()))
+    found = sorted(path for path in place.rglob("*") if path != place / SIDECAR and (path.is_symlink() or _is_leaf(path)))
     return [_described(path, path.relative_to(place).as_posix()) for path in found]
 
 
+def _is_leaf(path: Path) -> bool:
+    """A file, or a folder that is empty: farcast makes none, so somebody else did."""
+    return not path.is_dir() or not any(path.iterdir())
+
+
 def _described(path: Path, name: str) -> dict[str, Any]:
+    if path.is_dir() and not path.is_symlink():
+        return {"name": portable(name), "bytes": 0, "fingerprint": ""}
     return {"name": portable(name), "bytes": file_size(path), "fingerprint": _fingerprint(path)}
 
 
