@@ -305,7 +305,8 @@ def predict(
         typer.Option(
             envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
-            help="Judge the origin and the forecast by the last number this prints; publish only what is better.",
+            help="Judge the origin, which is your own last snapshot, and the forecast by the last number that this prints; it must"
+            " not change them. Only what is better is published.",
         ),
     ] = None,
     maximize: Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")] = False,

@@ -164,6 +164,21 @@ def test_a_path_with_a_newline_is_escaped_on_stdout_and_exact_in_json(work: Path
     assert json.loads(told.stdout)["path"] == "two\nlines.safetensors"
 
 
+def test_an_interrupt_while_the_command_is_imported_is_one_line_and_code_130(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from farcast_cli.__main__ import main\n"
+        "main()\n"
+    )
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted: nothing has been done\n")
+
+
 def test_a_terminal_is_never_sent_what_it_would_obey(work: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "farcast_cli", *TO_900, "-o", "\x1b[2J\udcff.safetensors"]
