@@ -94,8 +94,10 @@ class Log:
 def is_log(path: Path) -> bool:
     """Whether a file is a log of a run, or the beginning of one; a file of somebody else's begins with something else."""
     try:
+        if path.is_symlink() or not path.is_file():
+            return False
         with path.open("rb") as file:
-            return not path.is_symlink() and LOG_MARK.startswith(file.read(len(LOG_MARK)))
+            return LOG_MARK.startswith(file.read(len(LOG_MARK)))
     except OSError:
         return False
 

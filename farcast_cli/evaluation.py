@@ -108,6 +108,9 @@ def _log_name(strength: float) -> str:
     return f"strength-{strength:g}.log" if strength else "origin.log"
 
 
+_OWN_LOG = re.compile(r"strength-[0-9.]+\.log")
+
+
 class Judge:
     """Runs the command on several checkpoints, some at once. Leaving the block ends whatever still runs.
 
@@ -129,6 +132,7 @@ class Judge:
         self._stop = Stop()
         self._running: dict[futures.Future[Trial], tuple[int, Callable[[int], None]]] = {}
         self._trials: dict[float, Trial | None] = {}
+        self._files: dict[float, dict[Path, tuple[int, ...]]] = {}
 
     def __enter__(self) -> Self:
         """Make the folder of logs, without those of an earlier forecast; nothing else in it is touched."""
@@ -136,7 +140,10 @@ class Judge:
             self._logs.mkdir(parents=True, exist_ok=True)
             if self._logs.is_symlink():
                 raise OSError(errno.ELOOP, "it is a link")  # noqa: TRY301 - one message for all that is wrong with it
-            for old in (self._logs / "origin.log", *self._logs.glob("strength-*.log")):
+            for old in (
+                self._logs / "origin.log",
+                *(path for path in self._logs.glob("strength-*.log") if _OWN_LOG.fullmatch(path.name)),
+            ):
                 if os.path.lexists(old) and not is_log(old):
                     raise OSError(errno.EEXIST, f"{old.name} is somebody else's")  # noqa: TRY301 - likewise
                 old.unlink(missing_ok=True)
@@ -164,6 +171,15 @@ class Judge:
         """What has ended so far, in the order of the starts."""
         return [trial for trial in self._trials.values() if trial is not None]
 
+    def check(self, strength: float, checkpoint: Path) -> None:
+        """See that no run changed a checkpoint, its own or a later one.
+
+        Raises:
+            UsageError: one did.
+        """
+        if _files_of(checkpoint) != self._files[strength]:
+            raise _changed(strength)
+
     def start(self, strength: float, checkpoint: Path) -> None:
         job = min(set(range(self._evaluator.num_jobs)) - {taken for taken, _ in self._running.values()})
         self._trials[strength] = None
@@ -189,13 +205,10 @@ class Judge:
 
     def _try(self, strength: float, checkpoint: Path, job: int) -> Trial:
         path = self._logs / _log_name(strength)
-        before = _files_of(checkpoint) if strength else {}
+        before = self._files[strength] = _files_of(checkpoint) if strength else {}
         ended = self._run(self._evaluator.command_for(checkpoint), path, {"STRENGTH": f"{strength:g}", "JOB": str(job)})
         if strength and _files_of(checkpoint) != before:
-            raise UsageError(
-                f"the evaluation command changed the checkpoint at {_label(strength)}, which would be published",
-                hint="let it write elsewhere, for example to a copy; nothing was published",
-            )
+            raise _changed(strength)
         return Trial(strength, self._score(ended, strength, path), ended.seconds, path)
 
     def _run(self, command: str, path: Path, variables: Mapping[str, str]) -> Ended:
@@ -228,7 +241,14 @@ class Judge:
         raise UsageError(f"the evaluation command {what} on {_label(strength)}: {ended.last_line}", hint=hint)
 
 
-def _files_of(checkpoint: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of every file of a checkpoint."""
+def _changed(strength: float) -> UsageError:
+    return UsageError(
+        f"the evaluation command changed the checkpoint at {_label(strength)}, which would be published",
+        hint="let it write elsewhere, for example to a copy; nothing was published",
+    )
+
+
+def _files_of(checkpoint: Path) -> dict[Path, tuple[int, ...]]:
+    """Size and times of change of every file of a checkpoint; the later one cannot be set back."""
     files = [path for path in (checkpoint, *checkpoint.rglob("*")) if path.is_file()]
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    return {path: (found.st_size, found.st_mtime_ns, found.st_ctime_ns) for path in files for found in [path.stat()]}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _INERT = {ord(mark): f"\\u{ord(mark):04x}" for mark in "$`!"}
 """What a shell obeys between double quotes, as JSON's own escapes. The quotes of JSON are quotes to a shell as well."""
+_BEGINNING = '{"run":'
 NUM_COMPARED = 1_024  # elements per tensor, enough to tell a forecast from a snapshot
 
 
@@ -189,8 +190,8 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
             home, found = ledger.parent.resolve(), list[Leap]()
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{ledger}: the ledger of leaps cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (line.startswith("{") and not line.endswith("}")):
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or (line[: len(_BEGINNING)] == _BEGINNING[: len(line)] and not line.endswith("}")):
             continue  # the half line that a killed process left was of a forecast that it did not publish
         try:
             leap = Leap.model_validate(parse_json(line.encode()))

@@ -90,6 +90,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: expected a TOML file, found none")
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
@@ -256,6 +258,8 @@ def one_of(option: str, value: str, allowed: Any) -> Any:
 
 
 def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
+    if to_step is not None and to_step >= 10**MAX_DIGITS:
+        raise UsageError(f"--to-step {to_step}: expected fewer than {10**MAX_DIGITS} steps")
     if horizon is not None and to_step is not None:
         raise UsageError(
             "expected --horizon N (steps ahead) or --to-step N, found both", hint="farcast predict proposes a horizon itself"
@@ -267,10 +271,10 @@ def parse_horizons(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
     if any(len(part) > MAX_DIGITS for part in parts):
         raise UsageError(f"--horizon {text[:40]}: expected fewer than {10**MAX_DIGITS} steps")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
     if len(set(map(int, parts))) != len(parts):
         raise UsageError(f"--horizon {text}: a horizon is there twice")
     return tuple(int(part) for part in parts)
@@ -281,7 +285,7 @@ def parse_size(text: str | None) -> int | None:
         return None
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
+    if len(number) > MAX_DIGITS or unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
         raise UsageError(f"--max-shard-size {text}: expected a size as in 5GB or 500MB")
     return int(float(number) * units[unit])
 

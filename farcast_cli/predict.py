@@ -411,6 +411,9 @@ def _try_strengths(
             written[strength] = candidate, _write_candidate(_only(prepared, 0, strength), candidate, progress)
             judge.start(strength, candidate)
         judge.wait(below=1)
+        best = best_trial(judge.trials, maximize=evaluator.maximize).strength or STRENGTHS[0]
+        if best in written:
+            judge.check(best, written[best][0])
         return judge.trials, written
 
 

@@ -71,6 +71,8 @@ def parse_steps(text: str | None) -> StepRange | StepList | None:
     """What `--steps` asks for; None where it is not given."""
     if not text:
         return None
+    if any(len(number) > MAX_DIGITS for number in re.findall(r"\d+", text)):
+        raise _no_steps(f"{text[:40]}...")
     return StepList.parse(text) if "," in text else StepRange.parse(text)
 
 

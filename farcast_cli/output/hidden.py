@@ -22,10 +22,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import OutputError
-from farcast_cli.output.renames import put, put_back, swap
+from farcast_cli.output.renames import ASIDE, put, put_back, swap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -109,6 +109,7 @@ def clear_left(final: Path) -> None:
 def _clear_one(path: Path, fd: int, final: Path) -> None:
     if os.fstat(fd).st_uid != os.geteuid():
         return
+    leader = Path(os.fsdecode(_read_small(_GROUP, fd) or os.fsencode(path)))
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -117,9 +118,14 @@ def _clear_one(path: Path, fd: int, final: Path) -> None:
                 f"{final}: another farcast is writing this output (in {path})", hint="wait for it to end"
             ) from None
         return
+    except OSError:  # a filesystem without locks: nobody knows whether its process lives, but an old output is never left aside
+        _put_back(leader, path, final)
+        return
     if _mark_of(fd) == os.fsencode(final.name):
-        _complete(Path(os.fsdecode(_read_small(_GROUP, fd) or os.fsencode(path))))
-        put_back(path, final)
+        for move in _decided(leader):
+            with suppress(OSError, TypeError):
+                _move(*move)
+        _put_back(leader, path, final)
         _remove(path)
         return
     if _mark_of(fd) == b"":  # a process was killed while it made the mark, or before
@@ -127,28 +133,41 @@ def _clear_one(path: Path, fd: int, final: Path) -> None:
     path.rmdir()  # fails, as it should, if anything else is in it
 
 
-def _complete(leader: Path) -> None:
-    """Do what a killed process had decided: give outputs their names, as far as nothing has changed since."""
-    with suppress(OSError, ValueError, TypeError):  # there is no decision, or no readable one
+def _decided(leader: Path) -> list[tuple[Path, Path, Any, Any]]:
+    """What a killed process had decided: hidden folder, final place, what tells the new file and the old one of each output."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):  # there is no decision, or no readable one
         fd = os.open(leader, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             moves = json.loads(_read_small(_READY, fd) or b"[]") if os.fstat(fd).st_uid == os.geteuid() else []
         finally:
             os.close(fd)
-        for folder, final, new, old in moves:
-            with suppress(OSError):
-                _move(Path(folder), Path(final), new, old)
+        return [(Path(folder), Path(final), new, old) for folder, final, new, old in moves]
+    return []
 
 
-def _move(folder: Path, final: Path, new: list[int], old: list[int] | None) -> None:
-    """Give one output its name, if its hidden folder lies beside it, and both names mean what they meant."""
+def _move(folder: Path, final: Path, new: Any, old: Any) -> None:
+    """Give one output its name, if nothing has changed since that was decided.
+
+    A file that it was to replace must be the very file, unchanged to the last write. A folder is not replaced: what was done
+    inside it since cannot be told.
+    """
     written = folder / final.name
     if folder not in _others(final) or new is None or _identity(written) != new:
         return
     if not os.path.lexists(final):
         put(written, final)
-    elif _identity(final) == old:
+    elif old is not None and final.is_file() and _identity(final) == old:
         swap(written, final)
+
+
+def _put_back(leader: Path, folder: Path, final: Path) -> None:
+    """Give an old output its name again that a killed process had set aside; nothing else that lies there."""
+    aside = folder / ASIDE
+    for its_folder, its_final, _, old in _decided(leader):
+        is_it = its_folder == folder.absolute() and its_final == final.absolute()
+        found = _identity(aside)
+        if is_it and found is not None and isinstance(old, list) and found[:-1] == old[:-1]:  # a rename changes the last
+            put_back(folder, final)
 
 
 def _remove(folder: Path) -> None:
@@ -166,12 +185,13 @@ def _remove(folder: Path) -> None:
 
 
 def _identity(path: Path) -> list[int] | None:
-    """What tells a file from any other; None if there is none."""
+    """What tells a file, as it is now, from any other and from itself after a change; None if there is none."""
     try:
         found = path.stat(follow_symlinks=False)
     except OSError:
         return None
-    return [found.st_dev, found.st_ino]
+    size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+    return [found.st_dev, found.st_ino, size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _take(path: Path, final: Path) -> Hidden | None:

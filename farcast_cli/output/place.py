@@ -92,11 +92,17 @@ def check_outside(place: Path, run: Path, *, option: str = "-o") -> None:
     Raises:
         OutputError: it does.
     """
-    if place.resolve().is_relative_to(run.resolve()):
+    if any(place.resolve().is_relative_to(home) for home in _homes(run)):
         raise OutputError(
             f"{place}: lies inside the run's folder {run}",
             hint=f"the trainer could take it for its own, or rotate it away: choose a place outside with {option}",
         )
+
+
+def _homes(run: Path) -> set[Path]:
+    """The run's folder, and the folders in which its entries really lie, if they are links."""
+    entries = list(run.iterdir()) if run.is_dir() else []
+    return {run.resolve(), *(entry.resolve().parent for entry in entries if entry.is_symlink())}
 
 
 def check_ours(place: Path, *, is_file: bool) -> None:
@@ -111,10 +117,10 @@ def check_ours(place: Path, *, is_file: bool) -> None:
     if content is None or (is_file and content.get("name") != portable(place.name)) or place.is_symlink():
         raise OutputError(f"{place}: exists and is not a forecast", hint=hint)
     told, found = content.get("files"), _list_or_none(place)
-    if told == found and found is not None:
+    if told == found and found is not None and not _is_newer(place, sidecar):
         return
-    names = [{one["name"] for one in files if isinstance(one, dict) and "name" in one} for files in (told or [], found or [])]
-    strangers = sorted(names[1] - names[0])
+    known = {one.get("name") for one in told if isinstance(one, dict)} if isinstance(told, list) else set()
+    strangers = sorted(one["name"] for one in found or [] if one["name"] not in known)
     what = f"holds {strangers[0]!r}, which farcast did not write" if strangers else "has changed since farcast wrote it"
     raise OutputError(f"{place}: {what}", hint=hint)
 
@@ -130,6 +136,12 @@ def check_sidecar_ours(sidecar: Path) -> None:
         raise OutputError(
             f"{sidecar}: exists and is not a forecast's sidecar", hint="move it away, or choose another place with -o"
         )
+
+
+def _is_newer(place: Path, sidecar: Path) -> bool:
+    """Whether a file was written to after the sidecar, which farcast writes last."""
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path != sidecar and path.is_file()]
+    return any(path.stat().st_mtime_ns > sidecar.stat().st_mtime_ns for path in files)
 
 
 def _list_or_none(place: Path) -> list[dict[str, Any]] | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import OutputError, UnreadableError
 from farcast_cli.output.hidden import Hidden, clear_left, make_hidden
-from farcast_cli.output.renames import put, swap, swap_back
+from farcast_cli.output.renames import ASIDE, put, swap, swap_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +42,8 @@ class _Output:
     may_stay_empty: bool
     is_renamed: bool = False
     has_replaced: bool = False
+    checked: tuple[int, ...] | None = None
+    """What tells the file that had the final name when it was checked."""
 
     @property
     def written(self) -> Path:
@@ -49,7 +51,9 @@ class _Output:
 
     def may_be_published(self) -> None:
         """Check what has the final name, if anything has."""
+        self.checked = None
         if os.path.lexists(self.final):
+            self.checked = _as_it_is(self.final)
             self.check(self.final)
 
     def publish(self, *, replaces: bool) -> None:
@@ -62,6 +66,9 @@ class _Output:
             if replaces:
                 swap(self.written, self.final)
                 self.has_replaced = True
+                aside = self.written.with_name(ASIDE)
+                if _as_it_is(aside if os.path.lexists(aside) else self.written) != self.checked:
+                    raise OutputError(f"{self.final}: changed while it was to be replaced", hint="-o OUT writes elsewhere")
             else:
                 put(self.written, self.final)
             self.is_renamed = True
@@ -147,11 +154,11 @@ class Staging:
             for one in ready:
                 one.publish(replaces=one.final in replaced)
         except BaseException:
-            with suppress(OSError):
-                leader.withdraw()
             for one in reversed(ready):
                 with suppress(OSError):
                     one.undo()
+            with suppress(OSError):
+                leader.withdraw()
             raise
 
     def close(self) -> None:
@@ -181,6 +188,11 @@ class Staging:
             place.mkdir(exist_ok=True)
             self._made.append(place)
             sync(place.parent)
+
+
+def _as_it_is(path: Path) -> tuple[int, ...]:
+    found = path.stat(follow_symlinks=False)
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 @contextmanager
