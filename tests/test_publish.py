@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from farcast_cli.errors import OutputError
-from farcast_cli.ledger import Leap, recorded
+from farcast_cli.ledger import Leap, read_leaps, recorded
 from farcast_cli.output import renames
 from farcast_cli.output.hidden import MARK
 from farcast_cli.output.writer import staged, staging
@@ -646,3 +646,144 @@ def test_a_delta_of_a_private_checkpoint_is_private(tmp_path: Path, call_cli: Ca
     (tmp_path / "step_10.safetensors").chmod(0o600)
     assert call_cli(*CALL, "--delta-out", "delta.safetensors", cwd=tmp_path).returncode == 0
     assert mode(tmp_path / "delta.safetensors") == 0o600
+
+
+# --- what an attack found --------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_was_saved_in_place_after_a_kill_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "a"
+    final.write_text("old forecast")
+
+    def write() -> None:
+        monkeypatch.setattr("farcast_cli.output.writer.swap", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        with staged(final, check=anything) as temporary:
+            temporary.write_text("new forecast")
+
+    killed_in(write)
+    with final.open("r+") as file:  # the same inode, as many trainers save
+        file.write("my own work!")
+    with pytest.raises(OutputError, match="exists already"), staged(final):
+        pytest.fail("the block must not start")
+    assert final.read_text() == "my own work!"
+
+
+@pytest.mark.usefixtures("system")
+def test_a_file_that_was_saved_between_the_check_and_the_rename_is_kept(tmp_path: Path) -> None:
+    final = tmp_path / "a"
+    final.write_text("old")
+
+    def write() -> None:
+        with staging() as outputs:
+            outputs.add(final, check=anything).write_text("new")
+
+    former = renames.swap
+
+    def swapped(new: Path, place: Path) -> None:
+        (tmp_path / "saved").write_text("mine")
+        (tmp_path / "saved").replace(place)
+        former(new, place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("farcast_cli.output.writer.swap", swapped)
+        with pytest.raises(OutputError, match="changed while it was to be replaced"):
+            write()
+    assert final.read_text() == "mine"
+    assert tree_digest(tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize("ready", [None, "5", "[" * 4000, "[[1]]", '[["a", "b", null, null]]', '[[".", "a", [1], [2]]]'])
+def test_a_shipped_hidden_folder_publishes_nothing(tmp_path: Path, ready: str | None) -> None:
+    hidden = tmp_path / ".a.deadbeef.partial"
+    hidden.mkdir()
+    (hidden / MARK).write_text("a")
+    (hidden / renames.ASIDE).write_text("theirs")
+    (hidden / "a").write_text("theirs")
+    if ready is not None:
+        (hidden / ".farcast-ready").write_text(ready)
+    with staged(tmp_path / "a", may_stay_empty=True):
+        assert not (tmp_path / "a").exists()
+    assert tree_digest(tmp_path) == {}
+
+
+def test_an_edit_between_the_blocks_that_a_fingerprint_sees_is_seen(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run", shapes={"w": (300, 400)})
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    assert predict_to(call_cli, tmp_path, "out/a.safetensors") == (0, "")
+    with (tmp_path / "out" / "a.safetensors").open("r+b") as file:
+        file.seek(150_000)
+        file.write(b"my own edit")
+    before = tree_digest(tmp_path / "out")
+    code, error = predict_to(call_cli, tmp_path, "out/a.safetensors", "--overwrite")
+    assert code == 5
+    assert "has changed since farcast wrote it" in error
+    assert tree_digest(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("files", ["5", '[{"name": []}]', "[5]", "null"])
+def test_a_sidecar_that_lies_about_its_files_lets_nothing_be_replaced(fitted: Path, call_cli: CallCli, files: str) -> None:
+    assert predict_to(call_cli, fitted, "out/a.safetensors") == (0, "")
+    sidecar = fitted / "out" / "a.safetensors.farcast.json"
+    sidecar.write_text(f'{{"farcast_version": "0.1.0", "name": "a.safetensors", "files": {files}}}')
+    assert predict_to(call_cli, fitted, "out/a.safetensors", "--overwrite")[0] == 5
+
+
+def test_a_log_of_the_users_own_name_is_kept(fitted: Path, call_cli: CallCli) -> None:
+    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs.mkdir(parents=True)
+    (logs / "strength-mine.log").write_text("$ my own notes\n")
+    assert call_cli("predict", "--horizon", 100, "--eval-cmd", "echo $FARCAST_STRENGTH {ckpt}", "--maximize", cwd=fitted)
+    assert (logs / "strength-mine.log").read_text() == "$ my own notes\n"
+
+
+def test_a_pipe_under_the_name_of_a_log_is_not_waited_for(fitted: Path, call_cli: CallCli) -> None:
+    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs.mkdir(parents=True)
+    os.mkfifo(logs / "origin.log")
+    done = call_cli("predict", "--horizon", 100, "--eval-cmd", "echo 1 {ckpt}", cwd=fitted)
+    assert (done.returncode, done.stdout) == (5, "")
+
+
+def test_an_evaluation_that_changes_an_earlier_candidate_publishes_nothing(fitted: Path, call_cli: CallCli) -> None:
+    """Strength 1 is the best, and the run for 0.5 writes into its file."""
+    command = (
+        'test $FARCAST_STRENGTH = 1 && echo {ckpt} > first; test $FARCAST_STRENGTH = 0.5 && echo x >> "$(cat first)";'
+        " echo $FARCAST_STRENGTH"
+    )
+    done = call_cli("predict", "--horizon", 100, "--eval-cmd", command, "--maximize", cwd=fitted)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "changed the checkpoint at strength 1" in done.errors[0]
+    assert not (fitted / FORECAST).exists()
+
+
+def test_the_folders_that_a_runs_links_lead_to_are_the_runs_too(fitted: Path, call_cli: CallCli) -> None:
+    (fitted / "run").rename(fitted / "real")
+    (fitted / "run").mkdir()
+    for path in (fitted / "real").iterdir():
+        (fitted / "run" / path.name).symlink_to(path)
+    assert call_cli("fit", "run", cwd=fitted).returncode == 0
+    code, error = predict_to(call_cli, fitted, "real/step_000900.safetensors")
+    assert code == 5
+    assert "lies inside the run's folder" in error
+
+
+@pytest.mark.parametrize("end", ["\r\n", " \n"])
+def test_a_ledger_that_an_editor_has_saved_with_other_line_ends_tells_its_leaps(tmp_path: Path, end: str) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_bytes((leap(tmp_path, 900).as_line() + end).encode())
+    assert [one.valid_step for one in read_leaps(ledger, tmp_path / "run")] == [900]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fit", "run", "--steps", f"{'9' * 5000}:"),
+        ("predict", "--horizon", "9" * 5000),
+        ("predict", "--to-step", "9" * 30, "--even-if-worse"),
+        ("predict", "--horizon", "100", "--max-shard-size", "9" * 400 + "GB"),
+    ],
+    ids=["steps", "horizon", "to-step", "shard size"],
+)
+def test_a_number_of_very_many_digits_is_a_usage_error(fitted: Path, call_cli: CallCli, arguments: tuple[str, ...]) -> None:
+    done = call_cli(*arguments, cwd=fitted)
+    assert (done.returncode, done.stdout, len(done.errors)) == (2, "", 1), done

@@ -119,7 +119,7 @@ def check_ours(place: Path, *, is_file: bool) -> None:
     told, found = content.get("files"), _list_or_none(place)
     if told == found and found is not None and not _is_newer(place, sidecar):
         return
-    known = {one.get("name") for one in told if isinstance(one, dict)} if isinstance(told, list) else set()
+    known = [one.get("name") for one in told if isinstance(one, dict)] if isinstance(told, list) else []
     strangers = sorted(one["name"] for one in found or [] if one["name"] not in known)
     what = f"holds {strangers[0]!r}, which farcast did not write" if strangers else "has changed since farcast wrote it"
     raise OutputError(f"{place}: {what}", hint=hint)
