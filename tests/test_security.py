@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import collections
 import contextlib
 import datetime as dt
@@ -10,6 +11,7 @@ import enum
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import pickletools
@@ -18,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -29,7 +32,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 
-from farcast_cli.errors import UnsafeFileError, UsageError, shell_word
+from farcast_cli.errors import FarcastError, UnsafeFileError, UsageError, shell_word
 from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import is_data, runs_code
 from farcast_cli.formats.pickle_scan import iter_names
@@ -391,10 +394,18 @@ def test_what_real_picklers_write_passes(tmp_path: Path, writer: str, protocol: 
         refuse_code_in(tmp_path / name)
 
 
+NOISE = random.Random(1).randbytes(20_000)  # noqa: S311 - no secret
 HARMLESS: dict[str, Callable[[Path], object]] = {
     "a numpy file": lambda p: np.save(p, np.arange(9.0)),
     "numpy objects": lambda p: np.save(p, np.array([1, "x", None], dtype=object), allow_pickle=True),
     "a numpy archive": lambda p: np.savez_compressed(p, a=np.arange(9.0), b=np.array([{"x": 1}], dtype=object)),
+    "a numpy archive of zeros": lambda p: np.savez_compressed(p, a=np.zeros(100_000)),
+    "gzip in two parts": lambda p: p.write_bytes(gzip.compress(b"x") + gzip.compress(pickle.dumps([1])) + bytes(512)),
+    **{
+        f"joblib, {how}": lambda p, how=how: joblib.dump({"a": NOISE, "b": ["x"]}, p, compress=(how, 3))
+        for how in ("zlib", "bz2", "lzma", "xz")
+    },
+    "notes on bzip2": lambda p: p.write_text("BZh is how bzip2 begins"),
     "joblib": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p),
     "joblib, packed": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p, compress=("gzip", 3)),
     "yaml": lambda p: p.write_text("a: !!python/tuple [1, 2]\nb: !!python/object:argparse.Namespace {x: 1}\n"),
@@ -432,6 +443,62 @@ def test_a_frame_that_no_pickler_writes_is_refused(tmp_path: Path, raw: bytes) -
     (tmp_path / "state").write_bytes(raw)
     with pytest.raises(UnsafeFileError, match="frames that no pickler writes"):
         refuse_code_in(tmp_path / "state")
+
+
+def _changed(data: bytes, place: int) -> bytes:
+    raw = bytearray(data)
+    raw[place] ^= 0x80
+    return bytes(raw)
+
+
+def _npy(raw: bytes, header_bytes: int = 118) -> bytes:
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(header_bytes - 1) + b"\n"
+    return b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + raw
+
+
+def _zipped(raw: bytes, name: str = "x.npy") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, raw)
+    return buffer.getvalue()
+
+
+HIDDEN: dict[str, Callable[[bytes], bytes]] = {
+    "gzip with a flag that there is not": lambda raw: _changed(gzip.compress(raw), 3),
+    "gzip with a wrong checksum": lambda raw: _changed(gzip.compress(raw), -5),
+    "gzip with a wrong checksum of its header": lambda raw: (
+        (packed := gzip.compress(raw))[:3] + b"\x02" + packed[4:10] + b"\0\0" + packed[10:]
+    ),
+    "gzip in two parts, zeros between": lambda raw: gzip.compress(raw[:5]) + bytes(8) + gzip.compress(raw[5:]),
+    "bzip2 with a wrong checksum": lambda raw: _changed(bz2.compress(raw + NOISE), 10),
+    "xz with a damaged end": lambda raw: _changed(lzma.compress(raw + NOISE), -60),
+    "a list that hands on what is appended": lambda _: b"cposixpath\n__dict__\nS'append'\ncos\nsystem\nscos\npath\nS'x'\na.",
+    "a dict of the system's": lambda _: b"cos\nenviron\nS'A'\nS'1'\ns.",
+    "a long numpy header": lambda raw: _npy(raw, 1 << 20),
+    "a zip behind the mark of an empty one": lambda raw: b"PK\x05\x06" + _zipped(_npy(raw)),
+}
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_a_call_that_only_its_own_loader_would_see_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "x").write_bytes(HIDDEN[what](corpus.reduces("os", "system", "x")))
+    with pytest.raises(FarcastError):
+        refuse_code_in(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"# c\r%TAG !p! tag:yaml.org,2002:pyth\r--- !p!on/object/apply:os.system [x]\r",
+        "# c\u2028%TAG !p! tag:yaml.org,2002:pyth\n--- !p!on/object/apply:os.system [x]\n".encode(),
+        b"\n" * 60_000 + b"%TAG !p! tag:yaml.org,2002:pyth\n--- !p!on/object/apply:os.system [x]\n",
+    ],
+    ids=["a carriage return", "a line separator", "many lines"],
+)
+def test_yaml_with_tags_of_its_own_is_refused_after_any_end_of_line(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x.yaml").write_bytes(text)
+    with pytest.raises(UnsafeFileError, match="tags of its own"):
+        refuse_code_in(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("name", ["vocab.bin", "notes.pkl", "empty.pt"])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from farcast_cli.formats.pickle_scan import Stream
 
 _NUM_PICKLES = 5  # one behind the other in a file, as torch before 1.6 wrote them
+_EMPTY_ZIP_MARK = b"PK\x05\x06"  # numpy takes what begins like this for a zip, whatever follows
 _NUMPY_MARK = b"\x93NUMPY"
 _MAX_HEADER = (1 << 20) - 1  # bytes of a numpy header; numpy itself reads no longer one than 10,000 unasked
 _BUFFER_BYTES = 1 << 16
@@ -36,7 +37,6 @@ _PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill
 """Endings of files that a trainer may unpickle; a tar is a torch file under one of them alone."""
 _YAML = {".yaml", ".yml"}
 _MAX_YAML_BYTES = 1 << 24
-_YAML_DIRECTIVE = re.compile(rb"^\W*%TAG", re.MULTILINE)
 _YAML_TAG = re.compile(rb"python/(?:name|module|object(?:/apply|/new)?):([^\s,}\]>]*)")
 
 
@@ -48,7 +48,7 @@ def refuse_code_in(path: Path) -> None:
         FileFormatError: it is a zip that is not whole, or that two readers would read in two ways.
     """
     with open_input(path, _BUFFER_BYTES) as stream:
-        if peek(stream, len(ZIP_MARK)) == ZIP_MARK:
+        if peek(stream, len(ZIP_MARK)) in {ZIP_MARK, _EMPTY_ZIP_MARK}:
             refuse_code_in_stretch(path, 0, file_size(path))
         elif path.suffix.lower() in _YAML:
             _refuse_tags(path, stream.read(_MAX_YAML_BYTES + 1))
@@ -95,8 +95,8 @@ def _refuse_pickles(path: Path, stream: Stream) -> None:
 
     What cannot be loaded is no concern of ours.
     """
-    stream = unpacked(stream)
     try:
+        stream = unpacked(stream)
         if peek(stream, len(_NUMPY_MARK)) == _NUMPY_MARK:
             _skip_numpy_header(stream)
         for number in itertools.count(1):
@@ -111,7 +111,10 @@ def _refuse_pickles(path: Path, stream: Stream) -> None:
 
 def _skip_numpy_header(stream: Stream) -> None:
     num_bytes = 2 if stream.read(8)[6:7] == b"\x01" else 4
-    stream.read(int.from_bytes(stream.read(num_bytes), "little") & _MAX_HEADER)
+    size = int.from_bytes(stream.read(num_bytes), "little")
+    if size > _MAX_HEADER:
+        raise UnsafeFileError(f"its numpy header has {size} bytes, over the limit of {_MAX_HEADER}")
+    stream.read(size)
 
 
 def _refuse_names(stream: Stream) -> None:
@@ -133,7 +136,7 @@ def _is_tar(stream: Stream) -> bool:
 def _refuse_tags(path: Path, text: bytes) -> None:
     """Refuse YAML whose tags name code, in whatever way they are spelled."""
     plain = unquote_to_bytes(text.replace(b"\0", b""))  # UTF-16 has a zero beside each letter
-    if len(text) > _MAX_YAML_BYTES or _YAML_DIRECTIVE.search(plain):
+    if len(text) > _MAX_YAML_BYTES or b"%TAG" in plain:  # YAML has more ends of lines than one
         raise UnsafeFileError(f"{path}: YAML of more than {_MAX_YAML_BYTES} bytes, or with tags of its own")
     for tag in _YAML_TAG.finditer(plain):
         module, _, name = tag[1].decode("utf-8", "replace").rpartition(".")

@@ -39,7 +39,10 @@ _GET = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET}
 _PUT = {pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT}
 _EXTENSIONS = {pickle.EXT1, pickle.EXT2, pickle.EXT4}
 _SILENT = {pickle.PROTO, pickle.FRAME}
-_CALLS = {pickle.REDUCE, pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX}
+_CALLS = {
+    *(pickle.REDUCE, pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX),
+    *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS),  # methods of any object
+}
 _FRAMED = 4  # the first protocol that has frames
 _CHUNK_BYTES = 1 << 16
 _HIDDEN = "its pickle hides what it asks for"

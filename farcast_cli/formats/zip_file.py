@@ -147,6 +147,6 @@ def data_offset(stretch: Stretch, info: zipfile.ZipInfo) -> int:
         raise damaged(stretch.path, f"record {info.filename!r} has no header")
     name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
     offset = info.header_offset + _LOCAL_BYTES + name_length + extra_length
-    if offset + info.file_size > stretch.size:
+    if offset + info.compress_size > stretch.size:
         raise damaged(stretch.path, f"record {info.filename!r} reaches beyond the end of the file")
     return offset
