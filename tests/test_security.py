@@ -165,6 +165,10 @@ FUNCTIONS = (
     *("pexpect.run", "invoke.run", "pexpect.pty_spawn.spawn", "ptyprocess!PtyProcess.spawn", "anyio.run_process"),
     *("_posixsubprocess.fork_exec", "mylib.getattr", "mylib.attrgetter", "mylib.import_string", "mylib.__import__"),
     *("cloudpickle.cloudpickle._make_function", "cloudpickle.cloudpickle._builtin_type", "dill._dill._create_code"),
+    *("torch.ao.ns._numeric_suite_fx.GraphModule", "torch.ao.ns.fx.graph_matcher.Graph", "torch.ao.quantization.observer.Node"),
+    *("torch.distributed._shard.checkpoint.utils.Stats", "torch.distributed._tensor._utils.LazyString"),
+    *("torch.distributed._shard.checkpoint._async_process_executor.TCPStore", "sympy.S", "sympy.core.add.Add", "click.edit"),
+    *("torch.distributed._shard.checkpoint._experimental.checkpoint_process.Connection", "jinja2!Template.render"),
     *("joblib.load", "yaml.unsafe_load", "transformers!AutoModel.from_pretrained", "mylib.urlretrieve", "mylib.rmtree"),
 )
 
@@ -185,6 +189,7 @@ DATA = (
     *("numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.float64"),
     *("numpy.random._pickle.__generator_ctor", "numpy.dtypes.Float64DType", "torch.FloatStorage", "torch.bfloat16"),
     *("torch._utils._rebuild_qtensor", "torch.nn.modules.linear.Linear", "torch.optim.adamw.AdamW", "torch.device"),
+    *("torch.ao.quantization.observer.MinMaxObserver", "torch.ao.nn.quantized.modules.linear.Linear"),
     *("torch.distributed.tensor.DTensor", "transformers.training_args.TrainingArguments", "omegaconf.dictconfig.DictConfig"),
     *("torch.torch_version.TorchVersion", "torch.utils.data.sampler.RandomSampler", "platform.uname_result"),
     *("time.struct_time", "mylib.RunConfig", "mylib.SystemPrompt", "mylib.Executor", "mylib.Loader"),
@@ -395,16 +400,19 @@ def test_what_real_picklers_write_passes(tmp_path: Path, writer: str, protocol: 
 
 
 NOISE = random.Random(1).randbytes(20_000)  # noqa: S311 - no secret
+
+
+def _packed(how: str) -> Callable[[Path], object]:
+    return lambda p: joblib.dump({"a": NOISE, "b": ["x"]}, p, compress=(how, 3))
+
+
 HARMLESS: dict[str, Callable[[Path], object]] = {
     "a numpy file": lambda p: np.save(p, np.arange(9.0)),
     "numpy objects": lambda p: np.save(p, np.array([1, "x", None], dtype=object), allow_pickle=True),
     "a numpy archive": lambda p: np.savez_compressed(p, a=np.arange(9.0), b=np.array([{"x": 1}], dtype=object)),
     "a numpy archive of zeros": lambda p: np.savez_compressed(p, a=np.zeros(100_000)),
     "gzip in two parts": lambda p: p.write_bytes(gzip.compress(b"x") + gzip.compress(pickle.dumps([1])) + bytes(512)),
-    **{
-        f"joblib, {how}": lambda p, how=how: joblib.dump({"a": NOISE, "b": ["x"]}, p, compress=(how, 3))
-        for how in ("zlib", "bz2", "lzma", "xz")
-    },
+    **{f"joblib, {how}": _packed(how) for how in ("zlib", "bz2", "lzma", "xz")},
     "notes on bzip2": lambda p: p.write_text("BZh is how bzip2 begins"),
     "joblib": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p),
     "joblib, packed": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p, compress=("gzip", 3)),
