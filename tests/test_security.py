@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -413,6 +414,9 @@ HARMLESS: dict[str, Callable[[Path], object]] = {
     "a numpy archive of zeros": lambda p: np.savez_compressed(p, a=np.zeros(100_000)),
     "gzip in two parts": lambda p: p.write_bytes(gzip.compress(b"x") + gzip.compress(pickle.dumps([1])) + bytes(512)),
     **{f"joblib, {how}": _packed(how) for how in ("zlib", "bz2", "lzma", "xz")},
+    "tokens in 8 bytes each": lambda p: p.write_bytes(np.arange(1, 3_000).tobytes()),
+    "tokens in 4 bytes each": lambda p: p.write_bytes(np.array([5, 1000, 7, 0] * 999, "<i4").tobytes()),
+    "zeros": lambda p: p.write_bytes(bytes(100)),
     "notes on bzip2": lambda p: p.write_text("BZh is how bzip2 begins"),
     "joblib": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p),
     "joblib, packed": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p, compress=("gzip", 3)),
@@ -459,6 +463,10 @@ def _changed(data: bytes, place: int) -> bytes:
     return bytes(raw)
 
 
+def _lzma(raw: bytes, **settings: int) -> bytes:
+    return lzma.compress(raw, lzma.FORMAT_ALONE, filters=[{"id": lzma.FILTER_LZMA1, **settings}])
+
+
 def _npy(raw: bytes, header_bytes: int = 118) -> bytes:
     header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(header_bytes - 1) + b"\n"
     return b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + raw
@@ -480,6 +488,10 @@ HIDDEN: dict[str, Callable[[bytes], bytes]] = {
     "gzip in two parts, zeros between": lambda raw: gzip.compress(raw[:5]) + bytes(8) + gzip.compress(raw[5:]),
     "bzip2 with a wrong checksum": lambda raw: _changed(bz2.compress(raw + NOISE), 10),
     "xz with a damaged end": lambda raw: _changed(lzma.compress(raw + NOISE), -60),
+    "lzma with another dictionary": lambda raw: _lzma(raw, dict_size=0x10100),
+    "lzma with other settings": lambda raw: _lzma(raw, dict_size=1 << 20, lc=0, lp=0, pb=0),
+    "lzma with other settings and a damaged end": lambda raw: _lzma(raw + NOISE, dict_size=1 << 20, pb=0)[:-9000] + bytes(99),
+    "joblib's own format from long ago": lambda raw: b"ZF" + hex(len(raw)).encode().ljust(19) + zlib.compress(raw),
     "a list that hands on what is appended": lambda _: b"cposixpath\n__dict__\nS'append'\ncos\nsystem\nscos\npath\nS'x'\na.",
     "a dict of the system's": lambda _: b"cos\nenviron\nS'A'\nS'1'\ns.",
     "a long numpy header": lambda raw: _npy(raw, 1 << 20),

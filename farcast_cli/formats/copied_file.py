@@ -20,7 +20,7 @@ from farcast_cli.formats.files import file_size, open_input
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names, peek
 from farcast_cli.formats.torch_pickle import unsafe
-from farcast_cli.formats.unpacked import inflated, unpacked
+from farcast_cli.formats.unpacked import guessed_lzma, inflated, unpacked
 from farcast_cli.formats.zip_file import ZIP_MARK, Stretch, Window, data_offset, directory, plain_record
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def refuse_code_in(path: Path) -> None:
             raise UnsafeFileError(f"{path}: a torch file from before torch 0.2, whose pickles cannot be looked into")
         else:
             _refuse_pickles(path, stream)
+            stream.seek(0)
+            _refuse_pickles(path, guessed_lzma(stream) or stream)
 
 
 def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:

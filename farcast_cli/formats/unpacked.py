@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import re
 import zlib
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,8 +71,13 @@ _BY_MARK: tuple[tuple[bytes, Callable[[], Any]], ...] = (
     *((b"x" + level, lambda: _Zlib(15)) for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")),
     *((b"BZh%d" % level + magic, bz2.BZ2Decompressor) for level in range(1, 10) for magic in (b"1AY&SY", b"\x17rE8P\x90")),
     (b"\xfd7zXZ\x00", _xz),
-    (b"]\x00\x00", _xz),
+    (b"]\x00", _xz),  # as joblib tells lzma
 )
+_ALONE_BYTES = 13  # of an lzma file's header: settings, size of its dictionary, size of what it unpacks to
+_MAX_SETTINGS = 9 * 5 * 5
+_DICTIONARY_BYTES = 1 << 26
+_GUESS_BYTES = 512  # unpacked at once: an error costs no more of what came before it
+_OLD_JOBLIB = re.compile(rb"ZF[\s\w+]{19} ?[\x08-\x78]", re.DOTALL)
 
 
 class _Unpacked(io.RawIOBase):
@@ -129,9 +135,46 @@ class _Unpacked(io.RawIOBase):
         return data
 
 
+class _Guessed(_Unpacked):
+    """What may be lzma, which has no mark: where it cannot be unpacked it ends."""
+
+    def _next(self, most: int) -> bytes:
+        try:
+            made = b"" if self._unpacker.eof else super()._next(min(most, _GUESS_BYTES))
+        except UnsafeFileError:
+            made = b""
+            self._is_over = True
+        self._is_over = self._is_over or self._unpacker.eof
+        return made
+
+
+def guessed_lzma(stream: Stream) -> Stream | None:
+    """What a stream unpacks to if its head could be that of an lzma file, whatever its dictionary."""
+    head = stream.peek(_ALONE_BYTES + 1)[: _ALONE_BYTES + 1]
+    told = head[5:_ALONE_BYTES]
+    if len(head) <= _ALONE_BYTES or head[0] >= _MAX_SETTINGS or head[-1] or (any(told[5:]) and told != b"\xff" * 8):
+        return None
+    dictionary = min(int.from_bytes(head[1:5], "little"), _DICTIONARY_BYTES)
+    header = head[:1] + dictionary.to_bytes(4, "little") + told
+
+    def make() -> Any:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE)
+        unpacker.decompress(header, 0)
+        return unpacker
+
+    try:
+        guessed = _Guessed(stream, make)
+    except lzma.LZMAError:
+        return None
+    stream.read(_ALONE_BYTES)
+    return io.BufferedReader(guessed, _CHUNK_BYTES)
+
+
 def unpacked(stream: Stream) -> Stream:
     """What a stream unpacks to if it begins like compressed bytes; else the stream itself."""
-    head = stream.peek(16)
+    head = stream.peek(32)
+    if _OLD_JOBLIB.match(head):
+        raise UnsafeFileError("it is packed as joblib did before 2015, which is not looked into")
     make = next((make for mark, make in _BY_MARK if head.startswith(mark)), None)
     return io.BufferedReader(_Unpacked(stream, make), _CHUNK_BYTES) if make else stream
 
