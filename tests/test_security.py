@@ -506,6 +506,23 @@ def test_a_call_that_only_its_own_loader_would_see_is_refused(tmp_path: Path, wh
         refuse_code_in(tmp_path / "x")
 
 
+def test_a_zip_whose_records_share_their_bytes_is_refused(tmp_path: Path) -> None:
+    once = _zipped(b"\x80\x02" + b"N0" * 1_000, "a")
+    begin, end = once.index(b"PK\x01\x02"), once.index(b"PK\x05\x06")
+    many = once[begin:end] + once[begin:end].replace(b"a", b"b")
+    tail = once[end : end + 8] + b"\2\0\2\0" + len(many).to_bytes(4, "little") + once[end + 16 :]
+    (tmp_path / "x.zip").write_bytes(once[:begin] + many + tail)
+    with pytest.raises(FarcastError, match="overlap"):
+        refuse_code_in(tmp_path / "x.zip")
+
+
+def test_a_pickle_of_a_great_many_long_names_is_refused(tmp_path: Path) -> None:
+    names = b"".join(b"c" + b"\xff" * 900 + b"%08d\nb\n0" % number for number in range(20_000))
+    (tmp_path / "x.gz").write_bytes(gzip.compress(names + b"N."))
+    with pytest.raises(UnsafeFileError, match="hides what it asks for"):
+        refuse_code_in(tmp_path / "x.gz")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -21,7 +21,16 @@ from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names, peek
 from farcast_cli.formats.torch_pickle import unsafe
 from farcast_cli.formats.unpacked import guessed_lzma, inflated, unpacked
-from farcast_cli.formats.zip_file import ZIP_MARK, Stretch, Window, data_offset, directory, plain_record
+from farcast_cli.formats.zip_file import (
+    ZIP_MARK,
+    Record,
+    Stretch,
+    Window,
+    data_offset,
+    directory,
+    plain_record,
+    refuse_overlap,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +66,8 @@ def refuse_code_in(path: Path) -> None:
         else:
             _refuse_pickles(path, stream)
             stream.seek(0)
-            _refuse_pickles(path, guessed_lzma(stream) or stream)
+            if guessed := guessed_lzma(stream):
+                _refuse_pickles(path, guessed)
 
 
 def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
@@ -68,12 +78,17 @@ def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
     stretch = Stretch(path, start, size)
     infos = directory(stretch)
     roots = {info.orig_filename.lower().removesuffix("data.pkl") for info in infos if _is_pickle(info)}
+    refuse_overlap(stretch.path, [_packed(stretch, info) for info in infos])
     for info in infos:
         _refuse_in_record(stretch, info, roots)
 
 
 def _is_pickle(info: zipfile.ZipInfo) -> bool:
     return info.orig_filename.lower().endswith(".pkl")
+
+
+def _packed(stretch: Stretch, info: zipfile.ZipInfo) -> Record:
+    return Record(stretch.path, info.orig_filename, stretch.start + data_offset(stretch, info), info.compress_size)
 
 
 def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str]) -> None:
@@ -87,17 +102,17 @@ def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str]) 
     if info.compress_type == zipfile.ZIP_DEFLATED:
         stream = inflated(stream)
     folder, _, last = info.orig_filename.lower().rpartition("data/")
-    is_storage = folder in roots and last.isdecimal()
-    if not is_storage or peek(stream, len(_NUMPY_MARK)) == _NUMPY_MARK:
-        _refuse_pickles(stretch.path, stream)
+    _refuse_pickles(stretch.path, stream, numpy_alone=folder in roots and last.isdecimal())
 
 
-def _refuse_pickles(path: Path, stream: Stream) -> None:
+def _refuse_pickles(path: Path, stream: Stream, *, numpy_alone: bool = False) -> None:
     """Refuse pickles at a stream's start, compressed or behind a numpy header.
 
     What cannot be loaded is no concern of ours.
     """
     try:
+        if numpy_alone and peek(stream, len(_NUMPY_MARK)) != _NUMPY_MARK:
+            return
         stream = unpacked(stream)
         if peek(stream, len(_NUMPY_MARK)) == _NUMPY_MARK:
             _skip_numpy_header(stream)

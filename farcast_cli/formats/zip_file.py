@@ -17,6 +17,7 @@ from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileErro
 from farcast_cli.formats.files import read_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from _typeshed import WriteableBuffer
@@ -150,3 +151,12 @@ def data_offset(stretch: Stretch, info: zipfile.ZipInfo) -> int:
     if offset + info.compress_size > stretch.size:
         raise damaged(stretch.path, f"record {info.filename!r} reaches beyond the end of the file")
     return offset
+
+
+def refuse_overlap(path: Path, records: Iterable[Record]) -> None:
+    """Refuse records that share bytes: a small zip could have any number of large ones."""
+    end, last = 0, ""
+    for record in sorted(records, key=lambda record: record.offset):
+        if record.offset < end:
+            raise damaged(path, f"records {last!r} and {record.name!r} overlap")
+        end, last = record.offset + record.num_bytes, record.name
