@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from farcast_cli.errors import DataError, FileFormatError, SnapshotError, UnsafeFileError, UsageError
 from farcast_cli.trajectory import open_snapshot
 from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data
-from farcast_cli.tune.rows_file import BLOCK_BYTES, MAX_HEADER_BYTES
+from farcast_cli.tune.rows_file import BLOCK_BYTES, MAX_HEADER_BYTES, open_rows
 from farcast_cli.tune.weight import Weight, find_weight
 
 if TYPE_CHECKING:
@@ -286,3 +286,12 @@ def test_objects_are_unsafe_whatever_else_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "rows.npz").write_bytes(rows(npy((-1, 2), "|O")))
     with pytest.raises(UnsafeFileError):
         read_data(tmp_path / "rows.npz", "mse")
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_a_single_number_is_no_rows(tmp_path: Path, ending: str) -> None:
+    arrays: dict[str, Any] = {"x": np.array(1.0), "y": np.ones(2)}
+    path = tmp_path / f"rows{ending}"
+    np.savez(path, **arrays) if ending == ".npz" else save_file({k: torch.from_numpy(v) for k, v in arrays.items()}, path)
+    with pytest.raises(DataError, match=r"x: expected rows of numbers, found float64 of shape \[\]"):
+        open_rows(path, ("x", "y"))

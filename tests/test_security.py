@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import collections
 import contextlib
 import datetime as dt
@@ -10,6 +11,7 @@ import enum
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import pickletools
@@ -18,6 +20,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
@@ -29,7 +33,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 
-from farcast_cli.errors import UnsafeFileError, UsageError, shell_word
+from farcast_cli.errors import FarcastError, UnsafeFileError, UsageError, shell_word
 from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import is_data, runs_code
 from farcast_cli.formats.pickle_scan import iter_names
@@ -162,6 +166,10 @@ FUNCTIONS = (
     *("pexpect.run", "invoke.run", "pexpect.pty_spawn.spawn", "ptyprocess!PtyProcess.spawn", "anyio.run_process"),
     *("_posixsubprocess.fork_exec", "mylib.getattr", "mylib.attrgetter", "mylib.import_string", "mylib.__import__"),
     *("cloudpickle.cloudpickle._make_function", "cloudpickle.cloudpickle._builtin_type", "dill._dill._create_code"),
+    *("torch.ao.ns._numeric_suite_fx.GraphModule", "torch.ao.ns.fx.graph_matcher.Graph", "torch.ao.quantization.observer.Node"),
+    *("torch.distributed._shard.checkpoint.utils.Stats", "torch.distributed._tensor._utils.LazyString"),
+    *("torch.distributed._shard.checkpoint._async_process_executor.TCPStore", "sympy.S", "sympy.core.add.Add", "click.edit"),
+    *("torch.distributed._shard.checkpoint._experimental.checkpoint_process.Connection", "jinja2!Template.render"),
     *("joblib.load", "yaml.unsafe_load", "transformers!AutoModel.from_pretrained", "mylib.urlretrieve", "mylib.rmtree"),
 )
 
@@ -182,6 +190,7 @@ DATA = (
     *("numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.float64"),
     *("numpy.random._pickle.__generator_ctor", "numpy.dtypes.Float64DType", "torch.FloatStorage", "torch.bfloat16"),
     *("torch._utils._rebuild_qtensor", "torch.nn.modules.linear.Linear", "torch.optim.adamw.AdamW", "torch.device"),
+    *("torch.ao.quantization.observer.MinMaxObserver", "torch.ao.nn.quantized.modules.linear.Linear"),
     *("torch.distributed.tensor.DTensor", "transformers.training_args.TrainingArguments", "omegaconf.dictconfig.DictConfig"),
     *("torch.torch_version.TorchVersion", "torch.utils.data.sampler.RandomSampler", "platform.uname_result"),
     *("time.struct_time", "mylib.RunConfig", "mylib.SystemPrompt", "mylib.Executor", "mylib.Loader"),
@@ -391,10 +400,24 @@ def test_what_real_picklers_write_passes(tmp_path: Path, writer: str, protocol: 
         refuse_code_in(tmp_path / name)
 
 
+NOISE = random.Random(1).randbytes(20_000)  # noqa: S311 - no secret
+
+
+def _packed(how: str) -> Callable[[Path], object]:
+    return lambda p: joblib.dump({"a": NOISE, "b": ["x"]}, p, compress=(how, 3))
+
+
 HARMLESS: dict[str, Callable[[Path], object]] = {
     "a numpy file": lambda p: np.save(p, np.arange(9.0)),
     "numpy objects": lambda p: np.save(p, np.array([1, "x", None], dtype=object), allow_pickle=True),
     "a numpy archive": lambda p: np.savez_compressed(p, a=np.arange(9.0), b=np.array([{"x": 1}], dtype=object)),
+    "a numpy archive of zeros": lambda p: np.savez_compressed(p, a=np.zeros(100_000)),
+    "gzip in two parts": lambda p: p.write_bytes(gzip.compress(b"x") + gzip.compress(pickle.dumps([1])) + bytes(512)),
+    **{f"joblib, {how}": _packed(how) for how in ("zlib", "bz2", "lzma", "xz")},
+    "tokens in 8 bytes each": lambda p: p.write_bytes(np.arange(1, 3_000).tobytes()),
+    "tokens in 4 bytes each": lambda p: p.write_bytes(np.array([5, 1000, 7, 0] * 999, "<i4").tobytes()),
+    "zeros": lambda p: p.write_bytes(bytes(100)),
+    "notes on bzip2": lambda p: p.write_text("BZh is how bzip2 begins"),
     "joblib": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p),
     "joblib, packed": lambda p: joblib.dump({"a": np.arange(9.0), "b": ["x"]}, p, compress=("gzip", 3)),
     "yaml": lambda p: p.write_text("a: !!python/tuple [1, 2]\nb: !!python/object:argparse.Namespace {x: 1}\n"),
@@ -432,6 +455,87 @@ def test_a_frame_that_no_pickler_writes_is_refused(tmp_path: Path, raw: bytes) -
     (tmp_path / "state").write_bytes(raw)
     with pytest.raises(UnsafeFileError, match="frames that no pickler writes"):
         refuse_code_in(tmp_path / "state")
+
+
+def _changed(data: bytes, place: int) -> bytes:
+    raw = bytearray(data)
+    raw[place] ^= 0x80
+    return bytes(raw)
+
+
+def _lzma(raw: bytes, **settings: int) -> bytes:
+    return lzma.compress(raw, lzma.FORMAT_ALONE, filters=[{"id": lzma.FILTER_LZMA1, **settings}])
+
+
+def _npy(raw: bytes, header_bytes: int = 118) -> bytes:
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(header_bytes - 1) + b"\n"
+    return b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header + raw
+
+
+def _zipped(raw: bytes, name: str = "x.npy") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, raw)
+    return buffer.getvalue()
+
+
+HIDDEN: dict[str, Callable[[bytes], bytes]] = {
+    "gzip with a flag that there is not": lambda raw: _changed(gzip.compress(raw), 3),
+    "gzip with a wrong checksum": lambda raw: _changed(gzip.compress(raw), -5),
+    "gzip with a wrong checksum of its header": lambda raw: (
+        (packed := gzip.compress(raw))[:3] + b"\x02" + packed[4:10] + b"\0\0" + packed[10:]
+    ),
+    "gzip in two parts, zeros between": lambda raw: gzip.compress(raw[:5]) + bytes(8) + gzip.compress(raw[5:]),
+    "bzip2 with a wrong checksum": lambda raw: _changed(bz2.compress(raw + NOISE), 10),
+    "xz with a damaged end": lambda raw: _changed(lzma.compress(raw + NOISE), -60),
+    "lzma with another dictionary": lambda raw: _lzma(raw, dict_size=0x10100),
+    "lzma with other settings": lambda raw: _lzma(raw, dict_size=1 << 20, lc=0, lp=0, pb=0),
+    "lzma with other settings and a damaged end": lambda raw: _lzma(raw + NOISE, dict_size=1 << 20, pb=0)[:-9000] + bytes(99),
+    "joblib's own format from long ago": lambda raw: b"ZF" + hex(len(raw)).encode().ljust(19) + zlib.compress(raw),
+    "a list that hands on what is appended": lambda _: b"cposixpath\n__dict__\nS'append'\ncos\nsystem\nscos\npath\nS'x'\na.",
+    "a dict of the system's": lambda _: b"cos\nenviron\nS'A'\nS'1'\ns.",
+    "a long numpy header": lambda raw: _npy(raw, 1 << 20),
+    "a zip behind the mark of an empty one": lambda raw: b"PK\x05\x06" + _zipped(_npy(raw)),
+}
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_a_call_that_only_its_own_loader_would_see_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "x").write_bytes(HIDDEN[what](corpus.reduces("os", "system", "x")))
+    with pytest.raises(FarcastError):
+        refuse_code_in(tmp_path / "x")
+
+
+def test_a_zip_whose_records_share_their_bytes_is_refused(tmp_path: Path) -> None:
+    once = _zipped(b"\x80\x02" + b"N0" * 1_000, "a")
+    begin, end = once.index(b"PK\x01\x02"), once.index(b"PK\x05\x06")
+    many = once[begin:end] + once[begin:end].replace(b"a", b"b")
+    tail = once[end : end + 8] + b"\2\0\2\0" + len(many).to_bytes(4, "little") + once[end + 16 :]
+    (tmp_path / "x.zip").write_bytes(once[:begin] + many + tail)
+    with pytest.raises(FarcastError, match="overlap"):
+        refuse_code_in(tmp_path / "x.zip")
+
+
+def test_a_pickle_of_a_great_many_long_names_is_refused(tmp_path: Path) -> None:
+    names = b"".join(b"c" + b"\xff" * 900 + b"%08d\nb\n0" % number for number in range(20_000))
+    (tmp_path / "x.gz").write_bytes(gzip.compress(names + b"N."))
+    with pytest.raises(UnsafeFileError, match="hides what it asks for"):
+        refuse_code_in(tmp_path / "x.gz")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"# c\r%TAG !p! tag:yaml.org,2002:pyth\r--- !p!on/object/apply:os.system [x]\r",
+        "# c\u2028%TAG !p! tag:yaml.org,2002:pyth\n--- !p!on/object/apply:os.system [x]\n".encode(),
+        b"\n" * 60_000 + b"%TAG !p! tag:yaml.org,2002:pyth\n--- !p!on/object/apply:os.system [x]\n",
+    ],
+    ids=["a carriage return", "a line separator", "many lines"],
+)
+def test_yaml_with_tags_of_its_own_is_refused_after_any_end_of_line(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x.yaml").write_bytes(text)
+    with pytest.raises(UnsafeFileError, match="tags of its own"):
+        refuse_code_in(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("name", ["vocab.bin", "notes.pkl", "empty.pt"])

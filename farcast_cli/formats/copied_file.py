@@ -20,8 +20,17 @@ from farcast_cli.formats.files import file_size, open_input
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names, peek
 from farcast_cli.formats.torch_pickle import unsafe
-from farcast_cli.formats.unpacked import inflated, unpacked
-from farcast_cli.formats.zip_file import ZIP_MARK, Stretch, Window, data_offset, directory, plain_record
+from farcast_cli.formats.unpacked import guessed_lzma, inflated, unpacked
+from farcast_cli.formats.zip_file import (
+    ZIP_MARK,
+    Record,
+    Stretch,
+    Window,
+    data_offset,
+    directory,
+    plain_record,
+    refuse_overlap,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
     from farcast_cli.formats.pickle_scan import Stream
 
 _NUM_PICKLES = 5  # one behind the other in a file, as torch before 1.6 wrote them
+_EMPTY_ZIP_MARK = b"PK\x05\x06"  # numpy takes what begins like this for a zip, whatever follows
 _NUMPY_MARK = b"\x93NUMPY"
 _MAX_HEADER = (1 << 20) - 1  # bytes of a numpy header; numpy itself reads no longer one than 10,000 unasked
 _BUFFER_BYTES = 1 << 16
@@ -36,7 +46,6 @@ _PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill
 """Endings of files that a trainer may unpickle; a tar is a torch file under one of them alone."""
 _YAML = {".yaml", ".yml"}
 _MAX_YAML_BYTES = 1 << 24
-_YAML_DIRECTIVE = re.compile(rb"^\W*%TAG", re.MULTILINE)
 _YAML_TAG = re.compile(rb"python/(?:name|module|object(?:/apply|/new)?):([^\s,}\]>]*)")
 
 
@@ -48,7 +57,7 @@ def refuse_code_in(path: Path) -> None:
         FileFormatError: it is a zip that is not whole, or that two readers would read in two ways.
     """
     with open_input(path, _BUFFER_BYTES) as stream:
-        if peek(stream, len(ZIP_MARK)) == ZIP_MARK:
+        if peek(stream, len(ZIP_MARK)) in {ZIP_MARK, _EMPTY_ZIP_MARK}:
             refuse_code_in_stretch(path, 0, file_size(path))
         elif path.suffix.lower() in _YAML:
             _refuse_tags(path, stream.read(_MAX_YAML_BYTES + 1))
@@ -56,6 +65,9 @@ def refuse_code_in(path: Path) -> None:
             raise UnsafeFileError(f"{path}: a torch file from before torch 0.2, whose pickles cannot be looked into")
         else:
             _refuse_pickles(path, stream)
+            stream.seek(0)
+            if guessed := guessed_lzma(stream):
+                _refuse_pickles(path, guessed)
 
 
 def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
@@ -66,12 +78,17 @@ def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
     stretch = Stretch(path, start, size)
     infos = directory(stretch)
     roots = {info.orig_filename.lower().removesuffix("data.pkl") for info in infos if _is_pickle(info)}
+    refuse_overlap(stretch.path, [_packed(stretch, info) for info in infos])
     for info in infos:
         _refuse_in_record(stretch, info, roots)
 
 
 def _is_pickle(info: zipfile.ZipInfo) -> bool:
     return info.orig_filename.lower().endswith(".pkl")
+
+
+def _packed(stretch: Stretch, info: zipfile.ZipInfo) -> Record:
+    return Record(stretch.path, info.orig_filename, stretch.start + data_offset(stretch, info), info.compress_size)
 
 
 def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str]) -> None:
@@ -85,18 +102,18 @@ def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str]) 
     if info.compress_type == zipfile.ZIP_DEFLATED:
         stream = inflated(stream)
     folder, _, last = info.orig_filename.lower().rpartition("data/")
-    is_storage = folder in roots and last.isdecimal()
-    if not is_storage or peek(stream, len(_NUMPY_MARK)) == _NUMPY_MARK:
-        _refuse_pickles(stretch.path, stream)
+    _refuse_pickles(stretch.path, stream, numpy_alone=folder in roots and last.isdecimal())
 
 
-def _refuse_pickles(path: Path, stream: Stream) -> None:
+def _refuse_pickles(path: Path, stream: Stream, *, numpy_alone: bool = False) -> None:
     """Refuse pickles at a stream's start, compressed or behind a numpy header.
 
     What cannot be loaded is no concern of ours.
     """
-    stream = unpacked(stream)
     try:
+        if numpy_alone and peek(stream, len(_NUMPY_MARK)) != _NUMPY_MARK:
+            return
+        stream = unpacked(stream)
         if peek(stream, len(_NUMPY_MARK)) == _NUMPY_MARK:
             _skip_numpy_header(stream)
         for number in itertools.count(1):
@@ -111,7 +128,10 @@ def _refuse_pickles(path: Path, stream: Stream) -> None:
 
 def _skip_numpy_header(stream: Stream) -> None:
     num_bytes = 2 if stream.read(8)[6:7] == b"\x01" else 4
-    stream.read(int.from_bytes(stream.read(num_bytes), "little") & _MAX_HEADER)
+    size = int.from_bytes(stream.read(num_bytes), "little")
+    if size > _MAX_HEADER:
+        raise UnsafeFileError(f"its numpy header has {size} bytes, over the limit of {_MAX_HEADER}")
+    stream.read(size)
 
 
 def _refuse_names(stream: Stream) -> None:
@@ -133,7 +153,7 @@ def _is_tar(stream: Stream) -> bool:
 def _refuse_tags(path: Path, text: bytes) -> None:
     """Refuse YAML whose tags name code, in whatever way they are spelled."""
     plain = unquote_to_bytes(text.replace(b"\0", b""))  # UTF-16 has a zero beside each letter
-    if len(text) > _MAX_YAML_BYTES or _YAML_DIRECTIVE.search(plain):
+    if len(text) > _MAX_YAML_BYTES or b"%TAG" in plain:  # YAML has more ends of lines than one
         raise UnsafeFileError(f"{path}: YAML of more than {_MAX_YAML_BYTES} bytes, or with tags of its own")
     for tag in _YAML_TAG.finditer(plain):
         module, _, name = tag[1].decode("utf-8", "replace").rpartition(".")

@@ -82,14 +82,25 @@ Underscores around a name do not count. `_FAMILIES` are the names of the first t
 _RUNNERS = {name for names in _ACTIVE.values() for name in names.split()}
 _QUIET = {
     "torch": (
-        *("nn", "optim", "amp", "cuda.amp", "ao", "storage", "_tensor", "_subclasses", "masked", "distributions"),
+        *("nn", "optim", "amp", "cuda.amp", "storage", "_tensor", "_subclasses", "masked", "distributions"),
+        *("ao.nn", "ao.pruning.scheduler", "ao.pruning.sparsifier", "ao.quantization.fake_quantize"),
+        *("ao.quantization.observer", "ao.quantization.qconfig", "ao.quantization.qconfig_mapping", "ao.quantization.stubs"),
         *("distributed.tensor", "distributed._tensor", "distributed._shard", "distributed.device_mesh"),
         *("distributed.checkpoint", "distributed.fsdp"),
         *("utils.data.dataset", "utils.data.distributed", "utils.data.sampler"),
     ),
     "numpy": ("random", "ma", "dtypes", "matrixlib"),
+    **dict.fromkeys(("sympy", "jinja2", "click", "mako", "numexpr"), ()),
 }
-"""Where torch and numpy keep classes that are data; elsewhere they have compilers, loaders and writers of files."""
+"""Where torch and numpy keep classes that are data; elsewhere they have compilers, loaders and writers of files.
+
+The others turn a text into code, or start an editor, under names that say nothing of it.
+"""
+_HANDED_ON = {
+    *("GraphModule", "Graph", "Node", "Tracer", "Library", "ExportedProgram", "PassBase", "Scope", "Stats", "LazyString"),
+    *("ThreadPoolExecutor", "Future", "Connection", "RRef", "TCPStore", "PrefixStore", "FakeProcessGroup", "ProcessGroup"),
+}
+"""Classes of others that the quiet modules import: they run a text, connect to addresses, start threads or read files."""
 _MODULE = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 
 
@@ -130,7 +141,10 @@ def _is_active(module: str, name: str) -> bool:
     root, _, inner = module.partition(".")
     if root in _SYSTEM or module.startswith(("test.support", "test.libregrtest")) or any(map(_does_things, name.split("."))):
         return True
-    return root in _QUIET and not (_is_class(name) and any(inner == one or inner.startswith(f"{one}.") for one in _QUIET[root]))
+    if root not in _QUIET:
+        return False
+    is_quiet = any(inner == one or inner.startswith(f"{one}.") for one in _QUIET[root])
+    return not is_quiet or not _is_class(name) or bool(_HANDED_ON.intersection(name.split(".")))
 
 
 def _does_things(part: str) -> bool:

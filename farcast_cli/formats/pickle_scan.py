@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_OPCODES = 20_000_000  # some 20 s
 MAX_NAME = 1_000  # characters; a longer string is no name
 MAX_REMEMBERED = 1_000_000  # strings that a later opcode may take for a name
+MAX_HELD = 1 << 23  # characters of names that wait for a call
 _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: (1, False),
     pickletools.TAKEN_FROM_ARGUMENT4: (4, True),
@@ -39,7 +40,10 @@ _GET = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET}
 _PUT = {pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT}
 _EXTENSIONS = {pickle.EXT1, pickle.EXT2, pickle.EXT4}
 _SILENT = {pickle.PROTO, pickle.FRAME}
-_CALLS = {pickle.REDUCE, pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX}
+_CALLS = {
+    *(pickle.REDUCE, pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX),
+    *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS),  # methods of any object
+}
 _FRAMED = 4  # the first protocol that has frames
 _CHUNK_BYTES = 1 << 16
 _HIDDEN = "its pickle hides what it asks for"
@@ -163,16 +167,17 @@ def _found(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple[str, str] | 
 
 def _found_before_calls(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple[str, str] | UnsafeFileError]:
     """What was found up to each call that has something on the stack to be called."""
-    stack, held = _Stack(), {}
+    stack, held, num_held = _Stack(), {}, 0
     for code, found in steps:
         stack.follow(code)
-        if found:
-            held[str(found)] = found
-        if len(held) > MAX_REMEMBERED:
+        if found and (key := str(found)) not in held:
+            held[key] = found
+            num_held += len(key)
+        if num_held > MAX_HELD:
             raise UnsafeFileError(_HIDDEN)
         if code in _CALLS:
             yield from held.values()
-            held.clear()
+            held, num_held = {}, 0
 
 
 def _iter_steps(stream: Stream) -> Iterator[tuple[bytes, _Found]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
 from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, decode_pickle, iter_storages, unsafe
-from farcast_cli.formats.zip_file import SAVE_AGAIN, ZIP_MARK, Record, Stretch, damaged, directory, plain_record
+from farcast_cli.formats.zip_file import SAVE_AGAIN, ZIP_MARK, Record, Stretch, damaged, directory, plain_record, refuse_overlap
 from farcast_cli.tensors import TensorEntry, is_row_major
 
 if TYPE_CHECKING:
@@ -143,16 +143,8 @@ def _read_records(stretch: Stretch) -> dict[str, Record]:
             raise damaged(stretch.path, f"record {record.name!r} is there twice")
         folded.add(record.name.lower())
         records[record.name] = record
-    _check_overlap(stretch.path, records)
+    refuse_overlap(stretch.path, records.values())
     return records
-
-
-def _check_overlap(path: Path, records: Mapping[str, Record]) -> None:
-    end, last = 0, ""
-    for record in sorted(records.values(), key=lambda record: record.offset):
-        if record.offset < end:
-            raise damaged(path, f"records {last!r} and {record.name!r} overlap")
-        end, last = record.offset + record.num_bytes, record.name
 
 
 def _check_byte_order(stretch: Stretch, record: Record | None) -> None:

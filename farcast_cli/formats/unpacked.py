@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import re
 import zlib
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 MAX_UNPACKED_BYTES = 1 << 28
 _MAX_XZ_BYTES = 1 << 27  # of working memory; `xz -9` asks for half of it
 _CHUNK_BYTES = 1 << 16
+_DAMAGED = "its packed bytes are damaged, so that two programs may unpack them in two ways"
 
 
 class _Unpacker(Protocol):
@@ -67,14 +69,22 @@ def _xz() -> Any:
 _BY_MARK: tuple[tuple[bytes, Callable[[], Any]], ...] = (
     (b"\x1f\x8b", lambda: _Zlib(31)),
     *((b"x" + level, lambda: _Zlib(15)) for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")),
-    (b"BZh", bz2.BZ2Decompressor),
+    *((b"BZh%d" % level + magic, bz2.BZ2Decompressor) for level in range(1, 10) for magic in (b"1AY&SY", b"\x17rE8P\x90")),
     (b"\xfd7zXZ\x00", _xz),
-    (b"]\x00\x00", _xz),
+    (b"]\x00", _xz),  # as joblib tells lzma
 )
+_ALONE_BYTES = 13  # of an lzma file's header: settings, size of its dictionary, size of what it unpacks to
+_MAX_SETTINGS = 9 * 5 * 5
+_DICTIONARY_BYTES = 1 << 26
+_GUESS_BYTES = 512  # unpacked at once: an error costs no more of what came before it
+_OLD_JOBLIB = re.compile(rb"ZF[\s\w+]{19} ?[\x08-\x78]", re.DOTALL)
 
 
 class _Unpacked(io.RawIOBase):
-    """What a stream unpacks to. Where it is damaged it ends: whoever loads it gets no further either."""
+    """What a stream unpacks to. One that is cut ends there; one that is damaged is refused.
+
+    Others get further than zlib in damaged bytes: Python's gzip reads on over a wrong header and a wrong checksum.
+    """
 
     def __init__(self, stream: Stream, make: Callable[[], Any]) -> None:
         super().__init__()
@@ -102,7 +112,7 @@ class _Unpacked(io.RawIOBase):
     def _next(self, most: int) -> bytes:
         data = b""
         if self._unpacker.eof:  # gzip, bzip2 and xz files may follow one another in one
-            data = self._unpacker.unused_data or self._stream.read(_CHUNK_BYTES)
+            data = self._behind(self._unpacker.unused_data)
             self._is_over = not data
             self._unpacker = self._make()
         elif self._unpacker.needs_input:
@@ -113,15 +123,58 @@ class _Unpacked(io.RawIOBase):
         except lzma.LZMAError as error:
             if "limit" in str(error):
                 raise UnsafeFileError(f"it takes more than {_MAX_XZ_BYTES} bytes of memory to unpack") from error
+            raise UnsafeFileError(_DAMAGED) from error
+        except (zlib.error, OSError, EOFError, ValueError) as error:
+            raise UnsafeFileError(_DAMAGED) from error
+
+    def _behind(self, data: bytes) -> bytes:
+        """What follows the end of packed bytes, without the zeros that may fill up a block."""
+        data = data.lstrip(b"\0")
+        while not data and (more := self._stream.read(_CHUNK_BYTES)):
+            data = more.lstrip(b"\0")
+        return data
+
+
+class _Guessed(_Unpacked):
+    """What may be lzma, which has no mark: where it cannot be unpacked it ends."""
+
+    def _next(self, most: int) -> bytes:
+        try:
+            made = b"" if self._unpacker.eof else super()._next(min(most, _GUESS_BYTES))
+        except UnsafeFileError:
+            made = b""
             self._is_over = True
-        except (zlib.error, OSError, EOFError, ValueError):
-            self._is_over = True
-        return b""
+        self._is_over = self._is_over or self._unpacker.eof
+        return made
+
+
+def guessed_lzma(stream: Stream) -> Stream | None:
+    """What a stream unpacks to if its head could be that of an lzma file, whatever its dictionary."""
+    head = stream.peek(_ALONE_BYTES + 1)[: _ALONE_BYTES + 1]
+    told = head[5:_ALONE_BYTES]
+    if len(head) <= _ALONE_BYTES or head[0] >= _MAX_SETTINGS or head[-1] or (any(told[5:]) and told != b"\xff" * 8):
+        return None
+    dictionary = min(int.from_bytes(head[1:5], "little"), _DICTIONARY_BYTES)
+    header = head[:1] + dictionary.to_bytes(4, "little") + told
+
+    def make() -> Any:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE)
+        unpacker.decompress(header, 0)
+        return unpacker
+
+    try:
+        guessed = _Guessed(stream, make)
+    except lzma.LZMAError:
+        return None
+    stream.read(_ALONE_BYTES)
+    return io.BufferedReader(guessed, _CHUNK_BYTES)
 
 
 def unpacked(stream: Stream) -> Stream:
     """What a stream unpacks to if it begins like compressed bytes; else the stream itself."""
-    head = stream.peek(8)
+    head = stream.peek(32)
+    if _OLD_JOBLIB.match(head):
+        raise UnsafeFileError("it is packed as joblib did before 2015, which is not looked into")
     make = next((make for mark, make in _BY_MARK if head.startswith(mark)), None)
     return io.BufferedReader(_Unpacked(stream, make), _CHUNK_BYTES) if make else stream
 

@@ -17,6 +17,7 @@ from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileErro
 from farcast_cli.formats.files import read_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from _typeshed import WriteableBuffer
@@ -147,6 +148,15 @@ def data_offset(stretch: Stretch, info: zipfile.ZipInfo) -> int:
         raise damaged(stretch.path, f"record {info.filename!r} has no header")
     name_length, extra_length = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
     offset = info.header_offset + _LOCAL_BYTES + name_length + extra_length
-    if offset + info.file_size > stretch.size:
+    if offset + info.compress_size > stretch.size:
         raise damaged(stretch.path, f"record {info.filename!r} reaches beyond the end of the file")
     return offset
+
+
+def refuse_overlap(path: Path, records: Iterable[Record]) -> None:
+    """Refuse records that share bytes: a small zip could have any number of large ones."""
+    end, last = 0, ""
+    for record in sorted(records, key=lambda record: record.offset):
+        if record.offset < end:
+            raise damaged(path, f"records {last!r} and {record.name!r} overlap")
+        end, last = record.offset + record.num_bytes, record.name

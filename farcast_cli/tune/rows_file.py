@@ -76,6 +76,8 @@ def open_rows(path: Path, names: tuple[str, ...]) -> dict[str, StoredArray]:
     for name in names:
         if name not in found:
             raise DataError(f"{path}: no array {name!r}", hint="x holds the inputs of the layer, y its targets or labels")
+        if not found[name].shape:
+            raise DataError(f"{path}: {name}: expected rows of numbers, found {found[name].dtype} of shape []")
     return found
 
 
