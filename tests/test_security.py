@@ -516,6 +516,15 @@ def test_a_zip_whose_records_share_their_bytes_is_refused(tmp_path: Path) -> Non
         refuse_code_in(tmp_path / "x.zip")
 
 
+def test_the_pickles_of_a_zip_share_one_count_of_opcodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = np.array([None] * 60)
+    np.savez(tmp_path / "x.npz", a=objects, b=objects, c=objects)
+    refuse_code_in(tmp_path / "x.npz")
+    monkeypatch.setattr("farcast_cli.formats.copied_file.MAX_OPCODES", 150)
+    with pytest.raises(UnsafeFileError, match="opcodes"):
+        refuse_code_in(tmp_path / "x.npz")
+
+
 def test_a_pickle_of_a_great_many_long_names_is_refused(tmp_path: Path) -> None:
     names = b"".join(b"c" + b"\xff" * 900 + b"%08d\nb\n0" % number for number in range(20_000))
     (tmp_path / "x.gz").write_bytes(gzip.compress(names + b"N."))

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 from farcast_cli.errors import UnsafeFileError
 from farcast_cli.formats.files import file_size, open_input
 from farcast_cli.formats.pickle_names import runs_code
-from farcast_cli.formats.pickle_scan import iter_names, peek
+from farcast_cli.formats.pickle_scan import MAX_OPCODES, iter_names, peek
 from farcast_cli.formats.torch_pickle import unsafe
 from farcast_cli.formats.unpacked import guessed_lzma, inflated, unpacked
 from farcast_cli.formats.zip_file import (
@@ -33,6 +33,7 @@ from farcast_cli.formats.zip_file import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from farcast_cli.formats.pickle_scan import Stream
@@ -64,10 +65,11 @@ def refuse_code_in(path: Path) -> None:
         elif _PICKLED & {suffix.lower() for suffix in path.suffixes} and _is_tar(stream):
             raise UnsafeFileError(f"{path}: a torch file from before torch 0.2, whose pickles cannot be looked into")
         else:
-            _refuse_pickles(path, stream)
+            opcodes = iter(range(MAX_OPCODES))
+            _refuse_pickles(path, stream, opcodes)
             stream.seek(0)
             if guessed := guessed_lzma(stream):
-                _refuse_pickles(path, guessed)
+                _refuse_pickles(path, guessed, opcodes)
 
 
 def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
@@ -79,8 +81,9 @@ def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
     infos = directory(stretch)
     roots = {info.orig_filename.lower().removesuffix("data.pkl") for info in infos if _is_pickle(info)}
     refuse_overlap(stretch.path, [_packed(stretch, info) for info in infos])
+    opcodes = iter(range(MAX_OPCODES))  # that the whole file may have
     for info in infos:
-        _refuse_in_record(stretch, info, roots)
+        _refuse_in_record(stretch, info, roots, opcodes)
 
 
 def _is_pickle(info: zipfile.ZipInfo) -> bool:
@@ -91,7 +94,7 @@ def _packed(stretch: Stretch, info: zipfile.ZipInfo) -> Record:
     return Record(stretch.path, info.orig_filename, stretch.start + data_offset(stretch, info), info.compress_size)
 
 
-def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str]) -> None:
+def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str], opcodes: Iterator[int]) -> None:
     """Look at a record; at one of torch's storages only as a numpy file: torch reads plain numbers from it."""
     if _is_pickle(info):
         plain_record(stretch, info)  # torch would unpack it whole
@@ -102,10 +105,10 @@ def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str]) 
     if info.compress_type == zipfile.ZIP_DEFLATED:
         stream = inflated(stream)
     folder, _, last = info.orig_filename.lower().rpartition("data/")
-    _refuse_pickles(stretch.path, stream, numpy_alone=folder in roots and last.isdecimal())
+    _refuse_pickles(stretch.path, stream, opcodes, numpy_alone=folder in roots and last.isdecimal())
 
 
-def _refuse_pickles(path: Path, stream: Stream, *, numpy_alone: bool = False) -> None:
+def _refuse_pickles(path: Path, stream: Stream, opcodes: Iterator[int], *, numpy_alone: bool = False) -> None:
     """Refuse pickles at a stream's start, compressed or behind a numpy header.
 
     What cannot be loaded is no concern of ours.
@@ -117,7 +120,7 @@ def _refuse_pickles(path: Path, stream: Stream, *, numpy_alone: bool = False) ->
         if peek(stream, len(_NUMPY_MARK)) == _NUMPY_MARK:
             _skip_numpy_header(stream)
         for number in itertools.count(1):
-            _refuse_names(stream)
+            _refuse_names(stream, opcodes)
             if number >= _NUM_PICKLES and peek(stream, 1) != pickle.PROTO:
                 return
     except UnsafeFileError as error:
@@ -134,8 +137,8 @@ def _skip_numpy_header(stream: Stream) -> None:
     stream.read(size)
 
 
-def _refuse_names(stream: Stream) -> None:
-    for module, name in iter_names(stream):
+def _refuse_names(stream: Stream, opcodes: Iterator[int]) -> None:
+    for module, name in iter_names(stream, opcodes):
         if runs_code(module, name):
             raise UnsafeFileError(f"its pickle asks for {module}.{name}")
 

@@ -134,11 +134,11 @@ class _Frames:
 _Found = tuple[str, str] | UnsafeFileError | None
 
 
-def iter_names(stream: Stream) -> Iterator[tuple[str, str]]:
+def iter_names(stream: Stream, opcodes: Iterator[int] | None = None) -> Iterator[tuple[str, str]]:
     """Module and name of all that one pickle asks for; leaves the stream behind it, or where it cannot be followed.
 
     Of a pickle that does not say that it is one (protocols 0 and 1), only what it asks for before a call: the words of
-    a text may look like opcodes.
+    a text may look like opcodes. The pickles of one file may share a count of opcodes that are still allowed.
 
     Raises:
         UnsafeFileError: a name that is worked out by the pickle, or is in the registry of the process that loads it;
@@ -146,7 +146,7 @@ def iter_names(stream: Stream) -> Iterator[tuple[str, str]]:
         EOFError: the pickle does not come to an end.
     """
     is_told = peek(stream, 1) == pickle.PROTO
-    steps = _iter_steps(stream)
+    steps = _iter_steps(stream, opcodes or iter(range(MAX_OPCODES)))
     try:
         for found in _found(steps) if is_told else _found_before_calls(steps):
             if isinstance(found, UnsafeFileError):
@@ -180,10 +180,10 @@ def _found_before_calls(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple
             held, num_held = {}, 0
 
 
-def _iter_steps(stream: Stream) -> Iterator[tuple[bytes, _Found]]:
+def _iter_steps(stream: Stream, opcodes: Iterator[int]) -> Iterator[tuple[bytes, _Found]]:
     """Every opcode up to the end, and what it asks for or why that cannot be said."""
     memory, frames = _Memory(), _Frames()
-    for _ in range(MAX_OPCODES):
+    for _ in opcodes:
         code = stream.read(1)
         if code == pickle.PROTO:
             frames.protocol = frames.protocol or int.from_bytes(peek(stream, 1), "little")
