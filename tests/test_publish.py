@@ -145,7 +145,8 @@ def write_again(folder: Path, number: int, times: int, done: Any) -> None:
                 file.write(tag[len(tag) // 2 :])
             done.put("published")
         except OutputError as error:
-            done.put("refused" if "another farcast" in str(error) else str(error))
+            met = "another farcast is writing", "changed while it was to be replaced"  # at the start, or at the end
+            done.put("refused" if any(words in str(error) for words in met) else str(error))
     done.put(None)
 
 

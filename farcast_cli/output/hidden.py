@@ -56,7 +56,7 @@ class Hidden:
     def decide(self, outputs: Iterable[tuple[Path, Path]]) -> None:
         """Say, in one step, that outputs are whole and about to take their names: (hidden folder, final place) of each."""
         moves = [
-            [os.fspath(folder.absolute()), os.fspath(final.absolute()), _identity(folder / final.name), _identity(final)]
+            [os.fspath(folder.absolute()), os.fspath(final.absolute()), identity(folder / final.name), identity(final)]
             for folder, final in outputs
         ]
         draft = f"{_READY}.draft"
@@ -74,13 +74,11 @@ class Hidden:
 
 
 def make_hidden(final: Path) -> Hidden:
-    """A new hidden folder beside an output; what killed processes left of the same output is cleared away first.
+    """A new hidden folder beside an output. Whoever asks for it has cleared away what is left of an earlier one.
 
     Raises:
-        OutputError: another process writes the same output.
         OSError: the folder cannot be made.
     """
-    clear_left(final)
     for _ in range(_TRIES):
         path = final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}{_ENDING}")
         with suppress(FileExistsError):
@@ -152,11 +150,11 @@ def _move(folder: Path, final: Path, new: Any, old: Any) -> None:
     inside it since cannot be told.
     """
     written = folder / final.name
-    if folder not in _others(final) or new is None or _identity(written) != new:
+    if folder not in _others(final) or new is None or identity(written) != new:
         return
     if not os.path.lexists(final):
         put(written, final)
-    elif old is not None and final.is_file() and _identity(final) == old:
+    elif old is not None and final.is_file() and identity(final) == old:
         swap(written, final)
 
 
@@ -165,8 +163,7 @@ def _put_back(leader: Path, folder: Path, final: Path) -> None:
     aside = folder / ASIDE
     for its_folder, its_final, _, old in _decided(leader):
         is_it = its_folder == folder.absolute() and its_final == final.absolute()
-        found = _identity(aside)
-        if is_it and found is not None and isinstance(old, list) and found[:-1] == old[:-1]:  # a rename changes the last
+        if is_it and is_renamed(old, identity(aside)):
             put_back(folder, final)
 
 
@@ -184,7 +181,7 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _identity(path: Path) -> list[int] | None:
+def identity(path: Path) -> list[int] | None:
     """What tells a file, as it is now, from any other and from itself after a change; None if there is none."""
     try:
         found = path.stat(follow_symlinks=False)
@@ -192,6 +189,11 @@ def _identity(path: Path) -> list[int] | None:
         return None
     size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
     return [found.st_dev, found.st_ino, size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def is_renamed(before: Any, after: list[int] | None) -> bool:
+    """Whether a file is the one of before under another name; a rename changes the last of what tells a file."""
+    return isinstance(before, list) and after is not None and before[:-1] == after[:-1]
 
 
 def _take(path: Path, final: Path) -> Hidden | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import OutputError, UnreadableError
-from farcast_cli.output.hidden import Hidden, clear_left, make_hidden
+from farcast_cli.output.hidden import Hidden, clear_left, identity, is_renamed, make_hidden
 from farcast_cli.output.renames import ASIDE, put, swap, swap_back
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class _Output:
     may_stay_empty: bool
     is_renamed: bool = False
     has_replaced: bool = False
-    checked: tuple[int, ...] | None = None
+    checked: list[int] | None = None
     """What tells the file that had the final name when it was checked."""
 
     @property
@@ -53,7 +53,7 @@ class _Output:
         """Check what has the final name, if anything has."""
         self.checked = None
         if os.path.lexists(self.final):
-            self.checked = _as_it_is(self.final)
+            self.checked = identity(self.final)
             self.check(self.final)
 
     def publish(self, *, replaces: bool) -> None:
@@ -67,7 +67,7 @@ class _Output:
                 swap(self.written, self.final)
                 self.has_replaced = True
                 aside = self.written.with_name(ASIDE)
-                if _as_it_is(aside if os.path.lexists(aside) else self.written) != self.checked:
+                if not is_renamed(self.checked, identity(aside if os.path.lexists(aside) else self.written)):
                     raise OutputError(f"{self.final}: changed while it was to be replaced", hint="-o OUT writes elsewhere")
             else:
                 put(self.written, self.final)
@@ -188,11 +188,6 @@ class Staging:
             place.mkdir(exist_ok=True)
             self._made.append(place)
             sync(place.parent)
-
-
-def _as_it_is(path: Path) -> tuple[int, ...]:
-    found = path.stat(follow_symlinks=False)
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 @contextmanager
