@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from farcast_cli import __version__, streams, tune_command
+from farcast_cli import __version__, leap_command, streams, tune_command
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, SnapshotError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
@@ -70,6 +70,7 @@ resumes from. Your own checkpoints are never changed.
   farcast backtest                     what a forecast would have been worth
   farcast predict                      write it, as far ahead as the evidence supports; prints its path
   farcast verify FORECAST --against CKPT   what it was worth, once training got there
+  farcast leap ckpts/                  all of this in one command, with a memory: for a loop
   farcast tune CKPT --layer KEY --data FILE --loss mse   adapt one wide layer to a few hundred labelled rows
 
 Point the trainer's resume option at the path that predict printed.""",
@@ -417,6 +418,7 @@ def verify(
         render.verify_table(result, verbose=verbose)
 
 
+app.command(epilog=leap_command.EXAMPLES)(leap_command.leap)
 app.command(epilog=tune_command.EXAMPLES)(tune_command.tune)
 
 

@@ -16,6 +16,7 @@ FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
         *("horizon", "to_step", "origin", "method", "scope", "grad_weight", "sample", "full"),  # judged by the back-test
+        *("every", "max_gain"),  # a leap no longer than the evidence, or the limit, allows
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
         *("layer", "bias", "loss", "activation", "head", "head_bias"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate

@@ -6,17 +6,13 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import math
-import os
-import re
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
 from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide
@@ -24,39 +20,32 @@ from farcast_cli.forecast.choice import AUTO, choose_method, default_method, pro
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name, unchanged
 from farcast_cli.ledger import Leap, check_ledger, recorded
 from farcast_cli.output.batch import Source
-from farcast_cli.output.convert import Target, plan_converted, settle
+from farcast_cli.output.convert import settle
 from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of, write_sidecar
-from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.output.place import check_outside, sidecar_of, write_sidecar
 from farcast_cli.output.sidecar import compose
-from farcast_cli.output.writer import Staging, refuse_existing, staging
+from farcast_cli.output.writer import Staging, staging
+from farcast_cli.publish import Progress, check_place, finish, only, place_of, plan_forecast, stage, state_of, write_candidate
 from farcast_cli.stream import Resources
-from farcast_cli.trainer.lightning_loops import epoch_after, whole_epochs
-from farcast_cli.trainer.resume import HISTORY, Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.trainer.lightning_loops import whole_epochs
+from farcast_cli.trainer.resume import HISTORY
 from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
     from farcast_cli.layouts.base import Snapshot
 
-DEFAULT_FOLDER = Path("forecasts")
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
-
-
-Progress = Callable[[str, int], Callable[[int], None]]
-"""Starts a phase of so many bytes; what it returns is told the bytes done.
-
-A phase of 0 bytes is one of unknown length, such as a run of the evaluation command; it is over when anything is told.
-"""
 
 
 def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcome]:
@@ -104,7 +93,7 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
         known = find_method(request.method) if request.method not in {None, AUTO} else default
         horizon = propose_horizon(known, first, request.purpose, after_leap=after_leap, steps_left=steps_left)
         if request.purpose == "resume" and request.counters == "advance":
-            horizon = whole_epochs(_state_of(reopen(fitted, _origin_index(fitted, request))), horizon)
+            horizon = whole_epochs(state_of(reopen(fitted, _origin_index(fitted, request))), horizon)
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
         since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
@@ -113,12 +102,6 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
     if why:
         notes.append(f"method {method.name}: {why}")
     return method, request, tuple(notes)
-
-
-def _state_of(origin: Snapshot) -> object:
-    """The object tree of a checkpoint that is one torch file."""
-    content = origin.parts[0].content
-    return content.tree if isinstance(content, TorchFile) else None
 
 
 def _judged(fitted: Fitted, task: Task) -> Task:
@@ -179,33 +162,22 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     origin = snapshots[last]
     history = _history(fitted, snapshots, last)
     target = settle(origin, request.layout)
-    places = [_place(request, origin, horizon, fitted, target) for horizon in horizons]
+    places = [place_of(request, origin, horizon, _name_unit(fitted), target) for horizon in horizons]
     if not request.dry_run:
         for place in places:
             clear_left(place)
             clear_left(sidecar_of(place, is_file=True))
     for place in places:
-        _check_place(place, fitted.directory, overwrite=request.overwrite, is_file=target.is_file)
+        check_place(place, fitted.directory, overwrite=request.overwrite, is_file=target.is_file)
         if request.evaluator:
             check_outside(logs_of(place), fitted.directory)
     alignment = realign(fitted, [snapshots[index] for index in linear.used])
     index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
     advanced, plans = [], []
     for horizon in horizons:
-        if request.purpose == "resume":
-            _check_end(origin, horizon, request)
-        counters = request.counters if horizon else "keep"
-        with told_as_damage(origin):
-            moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
-        if target.is_weights_only:
-            moved = Advanced(moved.trees)  # what else was done is not written
-        counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
-        moved.changes.extend(counts.values())
-        mirror = request.purpose == "evaluation"
-        step = origin.step + (horizon if counters == "advance" else 0)
-        rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
+        moved, plan = plan_forecast(history, horizon, request, index_of, target)
         advanced.append(moved)
-        plans.append(tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin)))
+        plans.append(plan)
     resources = Resources(request.device, request.io, request.num_threads)
     engine = Engine(Source(alignment, linear.restrict(linear.used)), resources)
     used = tuple(snapshots[index] for index in linear.used)
@@ -223,32 +195,6 @@ def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Sna
     return found
 
 
-def _place(request: Request, origin: Snapshot, horizon: int, fitted: Fitted, target: Target) -> Path:
-    name = forecast_name(origin, horizon, unit=_name_unit(fitted), keep_step=request.counters == "keep")
-    if request.counters == "advance":
-        name = _with_epoch(name, epoch_after(_state_of(origin), horizon))
-    name = target.renamed(name, origin)
-    if request.output is None:
-        return DEFAULT_FOLDER / name
-    if not request.output:
-        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
-    if len(request.horizons) > 1 or request.output.endswith(os.sep):
-        return Path(request.output) / name
-    ending = target.ending
-    if not request.output.endswith(ending):
-        why = f", as {origin.path.name} does" if target.layout == "same" else ""
-        raise OutputError(
-            f"-o {request.output}: expected a name that ends in {ending}{why}",
-            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
-        )
-    return Path(request.output)
-
-
-def _with_epoch(name: str, epoch: int | None) -> str:
-    """A name that tells an epoch beside the step, as Lightning's do, with another epoch, as wide as before."""
-    return name if epoch is None else re.sub(r"\bepoch=(\d+)", lambda old: f"epoch={epoch:0{len(old[1])}}", name)
-
-
 def _name_unit(fitted: Fitted) -> Fraction:
     """What the numbers in the snapshots' names count per step: 1, or less where a name is a save index."""
     found = [(record.step, find_step_in_name(Path(record.path).name)) for record in fitted.provenance.snapshots]
@@ -257,29 +203,6 @@ def _name_unit(fitted: Fitted) -> Fraction:
         return Fraction(1)
     (first, low), (last, high) = numbers[0], numbers[-1]
     return Fraction(high - low, last - first)
-
-
-def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
-    """Never inside the run's folder, and never over something that farcast did not write."""
-    check_outside(target, run)
-    if not overwrite:
-        refuse_existing(target)
-    elif os.path.lexists(target):
-        check_ours(target, is_file=is_file)
-    if is_file and os.path.lexists(sidecar_of(target, is_file=True)):
-        check_sidecar_ours(sidecar_of(target, is_file=True))
-
-
-def _check_end(origin: Snapshot, horizon: int, request: Request) -> None:
-    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid, end = origin.step + horizon, find_run_end(origin)
-    if request.counters == "advance" and end is not None and end[1] <= valid:
-        longest = end[1] - origin.step - 1
-        raise UsageError(
-            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
-            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
-            + "--counters keep leaps the weights alone; --for evaluation does not resume",
-        )
 
 
 def _steps_left(fitted: Fitted, request: Request) -> int | None:
@@ -318,9 +241,9 @@ def _write_all(
     places = [place for place, _ in staged]
     total = sum(total_bytes(plan) for plan in prepared.plans)
     tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
-    finished = [_finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
+    finished = [finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
     for outcome, (place, note) in zip(finished, staged, strict=True):
-        write_sidecar(place, note, compose(prepared, outcome, request, fitted))
+        write_sidecar(place, note, compose(prepared, outcome, request, _fitted_on(fitted)))
     return finished
 
 
@@ -329,9 +252,19 @@ def _write_judged(
 ) -> list[Outcome]:
     """Write every horizon at the strength that the user's command likes best."""
     return [
-        _write_best(_only(prepared, index), outcome, request, fitted, outputs=outputs, progress=progress)
+        _write_best(only(prepared, index), outcome, request, fitted, outputs=outputs, progress=progress)
         for index, outcome in enumerate(outcomes)
     ]
+
+
+def _fitted_on(fitted: Fitted) -> dict[str, int | None]:
+    """What a forecast's sidecar says of the fit."""
+    return {
+        "snapshots": len(fitted.steps),
+        "first_step": fitted.steps[0],
+        "last_step": fitted.steps[-1],
+        "samples_per_tensor": fitted.provenance.num_samples,
+    }
 
 
 def _leap(path: Path, outcome: Outcome, request: Request, fitted: Fitted) -> Leap:
@@ -346,30 +279,9 @@ def _leap(path: Path, outcome: Outcome, request: Request, fitted: Fitted) -> Lea
 
 
 def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:
-    """Where a forecast is written, and where its sidecar, if that lies beside it and not inside.
-
-    The sidecar is added last and so published first: a forecast that can be seen has its provenance.
-    """
-    is_file = prepared.target.is_file
-    check = partial(check_ours, is_file=is_file) if request.overwrite else refuse_existing
     may_stay_empty = request.evaluator is not None
-    place = outputs.add(target, check=check, may_stay_empty=may_stay_empty)
-    if not is_file:
-        return place, None
-    beside = sidecar_of(target, is_file=True)
-    return place, outputs.add(beside, check=check_sidecar_ours, may_stay_empty=may_stay_empty)
-
-
-def _only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
-    """One horizon of several, its step scaled."""
-    source = prepared.engine.source
-    return replace(
-        prepared,
-        engine=replace(prepared.engine, source=replace(source, linear=source.linear.pick([index], scale))),
-        plans=(prepared.plans[index],),
-        advanced=(prepared.advanced[index],),
-        targets=(prepared.targets[index],),
-    )
+    is_file, overwrite = prepared.target.is_file, request.overwrite
+    return stage(outputs, target, is_file=is_file, overwrite=overwrite, may_stay_empty=may_stay_empty)
 
 
 def _write_best(
@@ -389,8 +301,8 @@ def _write_best(
             return outcome
     kept, tally = written[best.strength or STRENGTHS[0]]
     kept.rename(place)
-    finished = _finish(prepared, outcome, tally, 0)
-    write_sidecar(place, note, compose(prepared, finished, request, fitted))
+    finished = finish(prepared, outcome, tally, 0)
+    write_sidecar(place, note, compose(prepared, finished, request, _fitted_on(fitted)))
     return finished
 
 
@@ -408,7 +320,7 @@ def _try_strengths(
             judge.wait(below=evaluator.num_jobs)
             _drop_beaten(written, judge.trials, request)
             candidate = place.parent / f"strength-{strength:g}" / place.name
-            written[strength] = candidate, _write_candidate(_only(prepared, 0, strength), candidate, progress)
+            written[strength] = candidate, write_candidate(only(prepared, 0, strength), candidate, progress)
             judge.start(strength, candidate)
         judge.wait(below=1)
         best = best_trial(judge.trials, maximize=evaluator.maximize).strength or STRENGTHS[0]
@@ -422,7 +334,7 @@ def _judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
     if prepared.target.layout == "same":
         return prepared.origin.path
     copied = place.parent / "strength-0" / place.name
-    _write_candidate(_only(prepared, 0, 0.0), copied, progress)
+    write_candidate(only(prepared, 0, 0.0), copied, progress)
     return copied
 
 
@@ -437,17 +349,11 @@ def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Tria
         shutil.rmtree(candidate.parent)
 
 
-def _write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tally:
-    candidate.parent.mkdir()
-    told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
-    return write_forecasts(one.plans, [candidate], one.engine, progress=told)
-
-
 def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
-    one = _only(prepared, index)
+    one = only(prepared, index)
     foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
     return replace(
-        _finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
+        finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
         seconds=foretold.seconds,
         peak_bytes=foretold.peak_bytes,
         bytes_read=bytes_to_read(one.plans[0], one.engine.source),
@@ -458,20 +364,3 @@ def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-
-
-def _finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
-    alignment, advanced = prepared.engine.source.alignment, prepared.advanced[index]
-    moved = {change.where for change in advanced.changes}
-    return replace(
-        outcome,
-        path=prepared.targets[index],
-        num_forecast=len(alignment.tensors),
-        copied=tuple(copied for copied in alignment.copied if copied.name not in moved),
-        unchanged_share=tally.unchanged_share(index) if tally.num_forecast else None,
-        bytes_read=tally.bytes_read,
-        bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
-        seconds=tally.seconds,
-        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes),
-        notes=tuple(advanced.notes),
-    )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from farcast_cli.fitted import Fitted
     from farcast_cli.forecast.backtest import Decision, Score
     from farcast_cli.job import Outcome
+    from farcast_cli.leap import Leapt
     from farcast_cli.ledger import History, Leap
     from farcast_cli.trajectory import Trajectory
     from farcast_cli.tune.run import Outcome as Tuning
@@ -460,6 +461,55 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))
     if outcome.trials and outcome.trials[0].log:
         note(f"output of the evaluations: {outcome.trials[0].log.parent}{os.sep}")
+
+
+# --- leap ------------------------------------------------------------------------------------------------------------
+
+
+def leap_json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
+    outcome, momentum = done.outcome, done.momentum
+    content = {
+        "path": portable(outcome.path) if outcome.path else None,
+        "origin_step": outcome.origin_step,
+        "horizon": outcome.horizon,
+        "verdict": outcome.decision.verdict,
+        "reason": outcome.decision.reason,
+        "gain": momentum.gain,
+        "share": momentum.share,
+        "cosine": done.cosine,
+        "loss_signal": done.signal,
+        "stretches": momentum.count,
+        "every": done.every,
+        "again": done.is_again,
+        "unchanged_share": outcome.unchanged_share,
+        "changes": list(outcome.changes),
+        "notes": [*done.notes, *outcome.notes],
+        "evaluations": [{"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3)} for t in outcome.trials],
+    }
+    return content | {"dry_run": True} if dry_run else content
+
+
+def leap_summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
+    outcome, reason = done.outcome, done.outcome.decision.reason
+    head = f"step {outcome.origin_step}"
+    for text in done.notes:
+        note(f"note: {text}")
+    if outcome.decision.verdict != "forecast":
+        note(f"{head}: no leap: {reason}")
+    elif done.is_again:
+        note(f"{head}: the leap from here was made before; no training has happened since")
+    elif dry_run:
+        note(f"{head}: would leap {outcome.horizon} steps: {reason}")
+    else:
+        note(f"{head}: a leap of {outcome.horizon} steps: {reason}; {size(outcome.bytes_written)} in {outcome.seconds:.1f} s")
+        copied_note(outcome.copied, verbose=verbose)
+        for text in outcome.notes:
+            note(f"note: {text}")
+    for trial in outcome.trials:
+        where = "ahead" if trial.strength > 0 else "behind"
+        note(f"evaluation {abs(trial.strength):g} of a stretch {where}: {trial.value:g}, in {trial.seconds:.1f} s")
+    if not done.is_again:
+        note(f"call again after {done.every} more steps of training")
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

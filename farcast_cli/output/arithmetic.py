@@ -2,6 +2,8 @@
 
     w_hat = w_s + sum_t c_t (w_t - w_s) + gain w_s + constant
 
+A file may also hold moves m of the weights, which count as they are: c m. And the sum may be written alone, without w_s.
+
 Every operation rounds by itself (no fused multiply-add, which rounds otherwise), so the bytes do not depend on how the work
 is cut, and torch on the CPU gives numpy's to the last bit. numpy and torch name what is needed here alike.
 
@@ -78,11 +80,15 @@ class Step:
     Args:
         weights: by horizon, by snapshot.
         gains, constants: by horizon; None where all are zero.
+        moves: by snapshot, whether it holds moves and not weights; empty where none does.
+        bare: by horizon, whether the step is written alone; empty where none is.
     """
 
     weights: Sequence[Sequence[Weight]]
     gains: Sequence[Weight] | None = None
     constants: Sequence[Weight] | None = None
+    moves: Sequence[bool] = ()
+    bare: Sequence[bool] = ()
 
 
 def forecasts(arithmetic: Arithmetic, last: Array, others: Iterator[Array], step: Step, *, keep_zeros: bool) -> Iterator[Array]:
@@ -99,7 +105,9 @@ def forecasts(arithmetic: Arithmetic, last: Array, others: Iterator[Array], step
     number = -1
     for number, other in enumerate(others):
         is_alone = number == 0 and len(steps) == 1
-        move = xp.subtract(other, last, out=steps[0] if is_alone else arithmetic.floats("move", count, last))
+        move = other
+        if not (step.moves and step.moves[number]):
+            move = xp.subtract(other, last, out=steps[0] if is_alone else arithmetic.floats("move", count, last))
         if step.gains is not None:
             moved = (move != 0) | moved
         for total, weights in zip(steps, step.weights, strict=True):
@@ -114,7 +122,10 @@ def forecasts(arithmetic: Arithmetic, last: Array, others: Iterator[Array], step
         whole = total
         if number >= 0 and step.gains is not None and step.constants is not None:
             whole = xp.where(moved, total + last * step.gains[horizon] + step.constants[horizon], xp.zeros_like(total))
-        yield xp.where(whole == 0, last, last + whole) if keep_zeros else xp.add(last, whole, out=total)
+        if step.bare and step.bare[horizon]:
+            yield whole
+        else:
+            yield xp.where(whole == 0, last, last + whole) if keep_zeros else xp.add(last, whole, out=total)
 
 
 class HostArithmetic:

@@ -160,9 +160,11 @@ class Computer:
             return self._arithmetic.spread(numbers[indices], counts, work)
 
         weights = [[spread(of[:, t]) for t in others] for of in linear.weights]
+        moves = [t in linear.moves for t in others] if linear.moves else ()
+        bare = [horizon in linear.bare for horizon in range(len(weights))] if linear.bare else ()
         if not (linear.gain[:, indices].any() or linear.constant[:, indices].any()):
-            return Step(weights)
-        return Step(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant])
+            return Step(weights, moves=moves, bare=bare)
+        return Step(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant], moves, bare)
 
     # --- bytes in and out ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Shapes: K tensors, T snapshots read, R = T + 1 basis vectors (see forecast/gram.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -27,12 +27,16 @@ class LinearMap:
         weights: (H, K, T); the origin's own column is not used.
         gain, constant: (H, K); zero for every method but lfd2.
         origin: the origin's index among the T snapshots.
+        moves: snapshots that hold moves of the weights in place of weights: they count as they are, with no w_s taken off.
+        bare: forecasts that are written as the step alone, with no w_s added.
     """
 
     weights: NDArray[np.float64]
     gain: NDArray[np.float64]
     constant: NDArray[np.float64]
     origin: int
+    moves: frozenset[int] = frozenset()
+    bare: frozenset[int] = frozenset()
 
     @classmethod
     def from_steps(cls, steps: Sequence[NDArray[np.float64]], origin: int) -> LinearMap:
@@ -64,9 +68,13 @@ class LinearMap:
 
     def restrict(self, keep: Sequence[int]) -> LinearMap:
         """The same over some of the snapshots, by their indices."""
-        return LinearMap(self.weights[..., list(keep)], self.gain, self.constant, list(keep).index(self.origin))
+        kept = list(keep)
+        moves = frozenset(kept.index(index) for index in self.moves.intersection(kept))
+        return replace(self, weights=self.weights[..., kept], origin=kept.index(self.origin), moves=moves)
 
     def pick(self, horizons: Sequence[int], scale: float = 1.0) -> LinearMap:
         """Some of the horizons, their steps scaled."""
         picked = list(horizons)
-        return LinearMap(self.weights[picked] * scale, self.gain[picked] * scale, self.constant[picked] * scale, self.origin)
+        weights, gain, constant = (part[picked] * scale for part in (self.weights, self.gain, self.constant))
+        bare = frozenset(picked.index(index) for index in self.bare.intersection(picked))
+        return replace(self, weights=weights, gain=gain, constant=constant, bare=bare)

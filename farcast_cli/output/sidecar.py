@@ -11,20 +11,25 @@ from farcast_cli import __version__
 from farcast_cli.formats.files import portable
 
 if TYPE_CHECKING:
-    from farcast_cli.fitted import Fitted
+    from collections.abc import Mapping
+
     from farcast_cli.job import Outcome, Prepared, Request
 
 DIGITS = 10  # of a figure; the same sums on other processors differ in the fourteenth or later
 
 
-def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted) -> dict[str, Any]:
-    """The content of a forecast's sidecar; `write_sidecar` adds the files."""
+def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted_on: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a forecast's sidecar; `write_sidecar` adds the files.
+
+    Args:
+        fitted_on: of what the method learned.
+    """
     assert outcome.path is not None  # noqa: S101 - only written forecasts have one
     home = outcome.path.resolve().parent
     linear = prepared.engine.source.linear
     index = prepared.targets.index(outcome.path)
     sizes = np.array([tensor.num_elements for tensor in prepared.engine.source.alignment.tensors], dtype=float)
-    mean = sizes @ linear.weights[index] / sizes.sum()
+    mean = (sizes @ linear.weights[index] / sizes.sum())[-len(prepared.snapshots) :]  # a memory is no snapshot
     content: dict[str, Any] = {
         "schema_version": 1,
         "name": portable(outcome.path.name),
@@ -60,12 +65,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitt
             }
             for t, s in enumerate(prepared.snapshots)
         ],
-        "fitted_on": {
-            "snapshots": len(fitted.steps),
-            "first_step": fitted.steps[0],
-            "last_step": fitted.steps[-1],
-            "samples_per_tensor": fitted.provenance.num_samples,
-        },
+        "fitted_on": dict(fitted_on),
         "copied": [{"name": c.name, "reason": c.reason} for c in prepared.engine.source.alignment.copied],
         "resume": {"changes": list(outcome.changes), "notes": list(outcome.notes)},
     }

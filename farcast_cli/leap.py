@@ -1,0 +1,433 @@
+"""One leap in a loop: the newest snapshot of a run, its memory, a decision, a checkpoint to resume from, a new memory.
+
+Nothing but the newest snapshot is needed from the run's folder once there is a memory. Everything is published together: the
+checkpoint, the memory and the ledger's line, or none of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from farcast_cli.alignment import align, since_last_change
+from farcast_cli.errors import UsageError
+from farcast_cli.evaluation import Judge, Trial
+from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
+from farcast_cli.forecast.backtest import Decision
+from farcast_cli.forecast.momentum import Momentum, Remembered, remember, steered
+from farcast_cli.forecast.timeline import evenly
+from farcast_cli.formats.files import portable
+from farcast_cli.job import Outcome, Prepared, Request
+from farcast_cli.layouts.base import unchanged
+from farcast_cli.ledger import Leap, check_ledger, read_leaps, recorded, since_last_leap
+from farcast_cli.memory import (
+    Memory,
+    Record,
+    basis_of,
+    check_memory_ours,
+    memory_of,
+    plan_memory,
+    read_memory,
+    relative,
+    remembered,
+)
+from farcast_cli.output.batch import Source
+from farcast_cli.output.convert import settle
+from farcast_cli.output.engine import Engine, total_bytes, write_forecasts
+from farcast_cli.output.hidden import clear_left
+from farcast_cli.output.linear import LinearMap
+from farcast_cli.output.place import check_outside, list_files, sidecar_of, write_sidecar
+from farcast_cli.output.sidecar import compose
+from farcast_cli.output.writer import staging
+from farcast_cli.publish import check_place, finish, only, place_of, plan_forecast, stage, write_candidate
+from farcast_cli.stream import Resources
+from farcast_cli.trainer.resume import HISTORY
+from farcast_cli.trainer.run_end import find_run_end
+from farcast_cli.trajectory import Trajectory, discover
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.alignment import Alignment
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.output.writer import Staging
+    from farcast_cli.publish import Progress
+    from farcast_cli.steps import StepList, StepRange
+
+MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to read in full
+LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training after it
+PROBE = 0.5  # of a stretch's move: how far ahead and behind the loss is measured
+SMOOTHED = 0.7  # of the mean square of the loss's changes
+WORTH = 0.1  # the smallest gain that is worth a restart
+ADVISED = 50  # leaps in a run, and so a stretch of 2 % of it
+"""Measured: 20 leaps gain less, and a hundred no more (docs/results.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What the user asks of a leap, beside what every forecast is asked."""
+
+    request: Request
+    directory: Path
+    steps: StepRange | StepList | None = None
+    pattern: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    every: int | None = None
+    """Steps until the next leap; as many as since the last one if None."""
+    gain: float | None = None
+    """A fixed gain, in place of the steered one."""
+    limit: float = 2.0
+    """The largest gain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leapt:
+    """What came of a call: the outcome, the memory after it, and what a person should know."""
+
+    outcome: Outcome
+    momentum: Momentum
+    cosine: float
+    is_again: bool
+    """The newest snapshot is the one that the last leap began at: nothing new was written."""
+    every: int
+    notes: tuple[str, ...] = ()
+    signal: float = math.nan
+    """Of the loss: the share of its usual fall that a stretch more in the remembered direction gives."""
+
+
+def leap(ask: Ask, progress: Progress) -> Leapt:
+    """Leap from the newest snapshot of a run, or say why not; the memory has one stretch more either way.
+
+    Raises:
+        UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
+    """
+    trajectory = discover(ask.directory, steps=ask.steps, pattern=ask.pattern)
+    place = memory_of(_folder(ask.request), ask.directory)
+    check_outside(place, ask.directory)
+    if not ask.request.dry_run:
+        clear_left(place)
+    memory, notes = _known(place, trajectory)
+    is_again = memory is not None and memory.record.origin_digest == trajectory.origin.digest
+    if memory and is_again and (memory.forecast or not _is_forced(ask)):
+        return _again(memory, ask)
+    found = _gathered(ask, trajectory, memory, notes)
+    return _Call(ask, trajectory, place, found, progress).run()
+
+
+def _is_forced(ask: Ask) -> bool:
+    return ask.request.even_if_worse or ask.gain is not None
+
+
+def _folder(request: Request) -> Path:
+    """Where forecasts and the memory lie: the folder that -o names, or that of the file that it names."""
+    if request.output is None:
+        return Path("forecasts")
+    return Path(request.output) if request.output.endswith("/") else Path(request.output).parent
+
+
+def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str]]:
+    """The memory of this run, and a note where there is one that is of no use."""
+    memory = read_memory(place)
+    if memory is None:
+        return None, []
+    run, origin = (place.parent / memory.record.run).resolve(), trajectory.origin
+    if run != trajectory.directory.resolve():
+        return None, [f"{place} remembers another run, {memory.record.run}: the memory starts again"]
+    if origin.step <= memory.record.landing_step and memory.record.origin_digest != origin.digest:
+        where = f"step {memory.record.landing_step}, and the newest snapshot is of step {origin.step}"
+        return None, [f"the memory ends at {where}: it starts again"]
+    return memory, []
+
+
+def _again(memory: Memory, ask: Ask) -> Leapt:
+    """The last answer once more: no training has happened since."""
+    record, path = memory.record, memory.forecast
+    if path is not None and not path.exists():
+        raise UsageError(
+            f"{path}: the leap from {record.origin} is gone, and no training has happened since",
+            hint=f"go on from {record.origin}, or remove {memory.path} to start a new memory",
+        )
+    verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
+    decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]
+    outcome = Outcome(record.horizon, record.origin_step, "momentum", decision, path=path)
+    return Leapt(outcome, record.momentum, math.nan, is_again=True, every=ask.every or round(record.length))
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """What a leap is computed from: aligned files, and over their basis the stretches and what was known before."""
+
+    alignment: Alignment
+    snapshots: tuple[Snapshot, ...]
+    products: NDArray[np.float64]
+    stretches: tuple[tuple[NDArray[np.float64], float], ...]
+    known: Remembered | None
+    has_moves: bool
+    memory: Memory | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def _gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: list[str]) -> _Gathered:
+    chosen: dict[str, Any] = {"include": ask.include, "exclude": ask.exclude}
+    if memory:
+        basis = basis_of(memory, trajectory.origin, **chosen)
+        if isinstance(basis, str):
+            notes.append(f"{memory.path} cannot be used: {basis}: the memory starts again")
+        else:
+            length = float(trajectory.origin.step - memory.record.landing_step)
+            products = _products(basis.alignment, ask.request)
+            move = np.zeros(len(products))
+            move[int(basis.has_moves)] = 1.0
+            moves = np.zeros(len(products))
+            moves[-2] = 1.0
+            known = remembered(memory, moves)
+            stretch = ((move, length),) if length else ()  # none: asked again, for a leap that was refused
+            return _Gathered(basis.alignment, basis.snapshots, products, stretch, known, basis.has_moves, memory, tuple(notes))
+    return _from_history(ask, trajectory, notes)
+
+
+def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gathered:
+    """A first memory from the snapshots that are there, since the last leap that the run resumed from."""
+    leaps = read_leaps(ask.request.ledger, trajectory.directory) if ask.request.ledger else []
+    history = since_last_leap(trajectory, leaps, minimum=1).trajectory.snapshots
+    history, begins = since_last_change(history, include=ask.include, exclude=ask.exclude, minimum=1)
+    snapshots = tuple(history[index] for index in evenly(len(history), MAX_HISTORY))
+    alignment = align(snapshots, include=ask.include, exclude=ask.exclude)
+    products = _products(alignment, ask.request)
+    stretches = tuple(
+        (np.eye(len(products))[index], float(after.step - before.step))
+        for index, (before, after) in enumerate(itertools.pairwise(snapshots))
+    )
+    notes += [begins] if begins else []
+    return _Gathered(alignment, snapshots, products, stretches, None, False, None, tuple(notes))
+
+
+def _products(alignment: Alignment, request: Request) -> NDArray[np.float64]:
+    """Inner products of the basis, all tensors together but BatchNorm's statistics, whose scale is the data's."""
+    count = len(alignment.tensors[0].entries)
+    resources = Resources(request.device, request.io, request.num_threads)
+    gram, _ = accumulate(alignment, range(count), num_samples=DEFAULT_SAMPLE, resources=resources)
+    judged = [tensor.name.rpartition(".")[2] not in {"running_mean", "running_var"} for tensor in alignment.tensors]
+    return np.asarray(gram.matrix[np.array(judged) | (not any(judged))].sum(axis=0))
+
+
+# --- one call --------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """A call that has new training behind it: measure, decide, write."""
+
+    def __init__(self, ask: Ask, trajectory: Trajectory, place: Path, found: _Gathered, progress: Progress) -> None:
+        self._ask, self._request, self._place, self._found = ask, ask.request, place, found
+        self._trajectory, self._origin, self._progress = trajectory, trajectory.origin, progress
+        self._target = settle(self._origin, ask.request.layout)
+        self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
+        record = found.memory.record if found.memory else None
+        self._length = found.stretches[-1][1] if found.stretches else record.length if record else 0.0
+        self._every = ask.every or max(1, round(self._length))
+        self._level, self._falls = (record.level, (record.falls, record.falls_weight)) if record else (None, (0.0, 0.0))
+
+    def run(self) -> Leapt:
+        request = self._request
+        if request.ledger is not None and not request.dry_run:
+            check_outside(request.ledger, self._ask.directory, option="--ledger")
+            check_ledger(request.ledger, self._ask.directory)
+        with staging() as outputs:
+            written = None if request.dry_run else outputs.add(self._place, check=check_memory_ours)
+            trials, signal = self._probe(written) if written else ((), math.nan)
+            momentum = self._steered(signal)
+            gain, reason = self._decide(momentum)
+            outcome = self._outcome(gain, reason, trials)
+            if written:
+                with unchanged((*self._found.snapshots, self._origin), copied=self._origin):
+                    outcome = self._write(outputs, outcome, gain) if gain else outcome
+                    self._remember(written, outcome, momentum)
+                self._progress("sync to disk", 0)
+        cosine = self._after.cosine if self._after else math.nan
+        return Leapt(outcome, momentum, cosine, is_again=False, every=self._every, notes=self._notes(outcome), signal=signal)
+
+    # --- the decision ---
+
+    def _steered(self, signal: float) -> Momentum:
+        """The gain moved by the loss where it could be measured, else by the share."""
+        if self._after is None:
+            return Momentum()
+        momentum = self._after.momentum
+        moved = steered(momentum, momentum.share if math.isnan(signal) else signal)
+        return replace(moved, gain=min(moved.gain, self._ask.limit))
+
+    def _decide(self, momentum: Momentum) -> tuple[float, str]:
+        """The gain to leap by, 0 for none; and why."""
+        if self._after is None:
+            return 0.0, "the run has one snapshot, and a leap needs a stretch of training to continue"
+        gain = momentum.gain if self._ask.gain is None else self._ask.gain
+        if self._request.even_if_worse:
+            return max(gain, WORTH), "asked for"
+        if math.isnan(momentum.share):
+            return 0.0, "one stretch is remembered, and a leap needs two that agree"
+        left = self._steps_left()
+        if left is not None and left[0] < LEFT_TO_TRAIN * left[1]:
+            return 0.0, f"the run ends in {left[0]} steps: the last {LEFT_TO_TRAIN:.0%} of it are for training"
+        if gain < WORTH:
+            return 0.0, f"gain {gain:.2g}: training took back the last leaps, share {momentum.share:.2g}"
+        return gain, f"gain {gain:.2g}, share {momentum.share:.2g}"
+
+    def _steps_left(self) -> tuple[int, int] | None:
+        """Steps to the end of the run, and its length, where the trainer's state tells."""
+        end = find_run_end(self._origin)
+        return None if end is None else (end[1] - self._origin.step, end[1])
+
+    def _probe(self, written: Path) -> tuple[tuple[Trial, ...], float]:
+        """What the user's command says of the weights ahead and behind, in the direction remembered before the last stretch.
+
+        That direction knows nothing of the noise in the newest weights: the difference of the two losses is the slope of the
+        loss along it, without the rise that any step has. Set against the usual change of the loss from call to call it says
+        how much of it a stretch more would give.
+        """
+        evaluator, known = self._request.evaluator, self._found.known
+        if evaluator is None or known is None:
+            return (), math.nan
+        name = self._target.renamed(f"{self._stem}-probe", self._origin)
+        logs = self._place.with_name(f"{self._stem}-leap.eval")
+        variables = {"ORIGIN_STEP": self._origin.step, "VALID_STEP": self._origin.step}
+        prepared = self._prepared([known.mean * self._every * share for share in (PROBE, -PROBE)], [self._every] * 2)
+        with Judge(evaluator, logs, variables, lambda what: self._progress(f"evaluate {what}", 0)) as judge:
+            for index, strength in enumerate((PROBE, -PROBE)):
+                judge.wait(below=evaluator.num_jobs)
+                candidate = written.parent / f"strength-{strength:g}" / name
+                write_candidate(only(prepared, index), candidate, self._progress)
+                judge.start(strength, candidate)
+            judge.wait(below=1)
+            trials = {trial.strength: trial for trial in judge.trials}
+        ahead, behind = (trials[s].value * (-1 if evaluator.maximize else 1) for s in (PROBE, -PROBE))
+        return tuple(trials.values()), self._judged(ahead, behind)
+
+    def _judged(self, ahead: float, behind: float) -> float:
+        """The signal of two losses; nan until the loss has been seen to change."""
+        level, (falls, weight) = (ahead + behind) / 2, self._falls
+        if self._level is not None:
+            falls = SMOOTHED * falls + (1 - SMOOTHED) * (self._level - level) ** 2
+            weight = SMOOTHED * weight + 1 - SMOOTHED
+        self._level, self._falls = level, (falls, weight)
+        usual = math.sqrt(falls / weight) if weight else 0.0
+        return min(max((behind - ahead) / usual, -1.0), 1.0) if usual else math.nan
+
+    def _outcome(self, gain: float, reason: str, trials: Sequence[Trial]) -> Outcome:
+        decision = Decision("forecast" if gain else "abstain", math.nan, math.nan, reason)
+        horizon = max(1, round(gain * self._every)) if gain else 0
+        return Outcome(horizon, self._origin.step, "momentum", decision, trials=tuple(trials))
+
+    def _notes(self, outcome: Outcome) -> tuple[str, ...]:
+        left = self._steps_left()
+        advice = max(1, round(left[1] / ADVISED)) if left else None
+        said = list(self._found.notes)
+        if outcome.path and self._request.evaluator is None:
+            said.append("no loss was measured, so nothing here can tell whether leaps lower it: --eval-cmd steers by the loss")
+        if advice and not advice / 2 <= self._every <= 2 * advice:
+            said.append(f"stretches of {self._every} steps: leaps gained most at every 2 % of a run, here {advice} steps")
+        return tuple(said)
+
+    # --- writing ---
+
+    @property
+    def _stem(self) -> str:
+        return self._origin.path.stem if self._origin.path.is_file() else self._origin.path.name
+
+    def _prepared(self, moves: Sequence[NDArray[np.float64]], horizons: Sequence[int], *, bare: bool = False) -> Prepared:
+        """Forecasts planned, each a move (R,) of the origin's weights; a bare one has no plan yet."""
+        found, count = self._found, len(self._found.alignment.tensors)
+        stacked = [np.tile(move, (count, 1)) for move in moves]
+        linear = _over_memory(stacked, len(found.alignment.tensors[0].entries)) if found.has_moves else None
+        if linear is None:
+            linear = LinearMap.from_steps(stacked, len(found.alignment.tensors[0].entries) - 1)
+        linear = replace(linear, bare=frozenset(range(len(moves))) if bare else frozenset())
+        request = self._request
+        resources = Resources(request.device, request.io, request.num_threads)
+        engine = Engine(Source(found.alignment, linear), resources)
+        index_of = {tensor.name: index for index, tensor in enumerate(found.alignment.tensors)}
+        history = self._trajectory.snapshots[-HISTORY:]
+        planned = [] if bare else [plan_forecast(history, h, request, index_of, self._target) for h in horizons]
+        places = tuple(place_of(request, self._origin, h, Fraction(1), self._target) for h in horizons)
+        plans, advanced = tuple(plan for _, plan in planned), tuple(moved for moved, _ in planned)
+        return Prepared(engine, plans, advanced, self._target, places, found.snapshots, self._origin)
+
+    def _write(self, outputs: Staging, outcome: Outcome, gain: float) -> Outcome:
+        """Write the checkpoint with its sidecar, and note the leap in the ledger."""
+        assert self._after is not None  # noqa: S101 - a gain has a direction
+        request, is_file = self._request, self._target.is_file
+        prepared = self._prepared([gain * self._every * self._after.mean], [outcome.horizon])
+        (target,), (plan,) = prepared.targets, prepared.plans
+        clear_left(target)
+        clear_left(sidecar_of(target, is_file=True))
+        check_place(target, self._ask.directory, overwrite=request.overwrite, is_file=is_file)
+        place, note = stage(outputs, target, is_file=is_file, overwrite=request.overwrite)
+        tally = write_forecasts([plan], [place], prepared.engine, progress=self._progress("leap", total_bytes(plan)))
+        finished = finish(prepared, outcome, tally, 0)
+        momentum = {"gain": gain, "share": self._after.momentum.share, "stretches": self._after.momentum.count}
+        content = compose(prepared, finished, request, {"stretches": self._after.momentum.count})
+        write_sidecar(place, note, content | {"momentum": momentum})
+        self._files = list_files(place)
+        if request.ledger is not None:
+            line = Leap(
+                run=str(self._ask.directory.resolve()),
+                origin_step=finished.origin_step,
+                valid_step=finished.valid_step,
+                counters=request.counters,
+                forecast=str(target.resolve()),
+            )
+            outputs.alongside(recorded(request.ledger, [line]))
+        return finished
+
+    def _remember(self, written: Path, outcome: Outcome, momentum: Momentum) -> None:
+        """Write the memory: the mean move of a stretch, and the landing where it is not the forecast."""
+        home, origin, path = self._place.parent, self._origin, outcome.path
+        moved = outcome.valid_step if self._request.counters == "advance" else outcome.origin_step
+        record = Record(
+            run=relative(self._ask.directory, home),
+            origin=portable(origin.path.name),
+            origin_step=origin.step,
+            origin_digest=origin.digest,
+            landing_step=moved if path else origin.step,
+            forecast=relative(path, home) if path else "",
+            files=tuple(self._files) if path else (),
+            horizon=outcome.horizon,
+            length=self._length or 1.0,
+            clock="steps",
+            count=momentum.count,
+            gain=momentum.gain,
+            made=momentum.made,
+            foretold=momentum.foretold,
+            level=self._level,
+            falls=self._falls[0],
+            falls_weight=self._falls[1],
+            reason=outcome.decision.reason,
+        )
+        plan = plan_memory(self._found.alignment, record, holds_landing=path is None)
+        mean = self._after.mean * record.length if self._after else np.zeros(len(self._found.products))
+        engine = self._prepared([mean], [0], bare=True).engine
+        write_forecasts([(plan,)], [written], engine, progress=self._progress("memory", total_bytes((plan,))))
+
+
+def _over_memory(moves: Sequence[NDArray[np.float64]], num_files: int) -> LinearMap:
+    """Moves (K, R) over the memory's own moves (the basis vector w_0 of gram.py) and the increment from landing to origin.
+
+    The increment from the memory's file to the landing is no move of anything, and has no share in them.
+    """
+    stacked = np.stack(moves)
+    weights = np.zeros((*stacked.shape[:2], num_files))
+    weights[..., 0] = stacked[..., -2]
+    weights[..., 1] = -stacked[..., 1]
+    nothing = np.zeros(stacked.shape[:2])
+    return LinearMap(weights, nothing, nothing, num_files - 1, moves=frozenset({0}))

@@ -1,0 +1,154 @@
+"""The command `leap`: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated
+
+import typer
+
+from farcast_cli.errors import NoForecastError, UsageError
+from farcast_cli.options import (
+    DEFAULT_LEDGER,
+    Config,
+    Device,
+    EvalTimeout,
+    Exclude,
+    Include,
+    IoOption,
+    Jobs,
+    Json,
+    LayoutOption,
+    Ledger,
+    Pattern,
+    Quiet,
+    Steps,
+    Threads,
+    Verbose,
+    device_name,
+    env,
+    one_of,
+    prepare,
+)
+
+EXAMPLES = (
+    "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
+    "next=$(farcast leap ckpts/) || next="
+)
+WITH_LOSS, WITHOUT_LOSS = 2.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
+
+
+def leap(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that holds the run's checkpoints.")],
+    every: Annotated[
+        int | None,
+        typer.Option(envvar=env("EVERY"), min=1, metavar="N", help="Steps until the next leap; as many as since the last one."),
+    ] = None,
+    eval_cmd: Annotated[
+        str | None,
+        typer.Option(
+            envvar=env("EVAL_CMD"),
+            metavar="'CMD {ckpt}'",
+            help="Steer by the loss: the last number that this prints, run twice, on the weights a little ahead and behind.",
+        ),
+    ] = None,
+    maximize: Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")] = False,
+    jobs: Jobs = 1,
+    eval_timeout: EvalTimeout = None,
+    gain: Annotated[
+        float | None, typer.Option(envvar=env("GAIN"), min=0, metavar="X", help="Leap by X stretches, whatever the evidence.")
+    ] = None,
+    max_gain: Annotated[
+        float | None,
+        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 2 with --eval-cmd, 1 without."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            envvar=env("OUTPUT"),
+            metavar="OUT",
+            help="The checkpoint to write, or a folder for it where it ends in /; the memory lies beside it. forecasts/ by default.",
+        ),
+    ] = None,
+    counters: Annotated[
+        str,
+        typer.Option(
+            envvar=env("LEAP_COUNTERS"),
+            metavar="keep|advance",
+            help="Leap the weights alone, or move the trainer's counters and schedule with them.",
+        ),
+    ] = "keep",
+    include: Include = None,
+    exclude: Exclude = None,
+    steps: Steps = None,
+    pattern: Pattern = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
+        ),
+    ] = "copy",
+    layout: LayoutOption = "same",
+    even_if_worse: Annotated[
+        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Leap whatever the evidence.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")
+    ] = False,
+    ledger: Ledger = DEFAULT_LEDGER,
+    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
+    device: Device = "auto",
+    io: IoOption = "auto",
+    threads: Threads = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Leap from the newest checkpoint, with a memory over leaps: for a loop. Print the path to resume from; 10 if none.
+
+    Each call reads the newest checkpoint, the last leap and a memory of the run's moves, decides, and writes a checkpoint
+    whose weights are ahead. The trainer may keep one checkpoint only.
+    """
+    num_workers = prepare(device, threads)
+    from farcast_cli import render
+    from farcast_cli.evaluation import Evaluator
+    from farcast_cli.job import Request
+    from farcast_cli.leap import Ask
+    from farcast_cli.leap import leap as run
+    from farcast_cli.output.convert import OutputLayout
+    from farcast_cli.steps import parse_steps
+    from farcast_cli.stream import Io
+    from farcast_cli.trainer.resume import CountersMode, OptimizerMode
+
+    if output == "":
+        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+    request = Request(
+        optimizer=one_of("optimizer", optimizer, OptimizerMode),
+        counters=one_of("counters", counters, CountersMode),
+        layout=one_of("layout", layout, OutputLayout),
+        output=output,
+        even_if_worse=even_if_worse,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        ledger=ledger,
+        device=device_name(device),
+        io=one_of("io", io, Io),
+        num_threads=num_workers,
+        evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
+    )
+    limit = max_gain if max_gain is not None else WITH_LOSS if eval_cmd else WITHOUT_LOSS
+    patterns = tuple(include or ()), tuple(exclude or ())
+    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit)
+    with render.progress(quiet=quiet) as progress:
+        done = run(ask, progress)
+    if not quiet:
+        render.leap_summary(done, dry_run=dry_run, verbose=verbose)
+    if json_:
+        render.as_json(render.leap_json(done, dry_run=dry_run))
+    elif done.outcome.path and not dry_run:
+        render.paths([done.outcome.path])
+    if done.outcome.decision.verdict != "forecast":
+        raise typer.Exit(NoForecastError.exit_code)

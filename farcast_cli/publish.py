@@ -1,0 +1,177 @@
+"""Putting forecasts in their places: what may stand there, where they are written first, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.output.convert import plan_converted
+from farcast_cli.output.engine import total_bytes, write_forecasts
+from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
+from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.output.writer import refuse_existing
+from farcast_cli.trainer.lightning_loops import epoch_after
+from farcast_cli.trainer.resume import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.trainer.run_end import find_run_end
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from fractions import Fraction
+
+    from farcast_cli.job import Outcome, Prepared, Request
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.output.convert import Target
+    from farcast_cli.output.engine import Tally
+    from farcast_cli.output.plan import OutputFile
+    from farcast_cli.output.writer import Staging
+
+DEFAULT_FOLDER = Path("forecasts")
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Starts a phase of so many bytes; what it returns is told the bytes done.
+
+A phase of 0 bytes is one of unknown length, such as a run of the evaluation command; it is over when anything is told.
+"""
+
+
+def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Target) -> Path:
+    """Where a forecast goes.
+
+    Args:
+        unit: what the number in the run's names counts per step.
+    """
+    name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
+    if request.counters == "advance":
+        name = _with_epoch(name, epoch_after(state_of(origin), horizon))
+    name = target.renamed(name, origin)
+    if request.output is None:
+        return DEFAULT_FOLDER / name
+    if not request.output:
+        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+    if len(request.horizons) > 1 or request.output.endswith(os.sep):
+        return Path(request.output) / name
+    ending = target.ending
+    if not request.output.endswith(ending):
+        why = f", as {origin.path.name} does" if target.layout == "same" else ""
+        raise OutputError(
+            f"-o {request.output}: expected a name that ends in {ending}{why}",
+            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
+        )
+    return Path(request.output)
+
+
+def _with_epoch(name: str, epoch: int | None) -> str:
+    """A name that tells an epoch beside the step, as Lightning's do, with another epoch, as wide as before."""
+    return name if epoch is None else re.sub(r"\bepoch=(\d+)", lambda old: f"epoch={epoch:0{len(old[1])}}", name)
+
+
+def state_of(origin: Snapshot) -> object:
+    """The object tree of a checkpoint that is one torch file."""
+    content = origin.parts[0].content
+    return content.tree if isinstance(content, TorchFile) else None
+
+
+def plan_forecast(
+    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Target
+) -> tuple[Advanced, tuple[OutputFile, ...]]:
+    """The trainer's state at the later step, and the files of the forecast.
+
+    Args:
+        history: the last few snapshots up to the origin.
+        index_of: the numbers of the tensors that are forecast.
+    """
+    origin = history[-1]
+    if request.purpose == "resume":
+        check_end(origin, horizon, request)
+    counters = request.counters if horizon else "keep"
+    with told_as_damage(origin):
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+    if target.is_weights_only:
+        moved = Advanced(moved.trees)  # what else was done is not written
+    counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
+    moved.changes.extend(counts.values())
+    step = origin.step + (horizon if counters == "advance" else 0)
+    mirror = request.purpose == "evaluation"
+    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
+    return moved, tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin))
+
+
+def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
+    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
+    valid, end = origin.step + horizon, find_run_end(origin)
+    if request.counters == "advance" and end is not None and end[1] <= valid:
+        longest = end[1] - origin.step - 1
+        raise UsageError(
+            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
+            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
+            + "--counters keep leaps the weights alone; --for evaluation does not resume",
+        )
+
+
+def check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
+    """Never inside the run's folder, and never over something that farcast did not write."""
+    check_outside(target, run)
+    if not overwrite:
+        refuse_existing(target)
+    elif os.path.lexists(target):
+        check_ours(target, is_file=is_file)
+    if is_file and os.path.lexists(sidecar_of(target, is_file=True)):
+        check_sidecar_ours(sidecar_of(target, is_file=True))
+
+
+def stage(
+    outputs: Staging, target: Path, *, is_file: bool, overwrite: bool, may_stay_empty: bool = False
+) -> tuple[Path, Path | None]:
+    """Where a forecast is written, and where its sidecar, if that lies beside it and not inside.
+
+    The sidecar is added last and so published first: a forecast that can be seen has its provenance.
+    """
+    check = partial(check_ours, is_file=is_file) if overwrite else refuse_existing
+    place = outputs.add(target, check=check, may_stay_empty=may_stay_empty)
+    if not is_file:
+        return place, None
+    beside = sidecar_of(target, is_file=True)
+    return place, outputs.add(beside, check=check_sidecar_ours, may_stay_empty=may_stay_empty)
+
+
+def only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
+    """One horizon of several, its step scaled."""
+    source = prepared.engine.source
+    return replace(
+        prepared,
+        engine=replace(prepared.engine, source=replace(source, linear=source.linear.pick([index], scale))),
+        plans=(prepared.plans[index],),
+        advanced=(prepared.advanced[index],),
+        targets=(prepared.targets[index],),
+    )
+
+
+def write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tally:
+    candidate.parent.mkdir()
+    told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
+    return write_forecasts(one.plans, [candidate], one.engine, progress=told)
+
+
+def finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
+    """What came of a forecast that has been written."""
+    alignment, advanced = prepared.engine.source.alignment, prepared.advanced[index]
+    moved = {change.where for change in advanced.changes}
+    return replace(
+        outcome,
+        path=prepared.targets[index],
+        num_forecast=len(alignment.tensors),
+        copied=tuple(copied for copied in alignment.copied if copied.name not in moved),
+        unchanged_share=tally.unchanged_share(index) if tally.num_forecast else None,
+        bytes_read=tally.bytes_read,
+        bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
+        seconds=tally.seconds,
+        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes),
+        notes=tuple(advanced.notes),
+    )
