@@ -11,6 +11,8 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from farcast_cli.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -94,6 +96,31 @@ class Pace:
         """
         before, after = self.mean(*past), self.mean(*ahead)
         return min(after / before, MAX_SCALE) if before > 0 else 1.0
+
+    def lasts_until(self, origin: float, share: float) -> float:
+        """Up to which step the rate stays at a share of the highest one up to `origin`; infinite where steps are counted.
+
+        `origin` itself where the rate is lower already. At most the last step whose rate is known.
+        """
+        if not self.rates:
+            return math.inf
+        here = bisect_left(self.edges, origin)
+        limit = share * max(self.rates[: max(1, here)])
+        low = (edge for edge, rate in zip(self.edges[here:], self.rates[here:], strict=False) if rate < limit)
+        return origin if self.rates[max(0, here - 1)] < limit else max(origin, next(low, self.edges[-1]))
+
+    def clocked(self, wanted: Clock | None, first: float, last: float) -> Pace:
+        """The clock to use for a forecast that needs the rates between two steps: as wanted, else rates where all are known.
+
+        Raises:
+            UsageError: rates are wanted and not known.
+        """
+        if wanted == "steps":
+            return Pace(why="as --clock asks")
+        known = self if self.covers(first, last) else Pace(why=f"the learning rates after step {self.edges[-1]} are not known")
+        if wanted == "rate" and not known.rates:
+            raise UsageError(f"--clock rate: {known.why}", hint="--clock steps, or no --clock")
+        return known
 
 
 STEPS = Pace()

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from farcast_cli.layouts.base import Snapshot
 
 DEFAULT_FOLDER = Path("forecasts")
+FALLING = 0.95  # of the rate before; a mean over the horizon below it is a decay
+REPLACED = (0.6, 1.0)  # of the skipped training, by leaps that end while a quarter of the highest rate is left
+REPLACED_LATE = (-0.1, 0.8)  # the same of later leaps
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
@@ -77,8 +80,8 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
         reason = f"the run ends at step {origin_step + steps_left}, and a leap needs training after it"
         decisions = [replace(decision, verdict="abstain", reason=reason) for decision in decisions]
     outcomes = [
-        Outcome(horizon, origin_step, method.name, decision, notes)
-        for horizon, decision in zip(request.horizons, decisions, strict=True)
+        Outcome(int(task.horizon), origin_step, method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes)
+        for task, decision in zip(tasks, decisions, strict=True)
     ]
     chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
     if not chosen:
@@ -143,6 +146,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
             notes.append(
                 f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first; judge it some hundred steps later"
             )
+        if outcome.path and request.purpose == "resume" and request.counters == "advance":
+            notes.extend(_share_note(outcome, request))
         if outcome.path and request.purpose == "evaluation":
             notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
             if fitted.has_batch_norm:
@@ -151,6 +156,20 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
                     " over training data in training mode, makes them exact"
                 )
     return list(dict.fromkeys(notes))
+
+
+def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
+    """Under a falling rate, how much of the training that it skips such a leap replaced, and the control that tells of this run."""
+    if outcome.method == "persistence" or outcome.pace_ahead >= FALLING or outcome.path is None:
+        return
+    origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
+    control = shell_word(Path("control") / outcome.path.name)
+    low, high = REPLACED if outcome.length_factor == 1 else REPLACED_LATE
+    yield (
+        f"the learning rate falls{'' if outcome.length_factor == 1 else ', and little of it is left'}: on small runs leaps like this"
+        f" replaced {low} to {high} of the training that they skipped, by the loss at the end of the schedule; the control tells how"
+        f" much yours does: farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
+    )
 
 
 def _origin_index(fitted: Fitted, request: Request) -> int:
@@ -166,7 +185,9 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
     if horizon < (request.purpose == "resume"):
         raise UsageError(f"horizon {horizon}: expected a step after the origin, {int(steps[last])}")
     timeline = Timeline(steps, float(steps[last]))
-    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device)
+    pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
+    anneals = request.purpose == "resume" and request.clock is None
+    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device, pace, anneals)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

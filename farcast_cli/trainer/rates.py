@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Believed = tuple[int, Rate | None]
 
 TOLERANCE = 1e-6  # relative; a rate may be kept in float32
-MAX_STEPPED = 200_000  # counts of a schedule, about a second
+MAX_STEPPED = 400_000  # counts of a schedule, some two seconds
 MAX_ADDED = 512  # rates of a piece that are added up; of a longer one, as many evenly spread
 PIECES_AHEAD = 100
 MAX_LOG_BYTES = 1 << 24
