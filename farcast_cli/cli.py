@@ -16,6 +16,7 @@ from farcast_cli import __version__, leap_command, streams, tune_command
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, SnapshotError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
+    ClockOption,
     Config,
     Device,
     EvalTimeout,
@@ -40,6 +41,7 @@ from farcast_cli.options import (
     Threads,
     Verbose,
     check_horizon_options,
+    clock_of,
     device_name,
     env,
     one_of,
@@ -186,6 +188,7 @@ def backtest(
     forecaster: Forecaster = Path("forecaster.safetensors"),
     purpose: PurposeOption = "resume",
     method: Method = None,
+    clock: ClockOption = None,
     include: Include = None,
     exclude: Exclude = None,
     steps: Steps = None,
@@ -223,16 +226,21 @@ def backtest(
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
     gram, judged = fitted.judged()
     horizons = horizons or usual_horizons(timeline)
-    tasks = {h: Task(gram, judged, timeline, float(h), device=device_name(device)) for h in horizons}
+    pace = fitted.provenance.pace.clocked(clock_of(clock), timeline.first, timeline.origin + max(horizons))
+    anneals = aim == "resume" and clock is None
+    tasks = {
+        h: Task(gram, judged, timeline, float(h), device=device_name(device), pace=pace, anneals=anneals) for h in horizons
+    }
     chosen = {h: choose_method(method, task, aim) for h, task in tasks.items()}
     decisions = {h: (chosen[h][0].name, decide(chosen[h][0], task, aim)) for h, task in tasks.items()}
     shown = METHODS.values() if method in {None, "auto"} else {found.name: found for found, _ in chosen.values()}.values()
     scores = score(list(shown), tasks[horizons[0]], horizons)
     steady = coherence(gram, timeline)
     if json_:
-        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions))
+        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions) | {"clock": pace.clock})
     else:
         render.backtest_table(fitted.steps[-1], steady, scores, decisions)
+        render.clock(pace)
         for why in dict.fromkeys(why for _, why in chosen.values() if why):
             render.note(f"auto: {why}")
         for known in METHODS.values() if verbose else ():
@@ -270,6 +278,7 @@ def predict(
     step_norm: StepNormOption = None,
     scale: Annotated[float, typer.Option(envvar=env("SCALE"), help="Multiplies the step.")] = 1.0,
     scope: ScopeOption = "auto",
+    clock: ClockOption = None,
     grad_weight: GradWeight = 0.0,
     origin: Annotated[
         int | None,
@@ -365,6 +374,7 @@ def predict(
         overwrite=overwrite,
         dry_run=dry_run,
         ledger=ledger,
+        clock=clock_of(clock),
         device=device_name(device),
         io=one_of("io", io, Io),
         num_threads=num_threads,
@@ -411,7 +421,9 @@ def verify(
         result = run(forecast, against, reference or find_reference(forecast), progress=progress)
     if result.forecast_step != result.truth_step:
         steps = f"step {result.forecast_step} with step {result.truth_step}"
-        render.note(f"note: this compares a forecast for {steps}", quiet=quiet)
+        unit = "learning rate" if result.clock == "rate" else "steps"
+        share = "" if result.trained is None else f": trained was {result.trained:.2f} of its stretch, in {unit}"
+        render.note(f"note: this compares a forecast for {steps}{share}", quiet=quiet)
     if json_:
         render.as_json(render.verify_json(result))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -21,6 +22,7 @@ from farcast_cli import __version__
 from farcast_cli.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.forecast.backtest import MAX_HORIZON
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.formats.files import local, open_input, open_read_only, portable, read_into, reading
 from farcast_cli.formats.json_text import parse_json
@@ -30,9 +32,11 @@ from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.output.place import check_outside, open_new
 from farcast_cli.output.writer import staged
+from farcast_cli.pace import Pace
 from farcast_cli.stream import Resources
 from farcast_cli.tensors import DTYPES
 from farcast_cli.thinning import thinned
+from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trajectory import run_entries
 
 if TYPE_CHECKING:
@@ -94,6 +98,8 @@ class Provenance(BaseModel):
     num_samples: int | None
     leap: Leap | None = None
     """The leap that the run resumed from and after which the history begins."""
+    pace: Pace = Pace(why="the forecaster is of an older farcast: fit reads the rates")
+    """The learning rates along the history and for as far ahead as a forecast may reach, where they are known."""
     notes: tuple[str, ...] = ()
     """What was said of the run: where its history begins, if its tensors changed."""
     include: tuple[str, ...] = ()
@@ -167,6 +173,7 @@ def fit(
             resources=resources or Resources(),
             progress=progress,
         )
+        pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
         records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
     _check_one_run(gram, trajectory)
     last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
@@ -178,6 +185,7 @@ def fit(
         copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
         num_samples=num_samples,
         leap=leap,
+        pace=pace,
         notes=trajectory.notes,
         include=tuple(include),
         exclude=tuple(exclude),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from farcast_cli.forecast.forecaster import Options
+from farcast_cli.pace import STEPS, Pace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from farcast_cli.output.convert import OutputLayout, Target
     from farcast_cli.output.engine import Engine
     from farcast_cli.output.plan import OutputDType, OutputFile
+    from farcast_cli.pace import Clock
     from farcast_cli.stream import Io
     from farcast_cli.trainer.resume import Advanced, CountersMode, OptimizerMode
 
@@ -44,6 +46,8 @@ class Request:
     num_threads: int = 1
     evaluator: Evaluator | None = None
     ledger: Path | None = None
+    clock: Clock | None = None
+    """None: learning rates where they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,12 @@ class Outcome:
     origin_step: int
     method: str
     decision: Decision
+    pace: Pace = STEPS
+    """The clock that its length is in."""
+    pace_ahead: float = 1.0
+    """The mean rate over the horizon against that of the stretch that the drift is measured on."""
+    length_factor: float = 1.0
+    """What the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length."""
     chosen: tuple[str, ...] = ()
     """What was chosen for the user, and why."""
     path: Path | None = None

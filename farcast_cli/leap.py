@@ -45,8 +45,10 @@ from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.place import check_outside, list_files, sidecar_of, write_sidecar
 from farcast_cli.output.sidecar import compose
 from farcast_cli.output.writer import staging
+from farcast_cli.pace import Pace
 from farcast_cli.publish import check_place, finish, only, place_of, plan_forecast, stage, write_candidate
 from farcast_cli.stream import Resources
+from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trainer.resume import HISTORY
 from farcast_cli.trainer.run_end import find_run_end
 from farcast_cli.trajectory import Trajectory, discover
@@ -58,7 +60,9 @@ if TYPE_CHECKING:
 
     from farcast_cli.alignment import Alignment
     from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.memory import Basis
     from farcast_cli.output.writer import Staging
+    from farcast_cli.pace import Clock
     from farcast_cli.publish import Progress
     from farcast_cli.steps import StepList, StepRange
 
@@ -67,8 +71,10 @@ LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training af
 PROBE = 0.5  # of a stretch's move: how far ahead and behind the loss is measured
 SMOOTHED = 0.7  # of the mean square of the loss's changes
 WORTH = 0.1  # the smallest gain that is worth a restart
+RISING = 1.01  # times the rate before
 ADVISED = 50  # leaps in a run, and so a stretch of 2 % of it
-"""Measured: 20 leaps gain less, and a hundred no more (docs/results.md)."""
+"""Measured: 20 leaps gain less (docs/results.md)."""
+_UNITS = {"steps": "steps", "rate": "learning-rate time"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,8 @@ class Ask:
     """A fixed gain, in place of the steered one."""
     limit: float = 2.0
     """The largest gain."""
+    clock: Clock | None = None
+    """In what the lengths of stretches are measured; learning-rate time where it is known if None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Leapt:
     is_again: bool
     """The newest snapshot is the one that the last leap began at: nothing new was written."""
     every: int
+    clock: Clock
     notes: tuple[str, ...] = ()
     signal: float = math.nan
     """Of the loss: the share of its usual fall that a stretch more in the remembered direction gives."""
@@ -159,10 +168,37 @@ def _again(memory: Memory, ask: Ask) -> Leapt:
     verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]
     outcome = Outcome(record.horizon, record.origin_step, "momentum", decision, path=path)
-    return Leapt(outcome, record.momentum, math.nan, is_again=True, every=ask.every or round(record.length))
+    return Leapt(outcome, record.momentum, math.nan, is_again=True, every=ask.every or record.every, clock=record.clock)
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Time:
+    """The clock, and the last stretch, from step `first` to `last`; the next is `every` steps long."""
+
+    pace: Pace
+    first: int
+    last: int
+    every: int
+
+    @property
+    def ahead(self) -> float:
+        """The length of the next stretch."""
+        return self.pace.total(self.last, self.last + self.every)
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether the learning rate over the next stretch is above that of the last: a warm-up, or a restart."""
+        if not self.pace.rates or self.first == self.last:
+            return False
+        return self.pace.mean(self.last, self.last + self.every) > RISING * self.pace.mean(self.first, self.last)
+
+    @property
+    def rate(self) -> float | None:
+        """At the origin."""
+        return self.pace.mean(self.last, self.last + self.every) if self.pace.rates else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +210,7 @@ class _Gathered:
     products: NDArray[np.float64]
     stretches: tuple[tuple[NDArray[np.float64], float], ...]
     known: Remembered | None
+    time: _Time
     has_moves: bool
     memory: Memory | None
     notes: tuple[str, ...] = field(default=())
@@ -186,16 +223,51 @@ def _gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: li
         if isinstance(basis, str):
             notes.append(f"{memory.path} cannot be used: {basis}: the memory starts again")
         else:
-            length = float(trajectory.origin.step - memory.record.landing_step)
-            products = _products(basis.alignment, ask.request)
-            move = np.zeros(len(products))
-            move[int(basis.has_moves)] = 1.0
-            moves = np.zeros(len(products))
-            moves[-2] = 1.0
-            known = remembered(memory, moves)
-            stretch = ((move, length),) if length else ()  # none: asked again, for a leap that was refused
-            return _Gathered(basis.alignment, basis.snapshots, products, stretch, known, basis.has_moves, memory, tuple(notes))
+            first, last = memory.record.landing_step, trajectory.origin.step
+            pace, every = _pace_since(memory, basis, ask, trajectory)
+            if pace.clock == memory.record.clock:
+                products = _products(basis.alignment, ask.request)
+                unit = np.eye(len(products))
+                known = remembered(memory, unit[-2])
+                # none where the user asks again for a leap that was refused
+                stretches = ((unit[int(basis.has_moves)], pace.total(first, last)),) if last > first else ()
+                return _Gathered(
+                    basis.alignment,
+                    basis.snapshots,
+                    products,
+                    stretches,
+                    known,
+                    _Time(pace, first, last, every),
+                    basis.has_moves,
+                    memory,
+                    tuple(notes),
+                )
+            units = f"{_UNITS[memory.record.clock]}, and now {_UNITS[pace.clock]} count"
+            notes.append(f"{memory.path} is in {units}: the memory starts again")
     return _from_history(ask, trajectory, notes)
+
+
+def _pace_since(memory: Memory, basis: Basis, ask: Ask, trajectory: Trajectory) -> tuple[Pace, int]:
+    """The learning rates from the landing on, and the steps until the next leap."""
+    record, origin = memory.record, trajectory.origin
+    every = ask.every or max(1, origin.step - record.landing_step) if origin.step > record.landing_step else record.every
+    seen = [one for one in trajectory.snapshots[:-1] if one.step >= record.landing_step][-HISTORY:]
+    if len(basis.snapshots) > 1:
+        seen.insert(0, basis.snapshots[0].settle(record.landing_step, "the ledger"))
+    known = read_pace([*seen, origin], ahead=every)
+    first = known.edges[0] if known.rates else origin.step
+    if record.rate is not None and known.rates and record.landing_step < first:
+        pieces = zip(known.edges, known.edges[1:], known.rates, strict=False)
+        known = Pace.of([(record.landing_step, first, (record.rate + known.rates[0]) / 2), *pieces])
+    return _settled(known, ask, record.landing_step, origin.step, every), every
+
+
+def _settled(known: Pace, ask: Ask, first: int, last: int, every: int) -> Pace:
+    """The clock of a leap; rates that end at the origin are taken to go on as they are."""
+    if known.rates and known.edges[-1] < last + every:
+        pieces = zip(known.edges, known.edges[1:], known.rates, strict=False)
+        known = Pace.of([*pieces, (known.edges[-1], last + every, known.rates[-1])])
+    return known.clocked(ask.clock, first, last + every)
 
 
 def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gathered:
@@ -206,12 +278,16 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gather
     snapshots = tuple(history[index] for index in evenly(len(history), MAX_HISTORY))
     alignment = align(snapshots, include=ask.include, exclude=ask.exclude)
     products = _products(alignment, ask.request)
+    first, last = snapshots[-2:][0].step, snapshots[-1].step
+    every = ask.every or max(1, last - first)
+    pace = _settled(read_pace(snapshots, ahead=every), ask, snapshots[0].step, last, every)
     stretches = tuple(
-        (np.eye(len(products))[index], float(after.step - before.step))
+        (np.eye(len(products))[index], pace.total(before.step, after.step))
         for index, (before, after) in enumerate(itertools.pairwise(snapshots))
     )
     notes += [begins] if begins else []
-    return _Gathered(alignment, snapshots, products, stretches, None, False, None, tuple(notes))
+    time = _Time(pace, first, last, every)
+    return _Gathered(alignment, snapshots, products, stretches, None, time, False, None, tuple(notes))
 
 
 def _products(alignment: Alignment, request: Request) -> NDArray[np.float64]:
@@ -236,7 +312,7 @@ class _Call:
         self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
         record = found.memory.record if found.memory else None
         self._length = found.stretches[-1][1] if found.stretches else record.length if record else 0.0
-        self._every = ask.every or max(1, round(self._length))
+        self._every, self._ahead = found.time.every, found.time.ahead
         self._level, self._falls = (record.level, (record.falls, record.falls_weight)) if record else (None, (0.0, 0.0))
 
     def run(self) -> Leapt:
@@ -256,7 +332,16 @@ class _Call:
                     self._remember(written, outcome, momentum)
                 self._progress("sync to disk", 0)
         cosine = self._after.cosine if self._after else math.nan
-        return Leapt(outcome, momentum, cosine, is_again=False, every=self._every, notes=self._notes(outcome), signal=signal)
+        return Leapt(
+            outcome,
+            momentum,
+            cosine,
+            is_again=False,
+            every=self._every,
+            clock=self._found.time.pace.clock,
+            notes=self._notes(outcome),
+            signal=signal,
+        )
 
     # --- the decision ---
 
@@ -275,14 +360,19 @@ class _Call:
         gain = momentum.gain if self._ask.gain is None else self._ask.gain
         if self._request.even_if_worse:
             return max(gain, WORTH), "asked for"
-        if math.isnan(momentum.share):
-            return 0.0, "one stretch is remembered, and a leap needs two that agree"
-        left = self._steps_left()
-        if left is not None and left[0] < LEFT_TO_TRAIN * left[1]:
-            return 0.0, f"the run ends in {left[0]} steps: the last {LEFT_TO_TRAIN:.0%} of it are for training"
-        if gain < WORTH:
-            return 0.0, f"gain {gain:.2g}: training took back the last leaps, share {momentum.share:.2g}"
-        return gain, f"gain {gain:.2g}, share {momentum.share:.2g}"
+        left, length = self._steps_left() or (math.inf, math.inf)
+        share = f"share {momentum.share:.2g}"
+        objections = (
+            (math.isnan(momentum.share), "one stretch is remembered, and a leap needs two that agree"),
+            (self._found.time.is_rising, "the learning rate still rises: leaps begin one stretch after the warm-up"),
+            (
+                left < LEFT_TO_TRAIN * length,
+                f"{left} steps are left, and the last {LEFT_TO_TRAIN:.0%} of a run are for training",
+            ),
+            (gain < WORTH, f"gain {gain:.2g}: training took back the last leaps, {share}"),
+        )
+        objection = next((text for holds, text in objections if holds), None)
+        return (0.0, objection) if objection else (gain, f"gain {gain:.2g}, {share}")
 
     def _steps_left(self) -> tuple[int, int] | None:
         """Steps to the end of the run, and its length, where the trainer's state tells."""
@@ -302,7 +392,7 @@ class _Call:
         name = self._target.renamed(f"{self._stem}-probe", self._origin)
         logs = self._place.with_name(f"{self._stem}-leap.eval")
         variables = {"ORIGIN_STEP": self._origin.step, "VALID_STEP": self._origin.step}
-        prepared = self._prepared([known.mean * self._every * share for share in (PROBE, -PROBE)], [self._every] * 2)
+        prepared = self._prepared([known.mean * self._ahead * share for share in (PROBE, -PROBE)], [self._every] * 2)
         with Judge(evaluator, logs, variables, lambda what: self._progress(f"evaluate {what}", 0)) as judge:
             for index, strength in enumerate((PROBE, -PROBE)):
                 judge.wait(below=evaluator.num_jobs)
@@ -367,7 +457,7 @@ class _Call:
         """Write the checkpoint with its sidecar, and note the leap in the ledger."""
         assert self._after is not None  # noqa: S101 - a gain has a direction
         request, is_file = self._request, self._target.is_file
-        prepared = self._prepared([gain * self._every * self._after.mean], [outcome.horizon])
+        prepared = self._prepared([gain * self._ahead * self._after.mean], [outcome.horizon])
         (target,), (plan,) = prepared.targets, prepared.plans
         clear_left(target)
         clear_left(sidecar_of(target, is_file=True))
@@ -403,8 +493,10 @@ class _Call:
             forecast=relative(path, home) if path else "",
             files=tuple(self._files) if path else (),
             horizon=outcome.horizon,
+            every=self._every,
+            rate=self._found.time.rate,
             length=self._length or 1.0,
-            clock="steps",
+            clock=self._found.time.pace.clock,
             count=momentum.count,
             gain=momentum.gain,
             made=momentum.made,

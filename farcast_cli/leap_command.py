@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from farcast_cli.errors import NoForecastError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
+    ClockOption,
     Config,
     Device,
     EvalTimeout,
@@ -25,11 +26,15 @@ from farcast_cli.options import (
     Steps,
     Threads,
     Verbose,
+    clock_of,
     device_name,
     env,
     one_of,
     prepare,
 )
+
+if TYPE_CHECKING:
+    from farcast_cli.leap import Leapt
 
 EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
@@ -84,6 +89,7 @@ def leap(
     exclude: Exclude = None,
     steps: Steps = None,
     pattern: Pattern = None,
+    clock: ClockOption = None,
     optimizer: Annotated[
         str,
         typer.Option(
@@ -141,14 +147,67 @@ def leap(
     )
     limit = max_gain if max_gain is not None else WITH_LOSS if eval_cmd else WITHOUT_LOSS
     patterns = tuple(include or ()), tuple(exclude or ())
-    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit)
+    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit, clock_of(clock))
     with render.progress(quiet=quiet) as progress:
         done = run(ask, progress)
     if not quiet:
-        render.leap_summary(done, dry_run=dry_run, verbose=verbose)
+        _summary(done, dry_run=dry_run, verbose=verbose)
     if json_:
-        render.as_json(render.leap_json(done, dry_run=dry_run))
+        render.as_json(_json(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])
     if done.outcome.decision.verdict != "forecast":
         raise typer.Exit(NoForecastError.exit_code)
+
+
+def _json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
+    from farcast_cli.formats.files import portable
+
+    outcome, momentum = done.outcome, done.momentum
+    content = {
+        "path": portable(outcome.path) if outcome.path else None,
+        "origin_step": outcome.origin_step,
+        "horizon": outcome.horizon,
+        "verdict": outcome.decision.verdict,
+        "reason": outcome.decision.reason,
+        "gain": momentum.gain,
+        "share": momentum.share,
+        "cosine": done.cosine,
+        "loss_signal": done.signal,
+        "stretches": momentum.count,
+        "clock": done.clock,
+        "every": done.every,
+        "again": done.is_again,
+        "unchanged_share": outcome.unchanged_share,
+        "changes": list(outcome.changes),
+        "notes": [*done.notes, *outcome.notes],
+        "evaluations": [{"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3)} for t in outcome.trials],
+    }
+    return content | {"dry_run": True} if dry_run else content
+
+
+def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
+    from farcast_cli import render
+
+    outcome, reason = done.outcome, done.outcome.decision.reason
+    head = f"step {outcome.origin_step}"
+    for text in done.notes:
+        render.note(f"note: {text}")
+    if outcome.decision.verdict != "forecast":
+        render.note(f"{head}: no leap: {reason}")
+    elif done.is_again:
+        render.note(f"{head}: the leap from here was made before; no training has happened since")
+    elif dry_run:
+        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}")
+    else:
+        render.note(
+            f"{head}: a leap of {outcome.horizon} steps: {reason}; {render.size(outcome.bytes_written)} in {outcome.seconds:.1f} s"
+        )
+        render.copied_note(outcome.copied, verbose=verbose)
+        for text in outcome.notes:
+            render.note(f"note: {text}")
+    for trial in outcome.trials:
+        where = "ahead" if trial.strength > 0 else "behind"
+        render.note(f"evaluation {abs(trial.strength):g} of a stretch {where}: {trial.value:g}, in {trial.seconds:.1f} s")
+    if not done.is_again:
+        render.note(f"call again after {done.every} more steps of training")

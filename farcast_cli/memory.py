@@ -24,6 +24,7 @@ from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.output.place import list_files
 from farcast_cli.output.plan import Copy, OutputFile, Planned, Values, safetensors_output
+from farcast_cli.pace import Clock  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.tensors import DTYPES
 from farcast_cli.trajectory import open_snapshot
 
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 _METADATA_KEY = "farcast"
 _MOVE, _LANDING = "move.", "landing."
-
-Clock = Literal["steps", "rate"]
 
 
 class Record(BaseModel):
@@ -62,8 +61,12 @@ class Record(BaseModel):
     files: tuple[dict[str, Any], ...] = ()
     """Of that checkpoint, with their fingerprints."""
     horizon: int = 0
+    every: int
+    """Steps that the next stretch was to have."""
+    rate: float | None = None
+    """The learning rate at the origin."""
     length: float
-    """Of a stretch: that of the moves that the file holds, in `clock`."""
+    """Of the last stretch, and so of the moves that the file holds, in `clock`."""
     clock: Clock
     count: int
     gain: float

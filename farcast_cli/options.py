@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from farcast_cli.errors import UsageError, shell_word
+
+if TYPE_CHECKING:
+    from farcast_cli.pace import Clock
 
 CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
 FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
-        *("horizon", "to_step", "origin", "method", "scope", "grad_weight", "sample", "full"),  # judged by the back-test
+        *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
+        *("grad_weight", "sample", "full"),
         *("every", "max_gain"),  # a leap no longer than the evidence, or the limit, allows
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
         *("layer", "bias", "loss", "activation", "head", "head_bias"),
@@ -195,6 +199,15 @@ ScopeOption = Annotated[
         envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (the methods that fit)."
     ),
 ]
+ClockOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clock",
+        envvar=env("CLOCK"),
+        metavar="steps|rate",
+        help="What lengths are measured in: steps, or learning rate summed over them; the rate where it is known by default.",
+    ),
+]
 LayoutOption = Annotated[
     str,
     typer.Option(
@@ -256,6 +269,13 @@ def one_of(option: str, value: str, allowed: Any) -> Any:
     if value not in get_args(allowed):
         raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(allowed))}")
     return value
+
+
+def clock_of(value: str | None) -> Clock | None:
+    """The clock asked for; None leaves it to what is known."""
+    from farcast_cli.pace import Clock
+
+    return None if value is None else cast("Clock", one_of("clock", value, Clock))
 
 
 def check_horizon_options(horizon: str | None, to_step: int | None) -> None:

@@ -38,13 +38,16 @@ from farcast_cli.trainer.resume import HISTORY
 from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from farcast_cli.layouts.base import Snapshot
 
+FALLING = 0.95  # of the rate before; a mean over the horizon below it is a decay
+REPLACED = (0.6, 1.0)  # of the skipped training, by leaps that end while a quarter of the highest rate is left
+REPLACED_LATE = (-0.1, 0.8)  # the same of later leaps
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
@@ -66,8 +69,8 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
         reason = f"the run ends at step {origin_step + steps_left}, and a leap needs training after it"
         decisions = [replace(decision, verdict="abstain", reason=reason) for decision in decisions]
     outcomes = [
-        Outcome(horizon, origin_step, method.name, decision, notes)
-        for horizon, decision in zip(request.horizons, decisions, strict=True)
+        Outcome(int(task.horizon), origin_step, method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes)
+        for task, decision in zip(tasks, decisions, strict=True)
     ]
     chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
     if not chosen:
@@ -126,6 +129,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
             notes.append(
                 f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first; judge it some hundred steps later"
             )
+        if outcome.path and request.purpose == "resume" and request.counters == "advance":
+            notes.extend(_share_note(outcome, request))
         if outcome.path and request.purpose == "evaluation":
             notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
             if fitted.has_batch_norm:
@@ -134,6 +139,20 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
                     " over training data in training mode, makes them exact"
                 )
     return list(dict.fromkeys(notes))
+
+
+def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
+    """Under a falling rate, how much of the training that it skips such a leap replaced, and the control that tells of this run."""
+    if outcome.method == "persistence" or outcome.pace_ahead >= FALLING or outcome.path is None:
+        return
+    origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
+    control = shell_word(Path("control") / outcome.path.name)
+    low, high = REPLACED if outcome.length_factor == 1 else REPLACED_LATE
+    yield (
+        f"the learning rate falls{'' if outcome.length_factor == 1 else ', and little of it is left'}: on small runs leaps like this"
+        f" replaced {low} to {high} of the training that they skipped, by the loss at the end of the schedule; the control tells how"
+        f" much yours does: farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
+    )
 
 
 def _origin_index(fitted: Fitted, request: Request) -> int:
@@ -149,7 +168,9 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
     if horizon < (request.purpose == "resume"):
         raise UsageError(f"horizon {horizon}: expected a step after the origin, {int(steps[last])}")
     timeline = Timeline(steps, float(steps[last]))
-    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device)
+    pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
+    anneals = request.purpose == "resume" and request.clock is None
+    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device, pace, anneals)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

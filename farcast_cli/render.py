@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from farcast_cli.fitted import Fitted
     from farcast_cli.forecast.backtest import Decision, Score
     from farcast_cli.job import Outcome
-    from farcast_cli.leap import Leapt
     from farcast_cli.ledger import History, Leap
+    from farcast_cli.pace import Pace
     from farcast_cli.trajectory import Trajectory
     from farcast_cli.tune.run import Outcome as Tuning
     from farcast_cli.verify import Verification
@@ -375,6 +375,22 @@ def backtest_table(
         console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
 
 
+def clock(pace: Pace) -> None:
+    """In what the lengths of a back-test are measured."""
+    stdout().print(escape(_clock_line(pace)), soft_wrap=True)
+
+
+def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
+    if pace.clock == "steps":
+        return "clock: steps" + (f" ({pace.why})" if pace.why else "")
+    if ahead is None:
+        return "clock: learning rate"
+    if ahead == 1:
+        return "clock: learning rate, the same over the horizon as before it"
+    what = "in full, as enough of the schedule is left to anneal it" if length == 1 else f"{length:.2f} times as long for it"
+    return f"clock: learning rate, over the horizon {ahead:.2f} times that before it; the step is written {what}"
+
+
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +406,9 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "expected_ratio": decision.expected,
         "coherence": decision.coherence,
         "recent_coherence": decision.recent,
+        "clock": outcome.pace.clock,
+        "pace_ahead": outcome.pace_ahead,
+        "length_factor": outcome.length_factor,
         "verdict": decision.verdict,
         "reason": decision.reason,
         "chosen": list(outcome.chosen),
@@ -425,6 +444,7 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
     head = f"step {outcome.origin_step} + {outcome.horizon}"
     for text in outcome.chosen:
         note(text)
+    note(_clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor))
     if outcome.path is None:
         note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
     else:
@@ -463,55 +483,6 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         note(f"output of the evaluations: {outcome.trials[0].log.parent}{os.sep}")
 
 
-# --- leap ------------------------------------------------------------------------------------------------------------
-
-
-def leap_json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
-    outcome, momentum = done.outcome, done.momentum
-    content = {
-        "path": portable(outcome.path) if outcome.path else None,
-        "origin_step": outcome.origin_step,
-        "horizon": outcome.horizon,
-        "verdict": outcome.decision.verdict,
-        "reason": outcome.decision.reason,
-        "gain": momentum.gain,
-        "share": momentum.share,
-        "cosine": done.cosine,
-        "loss_signal": done.signal,
-        "stretches": momentum.count,
-        "every": done.every,
-        "again": done.is_again,
-        "unchanged_share": outcome.unchanged_share,
-        "changes": list(outcome.changes),
-        "notes": [*done.notes, *outcome.notes],
-        "evaluations": [{"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3)} for t in outcome.trials],
-    }
-    return content | {"dry_run": True} if dry_run else content
-
-
-def leap_summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
-    outcome, reason = done.outcome, done.outcome.decision.reason
-    head = f"step {outcome.origin_step}"
-    for text in done.notes:
-        note(f"note: {text}")
-    if outcome.decision.verdict != "forecast":
-        note(f"{head}: no leap: {reason}")
-    elif done.is_again:
-        note(f"{head}: the leap from here was made before; no training has happened since")
-    elif dry_run:
-        note(f"{head}: would leap {outcome.horizon} steps: {reason}")
-    else:
-        note(f"{head}: a leap of {outcome.horizon} steps: {reason}; {size(outcome.bytes_written)} in {outcome.seconds:.1f} s")
-        copied_note(outcome.copied, verbose=verbose)
-        for text in outcome.notes:
-            note(f"note: {text}")
-    for trial in outcome.trials:
-        where = "ahead" if trial.strength > 0 else "behind"
-        note(f"evaluation {abs(trial.strength):g} of a stretch {where}: {trial.value:g}, in {trial.seconds:.1f} s")
-    if not done.is_again:
-        note(f"call again after {done.every} more steps of training")
-
-
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +491,8 @@ def verify_json(result: Verification) -> dict[str, Any]:
         "ratio": result.ratio,
         "mean_absolute_error": result.mean_absolute_error,
         "reference": portable(result.reference),
+        "clock": result.clock,
+        "trained": result.trained,
         "per_tensor": [{"name": t.name, "ratio": t.ratio} for t in result.per_tensor],
     }
 

@@ -16,6 +16,7 @@ from farcast_cli.formats.files import file_size, local, read_bytes, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.output.place import sidecar_of
 from farcast_cli.stream import Reader, Scratch, Section, read_trajectory, stretches
+from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trajectory import open_snapshot
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.alignment import AlignedTensor, Alignment
+    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.pace import Clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,9 @@ class Verification:
     reference: Path
     forecast_step: int
     truth_step: int
+    clock: Clock
+    trained: float | None
+    """How much of the forecast's stretch the truth was trained on: 1 where it is of the same step; None where steps are missing."""
     per_tensor: tuple[TensorVerification, ...]
 
 
@@ -90,9 +96,19 @@ def verify(
             setattr(total, name, getattr(total, name) + getattr(sums, name))
     if not total.count:
         raise SnapshotError(f"{forecast}: no values to compare")
-    return Verification(
-        _ratio(total), total.absolute / total.count, reference, snapshots[1].step, snapshots[2].step, tuple(per_tensor)
-    )
+    error, (clock, trained) = total.absolute / total.count, _trained(*snapshots)
+    steps = snapshots[1].step, snapshots[2].step
+    return Verification(_ratio(total), error, reference, *steps, clock, trained, tuple(per_tensor))
+
+
+def _trained(reference: Snapshot, forecast: Snapshot, truth: Snapshot) -> tuple[Clock, float | None]:
+    """The share of the way from the reference to the forecast's step that the truth has behind it, and its unit."""
+    start, valid, end = reference.step, forecast.step, truth.step
+    if start < 0 or not start < min(valid, end):
+        return "steps", None
+    pace = read_pace([reference, truth], ahead=max(0, valid - end)).clocked(None, start, max(valid, end))
+    whole = pace.total(start, valid)
+    return pace.clock, pace.total(start, end) / whole if whole else None
 
 
 def _bytes_of(alignment: Alignment) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.forecast.backtest import decide, lowest_coherence, trend_lead
-from farcast_cli.forecast.forecaster import forecast
+from farcast_cli.forecast.forecaster import ANNEALING_RATE, forecast
 from farcast_cli.forecast.methods import METHODS, find_method
 
 if TYPE_CHECKING:
@@ -47,12 +47,20 @@ def propose_horizon(method: Method, task: Task, purpose: Purpose, *, after_leap:
     first = FIRST_LEAD if lowest_coherence(task.gram, timeline) > CLEAR else SHORT_LEADS[-1]
     leads = [NEXT_LEAD, *SHORT_LEADS] if after_leap else sorted({first, SHORT_LEADS[-1]}, reverse=True)
     limit = float("inf") if steps_left is None else max(1.0, steps_left * LEFT_TO_TRAIN)
+    limit = min(limit, _left_to_anneal(task))
     horizon = 1
     for lead in leads:
         horizon = max(1, int(min(round(lead * timeline.length), limit)))
         if decide(method, replace(task, horizon=float(horizon)), purpose).verdict == "forecast":
             return horizon
     return horizon
+
+
+def _left_to_anneal(task: Task) -> float:
+    """The longest horizon after which enough of a decay is left; infinite where none is, and none is left already."""
+    origin = task.timeline.origin
+    until = task.pace.lasts_until(origin, ANNEALING_RATE) if task.anneals else origin
+    return until - origin if until >= origin + 1 else float("inf")
 
 
 def usual_horizons(timeline: Timeline) -> tuple[int, ...]:

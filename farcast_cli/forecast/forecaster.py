@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from farcast_cli.forecast.timeline import Timeline, evenly
+from farcast_cli.pace import STEPS, Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 StepNorm = Literal["match", "match-plain", "clip", "free"]
 Scope = Literal["auto", "tensor", "global"]
 
+ANNEALING_RATE = 0.25  # of the highest: leaps that ended at a lower one replaced less of the training that they skipped
+DRIFT_WINDOW = 2.0  # times the horizon: a longer one overshoots where a run slows down
 MAX_MATCH = 3.0  # bf16 moves below one ulp once asked for a factor of 22: noise
 
 
@@ -49,11 +52,51 @@ class Task:
     horizon: float
     options: Options = field(default_factory=Options)
     device: str = "cpu"
+    pace: Pace = STEPS
+    anneals: bool = False
+    """Training goes on from the forecast: it is written in full length while enough of a decay is left to take it back."""
 
     @property
     def lead(self) -> float:
         """R = h / L, with the history's length for the time that has passed."""
         return self.horizon / self.timeline.length
+
+    @property
+    def drift_window(self) -> float:
+        """How far back a drift is measured, l = min(L, 2 h)."""
+        return min(self.timeline.length, DRIFT_WINDOW * self.horizon)
+
+    @property
+    def pace_ahead(self) -> float:
+        """How fast the run moves over the horizon, against its recent past: mean rate over [s, s + h] / over [s - l, s].
+
+        Exactly 1 where the rate is constant, or steps are counted, or a rate is not known.
+        """
+        origin = self.timeline.origin
+        past, ahead = (origin - self.drift_window, origin), (origin, origin + self.horizon)
+        known = self.horizon > 0 and self.pace.covers(past[0], ahead[1])
+        return self.pace.scale(past, ahead) if known else 1.0
+
+    @property
+    def reach(self) -> float:
+        """The horizon in steps of the recent past: h where the rate stays, fewer where it falls."""
+        return self.horizon * self.pace_ahead
+
+    @property
+    def length_pace(self) -> Pace:
+        """The clock of the step as it is written, where b is judged by `pace`.
+
+        To resume from, a step keeps its full length while the rate at its end is a quarter of the highest so far: the decay
+        that is left anneals what is too long, and the run ends lower (measured, docs/method.md).
+        """
+        valid = self.timeline.origin + self.horizon
+        in_full = self.anneals and self.pace.lasts_until(self.timeline.origin, ANNEALING_RATE) >= valid
+        return STEPS if in_full else self.pace
+
+    @property
+    def length_factor(self) -> float:
+        """What the pace multiplies the step's length by, as it is written."""
+        return 1.0 if self.length_pace is STEPS else self.pace_ahead
 
     @property
     def training_origin(self) -> float:
@@ -96,6 +139,7 @@ class Method:
 def forecast(method: Method, task: Task) -> NDArray[np.float64]:
     """The step (K, R) of a method with its norm set and scaled as the task's options ask."""
     norm = task.options.step_norm or method.step_norm
+    task = replace(task, pace=task.length_pace)
     return set_step_norm(plain_step(method, task), task, norm) * task.options.scale
 
 
@@ -124,11 +168,12 @@ def set_step_norm(step: NDArray[np.float64], task: Task, norm: StepNorm) -> NDAr
         clip         Delta min(m / ||Delta||, 1)
         free         Delta
 
+    m is first multiplied by the pace over the horizon, which is 1 unless the learning rate changes (`Task.pace_ahead`).
     The matched window is h / (1 + r) long, hence the factor (1 + r): without it a straight path is under-shot.
     """
     if norm == "free":
         return step
-    move = task.gram.norms(task.matched_move) * (1 + task.lead if norm == "match" else 1.0)
+    move = task.gram.norms(task.matched_move) * (1 + task.lead if norm == "match" else 1.0) * task.pace_ahead
     size = task.gram.norms(step)
     factor = np.divide(move, size, out=np.zeros_like(move), where=size > 0)
     limit = 1.0 if norm == "clip" else MAX_MATCH

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.timeline import Timeline
 
 MAX_CONTEXT = 10  # snapshots that a slope is taken over; twice as many change the ratio by .04 at most
-DRIFT_WINDOW = 2.0  # horizons: a slope over a longer window overshoots where a run slows down
 RIDGE = 1e-2  # of the mean eigenvalue; a regression's shrinkage, flat between 1e-3 and 1e-1
 NUM_FLOWS = 4  # k5 reads five points of the history, hence four moves between them
 SCALES = (1 / 8, 1 / 4, 1 / 2)  # of the history: the windows of `window-means`, the longest is its recent half
@@ -59,7 +58,7 @@ def line(task: Task) -> NDArray[np.float64]:
     timeline = task.timeline
     half = timeline.first + timeline.length / 2
     move = timeline.at(timeline.origin) - timeline.at(half)
-    return every_tensor(move * task.horizon / (timeline.origin - half), task)
+    return every_tensor(move * task.reach / (timeline.origin - half), task)
 
 
 def line_fit(task: Task) -> NDArray[np.float64]:
@@ -71,15 +70,15 @@ def line_fit(task: Task) -> NDArray[np.float64]:
 
     Source: linear curve fit, as for `line`, by least squares.
     """
-    return every_tensor(task.horizon * task.timeline.slope_over(task.timeline.places[-LINE_FIT:]), task)
+    return every_tensor(task.reach * task.timeline.slope_over(task.timeline.places[-LINE_FIT:]), task)
 
 
 def drift(task: Task) -> NDArray[np.float64]:
     """The recent least-squares slope: Delta = h (v[s - l, s] + v[s - l/2, s]) / 2, l = min(L, 2 h)."""
     timeline, origin = task.timeline, task.timeline.origin
-    window = min(timeline.length, DRIFT_WINDOW * task.horizon)
+    window = task.drift_window
     slope = timeline.slope(origin - window, origin) + timeline.slope(origin - window / 2, origin)
-    return every_tensor(task.horizon * slope / 2, task)
+    return every_tensor(task.reach * slope / 2, task)
 
 
 def rank_1(task: Task) -> NDArray[np.float64]:
@@ -102,7 +101,7 @@ def rank_1(task: Task) -> NDArray[np.float64]:
     deltas = np.stack([timeline.at(place) for place in timeline.places])  # (P, R)
     coefficients = np.linalg.eigh(deltas @ task.gram.matrix @ deltas.T)[1][..., -1]  # u, (K, P)
     centred = times - times.mean()
-    ahead = (timeline.origin + task.horizon - times.mean()) * centred / (centred @ centred) + 1 / len(times)
+    ahead = (timeline.origin + task.reach - times.mean()) * centred / (centred @ centred) + 1 / len(times)
     change = coefficients @ ahead - coefficients[:, -1]
     return np.asarray(change[:, None] * coefficients @ deltas)
 
@@ -223,7 +222,7 @@ def trend(task: Task) -> NDArray[np.float64]:
     timeline = task.timeline
     recent = _recent(timeline)
     places = [recent[index] for index in evenly(len(recent), MAX_TREND)]
-    reach = timeline.origin + task.horizon - np.mean(places)
+    reach = timeline.origin + task.reach - np.mean(places)
     line = timeline.mean_over(places) + reach * timeline.slope_over(places)
     return every_tensor(line - timeline.at(timeline.origin), task)
 
@@ -251,7 +250,7 @@ def average_extrapolate(task: Task) -> NDArray[np.float64]:
     windows = timeline.places[-2 * count : -count], timeline.places[-count:]
     before, last = map(timeline.mean_over, windows)
     first_step, last_step = map(np.mean, windows)
-    reach = (timeline.origin + task.horizon - last_step) / (last_step - first_step)
+    reach = (timeline.origin + task.reach - last_step) / (last_step - first_step)
     return every_tensor(last + reach * (last - before) - timeline.at(timeline.origin), task)
 
 

@@ -18,18 +18,28 @@ from typing import TYPE_CHECKING, Any, Literal
 from farcast_cli.errors import FileFormatError
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.files import read_bytes
-from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
-from farcast_cli.layouts.torch_payload import number
 from farcast_cli.trainer.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
 from farcast_cli.trainer.lightning_loops import Leap, is_lightning, leap_notes, move_loops, plan_leap
-from farcast_cli.trainer.schedules import Observation, advance_scheduler, counter_path, is_scheduler_state
+from farcast_cli.trainer.schedules import advance_scheduler, counter_path, is_scheduler_state
+from farcast_cli.trainer.state_files import (
+    STATE_ROLES,
+    History,
+    as_numbers,
+    leaf,
+    load_histories,
+    observation,
+    optimizer_states,
+    param_groups,
+    scheduler_paths,
+)
 from farcast_cli.trainer.transformers_rates import named_formula
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from fractions import Fraction
 
+    from farcast_cli.formats.torch_file import TorchFile
     from farcast_cli.layouts.base import Part, Snapshot
 
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
@@ -37,7 +47,6 @@ CountersMode = Literal["advance", "keep"]
 
 MIN_TO_COUNT = 3  # snapshots, for what no counter's name tells to be one; any two values lie on a line
 HISTORY = 8  # snapshots that a counter's rate is measured on
-_STATE_ROLES = {"state", "side-state", "optimizer", "scheduler", "trainer-state"}
 _FLOAT_COUNTERS = {"epoch", "step", "total_flos"}
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
@@ -85,24 +94,6 @@ class Advanced:
     dropped: set[str] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
-class _History:
-    """One state file at the last few snapshots: (step, tree, file), the origin last."""
-
-    states: tuple[tuple[int, Any, TorchFile | None], ...]
-
-    def series(self, path: Path_) -> list[tuple[int, int | float]]:
-        """The values of a leaf by step, where it is a number."""
-        found = []
-        for step, tree, file in self.states:
-            value = _leaf(tree, path)
-            if isinstance(value, TensorRef):
-                value = number(file, value) if file else None
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found.append((step, value))
-        return found
-
-
 def advance(
     snapshots: Sequence[Snapshot], horizon: int, *, optimizer: OptimizerMode = "copy", counters: CountersMode = "advance"
 ) -> Advanced:
@@ -112,11 +103,11 @@ def advance(
         snapshots: the last few up to the origin, in order; rates are measured on them.
     """
     origin = snapshots[-1]
-    histories = _load(snapshots[-HISTORY:])
+    histories = load_histories(snapshots[-HISTORY:])
     result = Advanced(
         {
             name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
-            for name, part in ((part.name, part) for part in origin.parts if part.role in _STATE_ROLES)
+            for name, part in ((part.name, part) for part in origin.parts if part.role in STATE_ROLES)
         },
         notes=list(origin.notes),
     )
@@ -147,7 +138,7 @@ def told_as_damage(origin: Snapshot) -> Iterator[None]:
         ) from error
 
 
-def _is_rewritten(state: StateTree, history: _History) -> bool:
+def _is_rewritten(state: StateTree, history: History) -> bool:
     """Whether a state file is another than the origin's, which is copied as it is otherwise."""
     return state.part.role == "state" or bool(state.literals or state.zeroed) or state.tree != history.states[-1][1]
 
@@ -180,7 +171,7 @@ def _is_batch_count(name: str) -> bool:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-def _advance_counters(state: StateTree, history: _History, target: int, result: Advanced, leap: Leap | None) -> None:
+def _advance_counters(state: StateTree, history: History, target: int, result: Advanced, leap: Leap | None) -> None:
     if state.part.role == "state" and not state.part.weights_key:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
@@ -206,9 +197,9 @@ def _advance_counters(state: StateTree, history: _History, target: int, result: 
         result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
 
 
-def _opaque(tree: object, history: _History, path: Path_ = ()) -> Iterator[str]:
+def _opaque(tree: object, history: History, path: Path_ = ()) -> Iterator[str]:
     """What a loop pickled by itself, a data loader's place for one, where it changes from snapshot to snapshot."""
-    if isinstance(tree, bytes) and any(_leaf(earlier, path) != tree for _, earlier, _ in history.states):
+    if isinstance(tree, bytes) and any(leaf(earlier, path) != tree for _, earlier, _ in history.states):
         yield ".".join(map(str, path))
     elif isinstance(tree, (dict, list)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
@@ -302,7 +293,7 @@ def _packed(ref: TensorRef, value: float) -> bytes:
 
 def _advance_schedules(
     result: Advanced,
-    histories: Mapping[str, _History],
+    histories: Mapping[str, History],
     snapshots: Sequence[Snapshot],
     target: int,
     leaps: Mapping[str, Leap | None],
@@ -311,8 +302,8 @@ def _advance_schedules(
 
     Rates that are tensors (of compiled optimisers) are worked on as numbers and written back as tensors.
     """
-    optimizers = [(state, groups) for state in result.trees.values() for groups in _param_groups(state.tree)]
-    schedulers = [(name, path) for name, state in result.trees.items() for path in _scheduler_paths(state.tree)]
+    optimizers = [(state, groups) for state in result.trees.values() for groups in param_groups(state.tree)]
+    schedulers = [(name, path) for name, state in result.trees.items() for path in scheduler_paths(state.tree)]
     total = _total_steps(result)
     named = named_formula(snapshots[-1].parts, total)
     set_by: dict[int, str] = {}
@@ -320,7 +311,7 @@ def _advance_schedules(
         result.notes.extend(_rates_left(result, histories))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
-        saved = _leaf(holder.tree, path)
+        saved = leaf(holder.tree, path)
         where = ".".join([name or snapshots[-1].path.name, *map(str, path)])
         series = history.series((*path, *counter_path(saved)))
         known = _count_by_rhythm(leaps[name], path)
@@ -329,13 +320,13 @@ def _advance_schedules(
             why = "last_epoch does not rise steadily with the step"
             result.notes.append(f"{where} left as it is: {why}, and the learning rate stays behind")
             continue
-        plain = _as_numbers(saved, holder)
+        plain = as_numbers(saved, holder.file)
         owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
         if owner is None and optimizers:
             result.notes.append(f"{where}: which optimizer it belongs to cannot be told: no learning rate is moved")
-        groups = _as_numbers(owner[1], owner[0]) if owner else []
+        groups = as_numbers(owner[1], owner[0].file) if owner else []
         before = [group["lr"] for group in groups]
-        seen = [_observation(tree, path, file) for _, tree, file in history.states]
+        seen = [observation(tree, path, file) for _, tree, file in history.states]
         observations = [item for item in seen if item is not None]
         note = advance_scheduler(plain, groups, int(new), total_steps=total, observations=observations, named=named)
         result.changes.append(Change(f"{where}: last_epoch", series[-1][1], int(new)))
@@ -352,13 +343,15 @@ def _advance_schedules(
             result.notes.append(f"{where}: {note}")
 
 
-def _rates_left(result: Advanced, histories: Mapping[str, _History]) -> Iterator[str]:
+def _rates_left(result: Advanced, histories: Mapping[str, History]) -> Iterator[str]:
     """Learning rates that moved along the run, where no file says by what schedule."""
     for name, state in result.trees.items():
         _, first, file = histories[name].states[0]
         earlier = StateTree(state.part, first, file)
-        for before, groups in zip(_param_groups(first), _param_groups(state.tree), strict=False):
-            old, new = ([g["lr"] for g in _as_numbers(tree, holder)] for tree, holder in ((before, earlier), (groups, state)))
+        for before, groups in zip(param_groups(first), param_groups(state.tree), strict=False):
+            old, new = (
+                [g["lr"] for g in as_numbers(tree, holder.file)] for tree, holder in ((before, earlier), (groups, state))
+            )
             if old != new:
                 where = state.part.name or state.part.path.name
                 yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets it each step is right"
@@ -374,27 +367,14 @@ def _owner(
 ) -> tuple[StateTree, list[dict[str, Any]]] | None:
     """The optimiser whose rates the schedule last set; by position where that tells nothing."""
     rates = schedule.get("_last_lr")
-    fitting = [(state, groups) for state, groups in optimizers if [g.get("lr") for g in _as_numbers(groups, state)] == rates]
+    fitting = [
+        (state, groups) for state, groups in optimizers if [g.get("lr") for g in as_numbers(groups, state.file)] == rates
+    ]
     if index is not None and (not fitting or optimizers[index] in fitting):
         return optimizers[index]
     if len(fitting) == 1 or (fitting and index is not None):
         return fitting[0]
     return optimizers[0] if len(optimizers) == 1 else None
-
-
-def _as_numbers(tree: Any, state: StateTree) -> Any:
-    """A copy of a tree whose one-element tensors are numbers."""
-    if isinstance(tree, TensorRef):
-        found = number(state.file, tree) if state.file else None
-        return tree if found is None else found
-    if isinstance(tree, dict):
-        made = copy.copy(tree)  # an OrderedDict or a Counter stays one
-        for key, value in tree.items():
-            made[key] = _as_numbers(value, state)
-        return made
-    if isinstance(tree, list):
-        return [_as_numbers(value, state) for value in tree]
-    return copy.deepcopy(tree)
 
 
 _NESTED = (dict, list, TensorRef)
@@ -425,41 +405,6 @@ def _total_steps(result: Advanced) -> int | None:
     return None
 
 
-def _observation(tree: object, path: Path_, file: TorchFile | None) -> Observation | None:
-    state = _leaf(tree, path)
-    rates = state.get("_last_lr") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not isinstance(rates, list) or "last_epoch" not in state:
-        return None
-    numbers = [number(file, rate) if file else rate for rate in rates]
-    known = [float(rate) for rate in numbers if isinstance(rate, (int, float))]
-    return Observation(int(state["last_epoch"]), tuple(known)) if len(known) == len(rates) else None
-
-
-def _scheduler_paths(tree: object, path: Path_ = ()) -> Iterator[Path_]:
-    if is_scheduler_state(tree):
-        yield path
-    elif isinstance(tree, (dict, list)):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _scheduler_paths(value, (*path, key))
-
-
-def _are_groups(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(group, dict) and "lr" in group for group in value)
-
-
-def _optimizer_states(tree: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(tree, dict) and _are_groups(tree.get("param_groups")) and isinstance(tree.get("state"), dict):
-        yield tree
-    elif isinstance(tree, (dict, list)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _optimizer_states(value)
-
-
-def _param_groups(tree: object) -> Iterator[list[dict[str, Any]]]:
-    for state in _optimizer_states(tree):
-        yield state["param_groups"]
-
-
 def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -> None:
     if mode == "drop" and is_lightning(state.tree):
         result.notes.append("optimizer state emptied, not left out: Lightning loads no checkpoint without its key")
@@ -469,7 +414,7 @@ def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -
         return
     if mode == "drop":
         _drop_optimizer(state, result)
-    for optimizer in _optimizer_states(state.tree):
+    for optimizer in optimizer_states(state.tree):
         if mode == "reset":
             optimizer["state"] = {}
             result.notes.append("optimizer state reset: moments start at zero, learning rates are kept")
@@ -481,7 +426,7 @@ def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -
 
 def _zero_optimizers(state: StateTree, result: Advanced) -> None:
     """An optimiser as it was when it was new, all its keys in their places: a loader that misses one stops."""
-    refs = [ref for optimizer in _optimizer_states(state.tree) for _, ref in iter_tensors(optimizer["state"])]
+    refs = [ref for optimizer in optimizer_states(state.tree) for _, ref in iter_tensors(optimizer["state"])]
     places = {_place(ref) for ref in refs}
     state.literals = {place: data for place, data in state.literals.items() if place not in places}
     state.zeroed |= places
@@ -495,36 +440,12 @@ def _drop_optimizer(state: StateTree, result: Advanced) -> None:
         then = ": a Hugging Face Trainer then restarts the learning rate as well" if of_trainer else ""
         result.notes.append(f"{state.part.name} left out{then}")
     elif state.part.role == "state" and isinstance(state.tree, dict):
-        for key in [key for key, value in state.tree.items() if any(_optimizer_states(value))]:
+        for key in [key for key, value in state.tree.items() if any(optimizer_states(value))]:
             del state.tree[key]
             result.notes.append(f"{key!r} left out")
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
-
-
-def _load(snapshots: Sequence[Snapshot]) -> dict[str, _History]:
-    """The state files of the last snapshots by part name; the origin has all of them, older ones may lack some."""
-    by_name: dict[str, list[tuple[int, Any, TorchFile | None]]] = {}
-    for snapshot in snapshots:
-        for part in snapshot.parts:
-            if part.role in _STATE_ROLES:
-                content = part.content if part.content is not None else read_torch_file(part.path)
-                content = content.as_torch if isinstance(content, DcpFile) else content
-                file = content if isinstance(content, TorchFile) else None
-                by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
-    return {name: _History(tuple(states)) for name, states in by_name.items()}
-
-
-def _leaf(tree: Any, path: Path_) -> Any:
-    for key in path:
-        if isinstance(tree, dict):
-            tree = tree.get(key)
-        elif isinstance(tree, (list, tuple)) and isinstance(key, int) and key < len(tree):
-            tree = tree[key]
-        else:
-            return None
-    return tree
 
 
 def _set(tree: Any, path: Path_, value: object) -> None:

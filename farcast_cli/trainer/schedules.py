@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -113,7 +114,7 @@ def advance_scheduler(
     Returns:
         What could not be done, in words; empty where everything is exact.
     """
-    counter, name = _counter(state), _name_of(state)
+    counter, name = _counter(state), schedule_name(state)
     if name == "ReduceLROnPlateau":
         state["last_epoch"] = target
         return PLATEAU_NOTE
@@ -147,12 +148,13 @@ class _Unknown:
         return self._last_lr
 
 
-def _name_of(state: dict[str, Any]) -> str:
+def schedule_name(state: dict[str, Any]) -> str:
+    """Which of torch's schedules a state is of; `LambdaLR` where it holds no formula that is known here."""
     return next((name for name, keys in SIGNATURES.items() if keys <= state.keys()), "LambdaLR")
 
 
 def _holds_lambda(state: dict[str, Any]) -> bool:
-    return any(_name_of(inner) == "LambdaLR" or _holds_lambda(inner) for inner in state.get("_schedulers", []))
+    return any(schedule_name(inner) == "LambdaLR" or _holds_lambda(inner) for inner in state.get("_schedulers", []))
 
 
 def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
@@ -160,20 +162,43 @@ def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], cou
     if count > MAX_COUNT:
         raise UsageError(f"the learning-rate schedule would have to be stepped {count} times", hint="--counters keep")
     schedule = _rebuild(name, state, stand_in)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here
-        try:
-            for _ in range(count):
-                schedule.step()
-        except ValueError as error:
-            done = schedule.last_epoch if hasattr(schedule, "last_epoch") else 0
-            raise UsageError(
-                f"the learning-rate schedule ends before the valid step: {error}",
-                hint=f"a horizon that ends {max(1, count - (done - _counter(state)))} steps earlier, or --counters keep",
-            ) from error
+    try:
+        for _ in _stepped(schedule, count):
+            pass
+    except ValueError as error:
+        done = schedule.last_epoch if hasattr(schedule, "last_epoch") else 0
+        raise UsageError(
+            f"the learning-rate schedule ends before the valid step: {error}",
+            hint=f"a horizon that ends {max(1, count - (done - _counter(state)))} steps earlier, or --counters keep",
+        ) from error
     state.update(_state_of(schedule, state))
     for group, moved in zip(groups, stand_in.param_groups, strict=False):
         group.update({key: moved[key] for key in group if key != "params" and key in moved})
+
+
+def _stepped(schedule: Any, count: int) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here
+        for _ in range(count):
+            schedule.step()
+            yield
+
+
+def rates_ahead(state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> list[tuple[float, ...]]:
+    """The groups' rates at a schedule's present count and at each of the `count` counts after it; the state stays as it is.
+
+    Fewer where the schedule ends before; none where the state does not hold the formula.
+    """
+    name = schedule_name(state)
+    unknown = name in {"LambdaLR", "ReduceLROnPlateau"} or _holds_lambda(state)
+    if unknown or (name in _RATES_IN_GROUPS and not groups):
+        return []
+    stand_in = SimpleNamespace(param_groups=_stand_in_groups(state, groups), step=lambda: None)
+    rates = [tuple(group["lr"] for group in stand_in.param_groups)]
+    with suppress(ValueError):  # OneCycleLR's, at its end
+        for _ in _stepped(_rebuild(name, state, stand_in), min(count, MAX_COUNT)):
+            rates.append(tuple(group["lr"] for group in stand_in.param_groups))  # noqa: PERF401 - what was had counts
+    return rates
 
 
 def _stand_in_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,7 +233,7 @@ def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> An
     if name == "SWALR":
         schedule._set_anneal_func(state["_anneal_strategy"])  # noqa: SLF001
     if "_schedulers" in state:
-        schedule._schedulers = [_rebuild(_name_of(one), one, optimizer) for one in state["_schedulers"]]  # noqa: SLF001
+        schedule._schedulers = [_rebuild(schedule_name(one), one, optimizer) for one in state["_schedulers"]]  # noqa: SLF001
     return schedule
 
 
@@ -262,13 +287,20 @@ def infer_rate(
     seen: Sequence[tuple[int, float]], base: float, target: int, total_steps: int | None, *, named: Formula | None = None
 ) -> float | None:
     """The learning rate at `target` by the first formula that explains all (step, rate) seen; None where none does."""
+    formula = find_formula(seen, base, total_steps, named=named)
+    factor = formula(target) if formula else math.nan
+    return base * factor if math.isfinite(factor) else None
+
+
+def find_formula(
+    seen: Sequence[tuple[int, float]], base: float, total_steps: int | None, *, named: Formula | None = None
+) -> Formula | None:
+    """The first formula, a factor of `base` by the count of steps, that explains all (step, rate) seen; None where none does."""
     factors = _factors(seen, base)
     if len(factors) < 2:  # noqa: PLR2004 - one point fits anything
         return None
     candidates = _formulas(factors, total_steps)
-    formula = named if named and _is_of(named, factors) else next((one for one in candidates if _explains(one, factors)), None)
-    factor = formula(target) if formula else math.nan
-    return base * factor if math.isfinite(factor) else None
+    return named if named and _is_of(named, factors) else next((one for one in candidates if _explains(one, factors)), None)
 
 
 def _factors(seen: Sequence[tuple[int, float]], base: float) -> list[tuple[int, float]]:
