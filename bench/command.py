@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from unittest.mock import patch
 from farcast_cli.cli import main
 
 DONE, UNUSABLE, ABSTAINED = 0, 3, 10  # exit codes that are results; any other is a failure
+LEAP_OPTIONS = ("--json", "-q", "--threads", 1)
 
 
 class CommandError(Exception):
@@ -23,10 +25,9 @@ def farcast(*arguments: object) -> tuple[int, str]:
     """Exit code of `farcast ARGUMENTS` (0, 3 or 10) and its stdout, or for 3 the reason."""
     said, complained = io.StringIO(), io.StringIO()
     words = ["farcast", *map(str, arguments)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_")}
     with (
         patch.object(sys, "argv", words),
-        patch.dict(os.environ, clean, clear=True),
+        patch.dict(os.environ, _environment(), clear=True),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(complained),
     ):
@@ -35,9 +36,20 @@ def farcast(*arguments: object) -> tuple[int, str]:
             main()
         except SystemExit as stopped:
             code = stopped.code
-    if code not in {DONE, UNUSABLE, ABSTAINED}:
-        raise CommandError(f"{' '.join(words)}: exit {code}\n{complained.getvalue()}")
+    _result(code, words, complained.getvalue())
     return int(code), complained.getvalue() if code == UNUSABLE else said.getvalue()
+
+
+def _environment() -> dict[str, str]:
+    """Without what a user may have set for farcast."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_")}
+
+
+def _result(code: Any, words: list[str], complained: str) -> int:
+    """The exit code, where it is one of a result."""
+    if code not in {DONE, UNUSABLE, ABSTAINED}:
+        raise CommandError(f"{' '.join(words)}: exit {code}\n{complained}")
+    return int(code)
 
 
 def predict(*arguments: object) -> dict[str, Any]:
@@ -46,3 +58,22 @@ def predict(*arguments: object) -> dict[str, Any]:
     if code == UNUSABLE:
         raise CommandError(said)
     return dict(json.loads(said))
+
+
+def leap(*arguments: object) -> dict[str, Any]:
+    """What `farcast leap --json` says; its `path` is missing or None where there is nothing to gain, yet or at all."""
+    return _leap_said(*farcast("leap", *arguments, *LEAP_OPTIONS))
+
+
+def leap_outside(*arguments: object) -> dict[str, Any]:
+    """The same from a process of its own, as a training loop calls it."""
+    words = [sys.executable, "-m", "farcast_cli", "leap", *map(str, [*arguments, *LEAP_OPTIONS])]
+    ended = subprocess.run(words, env=_environment(), capture_output=True, text=True, check=False)
+    code = _result(ended.returncode, words, ended.stderr)
+    return _leap_said(code, ended.stderr if code == UNUSABLE else ended.stdout)
+
+
+def _leap_said(code: int, said: str) -> dict[str, Any]:
+    if code == UNUSABLE:
+        return {"path": None, "reason": said.strip()}
+    return dict(json.loads(said)) if said.strip() else {"path": None}
