@@ -8,10 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from farcast_cli.cli import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DONE, UNUSABLE, ABSTAINED = 0, 3, 10  # exit codes that are results; any other is a failure
 LEAP_OPTIONS = ("--json", "-q", "--threads", 1)
@@ -52,28 +55,25 @@ def _result(code: Any, words: list[str], complained: str) -> int:
     return int(code)
 
 
-def predict(*arguments: object) -> dict[str, Any]:
+def outside(*arguments: object) -> tuple[int, str]:
+    """The same from a process of its own, as a training loop calls it."""
+    words = [sys.executable, "-m", "farcast_cli", *map(str, arguments)]
+    ended = subprocess.run(words, env=_environment(), capture_output=True, text=True, check=False)
+    code = _result(ended.returncode, words, ended.stderr)
+    return code, ended.stderr if code == UNUSABLE else ended.stdout
+
+
+def predict(*arguments: object, call: Callable[..., tuple[int, str]] = farcast) -> dict[str, Any]:
     """What `farcast predict --json` says of its one forecast; its `path` is None where it abstained."""
-    code, said = farcast("predict", *arguments, "--json", "-q", "--device", "cpu", "--threads", 1)
+    code, said = call("predict", *arguments, "--json", "-q", "--device", "cpu", "--threads", 1)
     if code == UNUSABLE:
         raise CommandError(said)
     return dict(json.loads(said))
 
 
-def leap(*arguments: object) -> dict[str, Any]:
+def leap(*arguments: object, call: Callable[..., tuple[int, str]] = farcast) -> dict[str, Any]:
     """What `farcast leap --json` says; its `path` is missing or None where there is nothing to gain, yet or at all."""
-    return _leap_said(*farcast("leap", *arguments, *LEAP_OPTIONS))
-
-
-def leap_outside(*arguments: object) -> dict[str, Any]:
-    """The same from a process of its own, as a training loop calls it."""
-    words = [sys.executable, "-m", "farcast_cli", "leap", *map(str, [*arguments, *LEAP_OPTIONS])]
-    ended = subprocess.run(words, env=_environment(), capture_output=True, text=True, check=False)
-    code = _result(ended.returncode, words, ended.stderr)
-    return _leap_said(code, ended.stderr if code == UNUSABLE else ended.stdout)
-
-
-def _leap_said(code: int, said: str) -> dict[str, Any]:
+    code, said = call("leap", *arguments, *LEAP_OPTIONS)
     if code == UNUSABLE:
         return {"path": None, "reason": said.strip()}
     return dict(json.loads(said)) if said.strip() else {"path": None}

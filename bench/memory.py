@@ -22,10 +22,10 @@ import torch
 import training
 from cells import random_step
 from safetensors.torch import load_file
-from store import Cell
 
 if TYPE_CHECKING:
     import tasks
+    from store import Cell
 
 EVALUATIONS = 50  # of a run
 NONE, LEAPS, RANDOM = "none", "leaps", "random"
@@ -104,9 +104,7 @@ def _record(cell: Cell) -> dict[str, Any]:
     return dict(record["result"])
 
 
-def _leap(
-    task: tasks.Task, place: Place, *, seed: int, norms: dict[int, dict[str, float] | None] | None
-) -> dict[str, Any]:
+def _leap(task: tasks.Task, place: Place, *, seed: int, norms: dict[int, dict[str, float] | None] | None) -> dict[str, Any]:
     """Leap by farcast, or by given norms; `norms` in the answer is None where there was no leap."""
     last, said = task.get(), {}
     if norms is None:
