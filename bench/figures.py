@@ -19,6 +19,7 @@ TARGETS = (0.5, 0.75, 1.0)  # of the plain run's steps: its loss there is what o
 NEVER = 1.05  # what counts as the number of steps where a target is never reached, in runs
 FIT_REACH = 2.2  # resumed stretches over which the plain curve is fitted
 HARMFUL, MISSED = -0.03, 0.05  # gains under which a kept forecast did harm, over which an abstention missed something
+TELLING = 0.01  # of the whole run's loss: what a control must lose by the skipped steps for R to be given
 Results = dict["Cell", dict[str, Any]]
 
 
@@ -98,6 +99,46 @@ def _slope(curve: Sequence[Any], origin: int, steps: Sequence[int]) -> float:
     middle = float(np.mean(steps))
     parabola = np.polyfit([math.log(step + 1) for step, _ in near], [raw for _, raw in near], 2)
     return float(np.polyval(np.polyder(parabola), math.log(middle + 1)) / (middle + 1))
+
+
+# --- one leap under a schedule ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """One leap whose run was trained to the end of its schedule, against the control and the whole run."""
+
+    spec: Spec
+    origin: float
+    lead: float
+    replaced: float  # R; nan where the control lost nothing that could be told from noise
+    random: float  # R of a random direction with the same norms
+    kept: bool  # at this horizon, by the default
+    chosen: float  # by the default without a horizon: steps as a share of the run, 0 where it abstained
+
+
+def annealed(results: Results) -> list[Annealed]:
+    """All leaps under a schedule whose control and whole run are there."""
+    full = {cell.spec: result["curve"][-1][1] for cell, result in results.items() if cell.kind == "plain"}
+    ones = {(c.spec, c.origin, c.lead, c.method): r for c, r in results.items() if c.kind == "anneal"}
+    found = []
+    for (spec, origin, lead, method), result in ones.items():
+        control, random = (ones.get((spec, origin, lead, other)) for other in ("control", "random"))
+        if method == "forecast" and control and spec in full:
+            default = result["default"]
+            found.append(Annealed(
+                spec, origin, lead,
+                replaced=replaced(result["final"], control["final"], full[spec]),
+                random=replaced(random["final"], control["final"], full[spec]) if random else math.nan,
+                kept=result["said"]["verdict"] == "forecast",
+                chosen=default["horizon"] / spec.steps if default["verdict"] == "forecast" else 0.0,
+            ))  # fmt: skip
+    return found
+
+
+def replaced(forecast: float, control: float, full: float) -> float:
+    """R = (control - forecast) / (control - full), from losses at the end of a schedule; nan where the control is as good."""
+    return (control - forecast) / (control - full) if control > (1 + TELLING) * full else math.nan
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

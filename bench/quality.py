@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anneal
+import memory
 import report
 from cells import GATE_LEADS, RESUME_METHODS
 from rich.console import Console
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
 
 RESULTS = HERE.parent / "docs" / "results.md"
 METHOD_LEAD = 0.25  # at which the methods are compared
-STEP_S = {"mlp": 0.0012, "conv": 0.0035, "gpt": 0.031, "bert": 0.02, "lora": 0.034, "reinforce": 0.033}
-VALIDATION_S = {"mlp": 0.004, "conv": 0.03, "gpt": 0.08, "bert": 0.11, "lora": 0.09, "reinforce": 0.08}
+SCHEDULES = ("cosine", "linear", "wsd")
+UNSEEN = (11, 12)  # seeds
+STEP_S = {"mlp": 0.0012, "conv": 0.0035, "gpt": 0.031, "bert": 0.02, "lora": 0.034, "reinforce": 0.033, "gpt-m": 1.5}
+VALIDATION_S = {"mlp": 0.004, "conv": 0.03, "gpt": 0.08, "bert": 0.11, "lora": 0.09, "reinforce": 0.08, "gpt-m": 3.5}
+LEAP_S = {"gpt-m": 1.0}  # a tenth of a second elsewhere
 """Measured on one core of a two-core machine; they only order the work and drive the progress bar."""
 
 
@@ -72,7 +77,50 @@ def _seeds(spec: Spec, count: int) -> list[Spec]:
     return [replace(spec, seed=seed) for seed in range(count)]
 
 
+def _first(specs: Sequence[Spec], *names: str) -> list[Spec]:
+    """One run of each of these names."""
+    return [next(spec for spec in specs if spec.name == name) for name in names]
+
+
+def scheduled() -> list[Spec]:
+    """Runs whose rate falls to zero; `anneal` leaps on them."""
+    short = _first(digits(), "mlp-sgd", "mlp-sgd-small", "conv", "conv-small")
+    runs = [*(seeded for spec in short for seeded in _seeds(spec, 2)), *_first(text(), "gpt")]
+    return [replace(spec, name=f"{spec.name}-{how}", schedule=how) for how in SCHEDULES for spec in runs]
+
+
+def remembered() -> list[tuple[Spec, tuple[int, ...]]]:
+    """Runs that leap with memory, each with the numbers of its stretches; on seeds that no choice was made by."""
+    short = _first([*digits(), *text()], "mlp-sgd", "mlp-sgd-small", "conv", "conv-small", "gpt", "gpt-small")
+    long = replace(_first(digits(), "mlp-sgd-small")[0], name="mlp-sgd-long", steps=8_000)
+    tuned = _first(fine_tuning(), "full", "lora", "reinforce")
+    runs = [*((spec, (50,)) for spec in short), *((spec, (30,)) for spec in tuned), (long, (50, 20))]
+    return [(replace(spec, seed=seed), counts) for spec, counts in runs for seed in UNSEEN]
+
+
+def large() -> list[Cell]:
+    """A GPT of 7.5 million parameters, for a night; only with --large."""
+    spec = Spec("gpt-m", "gpt-m", "adamw", 1e-3, 600, 16, seed=11, warmup=60, clip=1.0, weight_decay=0.1, schedule="cosine")
+    return [Cell("memory", spec, method=method) for method in memory.methods(50)]
+
+
 def standard() -> list[Cell]:
+    return [*at_constant_rates(), *on_schedules(), *with_memory()]
+
+
+def on_schedules() -> list[Cell]:
+    found = []
+    for spec in scheduled():
+        found.append(Cell("plain", spec))
+        found += [Cell("anneal", spec, *place, method) for place in anneal.PLACES for method in anneal.METHODS]
+    return found
+
+
+def with_memory() -> list[Cell]:
+    return [Cell("memory", spec, method=method) for spec, counts in remembered() for method in memory.methods(*counts)]
+
+
+def at_constant_rates() -> list[Cell]:
     slow = [*text(), *fine_tuning()]  # two origins do for these, or it would take twice as long
     return [
         *(cell for spec in digits() for cell in cells_of(spec, ORIGINS)),
@@ -109,6 +157,9 @@ def needs(cell: Cell) -> list[Cell]:
         return [Cell("plain", cell.spec)]
     if cell.kind == "whole":
         return [Cell("whole", cell.spec, method=GATED)] if cell.method == RANDOM else []
+    if cell.kind == "memory":
+        copied = memory.control_of(cell)
+        return [*([Cell("pretrain", cell.spec.start)] if cell.spec.start else []), *([copied] if copied else [])]
     return [Cell("fit", cell.spec)] if cell.kind != "pretrain" else []
 
 
@@ -136,6 +187,11 @@ def expected_s(cell: Cell) -> float:
         evaluations = 0 if cell.kind == "pretrain" else 200
         leaps = 2 if cell.kind == "whole" and cell.method not in {RANDOM, DOUBLED} else 0
         return steps * step + evaluations * validation + leaps
+    if cell.kind == "memory":
+        num_leaps = 50 * cell.method.startswith((memory.LEAPS, memory.RANDOM))
+        return steps * step + 100 * validation + num_leaps * (2 * validation + LEAP_S.get(cell.spec.task, 0.1))
+    if cell.kind == "anneal":
+        return (1 - cell.origin * (1 + cell.lead)) * steps * step + 2 * validation + 0.3
     if cell.kind == "resume":
         return steps / 10 * step + 8 * validation + 0.3
     return {"fit": 0.3, "ratio": 10.0 if cell.spec.task in {"mlp", "conv"} else 28.0, "evaluation": 0.5 + 7 * validation}[
@@ -145,7 +201,7 @@ def expected_s(cell: Cell) -> float:
 
 def priority(cell: Cell) -> tuple[bool, float]:
     """What others wait for comes first, then what takes long."""
-    first = cell.kind in {"pretrain", "plain", "fit"} or cell.method == GATED
+    first = cell.kind in {"pretrain", "plain", "fit"} or cell.method == GATED or cell.method.startswith(memory.LEAPS)
     return not first, -expected_s(cell)
 
 
@@ -182,6 +238,8 @@ def work(cell: Cell) -> None:
         "resume": cells.resume,
         "evaluation": cells.evaluation,
         "whole": whole.whole,
+        "anneal": anneal.anneal,
+        "memory": memory.memory,
     }
     fill(cell, measures[cell.kind])
 
@@ -235,6 +293,7 @@ def _ready(waiting: Sequence[Cell], count: int) -> list[Cell]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="MLP and convolutional net, one seed, one origin")
+    parser.add_argument("--large", action="store_true", help="also the GPT of 7.5 million parameters, some two hours")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; one per core by default")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure only cells whose label contains this")
@@ -243,6 +302,8 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     cells = quick() if options.quick else standard()
+    if not options.quick:
+        cells += [cell for cell in large() if options.large or cell.path.exists()]
     chosen = [cell for cell in cells if options.only in cell.label]
     if options.list:
         missing = to_do(chosen)

@@ -6,8 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import report_leaps
 from cells import EVALUATED, GATE_LEADS, RATIO_LEADS, RESUME_METHODS
 from figures import HARMFUL, MISSED, NEVER, Resumed, Whole, grouped, rank_correlation, resumed, whole
+from tables import NOTHING, number, section, spread, table
+from titles import title
 from whole import DOUBLED, GATED, RANDOM, UNGATED
 
 if TYPE_CHECKING:
@@ -17,22 +20,7 @@ if TYPE_CHECKING:
     from store import Cell
     from tasks import Spec
 
-TITLES = {
-    "mlp-sgd": "MLP, SGD",
-    "mlp-sgd-small": "MLP, SGD, rate 4x too small",
-    "mlp-adamw": "MLP, AdamW",
-    "mlp-sgd-long": "MLP, SGD, rate 4x too small, long",
-    "conv": "convnet, AdamW",
-    "conv-small": "convnet, AdamW, rate 4x too small",
-    "gpt": "GPT, AdamW",
-    "gpt-small": "GPT, AdamW, rate 20x too small",
-    "bert": "DistilBERT, AdamW",
-    "full": "GPT, fine-tuned",
-    "lora": "GPT, LoRA",
-    "reinforce": "GPT, REINFORCE",
-}
 MODE_TITLES = {GATED: "leaps, default", UNGATED: "leaps, no gate", RANDOM: "random direction", DOUBLED: "rate doubled"}
-NOTHING = "-"
 
 
 def compose(cells: Sequence[Cell]) -> str:
@@ -46,6 +34,8 @@ def compose(cells: Sequence[Cell]) -> str:
         _ratios(results),
         _resuming(found),
         _whole_runs(results),
+        report_leaps.annealing(results),
+        report_leaps.remembering(results),
         _evaluation(results),
         _gate(found),
         _calibration(results),
@@ -54,32 +44,6 @@ def compose(cells: Sequence[Cell]) -> str:
 
 
 # --- words and tables ------------------------------------------------------------------------------------------------
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _section(title: str, text: str, *tables: str) -> str:
-    return "\n".join([f"## {title}\n", text.strip() + "\n", *tables]) if any(tables) else ""
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and range: `0.61 (0.40..0.80)`; the range where there are several."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return NOTHING
-    mean = _number(float(np.mean(finite)), digits)
-    return f"{mean} ({_number(min(finite), digits)}..{_number(max(finite), digits)})" if len(finite) > 1 else mean
-
-
-def _title(name: str) -> str:
-    return TITLES.get(name, name)
 
 
 def _origins(shares: Iterable[float]) -> str:
@@ -115,20 +79,20 @@ def _runs(results: Results) -> str:
         last = [result["curve"][-1] for _, result in pairs]
         optimizer = {"sgd": "SGD", "adamw": "AdamW"}[spec.optimizer]
         rows.append([
-            _title(name), f"{pairs[0][1]['num_weights']:,}", f"{optimizer} {spec.lr * spec.rate_factor:g}",
+            title(name), f"{pairs[0][1]['num_weights']:,}", f"{optimizer} {spec.lr * spec.rate_factor:g}",
             f"{spec.steps:,}", str(spec.batch), ", ".join(str(cell.spec.seed) for cell, _ in pairs),
-            _number(float(np.mean([p[1] for p in last])), 3), _number(float(np.mean([p[2] for p in last])), 3),
+            number(float(np.mean([p[1] for p in last])), 3), number(float(np.mean([p[2] for p in last])), 3),
         ])  # fmt: skip
     text = """
 The rates of the runs without a remark are tuned. The MLP and the convnet read scikit-learn's digits, moved by up to a
 pixel, with noise. GPT and DistilBERT read Python's manual, character by character. Fine-tuning starts from a GPT of
 1,500 steps and moves to Python source code; LoRA has rank 4; REINFORCE is rewarded for the text's own next character,
 and its loss is one minus the expected reward. Warm-up of 60 steps, clipping at 1 and weight decay 0.01 for GPT and
-DistilBERT, the last two for fine-tuning. Rates are constant otherwise. The last columns are validation losses at the end,
+DistilBERT, the last two for fine-tuning. Rates are constant where the run's name does not say otherwise. The last columns are validation losses at the end,
 mean over seeds: of the weights, and of the mean of the weights at the last ten evaluations (1 % of the run apart).
 """
     header = ("run", "weights", "optimiser, rate", "steps", "batch", "seeds", "loss", "loss of the average")
-    return _section("Runs", text, _table(header, rows) if rows else "")
+    return section("Runs", text, table(header, rows) if rows else "")
 
 
 def _ratios(results: Results) -> str:
@@ -137,7 +101,7 @@ def _ratios(results: Results) -> str:
     known = {name: grouped([r for r in rows if r["ratio"] is not None], lambda r: r["method"]) for name, rows in by_run.items()}
     methods = list(dict.fromkeys(method for found in known.values() for method in found))
     rows = [
-        [_title(name), *(_median([row["ratio"] for row in found.get(method, ())]) for method in methods)]
+        [title(name), *(_median([row["ratio"] for row in found.get(method, ())]) for method in methods)]
         for name, found in known.items()
     ]
     leads = ", ".join(f"{lead:g}" for lead in RATIO_LEADS)
@@ -145,11 +109,11 @@ def _ratios(results: Results) -> str:
 || w_hat - w || / || w_last - w || of each method as it is written; 1.00 is doing nothing. Median over seeds, the origins
 0.2, 0.4, 0.5 and 0.7 of N, and the leads {leads}, as far as the run goes.
 """
-    return _section("Error of the weights", text, _table(["run", *methods], rows) if rows else "")
+    return section("Error of the weights", text, table(["run", *methods], rows) if rows else "")
 
 
 def _median(values: Sequence[float]) -> str:
-    return _number(float(np.median(values))) if len(values) else NOTHING
+    return number(float(np.median(values))) if len(values) else NOTHING
 
 
 def _resuming(found: Sequence[Resumed]) -> str:
@@ -173,7 +137,7 @@ percent; less noisy than steps ahead. **At once**: the change of the loss right 
         f"### Gain in percent, where the gate abstained\n\n{_by_method(dropped, lambda r: 100 * r.gain, digits=1)}",
         f"### Change of the loss at once in percent, where the gate kept\n\n{_by_method(kept, lambda r: 100 * r.at_once, digits=1)}",
     ]
-    return _section("Resuming", text, *tables)
+    return section("Resuming", text, *tables)
 
 
 def _ahead_if_kept(one: Resumed) -> float:
@@ -186,9 +150,9 @@ def _by_method(found: Sequence[Resumed], value: Any, digits: int = 2) -> str:
     for name, ones in grouped(found, lambda r: r.spec.name).items():
         blends = [r for r in ones if r.method == "blend"]
         by_method = grouped(ones, lambda r: r.method)
-        spreads = [_spread([value(r) for r in by_method.get(method, ())], digits) for method in methods]
-        rows.append([_title(name), f"{sum(r.kept for r in blends)} of {len(blends)}", *spreads])
-    return _table(["run", "kept", *methods], rows) if rows else "None.\n"
+        spreads = [spread([value(r) for r in by_method.get(method, ())], digits) for method in methods]
+        rows.append([title(name), f"{sum(r.kept for r in blends)} of {len(blends)}", *spreads])
+    return table(["run", "kept", *methods], rows) if rows else "None.\n"
 
 
 def _whole_runs(results: Results) -> str:
@@ -201,8 +165,8 @@ def _whole_runs(results: Results) -> str:
             [whole(r["curve"], plain[c.spec], _leaps(r)) for c, r in pairs if c.method == mode and c.spec in plain]
             for mode in MODE_TITLES
         ]
-        rows.append([_title(name), str(len(specs)), *(_shares(column) for column in columns)])
-        finals.append([_title(name), *(_ends(column) for column in columns)])
+        rows.append([title(name), str(len(specs)), *(_shares(column) for column in columns)])
+        finals.append([title(name), *(_ends(column) for column in columns)])
     text = f"""
 Ten segments of N / 10 steps, a snapshot every N / 100, and after each segment but the last `fit` and `predict` with a
 ledger and without a horizon. The counters are moved on by each leap, the optimiser's state is kept, and only trained
@@ -215,9 +179,9 @@ by the same horizon and the same norm per tensor.
 """
     header = ["run", "seeds", "no leap", *MODE_TITLES.values()]
     last = (
-        "### Loss at the end, of the weights / of the average\n\n" + _table([header[0], *header[2:]], finals) if finals else ""
+        "### Loss at the end, of the weights / of the average\n\n" + table([header[0], *header[2:]], finals) if finals else ""
     )
-    return _section("Whole runs", text, _table(header, rows) if rows else "", last)
+    return section("Whole runs", text, table(header, rows) if rows else "", last)
 
 
 def _leaps(result: dict[str, Any]) -> int:
@@ -228,7 +192,7 @@ def _shares(column: Sequence[Whole]) -> str:
     if not column:
         return NOTHING
     leaps, missed = float(np.mean([w.leaps for w in column])), sum(w.missed for w in column)
-    text = f"{_spread([w.raw for w in column])} / {_spread([w.average for w in column])}"
+    text = f"{spread([w.raw for w in column])} / {spread([w.average for w in column])}"
     return text + (f" [{leaps:.3g}]" if leaps else "") + (f" !{missed}" if missed else "")
 
 
@@ -236,7 +200,7 @@ def _ends(column: Sequence[Whole]) -> str:
     if not column:
         return NOTHING
     raw, average = (float(np.mean([getattr(w, key) for w in column])) for key in ("final", "final_average"))
-    return f"{_number(raw, 3)} / {_number(average, 3)}"
+    return f"{number(raw, 3)} / {number(average, 3)}"
 
 
 def _evaluation(results: Results) -> str:
@@ -247,15 +211,15 @@ def _evaluation(results: Results) -> str:
         chosen = sorted({str(d["method"]) for d in own if d["verdict"] == "forecast"})
         wrote = sum(d["verdict"] == "forecast" for d in own)
         verdicts = f"{wrote} of {len(own)}" + (f": {', '.join(chosen)}" if chosen else "")
-        last = _spread([found["last snapshot"] for found in losses], 3)
-        rows.append([_title(name), last, *(_spread(change[m], 1) for m in change), verdicts])
+        last = spread([found["last snapshot"] for found in losses], 3)
+        rows.append([title(name), last, *(spread(change[m], 1) for m in change), verdicts])
     text = f"""
 Validation loss at once, from the origins {_origins(c.origin for c in results if c.kind == "evaluation")} of N: of the last snapshot, and by how many percent it changes
 with each method (k5 and average-extrapolate at a lead of 0.1). `default` is what `predict --for evaluation` writes
 without a horizon; where it abstains, the last snapshot counts.
 """
     header = ["run", "last snapshot", *EVALUATED, "default", "default wrote"]
-    return _section("To evaluate", text, _table(header, rows) if rows else "")
+    return section("To evaluate", text, table(header, rows) if rows else "")
 
 
 def _gate(found: Sequence[Resumed]) -> str:
@@ -272,12 +236,12 @@ coherence of the whole history, `recent S` that of its recent half. The last col
               "S, gain", "recent S, gain", "b, gain"]  # fmt: skip
     wrong = [r for r in blends if (r.kept and r.gain < HARMFUL) or (not r.kept and r.gain > MISSED)]
     listed = [
-        [_title(r.spec.name), str(r.spec.seed), f"{r.origin:g}", f"{r.lead:g}", "harmful" if r.kept else "missed",
-         _number(100 * r.gain, 1), _number(r.coherence), _number(r.recent), _number(r.ratio)]
+        [title(r.spec.name), str(r.spec.seed), f"{r.origin:g}", f"{r.lead:g}", "harmful" if r.kept else "missed",
+         number(100 * r.gain, 1), number(r.coherence), number(r.recent), number(r.ratio)]
         for r in wrong
     ]  # fmt: skip
-    of_them = _table(["run", "seed", "origin", "lead", "what", "gain in %", "S", "recent S", "b"], listed) if listed else ""
-    return _section("The gate's record", text, _table(header, rows) if rows else "", of_them)
+    of_them = table(["run", "seed", "origin", "lead", "what", "gain in %", "S", "recent S", "b"], listed) if listed else ""
+    return section("The gate's record", text, table(header, rows) if rows else "", of_them)
 
 
 def _gate_row(label: str, ones: Sequence[Resumed]) -> list[str]:
@@ -286,8 +250,8 @@ def _gate_row(label: str, ones: Sequence[Resumed]) -> list[str]:
     return [
         label, str(len(ones)), str(len(kept)), str(sum(r.gain < HARMFUL for r in kept)),
         str(len(dropped)), str(sum(r.gain > MISSED for r in dropped)),
-        _spread([100 * r.gain for r in kept], 1), _spread([100 * r.gain for r in dropped], 1),
-        *(_number(rank_correlation([getattr(r, key) for r in ones], gains)) for key in ("coherence", "recent", "ratio")),
+        spread([100 * r.gain for r in kept], 1), spread([100 * r.gain for r in dropped], 1),
+        *(number(rank_correlation([getattr(r, key) for r in ones], gains)) for key in ("coherence", "recent", "ratio")),
     ]  # fmt: skip
 
 
@@ -297,20 +261,20 @@ def _calibration(results: Results) -> str:
     known = grouped(
         [row for row in rows if row["ratio"] is not None and row["method"] != "persistence"], lambda row: row["method"]
     )
-    table = []
+    lines = []
     for method, ones in known.items():
         by_lead = grouped(ones, lambda row: row["lead"])
         columns = [rank_correlation(*_pairs(by_lead.get(lead, ()))) for lead in RATIO_LEADS]
         worse = sum(row["ratio"] > 1 for row in ones if row["b"] is not None and row["b"] < 0.95)
         kept = sum(row["b"] is not None and row["b"] < 0.95 for row in ones)
-        table.append([method, str(len(ones)), *map(_number, columns), str(kept), str(worse)])
+        lines.append([method, str(len(ones)), *map(number, columns), str(kept), str(worse)])
     text = """
 Rank correlation of the back-test ratio b with the real ratio of the forecast as it is written, by lead; and of the
 forecasts with b < 0.95 how many had a ratio over 1. b is of the clipped step; averages do not aim at later weights, so
 that b does not judge them. For `lfd2` b was only made at a lead of 0.25.
 """
     header = ["method", "cells", *(f"lead {lead:g}" for lead in RATIO_LEADS), "b < 0.95", "of these worse than nothing"]
-    return _section("b and the real ratio", text, _table(header, table) if table else "")
+    return section("b and the real ratio", text, table(header, lines) if lines else "")
 
 
 def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import farcast_cli
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tasks import Spec
 
@@ -35,7 +35,8 @@ STATISTIC = ("forecast.accumulate", "forecast.gram", "forecast.products", "strea
 _FORECASTERS = ("forecast.timeline", "forecast.forecaster", "forecast.methods", "forecast.lfd2")
 FORECAST = (*STATISTIC, *_FORECASTERS, "output.engine")
 GATE = (*FORECAST, "forecast.backtest")
-CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of farcast, by kind of cell
+LEAPING = ("forecast.*", "leap*", "ledger", "stream", "output.engine", "predict")
+CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of farcast (globs), by kind of cell
     "pretrain": (("tasks", "training"), ()),
     "plain": (("tasks", "training"), ()),
     "fit": (("tasks", "training"), STATISTIC),
@@ -43,6 +44,10 @@ CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of
     "resume": (("tasks", "training", "cells"), FORECAST),
     "evaluation": (("tasks", "training", "cells"), (*GATE, "forecast.choice", "predict")),
     "whole": (("tasks", "training", "whole"), (*GATE, "forecast.choice", "predict", "ledger")),
+    "anneal": (("tasks", "training", "anneal"), ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")),
+    "memory": (("tasks", "training", "memory"), ()),
+    "memory leaps": (("tasks", "training", "memory"), LEAPING),  # and `random`, which copies their norms
+    "memory random": (("tasks", "training", "memory"), LEAPING),
 }
 
 
@@ -64,6 +69,12 @@ class Cell:
         return "-".join([*parts, self.method] if self.method else parts)
 
     @property
+    def code(self) -> str:
+        """The entry of CODE: of the kind, or of the kind and the way to leap where that has one of its own."""
+        own = f"{self.kind} {self.method.partition('-')[0]}"
+        return own if own in CODE else self.kind
+
+    @property
     def name(self) -> str:
         return f"{self.label}-{_digest(self)}"
 
@@ -81,15 +92,23 @@ class Cell:
 @functools.cache
 def _digest(cell: Cell) -> str:
     versions = [platform.python_version(), *map(version, ("torch", "transformers", "scikit-learn", "numpy"))]
-    text = json.dumps([asdict(cell), versions, _code(cell.kind)], sort_keys=True)
+    text = json.dumps([asdict(cell), versions, _code(cell.code)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @functools.cache
 def _code(kind: str) -> str:
     ours, theirs = CODE[kind]
-    files = [HERE / f"{name}.py" for name in ours] + [FARCAST.joinpath(*name.split(".")).with_suffix(".py") for name in theirs]
-    return hashlib.sha256("".join(_meaning(file) for file in files).encode()).hexdigest()
+    return code_digest(ours, theirs)
+
+
+def code_digest(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """A hash of what modules of bench/ and of farcast do; a farcast name may be a glob, which may match nothing."""
+    files = [HERE / f"{name}.py" for name in ours]
+    for name in theirs:
+        path = name.replace(".", "/") + ".py"
+        files += sorted(FARCAST.glob(path)) if "*" in name else [FARCAST / path]
+    return hashlib.sha256("".join(map(_meaning, files)).encode()).hexdigest()
 
 
 def _meaning(file: Path) -> str:
@@ -101,14 +120,14 @@ def _meaning(file: Path) -> str:
     return ast.dump(tree)
 
 
-def fill(cell: Cell, measure: Callable[[Cell], dict[str, Any]]) -> None:
-    """Measure a cell and store the result, whole or not at all."""
+def fill(cell: Any, measure: Callable[[Any], dict[str, Any]]) -> None:
+    """Measure a cell, which is a dataclass with a `path`, and store the result there, whole or not at all."""
     started = time.process_time()
     result = measure(cell)
     used = round(time.process_time() - started, 1)
     record = {"cell": asdict(cell), "machine": machine(), "cpu_s": used, "result": result}
-    OUT.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=OUT, prefix=".", suffix=".tmp")
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=cell.path.parent, prefix=".", suffix=".tmp")
     with os.fdopen(handle, "w") as file:
         json.dump(record, file)
     Path(temporary).replace(cell.path)

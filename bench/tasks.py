@@ -8,11 +8,13 @@ and as text the manual and the source code of Python's own standard library.
 from __future__ import annotations
 
 import functools
+import math
+import os
 import pydoc_data.topics
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ BERT_CONTEXT = 32
 NUM_KINDS = 6  # what DistilBERT tells apart: the kind of the next character
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
 HELD_OUT = 0.1
+DECAYING = 0.2  # of a run: the end over which `wsd` lowers the rate
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,24 @@ class Spec:
     clip: float = 0.0
     start: Spec | None = None
     """Fine-tuning: the run whose last weights this one starts from."""
+    schedule: str = "constant"
+    """How the rate falls after the warm-up: constant, linear or cosine to zero, or wsd: linear over the last fifth."""
 
     def rate(self, step: int) -> float:
-        return self.lr * self.rate_factor * min(1.0, (step + 1) / self.warmup if self.warmup else 1.0)
+        warm = min(1.0, (step + 1) / self.warmup if self.warmup else 1.0)
+        return self.lr * self.rate_factor * warm * decay(self.schedule, step, warmup=self.warmup, steps=self.steps)
+
+
+def decay(schedule: str, step: int, *, warmup: int, steps: int) -> float:
+    """The factor on the full rate, from 1 after the warm-up down to 0 at the end of the run."""
+    share = max(0, step - warmup) / (steps - warmup)
+    factors = {
+        "constant": 1.0,
+        "linear": 1 - share,
+        "cosine": (1 + math.cos(math.pi * share)) / 2,
+        "wsd": min(1.0, (steps - step) / (DECAYING * steps)),
+    }
+    return factors[schedule]
 
 
 class Task(ABC):
@@ -197,6 +215,13 @@ def _source() -> torch.Tensor:
     return _encode("\n".join(Path(module.__file__).read_text() for module in modules if module.__file__))
 
 
+@functools.cache
+def _library() -> torch.Tensor:
+    """The source code of all modules of one file in the standard library, about four million characters."""
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))
+    return _encode("\n".join(module.read_text(encoding="utf-8", errors="ignore") for module in modules))
+
+
 def _encode(text: str) -> torch.Tensor:
     index = {char: i for i, char in enumerate(CHARS)}
     return torch.tensor([index[char] for char in text if char in index])
@@ -227,22 +252,38 @@ class Text(Task):
 class Gpt(Text):
     """A GPT-2 of 3 layers, 64 wide, over characters: 160,384 parameters."""
 
+    context = CONTEXT
+    size: ClassVar = {"n_embd": 64, "n_layer": 3, "n_head": 4}
+
     def network(self) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        size = {"vocab_size": len(CHARS), "n_positions": CONTEXT, "n_embd": 64, "n_layer": 3, "n_head": 4}
+        given = {"vocab_size": len(CHARS), "n_positions": self.context, **self.size}
         none = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "use_cache": False}
-        return GPT2LMHeadModel(GPT2Config(**size, **none, bos_token_id=0, eos_token_id=0))
+        return GPT2LMHeadModel(GPT2Config(**given, **none, bos_token_id=0, eos_token_id=0))
 
     def loss_on(self, windows: torch.Tensor) -> torch.Tensor:
         logits = self.model(windows[:, :-1]).logits
         return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
     def batch_loss(self, step: int) -> torch.Tensor:
-        return self.loss_on(self.windows(self.ids, self.rng(step), self.spec.batch, CONTEXT + 1))
+        return self.loss_on(self.windows(self.ids, self.rng(step), self.spec.batch, self.context + 1))
 
     def val_loss(self) -> torch.Tensor:
-        return self.loss_on(self.windows(self.held_out, np.random.RandomState(7), JUDGED, CONTEXT + 1))
+        return self.loss_on(self.windows(self.held_out, np.random.RandomState(7), JUDGED, self.context + 1))
+
+
+class LargeGpt(Gpt):
+    """A GPT-2 of 6 layers, 320 wide, over 128 characters of Python's manual and sources: 7.5 million parameters."""
+
+    context = 128
+    size: ClassVar = {"n_embd": 320, "n_layer": 6, "n_head": 5}
+
+    def load_data(self) -> None:
+        texts = [_manual(), _library()]
+        splits = [int(len(ids) * (1 - HELD_OUT)) for ids in texts]
+        self.ids = torch.cat([ids[:split] for ids, split in zip(texts, splits, strict=True)])
+        self.held_out = torch.cat([ids[split:] for ids, split in zip(texts, splits, strict=True)])
 
 
 class Lora(Gpt):
@@ -326,6 +367,7 @@ KINDS: dict[str, Callable[[Spec, dict[str, torch.Tensor] | None], Task]] = {
     "mlp": Mlp,
     "conv": Conv,
     "gpt": Gpt,
+    "gpt-m": LargeGpt,
     "bert": Bert,
     "lora": Lora,
     "reinforce": Reinforce,

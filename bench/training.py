@@ -14,6 +14,7 @@ import tasks
 import torch
 from safetensors.torch import load_file, save_file
 from store import OUT, Cell
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from farcast_cli.fitted import fit as fit_run
 from farcast_cli.fitted import load_fitted, save_fitted
@@ -49,8 +50,8 @@ def start_file(spec: tasks.Spec) -> Path:
     return OUT / "starts" / f"{Cell('pretrain', spec).name}.safetensors"
 
 
-def snapshot_name(step: int) -> str:
-    return f"step_{step:06d}.safetensors"
+def snapshot_name(step: int, suffix: str = ".safetensors") -> str:
+    return f"step_{step:06d}{suffix}"
 
 
 def open_task(spec: tasks.Spec) -> tasks.Task:
@@ -69,6 +70,53 @@ def loss_of(task: tasks.Task, weights: Weights) -> float:
     loss = task.val()
     task.set(own)
     return loss
+
+
+class Saver:
+    """Saves a run's snapshots as its loop would: the weights, or under a schedule the whole state, which tells the rate."""
+
+    def __init__(self, task: tasks.Task, folder: Path) -> None:
+        self.task, self.folder = task, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.schedule = None if task.spec.schedule == "constant" else torch_schedule(task.spec, task.optimizer)
+        self.step = 0
+
+    def save(self, step: int) -> None:
+        if self.schedule is None:
+            save_file(self.task.get(), self.folder / snapshot_name(step), metadata={"format": "pt"})
+            return
+        if step:
+            _set_rate(self.task.optimizer, self.task.spec.rate(self.step))  # torch's schedules go on from the last rate
+        while self.step < step:
+            self.schedule.step()
+            self.step += 1
+        state = {"model": self.task.get(), "optimizer": self.task.optimizer.state_dict()}
+        torch.save(state | {"scheduler": self.schedule.state_dict(), "step": step}, self.folder / snapshot_name(step, ".pt"))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def torch_schedule(spec: tasks.Spec, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Torch's own schedules with the rates that `Spec.rate` has; farcast reads them from the snapshots."""
+    _set_rate(optimizer, spec.lr * spec.rate_factor)  # what torch's schedules take for the full rate
+    length, tail = spec.steps - spec.warmup, round(tasks.DECAYING * spec.steps)
+    parts: list[tuple[int, LRScheduler]] = []  # each with the step at which it begins
+    if spec.warmup:
+        parts.append((0, LinearLR(optimizer, start_factor=1 / spec.warmup, total_iters=spec.warmup - 1)))
+    if spec.schedule == "cosine":
+        parts.append((spec.warmup, CosineAnnealingLR(optimizer, T_max=length)))
+    elif spec.schedule == "linear":
+        parts.append((spec.warmup, LinearLR(optimizer, start_factor=1, end_factor=0, total_iters=length)))
+    else:
+        parts.append((spec.warmup, ConstantLR(optimizer, factor=1, total_iters=1)))
+        if spec.schedule == "wsd":
+            parts.append((spec.steps - tail, LinearLR(optimizer, start_factor=1, end_factor=0, total_iters=tail)))
+    if len(parts) == 1:
+        return parts[0][1]
+    return SequentialLR(optimizer, [part for _, part in parts], milestones=[start for start, _ in parts[1:]])
 
 
 class Curve:
@@ -107,15 +155,15 @@ def plain(cell: Cell) -> dict[str, Any]:
     """Train a run to its end; leaves its snapshots, and the whole state at the origins."""
     spec, task = cell.spec, open_task(cell.spec)
     folder, curve = run_folder(spec), Curve(task)
-    folder.mkdir(parents=True, exist_ok=True)
     state_file(spec, 0).parent.mkdir(parents=True, exist_ok=True)
     origins = {round(share * spec.steps) for share in ORIGINS}
+    saver = Saver(task, folder)
     for step in range(spec.steps + 1):
         if step % (spec.steps // EVALUATIONS) == 0:
             curve.add(step)
         if step % (spec.steps // SNAPSHOTS) == 0:
-            save_file(task.get(), folder / snapshot_name(step), metadata={"format": "pt"})
-        if step in origins:
+            saver.save(step)
+        if step in origins and spec.schedule == "constant":
             torch.save({"model": task.get(), "optimizer": task.optimizer.state_dict()}, state_file(spec, step))
         if step < spec.steps:
             task.step(step)
