@@ -32,8 +32,6 @@ from trials import LEAPS, RANDOM, Trial
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# --- work ------------------------------------------------------------------------------------------------------------
-
 
 def to_do(chosen: Sequence[Trial]) -> list[Trial]:
     """What is missing, in the order in which one mode needs another."""

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 import anneal
 import memory
 import report
+import report_pretrained
 from cells import GATE_LEADS, RESUME_METHODS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from store import HERE, OUT, Cell, fill
 from tasks import Spec
 from training import ORIGINS, fit_file, run_folder, start_file
+from trials import trials
 from whole import DOUBLED, GATED, MODES, RANDOM
 
 if TYPE_CHECKING:
@@ -312,7 +314,7 @@ def main() -> None:
         return
     failures = [] if options.report_only else run(chosen, options.jobs, console)
     target = options.output or (OUT / "results-quick.md" if options.quick else RESULTS)
-    content = report.compose(cells)
+    content = report.compose(cells, "" if options.quick else report_pretrained.compose(trials()))
     target.write_text(content)
     console.print(content, markup=False, highlight=False, soft_wrap=True)
     console.print(f"wrote {os.path.relpath(target)}", highlight=False)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MODE_TITLES = {GATED: "leaps, default", UNGATED: "leaps, no gate", RANDOM: "random direction", DOUBLED: "rate doubled"}
 
 
-def compose(cells: Sequence[Cell]) -> str:
-    """The whole page, from the cells that are there."""
+def compose(cells: Sequence[Cell], pretrained: str = "") -> str:
+    """The whole page, from the cells that are there, with the section on a pretrained model."""
     records = {cell: record for cell in cells if (record := cell.read())}
     results: Results = {cell: record["result"] for cell, record in records.items()}
     found = resumed(results)
@@ -36,6 +36,7 @@ def compose(cells: Sequence[Cell]) -> str:
         _whole_runs(results),
         report_leaps.annealing(results),
         report_leaps.remembering(results),
+        pretrained,
         _evaluation(results),
         _gate(found),
         _calibration(results),
