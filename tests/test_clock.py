@@ -37,7 +37,7 @@ Build = dict[str, "Callable[[Any], Any]"]
 SCHEDULES: Build = {
     "constant": lambda o: lr_scheduler.ConstantLR(o, 1.0),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH),
-    "to a floor": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH, 0.02),
+    "to a floor": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH, 0.03),
     "steep": lambda o: lr_scheduler.CosineAnnealingLR(o, 120),
 }
 
@@ -151,6 +151,14 @@ def test_to_resume_a_step_keeps_its_full_length_while_a_quarter_of_the_highest_r
     assert _size("blend", late) < 0.8 * _size("blend", replace(steps, horizon=40.0))
     assert (full.length_factor, late.length_factor) == (1.0, late.pace_ahead)
     assert full.pace_ahead < 0.7
+
+
+def test_a_step_to_resume_that_is_longer_than_half_the_history_is_scaled(tmp_path: Path) -> None:
+    """At a rate that falls slowly, so that its end is no reason."""
+    task = _task(_fitted(_train(tmp_path / "run", "to a floor")), 46.0, anneals=True)
+    assert task.length_factor == 1.0
+    longer = replace(task, horizon=47.0)
+    assert longer.length_factor == longer.pace_ahead < 1.0
 
 
 def test_a_horizon_that_is_proposed_ends_while_a_quarter_of_the_highest_rate_is_left(tmp_path: Path) -> None:
