@@ -237,7 +237,7 @@ def backtest(
     scores = score(list(shown), tasks[horizons[0]], horizons)
     steady = coherence(gram, timeline)
     if json_:
-        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions) | {"clock": pace.clock})
+        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions, pace))
     else:
         render.backtest_table(fitted.steps[-1], steady, scores, decisions)
         render.clock(pace)

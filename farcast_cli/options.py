@@ -205,7 +205,8 @@ ClockOption = Annotated[
         "--clock",
         envvar=env("CLOCK"),
         metavar="steps|rate",
-        help="What lengths are measured in: steps, or learning rate summed over them; the rate where it is known by default.",
+        help="What lengths and b are measured in: steps, or learning rate summed over them. By default the rate where it is known; a"
+        " step to resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]
 LayoutOption = Annotated[

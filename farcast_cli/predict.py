@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from farcast_cli.layouts.base import Snapshot
 
 FALLING = 0.95  # of the rate before; a mean over the horizon below it is a decay
-REPLACED = (0.6, 1.0)  # of the skipped training, by leaps that end while a quarter of the highest rate is left
-REPLACED_LATE = (-0.1, 0.8)  # the same of later leaps
+REPLACED = (0.6, 1.0)  # of the skipped training, by leaps in full length (docs/method.md)
+REPLACED_LATE = (-0.1, 0.8)  # the same of later and of longer leaps
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
@@ -148,10 +148,11 @@ def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
     origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
     control = shell_word(Path("control") / outcome.path.name)
     low, high = REPLACED if outcome.length_factor == 1 else REPLACED_LATE
+    which = "like this" if outcome.length_factor == 1 else "that ended as late, or were as long,"
     yield (
-        f"the learning rate falls{'' if outcome.length_factor == 1 else ', and little of it is left'}: on small runs leaps like this"
-        f" replaced {low} to {high} of the training that they skipped, by the loss at the end of the schedule; the control tells how"
-        f" much yours does: farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
+        f"the learning rate falls: on small runs leaps {which} replaced {low} to {high} of the training that they skipped, by the loss"
+        " at the end of the schedule; the control tells how much yours does:"
+        f" farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
     )
 
 

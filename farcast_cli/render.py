@@ -326,13 +326,14 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
 
 
 def backtest_json(
-    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]], pace: Pace
 ) -> dict[str, Any]:
     best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
     verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return {
         "origin_step": origin_step,
         "coherence": steady,
+        "clock": pace.clock,
         "scores": [
             {"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written} for s in scores
         ],

@@ -28,6 +28,7 @@ StepNorm = Literal["match", "match-plain", "clip", "free"]
 Scope = Literal["auto", "tensor", "global"]
 
 ANNEALING_RATE = 0.25  # of the highest: leaps that ended at a lower one replaced less of the training that they skipped
+LONGEST_IN_FULL = 0.5  # of the history; longer leaps were no better in full length, and one of 1.5 of it was worse
 DRIFT_WINDOW = 2.0  # times the horizon: a longer one overshoots where a run slows down
 MAX_MATCH = 3.0  # bf16 moves below one ulp once asked for a factor of 22: noise
 
@@ -86,12 +87,13 @@ class Task:
     def length_pace(self) -> Pace:
         """The clock of the step as it is written, where b is judged by `pace`.
 
-        To resume from, a step keeps its full length while the rate at its end is a quarter of the highest so far: the decay
-        that is left anneals what is too long, and the run ends lower (measured, docs/method.md).
+        To resume from, a step of up to half the history keeps its full length while the rate at its end is a quarter of the
+        highest so far: the decay that is left anneals what is too long, and the run ends lower (measured, docs/method.md).
         """
-        valid = self.timeline.origin + self.horizon
-        in_full = self.anneals and self.pace.lasts_until(self.timeline.origin, ANNEALING_RATE) >= valid
-        return STEPS if in_full else self.pace
+        origin = self.timeline.origin
+        is_short = self.horizon <= LONGEST_IN_FULL * self.timeline.length + 1  # a horizon is a whole number
+        lasts = self.anneals and self.pace.lasts_until(origin, ANNEALING_RATE) >= origin + self.horizon
+        return STEPS if is_short and lasts else self.pace
 
     @property
     def length_factor(self) -> float:
