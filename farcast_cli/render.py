@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from farcast_cli.alignment import Alignment, Copied
     from farcast_cli.errors import FarcastError
     from farcast_cli.fitted import Fitted
-    from farcast_cli.forecast.backtest import Decision, Score
+    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
+    from farcast_cli.forecast.significance import Significance
     from farcast_cli.job import Outcome
     from farcast_cli.ledger import History, Leap
     from farcast_cli.trajectory import Trajectory
@@ -151,6 +152,13 @@ def size(num_bytes: float) -> str:
 
 def number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "unknown"
+
+
+def chance(significance: Significance) -> str:
+    """The p of S in words; what it cannot say where the snapshots are few."""
+    p, smallest = significance.p, significance.smallest
+    weak = f", {smallest:.2g} at least with so few snapshots: weak" if significance.weak else ""
+    return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
 
 
 def bar(ratio: float) -> str:
@@ -290,7 +298,7 @@ def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap
             )
 
 
-def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:
+def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, steady: Steadiness) -> dict[str, Any]:
     return {
         "forecaster": portable(path),
         "origin_step": fitted.steps[-1],
@@ -299,12 +307,15 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
         "notes": list(fitted.provenance.notes),
         "num_tensors": len(fitted.provenance.tensors),
         "sampled": fitted.provenance.num_samples,
+        "coherence": steady.coherence,
+        "recent_coherence": steady.recent,
+        "significance": steady.significance.p,
         "bytes_read": bytes_read,
         "seconds": round(seconds, 3),
     }
 
 
-def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tuple[float, float], verbose: bool = False) -> None:
+def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Steadiness, verbose: bool = False) -> None:
     from farcast_cli.forecast.backtest import COHERENCE_GATE, RECENT_GATE
 
     record = fitted.provenance
@@ -315,7 +326,7 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {number(steady[0])}, {number(steady[1])} in the recent half (does the run still move as it did; above"
+        f"coherence S = {number(steady.coherence)}, {number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; above"
         f" {COHERENCE_GATE:g} and {RECENT_GATE:g} a forecast is worth resuming from)"
     )
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
@@ -325,13 +336,14 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
 
 
 def backtest_json(
-    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
 ) -> dict[str, Any]:
     best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
     verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return {
         "origin_step": origin_step,
-        "coherence": steady,
+        "coherence": steady.coherence,
+        "significance": steady.significance.p,
         "scores": [
             {"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written} for s in scores
         ],
@@ -352,7 +364,7 @@ def backtest_json(
 
 
 def backtest_table(
-    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
 ) -> None:
     console = stdout()
     console.print(f"back-test at origin {origin_step}: error against doing nothing (0 perfect, 1 no better)")
@@ -369,7 +381,10 @@ def backtest_table(
             f"{score.ratio_as_written:.2f}",
         )
     console.print(table)
-    console.print(f"coherence S = {steady:.2f}" if math.isfinite(steady) else "coherence S: too few snapshots")
+    known = math.isfinite(steady.coherence)
+    console.print(
+        f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}" if known else "coherence S: too few snapshots"
+    )
     for horizon, (method, decision) in decisions.items():
         console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
 
@@ -389,6 +404,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "expected_ratio": decision.expected,
         "coherence": decision.coherence,
         "recent_coherence": decision.recent,
+        "significance": decision.significance.p,
         "verdict": decision.verdict,
         "reason": decision.reason,
         "chosen": list(outcome.chosen),
@@ -446,7 +462,8 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
                 else decision.reason
             )
             + f"; back-test b = {number(decision.ratio)},"
-            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)}{verdict}"
+            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)},"
+            f" {chance(decision.significance)}{verdict}"
         )
         copied_note(outcome.copied, verbose=verbose)
         for text in outcome.notes:

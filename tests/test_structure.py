@@ -75,6 +75,7 @@ ORDER = (
     "forecast.lfd2",
     "forecast.forecaster",
     "forecast.methods",
+    "forecast.significance",
     "forecast.backtest",
     "forecast.choice",
     "ledger",

@@ -1,8 +1,8 @@
 """What a method would have been worth inside the run's own history, and the verdict that follows.
 
-Two statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier, and S, the coherence of the
-run's drift, over the whole history and over its recent half. S decides what to resume from; b decides what to evaluate.
-All are always shown.
+The statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier; S, the coherence of the run's
+drift, over the whole history and over its recent half; and p, how often chance alone would give as much. S decides what
+to resume from; b decides what to evaluate. All are always shown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from farcast_cli.forecast.forecaster import Method, Options, Task, forecast, plain_step, set_step_norm
+from farcast_cli.forecast.significance import NOTHING, Significance, significance
 from farcast_cli.trajectory import MIN_SNAPSHOTS
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.timeline import Timeline
+
+    Halves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]
@@ -65,6 +68,22 @@ class Decision:
     """The ratio of the step as it is written, not clipped: what to expect of the weights' error."""
     recent: float = float("nan")
     """The coherence of the history's recent half; nan where it holds too few snapshots to tell."""
+    significance: Significance = NOTHING
+    """How often chance alone would give as large an S."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steadiness:
+    """What does not depend on a method or a horizon: S, that of the recent half, and how often chance would give S."""
+
+    coherence: float
+    recent: float
+    significance: Significance
+
+
+def steadiness(gram: Gram, timeline: Timeline) -> Steadiness:
+    """All that a history says of its drift; nan for what it is too short to say."""
+    return Steadiness(coherence(gram, timeline), recent_coherence(gram, timeline), significance_of(gram, timeline))
 
 
 def coherence(gram: Gram, timeline: Timeline) -> float:
@@ -73,9 +92,13 @@ def coherence(gram: Gram, timeline: Timeline) -> float:
     Returns:
         -1..1; nan with fewer than five snapshots, or two in a half, or where nothing moved.
     """
-    if timeline.num_snapshots < MIN_SNAPSHOTS - 1:
-        return float("nan")
-    return _coherence_over(gram, timeline, timeline.length, at_least=2)
+    return _coherence_over(gram, _whole_halves(timeline))
+
+
+def significance_of(gram: Gram, timeline: Timeline) -> Significance:
+    """The p of S: how often the run's increments would give as much with the signs of chance; nan where S cannot be had."""
+    halves = _whole_halves(timeline)
+    return significance(gram, *halves) if halves else NOTHING
 
 
 def recent_coherence(gram: Gram, timeline: Timeline) -> float:
@@ -86,17 +109,27 @@ def recent_coherence(gram: Gram, timeline: Timeline) -> float:
     Returns:
         -1..1; nan with fewer than four snapshots in each half of that stretch.
     """
-    return _coherence_over(gram, timeline, timeline.length / 2, at_least=MIN_RECENT)
+    return _coherence_over(gram, _halves(timeline, timeline.length / 2, at_least=MIN_RECENT))
 
 
-def _coherence_over(gram: Gram, timeline: Timeline, window: float, *, at_least: int) -> float:
-    """The cosine of the slopes of a window's halves, each over real snapshots alone: no move is counted in both."""
+def _whole_halves(timeline: Timeline) -> Halves | None:
+    return None if timeline.num_snapshots < MIN_SNAPSHOTS - 1 else _halves(timeline, timeline.length, at_least=2)
+
+
+def _halves(timeline: Timeline, window: float, *, at_least: int) -> Halves | None:
+    """The slopes of a window's halves, each over real snapshots alone: no move is counted in both. None with too few."""
     middle = timeline.origin - window / 2
     seen = [float(step) for step in timeline.steps if timeline.origin - window <= step <= timeline.origin]
     halves = [step for step in seen if step <= middle], [step for step in seen if step >= middle]
     if min(map(len, halves)) < at_least:
+        return None
+    return timeline.slope_over(halves[0]), timeline.slope_over(halves[1])
+
+
+def _coherence_over(gram: Gram, halves: Halves | None) -> float:
+    if halves is None:
         return float("nan")
-    early, late = (timeline.slope_over(half) for half in halves)
+    early, late = halves
     total = gram.matrix.sum(axis=0)
     size = np.sqrt(max(early @ total @ early, 0.0) * max(late @ total @ late, 0.0))
     return float(early @ total @ late / size) if size > 0 else float("nan")
@@ -158,6 +191,7 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         reason="",
         expected=float("nan") if average else backtest_ratio(method, task, as_written=True),
         recent=recent_coherence(task.gram, task.timeline),
+        significance=significance_of(task.gram, task.timeline),
     )
     if method.name == "persistence":
         return replace(found, verdict="forecast", ratio=1.0, reason="persistence leaves the weights as they are")
