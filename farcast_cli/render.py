@@ -316,7 +316,7 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, ste
 
 
 def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Steadiness, verbose: bool = False) -> None:
-    from farcast_cli.forecast.backtest import COHERENCE_GATE, RECENT_GATE
+    from farcast_cli.forecast.backtest import COHERENCE_GATE
 
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
@@ -326,8 +326,8 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Stea
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {number(steady.coherence)}, {number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; above"
-        f" {COHERENCE_GATE:g} and {RECENT_GATE:g} a forecast is worth resuming from)"
+        f"coherence S = {number(steady.coherence)}, {number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
+        f" above {COHERENCE_GATE:g} and a small p: a forecast is worth resuming from, up to a quarter of the history ahead)"
     )
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {_first_of(names, MAX_NAMES)} ({remark})")

@@ -1,12 +1,13 @@
 """What a method would have been worth inside the run's own history, and the verdict that follows.
 
 The statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier; S, the coherence of the run's
-drift, over the whole history and over its recent half; and p, how often chance alone would give as much. S decides what
-to resume from; b decides what to evaluate. All are always shown.
+drift, over the whole history and over its recent half; and p, how often chance alone would give as much. S with its p
+decides what to resume from, and b is the guard; b decides what to evaluate. All are always shown.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -29,16 +30,11 @@ if TYPE_CHECKING:
 Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 
-COHERENCE_GATE = 0.25  # S over which no leap was harmful; at .1 leaps at a tuned rate were
-SHORT_COHERENCE_GATE = 0.2  # the same up to a quarter of the history, where the recent half vouches for it
-RECENT_GATE = 0.2  # of the recent half: over long histories leaps below it lost, whatever S said
-SHORT_RECENT_GATE = 0.15  # the same up to a quarter of the history
+COHERENCE_GATE = 0.15  # S that a leap needs up to a quarter of the history; below it the gains were as those of chance
+SHORT_LEAD = 0.25  # of the history; what a longer leap needs grows with its root, as the noise that it carries along
 MIN_RECENT = 4  # snapshots in each half of the recent half: fewer, and the noise of S alone would turn leaps away
-SHORT_LEAD = 0.25  # of the history: up to here a forecast draws on the recent half alone
 CLEAR_COHERENCE = 0.45  # over which a trend is carried on by
 TREND_LEAD = 0.1  # of the history; below it the trend ends at the origin
-SIGNIFICANCE = 3.0  # standard deviations of the cosine of two random directions, 1/sqrt(N): matters below 1,000 weights
-MAX_COHERENCE_GATE = 0.95
 RATIO_CEILING = 1.3  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.2 at most
 EXPECTED_CEILING = 2.5  # the same for the step as written: a run that has settled moves far less than it did
 RATIO_GATE = 0.95  # b under which 0 of 86 forecasts were worse than nothing
@@ -176,9 +172,9 @@ def untestable(task: Task) -> str:
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
-    To resume from: S > .25 and S > .2 in the recent half (.2 and .15 for horizons up to a quarter of the history, where
-    the recent half can be judged), and b <= 1.3. To evaluate: b < .95. `persistence` moves no weight and always passes;
-    an average to evaluate passes too, because b measures the distance to later weights, at which it does not aim.
+    To resume from: S > .15, with a p that speaks against chance; S > .15 in the recent half, and more for horizons over a
+    quarter of the history; and b <= 1.3. To evaluate: b < .95. `persistence` moves no weight and always passes; an
+    average to evaluate passes too, because b measures the distance to later weights, at which it does not aim.
     """
     why_not = untestable(task)
     if why_not:
@@ -200,6 +196,11 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     if purpose == "evaluation":
         return _gate(found, found.ratio < RATIO_GATE, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_GATE}")
     return _decide_for_resume(method, task, found)
+
+
+def needed_coherence(lead: float) -> float:
+    """The coherence that the recent half must exceed for a leap of this lead: .15 sqrt(max(1, r / .25))."""
+    return COHERENCE_GATE * math.sqrt(max(1.0, lead / SHORT_LEAD))
 
 
 def lowest_coherence(gram: Gram, timeline: Timeline) -> float:
@@ -228,16 +229,14 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     if np.isnan(found.coherence):
         reason = "coherence S needs two snapshots in each half of the history"
         return replace(found, verdict="untestable", reason=reason)
-    chance = min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(int(task.sample.sizes.sum())))
-    short = task.lead <= SHORT_LEAD and not np.isnan(found.recent)
-    of_late = max(SHORT_RECENT_GATE if short else RECENT_GATE, chance)
-    limit = max(SHORT_COHERENCE_GATE if short else COHERENCE_GATE, chance)
+    of_late = needed_coherence(task.lead)
+    limit = of_late if np.isnan(found.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
     coherent = f"coherence S = {found.coherence:.2f}, needed {limit:.2g}"
     missed = f"the step as written would have missed by {found.expected:.2g} times the run's own move"
     objections = (
-        # a recent half that cannot be judged is none
         (found.recent <= of_late, f"coherence S = {found.recent:.2f} in the recent half, needed {of_late:.2g}"),
         (not found.coherence > limit, coherent),
+        (not found.significance.passes, f"{coherent}, but chance alone gives as much: p = {found.significance.p:.2g}"),
         (found.ratio > RATIO_CEILING, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_CEILING}"),
         (found.expected > EXPECTED_CEILING, f"{missed}, limit {EXPECTED_CEILING}"),
     )
