@@ -302,6 +302,12 @@ def test_the_turning_run_has_the_asked_for_coherences(whole: float, recent: floa
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain")])
+def test_a_longer_leap_needs_a_clearer_drift_and_one_under_a_falling_rate_less_of_it() -> None:
+    assert [needed_coherence(lead) for lead in (0.01, 0.25, 1.0)] == [0.15, 0.15, 0.3]
+    assert needed_coherence(1.0, pace=0.5) == 0.15
+    assert needed_coherence(1.0, pace=2.0) == 0.3  # a rising rate anneals nothing
+
+
 @pytest.mark.parametrize("horizon", [100, 400, 800, 2400])
 def test_of_the_whole_history_the_same_is_needed_at_every_horizon_where_the_recent_half_vouches_for_it(
     horizon: int, above: float, verdict: str

@@ -198,9 +198,15 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     return _decide_for_resume(method, task, found)
 
 
-def needed_coherence(lead: float) -> float:
-    """The coherence that the recent half must exceed for a leap of this lead: .15 sqrt(max(1, r / .25))."""
-    return COHERENCE_GATE * math.sqrt(max(1.0, lead / SHORT_LEAD))
+def needed_coherence(lead: float, *, pace: float = 1.0) -> float:
+    """The coherence that the recent half must exceed for a leap: .15 sqrt(max(1, r / .25)) min(1, pace).
+
+    Args:
+        lead: r, the horizon as a share of the history.
+        pace: the mean learning rate over the horizon against that of the recent past, where it is known. A leap carries
+            noise along, and a falling rate anneals it: leaps with a recent S of .11 gained as much there as others.
+    """
+    return COHERENCE_GATE * math.sqrt(max(1.0, lead / SHORT_LEAD)) * min(1.0, pace)
 
 
 def lowest_coherence(gram: Gram, timeline: Timeline) -> float:
