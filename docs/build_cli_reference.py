@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).with_name("cli.md")
 REBUILD = "python docs/build_cli_reference.py"
 
+SIGNIFICANCE = "p of S: how often chance alone would give as much; `null` where S cannot be had"
 FORECAST_KEYS = {
     "path": "where the forecast is; `null` where none was written",
     "origin_step": "step of the last snapshot that the forecast saw",
@@ -41,6 +42,7 @@ FORECAST_KEYS = {
     "clock": "what b is measured in: `rate`, learning rate summed over the steps, or `steps`",
     "pace_ahead": "mean learning rate over the horizon against that of the stretch before it; 1 where steps are counted",
     "length_factor": "what the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length",
+    "significance": SIGNIFICANCE,
     "chosen": "what was chosen for you (horizon, method) and why, in words; empty where nothing was",
     "verdict": "`forecast`, `abstain` or `untestable`",
     "reason": "the verdict's reason, for people",
@@ -91,6 +93,9 @@ JSON_KEYS: dict[str, dict[str, str]] = {
         "notes": "what was said of the run, such as where its history begins because its tensors changed",
         "num_tensors": "tensors that can be forecast",
         "sampled": "values read of each tensor at most; `null` with `--full`",
+        "coherence": "coherence S of the run's drift; `null` where it cannot be had",
+        "recent_coherence": "coherence of the recent half of the history; `null` where it holds too few snapshots",
+        "significance": SIGNIFICANCE,
         "bytes_read": "bytes read",
         "seconds": "seconds it took",
     },
@@ -98,6 +103,7 @@ JSON_KEYS: dict[str, dict[str, str]] = {
         "origin_step": "step of the last snapshot",
         "coherence": "coherence S of the run's drift; `null` where it cannot be had",
         "clock": "what b is measured in: `rate`, learning rate summed over the steps, or `steps`",
+        "significance": SIGNIFICANCE,
         "scores": "one entry per method and horizon that the history can test",
         "scores[].method": "name of the method",
         "scores[].horizon": "steps ahead",

@@ -163,18 +163,17 @@ def fit(
         _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, io, threads, quiet)
     )
     from farcast_cli.fitted import save_fitted
-    from farcast_cli.forecast.backtest import coherence, recent_coherence
+    from farcast_cli.forecast.backtest import steadiness
     from farcast_cli.forecast.timeline import Timeline
 
     save_fitted(fitted, output)
     seconds = time.monotonic() - started
+    steady = steadiness(fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1])))
     if json_:
-        render.as_json(render.fit_json(fitted, output, bytes_read=bytes_read, seconds=seconds))
+        render.as_json(render.fit_json(fitted, output, bytes_read=bytes_read, seconds=seconds, steady=steady))
     else:
         render.paths([output])
     if not quiet:
-        gram, timeline = fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1]))
-        steady = coherence(gram, timeline), recent_coherence(gram, timeline)
         render.fit_summary(fitted, bytes_read=bytes_read, seconds=seconds, steady=steady, verbose=verbose)
 
 
@@ -209,7 +208,7 @@ def backtest(
     prepare(device)
     from farcast_cli import render
     from farcast_cli.fitted import load_fitted
-    from farcast_cli.forecast.backtest import Purpose, coherence, decide, score
+    from farcast_cli.forecast.backtest import Purpose, decide, score, steadiness
     from farcast_cli.forecast.choice import choose_method, usual_horizons
     from farcast_cli.forecast.forecaster import Task
     from farcast_cli.forecast.methods import METHODS
@@ -235,7 +234,7 @@ def backtest(
     decisions = {h: (chosen[h][0].name, decide(chosen[h][0], task, aim)) for h, task in tasks.items()}
     shown = METHODS.values() if method in {None, "auto"} else {found.name: found for found, _ in chosen.values()}.values()
     scores = score(list(shown), tasks[horizons[0]], horizons)
-    steady = coherence(gram, timeline)
+    steady = steadiness(gram, timeline)
     if json_:
         render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions, pace))
     else:

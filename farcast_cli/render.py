@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from farcast_cli.alignment import Alignment, Copied
     from farcast_cli.errors import FarcastError
     from farcast_cli.fitted import Fitted
-    from farcast_cli.forecast.backtest import Decision, Score
+    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
+    from farcast_cli.forecast.significance import Significance
     from farcast_cli.job import Outcome
     from farcast_cli.ledger import History, Leap
     from farcast_cli.pace import Pace
@@ -152,6 +153,13 @@ def size(num_bytes: float) -> str:
 
 def number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "unknown"
+
+
+def chance(significance: Significance) -> str:
+    """The p of S in words; what it cannot say where the snapshots are few."""
+    p, smallest = significance.p, significance.smallest
+    weak = f", {smallest:.2g} at least with so few snapshots: weak" if significance.weak else ""
+    return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
 
 
 def bar(ratio: float) -> str:
@@ -291,7 +299,7 @@ def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap
             )
 
 
-def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> dict[str, Any]:
+def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, steady: Steadiness) -> dict[str, Any]:
     return {
         "forecaster": portable(path),
         "origin_step": fitted.steps[-1],
@@ -300,13 +308,16 @@ def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float) -> 
         "notes": list(fitted.provenance.notes),
         "num_tensors": len(fitted.provenance.tensors),
         "sampled": fitted.provenance.num_samples,
+        "coherence": steady.coherence,
+        "recent_coherence": steady.recent,
+        "significance": steady.significance.p,
         "bytes_read": bytes_read,
         "seconds": round(seconds, 3),
     }
 
 
-def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tuple[float, float], verbose: bool = False) -> None:
-    from farcast_cli.forecast.backtest import COHERENCE_GATE, RECENT_GATE
+def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Steadiness, verbose: bool = False) -> None:
+    from farcast_cli.forecast.backtest import COHERENCE_GATE
 
     record = fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
@@ -316,8 +327,8 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {number(steady[0])}, {number(steady[1])} in the recent half (does the run still move as it did; above"
-        f" {COHERENCE_GATE:g} and {RECENT_GATE:g} a forecast is worth resuming from)"
+        f"coherence S = {number(steady.coherence)}, {number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
+        f" above {COHERENCE_GATE:g} and a small p: a forecast is worth resuming from, up to a quarter of the history ahead)"
     )
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {_first_of(names, MAX_NAMES)} ({remark})")
@@ -326,13 +337,14 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: tupl
 
 
 def backtest_json(
-    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]], pace: Pace
+    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]], pace: Pace
 ) -> dict[str, Any]:
     best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
     verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return {
         "origin_step": origin_step,
-        "coherence": steady,
+        "coherence": steady.coherence,
+        "significance": steady.significance.p,
         "clock": pace.clock,
         "scores": [
             {"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written} for s in scores
@@ -354,7 +366,7 @@ def backtest_json(
 
 
 def backtest_table(
-    origin_step: int, steady: float, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
 ) -> None:
     console = stdout()
     console.print(f"back-test at origin {origin_step}: error against doing nothing (0 perfect, 1 no better)")
@@ -371,7 +383,10 @@ def backtest_table(
             f"{score.ratio_as_written:.2f}",
         )
     console.print(table)
-    console.print(f"coherence S = {steady:.2f}" if math.isfinite(steady) else "coherence S: too few snapshots")
+    known = math.isfinite(steady.coherence)
+    console.print(
+        f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}" if known else "coherence S: too few snapshots"
+    )
     for horizon, (method, decision) in decisions.items():
         console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
 
@@ -410,6 +425,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "clock": outcome.pace.clock,
         "pace_ahead": outcome.pace_ahead,
         "length_factor": outcome.length_factor,
+        "significance": decision.significance.p,
         "verdict": decision.verdict,
         "reason": decision.reason,
         "chosen": list(outcome.chosen),
@@ -468,7 +484,8 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
                 else decision.reason
             )
             + f"; back-test b = {number(decision.ratio)},"
-            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)}{verdict}"
+            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)},"
+            f" {chance(decision.significance)}{verdict}"
         )
         copied_note(outcome.copied, verbose=verbose)
         for text in outcome.notes:

@@ -13,13 +13,11 @@ from farcast_cli.forecast.backtest import (
     COHERENCE_GATE,
     RATIO_CEILING,
     RATIO_GATE,
-    RECENT_GATE,
-    SHORT_COHERENCE_GATE,
-    SHORT_RECENT_GATE,
     Purpose,
     backtest_ratio,
     coherence,
     decide,
+    needed_coherence,
     recent_coherence,
     score,
     trend_lead,
@@ -269,15 +267,16 @@ def test_the_task_for_the_verdict_has_the_asked_for_coherence() -> None:
 @pytest.mark.parametrize("horizon", [100, 300])
 @pytest.mark.parametrize("name", JUDGED)
 def test_to_resume_from_the_coherence_decides(name: str, horizon: int, above: float, verdict: str) -> None:
-    """Eleven snapshots: too few to ask the recent half by itself, and so the same is needed for a short horizon."""
-    decision = decide(METHODS[name], _steady_task(COHERENCE_GATE + above, horizon=horizon), "resume")
-    assert decision.coherence == pytest.approx(COHERENCE_GATE + above, abs=ALGEBRA)
+    """Eleven snapshots: too few to ask the recent half by itself, and so the whole must be as coherent as that."""
+    gate = needed_coherence(horizon / 1000)
+    decision = decide(METHODS[name], _steady_task(gate + above, horizon=horizon), "resume")
+    assert decision.coherence == pytest.approx(gate + above, abs=ALGEBRA)
     assert math.isnan(decision.recent)
     if decision.ratio > RATIO_CEILING and above > 0:
         assert (decision.verdict, decision.reason) == ("abstain", f"back-test ratio b = {decision.ratio:.2f}, limit 1.3")
         return
     assert decision.verdict == verdict
-    assert decision.reason == f"coherence S = {COHERENCE_GATE + above:.2f}, needed {COHERENCE_GATE:g}"
+    assert decision.reason == f"coherence S = {gate + above:.2f}, needed {gate:.2g}"
 
 
 def _turning_task(whole: float, recent: float, *, horizon: float, num_snapshots: int = 17) -> Task:
@@ -303,32 +302,37 @@ def test_the_turning_run_has_the_asked_for_coherences(whole: float, recent: floa
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain")])
-@pytest.mark.parametrize(
-    ("horizon", "gate"),
-    [(100, SHORT_COHERENCE_GATE), (400, SHORT_COHERENCE_GATE), (401, COHERENCE_GATE), (2400, COHERENCE_GATE)],
-)
-def test_up_to_a_quarter_of_the_history_less_is_needed_where_the_recent_half_vouches_for_it(
-    horizon: int, gate: float, above: float, verdict: str
+def test_a_longer_leap_needs_a_clearer_drift_and_one_under_a_falling_rate_less_of_it() -> None:
+    assert [needed_coherence(lead) for lead in (0.01, 0.25, 1.0)] == [0.15, 0.15, 0.3]
+    assert needed_coherence(1.0, pace=0.5) == 0.15
+    assert needed_coherence(1.0, pace=2.0) == 0.3  # a rising rate anneals nothing
+
+
+@pytest.mark.parametrize("horizon", [100, 400, 800, 2400])
+def test_of_the_whole_history_the_same_is_needed_at_every_horizon_where_the_recent_half_vouches_for_it(
+    horizon: int, above: float, verdict: str
 ) -> None:
     """By `line-fit`, whose b is small where only the last quarter goes on."""
-    decision = decide(METHODS["line-fit"], _turning_task(gate + above, 0.9, horizon=horizon), "resume")
-    assert (decision.verdict, decision.reason) == (verdict, f"coherence S = {gate + above:.2f}, needed {gate:g}")
+    whole = COHERENCE_GATE + above
+    decision = decide(METHODS["line-fit"], _turning_task(whole, 0.9, horizon=horizon), "resume")
+    assert (decision.verdict, decision.reason) == (verdict, f"coherence S = {whole:.2f}, needed 0.15")
     assert decision.recent == pytest.approx(0.9, abs=ALGEBRA)
 
 
 @pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain"), (-1.0, "abstain")])
-@pytest.mark.parametrize("horizon", [100, 401, 2400])
-def test_with_enough_snapshots_the_recent_half_must_be_coherent_too_at_every_horizon(
-    horizon: int, above: float, verdict: str
+@pytest.mark.parametrize(
+    ("horizon", "gate"), [(100, 0.15), (400, 0.15), (800, 0.15 * 2**0.5), (1600, 0.3), (2400, 0.15 * 6**0.5)]
+)
+def test_with_enough_snapshots_the_recent_half_must_be_coherent_too_and_more_so_for_a_longer_leap(
+    horizon: int, gate: float, above: float, verdict: str
 ) -> None:
-    gate = SHORT_RECENT_GATE if horizon == 100 else RECENT_GATE
     recent = gate + above
     decision = decide(METHODS["line-fit"], _turning_task(0.9, recent, horizon=horizon), "resume")
     assert decision.verdict == verdict
     assert decision.recent == pytest.approx(recent, abs=ALGEBRA)
     assert decision.coherence == pytest.approx(0.9, abs=ALGEBRA)
     if verdict == "abstain":
-        assert decision.reason == f"coherence S = {recent:.2f} in the recent half, needed {gate:g}"
+        assert decision.reason == f"coherence S = {recent:.2f} in the recent half, needed {gate:.2g}"
 
 
 @pytest.mark.parametrize("horizon", [50, 400, 800, 1600])
@@ -340,7 +344,7 @@ def test_a_run_that_moved_early_and_only_diffuses_now_is_not_forecast(name: str,
     diffused = 0.5 * np.cumsum(random.normal(size=(41, 4000)), axis=0)
     decision = decide(METHODS[name], make_task({"w": moved + diffused}, tuple(steps.tolist()), horizon), "resume")
     assert decision.coherence > 0.7
-    assert decision.recent < RECENT_GATE
+    assert decision.recent < COHERENCE_GATE
     assert decision.verdict == "abstain"
 
 
@@ -382,9 +386,55 @@ def test_a_half_of_the_history_without_snapshots_of_its_own_gives_no_coherence(s
 
 @pytest.mark.parametrize("size", [10, 100])
 def test_a_random_walk_of_few_weights_hardly_ever_passes(size: int) -> None:
-    """Two random directions in few dimensions are easily alike; the limit is three standard deviations."""
+    """Two random directions in few dimensions are easily alike: p tells."""
     tasks = [_random_walk(range(100, 1300, 100), 300, seed=seed, size=size) for seed in range(60)]
     assert sum(decide(METHODS["drift"], task, "resume").verdict == "forecast" for task in tasks) <= 2
+
+
+@pytest.mark.parametrize("dimensions", [3, 10, 30])
+@pytest.mark.parametrize("num_snapshots", [10, 14, 20])
+def test_of_random_walks_in_few_dimensions_two_in_a_hundred_pass_at_most(num_snapshots: int, dimensions: int) -> None:
+    """Of 150; most of those that pass S alone are turned away."""
+    steps = range(0, 100 * num_snapshots, 100)
+    decisions = [
+        decide(METHODS["drift"], _random_walk(steps, 200, seed=seed, size=dimensions), "resume") for seed in range(150)
+    ]
+    assert sum(d.verdict == "forecast" for d in decisions) <= 3
+    assert sum(d.coherence > COHERENCE_GATE for d in decisions) > 15
+
+
+def test_a_coherence_that_chance_alone_gives_is_turned_away_and_said_to_be() -> None:
+    """A walk in three dimensions whose halves are alike, as they are in one of three."""
+    found = [decide(METHODS["drift"], _random_walk(STEPS, 200, seed=seed, size=3), "resume") for seed in range(40)]
+    turned_away = [d for d in found if d.coherence > 0.5 and d.ratio < RATIO_CEILING]
+    assert turned_away
+    for decision in turned_away:
+        assert decision.verdict == "abstain"
+        p = f"{decision.significance.p:.2g}"
+        assert (
+            decision.reason == f"coherence S = {decision.coherence:.2f}, needed 0.15, but chance alone gives as much: p = {p}"
+        )
+
+
+def test_a_slow_drift_under_much_noise_is_told_from_chance() -> None:
+    """S of .16 to .25, as on fine-tuning runs whose leaps gained: as small a p as there is."""
+    rng = np.random.default_rng(3)
+    drift = np.outer(np.arange(20), rng.normal(size=5000))
+    task = make_task({"w": 0.16 * drift + np.cumsum(rng.normal(size=(20, 5000)), axis=0)}, range(0, 2000, 100), 400)
+    decision = decide(METHODS["drift"], task, "resume")
+    assert 0.15 < decision.coherence < 0.25
+    assert decision.significance.p == decision.significance.smallest
+    assert decision.verdict == "forecast"
+
+
+@pytest.mark.parametrize("periods", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_snapshots", [10, 20, 60])
+def test_a_cycle_is_never_resumed_from_however_it_fits_the_halves_of_the_history(num_snapshots: int, periods: int) -> None:
+    times = np.arange(num_snapshots) * 2 * np.pi * periods / num_snapshots
+    cycle = np.stack([np.sin(times), np.cos(times)], axis=1) @ np.random.default_rng(5).normal(size=(2, 3000))
+    for horizon in (100, 300):
+        task = make_task({"w": cycle}, range(0, 100 * num_snapshots, 100), horizon)
+        assert decide(METHODS["blend"], task, "resume").verdict == "abstain"
 
 
 def test_a_method_that_was_twice_as_wrong_as_nothing_is_not_resumed_from() -> None:

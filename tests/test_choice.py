@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from farcast_cli.errors import UsageError
-from farcast_cli.forecast.backtest import CLEAR_COHERENCE, COHERENCE_GATE, Purpose, decide, lowest_coherence
-from farcast_cli.forecast.choice import CLEAR, choose_method, default_method, drift_cosine, propose_horizon, usual_horizons
+from farcast_cli.forecast.backtest import CLEAR_COHERENCE, Purpose, decide, lowest_coherence, needed_coherence
+from farcast_cli.forecast.choice import NEXT_LEAD, choose_method, default_method, drift_cosine, propose_horizon, usual_horizons
 from farcast_cli.forecast.forecaster import forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
@@ -51,9 +51,9 @@ def _braking() -> Task:
     return make_task({"w": np.outer(10 * np.minimum(times, 1600) + np.maximum(times - 1600, 0), _ways(1)[0])}, STEPS, ANY)
 
 
-def _bent(cosine: float, steps: tuple[int, ...] = STEPS) -> Task:
-    """Straight but for a bend in its middle: S is the bend's cosine, and 1 in the recent half."""
-    times, middle = np.array(steps, dtype=float), (steps[0] + steps[-1]) / 2
+def _bent(cosine: float, steps: tuple[int, ...] = STEPS, *, turn: float = 0.5) -> Task:
+    """Straight but for a bend in its middle: S is the bend's cosine, and 1 in the recent half; at .75 S of late is."""
+    times, middle = np.array(steps, dtype=float), steps[0] + turn * (steps[-1] - steps[0])
     first, across = _ways(2)
     early, late = np.minimum(times, middle), np.maximum(times - middle, 0)
     return make_task(
@@ -79,7 +79,7 @@ def test_a_leap_after_a_leap_is_1_4_times_the_history_since() -> None:
 @pytest.mark.parametrize(("above", "horizon"), [(1e-3, 2000), (-1e-3, 1000)])
 def test_the_first_leap_is_a_quarter_of_the_history_where_its_drift_is_less_than_clear(above: float, horizon: int) -> None:
     """Though the gate would let half of it pass."""
-    task = _bent(CLEAR + above)
+    task = _bent(needed_coherence(NEXT_LEAD) + above)
     assert decide(BLEND, replace(task, horizon=2000.0), "resume").verdict == "forecast"
     assert _propose(task) == horizon
 
@@ -93,11 +93,12 @@ def test_a_leap_after_a_leap_falls_back_to_half_of_the_history_where_the_longer_
 
 
 def test_a_leap_falls_back_to_a_quarter_of_the_history_where_no_longer_one_passes_the_gate() -> None:
-    task = _bent(COHERENCE_GATE - 0.01)  # enough up to a quarter, where the recent half vouches for it
-    verdicts = [decide(BLEND, replace(task, horizon=h), "resume").verdict for h in (5600.0, 2000.0, 1000.0)]
+    """By the slope of the last five snapshots, on a run that turned far at three quarters: S of late is .18."""
+    task = _bent(0.18, turn=0.75)
+    verdicts = [decide(METHODS["line-fit"], replace(task, horizon=h), "resume").verdict for h in (5600.0, 2000.0, 1000.0)]
     assert verdicts == ["abstain", "abstain", "forecast"]
-    assert _propose(task, after_leap=True) == 1000
-    assert _propose(task) == 1000
+    assert _propose(task, name="line-fit", after_leap=True) == 1000
+    assert _propose(task, name="line-fit") == 1000
 
 
 @pytest.mark.parametrize("after_leap", [False, True])

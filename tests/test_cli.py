@@ -110,7 +110,8 @@ def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, cal
     (work / "forecaster.safetensors").unlink()
     content = as_json(call_cli("fit", "run", "--json", cwd=work))
     assert content["seconds"] >= 0
-    assert content | {"seconds": 0} == {
+    assert 0.9 < content["coherence"] <= 1
+    assert content | {"seconds": 0, "coherence": 1} == {
         "schema_version": 1,
         "forecaster": "forecaster.safetensors",
         "origin_step": 800,
@@ -119,6 +120,9 @@ def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, cal
         "notes": [],
         "num_tensors": 4,
         "sampled": 16384,
+        "coherence": 1,
+        "recent_coherence": None,  # eight snapshots are too few to tell
+        "significance": 1 / 32,  # the smallest that eight can give
         "bytes_read": 8 * 4 * (40 * 16 + 16 * 16 + 16 + 16),
         "seconds": 0,
     }
@@ -151,6 +155,17 @@ def test_backtest_reports_the_promised_keys(work: Path, call_cli: CallCli) -> No
     for decision in content["decisions"]:
         assert decision["ratio"] == found["blend", decision["horizon"]]
         assert decision["reason"].startswith("coherence S = ")
+
+
+def test_the_p_of_the_coherence_stands_beside_it_everywhere_and_is_said_to_be_weak_with_few_snapshots(
+    work: Path, call_cli: CallCli
+) -> None:
+    done = call_cli("predict", "--horizon", 100, "--json", cwd=work)
+    sidecar = json.loads((work / "forecasts" / "step_000900.safetensors.farcast.json").read_text())
+    backtest = as_json(call_cli("backtest", "--horizon", 100, "--json", cwd=work))
+    assert as_json(done)["significance"] == sidecar["significance"] == backtest["significance"] == 1 / 32
+    for text in (done.stderr, call_cli("fit", "run", cwd=work).stderr, call_cli("backtest", "--horizon", 100, cwd=work).stdout):
+        assert "p = 0.031, 0.031 at least with so few snapshots: weak" in text
 
 
 def test_backtest_of_one_horizon_gives_one_verdict(work: Path, call_cli: CallCli) -> None:
@@ -191,6 +206,13 @@ def test_the_recent_coherence_is_told_and_kept_where_there_are_enough_snapshots(
     assert 0.5 < content["recent_coherence"] < content["coherence"]
     sidecar = json.loads((tmp_path / "forecasts" / "step_000950.safetensors.farcast.json").read_text())
     assert sidecar["recent_coherence"] == pytest.approx(content["recent_coherence"], rel=1e-9)
+
+
+def test_with_many_snapshots_the_p_is_given_without_a_remark(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run", range(50, 900, 50))
+    done = call_cli("fit", "run", "--json", cwd=tmp_path)
+    assert as_json(done)["significance"] == 1 / 512
+    assert ", p = 0.002 (" in done.stderr
 
 
 def test_predict_without_a_horizon_goes_as_far_as_the_evidence_supports_and_says_so(work: Path, call_cli: CallCli) -> None:

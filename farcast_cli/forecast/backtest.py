@@ -1,18 +1,20 @@
 """What a method would have been worth inside the run's own history, and the verdict that follows.
 
-Two statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier, and S, the coherence of the
-run's drift, over the whole history and over its recent half. S decides what to resume from; b decides what to evaluate.
-All are always shown.
+The statistics (docs/method.md): b, the ratio of errors of the same forecast made earlier; S, the coherence of the run's
+drift, over the whole history and over its recent half; and p, how often chance alone would give as much. S with its p
+decides what to resume from, and b is the guard; b decides what to evaluate. All are always shown.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from farcast_cli.forecast.forecaster import Method, Options, Task, forecast, plain_step, set_step_norm
+from farcast_cli.forecast.significance import NOTHING, Significance, significance
 from farcast_cli.trajectory import MIN_SNAPSHOTS
 
 if TYPE_CHECKING:
@@ -23,19 +25,16 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.timeline import Timeline
 
+    Halves = tuple[NDArray[np.float64], NDArray[np.float64]]
+
 Purpose = Literal["resume", "evaluation"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 
-COHERENCE_GATE = 0.25  # S over which no leap was harmful; at .1 leaps at a tuned rate were
-SHORT_COHERENCE_GATE = 0.2  # the same up to a quarter of the history, where the recent half vouches for it
-RECENT_GATE = 0.2  # of the recent half: over long histories leaps below it lost, whatever S said
-SHORT_RECENT_GATE = 0.15  # the same up to a quarter of the history
+COHERENCE_GATE = 0.15  # S that a leap needs up to a quarter of the history; below it the gains were as those of chance
+SHORT_LEAD = 0.25  # of the history; what a longer leap needs grows with its root, as the noise that it carries along
 MIN_RECENT = 4  # snapshots in each half of the recent half: fewer, and the noise of S alone would turn leaps away
-SHORT_LEAD = 0.25  # of the history: up to here a forecast draws on the recent half alone
 CLEAR_COHERENCE = 0.45  # over which a trend is carried on by
 TREND_LEAD = 0.1  # of the history; below it the trend ends at the origin
-SIGNIFICANCE = 3.0  # standard deviations of the cosine of two random directions, 1/sqrt(N): matters below 1,000 weights
-MAX_COHERENCE_GATE = 0.95
 RATIO_CEILING = 1.3  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.2 at most
 EXPECTED_CEILING = 2.5  # the same for the step as written: a run that has settled moves far less than it did
 RATIO_GATE = 0.95  # b under which 0 of 86 forecasts were worse than nothing
@@ -65,6 +64,22 @@ class Decision:
     """The ratio of the step as it is written, not clipped: what to expect of the weights' error."""
     recent: float = float("nan")
     """The coherence of the history's recent half; nan where it holds too few snapshots to tell."""
+    significance: Significance = NOTHING
+    """How often chance alone would give as large an S."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steadiness:
+    """What does not depend on a method or a horizon: S, that of the recent half, and how often chance would give S."""
+
+    coherence: float
+    recent: float
+    significance: Significance
+
+
+def steadiness(gram: Gram, timeline: Timeline) -> Steadiness:
+    """All that a history says of its drift; nan for what it is too short to say."""
+    return Steadiness(coherence(gram, timeline), recent_coherence(gram, timeline), significance_of(gram, timeline))
 
 
 def coherence(gram: Gram, timeline: Timeline) -> float:
@@ -73,9 +88,13 @@ def coherence(gram: Gram, timeline: Timeline) -> float:
     Returns:
         -1..1; nan with fewer than five snapshots, or two in a half, or where nothing moved.
     """
-    if timeline.num_snapshots < MIN_SNAPSHOTS - 1:
-        return float("nan")
-    return _coherence_over(gram, timeline, timeline.length, at_least=2)
+    return _coherence_over(gram, _whole_halves(timeline))
+
+
+def significance_of(gram: Gram, timeline: Timeline) -> Significance:
+    """The p of S: how often the run's increments would give as much with the signs of chance; nan where S cannot be had."""
+    halves = _whole_halves(timeline)
+    return significance(gram, *halves) if halves else NOTHING
 
 
 def recent_coherence(gram: Gram, timeline: Timeline) -> float:
@@ -86,17 +105,27 @@ def recent_coherence(gram: Gram, timeline: Timeline) -> float:
     Returns:
         -1..1; nan with fewer than four snapshots in each half of that stretch.
     """
-    return _coherence_over(gram, timeline, timeline.length / 2, at_least=MIN_RECENT)
+    return _coherence_over(gram, _halves(timeline, timeline.length / 2, at_least=MIN_RECENT))
 
 
-def _coherence_over(gram: Gram, timeline: Timeline, window: float, *, at_least: int) -> float:
-    """The cosine of the slopes of a window's halves, each over real snapshots alone: no move is counted in both."""
+def _whole_halves(timeline: Timeline) -> Halves | None:
+    return None if timeline.num_snapshots < MIN_SNAPSHOTS - 1 else _halves(timeline, timeline.length, at_least=2)
+
+
+def _halves(timeline: Timeline, window: float, *, at_least: int) -> Halves | None:
+    """The slopes of a window's halves, each over real snapshots alone: no move is counted in both. None with too few."""
     middle = timeline.origin - window / 2
     seen = [float(step) for step in timeline.steps if timeline.origin - window <= step <= timeline.origin]
     halves = [step for step in seen if step <= middle], [step for step in seen if step >= middle]
     if min(map(len, halves)) < at_least:
+        return None
+    return timeline.slope_over(halves[0]), timeline.slope_over(halves[1])
+
+
+def _coherence_over(gram: Gram, halves: Halves | None) -> float:
+    if halves is None:
         return float("nan")
-    early, late = (timeline.slope_over(half) for half in halves)
+    early, late = halves
     total = gram.matrix.sum(axis=0)
     size = np.sqrt(max(early @ total @ early, 0.0) * max(late @ total @ late, 0.0))
     return float(early @ total @ late / size) if size > 0 else float("nan")
@@ -143,9 +172,9 @@ def untestable(task: Task) -> str:
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
-    To resume from: S > .25 and S > .2 in the recent half (.2 and .15 for horizons up to a quarter of the history, where
-    the recent half can be judged), and b <= 1.3. To evaluate: b < .95. `persistence` moves no weight and always passes;
-    an average to evaluate passes too, because b measures the distance to later weights, at which it does not aim.
+    To resume from: S > .15, with a p that speaks against chance; S > .15 in the recent half, and more for horizons over a
+    quarter of the history; and b <= 1.3. To evaluate: b < .95. `persistence` moves no weight and always passes; an
+    average to evaluate passes too, because b measures the distance to later weights, at which it does not aim.
     """
     why_not = untestable(task)
     if why_not:
@@ -158,6 +187,7 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         reason="",
         expected=float("nan") if average else backtest_ratio(method, task, as_written=True),
         recent=recent_coherence(task.gram, task.timeline),
+        significance=significance_of(task.gram, task.timeline),
     )
     if method.name == "persistence":
         return replace(found, verdict="forecast", ratio=1.0, reason="persistence leaves the weights as they are")
@@ -166,6 +196,17 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     if purpose == "evaluation":
         return _gate(found, found.ratio < RATIO_GATE, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_GATE}")
     return _decide_for_resume(method, task, found)
+
+
+def needed_coherence(lead: float, *, pace: float = 1.0) -> float:
+    """The coherence that the recent half must exceed for a leap: .15 sqrt(max(1, r / .25)) min(1, pace).
+
+    Args:
+        lead: r, the horizon as a share of the history.
+        pace: the mean learning rate over the horizon against that of the recent past, where it is known. A leap carries
+            noise along, and a falling rate anneals it: leaps with a recent S of .11 gained as much there as others.
+    """
+    return COHERENCE_GATE * math.sqrt(max(1.0, lead / SHORT_LEAD)) * min(1.0, pace)
 
 
 def lowest_coherence(gram: Gram, timeline: Timeline) -> float:
@@ -194,16 +235,14 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     if np.isnan(found.coherence):
         reason = "coherence S needs two snapshots in each half of the history"
         return replace(found, verdict="untestable", reason=reason)
-    chance = min(MAX_COHERENCE_GATE, SIGNIFICANCE / np.sqrt(int(task.sample.sizes.sum())))
-    short = task.lead <= SHORT_LEAD and not np.isnan(found.recent)
-    of_late = max(SHORT_RECENT_GATE if short else RECENT_GATE, chance)
-    limit = max(SHORT_COHERENCE_GATE if short else COHERENCE_GATE, chance)
+    of_late = needed_coherence(task.lead)
+    limit = of_late if np.isnan(found.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
     coherent = f"coherence S = {found.coherence:.2f}, needed {limit:.2g}"
     missed = f"the step as written would have missed by {found.expected:.2g} times the run's own move"
     objections = (
-        # a recent half that cannot be judged is none
         (found.recent <= of_late, f"coherence S = {found.recent:.2f} in the recent half, needed {of_late:.2g}"),
         (not found.coherence > limit, coherent),
+        (not found.significance.passes, f"{coherent}, but chance alone gives as much: p = {found.significance.p:.2g}"),
         (found.ratio > RATIO_CEILING, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_CEILING}"),
         (found.expected > EXPECTED_CEILING, f"{missed}, limit {EXPECTED_CEILING}"),
     )

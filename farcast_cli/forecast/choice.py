@@ -1,7 +1,7 @@
 """What `predict` chooses where the user does not: how far ahead, and by which method.
 
 Horizons to resume from (docs/method.md): half of the history at first where its drift is clear, 1.4 times the stretch
-since the last leap afterwards, and a quarter of either where the run's own history supports no more.
+since the last leap afterwards, and a half or a quarter where the run's own history supports no more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.forecast.backtest import decide, lowest_coherence, trend_lead
+from farcast_cli.forecast.backtest import SHORT_LEAD, decide, lowest_coherence, needed_coherence, trend_lead
 from farcast_cli.forecast.forecaster import ANNEALING_RATE, forecast
 from farcast_cli.forecast.methods import METHODS, find_method
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FIRST_LEAD = 0.5  # of the whole history: a leap of .7 gains little more and makes the loss jump twice as far
-CLEAR = 0.35  # of S: below it, half of the history gained no more than a quarter and made the loss jump twice as far
 NEXT_LEAD = 1.4  # of the history since a leap, which is fresh
-SHORT_LEADS = (0.5, 0.25)  # tried in turn where that is more than the evidence supports
 LEFT_TO_TRAIN = 0.5  # of what is left of a run: a leap over its end could not settle
 USUAL_LEADS = (0.1, 0.25, 0.5, 1.0)  # of the history, where nobody names a horizon to test
 PREFERENCE = 0.02  # of the cosine, by which another method must beat the default
@@ -44,8 +42,9 @@ def propose_horizon(method: Method, task: Task, purpose: Purpose, *, after_leap:
     timeline = task.timeline
     if method.averages and purpose == "evaluation":
         return round(trend_lead(task.gram, timeline) * timeline.length) if method.extrapolates else 0
-    first = FIRST_LEAD if lowest_coherence(task.gram, timeline) > CLEAR else SHORT_LEADS[-1]
-    leads = [NEXT_LEAD, *SHORT_LEADS] if after_leap else sorted({first, SHORT_LEADS[-1]}, reverse=True)
+    # below what the longest leap needs, half of the history gained no more than a quarter and made the loss jump twice as far
+    clear = lowest_coherence(task.gram, timeline) > needed_coherence(NEXT_LEAD)
+    leads = [*([NEXT_LEAD] if after_leap else []), *([FIRST_LEAD] if after_leap or clear else []), SHORT_LEAD]
     limit = float("inf") if steps_left is None else max(1.0, steps_left * LEFT_TO_TRAIN)
     limit = min(limit, _left_to_anneal(task))
     horizon = 1

@@ -57,6 +57,7 @@ def compose(prepared: Prepared, outcome: Outcome, request: Request, fitted_on: M
         "expected_ratio": _number(outcome.decision.expected),
         "coherence": _number(outcome.decision.coherence),
         "recent_coherence": _number(outcome.decision.recent),
+        "significance": _number(outcome.decision.significance.p),
         "origin": portable(os.path.relpath(prepared.origin.path.resolve(), home)),
         "inputs": [
             {
