@@ -6,6 +6,7 @@ steps that were really trained, and every mode trains as many steps as the plain
 taken of the weights (raw) and of the mean of the last ten that were evaluated (averaged: a window of 20 % of the run,
 across leaps). An evaluation comes before the leap at the same step.
 
+`judged` does as `leaps`, with `--eval-cmd`: the gain is steered by the loss on held-out data that no figure is taken of.
 Controls: `none` does not leap; `random` leaps where `leaps` did, with the same norm per tensor and a random direction;
 `rate-2` and `rate-4` do not leap and train at twice and four times the rate.
 """
@@ -13,7 +14,9 @@ Controls: `none` does not leap; `random` leaps where `leaps` did, with the same 
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ import command
 import torch
 import training
 from cells import random_step
+from judge import judging
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -28,14 +32,14 @@ if TYPE_CHECKING:
     from store import Cell
 
 EVALUATIONS = 50  # of a run
-NONE, LEAPS, RANDOM = "none", "leaps", "random"
+NONE, LEAPS, JUDGED, RANDOM = "none", "leaps", "judged", "random"
 FACTORS = {"rate-2": 2.0, "rate-4": 4.0}  # modes without leaps, on the rate
-SAID = ("gain", "horizon", "cosine", "reason")
+SAID = ("gain", "horizon", "share", "loss_signal", "reason")
 
 
 def methods(*counts: int) -> tuple[str, ...]:
     """Modes of the cells: those that leap carry the number of stretches, as in `leaps-50`."""
-    return NONE, *FACTORS, *(f"{mode}-{count}" for count in counts for mode in (LEAPS, RANDOM))
+    return NONE, *FACTORS, *(f"{mode}-{count}" for count in counts for mode in (LEAPS, JUDGED, RANDOM))
 
 
 def control_of(cell: Cell) -> Cell | None:
@@ -53,15 +57,18 @@ class Place:
     def run(self) -> Path:
         return self.top / "run"
 
-    def ask(self) -> tuple[dict[str, Any], training.Weights | None]:
+    def ask(self, evaluate: str | None) -> tuple[dict[str, Any], training.Weights | None]:
         """`farcast leap`, as a loop calls it; the weights are None where there is nothing to gain."""
         forecasts = self.top / "forecasts"
-        said = command.leap(self.run, "--ledger", forecasts / "ledger.jsonl", "-o", f"{forecasts}/")
+        steered = ("--eval-cmd", evaluate) if evaluate else ()
+        said = command.leap(self.run, "--ledger", forecasts / "ledger.jsonl", "-o", f"{forecasts}/", *steered)
         kept = {key: said.get(key) for key in SAID}
-        if not said.get("path"):
-            return kept, None
-        path = Path(said["path"])
-        return kept, torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else load_file(path)
+        return kept, read(Path(said["path"])) if said.get("path") else None
+
+
+def read(path: Path) -> training.Weights:
+    """The weights of a checkpoint."""
+    return torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else load_file(path)
 
 
 def memory(cell: Cell) -> dict[str, Any]:
@@ -72,8 +79,9 @@ def memory(cell: Cell) -> dict[str, Any]:
     curve, leaps, ends = training.Curve(task), [], _ends(cell)
     copied = control_of(cell)
     norms = {leap["step"]: leap["norms"] for leap in _record(copied)["leaps"]} if copied else None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         place = Place(Path(folder))
+        evaluate = stack.enter_context(judging(partial(_guide, task), place.top)) if cell.method.startswith(JUDGED) else None
         saver = training.Saver(task, place.run)
         saver.save(0)
         curve.add(0)
@@ -83,13 +91,13 @@ def memory(cell: Cell) -> dict[str, Any]:
                 curve.add(step)
             if step in ends:
                 saver.save(step)
-                leaps.append({"step": step} | _leap(task, place, seed=step, norms=norms))
+                leaps.append({"step": step} | _leap(task, place, evaluate, seed=step, norms=norms))
     return {"curve": curve.points, "leaps": leaps}
 
 
 def _ends(cell: Cell) -> set[int]:
     """The steps after which a leap is tried."""
-    count = cell.method.rpartition("-")[2] if cell.method.startswith((LEAPS, RANDOM)) else "1"
+    count = cell.method.rpartition("-")[2] if cell.method.startswith((LEAPS, JUDGED, RANDOM)) else "1"
     return _marks(cell.spec, int(count)) - {cell.spec.steps}
 
 
@@ -104,11 +112,22 @@ def _record(cell: Cell) -> dict[str, Any]:
     return dict(record["result"])
 
 
-def _leap(task: tasks.Task, place: Place, *, seed: int, norms: dict[int, dict[str, float] | None] | None) -> dict[str, Any]:
+def _guide(task: tasks.Task, path: Path) -> float:
+    """The loss to steer by of a checkpoint."""
+    own = task.get()
+    task.set(read(path))
+    loss = task.guide()
+    task.set(own)
+    return loss
+
+
+def _leap(
+    task: tasks.Task, place: Place, evaluate: str | None, *, seed: int, norms: dict[int, dict[str, float] | None] | None
+) -> dict[str, Any]:
     """Leap by farcast, or by given norms; `norms` in the answer is None where there was no leap."""
     last, said = task.get(), {}
     if norms is None:
-        said, weights = place.ask()
+        said, weights = place.ask(evaluate)
     else:
         found = norms[seed]
         weights = random_step(last, found, seed=seed) if found else None

@@ -190,7 +190,7 @@ def expected_s(cell: Cell) -> float:
         leaps = 2 if cell.kind == "whole" and cell.method not in {RANDOM, DOUBLED} else 0
         return steps * step + evaluations * validation + leaps
     if cell.kind == "memory":
-        num_leaps = 50 * cell.method.startswith((memory.LEAPS, memory.RANDOM))
+        num_leaps = 50 * cell.method.startswith((memory.LEAPS, memory.JUDGED, memory.RANDOM))
         return steps * step + 100 * validation + num_leaps * (2 * validation + LEAP_S.get(cell.spec.task, 0.1))
     if cell.kind == "anneal":
         return (1 - cell.origin * (1 + cell.lead)) * steps * step + 2 * validation + 0.3

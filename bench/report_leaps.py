@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from anneal import PLACES
 from figures import TELLING, Annealed, annealed, grouped, whole
-from memory import EVALUATIONS, FACTORS, LEAPS, NONE, RANDOM
+from memory import EVALUATIONS, FACTORS, JUDGED, LEAPS, NONE, RANDOM
 from tables import NOTHING, number, section, spread, table
 from titles import SCHEDULES, title
 from training import AVERAGED
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from figures import Results, Whole
     from tasks import Spec
 
-MODES = {NONE: "no leap", LEAPS: "leaps", RANDOM: "random direction", "rate-2": "rate x2", "rate-4": "rate x4"}
+MODES = {
+    NONE: "no leap",
+    LEAPS: "leaps",
+    JUDGED: "leaps, steered by the loss",
+    RANDOM: "random direction",
+    "rate-2": "rate x2",
+    "rate-4": "rate x4",
+}
 CLASSES = {  # of runs, for the lines with the mean
     "mean, rates too small": ("mlp-sgd-small", "conv-small", "gpt-small"),
     "mean, tuned rates": ("mlp-sgd", "conv", "gpt"),

@@ -35,7 +35,7 @@ STATISTIC = ("forecast.accumulate", "forecast.gram", "forecast.products", "strea
 _FORECASTERS = ("forecast.timeline", "forecast.forecaster", "forecast.methods", "forecast.lfd2")
 FORECAST = (*STATISTIC, *_FORECASTERS, "output.engine")
 GATE = (*FORECAST, "forecast.backtest")
-LEAPING = ("forecast.*", "leap*", "ledger", "stream", "output.engine", "predict")
+LEAPING = ("forecast.momentum", "forecast.accumulate", "leap", "memory", "pace", "output.linear", "output.arithmetic")
 CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of farcast (globs), by kind of cell
     "pretrain": (("tasks", "training"), ()),
     "plain": (("tasks", "training"), ()),
@@ -47,6 +47,7 @@ CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of
     "anneal": (("tasks", "training", "anneal"), ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")),
     "memory": (("tasks", "training", "memory"), ()),
     "memory leaps": (("tasks", "training", "memory"), LEAPING),  # and `random`, which copies their norms
+    "memory judged": (("tasks", "training", "memory", "judge"), LEAPING),
     "memory random": (("tasks", "training", "memory"), LEAPING),
 }
 

@@ -30,6 +30,7 @@ BERT_CONTEXT = 32
 NUM_KINDS = 6  # what DistilBERT tells apart: the kind of the next character
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
 HELD_OUT = 0.1
+GUIDING = 100  # added to the seed of a draw of held-out data
 DECAYING = 0.2  # of a run: the end over which `wsd` lowers the rate
 
 
@@ -78,6 +79,7 @@ class Task(ABC):
 
     def __init__(self, spec: Spec, start: dict[str, torch.Tensor] | None = None) -> None:
         self.spec, self.start = spec, start
+        self.draw = 0  # of the held-out data: what is reported is of draw 0
         torch.manual_seed(spec.seed)
         self.load_data()
         self.model = self.build()
@@ -121,6 +123,13 @@ class Task(ABC):
         self.model.train()
         return loss
 
+    def guide(self) -> float:
+        """A loss to steer by: as `val`, on another draw of the held-out data, which no figure is taken of."""
+        self.draw = GUIDING
+        loss = self.val()
+        self.draw = 0
+        return loss
+
     def rng(self, step: int) -> np.random.RandomState:
         return np.random.RandomState((1_000_003 * self.spec.seed + step) % 2**32)
 
@@ -143,8 +152,8 @@ class Digits(Task):
 
     def load_data(self) -> None:
         self.x, self.y = _digits()
-        rng = np.random.RandomState(11)
-        self.xv, self.yv = _drawn(self.x.repeat(2, 1), rng), self.y.repeat(2)
+        self.judged = {draw: _drawn(self.x.repeat(2, 1), np.random.RandomState(11 + draw)) for draw in (0, GUIDING)}
+        self.yv = self.y.repeat(2)
 
     def batch_loss(self, step: int) -> torch.Tensor:
         rng = self.rng(step)
@@ -152,7 +161,7 @@ class Digits(Task):
         return cross_entropy(self.model(_drawn(self.x[index], rng)), self.y[index])
 
     def val_loss(self) -> torch.Tensor:
-        return cross_entropy(self.model(self.xv), self.yv)
+        return cross_entropy(self.model(self.judged[self.draw]), self.yv)
 
 
 def _drawn(images: torch.Tensor, rng: np.random.RandomState) -> torch.Tensor:
@@ -270,7 +279,7 @@ class Gpt(Text):
         return self.loss_on(self.windows(self.ids, self.rng(step), self.spec.batch, self.context + 1))
 
     def val_loss(self) -> torch.Tensor:
-        return self.loss_on(self.windows(self.held_out, np.random.RandomState(7), JUDGED, self.context + 1))
+        return self.loss_on(self.windows(self.held_out, np.random.RandomState(7 + self.draw), JUDGED, self.context + 1))
 
 
 class LargeGpt(Gpt):
@@ -328,7 +337,7 @@ class Reinforce(Gpt):
         return -((reward - reward.mean()) * chosen).mean()
 
     def val_loss(self) -> torch.Tensor:
-        windows = self.windows(self.held_out, np.random.RandomState(7), JUDGED, CONTEXT + 1)
+        windows = self.windows(self.held_out, np.random.RandomState(7 + self.draw), JUDGED, CONTEXT + 1)
         p = self.model(windows[:, :-1]).logits.softmax(-1)
         return 1 - p.gather(-1, windows[:, 1:, None]).mean()
 
@@ -360,7 +369,7 @@ class Bert(Text):
         return self.loss_on(self.windows(self.ids, self.rng(step), self.spec.batch, BERT_CONTEXT + 1))
 
     def val_loss(self) -> torch.Tensor:
-        return self.loss_on(self.windows(self.held_out, np.random.RandomState(5), 512, BERT_CONTEXT + 1))
+        return self.loss_on(self.windows(self.held_out, np.random.RandomState(5 + self.draw), 512, BERT_CONTEXT + 1))
 
 
 KINDS: dict[str, Callable[[Spec, dict[str, torch.Tensor] | None], Task]] = {

@@ -78,10 +78,15 @@ class Saver:
     def __init__(self, task: tasks.Task, folder: Path) -> None:
         self.task, self.folder = task, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.schedule = None if task.spec.schedule == "constant" else torch_schedule(task.spec, task.optimizer)
+        self.is_constant = task.spec.schedule == "constant"
+        self.schedule = None if self.is_constant else torch_schedule(task.spec, task.optimizer)
         self.step = 0
 
     def save(self, step: int) -> None:
+        if self.schedule is None and self.task.spec.warmup:  # the optimiser tells the rate
+            state = {"model": self.task.get(), "optimizer": self.task.optimizer.state_dict(), "step": step}
+            torch.save(state, self.folder / snapshot_name(step, ".pt"))
+            return
         if self.schedule is None:
             save_file(self.task.get(), self.folder / snapshot_name(step), metadata={"format": "pt"})
             return
