@@ -20,7 +20,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
-from farcast_cli.forecast.momentum import Momentum, Remembered, remember, steered
+from farcast_cli.forecast.momentum import LOSS_SPEED, SPEED, Momentum, Remembered, remember, steered
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable
 from farcast_cli.job import Outcome, Prepared, Request
@@ -91,7 +91,7 @@ class Ask:
     """Steps until the next leap; as many as since the last one if None."""
     gain: float | None = None
     """A fixed gain, in place of the steered one."""
-    limit: float = 2.0
+    limit: float = 1.0
     """The largest gain."""
     clock: Clock | None = None
     """In what the lengths of stretches are measured; learning-rate time where it is known if None."""
@@ -349,9 +349,10 @@ class _Call:
         """The gain moved by the loss where it could be measured, else by the share."""
         if self._after is None:
             return Momentum()
-        momentum = self._after.momentum
-        moved = steered(momentum, momentum.share if math.isnan(signal) else signal)
-        return replace(moved, gain=min(moved.gain, self._ask.limit))
+        momentum, limit = self._after.momentum, self._ask.limit
+        if math.isnan(signal):
+            return steered(momentum, momentum.share, speed=SPEED, limit=limit)
+        return steered(momentum, signal, speed=LOSS_SPEED, limit=limit)
 
     def _decide(self, momentum: Momentum) -> tuple[float, str]:
         """The gain to leap by, 0 for none; and why."""

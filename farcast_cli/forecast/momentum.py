@@ -6,7 +6,7 @@ the run was, if there was no leap), and ends at the origin e_k; n_k is its lengt
     v_k     = (e_k - l_{k-1}) / n_k                           the move of a stretch, per unit of its length
     m_k     = u_k / (1 - b^k),   u_k = b u_{k-1} + (1 - b) v_k,   b = .8     the mean move
     share_k = sum_j a^(k-j) <v_j, m_{j-1}> / sum_j a^(k-j) <m_{j-1}, m_{j-1}>,   a = .7
-    g_k     = min(max(g_{k-1} exp(.75 share_k), .05), 2),   g_0 = .5         the gain
+    g_k     = g_{k-1} exp(.75 share_k),   g_0 = .5            the gain, from .05 up to a limit
     w_hat   = e_k + g_k n m_k                                 n: the length of the stretch to come
 
 The share says how much of the move that the memory foretold the last stretches made. A leap that went too far is taken back
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 KEPT = 0.8  # b: .6 and .9 do as well on the small runs, .95 harms
 SMOOTHED = 0.7  # a: a share of one stretch is mostly noise
 SPEED = 0.75  # three times as fast is worse: .65 of the steps in place of .5
-LEAST, MOST = 0.05, 2.0  # gains; without a limit some tuned runs diverge
+LOSS_SPEED = 1.5  # the loss is the better signal, and may be followed faster
+LEAST = 0.05  # the smallest gain, from which it can rise again
 FIRST = 0.5  # g_0
 FULL_MEMORY = 3  # stretches, before which the memory is one direction and its noise
 
@@ -111,9 +112,9 @@ def _with_stretch(known: Remembered | None, speed: NDArray[np.float64], products
     return Remembered(momentum, total / momentum.weight, made / size if size else math.nan)
 
 
-def steered(momentum: Momentum, signal: float) -> Momentum:
+def steered(momentum: Momentum, signal: float, *, speed: float, limit: float) -> Momentum:
     """The same with the gain moved by a signal between -1 (leaps harm) and 1 (leaps fall short)."""
     if math.isnan(signal):
         return momentum
-    gain = momentum.gain * math.exp(SPEED * min(max(signal, -1.0), 1.0))
-    return replace(momentum, gain=min(max(gain, LEAST), MOST))
+    gain = momentum.gain * math.exp(speed * min(max(signal, -1.0), 1.0))
+    return replace(momentum, gain=min(max(gain, LEAST), limit))
