@@ -116,7 +116,7 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
     if not ask.request.dry_run:
         clear_left(place)
     memory, notes = _known(place, trajectory)
-    is_again = memory is not None and memory.record.origin_digest == trajectory.origin.digest
+    is_again = memory is not None and memory.began_at(trajectory.origin)
     if memory and is_again and (memory.forecast or not _is_forced(ask)):
         return _again(memory, ask)
     found = _gathered(ask, trajectory, memory, notes)
@@ -142,7 +142,7 @@ def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str
     run, origin = (place.parent / memory.record.run).resolve(), trajectory.origin
     if run != trajectory.directory.resolve():
         return None, [f"{place} remembers another run, {memory.record.run}: the memory starts again"]
-    if origin.step <= memory.record.landing_step and memory.record.origin_digest != origin.digest:
+    if origin.step <= memory.record.landing_step and not memory.began_at(origin):
         where = f"step {memory.record.landing_step}, and the newest snapshot is of step {origin.step}"
         return None, [f"the memory ends at {where}: it starts again"]
     return memory, []

@@ -96,6 +96,10 @@ class Memory:
         """The checkpoint of the last leap."""
         return self.path.parent / local(self.record.forecast) if self.record.forecast else None
 
+    def began_at(self, origin: Snapshot) -> bool:
+        """Whether the last call's origin was this snapshot; a frozen tensor gives all steps one digest."""
+        return (self.record.origin_step, self.record.origin_digest) == (origin.step, origin.digest)
+
 
 def memory_of(forecasts: Path, run: Path) -> Path:
     """Where the memory of a run lies."""
