@@ -43,6 +43,7 @@ from farcast_cli.output.engine import Engine, total_bytes, write_forecasts
 from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.place import check_outside, list_files, sidecar_of, write_sidecar
+from farcast_cli.output.plan import with_modes
 from farcast_cli.output.sidecar import compose
 from farcast_cli.output.writer import staging
 from farcast_cli.publish import check_place, finish, only, place_of, plan_forecast, stage, write_candidate
@@ -414,7 +415,7 @@ class _Call:
             falls_weight=self._falls[1],
             reason=outcome.decision.reason,
         )
-        plan = plan_memory(self._found.alignment, record, holds_landing=path is None)
+        (plan,) = with_modes([plan_memory(self._found.alignment, record, holds_landing=path is None)], origin)
         mean = self._after.mean * record.length if self._after else np.zeros(len(self._found.products))
         engine = self._prepared([mean], [0], bare=True).engine
         write_forecasts([(plan,)], [written], engine, progress=self._progress("memory", total_bytes((plan,))))
