@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli.alignment import align, since_last_change
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
@@ -30,6 +30,7 @@ from farcast_cli.memory import (
     Memory,
     Record,
     basis_of,
+    changed,
     check_memory_ours,
     memory_of,
     plan_memory,
@@ -152,10 +153,10 @@ def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str
 def _again(memory: Memory, ask: Ask) -> Leapt:
     """The last answer once more: no training has happened since."""
     record, path = memory.record, memory.forecast
-    if path is not None and not path.exists():
+    if path is not None and (lost := changed(path, record)):
         raise UsageError(
-            f"{path}: the leap from {record.origin} is gone, and no training has happened since",
-            hint=f"go on from {record.origin}, or remove {memory.path} to start a new memory",
+            f"{lost}, and no training has happened since",
+            hint=f"go on from {shell_word(record.origin)}, or remove {shell_word(memory.path)} to start a new memory",
         )
     verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]

@@ -164,7 +164,7 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
     where = memory.forecast
     landing: Snapshot | None = None
     if where is not None:
-        lost = _changed(where, memory.record)
+        lost = changed(where, memory.record)
         if lost:
             return lost
         landing = open_snapshot(where)
@@ -189,7 +189,7 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
     return Basis(Alignment(tuple(tensors), shared.copied), snapshots, memory.record.count > 0)
 
 
-def _changed(forecast: Path, record: Record) -> str:
+def changed(forecast: Path, record: Record) -> str:
     """What is wrong with the last forecast; empty where it is as it was written."""
     with reading(forecast):
         if not forecast.exists():
