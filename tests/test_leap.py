@@ -45,7 +45,7 @@ def trained(weights: Tensors, number: int, *, length: int = GAP) -> dict[str, to
     """A stretch of training: a steady drift, a pull to a place, and noise that depends on the stretch alone."""
     found = {}
     path, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(100 + number)
-    for name, value in weights.items():
+    for name, value in sorted(weights.items()):
         if not (value.is_floating_point() or value.is_complex()):
             found[name] = value + length
             continue
@@ -549,7 +549,7 @@ def test_a_run_that_went_back_starts_its_memory_again_and_says_so(loop: Loop) ->
     loop.leap()
     loop.newest.unlink()
     save_loose(loop.run, 300, trained(load(loop.newest), 77))
-    done = loop.call("leap", "run", "--json", cwd=loop.home)
+    done = loop.call("leap", "run", "--json", "--overwrite", cwd=loop.home)
     assert "the memory ends at step 300, and the newest snapshot is of step 300: it starts again" in done.stderr
 
 
@@ -652,6 +652,18 @@ def test_the_ledger_has_a_line_for_each_leap_and_fit_takes_only_what_came_after_
     done = loop.call("fit", "run", "--json", cwd=loop.home)
     content = json.loads(done.stdout)
     assert (content["num_snapshots"], content["leap"], content["origin_step"]) == (6, 500, 1100)
+
+
+def test_leaps_that_the_run_never_resumed_from_take_nothing_from_its_history(loop: Loop) -> None:
+    loop.begun()
+    for _ in range(4):
+        loop.train()
+        own = loop.weights
+        loop.leap()
+        loop.weights = own
+    loop.train()
+    content = json.loads(loop.call("fit", "run", "--json", cwd=loop.home).stdout)
+    assert (content["num_snapshots"], content["leap"]) == (7, None)
 
 
 @pytest.mark.parametrize("counters", ["keep", "advance"])
