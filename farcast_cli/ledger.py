@@ -213,19 +213,20 @@ def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: i
     Raises:
         TooFewSnapshotsError: fewer than `minimum` of them.
     """
-    for index, leap in reversed(list(enumerate(leaps))):
-        later = tuple(snapshot for snapshot in trajectory.snapshots if snapshot.step > leap.resumes_after)
-        landed = max((one.resumes_after for one in leaps[:index] if one.resumes_after < leap.origin_step), default=-1)
-        if not later or not resumed_from(leap, trajectory, landed=landed):
-            continue
-        if len(later) < minimum:
-            raise TooFewSnapshotsError(
-                f"{trajectory.directory}: {len(later)} snapshots since the leap to step {leap.resumes_after}"
-                f" ({Path(leap.forecast).name}), and fit needs {minimum}",
-                hint="train on and fit again, or choose the history yourself with --steps A:B",
-            )
-        return History(replace(trajectory, snapshots=later), leap, len(trajectory.snapshots) - len(later))
-    return History(trajectory, None, 0)
+    last: Leap | None = None
+    for leap in leaps:
+        if resumed_from(leap, trajectory, landed=last.resumes_after if last else -1):
+            last = leap
+    if last is None:
+        return History(trajectory, None, 0)
+    later = tuple(snapshot for snapshot in trajectory.snapshots if snapshot.step > last.resumes_after)
+    if len(later) < minimum:
+        raise TooFewSnapshotsError(
+            f"{trajectory.directory}: {len(later)} snapshots since the leap to step {last.resumes_after}"
+            f" ({Path(last.forecast).name}), and fit needs {minimum}",
+            hint="train on and fit again, or choose the history yourself with --steps A:B",
+        )
+    return History(replace(trajectory, snapshots=later), last, len(trajectory.snapshots) - len(later))
 
 
 def resumed_from(leap: Leap, trajectory: Trajectory, *, landed: int = -1) -> bool:
@@ -238,7 +239,7 @@ def resumed_from(leap: Leap, trajectory: Trajectory, *, landed: int = -1) -> boo
     snapshots cannot be told from training, and hardly matters.
 
     Args:
-        landed: the step of a leap before this one: the move from there to the next snapshot is not all training's.
+        landed: where the run resumed from a leap before this one: the move from there to the next snapshot is not all training's.
     """
     before = [snapshot for snapshot in trajectory.snapshots if snapshot.step <= leap.resumes_after]
     after = [snapshot for snapshot in trajectory.snapshots if snapshot.step > leap.resumes_after]

@@ -519,7 +519,9 @@ def test_a_forecast_that_is_gone_is_missed_where_no_training_has_happened(loop: 
     loop.forecast.unlink()
     done = loop.leap(code=2)
     assert f"{path}, the last leap, is gone, and no training has happened since" in done.errors[0]
-    assert done.hints == ["hint: go on from step_00300.safetensors, or remove forecasts/run.memory.safetensors to start a new memory"]
+    assert done.hints == [
+        "hint: go on from step_00300.safetensors, or remove forecasts/run.memory.safetensors to start a new memory"
+    ]
 
 
 def test_a_forecast_that_was_changed_is_not_resumed_from(loop: Loop) -> None:
@@ -673,7 +675,9 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     origin = loop.newest
     loop.leap("--counters", counters)
     step = 300 + (loop.told["horizon"] if counters == "advance" else 0)
-    assert loop.forecast.name == (f"checkpoint-{step}" if counters == "advance" else f"checkpoint-300-leap{loop.told['horizon']}")
+    assert loop.forecast.name == (
+        f"checkpoint-{step}" if counters == "advance" else f"checkpoint-300-leap{loop.told['horizon']}"
+    )
     assert json.loads((loop.forecast / "trainer_state.json").read_text())["global_step"] == step
     optimizer = torch.load(loop.forecast / "optimizer.pt", weights_only=True)
     assert float(optimizer["state"][0]["step"]) == step
