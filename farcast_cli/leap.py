@@ -153,6 +153,9 @@ def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str
 def _again(memory: Memory, ask: Ask) -> Leapt:
     """The last answer once more: no training has happened since."""
     record, path = memory.record, memory.forecast
+    if path is not None and not ask.request.dry_run:
+        clear_left(path)
+        clear_left(sidecar_of(path, is_file=True))
     if path is not None and (lost := changed(path, record)):
         raise UsageError(
             f"{lost}, and no training has happened since",
