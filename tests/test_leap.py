@@ -7,7 +7,6 @@ import math
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from tests.conftest import edit_loose, tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -138,7 +138,7 @@ class Loop:
 
     @property
     def forecast(self) -> Path:
-        return self.home / self.told["path"]
+        return self.home / str(self.told["path"])
 
     @property
     def newest(self) -> Path:
@@ -190,7 +190,7 @@ def moves_in(memory: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_near(found: Tensors, origin: Tensors, step: Vector, dtype: torch.dtype) -> None:
-    """e + step, within one unit in the last place of the type, and what float32 loses of the step itself."""
+    """The origin and a step, within one unit in the last place of the type, and what float32 loses of the step itself."""
     one = torch.finfo(dtype).eps
     expected = flat(origin) + step
     worst = one * np.maximum(np.abs(expected), np.abs(flat(origin))) + 4 * np.finfo(np.float32).eps * np.abs(step)
@@ -436,7 +436,8 @@ def test_without_new_training_the_same_path_is_printed_and_nothing_is_written(lo
 
 def test_a_refusal_is_said_again_and_nothing_is_written(loop: Loop) -> None:
     loop.begun().train()
-    reason = loop.leap("--max-gain", 0.05, code=10) and loop.told["reason"]
+    loop.leap("--max-gain", 0.05, code=10)
+    reason = loop.told["reason"]
     assert reason.startswith("gain 0.05")
     before = state_of(loop.home)
     done = loop.call("leap", "run", cwd=loop.home)
