@@ -108,7 +108,7 @@ def _log_name(strength: float) -> str:
     return f"strength-{strength:g}.log" if strength else "origin.log"
 
 
-_OWN_LOG = re.compile(r"strength-[0-9.]+\.log")
+_OWN_LOG = re.compile(r"strength--?[0-9.]+\.log")
 
 
 class Judge:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli.alignment import align, since_last_change
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
@@ -30,6 +30,7 @@ from farcast_cli.memory import (
     Memory,
     Record,
     basis_of,
+    changed,
     check_memory_ours,
     memory_of,
     plan_memory,
@@ -43,6 +44,7 @@ from farcast_cli.output.engine import Engine, total_bytes, write_forecasts
 from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.place import check_outside, list_files, sidecar_of, write_sidecar
+from farcast_cli.output.plan import with_modes
 from farcast_cli.output.sidecar import compose
 from farcast_cli.output.writer import staging
 from farcast_cli.pace import Pace
@@ -125,7 +127,7 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
     if not ask.request.dry_run:
         clear_left(place)
     memory, notes = _known(place, trajectory)
-    is_again = memory is not None and memory.record.origin_digest == trajectory.origin.digest
+    is_again = memory is not None and memory.began_at(trajectory.origin)
     if memory and is_again and (memory.forecast or not _is_forced(ask)):
         return _again(memory, ask)
     found = _gathered(ask, trajectory, memory, notes)
@@ -151,7 +153,7 @@ def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str
     run, origin = (place.parent / memory.record.run).resolve(), trajectory.origin
     if run != trajectory.directory.resolve():
         return None, [f"{place} remembers another run, {memory.record.run}: the memory starts again"]
-    if origin.step <= memory.record.landing_step and memory.record.origin_digest != origin.digest:
+    if origin.step <= memory.record.landing_step and not memory.began_at(origin):
         where = f"step {memory.record.landing_step}, and the newest snapshot is of step {origin.step}"
         return None, [f"the memory ends at {where}: it starts again"]
     return memory, []
@@ -160,10 +162,13 @@ def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str
 def _again(memory: Memory, ask: Ask) -> Leapt:
     """The last answer once more: no training has happened since."""
     record, path = memory.record, memory.forecast
-    if path is not None and not path.exists():
+    if path is not None and not ask.request.dry_run:
+        clear_left(path)
+        clear_left(sidecar_of(path, is_file=True))
+    if path is not None and (lost := changed(path, record)):
         raise UsageError(
-            f"{path}: the leap from {record.origin} is gone, and no training has happened since",
-            hint=f"go on from {record.origin}, or remove {memory.path} to start a new memory",
+            f"{lost}, and no training has happened since",
+            hint=f"go on from {shell_word(record.origin)}, or remove {shell_word(memory.path)} to start a new memory",
         )
     verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]
@@ -507,7 +512,7 @@ class _Call:
             falls_weight=self._falls[1],
             reason=outcome.decision.reason,
         )
-        plan = plan_memory(self._found.alignment, record, holds_landing=path is None)
+        (plan,) = with_modes([plan_memory(self._found.alignment, record, holds_landing=path is None)], origin)
         mean = self._after.mean * record.length if self._after else np.zeros(len(self._found.products))
         engine = self._prepared([mean], [0], bare=True).engine
         write_forecasts([(plan,)], [written], engine, progress=self._progress("memory", total_bytes((plan,))))

@@ -213,21 +213,23 @@ def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: i
     Raises:
         TooFewSnapshotsError: fewer than `minimum` of them.
     """
-    for leap in reversed(leaps):
-        later = tuple(snapshot for snapshot in trajectory.snapshots if snapshot.step > leap.resumes_after)
-        if not later or not resumed_from(leap, trajectory):
-            continue
-        if len(later) < minimum:
-            raise TooFewSnapshotsError(
-                f"{trajectory.directory}: {len(later)} snapshots since the leap to step {leap.resumes_after}"
-                f" ({Path(leap.forecast).name}), and fit needs {minimum}",
-                hint="train on and fit again, or choose the history yourself with --steps A:B",
-            )
-        return History(replace(trajectory, snapshots=later), leap, len(trajectory.snapshots) - len(later))
-    return History(trajectory, None, 0)
+    last: Leap | None = None
+    for leap in leaps:
+        if resumed_from(leap, trajectory, landed=last.resumes_after if last else -1):
+            last = leap
+    if last is None:
+        return History(trajectory, None, 0)
+    later = tuple(snapshot for snapshot in trajectory.snapshots if snapshot.step > last.resumes_after)
+    if len(later) < minimum:
+        raise TooFewSnapshotsError(
+            f"{trajectory.directory}: {len(later)} snapshots since the leap to step {last.resumes_after}"
+            f" ({Path(last.forecast).name}), and fit needs {minimum}",
+            hint="train on and fit again, or choose the history yourself with --steps A:B",
+        )
+    return History(replace(trajectory, snapshots=later), last, len(trajectory.snapshots) - len(later))
 
 
-def resumed_from(leap: Leap, trajectory: Trajectory) -> bool:
+def resumed_from(leap: Leap, trajectory: Trajectory, *, landed: int = -1) -> bool:
     """Whether training resumed from a forecast, as the run's snapshots tell.
 
     A run that has no snapshot from the origin to the forecast's step, where it would have saved some, has jumped there.
@@ -235,6 +237,9 @@ def resumed_from(leap: Leap, trajectory: Trajectory) -> bool:
     Where the forecast is gone, a run whose counters were kept is taken to have resumed (a shorter history does no harm,
     a leap taken for movement does), and one that has snapshots in between not. A leap shorter than the distance between
     snapshots cannot be told from training, and hardly matters.
+
+    Args:
+        landed: where the run resumed from a leap before this one: the move from there to the next snapshot is not all training's.
     """
     before = [snapshot for snapshot in trajectory.snapshots if snapshot.step <= leap.resumes_after]
     after = [snapshot for snapshot in trajectory.snapshots if snapshot.step > leap.resumes_after]
@@ -245,7 +250,8 @@ def resumed_from(leap: Leap, trajectory: Trajectory) -> bool:
             return False
         if before[-1].step <= leap.origin_step:
             return True
-    nearer = _nearer_to_forecast(leap, trajectory, before[-1], after[0])
+    past = _drift_before(leap, [snapshot for snapshot in trajectory.snapshots if snapshot.step > landed])
+    nearer = _nearer_to_forecast(leap, past, before[-1], after[0])
     return leap.counters == "keep" if nearer is None else nearer
 
 
@@ -255,14 +261,16 @@ def _usual_interval(trajectory: Trajectory) -> float:
     return gaps[len(gaps) // 2]
 
 
-def _nearer_to_forecast(leap: Leap, trajectory: Trajectory, before: Snapshot, after: Snapshot) -> bool | None:
+def _nearer_to_forecast(leap: Leap, past: Sequence[Snapshot], before: Snapshot, after: Snapshot) -> bool | None:
     """Whether a snapshot lies nearer to the forecast than to the snapshot before it; None where that cannot be read.
 
     As they are, and once both are carried on to its step by the drift before the leap: a plain run comes near a forecast
     that lay ahead of it. A snapshot before that equals the forecast is the forecast, put into the run's folder.
+
+    Args:
+        past: two snapshots that show the drift; the forecast's own step shows it where there are none.
     """
-    path, past = Path(leap.forecast), _drift_before(leap, trajectory)
-    num_read = len(past) + 3
+    path, num_read = Path(leap.forecast), len(past) + 3
     try:
         with reading(path):
             layout = recognise(path) if path.exists() else None
@@ -273,7 +281,7 @@ def _nearer_to_forecast(leap: Leap, trajectory: Trajectory, before: Snapshot, af
     except FarcastError:
         return None
     moves = np.eye(num_read + 1)[: num_read - 1]  # from each snapshot to the next, over the basis (R,)
-    drift = moves[0] / (past[1].step - past[0].step) if past else np.zeros(num_read + 1)
+    drift = moves[0] / (past[1].step - past[0].step) if past else moves[-2] / max(1, leap.valid_step - leap.origin_step)
     carried = drift * (after.step - leap.resumes_after), drift * (after.step - before.step)
     return not gram.total_norm(moves[-2]) or all(
         gram.total_norm(moves[-1] - share * carried[0]) < gram.total_norm(moves[-2] + moves[-1] - share * carried[1])
@@ -281,9 +289,9 @@ def _nearer_to_forecast(leap: Leap, trajectory: Trajectory, before: Snapshot, af
     )
 
 
-def _drift_before(leap: Leap, trajectory: Trajectory) -> tuple[Snapshot, ...]:
+def _drift_before(leap: Leap, snapshots: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
     """Two snapshots that the run's drift before a leap shows between, as far apart as it leapt; none where there is one."""
-    seen = [snapshot for snapshot in trajectory.snapshots if snapshot.step <= leap.origin_step]
+    seen = [snapshot for snapshot in snapshots if snapshot.step <= leap.origin_step]
     start = leap.origin_step - (leap.valid_step - leap.origin_step)
     early = [snapshot for snapshot in seen if snapshot.step <= start][-1:] or seen[:1]
     return (early[0], seen[-1]) if early and early[0].step < seen[-1].step else ()

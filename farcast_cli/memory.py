@@ -99,6 +99,10 @@ class Memory:
         """The checkpoint of the last leap."""
         return self.path.parent / local(self.record.forecast) if self.record.forecast else None
 
+    def began_at(self, origin: Snapshot) -> bool:
+        """Whether the last call's origin was this snapshot; a frozen tensor gives all steps one digest."""
+        return (self.record.origin_step, self.record.origin_digest) == (origin.step, origin.digest)
+
 
 def memory_of(forecasts: Path, run: Path) -> Path:
     """Where the memory of a run lies."""
@@ -163,7 +167,7 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
     where = memory.forecast
     landing: Snapshot | None = None
     if where is not None:
-        lost = _changed(where, memory.record)
+        lost = changed(where, memory.record)
         if lost:
             return lost
         landing = open_snapshot(where)
@@ -188,7 +192,7 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
     return Basis(Alignment(tuple(tensors), shared.copied), snapshots, memory.record.count > 0)
 
 
-def _changed(forecast: Path, record: Record) -> str:
+def changed(forecast: Path, record: Record) -> str:
     """What is wrong with the last forecast; empty where it is as it was written."""
     with reading(forecast):
         if not forecast.exists():

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 EVEN = "--even-if-worse"
 FIT = ("fit", "run")
 TUNE = ("--layer", "fc.weight", "--data", "rows.npz", "--loss", "mse")
+REFUSED = 10
+BEGINNING = ("--steps", ":700")
 TUNE_DELTA = ("tune", "run/step_10.safetensors", *TUNE, "--delta-out", "delta.safetensors")
 
 
@@ -25,6 +27,8 @@ class Command:
     base: str
     args: tuple[str, ...]
     before: tuple[tuple[str, ...], ...] = ()
+    code: int = 0
+    """With which it ends where nothing strikes it."""
 
 
 def _predict(name: str, base: str, *args: str, horizon: str = "20") -> Command:
@@ -35,6 +39,11 @@ def _again(name: str, base: str, *, horizon: str) -> Command:
     """With --overwrite, over another forecast of the same steps."""
     first = ("predict", "--horizon", horizon, EVEN, "--scale", "0.5")
     return Command(name, base, ("predict", "--horizon", horizon, EVEN, "--overwrite"), (FIT, first))
+
+
+def _leap(name: str, base: str, *args: str, before: tuple[str, ...] = (), code: int = 0) -> Command:
+    """With a memory, if anything was called before."""
+    return Command(name, base, ("leap", "run", *args), (("leap", "run", *before),) if before else (), code)
 
 
 COMMANDS = (
@@ -67,6 +76,20 @@ COMMANDS = (
         ("tune", "run/step_10.safetensors", "--apply", "delta.safetensors", "-o", "tuned.safetensors"),
         (TUNE_DELTA,),
     ),
+    _leap("leap, first", "hf"),
+    _leap("leap, one snapshot", "loose", "--steps", ":100", code=REFUSED),
+    _leap("leap, later", "loose", before=BEGINNING),
+    _leap("leap, later, folder", "hf", before=BEGINNING),
+    _leap(
+        "leap, replacing",
+        "loose",
+        "-o",
+        "forecasts/next.safetensors",
+        "--overwrite",
+        before=(*BEGINNING, "-o", "forecasts/next.safetensors"),
+    ),
+    _leap("leap, refused", "torch", "--max-gain", "0.01", before=("--steps", ":70"), code=REFUSED),
+    _leap("leap --eval-cmd", "loose", "--eval-cmd", "echo {ckpt} 1.0", before=BEGINNING),
 )
 
 

@@ -103,8 +103,8 @@ class Verdict:
 class Judge:
     """Knows a command's folder before it, and after a run that nothing struck."""
 
-    def __init__(self, work: Path, before: State, reference: State) -> None:
-        self._work, self._before, self._reference = work, before, reference
+    def __init__(self, work: Path, before: State, reference: State, code: int = 0) -> None:
+        self._work, self._before, self._reference, self._well = work, before, reference, code
         changed = {path for path in reference.tree if before.tree.get(path) != reference.tree[path] and not is_log(path)}
         self.units = sorted({_unit_of(path) for path in changed} - {"forecasts", LEDGER})
         self._inputs = {path for path in before.tree if _unit_of(path) not in {*self.units, "forecasts", LEDGER}}
@@ -128,7 +128,7 @@ class Judge:
         if not fault.is_kill:
             verdict.faults += self._ledger(done, after, states)
         is_published = set(states.values()) == {NEW}
-        if is_published and done.code not in {0, -9}:
+        if is_published and done.code not in {self._well, -9}:
             verdict.notes.append((PUBLISHED, f"exit code {done.code}: {done.err.strip()[-200:]}"))
         verdict.faults += [("wrong code", why) for why in self._told(fault, struck, done, is_published=is_published)]
         return verdict
@@ -139,10 +139,10 @@ class Judge:
         said = (done.err.strip() or "nothing")[-300:]
         unlike = [unit for unit, state in states.items() if state != NEW]
         found: list[tuple[Column, str]] = [("rerun unlike", f"{unit} is {states[unit]} after the rerun") for unit in unlike]
-        if done.code and not (done.code == 5 and "exists already" in done.err and not unlike):
+        if done.code != self._well and not (done.code == 5 and "exists already" in done.err and not unlike):
             found.append(("rerun unlike", f"exit code {done.code}: {said}"))
         extra = [path for path in after.tree if path not in self._reference.tree and not is_log(path)]
-        if done.code:  # a refused command clears nothing up
+        if done.code != self._well:  # a refused command clears nothing up
             extra = [path for path in extra if not is_hidden(path)]
         found += [("leftovers", f"{path} after the rerun") for path in extra[:1]]
         if Counter(after.ledger) != Counter(self._reference.ledger):
@@ -190,11 +190,11 @@ class Judge:
         if fault.is_kill:
             return
         allowed = self._codes(fault, struck)
-        if done.code not in allowed and not (fault.is_signal and done.code == 0):
+        if done.code not in allowed and not (fault.is_signal and done.code == self._well):
             expected = " or ".join(map(str, sorted(allowed)))
             yield f"exit code {done.code}, expected {expected}: {done.err.strip()[-300:]}"
-        elif done.code == 0 and not is_published:
-            yield "exit code 0, and not all is published"
+        elif done.code == self._well and not is_published:
+            yield f"exit code {done.code}, and not all is published"
         if "Traceback" in done.err:
             yield f"a traceback: {done.err.strip().splitlines()[-1]}"
         if done.code and done.out:
@@ -207,15 +207,16 @@ class Judge:
         path = self._relative(struck.path)
         if fault.is_signal:
             return {130}
+        well = self._well
         if fault.name == "short write":
-            return {0}
+            return {well}
         if struck.kind in READS and path in self._inputs:
-            return {0, 4}  # 0 where it was only looked at, and what is published is right
+            return {well, 4}  # well where it was only looked at, and what is published is right
         if not struck.succeeded:  # it fails when nothing strikes it, too: a folder that is there, a ledger that is not
-            return {0, 4, 5}
+            return {well, 4, 5}
         if path == LEDGER and struck.kind in READS:
             return {4, 5}
-        return {0, 5} if struck.kind in TOLERATED or is_log(path) else {5}
+        return {well, 5} if struck.kind in TOLERATED or is_log(path) else {5}
 
     def _named(self, struck: Call, done: Done) -> Iterable[str]:
         """One line of error; an input's where an input could not be read, else an output's."""

@@ -67,15 +67,15 @@ class Stage:
         shutil.copytree(bases / command.base, self.work)
         self._args, self._caller = command.args, Caller(self.work)
         for args in command.before:
-            _expect_success(self._caller.plain(args), args)
+            _expect(0, self._caller.plain(args), args)
         self.before = State.of(self.work)
         self._template = home / "template"
         shutil.copytree(self.work, self._template)
-        _expect_success(self._caller.plain(self._args), self._args)
+        _expect(command.code, self._caller.plain(self._args), self._args)
         self.reference = State.of(self.work)
         self.reset(self.reference)
         done, self.calls = self._caller.watched(self._args)
-        _expect_success(done, self._args)
+        _expect(command.code, done, self._args)
         again = State.of(self.work)
         assert again == self.reference or _same_but_logs(again, self.reference), f"{command.name}: two runs differ"
         self.reset(again)
@@ -110,8 +110,8 @@ class Stage:
         return self._reruns[key]
 
 
-def _expect_success(done: Done, args: Sequence[str]) -> None:
-    assert done.code == 0, f"{' '.join(args)}: exit code {done.code}: {done.err}"
+def _expect(code: int, done: Done, args: Sequence[str]) -> None:
+    assert done.code == code, f"{' '.join(args)}: exit code {done.code}: {done.err}"
 
 
 def _same_but_logs(one: State, other: State) -> bool:
@@ -173,7 +173,7 @@ def sweep(command: Command, bases: Path, home: Path, *, few: int = 0, every: boo
     """Strike a command. `few` calls of each fault, or all; until a time of the clock."""
     started = time.monotonic()
     stage = Stage(command, bases, home)
-    judge = Judge(stage.work, stage.before, stage.reference)
+    judge = Judge(stage.work, stage.before, stage.reference, command.code)
     result = Swept(command.name, str(stage.work), calls=stage.calls, known=sorted(stage.before.tree), made=judge.units)
     sweeping = Sweep(stage, judge, result)
     for turn, fault in enumerate(FAULTS):

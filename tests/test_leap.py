@@ -1,0 +1,855 @@
+"""`farcast leap` in a loop on real files: what it writes, what it remembers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import farcast_cli.output.target
+from farcast_cli.forecast import accumulate as accumulation
+from farcast_cli.forecast.momentum import KEPT, SMOOTHED, SPEED
+from farcast_cli.output import engine
+from tests.conftest import edit_loose, tree_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from tests.conftest import CallCli, Done
+
+    Tensors = Mapping[str, torch.Tensor]
+    Vector = NDArray[np.float64]
+
+SHAPES: dict[str, tuple[int, ...]] = {"embed": (31, 7), "layer.weight": (16, 16), "layer.bias": (5,), "scale": (1,)}
+GAP = 100
+
+
+def start(dtype: torch.dtype = torch.float32, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=random).to(dtype) for name, shape in shapes.items()}
+
+
+def trained(weights: Tensors, number: int, *, length: int = GAP) -> dict[str, torch.Tensor]:
+    """A stretch of training: a steady drift, a pull to a place, and noise that depends on the stretch alone."""
+    found = {}
+    path, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(100 + number)
+    for name, value in sorted(weights.items()):
+        if not (value.is_floating_point() or value.is_complex()):
+            found[name] = value + length
+            continue
+        parts = torch.view_as_real(value.to(torch.complex128))
+        drift, shake = (torch.randn(parts.shape, generator=g, dtype=torch.float64) for g in (path, noise))
+        moved = torch.view_as_complex(parts + length / GAP * (drift / 10 + shake / 50 - parts / 100))
+        found[name] = (moved if value.is_complex() else moved.real).to(value.dtype)
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def save_loose(run: Path, step: int, weights: Tensors) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, run / f"step_{step:05d}.safetensors")
+    return run / f"step_{step:05d}.safetensors"
+
+
+def save_payload(run: Path, step: int, weights: Tensors) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": dict(weights), "step": step, "note": "as it was"}, run / f"ckpt_{step}.pt")
+    return run / f"ckpt_{step}.pt"
+
+
+def save_folder(run: Path, step: int, weights: Tensors) -> Path:
+    """What a Trainer leaves, as far as farcast reads or copies it."""
+    place = run / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, place / "model.safetensors", {"format": "pt"})
+    state = {i: {"step": torch.tensor(float(step)), "exp_avg": torch.full((4,), step / 7)} for i in range(2)}
+    torch.save({"state": state, "param_groups": [{"lr": 1e-3, "params": [0, 1]}]}, place / "optimizer.pt")
+    torch.save({"cpu": torch.zeros(4, dtype=torch.uint8)}, place / "rng_state.pth")
+    (place / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": step / 100, "max_steps": 9000}))
+    return place
+
+
+SAVES: dict[str, Callable[[Path, int, Tensors], Path]] = {
+    "loose": save_loose,
+    "payload": save_payload,
+    "folder": save_folder,
+}
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():
+        return load_file(path / "model.safetensors")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return dict(torch.load(path, weights_only=True)["model"])
+
+
+def memory_of(home: Path, forecasts: str = "forecasts") -> Path:
+    return home / forecasts / "run.memory.safetensors"
+
+
+def record_of(memory: Path) -> dict[str, Any]:
+    with safe_open(memory, "np") as file:
+        content: dict[str, Any] = json.loads(file.metadata()["farcast"])
+    return content
+
+
+def remove(path: Path) -> None:
+    for inner in sorted(path.rglob("*"), reverse=True):
+        inner.unlink() if inner.is_file() else inner.rmdir()
+    path.unlink() if path.is_file() else path.rmdir()
+
+
+@dataclass
+class Loop:
+    """A run that is trained stretch by stretch, each from where the last leap landed."""
+
+    home: Path
+    call: CallCli
+    kind: str = "loose"
+    rotates: bool = False
+    step: int = 0
+    number: int = 0
+    weights: dict[str, torch.Tensor] = field(default_factory=start)
+    told: dict[str, Any] = field(default_factory=dict)
+    """What the last call said, as JSON."""
+
+    @property
+    def run(self) -> Path:
+        return self.home / "run"
+
+    @property
+    def memory(self) -> Path:
+        return memory_of(self.home)
+
+    @property
+    def forecast(self) -> Path:
+        return self.home / str(self.told["path"])
+
+    @property
+    def newest(self) -> Path:
+        return max(self.run.iterdir(), key=lambda path: int("".join(c for c in path.stem if c.isdigit())))
+
+    def train(self, length: int = GAP, count: int = 1) -> Loop:
+        """Save so many snapshots, from the landing on. A trainer that rotates keeps the newest."""
+        for _ in range(count):
+            self.step, self.number = self.step + length, self.number + 1
+            self.weights = trained(self.weights, self.number, length=length)
+            before = list(self.run.iterdir()) if self.rotates and self.run.exists() else []
+            SAVES[self.kind](self.run, self.step, self.weights)
+            for old in before:
+                remove(old)
+        return self
+
+    def leap(self, *options: object, code: int = 0) -> Done:
+        """Call the command, and resume from what it wrote."""
+        done = self.call("leap", "run", "--json", *options, cwd=self.home)
+        assert done.returncode == code, done
+        self.told = json.loads(done.stdout) if done.stdout else {}
+        if self.told.get("path"):
+            self.weights = load(self.forecast)
+            self.step = self.told["origin_step"]
+        return done
+
+    def begun(self, *options: object) -> Loop:
+        """After two snapshots and a first call, the memory has one stretch."""
+        self.train(count=2)
+        self.leap(*options, code=10)
+        return self
+
+
+@pytest.fixture
+def loop(tmp_path: Path, call_cli: CallCli) -> Loop:
+    return Loop(tmp_path, call_cli)
+
+
+# --- the values ------------------------------------------------------------------------------------------------------
+
+
+def flat(tensors: Tensors) -> Vector:
+    """All values in one vector, in the order of their names."""
+    return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
+
+
+def moves_in(memory: Path) -> dict[str, torch.Tensor]:
+    return {n.removeprefix("move."): v for n, v in load_file(memory).items() if n.startswith("move.")}
+
+
+def assert_near(found: Tensors, origin: Tensors, step: Vector, dtype: torch.dtype) -> None:
+    """The origin and a step, within one unit in the last place of the type, and what float32 loses of the step itself."""
+    one = torch.finfo(dtype).eps
+    expected = flat(origin) + step
+    worst = one * np.maximum(np.abs(expected), np.abs(flat(origin))) + 4 * np.finfo(np.float32).eps * np.abs(step)
+    np.testing.assert_array_less(np.abs(flat(found) - expected), worst + 1e-30)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("loose", torch.float32),
+        ("loose", torch.bfloat16),
+        ("loose", torch.float16),
+        ("loose", torch.float64),
+        ("payload", torch.float32),
+        ("payload", torch.bfloat16),
+        ("folder", torch.float32),
+        ("folder", torch.bfloat16),
+    ],
+)
+def test_a_leap_is_the_origin_and_gain_times_the_mean_move_and_the_memory_holds_that_mean(
+    loop: Loop, kind: str, dtype: torch.dtype
+) -> None:
+    loop.kind, loop.weights = kind, start(dtype)
+    loop.begun()
+    known, landing = record_of(loop.memory), load(loop.newest)
+    for length in (GAP, 30, 170, GAP):
+        mean = flat(moves_in(loop.memory)) / known["length"]
+        loop.train(length)
+        origin = load(loop.newest)
+        loop.leap()
+        speed = (flat(origin) - flat(landing)) / length
+        before, after = 1 - KEPT ** known["count"], 1 - KEPT ** (known["count"] + 1)
+        made = SMOOTHED * known["made"] + speed @ mean
+        foretold = SMOOTHED * known["foretold"] + mean @ mean
+        mean = (KEPT * before * mean + (1 - KEPT) * speed) / after
+        gain = min(known["gain"] * math.exp(SPEED * max(-1.0, min(1.0, made / foretold))), 1.0)
+        assert loop.told["share"] == pytest.approx(made / foretold, rel=1e-4)
+        assert loop.told["gain"] == pytest.approx(gain, rel=1e-4)
+        assert_near(load(loop.forecast), origin, loop.told["gain"] * length * mean, dtype)
+        known, landing = record_of(loop.memory), load(loop.forecast)
+        assert (known["count"], known["gain"], known["length"]) == (loop.told["stretches"], loop.told["gain"], length)
+        assert (known["made"], known["foretold"]) == pytest.approx((made, foretold), rel=1e-4)
+        written = flat(moves_in(loop.memory))
+        np.testing.assert_allclose(written, mean * length, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-9)
+
+
+def test_every_leaps_for_a_stretch_of_so_many_steps(loop: Loop) -> None:
+    loop.begun()
+    loop.train()
+    origin = load(loop.newest)
+    loop.leap("--every", 250, "--gain", 0.4)
+    step = flat(load(loop.forecast)) - flat(origin)
+    np.testing.assert_allclose(step, 0.4 * 2.5 * flat(moves_in(loop.memory)), rtol=0.01, atol=1e-6)
+    assert (loop.told["every"], loop.told["horizon"]) == (250, 100)
+
+
+def test_a_first_call_remembers_every_snapshot_that_is_there_and_leaps_at_once(loop: Loop) -> None:
+    loop.train(count=5)
+    snapshots = [flat(load(path)) for path in sorted(loop.run.iterdir())]
+    speeds = np.diff(np.stack(snapshots), axis=0) / GAP
+    weights = KEPT ** np.arange(len(speeds))[::-1]
+    origin = load(loop.newest)
+    loop.leap()
+    assert loop.told["stretches"] == 4
+    assert_near(load(loop.forecast), origin, loop.told["gain"] * GAP * (weights @ speeds / weights.sum()), torch.float32)
+
+
+def test_complex_weights_leap_as_the_pairs_of_reals_that_they_are(tmp_path: Path, call_cli: CallCli) -> None:
+    found = {}
+    for pairs in (False, True):
+        (tmp_path / str(pairs)).mkdir()
+        loop = Loop(tmp_path / str(pairs), call_cli)
+        weights = start(torch.complex64, {"w": (9, 5)})
+        for number in range(1, 5):
+            weights = trained(weights, number)
+            save_loose(loop.run, number * GAP, {"w": torch.view_as_real(weights["w"]) if pairs else weights["w"]})
+            loop.leap(code=10 if number < 3 else 0)
+            if number > 2:
+                weights = {"w": torch.view_as_complex(loop.weights["w"]) if pairs else loop.weights["w"]}
+        found[pairs] = weights["w"]
+    assert found[False].dtype == torch.complex64
+    assert torch.equal(found[False], found[True])
+
+
+def test_tied_weights_stay_tied(loop: Loop) -> None:
+    """The head is the embedding: one storage, before and after."""
+    loop.kind = "payload"
+    for number in range(1, 5):
+        weights = trained(loop.weights, number)
+        loop.step = number * GAP
+        save_payload(loop.run, loop.step, {**weights, "head": weights["embed"]})
+        loop.leap(code=10 if number < 3 else 0)
+        loop.weights.pop("head", None)
+        loop.weights = loop.weights if number > 2 else weights
+    written = load(loop.forecast)
+    assert written["head"].untyped_storage().data_ptr() == written["embed"].untyped_storage().data_ptr()
+    assert not torch.equal(written["embed"], load(loop.newest)["embed"])
+
+
+def with_statistics(weights: Tensors, size: float, step: int) -> dict[str, torch.Tensor]:
+    """Weights with a BatchNorm whose variance falls to nothing."""
+    left = torch.full((6,), size * math.exp(-step / 60))
+    count = torch.tensor(step)
+    return {**weights, "bn.running_mean": left, "bn.running_var": left.square(), "bn.num_batches_tracked": count}
+
+
+def test_statistics_of_batchnorm_leap_but_do_not_steer_and_no_variance_falls_below_zero(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    gains = []
+    for size in (1.0, 1000.0):
+        home = tmp_path / str(size)
+        home.mkdir()
+        loop, weights = Loop(home, call_cli), start()
+        for number in range(1, 5):
+            weights = trained(weights, number)
+            save_loose(loop.run, number * GAP, with_statistics(weights, size, number * GAP))
+            done = call_cli("leap", "run", "--json", cwd=home)
+        loop.told = json.loads(done.stdout)
+        written, origin = load(loop.forecast), load(loop.newest)
+        assert float(written["bn.running_var"].min()) == 0.0
+        assert not torch.equal(written["bn.running_mean"], origin["bn.running_mean"])
+        assert int(written["bn.num_batches_tracked"]) == 4 * GAP
+        gains.append(loop.told["gain"])
+    assert gains[0] == gains[1]
+
+
+# --- what never moved, and what is not finite ------------------------------------------------------------------------
+
+ODD = {0: -0.0, 3: math.inf, 4: -math.inf, 7: 1.5, 8: 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_element_that_never_moved_keeps_its_bits(loop: Loop, dtype: torch.dtype) -> None:
+    """Zeros of both signs, infinities and a number, among others that move; and a tensor in which nothing moves."""
+    still = {**start(dtype)}
+    for at, value in ODD.items():
+        still["embed"].view(-1)[at] = value
+    loop.weights = still
+    for number in range(1, 6):
+        weights = trained(loop.weights, number)
+        for at, value in ODD.items():
+            weights["embed"].view(-1)[at] = value
+        weights["layer.bias"] = still["layer.bias"]
+        loop.step = number * GAP
+        loop.weights = weights
+        save_loose(loop.run, loop.step, weights)
+        loop.leap(code=10 if number < 3 else 0)
+        if number > 2:
+            bits = torch.int64 if dtype == torch.float64 else torch.int32 if dtype == torch.float32 else torch.int16
+            written = load(loop.forecast)
+            assert torch.equal(written["layer.bias"].view(bits), still["layer.bias"].view(bits))
+            kept, was = (tensors["embed"].view(-1).view(bits) for tensors in (written, still))
+            assert [int(kept[at]) for at in ODD] == [int(was[at]) for at in ODD]
+            assert torch.isfinite(written["embed"].view(-1)[9:]).all()
+            assert not torch.equal(written["embed"], weights["embed"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_number_that_is_not_finite_is_refused_and_the_memory_stays_as_it_was(loop: Loop, value: float, calls: int) -> None:
+    loop.train(count=2)
+    for number in range(calls):
+        loop.leap(code=0 if number else 10)
+        loop.train()
+    bad = load(loop.newest)["embed"]
+    bad[3, 2] = value
+    edit_loose(loop.newest, {"embed": bad})
+    before = tree_digest(loop.home)
+    done = loop.leap(code=3)
+    (said,) = done.errors
+    assert f"{loop.newest.name}: tensor 'embed' holds {value}" in said
+    assert tree_digest(loop.home) == before
+
+
+# --- one snapshot is enough ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SAVES)
+@pytest.mark.parametrize("counters", ["keep", "advance"])
+def test_a_trainer_that_keeps_its_newest_checkpoint_only_gets_the_same_leaps_byte_for_byte(
+    tmp_path: Path, call_cli: CallCli, kind: str, counters: str
+) -> None:
+    if kind != "loose" and counters == "advance":
+        pytest.skip("counters move at their rate between snapshots, so they need two")
+    trees = []
+    for rotates in (False, True):
+        home = tmp_path / str(rotates)
+        home.mkdir()
+        loop = Loop(home, call_cli, kind, rotates)
+        codes = []
+        for _ in range(6):
+            loop.train()
+            assert len(list(loop.run.iterdir())) == (1 if rotates else loop.number)
+            done = call_cli("leap", "run", "--json", "--counters", counters, cwd=home)
+            loop.told = json.loads(done.stdout)
+            codes.append(done.returncode)
+            if done.returncode == 0:
+                loop.weights = load(loop.forecast)
+                loop.step += loop.told["horizon"] if counters == "advance" else 0
+        assert codes == [10, 10, 0, 0, 0, 0]
+        trees.append(tree_digest(home / "forecasts"))
+    assert trees[0] == trees[1]
+
+
+def test_one_snapshot_is_remembered_and_the_second_call_has_a_stretch(loop: Loop) -> None:
+    loop.rotates = True
+    loop.train()
+    done = loop.leap(code=10)
+    assert "the run has one snapshot, and a leap needs a stretch of training to continue" in done.stderr
+    assert (loop.told["path"], loop.told["verdict"], loop.told["stretches"]) == (None, "abstain", 0)
+    assert {name: value.tolist() for name, value in load_file(loop.memory).items()} == {
+        f"landing.{name}": value.flatten().tolist() for name, value in load(loop.newest).items()
+    }
+    first = flat(load(loop.newest))
+    loop.train()
+    loop.leap(code=10)
+    assert loop.told["stretches"] == 1
+    np.testing.assert_allclose(flat(moves_in(loop.memory)), flat(load(loop.newest)) - first, rtol=0.004, atol=1e-6)
+
+
+# --- asked again -----------------------------------------------------------------------------------------------------
+
+
+def state_of(home: Path) -> dict[str, tuple[str, int]]:
+    """Every file with its digest and the time of its last change."""
+    return {path: (digest, (home / path).stat().st_mtime_ns) for path, digest in tree_digest(home).items()}
+
+
+@pytest.mark.parametrize("options", [(), ("--every", "50"), ("--even-if-worse",), ("--gain", "0.3"), ("--dry-run",)])
+def test_without_new_training_the_same_path_is_printed_and_nothing_is_written(loop: Loop, options: tuple[str, ...]) -> None:
+    loop.begun().train()
+    loop.leap()
+    path, before = loop.told["path"], state_of(loop.home)
+    done = loop.leap(*options)
+    assert (loop.told["path"], loop.told["again"]) == (path, True)
+    assert "no training has happened since" in done.stderr
+    assert state_of(loop.home) == before
+    plain = loop.call("leap", "run", cwd=loop.home)
+    assert (plain.returncode, plain.stdout) == (0, f"{path}\n")
+    assert state_of(loop.home) == before
+
+
+def test_a_refusal_is_said_again_and_nothing_is_written(loop: Loop) -> None:
+    loop.begun().train()
+    loop.leap("--max-gain", 0.05, code=10)
+    reason = loop.told["reason"]
+    assert reason.startswith("gain 0.05")
+    before = state_of(loop.home)
+    done = loop.call("leap", "run", cwd=loop.home)
+    assert (done.returncode, done.stdout) == (10, "")
+    assert f"no leap: {reason}" in done.stderr
+    assert state_of(loop.home) == before
+
+
+@pytest.mark.parametrize("option", [("--even-if-worse",), ("--gain", 0.5)])
+def test_a_leap_that_was_refused_can_be_had_by_asking_for_it(loop: Loop, option: tuple[object, ...]) -> None:
+    loop.begun().train()
+    loop.leap("--max-gain", 0.05, code=10)
+    stretches, origin = loop.told["stretches"], load(loop.newest)
+    held = moves_in(loop.memory)
+    loop.leap("--max-gain", 0.05, *option)
+    assert loop.told["stretches"] == stretches, "no training has happened, so nothing is learned"
+    gain = 0.5 if "--gain" in option else 0.1
+    step = flat(load(loop.forecast)) - flat(origin)
+    np.testing.assert_allclose(step, gain * flat(held), rtol=0.01, atol=1e-6)
+    loop.train()
+    loop.leap("--gain", 0.5)
+    assert loop.told["stretches"] == stretches + 1
+
+
+def test_a_run_whose_largest_tensor_is_frozen_is_seen_to_train_on(loop: Loop) -> None:
+    frozen = torch.randn(64, 64, generator=torch.Generator().manual_seed(4))
+    for number in range(1, 5):
+        loop.weights = {**trained(loop.weights, number), "frozen": frozen}
+        save_loose(loop.run, number * GAP, loop.weights)
+        loop.leap(code=10 if number < 3 else 0)
+        assert not loop.told["again"]
+    assert loop.told["origin_step"] == 4 * GAP
+
+
+# --- a memory that is of no use --------------------------------------------------------------------------------------
+
+
+def test_a_memory_of_another_run_is_not_used(tmp_path: Path, call_cli: CallCli) -> None:
+    for name in ("a", "b"):
+        loop = Loop(tmp_path / name, call_cli)
+        loop.train(count=2)
+        done = call_cli("leap", f"{name}/run", "-o", "out/", cwd=tmp_path)
+        assert done.returncode == 10
+    assert "out/run.memory.safetensors remembers another run, ../a/run: the memory starts again" in done.stderr
+    assert record_of(tmp_path / "out/run.memory.safetensors")["run"] == "../b/run"
+
+
+def test_a_run_whose_name_is_no_text_keeps_its_memory(tmp_path: Path, call_cli: CallCli) -> None:
+    name = "run\udcff"
+    run = tmp_path / name
+    weights = start()
+    for number in range(1, 4):
+        weights = trained(weights, number)
+        save_loose(run, number * GAP, weights)
+        done = call_cli("leap", name, cwd=tmp_path)
+        assert "starts again" not in done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "no memory", "zeros"])
+def test_a_damaged_memory_is_one_clear_line_and_stays_as_it_is(loop: Loop, damage: str) -> None:
+    loop.begun().train()
+    if damage == "cut":
+        loop.memory.write_bytes(loop.memory.read_bytes()[:-9])
+    elif damage == "zeros":
+        loop.memory.write_bytes(bytes(500))
+    else:
+        save_file({"w": torch.ones(3)}, loop.memory)
+    before = tree_digest(loop.home)
+    done = loop.leap(code=4)
+    (said,) = done.errors
+    assert "run.memory.safetensors" in said
+    assert tree_digest(loop.home) == before
+
+
+def test_a_forecast_that_is_gone_is_missed_where_no_training_has_happened(loop: Loop) -> None:
+    loop.begun().train()
+    loop.leap()
+    path = loop.told["path"]
+    loop.forecast.unlink()
+    done = loop.leap(code=2)
+    assert f"{path}, the last leap, is gone, and no training has happened since" in done.errors[0]
+    assert done.hints == [
+        "hint: go on from step_00300.safetensors, or remove forecasts/run.memory.safetensors to start a new memory"
+    ]
+
+
+def test_a_forecast_that_was_changed_is_not_resumed_from(loop: Loop) -> None:
+    loop.begun().train()
+    loop.leap()
+    edit_loose(loop.forecast, {"scale": torch.ones(1)})
+    done = loop.leap(code=2)
+    assert "has been changed since" in done.errors[0]
+
+
+@pytest.mark.parametrize(("change", "said"), [("gone", "is gone"), ("changed", "has been changed since")])
+def test_without_the_landing_the_memory_starts_again_and_says_so(loop: Loop, change: str, said: str) -> None:
+    loop.begun().train()
+    loop.leap()
+    if change == "gone":
+        loop.forecast.unlink()
+    else:
+        edit_loose(loop.forecast, {"scale": torch.ones(1)})
+    loop.train()
+    done = loop.call("leap", "run", "--json", cwd=loop.home)
+    assert f"the last leap, {said}: the memory starts again" in done.stderr
+    assert json.loads(done.stdout)["stretches"] <= 3
+
+
+def test_a_run_that_went_back_starts_its_memory_again_and_says_so(loop: Loop) -> None:
+    loop.begun().train()
+    loop.leap()
+    loop.newest.unlink()
+    save_loose(loop.run, 300, trained(load(loop.newest), 77))
+    done = loop.call("leap", "run", "--json", "--overwrite", cwd=loop.home)
+    assert "the memory ends at step 300, and the newest snapshot is of step 300: it starts again" in done.stderr
+
+
+def test_other_tensors_start_the_memory_again_and_say_so(loop: Loop) -> None:
+    loop.begun().train()
+    loop.leap("--max-gain", 0.05, code=10)
+    loop.weights["more"] = torch.ones(3)
+    loop.train()
+    done = loop.leap(code=10)
+    assert "its tensors are not those of step_00400.safetensors: the memory starts again" in done.stderr
+    assert (loop.told["stretches"], loop.told["verdict"]) == (0, "abstain")
+
+
+# --- where things lie ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_dry_run_writes_nothing_not_even_a_folder(loop: Loop, count: int) -> None:
+    loop.train(count=count)
+    before = state_of(loop.home)
+    done = loop.leap("--dry-run", "-o", "deep/er/", code=0 if count > 2 else 10)
+    assert loop.told["dry_run"] is True
+    assert ("would leap" in done.stderr) == (count > 2)
+    assert state_of(loop.home) == before
+
+
+def test_with_a_file_named_the_leap_is_that_file_and_the_memory_lies_beside_it(loop: Loop) -> None:
+    loop.train(count=3)
+    loop.leap("-o", "out/a.safetensors")
+    names = {"a.safetensors", "a.safetensors.farcast.json", "run.memory.safetensors"}
+    assert {path.name for path in (loop.home / "out").iterdir()} == names
+    loop.train()
+    done = loop.leap("-o", "out/a.safetensors", code=5)
+    assert "out/a.safetensors: exists already" in done.errors[0]
+    loop.leap("-o", "out/b.safetensors")
+    assert loop.told["stretches"] == 3
+
+
+def test_a_forecast_may_take_the_place_of_the_last_one(loop: Loop) -> None:
+    loop.train(count=3)
+    loop.leap("-o", "out/a.safetensors", "--gain", 0.5)
+    for _ in range(2):
+        loop.train()
+        origin = load(loop.newest)
+        loop.leap("-o", "out/a.safetensors", "--overwrite", "--gain", 0.5)
+        held = moves_in(loop.home / "out/run.memory.safetensors")
+        np.testing.assert_allclose(flat(load(loop.forecast)) - flat(origin), 0.5 * flat(held), rtol=0.01, atol=1e-6)
+    assert loop.told["stretches"] == 4
+
+
+def test_a_folder_that_is_named_is_for_the_leaps_and_their_memory(loop: Loop) -> None:
+    loop.train(count=3)
+    loop.leap("-o", "out/")
+    assert loop.told["path"].startswith("out/step_00300-leap")
+    assert memory_of(loop.home, "out").exists()
+
+
+@pytest.mark.parametrize("options", [("-o", "run/"), ("-o", "run/a.safetensors"), ("--ledger", "run/ledger.jsonl")])
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_is_written_into_the_runs_folder(loop: Loop, options: tuple[str, ...], count: int) -> None:
+    loop.train(count=count)
+    before = tree_digest(loop.home)
+    done = loop.leap(*options, code=5)
+    assert "lies inside the run's folder" in done.errors[0]
+    assert tree_digest(loop.home) == before
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_no_byte_of_the_run_is_changed(loop: Loop, kind: str) -> None:
+    loop.kind = kind
+    loop.begun()
+    for _ in range(3):
+        loop.train()
+        before = state_of(loop.run)
+        loop.leap()
+        assert state_of(loop.run) == before
+
+
+def test_the_memory_is_as_private_as_the_weights(loop: Loop) -> None:
+    loop.train(count=2)
+    for path in loop.run.iterdir():
+        path.chmod(0o600)
+    loop.leap(code=10)
+    assert loop.memory.stat().st_mode & 0o777 == 0o600
+
+
+# --- the ledger, counters, options -----------------------------------------------------------------------------------
+
+
+def test_the_ledger_has_a_line_for_each_leap_and_fit_takes_only_what_came_after_the_last(loop: Loop) -> None:
+    loop.begun()
+    for _ in range(3):
+        loop.train()
+        loop.leap()
+    lines = [json.loads(line) for line in (loop.home / "forecasts/ledger.jsonl").read_text().splitlines()]
+    assert [(line["origin_step"], line["counters"]) for line in lines] == [(300, "keep"), (400, "keep"), (500, "keep")]
+    assert loop.told["path"] == f"forecasts/{lines[-1]['forecast']}"
+    assert lines[-1]["valid_step"] == 500 + loop.told["horizon"]
+    loop.train(count=6)
+    done = loop.call("fit", "run", "--json", cwd=loop.home)
+    content = json.loads(done.stdout)
+    assert (content["num_snapshots"], content["leap"], content["origin_step"]) == (6, 500, 1100)
+
+
+def test_leaps_that_the_run_never_resumed_from_take_nothing_from_its_history(loop: Loop) -> None:
+    loop.begun()
+    for _ in range(4):
+        loop.train()
+        own = loop.weights
+        loop.leap()
+        loop.weights = own
+    loop.train()
+    content = json.loads(loop.call("fit", "run", "--json", cwd=loop.home).stdout)
+    assert (content["num_snapshots"], content["leap"]) == (7, None)
+
+
+@pytest.mark.parametrize("counters", ["keep", "advance"])
+def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
+    loop.kind = "folder"
+    loop.train(count=3)
+    origin = loop.newest
+    loop.leap("--counters", counters)
+    step = 300 + (loop.told["horizon"] if counters == "advance" else 0)
+    assert loop.forecast.name == (
+        f"checkpoint-{step}" if counters == "advance" else f"checkpoint-300-leap{loop.told['horizon']}"
+    )
+    assert json.loads((loop.forecast / "trainer_state.json").read_text())["global_step"] == step
+    optimizer = torch.load(loop.forecast / "optimizer.pt", weights_only=True)
+    assert float(optimizer["state"][0]["step"]) == step
+    assert torch.equal(optimizer["state"][0]["exp_avg"], torch.full((4,), 300 / 7))
+    same = (loop.forecast / "optimizer.pt").read_bytes() == (origin / "optimizer.pt").read_bytes()
+    assert same == (counters == "keep")
+    assert record_of(loop.memory)["landing_step"] == step
+
+
+def test_near_the_end_of_a_run_there_is_no_leap(loop: Loop) -> None:
+    loop.kind = "folder"
+    loop.train(count=3)
+    for path in loop.run.glob("*/trainer_state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"max_steps": 330}))
+    done = loop.leap(code=10)
+    assert "the run ends in 30 steps" in done.stderr
+
+
+def test_what_is_excluded_is_copied_and_another_choice_starts_again(loop: Loop) -> None:
+    loop.begun("--exclude", "embed")
+    loop.train()
+    origin = load(loop.newest)
+    loop.leap("--exclude", "embed")
+    assert torch.equal(load(loop.forecast)["embed"], origin["embed"])
+    assert not torch.equal(load(loop.forecast)["layer.weight"], origin["layer.weight"])
+    assert set(moves_in(loop.memory)) == set(SHAPES) - {"embed"}
+    loop.train()
+    done = loop.leap("--include", "layer.*", code=10)
+    assert "its tensors are not those of" in done.stderr
+    assert loop.told["stretches"] == 0, "the one snapshot since the last leap"
+
+
+def test_workers_and_the_way_of_reading_change_no_byte(
+    tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In many small ranges, as large files are."""
+    monkeypatch.setattr(engine, "RANGE_BYTES", 8192)
+    monkeypatch.setattr(engine, "MIN_RANGE_BYTES", 4096)
+    monkeypatch.setattr(engine, "BLOCK", 1000)
+    monkeypatch.setattr(engine, "FORK_BYTES", 0)
+    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(accumulation, "FORK_BYTES", 0)
+    monkeypatch.setattr(accumulation, "SPAN", 4096)
+    monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", 4096)
+    shapes = {"w": (10_001,), "even": (64, 128), **{f"{index}.bias": (3 + index,) for index in range(6)}}
+    trees = []
+    for index, options in enumerate([("1", "pread"), ("4", "pread"), ("1", "mmap"), ("4", "mmap")]):
+        home = tmp_path / str(index)
+        home.mkdir()
+        loop = Loop(home, call_cli, weights=start(shapes=shapes))
+        for number in range(4):
+            loop.train()
+            loop.leap("--threads", options[0], "--io", options[1], code=0 if number > 1 else 10)
+        trees.append(tree_digest(home / "forecasts"))
+    assert trees[1:] == trees[:1] * 3
+
+
+# --- steered by a loss -----------------------------------------------------------------------------------------------
+
+LOSS = """
+import json, struct, sys
+raw = open(sys.argv[1], "rb").read()
+(size,) = struct.unpack("<Q", raw[:8])
+first, last = json.loads(raw[8:8 + size])["w"]["data_offsets"]
+values = struct.unpack(f"<{(last - first) // 4}f", raw[8 + size + first:8 + size + last])
+print("loss", sum((value - float(sys.argv[2])) ** 2 for value in values) ** 0.5)
+"""
+
+
+class Line(Loop):
+    """A run whose weights all move by one with each stretch."""
+
+    def train(self, length: int = GAP, count: int = 1) -> Loop:
+        for _ in range(count):
+            self.step += length
+            self.weights = {"w": self.weights["w"] + 1.0}
+            save_loose(self.run, self.step, self.weights)
+        return self
+
+
+@pytest.fixture
+def line(tmp_path: Path, call_cli: CallCli) -> Line:
+    (tmp_path / "loss.py").write_text(LOSS)
+    return Line(tmp_path, call_cli, weights={"w": torch.zeros(8)})
+
+
+def distance_to(place: float) -> tuple[str, str]:
+    """A command whose loss is the distance of the weights to a place."""
+    return "--eval-cmd", f"{shlex.quote(sys.executable)} -I -S loss.py {{ckpt}} {place}"
+
+
+def gains_of(loop: Loop, options: tuple[str, ...], calls: int) -> tuple[list[float], list[bool]]:
+    gains, leapt = [], []
+    loop.train(count=2)
+    for number in range(calls):
+        done = loop.call("leap", "run", "--json", *options, cwd=loop.home)
+        assert done.returncode in {0, 10}, done
+        loop.told = json.loads(done.stdout)
+        if loop.told["path"]:
+            loop.weights = load(loop.forecast)
+        gains.append(loop.told["gain"])
+        leapt.append(done.returncode == 0)
+        assert len(loop.told["evaluations"]) == (2 if number else 0)
+        loop.train()
+    return gains, leapt
+
+
+def test_where_going_ahead_lowers_the_loss_the_gain_rises(line: Line) -> None:
+    gains, leapt = gains_of(line, distance_to(1000.0), 6)
+    assert gains == sorted(gains)
+    assert gains[-1] == 2.0
+    assert leapt == [False] + [True] * 5
+    assert line.told["loss_signal"] > 0.3
+
+
+def test_where_going_ahead_raises_the_loss_the_gain_falls_until_there_is_no_leap(line: Line) -> None:
+    """All directions agree, so without a loss the gain would rise."""
+    gains, leapt = gains_of(line, distance_to(-1.0), 9)
+    assert gains[2:] == sorted(gains[2:], reverse=True)
+    assert line.told["loss_signal"] < -0.3
+    assert gains[-1] < 0.1
+    assert leapt[1]
+    assert not leapt[-1]
+
+
+def test_a_larger_number_may_be_the_better_one(line: Line) -> None:
+    gains, leapt = gains_of(line, (*distance_to(-1.0), "--maximize"), 5)
+    assert gains[-1] > 1.0
+    assert leapt[-1]
+
+
+def test_the_command_is_run_on_the_weights_half_a_stretch_ahead_and_behind(line: Line) -> None:
+    line.begun()
+    line.train()
+    (line.home / "seen").mkdir()
+    line.leap("--eval-cmd", "cp {ckpt} seen/$FARCAST_STRENGTH.safetensors && echo $FARCAST_ORIGIN_STEP 2.5")
+    seen = {path.stem: load(path)["w"].tolist() for path in (line.home / "seen").iterdir()}
+    assert seen == {"0.5": [3.5] * 8, "-0.5": [2.5] * 8}
+    assert [(e["strength"], e["value"]) for e in line.told["evaluations"]] == [(0.5, 2.5), (-0.5, 2.5)]
+    logs = line.home / "forecasts/step_00300-leap.eval"
+    assert {path.name for path in logs.iterdir()} == {"strength-0.5.log", "strength--0.5.log"}
+    assert all("300 2.5" in path.read_text() for path in logs.iterdir())
+    note = json.loads(line.forecast.with_name(f"{line.forecast.name}.farcast.json").read_text())
+    assert [e["value"] for e in note["evaluations"]] == [2.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("true {ckpt}; exit 3", "exit code 3"),
+        ("echo {ckpt} nan", "printed nan"),
+        ("true {ckpt}", "printed no number"),
+        ("test {ckpt} && test $FARCAST_STRENGTH = 0.5 && echo 1.0", "on strength -0.5"),
+    ],
+)
+def test_a_command_that_fails_publishes_nothing_and_can_be_mended(line: Line, command: str, said: str) -> None:
+    line.begun().train()
+    before = tree_digest(line.home)
+    done = line.leap("--eval-cmd", command, code=2)
+    assert said in done.errors[0]
+    after = {path: digest for path, digest in tree_digest(line.home).items() if ".eval" not in path}
+    assert after == before
+    line.leap("--eval-cmd", "echo {ckpt} 1.5")
+    assert [e["value"] for e in line.told["evaluations"]] == [1.5, 1.5]
+
+
+def test_without_a_loss_a_leap_says_that_it_cannot_know_and_the_gain_stops_at_1(line: Line) -> None:
+    gains, _ = [], line.begun()
+    for _ in range(4):
+        line.train()
+        done = line.leap()
+        assert "no loss was measured" in done.stderr
+        gains.append(line.told["gain"])
+    assert gains[-1] == 1.0
