@@ -50,7 +50,7 @@ from farcast_cli.output.writer import staging
 from farcast_cli.pace import Pace
 from farcast_cli.publish import check_place, finish, only, place_of, plan_forecast, stage, write_candidate
 from farcast_cli.stream import Resources
-from farcast_cli.trainer.rates import read_pace
+from farcast_cli.trainer.rates import rate_at, read_pace
 from farcast_cli.trainer.resume import HISTORY
 from farcast_cli.trainer.run_end import find_run_end
 from farcast_cli.trajectory import Trajectory, discover
@@ -76,7 +76,6 @@ WORTH = 0.1  # the smallest gain that is worth a restart
 RISING = 1.01  # times the rate before
 ADVISED = 50  # leaps in a run, and so a stretch of 2 % of it
 """Measured: 20 leaps gain less (docs/results.md)."""
-_UNITS = {"steps": "steps", "rate": "learning-rate time"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,50 +228,44 @@ def _gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: li
             notes.append(f"{memory.path} cannot be used: {basis}: the memory starts again")
         else:
             first, last = memory.record.landing_step, trajectory.origin.step
-            pace, every = _pace_since(memory, basis, ask, trajectory)
-            if pace.clock == memory.record.clock:
-                products = _products(basis.alignment, ask.request)
-                unit = np.eye(len(products))
-                known = remembered(memory, unit[-2])
-                # none where the user asks again for a leap that was refused
-                stretches = ((unit[int(basis.has_moves)], pace.total(first, last)),) if last > first else ()
-                return _Gathered(
-                    basis.alignment,
-                    basis.snapshots,
-                    products,
-                    stretches,
-                    known,
-                    _Time(pace, first, last, every),
-                    basis.has_moves,
-                    memory,
-                    tuple(notes),
-                )
-            units = f"{_UNITS[memory.record.clock]}, and now {_UNITS[pace.clock]} count"
-            notes.append(f"{memory.path} is in {units}: the memory starts again")
+            pace, every = _pace_since(memory, basis, ask, trajectory.origin)
+            products = _products(basis.alignment, ask.request)
+            unit = np.eye(len(products))
+            known = remembered(memory, unit[-2])
+            # none where the user asks again for a leap that was refused
+            stretches = ((unit[int(basis.has_moves)], pace.total(first, last)),) if last > first else ()
+            time = _Time(pace, first, last, every)
+            return _Gathered(
+                basis.alignment, basis.snapshots, products, stretches, known, time, basis.has_moves, memory, tuple(notes)
+            )
     return _from_history(ask, trajectory, notes)
 
 
-def _pace_since(memory: Memory, basis: Basis, ask: Ask, trajectory: Trajectory) -> tuple[Pace, int]:
-    """The learning rates from the landing on, and the steps until the next leap."""
-    record, origin = memory.record, trajectory.origin
-    every = ask.every or max(1, origin.step - record.landing_step) if origin.step > record.landing_step else record.every
-    seen = [one for one in trajectory.snapshots[:-1] if one.step >= record.landing_step][-HISTORY:]
+def _pace_since(memory: Memory, basis: Basis, ask: Ask, origin: Snapshot) -> tuple[Pace, int]:
+    """The learning rates from the landing on, and the steps until the next leap.
+
+    Of the landing and the origin alone: whether the trainer keeps the snapshots in between makes no difference.
+    """
+    record, first, last = memory.record, memory.record.landing_step, origin.step
+    every = ask.every or (last - first if last > first else record.every)
+    known = Pace()
     if len(basis.snapshots) > 1:
-        seen.insert(0, basis.snapshots[0].settle(record.landing_step, "the ledger"))
-    known = read_pace([*seen, origin], ahead=every)
-    first = known.edges[0] if known.rates else origin.step
-    if record.rate is not None and known.rates and record.landing_step < first:
-        pieces = zip(known.edges, known.edges[1:], known.rates, strict=False)
-        known = Pace.of([(record.landing_step, first, (record.rate + known.rates[0]) / 2), *pieces])
-    return _settled(known, ask, record.landing_step, origin.step, every), every
+        known = read_pace([basis.snapshots[0].settle(first, "the memory"), origin], ahead=every)
+    if not known.rates and (now := rate_at(origin) or record.rate):
+        past = [(first, last, (now + (record.rate or now)) / 2)] if last > first else []
+        known = Pace.of([*past, (last, last + every, now)])
+    wanted = record.clock if record.count else ask.clock  # a memory keeps the clock that it began with
+    return _settled(known, wanted, first, last, every), every
 
 
-def _settled(known: Pace, ask: Ask, first: int, last: int, every: int) -> Pace:
-    """The clock of a leap; rates that end at the origin are taken to go on as they are."""
-    if known.rates and known.edges[-1] < last + every:
-        pieces = zip(known.edges, known.edges[1:], known.rates, strict=False)
-        known = Pace.of([*pieces, (known.edges[-1], last + every, known.rates[-1])])
-    return known.clocked(ask.clock, first, last + every)
+def _settled(known: Pace, wanted: Clock | None, first: int, last: int, every: int) -> Pace:
+    """The clock of a leap; rates that are not known at either end are taken to be those next to them."""
+    if known.rates:
+        pieces = list(zip(known.edges, known.edges[1:], known.rates, strict=False))
+        before = [(first, known.edges[0], known.rates[0])] if first < known.edges[0] else []
+        after = [(known.edges[-1], last + every, known.rates[-1])] if known.edges[-1] < last + every else []
+        known = Pace.of([*before, *pieces, *after])
+    return known.clocked(wanted, first, last + every)
 
 
 def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gathered:
@@ -285,7 +278,7 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gather
     products = _products(alignment, ask.request)
     first, last = snapshots[-2:][0].step, snapshots[-1].step
     every = ask.every or max(1, last - first)
-    pace = _settled(read_pace(snapshots, ahead=every), ask, snapshots[0].step, last, every)
+    pace = _settled(read_pace(snapshots, ahead=every), ask.clock, snapshots[0].step, last, every)
     stretches = tuple(
         (np.eye(len(products))[index], pace.total(before.step, after.step))
         for index, (before, after) in enumerate(itertools.pairwise(snapshots))

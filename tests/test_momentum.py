@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from farcast_cli.forecast.momentum import FIRST, KEPT, LEAST, MOST, SMOOTHED, SPEED, Momentum, Remembered, remember, steered
+from farcast_cli.forecast.momentum import FIRST, KEPT, LEAST, SMOOTHED, SPEED, Momentum, Remembered, remember, steered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 LENGTHS = (20.0, 35.0, 5.0, 50.0, 20.0, 11.0)
 SIZE = 400
+
+MOST = 2.0
+
+
+def by_share(momentum: Momentum, signal: float) -> Momentum:
+    return steered(momentum, signal, speed=SPEED, limit=MOST)
 
 
 @dataclass
@@ -111,7 +117,7 @@ def test_weights_that_do_not_move_at_all_have_no_share_and_no_cosine() -> None:
     found = remember(None, [(np.array([0.0]), 3.0)] * 3, np.eye(1))
     assert math.isnan(found.momentum.share)
     assert math.isnan(found.cosine)
-    assert steered(found.momentum, found.momentum.share) == found.momentum
+    assert by_share(found.momentum, found.momentum.share) == found.momentum
 
 
 # --- the gain --------------------------------------------------------------------------------------------------------
@@ -121,22 +127,22 @@ def test_weights_that_do_not_move_at_all_have_no_share_and_no_cosine() -> None:
     ("signal", "factor"), [(1, math.exp(SPEED)), (0.2, math.exp(0.2 * SPEED)), (0, 1), (-0.4, math.exp(-0.4 * SPEED))]
 )
 def test_the_gain_moves_by_the_exponential_of_the_signal(signal: float, factor: float) -> None:
-    assert steered(Momentum(gain=0.5), signal).gain == pytest.approx(0.5 * factor)
+    assert by_share(Momentum(gain=0.5), signal).gain == pytest.approx(0.5 * factor)
 
 
 def test_a_signal_counts_as_1_at_most_and_minus_1_at_least() -> None:
-    assert steered(Momentum(), 9.0) == steered(Momentum(), 1.0)
-    assert steered(Momentum(), -9.0) == steered(Momentum(), -1.0)
+    assert by_share(Momentum(), 9.0) == by_share(Momentum(), 1.0)
+    assert by_share(Momentum(), -9.0) == by_share(Momentum(), -1.0)
 
 
 def test_a_signal_that_is_not_known_moves_nothing() -> None:
-    assert steered(Momentum(gain=0.7), math.nan).gain == 0.7
+    assert by_share(Momentum(gain=0.7), math.nan).gain == 0.7
 
 
 def test_the_gain_has_limits_on_both_sides() -> None:
     high = low = Momentum()
     for _ in range(20):
-        high, low = steered(high, 1.0), steered(low, -1.0)
+        high, low = by_share(high, 1.0), by_share(low, -1.0)
     assert (high.gain, low.gain) == (MOST, LEAST)
 
 
@@ -153,7 +159,7 @@ def leaps(count: int, train: Callable[[Vector, int], Vector]) -> list[Momentum]:
         basis = np.stack([end - landing, mean])
         known = Remembered(momentum, np.array([0.0, 1.0])) if number else None
         found = remember(known, [(np.array([1.0, 0.0]), LENGTH)], basis @ basis.T)
-        momentum, mean = steered(found.momentum, found.momentum.share), found.mean @ basis
+        momentum, mean = by_share(found.momentum, found.momentum.share), found.mean @ basis
         landing = end + momentum.gain * LENGTH * mean
         seen.append(momentum)
     return seen

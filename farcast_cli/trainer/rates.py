@@ -38,6 +38,10 @@ MAX_LOG_BYTES = 1 << 24
 LOGGED_AT = (1, 0)  # steps by which a log's entry lags behind the rate of the next step: transformers 5, and before
 
 
+_UNREAD: tuple[frozenset[Role], ...] = (frozenset({"scheduler"}), frozenset({"scheduler", "optimizer"}))
+"""The parts that are read for a rate: the optimiser's own only where nothing else tells one."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What a snapshot says: its step, all rates, and its schedules and groups as numbers."""
@@ -67,10 +71,22 @@ def read_pace(snapshots: Sequence[Snapshot], *, ahead: int = 0) -> Pace:
         return Pace(why=f"the trainer's state cannot be read for its learning rates ({type(error).__name__})")
 
 
+def rate_at(snapshot: Snapshot) -> float | None:
+    """The highest learning rate that a snapshot holds; None where it holds none."""
+    for unread in _UNREAD:
+        try:
+            rates = _look(snapshot, unread).rates
+        except (FarcastError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            return None
+        if rates:
+            return max(rates)
+    return None
+
+
 def _read(snapshots: Sequence[Snapshot], ahead: int) -> Pace:
-    seen = [_look(snapshot, frozenset({"scheduler"})) for snapshot in snapshots]
+    seen = [_look(snapshot, _UNREAD[0]) for snapshot in snapshots]
     if not all(one.rates for one in seen):
-        seen = [_look(snapshot, frozenset({"scheduler", "optimizer"})) for snapshot in snapshots]
+        seen = [_look(snapshot, _UNREAD[1]) for snapshot in snapshots]
     if not all(one.rates for one in seen):
         return _of_log(snapshots, ahead)
     column = _shared([one.rates for one in seen])
