@@ -26,8 +26,9 @@ import torch
 import trials
 from figures import grouped
 from finetune import MEASURES
+from finetune_judged import judged
 from store import fill
-from trials import LEAPS, RANDOM, Trial
+from trials import JUDGED, LEAPS, RANDOM, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ def work(run: Sequence[Trial]) -> str:
     torch.set_num_threads(1)
     for trial in run:
         try:
-            fill(trial, MEASURES[trial.mode])
+            fill(trial, (MEASURES | {JUDGED: judged})[trial.mode])
         except Exception as error:  # noqa: BLE001 - one run that fails must not end the others
             return f"{trial.label}: {type(error).__name__}: {error}"
         print(f"done: {trial.label}", flush=True)

@@ -18,13 +18,13 @@ from store import LEAPING, code_digest
 if TYPE_CHECKING:
     from pathlib import Path
 
-PLAIN, ONE, LEAPS, RANDOM = "plain", "one-leap", "leaps", "random"
-MODES = (PLAIN, ONE, LEAPS, RANDOM)
+PLAIN, ONE, LEAPS, JUDGED, RANDOM = "plain", "one-leap", "leaps", "judged", "random"
+MODES = (PLAIN, ONE, LEAPS, JUDGED, RANDOM)
 STRETCHES = 20  # of a run, each with a checkpoint and an evaluation at its end
 ORIGIN, HORIZON = 0.6, 0.2  # of the one leap under the schedule, as shares of the run
 SEEDS = (11, 12)
 FORECASTING = ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")
-CODE = {PLAIN: (), ONE: FORECASTING, LEAPS: LEAPING, RANDOM: LEAPING}
+CODE = {PLAIN: (), ONE: FORECASTING, LEAPS: LEAPING, JUDGED: LEAPING, RANDOM: LEAPING}
 STEP_S, JUDGE_S = {"full": 0.6, "lora": 0.5}, 5.0
 """Measured on one core of a two-core machine."""
 
@@ -34,7 +34,7 @@ class Trial:
     """One run in one mode.
 
     `plain`: as it is. `one-leap`: a forecast, the control and a random direction, each trained to the end. `leaps`: a
-    leap after every stretch. `random`: leaps of the same norms in random directions.
+    leap after every stretch. `judged`: the same, steered by the loss. `random`: leaps of the same norms in random directions.
     """
 
     setting: Setting
@@ -63,13 +63,18 @@ class Trial:
         steps = self.setting.steps
         trained = 3 * (1 - ORIGIN - HORIZON) * steps if self.mode == ONE else steps
         judged = 4 if self.mode == ONE else STRETCHES
-        return trained * STEP_S[self.setting.kind] + judged * JUDGE_S + 3 * STRETCHES * (self.mode == LEAPS)
+        return (
+            trained * STEP_S[self.setting.kind]
+            + judged * JUDGE_S
+            + STRETCHES * (3 * (self.mode == LEAPS) + 8 * (self.mode == JUDGED))
+        )
 
 
 @functools.cache
 def _digest(trial: Trial) -> str:
     versions = [platform.python_version(), *map(version, ("torch", "transformers", "peft", "numpy"))]
-    code = code_digest(("pretrained_tasks", "finetune"), CODE[trial.mode])
+    own = ("finetune_judged", "judge") if trial.mode == JUDGED else ()
+    code = code_digest(("pretrained_tasks", "finetune", *own), CODE[trial.mode])
     data = tasks.data_digest(trial.setting.task)
     text = json.dumps([asdict(trial), versions, code, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
