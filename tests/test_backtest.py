@@ -301,13 +301,13 @@ def test_the_turning_run_has_the_asked_for_coherences(whole: float, recent: floa
     assert recent_coherence(task.gram, task.timeline) == pytest.approx(recent, abs=ALGEBRA)
 
 
-@pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain")])
 def test_a_longer_leap_needs_a_clearer_drift_and_one_under_a_falling_rate_less_of_it() -> None:
     assert [needed_coherence(lead) for lead in (0.01, 0.25, 1.0)] == [0.15, 0.15, 0.3]
     assert needed_coherence(1.0, pace=0.5) == 0.15
     assert needed_coherence(1.0, pace=2.0) == 0.3  # a rising rate anneals nothing
 
 
+@pytest.mark.parametrize(("above", "verdict"), [(0.01, "forecast"), (-0.01, "abstain")])
 @pytest.mark.parametrize("horizon", [100, 400, 800, 2400])
 def test_of_the_whole_history_the_same_is_needed_at_every_horizon_where_the_recent_half_vouches_for_it(
     horizon: int, above: float, verdict: str
@@ -417,12 +417,12 @@ def test_a_coherence_that_chance_alone_gives_is_turned_away_and_said_to_be() -> 
 
 
 def test_a_slow_drift_under_much_noise_is_told_from_chance() -> None:
-    """S of .16 to .25, as on fine-tuning runs whose leaps gained: as small a p as there is."""
+    """S of .22, as on fine-tuning runs whose leaps gained: as small a p as there is."""
     rng = np.random.default_rng(3)
-    drift = np.outer(np.arange(20), rng.normal(size=5000))
-    task = make_task({"w": 0.16 * drift + np.cumsum(rng.normal(size=(20, 5000)), axis=0)}, range(0, 2000, 100), 400)
+    drift = np.outer(np.arange(12), rng.normal(size=5000))
+    task = make_task({"w": 0.24 * drift + np.cumsum(rng.normal(size=(12, 5000)), axis=0)}, range(0, 1200, 100), 400)
     decision = decide(METHODS["drift"], task, "resume")
-    assert 0.15 < decision.coherence < 0.25
+    assert 0.2 < decision.coherence < 0.25
     assert decision.significance.p == decision.significance.smallest
     assert decision.verdict == "forecast"
 
