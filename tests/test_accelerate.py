@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from farcast_cli.errors import UsageError
+from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trajectory import discover
 from tests.tiny import fit_run, predict_run
 
@@ -299,3 +300,15 @@ def test_what_a_save_hook_wrote_in_place_of_the_model_is_forecast(tmp_path: Path
     found = load_file(hooked / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert json.loads((hooked / "unet" / "config.json").read_text()) == {"layers": 2}
+
+
+def test_the_clock_adds_up_the_rates_that_accelerate_used_and_will_use(tmp_path: Path) -> None:
+    loop, used = Loop(), []
+    for step in range(1, 101):
+        used.append(loop.optimizer.param_groups[0]["lr"])
+        loop.advance(1)
+        if step <= ORIGIN and step % 10 == 0:
+            loop.save(tmp_path / f"step_{step}")
+    pace = read_pace(discover(tmp_path).snapshots, ahead=100 - ORIGIN)
+    for first, last in ((10, ORIGIN), (20, 40), (30, 100)):
+        assert pace.total(first, last) == pytest.approx(sum(used[first:last]), rel=1e-9)

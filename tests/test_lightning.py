@@ -16,6 +16,7 @@ from farcast_cli.fitted import Fitted, fit
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.layouts import recognise
 from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trainer.resume import advance
 from farcast_cli.trajectory import discover
 from tests.tiny import predict_run
@@ -578,3 +579,23 @@ def test_a_horizon_that_ends_within_a_batch_of_two_steps_is_refused(tmp_path: Pa
     with pytest.raises(UsageError, match="2 optimizer steps a batch") as caught:
         predict_run(fitted(tmp_path / "run", 84), f"{tmp_path}/forecast/", horizons=(7,))
     assert caught.value.hint == "--horizon 6 or --horizon 8"
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_the_clock_adds_up_the_rates_that_lightning_used_and_will_use(interval: str, tmp_path: Path) -> None:
+    """Within a step, or an epoch where the schedule is stepped once in each, since a save may come before the schedule's own."""
+    used = []
+
+    class Rates(Callback):
+        """Notes the rate that every batch is trained at."""
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            used.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    run = Run(schedules=(Schedule("step", interval),))
+    run.go(tmp_path / "whole", watch=Rates(), max_steps=63)
+    run.go(tmp_path / "run", max_steps=42)
+    pace = read_pace(discover(tmp_path / "run").snapshots, ahead=20)
+    assert pace.clock == "rate"
+    for first, last in ((4, 40), (12, 60)):
+        assert pace.total(first, last) == pytest.approx(sum(used[first:last]), rel=0.02)
