@@ -138,6 +138,29 @@ JSON_KEYS: dict[str, dict[str, str]] = {
         "per_tensor[].ratio": "its ratio; `null` where it did not move",
     },
 }
+JSON_KEYS["leap"] = {
+    "path": "the checkpoint to resume from; `null` where there is no leap",
+    "origin_step": "step of the newest snapshot, from which the leap begins",
+    "horizon": "steps that the leap is worth at the run's own pace: gain times `every`; 0 without a leap",
+    "verdict": "`forecast` or `abstain`",
+    "reason": "the verdict's reason, for people",
+    "gain": "stretches that a leap goes ahead, after this call",
+    "share": "of the move that the memory foretold, what the last stretches made; `null` where nothing was foretold yet",
+    "cosine": "between the last stretch's move and the one that was foretold; `null` where nothing was",
+    "loss_signal": "with `--eval-cmd`: of the loss's usual change from call to call, what a stretch more would lower it by,"
+    " from -1 to 1; `null` where it is not known yet",
+    "stretches": "stretches that are remembered",
+    "every": "steps until the next leap, as it was reckoned with",
+    "again": "`true` where no training has happened since the last call: its answer, said again",
+    "unchanged_share": "share of the values that equal the origin's after rounding",
+    "changes": "what was rewritten for resuming, as `where: old -> new`",
+    "notes": "what a person should know, such as a memory that starts again, and why",
+    "evaluations": "with `--eval-cmd`: one entry per run of the command",
+    "evaluations[].strength": "how far ahead the weights were, in stretches; below 0 it is behind",
+    "evaluations[].value": "the number that the command printed last",
+    "evaluations[].seconds": "seconds that the command took",
+    "dry_run": "`true` with `--dry-run`; absent otherwise",
+}
 JSON_KEYS["tune"] = {
     "path": "what was written; `null` where the gate was against it",
     "layers": "the layers that were tuned",
@@ -163,6 +186,7 @@ BUILDERS = {
     "backtest": (render.backtest_json,),
     "predict": (render.outcome_json, render.predict_json),
     "verify": (render.verify_json,),
+    "leap": (render.leap_json,),
     "tune": (render.tune_json,),
 }
 
@@ -202,7 +226,7 @@ method = "blend"
 OUTPUT = """\
 ## What goes where
 
-stdout carries the result and nothing else: the path that `fit` or `predict` wrote, a table, or one JSON object. Progress,
+stdout carries the result and nothing else: the path that `fit`, `predict` or `leap` wrote, a table, or one JSON object. Progress,
 notes and errors go to stderr. Bars and colour appear on a terminal only; `NO_COLOR` is honoured. Nothing ever prompts.
 
 Where stdout is full (a disk, `/dev/full`), the exit code is 5 and stderr says so; the files that the command wrote are whole

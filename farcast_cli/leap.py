@@ -27,6 +27,7 @@ from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.ledger import Leap, check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.memory import (
+    LARGEST,
     Memory,
     Record,
     basis_of,
@@ -405,7 +406,7 @@ class _Call:
 
     def _judged(self, ahead: float, behind: float) -> float:
         """The signal of two losses; nan until the loss has been seen to change."""
-        level, (falls, weight) = (ahead + behind) / 2, self._falls
+        level, (falls, weight) = min(max(ahead / 2 + behind / 2, -LARGEST), LARGEST), self._falls
         if self._level is not None:
             falls = SMOOTHED * falls + (1 - SMOOTHED) * (self._level - level) ** 2
             weight = SMOOTHED * weight + 1 - SMOOTHED

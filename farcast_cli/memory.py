@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from farcast_cli import __version__
 from farcast_cli.alignment import AlignedTensor, Alignment, align
@@ -42,9 +42,16 @@ SCHEMA_VERSION = 1
 _METADATA_KEY = "farcast"
 _MOVE, _LANDING = "move.", "landing."
 
+LARGEST = 1e150  # of a number whose square is one too
+_Step = Annotated[int, Field(ge=0, le=1 << 63)]
+_Square = Annotated[float, Field(ge=0, le=LARGEST**2)]
+
 
 class Record(BaseModel):
-    """What a memory says beside its tensors. `run` and `forecast` are relative to its folder."""
+    """What a memory says beside its tensors. `run` is relative to its folder, and `forecast` lies in it.
+
+    The bounds keep a damaged or a stranger's memory from naming other places, and its numbers from leaving arithmetic.
+    """
 
     model_config = ConfigDict(frozen=True)
     kind: Literal["memory of leaps"] = "memory of leaps"
@@ -52,33 +59,47 @@ class Record(BaseModel):
     farcast_version: str = __version__
     run: str
     origin: str
-    origin_step: int
+    origin_step: _Step
     origin_digest: str
-    landing_step: int
+    landing_step: _Step
     """Where the trainer's counters are when it goes on."""
     forecast: str = ""
     """The checkpoint of the last leap; empty where none was made, and `landing.NAME` are the weights."""
     files: tuple[dict[str, Any], ...] = ()
     """Of that checkpoint, with their fingerprints."""
-    horizon: int = 0
-    every: int
+    horizon: _Step = 0
+    every: int = Field(ge=1, le=1 << 63)
     """Steps that the next stretch was to have."""
-    rate: float | None = None
+    rate: float | None = Field(None, ge=0, le=LARGEST)
     """The learning rate at the origin."""
-    length: float
+    length: float = Field(ge=1 / LARGEST, le=LARGEST)
     """Of the last stretch, and so of the moves that the file holds, in `clock`."""
     clock: Clock
-    count: int
-    gain: float
-    made: float
-    foretold: float
-    level: float | None = None
+    count: int = Field(ge=0, le=1 << 30)
+    gain: float = Field(ge=0, le=LARGEST)
+    made: float = Field(ge=-(LARGEST**2), le=LARGEST**2)
+    foretold: _Square
+    level: float | None = Field(None, ge=-LARGEST, le=LARGEST)
     """Of the loss that the user's command gave, at the last call."""
-    falls: float = 0.0
+    falls: _Square = 0.0
     """Mean square of the level's changes, and its weight."""
-    falls_weight: float = 0.0
+    falls_weight: float = Field(0.0, ge=0, le=1)
     reason: str = ""
     """Why no leap was made."""
+
+    @field_validator("run", "forecast")
+    @classmethod
+    def _is_a_path(cls, name: str) -> str:
+        if "\0" in name:
+            raise ValueError("no path holds a zero byte")
+        return name
+
+    @field_validator("forecast")
+    @classmethod
+    def _lies_beside(cls, name: str) -> str:
+        if "/" in name or name in {".", ".."}:
+            raise ValueError("the last leap lies elsewhere")
+        return name
 
     @property
     def momentum(self) -> Momentum:

@@ -27,12 +27,18 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def step_of(path: Path) -> int:
-    (number,) = re.findall(r"\d+", path.name)
-    return int(number)
+    """Of `checkpoint-160`, and of a leap from it, `checkpoint-160-leap20`."""
+    return int(re.findall(r"\d+", path.name)[0])
 
 
-def train_by_trainer(run: Path, resume: str | None, num_saves: int) -> int:
-    """A small regression with AdamW at a constant rate, stopped after some saves; the step that it began at."""
+def train_by_trainer(
+    run: Path, resume: str | None, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000
+) -> int:
+    """A small regression with AdamW at a constant rate, stopped after some saves; the step that it began at.
+
+    Args:
+        keep: how many checkpoints the trainer leaves in the folder.
+    """
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -66,13 +72,13 @@ def train_by_trainer(run: Path, resume: str | None, num_saves: int) -> int:
     rows: Any = [{"inputs": one, "targets": other} for one, other in zip(inputs, targets, strict=True)]
     arguments = TrainingArguments(
         output_dir=str(run),
-        max_steps=100_000,
+        max_steps=max_steps,
         per_device_train_batch_size=64,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
         save_strategy="steps",
         save_steps=SAVE_EVERY,
-        save_total_limit=None,
+        save_total_limit=keep,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -106,11 +112,12 @@ def main() -> None:
     parser.add_argument("kind", choices=["trainer", "decay", "walk"])
     parser.add_argument("run", type=Path)
     parser.add_argument("--saves", type=int, default=8)
+    parser.add_argument("--keep", type=int)
     parser.add_argument("--resume", "--from")
     given = parser.parse_args()
     before = digests(given.run)
     if given.kind == "trainer":
-        begin = train_by_trainer(given.run, given.resume, given.saves)
+        begin = train_by_trainer(given.run, given.resume, given.saves, keep=given.keep)
     else:
         begin = write_snapshots(given.run, given.resume, given.saves, drifts=given.kind == "decay")
     note = {"resume": given.resume, "variable": os.environ["RESUME_FROM"], "begin": begin}

@@ -20,6 +20,7 @@ from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.momentum import KEPT, SMOOTHED, SPEED
 from farcast_cli.output import engine
 from tests.conftest import edit_loose, tree_digest
+from tests.rounds import SAVE_EVERY, train_by_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -854,3 +855,64 @@ def test_without_a_loss_a_leap_says_that_it_cannot_know_and_the_gain_stops_at_1(
         assert "no loss was measured" in done.stderr
         gains.append(line.told["gain"])
     assert gains[-1] == 1.0
+
+
+# --- real trainers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_keeps_one_checkpoint_leaps_at_every_round_and_trains_its_full_number_of_steps(loop: Loop) -> None:
+    """Each round resumes from the leap, at the origin's step, with the origin's optimiser."""
+    began, steps, resume = [], 8 * SAVE_EVERY, ""
+    landing = origin = np.zeros(0)
+    for number in range(1, 9):
+        began.append(train_by_trainer(loop.run, resume or None, 1, keep=1, max_steps=steps))
+        (newest,) = loop.run.iterdir()
+        assert newest.name == f"checkpoint-{number * SAVE_EVERY}"
+        end = flat(load(newest))
+        if resume:
+            assert np.linalg.norm(end - landing) < np.linalg.norm(end - origin), "it went on from the leap's weights"
+        if number < 8:
+            loop.leap(code=10 if number < 3 else 0)
+            resume = str(loop.forecast) if number > 2 else ""
+        if number < 8 and resume:
+            landing, origin = flat(load(loop.forecast)), end
+            for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
+                assert (loop.forecast / name).read_bytes() == (newest / name).read_bytes(), name
+    assert began == [number * SAVE_EVERY for number in range(8)]
+    assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == steps
+
+
+def test_a_plain_loop_resumes_from_every_leap_with_its_own_optimiser(loop: Loop) -> None:
+    torch.manual_seed(0)
+    inputs, resume, losses = torch.randn(64, 8), None, []
+    targets = torch.sin(inputs.sum(dim=1, keepdim=True))
+    for number in range(1, 7):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+        optimizer, begin = torch.optim.AdamW(model.parameters(), lr=1e-3), 0
+        if resume:
+            state = torch.load(resume, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            begin = state["step"]
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        losses.append(float(loss.detach()))
+        loop.run.mkdir(exist_ok=True)
+        own = loop.run / f"ckpt_{begin + 20}.pt"
+        for old in list(loop.run.iterdir()):
+            old.unlink()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": begin + 20}, own)
+        done = loop.call("leap", "run", cwd=loop.home)
+        resume = loop.home / done.stdout.strip() if done.returncode == 0 else own
+        if done.returncode == 0:
+            leapt, was = (torch.load(path, weights_only=True) for path in (resume, own))
+            assert leapt["step"] == was["step"] == 20 * number
+            assert leapt["optimizer"]["param_groups"] == was["optimizer"]["param_groups"]
+            for key, moments in was["optimizer"]["state"].items():
+                assert all(torch.equal(leapt["optimizer"]["state"][key][name], value) for name, value in moments.items())
+            assert not torch.equal(leapt["model"]["0.weight"], was["model"]["0.weight"])
+        assert (done.returncode == 0) == (number > 2)
+    assert losses[-1] < losses[1] < losses[0]

@@ -1,4 +1,4 @@
-"""docs/ci/periodic.sh: a run is trained, forecast, resumed from the forecast, and so on, without anybody looking."""
+"""docs/ci/periodic.sh: a run is trained, leaps, is resumed from the leap, and so on, without anybody looking."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from farcast_cli.errors import UsageError
 from tests.conftest import clean_environment
-from tests.rounds import SAVE_EVERY
+from tests.rounds import SAVE_EVERY, step_of
 from tests.tiny import SAMPLES, fit_run, predict_run, torch_settings_kept
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,67 +72,75 @@ def loop(home: Path, *arguments: object, **variables: str) -> Loop:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Loop:
-    """A Hugging Face Trainer in three rounds, so with two chances to leap."""
-    found = loop(tmp_path_factory.mktemp("trained"), "ckpts", 3, "--", *training("trainer"))
+    """A Hugging Face Trainer in three rounds, so with two chances to leap; it keeps its three newest checkpoints only."""
+    found = loop(tmp_path_factory.mktemp("trained"), "ckpts", 3, "--", *training("trainer", saves=3, keep=3))
     assert found.done.returncode == 0, found.done.stderr
     return found
 
 
-def test_a_trainer_leaps_between_the_rounds_and_goes_on_from_the_valid_step(trained: Loop) -> None:
-    first, second, third = trained.rounds
+def test_a_trainer_leaps_between_the_rounds_and_goes_on_at_the_same_step(trained: Loop) -> None:
+    first, *later = trained.rounds
     assert (first["begin"], first["resume"], first["variable"]) == (0, None, "")
-    for leap, later in zip(trained.leaps, (second, third), strict=True):
-        assert later["resume"] == later["variable"] == f"forecasts/checkpoint-{leap['valid_step']}"
-        assert later["begin"] == leap["valid_step"]
-        following = (leap["valid_step"] // SAVE_EVERY + 1) * SAVE_EVERY
-        state = json.loads((trained.home / f"ckpts/checkpoint-{following}/trainer_state.json").read_text())
-        assert state["global_step"] == following
+    for number, (leap, one) in enumerate(zip(trained.leaps, later, strict=True), 1):
+        assert one["resume"] == one["variable"] == f"forecasts/{leap['forecast']}"
+        assert one["begin"] == leap["origin_step"] == 3 * number * SAVE_EVERY
+    saved = sorted(map(step_of, (trained.home / "ckpts").iterdir()))
+    assert saved == [7 * SAVE_EVERY, 8 * SAVE_EVERY, 9 * SAVE_EVERY]
+    state = json.loads((trained.home / f"ckpts/checkpoint-{saved[-1]}/trainer_state.json").read_text())
+    assert state["global_step"] == saved[-1]
 
 
-def test_the_ledger_holds_every_leap_with_its_origin_and_the_horizon_that_was_proposed(trained: Loop) -> None:
-    first, second = trained.leaps
-    assert first["run"] == second["run"] == "../ckpts"
-    assert first["origin_step"] == 8 * SAVE_EVERY
-    assert first["valid_step"] - first["origin_step"] == 70, "half of the history, from step 20 to 160"
-    begin = (first["valid_step"] // SAVE_EVERY + 1) * SAVE_EVERY
-    assert second["origin_step"] == begin + 7 * SAVE_EVERY
-    assert second["valid_step"] - second["origin_step"] == 196, "1.4 times the stretch since the leap"
-    assert trained.forecasts == {Path(leap["forecast"]).name for leap in (first, second)}
+def test_the_ledger_holds_every_leap_with_its_origin_and_what_became_of_the_counters(trained: Loop) -> None:
+    assert [(leap["run"], leap["counters"]) for leap in trained.leaps] == [("../ckpts", "keep")] * 2
+    assert trained.forecasts == {leap["forecast"] for leap in trained.leaps}
+    assert (trained.home / "forecasts/ckpts.memory.safetensors").is_file()
 
 
-def test_the_fit_after_a_leap_uses_the_later_snapshots_alone_and_says_so(trained: Loop) -> None:
-    leap = trained.leaps[0]["valid_step"]
+def test_each_round_says_what_was_decided_and_why(trained: Loop) -> None:
     said = trained.done.stderr
-    assert f"the run resumed from checkpoint-{leap}, a leap to step {leap}: fitted on the 8 snapshots since" in said
-    assert "fitted 8 snapshots, steps 20 to 160" in said
-    assert f"fitted 8 snapshots, steps {(leap // SAVE_EVERY + 1) * SAVE_EVERY} to {trained.leaps[1]['origin_step']}" in said
+    for leap in trained.leaps:
+        assert f"step {leap['origin_step']}: a leap of {leap['valid_step'] - leap['origin_step']} steps: gain" in said
 
 
 def test_no_byte_of_a_checkpoint_that_the_run_had_saved_is_changed(trained: Loop) -> None:
-    first, second, third = trained.rounds
-    assert len(first["after"]) >= 8
-    assert first["after"] == second["before"]
-    assert second["after"] == third["before"]
-    assert {name: third["after"][name] for name in second["after"]} == second["after"]
-    assert {name: second["after"][name] for name in first["after"]} == first["after"]
+    rounds = trained.rounds
+    assert all(len(r["after"]) >= 8 for r in rounds)
+    assert [r["after"] for r in rounds[:-1]] == [r["before"] for r in rounds[1:]]
 
 
 # --- rounds without a leap -------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_only_diffuses_is_trained_on_from_its_own_last_checkpoint(tmp_path: Path) -> None:
-    found = loop(tmp_path, "ckpts", 2, "--", *training("walk"))
+def test_where_a_leap_is_refused_the_run_is_trained_on_from_its_own_last_checkpoint(tmp_path: Path) -> None:
+    found = loop(tmp_path, "ckpts", 2, "--", *training("walk"), FARCAST_MAX_GAIN="0.05")
     assert found.done.returncode == 0, found.done.stderr
-    assert "abstain: nothing written" in found.done.stderr
+    assert f"step {8 * SAVE_EVERY}: no leap: gain 0.05" in found.done.stderr
     assert [(r["begin"], r["resume"], r["variable"]) for r in found.rounds] == [(0, None, ""), (8 * SAVE_EVERY, None, "")]
     assert (found.leaps, found.forecasts) == ([], set())
 
 
-def test_too_few_snapshots_are_trained_on(tmp_path: Path) -> None:
-    found = loop(tmp_path, "ckpts", 2, "--", *training("decay", saves=4))
+def test_one_snapshot_is_trained_on(tmp_path: Path) -> None:
+    found = loop(tmp_path, "ckpts", 2, "--", *training("decay", saves=1))
     assert found.done.returncode == 0, found.done.stderr
-    assert "expected at least 6 snapshots, found 4" in found.done.stderr
-    assert [(r["begin"], r["resume"]) for r in found.rounds] == [(0, None), (4 * SAVE_EVERY, None)]
+    assert "no leap: the run has one snapshot" in found.done.stderr
+    assert [(r["begin"], r["resume"]) for r in found.rounds] == [(0, None), (SAVE_EVERY, None)]
+
+
+def test_a_run_that_went_back_leaps_once_more_from_a_step_that_it_leapt_from_before(tmp_path: Path) -> None:
+    """After a fault, say: an older checkpoint is trained on, to other weights."""
+    first = loop(tmp_path, "ckpts", 2, "--", *training("walk"), FARCAST_GAIN="0.5")
+    assert first.done.returncode == 0, first.done.stderr
+    (leap,) = first.leaps
+    for path in (tmp_path / "ckpts").iterdir():
+        if step_of(path) > 7 * SAVE_EVERY:
+            path.unlink()
+    oldest = tmp_path / f"ckpts/step_{7 * SAVE_EVERY}.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(oldest).items()}, oldest)
+    again = loop(tmp_path, "ckpts", 2, "--", *training("walk", saves=1), FARCAST_GAIN="0.5")
+    assert again.done.returncode == 0, again.done.stderr
+    assert "it starts again" in again.done.stderr
+    assert again.rounds[-1]["resume"] == f"forecasts/{leap['forecast']}"
+    assert again.rounds[-1]["begin"] == leap["origin_step"] == 8 * SAVE_EVERY
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------
@@ -166,12 +175,13 @@ def test_a_leap_over_the_end_that_was_asked_for_is_refused_without_a_horizon_tha
 
 
 def test_with_tidy_two_forecasts_are_kept_and_the_ledger_remembers_all(tmp_path: Path) -> None:
-    found = loop(tmp_path, "--tidy", "ckpts", 4, "--", *training("decay"), RESUME_OPTION="--from")
+    found = loop(tmp_path, "--tidy", "ckpts", 4, "--", *training("decay", saves=3), RESUME_OPTION="--from")
     assert found.done.returncode == 0, found.done.stderr
     names = [Path(leap["forecast"]) for leap in found.leaps]
     assert [r["resume"] for r in found.rounds] == [None, *(f"forecasts/{name}" for name in names)]
     assert found.forecasts == {name.name for name in names[1:]}
     assert {path.name for path in tmp_path.glob("forecasts/*.json")} == {f"{name.name}.farcast.json" for name in names[1:]}
+    assert "starts again" not in found.done.stderr, "the memory needs the last one alone"
     assert len(names) == 3
 
 
@@ -185,15 +195,21 @@ def test_a_trainer_that_fails_stops_the_loop_with_its_own_code(tmp_path: Path) -
     assert not (tmp_path / "forecasts").exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "variables"),
-    [("fit", {"FARCAST_STEPS": "soon"}), ("predict", {"FARCAST_HORIZON": "5", "FARCAST_TO_STEP": "500"})],
-)
-def test_a_farcast_that_fails_stops_the_loop_with_its_code(command: str, variables: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("variables", [{"FARCAST_STEPS": "soon"}, {"FARCAST_LEAP_COUNTERS": "both"}, {"FARCAST_EVERY": "0"}])
+def test_a_farcast_that_fails_stops_the_loop_with_its_code(variables: dict[str, str], tmp_path: Path) -> None:
     found = loop(tmp_path, "ckpts", 3, "--", *training("decay"), **variables)
     assert found.done.returncode == UsageError.exit_code
-    assert f"round 1: farcast {command} failed with exit code 2" in found.done.stderr
+    assert "round 1: farcast leap failed with exit code 2" in found.done.stderr
     assert len(found.rounds) == 1
+
+
+def test_options_of_farcast_come_by_their_variables(tmp_path: Path) -> None:
+    variables = {"FARCAST_LEAP_COUNTERS": "advance", "FARCAST_GAIN": "0.5", "FARCAST_EVERY": "60", "FARCAST_OUTPUT": "ahead/"}
+    found = loop(tmp_path, "ckpts", 2, "--", *training("decay", saves=3), **variables)
+    assert found.done.returncode == 0, found.done.stderr
+    first, second = found.rounds
+    assert second["resume"] == f"ahead/step_{3 * SAVE_EVERY + 30}.safetensors"
+    assert second["begin"] == first["begin"] + 3 * SAVE_EVERY + 30
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Train in rounds, with a leap between two of them wherever the run's history supports one.
+# Train in rounds, with a leap between two of them wherever the run's own moves support one.
 #
 #   periodic.sh [--tidy] RUN ROUNDS -- COMMAND...
 #
 #   RUN       folder where COMMAND leaves the run's checkpoints
 #   ROUNDS    how often to call COMMAND; the last round ends with its training
-#   COMMAND   trains one stretch and stops at a checkpoint of its own; it should leave 8 to 10 of them, 6 at least
+#   COMMAND   trains one stretch and stops at a checkpoint of its own; it may delete all the older ones
 #   --tidy    when a leap is written, remove the one before last that this call wrote: two are on disk at a time
 #
 # After a leap was written, COMMAND is called with "--resume PATH" at its end and RESUME_FROM=PATH. In any other round
@@ -13,12 +13,11 @@
 # RESUME_OPTION names another option than --resume.
 #
 # Exit code: 0 after the last round; COMMAND's or farcast's own code as soon as one fails. Nothing of the run is changed
-# or deleted. Needs farcast on PATH. The forecasts and their ledger are in ./forecasts; any other option of farcast: its
-# FARCAST_... variable.
+# or deleted. Needs farcast on PATH. The forecasts, their ledger and the memory of the run are in ./forecasts; any option of
+# farcast leap: its FARCAST_... variable, such as FARCAST_EVAL_CMD or FARCAST_LEAP_COUNTERS.
 set -eu
 
-NO_FORECAST=10 # farcast's exit code for "no forecast better than the last checkpoint"
-NOT_YET=3 # its code for snapshots that cannot be used; most often there are too few since the last leap
+NO_LEAP=10 # farcast's exit code for "no leap: go on from the last checkpoint"
 option=${RESUME_OPTION:---resume}
 
 say() {
@@ -48,7 +47,8 @@ remove() {
 	fi
 }
 
-export FARCAST_JSON=false FARCAST_DRY_RUN=false # whatever a farcast.toml says: predict prints a path that is there
+export FARCAST_JSON=false FARCAST_DRY_RUN=false # whatever a farcast.toml says: a path is printed that is there
+export FARCAST_OVERWRITE="${FARCAST_OVERWRITE:-true}" # a run that went back comes by the same step again
 
 # Set `leap` to the checkpoint to resume from, or to nothing.
 look_ahead() {
@@ -58,17 +58,11 @@ look_ahead() {
 		say "no folder '$run': the training command leaves its checkpoints elsewhere"
 		exit 2
 	}
-	farcast fit "$run" >/dev/null || code=$?
+	leap=$(farcast leap "$run") || code=$?
 	case $code in
 	0) ;;
-	"$NOT_YET") return ;;
-	*) stop "farcast fit" "$code" ;;
-	esac
-	leap=$(farcast predict --for resume) || code=$?
-	case $code in
-	0) ;;
-	"$NO_FORECAST") leap='' ;;
-	*) stop "farcast predict" "$code" ;;
+	"$NO_LEAP") leap='' ;;
+	*) stop "farcast leap" "$code" ;;
 	esac
 }
 

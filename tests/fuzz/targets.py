@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import deserialize as _deserialize
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from farcast_cli.cli import main as call_main
@@ -28,6 +29,7 @@ from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names
 from farcast_cli.ledger import read_leaps
+from farcast_cli.memory import read_memory
 from farcast_cli.output.place import sidecar_of
 from farcast_cli.output.plan import Rewrite, plan_outputs
 from farcast_cli.stream import Reader
@@ -412,6 +414,59 @@ def sidecar(folder: Path) -> Target:
     return Target("sidecar", file, case, lambda: find_reference(forecast), check)
 
 
+def memory(folder: Path) -> Target:
+    """Read by the command itself, which writes nothing: a later step has been trained since."""
+    make_loose_run(folder / "run", shapes=corpus.SHAPES)
+    last = max((folder / "run").iterdir())
+    last.rename(folder / last.name)
+    assert _code_of(folder, "leap", "run", "--max-gain", "0.01") == NO_LEAP
+    (folder / last.name).rename(last)
+    file = folder / "forecasts/run.memory.safetensors"
+    raw, tensors = file.read_bytes(), load_safetensors(file.read_bytes())
+    record = read_memory(file)
+    assert record is not None
+    text = record.record.model_dump_json().encode()
+
+    def case(random: Random) -> bytes:
+        if random.random() < 0.4:
+            return mutate.safetensors_file(random, raw)
+        said = mutate.json_text(random, text).decode(errors="replace")
+        return save_safetensors(tensors, metadata={"farcast": said})
+
+    def read() -> Any:
+        found = read_memory(file)
+        code = _code_of(folder, "leap", "run", "--dry-run", "--json")
+        if code not in {0, 2, 3, 4, 5, NO_LEAP}:
+            raise AssertionError(f"exit code {code}")
+        return found
+
+    def check(found: Any) -> str:
+        names = {name for name, _ in deserialize(file.read_bytes())}
+        mine = {f"move.{name}" for name in found.moves} | {f"landing.{name}" for name in found.landing}
+        return "" if mine <= names else "a tensor that the format's own reader does not have"
+
+    return Target("memory of leaps", file, case, read, check)
+
+
+NO_LEAP = 10
+
+
+def _code_of(folder: Path, *args: str) -> int:
+    """The command's exit code, called in a folder; what it says is lost."""
+    kept = sys.argv, Path.cwd()
+    sys.argv = ["farcast", *args]
+    os.chdir(folder)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            call_main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    finally:
+        sys.argv = kept[0]
+        os.chdir(kept[1])
+    raise AssertionError("the command came to no end")
+
+
 TOML = b"""include = ["*.weight"]
 steps = "100:800"
 quiet = true
@@ -444,19 +499,10 @@ def settings(folder: Path, *, is_named: bool) -> Target:
 
     def read() -> int:
         """The command, which says by its code how it ended."""
-        kept = sys.argv, Path.cwd()
-        sys.argv = ["farcast", "inspect", "run", *options]
-        os.chdir(folder)
-        try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                call_main()
-        except SystemExit as stopped:
-            if stopped.code not in {0, 2, 3, 4}:
-                raise AssertionError(f"exit code {stopped.code}") from stopped
-            return int(stopped.code)
-        finally:
-            sys.argv = kept[0]
-            os.chdir(kept[1])
+        code = _code_of(folder, "inspect", "run", *options)
+        if code not in {0, 2, 3, 4}:
+            raise AssertionError(f"exit code {code}")
+        return code
 
     name = "farcast.toml, --config" if is_named else "farcast.toml"
     return Target(name, folder / "farcast.toml", partial(mutate.some_bytes, data=TOML, words=words), read)
@@ -561,6 +607,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         for file in ("optimizer.bin", "random_states_0.pkl")
     },
     "forecaster file": forecaster,
+    "memory of leaps": memory,
     "ledger": ledger,
     "sidecar": sidecar,
     "farcast.toml": partial(settings, is_named=False),
