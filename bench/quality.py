@@ -3,7 +3,7 @@
 Every result is a file below bench/out/quality. A second start measures only what is missing, so that it may be stopped
 at any time.
 
-    python bench/quality.py                 all runs, about 35 minutes on two cores
+    python bench/quality.py                 all runs, about 40 minutes on two cores
     python bench/quality.py --quick         MLP and convolutional net, one seed; a few minutes, report in bench/out
     python bench/quality.py --report-only   write the report from the results that are there
 """
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import report
 from cells import GATE_LEADS, RESUME_METHODS
+from paper import other_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from store import HERE, OUT, Cell, fill
@@ -35,6 +36,7 @@ RESULTS = HERE.parent / "docs" / "results.md"
 METHOD_LEAD = 0.25  # at which the methods are compared
 STEP_S = {"mlp": 0.0012, "conv": 0.0035, "gpt": 0.031, "bert": 0.02, "lora": 0.034, "reinforce": 0.033}
 VALIDATION_S = {"mlp": 0.004, "conv": 0.03, "gpt": 0.08, "bert": 0.11, "lora": 0.09, "reinforce": 0.08}
+PAPER_S = {"regression": 150.0, "distilbert": 280.0}
 """Measured on one core of a two-core machine; they only order the work and drive the progress bar."""
 
 
@@ -77,6 +79,7 @@ def standard() -> list[Cell]:
     return [
         *(cell for spec in digits() for cell in cells_of(spec, ORIGINS)),
         *(cell for spec in slow for cell in cells_of(spec, ORIGINS[1:])),
+        *paper(),
     ]
 
 
@@ -98,6 +101,13 @@ def cells_of(spec: Spec, origins: Sequence[float]) -> list[Cell]:
     return found
 
 
+def paper() -> list[Cell]:
+    """The paper's method in its own setting."""
+    regression = Spec("regression", "regression", "sgd", 0.01, 400, 10)
+    regressions = [Cell("regression", spec) for spec in _seeds(regression, 2)]
+    return [*regressions, *(Cell("distilbert", spec) for spec in text() if spec.name == "bert")]
+
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +117,10 @@ def needs(cell: Cell) -> list[Cell]:
         return [Cell("pretrain", cell.spec.start)] if cell.spec.start else []
     if cell.kind == "fit":
         return [Cell("plain", cell.spec)]
+    if cell.kind == "regression":
+        return []
+    if cell.kind == "distilbert":
+        return [Cell("fit", cell.spec), Cell("fit", other_seed(cell.spec))]
     if cell.kind == "whole":
         return [Cell("whole", cell.spec, method=GATED)] if cell.method == RANDOM else []
     return [Cell("fit", cell.spec)] if cell.kind != "pretrain" else []
@@ -131,6 +145,8 @@ def to_do(cells: Sequence[Cell]) -> list[Cell]:
 
 def expected_s(cell: Cell) -> float:
     """About how long a cell takes."""
+    if cell.kind in PAPER_S:
+        return PAPER_S[cell.kind]
     step, validation, steps = STEP_S[cell.spec.task], VALIDATION_S[cell.spec.task], cell.spec.steps
     if cell.kind in {"plain", "whole", "pretrain"}:
         evaluations = 0 if cell.kind == "pretrain" else 200
@@ -171,6 +187,7 @@ def prepare_worker() -> None:
 def work(cell: Cell) -> None:
     """Measure one cell in this process."""
     import cells
+    import paper
     import training
     import whole
 
@@ -182,6 +199,8 @@ def work(cell: Cell) -> None:
         "resume": cells.resume,
         "evaluation": cells.evaluation,
         "whole": whole.whole,
+        "regression": paper.regression,
+        "distilbert": paper.distilbert,
     }
     fill(cell, measures[cell.kind])
 
