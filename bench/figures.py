@@ -19,7 +19,6 @@ TARGETS = (0.5, 0.75, 1.0)  # of the plain run's steps: its loss there is what o
 NEVER = 1.05  # what counts as the number of steps where a target is never reached, in runs
 FIT_REACH = 2.2  # resumed stretches over which the plain curve is fitted
 HARMFUL, MISSED = -0.03, 0.05  # gains under which a kept forecast did harm, over which an abstention missed something
-PAPER = ("regression", "distilbert")  # kinds of cells
 Results = dict["Cell", dict[str, Any]]
 
 
@@ -140,39 +139,6 @@ def _first(steps: Sequence[int], values: Sequence[float], target: float) -> tupl
         if value <= target:
             return float(step), True
     return NEVER * steps[-1], False
-
-
-# --- the paper's setting ---------------------------------------------------------------------------------------------
-
-ByLead = dict[float, tuple[float, float]]
-
-
-def by_lead(results: Results) -> dict[str, dict[str, ByLead]]:
-    """Error and mean absolute error by run, method and lead: medians over seeds and noise levels."""
-    rows = [row | {"run": _paper_run(row)} for c, r in results.items() if c.kind in PAPER for row in r["rows"]]
-    return {
-        run: {
-            method: {
-                lead: (float(np.median([r["ratio"] for r in each])), float(np.median([r["mae"] for r in each])))
-                for lead, each in grouped(same, lambda r: r["lead"]).items()
-            }
-            for method, same in grouped(ones, lambda r: r["method"]).items()
-        }
-        for run, ones in grouped(rows, lambda r: r["run"]).items()
-    }
-
-
-def _paper_run(row: dict[str, Any]) -> str:
-    return f"regression, rate {row['rate']:g}" if "rate" in row else "DistilBERT"
-
-
-def cpu_ms(results: Results) -> dict[str, dict[str, float]]:
-    """Milliseconds of a fit and a forecast by kind of cell and method, median over seeds."""
-    found = grouped([(c.kind, r["cpu_s"]) for c, r in results.items() if c.kind in PAPER], lambda pair: pair[0])
-    return {
-        kind: {name: 1000 * float(np.median([used[name] for _, used in pairs])) for name in pairs[0][1]}
-        for kind, pairs in found.items()
-    }
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

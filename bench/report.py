@@ -6,14 +6,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import paper_report
 from cells import EVALUATED, GATE_LEADS, RATIO_LEADS, RESUME_METHODS
-from figures import HARMFUL, MISSED, NEVER, PAPER, Resumed, Whole, by_lead, cpu_ms, grouped, rank_correlation, resumed, whole
+from figures import HARMFUL, MISSED, NEVER, Resumed, Whole, grouped, rank_correlation, resumed, whole
 from whole import DOUBLED, GATED, RANDOM, UNGATED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from figures import ByLead, Results
+    from figures import Results
     from store import Cell
     from tasks import Spec
 
@@ -33,8 +34,6 @@ TITLES = {
 }
 MODE_TITLES = {GATED: "leaps, default", UNGATED: "leaps, no gate", RANDOM: "random direction", DOUBLED: "rate doubled"}
 NOTHING = "-"
-OTHERS, OWN, MIXED, GRAD = "lfd2, other runs", "lfd2, own history", "lfd2, other runs of all settings", ", L_grad"
-NEAR = 0.02  # errors as close as this are told apart by chance
 
 
 def compose(cells: Sequence[Cell]) -> str:
@@ -322,74 +321,5 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 def _paper(results: Results) -> str:
     """`lfd2` where the paper tests it, beside ours."""
-    found, used = by_lead(results), cpu_ms(results)
-    leads = sorted({lead for methods in found.values() for each in methods.values() for lead in each})
-    rows = [
-        [run, method, *(f"{each[lead][0]:.2f} ({each[lead][1]:.2g})" for lead in leads), _number(used[_kind(run)][method], 1)]
-        for run, methods in found.items()
-        for method, each in methods.items()
-    ]
-    text = f"""
-"Less is More: Efficient Weight Farcasting with 1-Layer Neural Network" (arXiv 2505.02714) tests its method on
-two-dimensional linear regression by SGD and on DistilBERT. Here: regressions of 400 steps in batches of 10, three rates,
-three noise levels (0.1, 0.3, 1), 40 runs of each, two seeds; and the small DistilBERT above, which is trained from
-nothing, two seeds. A snapshot every 2 % of a run, the origin at half of it, leads from one snapshot to the length of the
-history (8 to 200 steps, and 24 to 600). At rate 0.002 a third of the way is gone at the origin, at 0.01 nine tenths, at
-0.05 only noise is left. Rates, noise and data are our choice: the paper's are not known to us.
-
-`other runs`: as in the paper, one layer is fitted on the first and last weights of other runs at the origin and on what
-became of them, 200 runs of the same rate and noise, or DistilBERT's run of the other seed. That needs such runs, trained
-up to the step that is forecast. `of all settings`: 1,800 runs of all rates and noise levels together. `own history`: as
-farcast has it, from the run alone. `L_grad`: its weight; 0 where none is named.
-
-A figure is || w_hat - w || / || w_last - w ||, median over runs, and in brackets the mean of |w_hat - w|; of both the
-median over noise levels and seeds. 1.00 is doing nothing. CPU: milliseconds of a fit and a forecast for one run at a
-lead of 0.48, from weights in memory for the regressions and from files for farcast's own fit on DistilBERT; what other
-runs cost to train is not in it.
-
-{_paper_in_words(found, used) if used else ""}
-"""
-    header = ["run", "method", *(f"lead {lead:g}" for lead in leads), "CPU, ms"]
-    return _section("The paper's method in its own setting", text, _table(header, rows) if rows else "")
-
-
-def _kind(run: str) -> str:
-    return PAPER[run == "DistilBERT"]
-
-
-def _paper_in_words(found: dict[str, dict[str, ByLead]], used: dict[str, dict[str, float]]) -> str:
-    """What the figures say, good and bad."""
-    pairs = [
-        {name: each[lead][0] for name, each in methods.items()} for methods in found.values() for lead in methods["persistence"]
-    ]
-    alone = [{name: ratio for name, ratio in pair.items() if OTHERS not in name and GRAD not in name} for pair in pairs]
-    near = sum(pair[OTHERS] <= min(pair.values()) + NEAR for pair in pairs)
-    counts = {name: sum(pair[name] <= min(pair.values()) + NEAR for pair in alone) for name in alone[0]}
-    best = ", ".join(f"{name.replace(', own history', '')} {counts[name]}" for name in sorted(counts, key=lambda n: -counts[n]))
-    cost = "; ".join(
-        f"{kind}: {times[OTHERS]:,.0f} ms, from its own history {times[OWN]:,.0f} ms, and k5 {times['k5']:,.1f} ms"
-        for kind, times in used.items()
-    )
-    return f"""
-- Fitted on other runs of the same kind, the paper's layer has the lowest error of all, or one within {NEAR:g} of it, in
-  {near} of {len(pairs)} pairs of run and lead: {_ranges(found, OTHERS)}. Fitted on all settings together: {_ranges(found, MIXED)}.
-- Of what needs no other runs, these have the lowest error or one within {NEAR:g} of it, in so many of the {len(pairs)} pairs: {best}.
-  `lfd2` from its own history has {_ranges(found, OWN)}.
-- L_grad, fitted on other runs: {_grad_changes(pairs, OTHERS)}. From its own history: {_grad_changes(pairs, OWN)}.
-- CPU of `lfd2` fitted on other runs, {cost}.
-""".strip()
-
-
-def _ranges(found: dict[str, dict[str, ByLead]], method: str) -> str:
-    """The range of the error over leads, run by run."""
-    ratios = {run: [ratio for ratio, _ in methods[method].values()] for run, methods in found.items() if method in methods}
-    return ", ".join(f"{min(each):.2f} to {max(each):.2f} ({run})" for run, each in ratios.items())
-
-
-def _grad_changes(pairs: Sequence[dict[str, float]], method: str) -> str:
-    words = []
-    for weight in (1, 10):
-        changes = [pair[f"{method}{GRAD} {weight}"] - pair[method] for pair in pairs]
-        lower, higher = sum(c < -NEAR for c in changes), sum(c > NEAR for c in changes)
-        words.append(f"weight {weight} lowers the error by more than {NEAR:g} in {lower} pairs and raises it in {higher}")
-    return ", ".join(words)
+    rows = paper_report.rows(results)
+    return _section(paper_report.TITLE, paper_report.words(results), _table(rows[0], rows[1:])) if rows else ""
