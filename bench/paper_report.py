@@ -41,9 +41,9 @@ def words(results: Results) -> str:
 two-dimensional linear regression by SGD and on DistilBERT. Here: regressions of 400 steps in batches of 10, three rates,
 three noise levels (0.1, 0.3, 1), 40 runs of each for each seed; and the small DistilBERT above, trained from nothing.
 Seeds measured: {seeds["regression"]} of the regressions, {seeds["distilbert"]} of DistilBERT. A snapshot every 2 % of a run,
-the origin at half of it, leads from one snapshot to the length of the history (8 to 200 steps, and 24 to 600). At rate 0.002 a third of the way is behind the
-run at the origin, at 0.01 nine tenths, at 0.05 only noise is left. Rates, noise and data are our choice: the paper's are
-not known to us.
+the origin at half of it, leads from one snapshot to the length of the history (8 to 200 steps, and 24 to 600). At rate
+0.002 a third of the way is behind the run at the origin, at 0.01 nine tenths, at 0.05 only noise is left. Rates, noise and
+data are our choice: the paper's are not known to us.
 
 `other runs`: as in the paper, one layer is fitted on the first and last weights of other runs at the origin and on what
 became of them, 200 runs of the same rate and noise, or DistilBERT's run of the other seed. That needs such runs, trained
