@@ -52,7 +52,7 @@ $(MERGEKIT):
 bench-quick: setup ## the same on small files, under five minutes
 	$(BIN)/python bench/speed.py --quick
 
-bench-quality: setup ## what forecasts are worth on small runs: writes docs/results.md, about 35 minutes on two cores
+bench-quality: setup ## what forecasts are worth on small runs: writes docs/results.md, about 40 minutes on two cores
 	$(BIN)/python bench/quality.py
 
 bench-quality-quick: setup ## the same on the MLP and the convnet, a few minutes; report in bench/out/quality

@@ -3,7 +3,7 @@
 Every result is a file below bench/out/quality. A second start measures only what is missing, so that it may be stopped
 at any time.
 
-    python bench/quality.py                 all runs, about 35 minutes on two cores
+    python bench/quality.py                 all runs, about 40 minutes on two cores
     python bench/quality.py --quick         MLP and convolutional net, one seed; a few minutes, report in bench/out
     python bench/quality.py --report-only   write the report from the results that are there
 """
@@ -24,6 +24,7 @@ import memory
 import report
 import report_pretrained
 from cells import GATE_LEADS, RESUME_METHODS
+from paper import other_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from store import HERE, OUT, Cell, fill
@@ -42,6 +43,7 @@ UNSEEN = (11, 12)  # seeds
 STEP_S = {"mlp": 0.0012, "conv": 0.0035, "gpt": 0.031, "bert": 0.02, "lora": 0.034, "reinforce": 0.033, "gpt-m": 1.5}
 VALIDATION_S = {"mlp": 0.004, "conv": 0.03, "gpt": 0.08, "bert": 0.11, "lora": 0.09, "reinforce": 0.08, "gpt-m": 3.5}
 LEAP_S = {"gpt-m": 1.0}  # a tenth of a second elsewhere
+PAPER_S = {"regression": 150.0, "distilbert": 280.0}
 """Measured on one core of a two-core machine; they only order the work and drive the progress bar."""
 
 
@@ -127,6 +129,7 @@ def at_constant_rates() -> list[Cell]:
     return [
         *(cell for spec in digits() for cell in cells_of(spec, ORIGINS)),
         *(cell for spec in slow for cell in cells_of(spec, ORIGINS[1:])),
+        *paper(),
     ]
 
 
@@ -148,6 +151,13 @@ def cells_of(spec: Spec, origins: Sequence[float]) -> list[Cell]:
     return found
 
 
+def paper() -> list[Cell]:
+    """The paper's method in its own setting."""
+    regression = Spec("regression", "regression", "sgd", 0.01, 400, 10)
+    regressions = [Cell("regression", spec) for spec in _seeds(regression, 2)]
+    return [*regressions, *(Cell("distilbert", spec) for spec in text() if spec.name == "bert")]
+
+
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +167,10 @@ def needs(cell: Cell) -> list[Cell]:
         return [Cell("pretrain", cell.spec.start)] if cell.spec.start else []
     if cell.kind == "fit":
         return [Cell("plain", cell.spec)]
+    if cell.kind == "regression":
+        return []
+    if cell.kind == "distilbert":
+        return [Cell("fit", cell.spec), Cell("fit", other_seed(cell.spec))]
     if cell.kind == "whole":
         return [Cell("whole", cell.spec, method=GATED)] if cell.method == RANDOM else []
     if cell.kind == "memory":
@@ -184,6 +198,8 @@ def to_do(cells: Sequence[Cell]) -> list[Cell]:
 
 def expected_s(cell: Cell) -> float:
     """About how long a cell takes."""
+    if cell.kind in PAPER_S:
+        return PAPER_S[cell.kind]
     step, validation, steps = STEP_S[cell.spec.task], VALIDATION_S[cell.spec.task], cell.spec.steps
     if cell.kind in {"plain", "whole", "pretrain"}:
         evaluations = 0 if cell.kind == "pretrain" else 200
@@ -229,6 +245,7 @@ def prepare_worker() -> None:
 def work(cell: Cell) -> None:
     """Measure one cell in this process."""
     import cells
+    import paper
     import training
     import whole
 
@@ -242,6 +259,8 @@ def work(cell: Cell) -> None:
         "whole": whole.whole,
         "anneal": anneal.anneal,
         "memory": memory.memory,
+        "regression": paper.regression,
+        "distilbert": paper.distilbert,
     }
     fill(cell, measures[cell.kind])
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import paper_report
 import report_leaps
 from cells import EVALUATED, GATE_LEADS, RATIO_LEADS, RESUME_METHODS
 from figures import HARMFUL, MISSED, NEVER, Resumed, Whole, grouped, rank_correlation, resumed, whole
@@ -40,6 +41,7 @@ def compose(cells: Sequence[Cell], pretrained: str = "") -> str:
         _evaluation(results),
         _gate(found),
         _calibration(results),
+        _paper(results),
     ]
     return "\n".join(part for part in parts if part).rstrip() + "\n"
 
@@ -280,3 +282,9 @@ that b does not judge them. For `lfd2` b was only made at a lead of 0.25.
 
 def _pairs(rows: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return [row["b"] for row in rows], [row["ratio"] for row in rows]
+
+
+def _paper(results: Results) -> str:
+    """`lfd2` where the paper tests it, beside ours."""
+    rows = paper_report.rows(results)
+    return section(paper_report.TITLE, paper_report.words(results), table(rows[0], rows[1:])) if rows else ""

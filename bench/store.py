@@ -43,6 +43,8 @@ CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of
     "ratio": (("tasks", "training", "cells"), GATE),
     "resume": (("tasks", "training", "cells"), FORECAST),
     "evaluation": (("tasks", "training", "cells"), (*GATE, "forecast.choice", "predict")),
+    "regression": (("tasks", "training", "paper"), FORECAST),
+    "distilbert": (("tasks", "training", "paper"), FORECAST),
     "whole": (("tasks", "training", "whole"), (*GATE, "forecast.choice", "predict", "ledger")),
     "anneal": (("tasks", "training", "anneal"), ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")),
     "memory": (("tasks", "training", "memory"), ()),
