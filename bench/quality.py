@@ -163,20 +163,19 @@ def paper() -> list[Cell]:
 
 def needs(cell: Cell) -> list[Cell]:
     """The cells whose files this one reads."""
-    if cell.kind == "plain":
-        return [Cell("pretrain", cell.spec.start)] if cell.spec.start else []
-    if cell.kind == "fit":
-        return [Cell("plain", cell.spec)]
-    if cell.kind == "regression":
-        return []
+    spec, start = cell.spec, [Cell("pretrain", cell.spec.start)] if cell.spec.start else []
+    copied = memory.control_of(cell) if cell.kind == "memory" else None
+    found: dict[str, list[Cell]] = {
+        "pretrain": [],
+        "plain": start,
+        "fit": [Cell("plain", spec)],
+        "regression": [],
+        "whole": [Cell("whole", spec, method=GATED)] if cell.method == RANDOM else [],
+        "memory": [*start, *([copied] if copied else [])],
+    }
     if cell.kind == "distilbert":
-        return [Cell("fit", cell.spec), Cell("fit", other_seed(cell.spec))]
-    if cell.kind == "whole":
-        return [Cell("whole", cell.spec, method=GATED)] if cell.method == RANDOM else []
-    if cell.kind == "memory":
-        copied = memory.control_of(cell)
-        return [*([Cell("pretrain", cell.spec.start)] if cell.spec.start else []), *([copied] if copied else [])]
-    return [Cell("fit", cell.spec)] if cell.kind != "pretrain" else []
+        return [Cell("fit", spec), Cell("fit", other_seed(spec))]
+    return found.get(cell.kind, [Cell("fit", spec)])
 
 
 def is_done(cell: Cell) -> bool:
