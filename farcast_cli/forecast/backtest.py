@@ -35,6 +35,7 @@ SHORT_LEAD = 0.25  # of the history; what a longer leap needs grows with its roo
 MIN_RECENT = 4  # snapshots in each half of the recent half: fewer, and the noise of S alone would turn leaps away
 CLEAR_COHERENCE = 0.45  # over which a trend is carried on by
 TREND_LEAD = 0.1  # of the history; below it the trend ends at the origin
+SPENT_RATE = 0.1  # of the highest rate; of two harmful leaps under a schedule both ended below it
 RATIO_CEILING = 1.3  # b over which no forecast is resumed from, whatever S says; the useful ones had 1.2 at most
 EXPECTED_CEILING = 2.5  # the same for the step as written: a run that has settled moves far less than it did
 RATIO_GATE = 0.95  # b under which 0 of 86 forecasts were worse than nothing
@@ -235,7 +236,9 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     if np.isnan(found.coherence):
         reason = "coherence S needs two snapshots in each half of the history"
         return replace(found, verdict="untestable", reason=reason)
-    of_late = needed_coherence(task.lead)
+    origin, end = task.timeline.origin, task.timeline.origin + task.horizon
+    anneals = task.pace.lasts_until(origin, SPENT_RATE) >= end  # what is left of the rate takes the leap's noise away
+    of_late = needed_coherence(task.lead, pace=task.pace_ahead if anneals else 1.0)
     limit = of_late if np.isnan(found.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
     coherent = f"coherence S = {found.coherence:.2f}, needed {limit:.2g}"
     missed = f"the step as written would have missed by {found.expected:.2g} times the run's own move"
