@@ -44,7 +44,7 @@ _MOVE, _LANDING = "move.", "landing."
 
 LARGEST = 1e150  # of a number whose square is one too
 _Step = Annotated[int, Field(ge=0, le=1 << 63)]
-_Square = Annotated[float, Field(ge=0, le=LARGEST**2)]
+_Square = Annotated[float, Field(ge=0, le=4 * LARGEST**2)]
 
 
 class Record(BaseModel):
