@@ -233,8 +233,8 @@ def _gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: li
             products = _products(basis.alignment, ask.request)
             unit = np.eye(len(products))
             known = remembered(memory, unit[-2])
-            # none where the user asks again for a leap that was refused
-            stretches = ((unit[int(basis.has_moves)], pace.total(first, last)),) if last > first else ()
+            length = pace.total(first, last)  # 0 where the user asks again for a leap that was refused, or the rate was 0
+            stretches = ((unit[int(basis.has_moves)], length),) if length else ()
             time = _Time(pace, first, last, every)
             return _Gathered(
                 basis.alignment, basis.snapshots, products, stretches, known, time, basis.has_moves, memory, tuple(notes)
@@ -280,10 +280,8 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gather
     first, last = snapshots[-2:][0].step, snapshots[-1].step
     every = ask.every or max(1, last - first)
     pace = _settled(read_pace(snapshots, ahead=every), ask.clock, snapshots[0].step, last, every)
-    stretches = tuple(
-        (np.eye(len(products))[index], pace.total(before.step, after.step))
-        for index, (before, after) in enumerate(itertools.pairwise(snapshots))
-    )
+    lengths = [pace.total(before.step, after.step) for before, after in itertools.pairwise(snapshots)]
+    stretches = tuple((np.eye(len(products))[index], length) for index, length in enumerate(lengths) if length)
     notes += [begins] if begins else []
     time = _Time(pace, first, last, every)
     return _Gathered(alignment, snapshots, products, stretches, None, time, False, None, tuple(notes))
