@@ -167,7 +167,10 @@ class Classifier(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         from transformers import AutoModel
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # that the pooling layer is left out
+        logging.disable_progress_bar()
         self.bert = AutoModel.from_pretrained(model_folder(), add_pooling_layer=False, attn_implementation="sdpa")
         self.head = nn.Linear(WIDTH, num_classes)
 
@@ -228,9 +231,11 @@ class Run:
         """Resume: weights, the optimiser's state, and the schedule at a step."""
         self.set(weights)
         self.optimizer.load_state_dict(optimizer)
-        for index in range(step):  # the state that was loaded has the origin's rate
-            self.schedule.last_epoch = index
-            self.schedule.step()
+        self.schedule.last_epoch = step
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(step)  # the state that was loaded has the origin's rate
 
     def step(self, step: int) -> None:
         """Optimiser step `step`, counted from 0."""
