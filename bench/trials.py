@@ -25,7 +25,8 @@ ORIGIN, HORIZON = 0.6, 0.2  # of the one leap under the schedule, as shares of t
 SEEDS = (11, 12)
 FORECASTING = ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")
 CODE = {PLAIN: (), ONE: FORECASTING, LEAPS: LEAPING, RANDOM: LEAPING}
-STEP_S, JUDGE_S = {"full": 0.6, "lora": 0.5}, 5.0
+STEP_S = {"sections": {"full": 0.65, "lora": 0.5}, "modules": {"full": 1.3, "lora": 1.1}}
+JUDGE_S = {"sections": 3.0, "modules": 8.0}
 """Measured on one core of a two-core machine."""
 
 
@@ -63,7 +64,8 @@ class Trial:
         steps = self.setting.steps
         trained = 3 * (1 - ORIGIN - HORIZON) * steps if self.mode == ONE else steps
         judged = 4 if self.mode == ONE else STRETCHES
-        return trained * STEP_S[self.setting.kind] + judged * JUDGE_S + 3 * STRETCHES * (self.mode == LEAPS)
+        judging = judged * (1 + (self.mode in {LEAPS, RANDOM})) * JUDGE_S[self.setting.task]
+        return trained * STEP_S[self.setting.task][self.setting.kind] + judging + 3 * STRETCHES * (self.mode == LEAPS)
 
 
 @functools.cache
