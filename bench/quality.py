@@ -3,7 +3,9 @@
 Every result is a file below bench/out/quality. A second start measures only what is missing, so that it may be stopped
 at any time.
 
-    python bench/quality.py                 all runs, about 40 minutes on two cores
+    python bench/quality.py                 all runs, a bit over an hour on two cores
+    python bench/quality.py --only memory   only cells whose label contains this; `anneal`, `memory-gpt`, `s11` likewise
+    python bench/quality.py --large         also a GPT of 7.5 million parameters, some three hours on one core
     python bench/quality.py --quick         MLP and convolutional net, one seed; a few minutes, report in bench/out
     python bench/quality.py --report-only   write the report from the results that are there
 """
@@ -313,7 +315,7 @@ def _ready(waiting: Sequence[Cell], count: int) -> list[Cell]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="MLP and convolutional net, one seed, one origin")
-    parser.add_argument("--large", action="store_true", help="also the GPT of 7.5 million parameters, some two hours")
+    parser.add_argument("--large", action="store_true", help="also the GPT of 7.5 million parameters, some hours")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; one per core by default")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure only cells whose label contains this")

@@ -25,7 +25,8 @@ ORIGIN, HORIZON = 0.6, 0.2  # of the one leap under the schedule, as shares of t
 SEEDS = (11, 12)
 FORECASTING = ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")
 CODE = {PLAIN: (), ONE: FORECASTING, LEAPS: LEAPING, JUDGED: LEAPING, RANDOM: LEAPING}
-STEP_S, JUDGE_S = {"full": 0.6, "lora": 0.5}, 5.0
+STEP_S = {"sections": {"full": 0.65, "lora": 0.5}, "modules": {"full": 1.3, "lora": 1.1}}
+JUDGE_S = {"sections": 3.0, "modules": 8.0}
 """Measured on one core of a two-core machine."""
 
 
@@ -63,9 +64,10 @@ class Trial:
         steps = self.setting.steps
         trained = 3 * (1 - ORIGIN - HORIZON) * steps if self.mode == ONE else steps
         judged = 4 if self.mode == ONE else STRETCHES
+        judging = judged * (1 + (self.mode in {LEAPS, JUDGED, RANDOM})) * JUDGE_S[self.setting.task]
         return (
-            trained * STEP_S[self.setting.kind]
-            + judged * JUDGE_S
+            trained * STEP_S[self.setting.task][self.setting.kind]
+            + judging
             + STRETCHES * (3 * (self.mode == LEAPS) + 8 * (self.mode == JUDGED))
         )
 

@@ -150,6 +150,7 @@ JSON_KEYS["leap"] = {
     "loss_signal": "with `--eval-cmd`: of the loss's usual change from call to call, what a stretch more would lower it by,"
     " from -1 to 1; `null` where it is not known yet",
     "stretches": "stretches that are remembered",
+    "clock": "what the lengths of stretches are measured in: `rate` or `steps`",
     "every": "steps until the next leap, as it was reckoned with",
     "again": "`true` where no training has happened since the last call: its answer, said again",
     "unchanged_share": "share of the values that equal the origin's after rounding",
@@ -186,7 +187,7 @@ BUILDERS = {
     "backtest": (render.backtest_json,),
     "predict": (render.outcome_json, render.predict_json),
     "verify": (render.verify_json,),
-    "leap": (render.leap_json,),
+    "leap": (leap_command.leap_json,),
     "tune": (render.tune_json,),
 }
 

@@ -153,14 +153,14 @@ def leap(
     if not quiet:
         _summary(done, dry_run=dry_run, verbose=verbose)
     if json_:
-        render.as_json(_json(done, dry_run=dry_run))
+        render.as_json(leap_json(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])
     if done.outcome.decision.verdict != "forecast":
         raise typer.Exit(NoForecastError.exit_code)
 
 
-def _json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
+def leap_json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
     from farcast_cli.formats.files import portable
 
     outcome, momentum = done.outcome, done.momentum
