@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from farcast_cli import errors, render
+from farcast_cli import errors, leap_command, render
 from farcast_cli.cli import app
 from farcast_cli.options import FROM_ANY_FILE
 

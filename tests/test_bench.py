@@ -67,7 +67,8 @@ def test_a_run_passes_the_plain_runs_end_at_its_first_point_that_is_as_low(bench
 
 def test_only_modes_that_leap_carry_a_number_of_stretches(bench: Any) -> None:
     memory = bench("memory")
-    assert memory.methods(50, 20) == ("none", "rate-2", "rate-4", "leaps-50", "random-50", "leaps-20", "random-20")
+    leaping = [f"{mode}-{count}" for count in (50, 20) for mode in ("leaps", "judged", "random")]
+    assert memory.methods(50, 20) == ("none", "rate-2", "rate-4", *leaping)
     spec = bench("tasks").Spec("x", "mlp", "sgd", 0.5, 100, 8)
     cell = bench("store").Cell("memory", spec, method="random-20")
     assert memory.control_of(cell).method == "leaps-20"
