@@ -423,6 +423,10 @@ class _Call:
         said = list(self._found.notes)
         if outcome.path and self._request.evaluator is None:
             said.append("no loss was measured, so nothing here can tell whether leaps lower it: --eval-cmd steers by the loss")
+            if self._found.time.pace.clock == "steps":
+                said.append(
+                    "no learning rate is known, so a warm-up would not be seen: leaps in one put a run onto a worse path"
+                )
         if advice and not advice / 2 <= self._every <= 2 * advice:
             said.append(f"stretches of {self._every} steps: leaps gained most at every 2 % of a run, here {advice} steps")
         return tuple(said)
