@@ -235,6 +235,7 @@ def test_a_leap_is_the_origin_and_gain_times_the_mean_move_and_the_memory_holds_
         known, landing = record_of(loop.memory), load(loop.forecast)
         assert (known["count"], known["gain"], known["length"]) == (loop.told["stretches"], loop.told["gain"], ahead)
         assert (known["made"], known["foretold"]) == pytest.approx((made, foretold), rel=1e-4)
+        assert set(load_file(loop.memory)) == {f"move.{name}" for name in SHAPES}, "the landing is the forecast itself"
         written = flat(moves_in(loop.memory))
         np.testing.assert_allclose(written, mean * ahead, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-9)
 
