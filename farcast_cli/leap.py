@@ -74,6 +74,7 @@ LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training af
 PROBE = 0.5  # of a stretch's move: how far ahead and behind the loss is measured
 SMOOTHED = 0.7  # of the mean square of the loss's changes
 WORTH = 0.1  # the smallest gain that is worth a restart
+AGREES = 0.1  # the share below which weights only diffuse, or training takes leaps back; a loss knows better
 RISING = 1.01  # times the rate before
 ADVISED = 50  # leaps in a run, and so a stretch of 2 % of it
 """Measured: 20 leaps gain less (docs/results.md)."""
@@ -321,7 +322,7 @@ class _Call:
             written = None if request.dry_run else outputs.add(self._place, check=check_memory_ours)
             trials, signal = self._probe(written) if written else ((), math.nan)
             momentum = self._steered(signal)
-            gain, reason = self._decide(momentum)
+            gain, reason = self._decide(momentum, signal)
             outcome = self._outcome(gain, reason, trials)
             if written:
                 with unchanged((*self._found.snapshots, self._origin), copied=self._origin):
@@ -351,7 +352,7 @@ class _Call:
             return steered(momentum, momentum.share, speed=SPEED, limit=limit)
         return steered(momentum, signal, speed=LOSS_SPEED, limit=limit)
 
-    def _decide(self, momentum: Momentum) -> tuple[float, str]:
+    def _decide(self, momentum: Momentum, signal: float) -> tuple[float, str]:
         """The gain to leap by, 0 for none; and why."""
         if self._after is None:
             return 0.0, "the run has one snapshot, and a leap needs a stretch of training to continue"
@@ -366,6 +367,10 @@ class _Call:
             (
                 left < LEFT_TO_TRAIN * length,
                 f"{left} steps are left, and the last {LEFT_TO_TRAIN:.0%} of a run are for training",
+            ),
+            (
+                math.isnan(signal) and momentum.share < AGREES,
+                f"{share}: the last stretches made too little of the move that the memory foretold, needed {AGREES}",
             ),
             (gain < WORTH, f"gain {gain:.2g}: training took back the last leaps, {share}"),
         )

@@ -1013,3 +1013,37 @@ def test_a_link_in_the_place_of_the_memory_is_not_written_through(loop: Loop) ->
     done = loop.leap(code=5)
     assert "exists and is not a memory of leaps" in done.errors[0]
     assert tree_digest(loop.home) == before
+
+
+# --- what no leap is made on -----------------------------------------------------------------------------------------
+
+
+def rounds(loop: Loop, weights_at: Callable[[Tensors, int], Tensors], count: int) -> list[bool]:
+    """Whether a leap was made after each of so many stretches; training goes on from where the last one landed."""
+    made = []
+    for number in range(1, count + 1):
+        loop.step += GAP
+        loop.weights = dict(weights_at(loop.weights, number))
+        save_loose(loop.run, loop.step, loop.weights)
+        done = loop.call("leap", "run", "--json", cwd=loop.home)
+        assert done.returncode in {0, 10}, done
+        path = json.loads(done.stdout)["path"]
+        made.append(path is not None)
+        loop.weights = load(loop.home / path) if path else loop.weights
+    return made
+
+
+def shaken(number: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(number)
+    return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+
+
+def test_weights_that_only_diffuse_are_not_leapt_from(loop: Loop) -> None:
+    made = rounds(loop, lambda weights, number: {n: w + shaken(number)[n] / 10 for n, w in weights.items()}, 12)
+    assert sum(made) <= 1, "by chance one stretch may be like the mean of the others"
+
+
+def test_weights_that_have_settled_into_noise_are_never_leapt_from(loop: Loop) -> None:
+    place = start()
+    made = rounds(loop, lambda _, number: {n: w + shaken(number)[n] / 10 for n, w in place.items()}, 12)
+    assert made == [False] * 12
