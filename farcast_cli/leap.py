@@ -74,7 +74,7 @@ LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training af
 PROBE = 0.5  # of a stretch's move: how far ahead and behind the loss is measured
 SMOOTHED = 0.7  # of the mean square of the loss's changes
 WORTH = 0.1  # the smallest gain that is worth a restart
-AGREES = 0.1  # the share below which weights only diffuse, or training takes leaps back; a loss knows better
+AGREES = 0.05  # the share below which weights only diffuse, or training takes leaps back; a loss knows better
 RISING = 1.01  # times the rate before
 ADVISED = 50  # leaps in a run, and so a stretch of 2 % of it
 """Measured: 20 leaps gain less (docs/results.md)."""
