@@ -140,6 +140,7 @@ JSON_KEYS: dict[str, dict[str, str]] = {
 }
 JSON_KEYS["leap"] = {
     "path": "the checkpoint to resume from; `null` where there is no leap",
+    "origin": "the newest snapshot; go on from it where there is no leap",
     "origin_step": "step of the newest snapshot, from which the leap begins",
     "horizon": "steps that the leap is worth at the run's own pace: gain times `every`; 0 without a leap",
     "verdict": "`forecast` or `abstain`",

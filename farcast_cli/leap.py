@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from farcast_cli.alignment import align, since_last_change
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import SnapshotError, UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
@@ -71,8 +72,11 @@ if TYPE_CHECKING:
 
 MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to read in full
 LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training after it
+LEFT_TO_SETTLE = 0.5  # of what is left of a run whose counters advance
 PROBE = 0.5  # of a stretch's move: how far ahead and behind the loss is measured
 SMOOTHED = 0.7  # of the mean square of the loss's changes
+UNJUDGED = 1.0  # the largest gain while the loss has not been seen to change
+FIRST_CALLS = 3  # stretches, up to which the notes for a beginner are said
 WORTH = 0.1  # the smallest gain that is worth a restart
 AGREES = 0.05  # the share below which weights only diffuse, or training takes leaps back; a loss knows better
 RISING = 1.01  # times the rate before
@@ -111,6 +115,10 @@ class Leapt:
     """The newest snapshot is the one that the last leap began at: nothing new was written."""
     every: int
     clock: Clock
+    origin: Path
+    """The newest snapshot, from which training goes on where there is no leap."""
+    is_last: bool = False
+    """The run is so near its end that no leap will follow."""
     notes: tuple[str, ...] = ()
     signal: float = math.nan
     """Of the loss: the share of its usual fall that a stretch more in the remembered direction gives."""
@@ -127,10 +135,10 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
         clear_left(place)
-    memory, notes = _known(place, trajectory)
+    memory, notes = _known(place, trajectory, ask.pattern)
     is_again = memory is not None and memory.began_at(trajectory.origin)
     if memory and is_again and (memory.forecast or not _is_forced(ask)):
-        return _again(memory, ask)
+        return _again(memory, ask, trajectory.origin.path)
     found = _gathered(ask, trajectory, memory, notes)
     return _Call(ask, trajectory, place, found, progress).run()
 
@@ -146,21 +154,28 @@ def _folder(request: Request) -> Path:
     return Path(request.output) if request.output.endswith("/") else Path(request.output).parent
 
 
-def _known(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str]]:
+def _known(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Memory | None, list[str]]:
     """The memory of this run, and a note where there is one that is of no use."""
     memory = read_memory(place)
     if memory is None:
         return None, []
     run, origin = (place.parent / memory.record.run).resolve(), trajectory.origin
     if run != trajectory.directory.resolve():
-        return None, [f"{place} remembers another run, {memory.record.run}: the memory starts again"]
+        return None, [
+            f"{place} remembers another run, {memory.record.run}, and starts again: give each run a folder of its own, -o DIR/"
+        ]
+    if pattern != memory.record.pattern:
+        return None, [f"{place} remembers the run of --pattern {memory.record.pattern!r}: the memory starts again"]
+    before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)
+    if before is not None and not memory.began_at(before):
+        return None, [f"{before.path.name} is not what it was at the last call: the memory starts again"]
     if origin.step <= memory.record.landing_step and not memory.began_at(origin):
         where = f"step {memory.record.landing_step}, and the newest snapshot is of step {origin.step}"
         return None, [f"the memory ends at {where}: it starts again"]
     return memory, []
 
 
-def _again(memory: Memory, ask: Ask) -> Leapt:
+def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
     """The last answer once more: no training has happened since."""
     record, path = memory.record, memory.forecast
     if path is not None and not ask.request.dry_run:
@@ -174,7 +189,9 @@ def _again(memory: Memory, ask: Ask) -> Leapt:
     verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]
     outcome = Outcome(record.horizon, record.origin_step, "momentum", decision, path=path)
-    return Leapt(outcome, record.momentum, math.nan, is_again=True, every=ask.every or record.every, clock=record.clock)
+    return Leapt(
+        outcome, record.momentum, math.nan, is_again=True, every=ask.every or record.every, clock=record.clock, origin=origin
+    )
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -311,6 +328,7 @@ class _Call:
         record = found.memory.record if found.memory else None
         self._length = found.stretches[-1][1] if found.stretches else record.length if record else 0.0
         self._every, self._ahead = found.time.every, found.time.ahead
+        self._is_worse_ahead = False
         self._level, self._falls = (record.level, (record.falls, record.falls_weight)) if record else (None, (0.0, 0.0))
 
     def run(self) -> Leapt:
@@ -337,7 +355,9 @@ class _Call:
             is_again=False,
             every=self._every,
             clock=self._found.time.pace.clock,
-            notes=self._notes(outcome),
+            origin=self._origin.path,
+            is_last=self._is_near_end,
+            notes=self._notes(outcome, signal),
             signal=signal,
         )
 
@@ -349,23 +369,27 @@ class _Call:
             return Momentum()
         momentum, limit = self._after.momentum, self._ask.limit
         if math.isnan(signal):
+            limit = limit if self._request.evaluator is None else min(limit, UNJUDGED)
             return steered(momentum, momentum.share, speed=SPEED, limit=limit)
         return steered(momentum, signal, speed=LOSS_SPEED, limit=limit)
 
     def _decide(self, momentum: Momentum, signal: float) -> tuple[float, str]:
         """The gain to leap by, 0 for none; and why."""
         if self._after is None:
-            return 0.0, "the run has one snapshot, and a leap needs a stretch of training to continue"
+            return 0.0, self._alone()
         gain = momentum.gain if self._ask.gain is None else self._ask.gain
-        if self._request.even_if_worse:
-            return max(gain, WORTH), "asked for"
-        left, length = self._steps_left() or (math.inf, math.inf)
+        if _is_forced(self._ask):
+            return (max(gain, WORTH) if self._ask.gain is None else gain), "asked for"
+        left, _ = self._steps_left() or (math.inf, math.inf)
         share = f"share {momentum.share:.2g}"
         objections = (
             (math.isnan(momentum.share), "one stretch is remembered, and a leap needs two that agree"),
+            (not self._ahead, "the learning rate is 0: no training is left to leap over"),
+            (not self._moved, "the weights have not moved since the last call"),
+            (math.isnan(signal) and self._is_worse_ahead, "the loss is higher ahead than behind"),
             (self._found.time.is_rising, "the learning rate still rises: leaps begin one stretch after the warm-up"),
             (
-                left < LEFT_TO_TRAIN * length,
+                self._is_near_end,
                 f"{left} steps are left, and the last {LEFT_TO_TRAIN:.0%} of a run are for training",
             ),
             (
@@ -375,7 +399,26 @@ class _Call:
             (gain < WORTH, f"gain {gain:.2g}: training took back the last leaps, {share}"),
         )
         objection = next((text for holds, text in objections if holds), None)
+        if self._request.counters == "advance":  # a leap over the end could not settle
+            gain = min(gain, LEFT_TO_SETTLE * left / self._every)
         return (0.0, objection) if objection else (gain, f"gain {gain:.2g}, {share}")
+
+    def _alone(self) -> str:
+        """Why there is no stretch yet."""
+        before = len(self._trajectory.snapshots) - 1
+        known = f", and the {before} before it are not compared across the last leap" if before else ""
+        return f"one snapshot to begin with{known}: a leap needs a stretch of training to continue"
+
+    @property
+    def _moved(self) -> bool:
+        """Whether training has moved the weights in the last stretch."""
+        move = self._found.stretches[-1][0] if self._found.stretches else None
+        return move is None or float(move @ self._found.products @ move) > 0
+
+    @property
+    def _is_near_end(self) -> bool:
+        left = self._steps_left()
+        return left is not None and left[0] < LEFT_TO_TRAIN * left[1]
 
     def _steps_left(self) -> tuple[int, int] | None:
         """Steps to the end of the run, and its length, where the trainer's state tells."""
@@ -395,7 +438,8 @@ class _Call:
         name = self._target.renamed(f"{self._stem}-probe", self._origin)
         logs = self._place.with_name(f"{self._stem}-leap.eval")
         variables = {"ORIGIN_STEP": self._origin.step, "VALID_STEP": self._origin.step}
-        prepared = self._prepared([known.mean * self._ahead * share for share in (PROBE, -PROBE)], [self._every] * 2)
+        moves = [known.mean * self._ahead * share for share in (PROBE, -PROBE)]
+        prepared = self._prepared(moves, [0, 0])  # the weights alone: no counter moves
         with Judge(evaluator, logs, variables, lambda what: self._progress(f"evaluate {what}", 0)) as judge:
             for index, strength in enumerate((PROBE, -PROBE)):
                 judge.wait(below=evaluator.num_jobs)
@@ -405,6 +449,7 @@ class _Call:
             judge.wait(below=1)
             trials = {trial.strength: trial for trial in judge.trials}
         ahead, behind = (trials[s].value * (-1 if evaluator.maximize else 1) for s in (PROBE, -PROBE))
+        self._is_worse_ahead = ahead > behind
         return tuple(trials.values()), self._judged(ahead, behind)
 
     def _judged(self, ahead: float, behind: float) -> float:
@@ -422,17 +467,23 @@ class _Call:
         horizon = max(1, round(gain * self._every)) if gain else 0
         return Outcome(horizon, self._origin.step, "momentum", decision, trials=tuple(trials))
 
-    def _notes(self, outcome: Outcome) -> tuple[str, ...]:
+    def _notes(self, outcome: Outcome, signal: float) -> tuple[str, ...]:
         left = self._steps_left()
         advice = max(1, round(left[1] / ADVISED)) if left else None
-        said = list(self._found.notes)
-        if outcome.path and self._request.evaluator is None:
+        said = [f"{one.path.name} left out: {one.reason}" for one in self._trajectory.half_written]
+        said += self._found.notes
+        if outcome.trials and math.isnan(signal):
+            said.append("the loss has not been seen to change yet, so the share steers")
+        if self._request.dry_run and self._request.evaluator is not None:
+            said.append("a dry run measures no loss: the real call may decide otherwise")
+        count = self._after.momentum.count if self._after else 0
+        if outcome.path and self._request.evaluator is None and count <= FIRST_CALLS:  # to say it once is enough
             said.append("no loss was measured, so nothing here can tell whether leaps lower it: --eval-cmd steers by the loss")
             if self._found.time.pace.clock == "steps":
                 said.append(
                     "no learning rate is known, so a warm-up would not be seen: leaps in one put a run onto a worse path"
                 )
-        if advice and not advice / 2 <= self._every <= 2 * advice:
+        if advice and count and not advice / 2 <= self._every <= 2 * advice:
             said.append(f"stretches of {self._every} steps: leaps gained most at every 2 % of a run, here {advice} steps")
         return tuple(said)
 
@@ -491,11 +542,13 @@ class _Call:
         """Write the memory: the mean move of a stretch, and the landing where it is not the forecast."""
         home, origin, path = self._place.parent, self._origin, outcome.path
         moved = outcome.valid_step if self._request.counters == "advance" else outcome.origin_step
-        record = Record(
+        record = _recorded(
             run=relative(self._ask.directory, home),
             origin=portable(origin.path.name),
             origin_step=origin.step,
-            origin_digest=origin.digest,
+            origin_digest=origin.full_digest,
+            pattern=self._ask.pattern,
+            strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",
             files=tuple(self._files) if path else (),
@@ -517,6 +570,14 @@ class _Call:
         mean = self._after.mean * record.length if self._after else np.zeros(len(self._found.products))
         engine = self._prepared([mean], [0], bare=True).engine
         write_forecasts([(plan,)], [written], engine, progress=self._progress("memory", total_bytes((plan,))))
+
+
+def _recorded(**numbers: Any) -> Record:
+    try:
+        return Record(**numbers)
+    except ValidationError as error:
+        what = error.errors()[0]
+        raise SnapshotError(f"the memory cannot hold {what['loc'][0]} = {what['input']}: {what['msg']}") from error
 
 
 def _over_memory(moves: Sequence[NDArray[np.float64]], num_files: int) -> LinearMap:

@@ -10,6 +10,7 @@ import typer
 from farcast_cli.errors import NoForecastError, UsageError
 from farcast_cli.options import (
     DEFAULT_LEDGER,
+    MAX_DIGITS,
     ClockOption,
     Config,
     Device,
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
-    "next=$(farcast leap ckpts/) || next="
+    "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
 )
+MAX_GAIN = 100
 WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
 
 
@@ -129,6 +131,11 @@ def leap(
     from farcast_cli.stream import Io
     from farcast_cli.trainer.resume import CountersMode, OptimizerMode
 
+    for option, number in (("gain", gain), ("max-gain", max_gain)):
+        if number is not None and not 0 < number <= MAX_GAIN:
+            raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
+    if every is not None and every >= 10**MAX_DIGITS:
+        raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
     if output == "":
         raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
     request = Request(
@@ -166,6 +173,7 @@ def leap_json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
     outcome, momentum = done.outcome, done.momentum
     content = {
         "path": portable(outcome.path) if outcome.path else None,
+        "origin": portable(done.origin),
         "origin_step": outcome.origin_step,
         "horizon": outcome.horizon,
         "verdict": outcome.decision.verdict,
@@ -189,14 +197,16 @@ def leap_json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
 def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
     from farcast_cli import render
 
-    outcome, reason = done.outcome, done.outcome.decision.reason
+    outcome, momentum, reason = done.outcome, done.momentum, done.outcome.decision.reason
     head = f"step {outcome.origin_step}"
     for text in done.notes:
         render.note(f"note: {text}")
     if outcome.decision.verdict != "forecast":
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:
-        render.note(f"{head}: the leap from here was made before; no training has happened since")
+        render.note(
+            f"{head}: the leap from here was made before, and this call's options change nothing of it; no training has happened since"
+        )
     elif dry_run:
         render.note(f"{head}: would leap {outcome.horizon} steps: {reason}")
     else:
@@ -209,5 +219,8 @@ def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
     for trial in outcome.trials:
         where = "ahead" if trial.strength > 0 else "behind"
         render.note(f"evaluation {abs(trial.strength):g} of a stretch {where}: {trial.value:g}, in {trial.seconds:.1f} s")
-    if not done.is_again:
-        render.note(f"call again after {done.every} more steps of training")
+    if outcome.decision.verdict != "forecast":
+        render.note(f"go on from {done.origin}")
+    if not done.is_again and not done.is_last:
+        when = f"{done.every} more steps" if momentum.count else "the next stretch, about 2 % of the run,"
+        render.note(f"call again after {when} of training")

@@ -25,7 +25,7 @@ from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.output.place import list_files
 from farcast_cli.output.plan import Copy, OutputFile, Planned, Values, safetensors_output
 from farcast_cli.pace import Clock  # noqa: TC001 - pydantic reads the annotation
-from farcast_cli.tensors import DTYPES
+from farcast_cli.tensors import DTYPES, FLOATING
 from farcast_cli.trajectory import open_snapshot
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from farcast_cli.output.plan import Piece
     from farcast_cli.tensors import TensorEntry
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 _METADATA_KEY = "farcast"
 _MOVE, _LANDING = "move.", "landing."
 
@@ -55,9 +55,13 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     kind: Literal["memory of leaps"] = "memory of leaps"
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     farcast_version: str = __version__
     run: str
+    pattern: str = ""
+    """Which entries of the folder are the run's."""
+    strides: dict[str, tuple[int, ...]] = {}
+    """Of the tensors that are not stored in row-major order."""
     origin: str
     origin_step: _Step
     origin_digest: str
@@ -121,8 +125,8 @@ class Memory:
         return self.path.parent / local(self.record.forecast) if self.record.forecast else None
 
     def began_at(self, origin: Snapshot) -> bool:
-        """Whether the last call's origin was this snapshot; a frozen tensor gives all steps one digest."""
-        return (self.record.origin_step, self.record.origin_digest) == (origin.step, origin.digest)
+        """Whether the last call's origin was this snapshot."""
+        return (self.record.origin_step, self.record.origin_digest) == (origin.step, origin.full_digest)
 
 
 def memory_of(forecasts: Path, run: Path) -> Path:
@@ -202,9 +206,11 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
         for held, is_held in ((memory.landing, landing is None), (memory.moves, memory.record.count > 0)):
             if is_held:
                 entry = held.get(tensor.name)
-                if entry is None or entry.num_elements != tensor.num_elements:
+                last = tensor.entries[-1]
+                order = memory.record.strides.get(tensor.name, ())
+                if entry is None or entry.dtype.name not in FLOATING or (entry.shape, order) != (last.shape, last.strides):
                     return f"its tensors are not those of {origin.path.name}"
-                entries.insert(0, replace(entry, shape=tensor.entries[-1].shape, strides=tensor.entries[-1].strides))
+                entries.insert(0, replace(entry, strides=order))
         tensors.append(AlignedTensor(tensor.name, tuple(entries), tensor.remark))
     known = set(memory.moves if memory.record.count else memory.landing)
     if known != {tensor.name for tensor in shared.tensors}:
@@ -242,11 +248,11 @@ def plan_memory(alignment: Alignment, record: Record, *, holds_landing: bool) ->
         entry = tensor.entries[-1]
         if record.count:
             values = Values(entry, index, DTYPES["bfloat16"])
-            planned.append(Planned(_MOVE + tensor.name, values.dtype, (entry.num_elements,), (values,)))
+            planned.append(Planned(_MOVE + tensor.name, values.dtype, entry.shape, (values,)))
     for tensor in alignment.tensors if holds_landing else ():
         entry = tensor.entries[-1]
         piece: Piece = Copy(entry.path, entry.offset, entry.num_bytes)
-        planned.append(Planned(_LANDING + tensor.name, entry.dtype, (entry.num_elements,), (piece,)))
+        planned.append(Planned(_LANDING + tensor.name, entry.dtype, entry.shape, (piece,)))
     text = json.dumps(record.model_dump(), separators=(",", ":"))
     return safetensors_output("", planned, {_METADATA_KEY: text})
 

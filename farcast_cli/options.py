@@ -20,7 +20,6 @@ FROM_ANY_FILE = frozenset(
         *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
         *("grad_weight", "sample", "full"),
-        *("every", "max_gain"),  # a leap no longer than the evidence, or the limit, allows
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
         *("layer", "bias", "loss", "activation", "head", "head_bias"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
@@ -30,7 +29,7 @@ FROM_ANY_FILE = frozenset(
 """The options that a file which nobody named may set. All others need a file that the user named.
 
 None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `purpose`
-and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `io`
+and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `gain`, `max_gain` and `every` a longer leap, `io`
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
 MAX_CONFIG_BYTES = 1 << 20

@@ -472,7 +472,7 @@ NAMED_ONLY = {
     "a place to write": {"output", "delta_out"},
     "a program": {"eval_cmd"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
-    "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm"},
+    "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
 }
 
 
@@ -508,7 +508,9 @@ def test_every_option_is_either_harmless_in_a_file_that_nobody_named_or_listed_w
 def test_a_file_that_nobody_named_sets_no_place_no_program_and_no_check(work: Path, call_cli: CallCli, key: str) -> None:
     group: Any = typer.main.get_command(app)
     name = next(name for name, command in group.commands.items() if key in {p.name for p in command.params})
-    arguments = {"verify": ("x", "--against", "y"), "tune": ("x",), "inspect": ("run",), "fit": ("run",)}.get(name, ())
+    arguments = {"verify": ("x", "--against", "y"), "tune": ("x",), "inspect": ("run",), "fit": ("run",), "leap": ("run",)}.get(
+        name, ()
+    )
     spelled = {"purpose": "for"}.get(key, key.replace("_", "-"))
     for text in (f"{spelled} = 1\n", f"[{name}]\n{spelled} = 1\n"):
         (work / "farcast.toml").write_text(text)

@@ -402,10 +402,10 @@ def test_one_snapshot_is_remembered_and_the_second_call_has_a_stretch(loop: Loop
     loop.rotates = True
     loop.train()
     done = loop.leap(code=10)
-    assert "the run has one snapshot, and a leap needs a stretch of training to continue" in done.stderr
+    assert "one snapshot to begin with: a leap needs a stretch of training to continue" in done.stderr
     assert (loop.told["path"], loop.told["verdict"], loop.told["stretches"]) == (None, "abstain", 0)
     assert {name: value.tolist() for name, value in load_file(loop.memory).items()} == {
-        f"landing.{name}": value.flatten().tolist() for name, value in load(loop.newest).items()
+        f"landing.{name}": value.tolist() for name, value in load(loop.newest).items()
     }
     first = flat(load(loop.newest))
     loop.train()
@@ -483,7 +483,10 @@ def test_a_memory_of_another_run_is_not_used(tmp_path: Path, call_cli: CallCli) 
         loop.train(count=2)
         done = call_cli("leap", f"{name}/run", "-o", "out/", cwd=tmp_path)
         assert done.returncode == 10
-    assert "out/run.memory.safetensors remembers another run, ../a/run: the memory starts again" in done.stderr
+    assert (
+        "out/run.memory.safetensors remembers another run, ../a/run, and starts again: give each run a folder of its own"
+        in done.stderr
+    )
     assert record_of(tmp_path / "out/run.memory.safetensors")["run"] == "../b/run"
 
 
@@ -802,7 +805,7 @@ def test_where_going_ahead_raises_the_loss_the_gain_falls_until_there_is_no_leap
     assert gains[2:] == sorted(gains[2:], reverse=True)
     assert line.told["loss_signal"] < -0.3
     assert gains[-1] < 0.1
-    assert leapt[1]
+    assert not leapt[1], "the loss need not have been seen to change"
     assert not leapt[-1]
 
 
@@ -860,9 +863,26 @@ def test_without_a_loss_a_leap_says_that_it_cannot_know_and_the_gain_stops_at_1(
     for _ in range(4):
         line.train()
         done = line.leap()
-        assert "no loss was measured" in done.stderr
+        assert ("no loss was measured" in done.stderr) == (line.told["stretches"] <= 3), "said at the first leaps"
         gains.append(line.told["gain"])
     assert gains[-1] == 1.0
+
+
+def test_a_loss_that_never_changes_is_said_to_steer_nothing_and_the_gain_stops_at_1(line: Line) -> None:
+    line.begun()
+    for _ in range(4):
+        line.train()
+        done = line.leap("--eval-cmd", "echo 1.0 {ckpt} 1.0")
+    assert "the loss has not been seen to change yet" in done.stderr
+    assert (line.told["loss_signal"], line.told["gain"]) == (None, 1.0)
+
+
+def test_a_loss_that_is_higher_ahead_stops_a_leap_though_it_has_not_been_seen_to_change(line: Line) -> None:
+    line.begun()
+    for _ in range(3):
+        line.train()
+        done = line.leap("--eval-cmd", "test $FARCAST_STRENGTH = 0.5 && echo 100 || echo 1 #{ckpt}", code=10)
+    assert "the loss is higher ahead than behind" in done.stderr
 
 
 # --- real trainers ---------------------------------------------------------------------------------------------------
@@ -1047,3 +1067,31 @@ def test_weights_that_have_settled_into_noise_are_never_leapt_from(loop: Loop) -
     place = start()
     made = rounds(loop, lambda _, number: {n: w + shaken(number)[n] / 10 for n, w in place.items()}, 12)
     assert made == [False] * 12
+
+
+def test_weights_that_training_does_not_move_are_not_leapt_from(loop: Loop) -> None:
+    made = rounds(loop, lambda weights, number: {n: w + shaken(7)[n] / 10 if number < 4 else w for n, w in weights.items()}, 9)
+    assert made == [False, False, True, False, False, False, False, False, False]
+
+
+@pytest.mark.parametrize("options", [("--gain", 0), ("--gain", "inf"), ("--max-gain", -1), ("--every", 10**22)])
+def test_a_gain_or_a_stretch_that_makes_no_sense_is_one_clear_line(loop: Loop, options: tuple[object, ...]) -> None:
+    loop.begun().train()
+    done = loop.call("leap", "run", *options, cwd=loop.home)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_another_pattern_is_another_run(loop: Loop) -> None:
+    loop.begun().train()
+    done = loop.leap("--pattern", "step_*", code=0)
+    assert "remembers the run of --pattern ''" in done.stderr
+
+
+def test_a_run_that_was_made_anew_in_the_same_folder_starts_again(loop: Loop) -> None:
+    loop.begun()
+    newest = loop.newest
+    loop.train()
+    save_loose(loop.run, int(newest.stem[-5:]), shaken(3))
+    done = loop.call("leap", "run", cwd=loop.home)
+    assert f"{newest.name} is not what it was at the last call: the memory starts again" in done.stderr

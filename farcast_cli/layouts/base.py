@@ -91,6 +91,15 @@ class Snapshot:
             whole.update(_middle_of(largest))
         return whole.hexdigest()
 
+    @property
+    def full_digest(self) -> str:
+        """The same with a block from the middle of every tensor: another fingerprint wherever any tensor has been trained."""
+        whole = hashlib.sha256(self.digest.encode())
+        for name, entry in sorted(self.tensors.items()):
+            if name not in self.not_streamable:
+                whole.update(_middle_of(entry))
+        return whole.hexdigest()
+
     def has_weights_of(self, other: Snapshot) -> bool:
         """Whether two snapshots hold the same weights, by a block from the middle of every tensor."""
         mine, others = self.tensors, other.tensors
