@@ -368,6 +368,8 @@ class _Call:
         if self._after is None:
             return Momentum()
         momentum, limit = self._after.momentum, self._ask.limit
+        if self._found.time.is_rising:  # no leap is made, so nothing is learned of leaps
+            return momentum
         if math.isnan(signal):
             limit = limit if self._request.evaluator is None else min(limit, UNJUDGED)
             return steered(momentum, momentum.share, speed=SPEED, limit=limit)
