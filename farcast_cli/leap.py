@@ -21,7 +21,7 @@ from farcast_cli.errors import SnapshotError, UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
-from farcast_cli.forecast.momentum import LOSS_SPEED, SPEED, Momentum, Remembered, remember, steered
+from farcast_cli.forecast.momentum import Momentum, Remembered, remember, steered
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable
 from farcast_cli.job import Outcome, Prepared, Request
@@ -372,8 +372,8 @@ class _Call:
             return momentum
         if math.isnan(signal):
             limit = limit if self._request.evaluator is None else min(limit, UNJUDGED)
-            return steered(momentum, momentum.share, speed=SPEED, limit=limit)
-        return steered(momentum, signal, speed=LOSS_SPEED, limit=limit)
+            return steered(momentum, momentum.share, limit=limit)
+        return steered(momentum, signal, limit=limit)
 
     def _decide(self, momentum: Momentum, signal: float) -> tuple[float, str]:
         """The gain to leap by, 0 for none; and why."""

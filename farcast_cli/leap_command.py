@@ -42,7 +42,7 @@ EXAMPLES = (
     "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
 )
 MAX_GAIN = 100
-WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
+WITH_LOSS, WITHOUT_LOSS = 2.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
 
 
 def leap(
@@ -67,7 +67,7 @@ def leap(
     ] = None,
     max_gain: Annotated[
         float | None,
-        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 4 with --eval-cmd, 1 without."),
+        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 2 with --eval-cmd, 1 without."),
     ] = None,
     output: Annotated[
         str | None,

@@ -25,7 +25,7 @@ MOST = 2.0
 
 
 def by_share(momentum: Momentum, signal: float) -> Momentum:
-    return steered(momentum, signal, speed=SPEED, limit=MOST)
+    return steered(momentum, signal, limit=MOST)
 
 
 @dataclass
