@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from figures import NEVER, grouped, replaced
 from tables import NOTHING, number, section, spread, table
-from trials import LEAPS, ONE, PLAIN, RANDOM, STRETCHES, Trial
+from trials import JUDGED, LEAPS, ONE, PLAIN, RANDOM, STRETCHES, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = {"full": "all weights", "lora": "LoRA"}
 TASKS = {"sections": "Debian sections", "modules": "Python modules"}
+SHOWN = (PLAIN, LEAPS, JUDGED, RANDOM)
 Modes = dict[str, dict[str, Any]]
 
 
@@ -23,7 +24,9 @@ def compose(trials: Sequence[Trial]) -> str:
     """The section, from the results that are there."""
     found = {setting: modes for setting, modes in _results(trials).items() if PLAIN in modes}
     single = [_single_row(setting, modes) for setting, modes in found.items() if ONE in modes]
-    several = [_leaps_row(setting, modes) for setting, modes in found.items() if LEAPS in modes or ONE not in modes]
+    several = [
+        _leaps_row(setting, modes) for setting, modes in found.items() if {LEAPS, JUDGED} & modes.keys() or ONE not in modes
+    ]
     text = """
 all-MiniLM-L6-v2 (22.7 million parameters) with a new head, fine-tuned by AdamW with batches of 32, dropout, clipping at 1
 and warm-up over the first tenth; the rate then falls to zero. Debian sections: the section of a package from its one-line
@@ -34,7 +37,7 @@ the schedule. The checkpoints are folders as the Trainer leaves them; farcast is
     leaps = f"""
 `farcast leap` after each of {STRETCHES} stretches but the last, counters kept, so that all runs train the same steps. `passes` is the
 first evaluation (every {100 // STRETCHES} % of the run) with at most the plain run's loss at the end, as a share of the plain run's
-steps; {NEVER:g} where there is none. `random` leaps where `leaps` did, by the same norm per tensor.
+steps; {NEVER:g} where there is none. `steered by the loss`: with `--eval-cmd`, on every other held-out text. `random` leaps where `leaps` did, by the same norm per tensor.
 """
     one = f"""
 From 60 % of the run `predict --even-if-worse` looks 20 % ahead with the default method, the counters are moved on, and
@@ -45,7 +48,17 @@ counters moved and the weights unchanged; `{NOTHING}` where the control lost und
     header = ["run", "rate", "seed"]
     tables = []
     if several:
-        lines = [*header, "plain", "leaps", "random", "passes", "random passes", "leaps made"]
+        lines = [
+            *header,
+            "plain",
+            "leaps",
+            "steered by the loss",
+            "random",
+            "leaps pass",
+            "steered pass",
+            "random passes",
+            "made",
+        ]
         tables.append(f"### Leaps after every stretch\n\n{leaps.strip()}\n\n" + table(lines, [*several, *_mean_leaps(found)]))
     if single:
         lines = [*header, "whole run", "control", "forecast", "R", "random, R", "verdict", "S", "own"]
@@ -74,9 +87,10 @@ def _end(loss: float, accuracy: float) -> str:
 
 
 def _leaps_row(setting: Setting, modes: Modes) -> list[str]:
-    ends = [_end(*modes[mode]["curve"][-1][1:]) if mode in modes else NOTHING for mode in (PLAIN, LEAPS, RANDOM)]
-    made = sum(bool(leap["norms"]) for leap in modes[LEAPS]["leaps"]) if LEAPS in modes else 0
-    return [*_key(setting), *ends, number(passes(modes, LEAPS)), number(passes(modes, RANDOM)), str(made)]
+    ends = [_end(*modes[mode]["curve"][-1][1:]) if mode in modes else NOTHING for mode in SHOWN]
+    made = [sum(leap["norms"] is not None for leap in modes[mode]["leaps"]) for mode in (LEAPS, JUDGED) if mode in modes]
+    shares = (number(passes(modes, mode)) for mode in SHOWN[1:])
+    return [*_key(setting), *ends, *shares, ", ".join(map(str, made))]
 
 
 def passes(modes: Modes, mode: str) -> float:
@@ -91,9 +105,9 @@ def _mean_leaps(found: dict[Setting, Modes]) -> list[list[str]]:
     """A line for each kind of run at each rate: the mean over seeds and schedules."""
     rows = []
     for (task, kind, lr), pairs in grouped(list(found.items()), lambda p: (p[0].task, p[0].kind, p[0].lr)).items():
-        both = [modes for _, modes in pairs if LEAPS in modes]
-        losses = [[modes[mode]["curve"][-1][1] for modes in both if mode in modes] for mode in (PLAIN, LEAPS, RANDOM)]
-        shares = [spread([passes(modes, mode) for modes in both]) for mode in (LEAPS, RANDOM)]
+        both = [modes for _, modes in pairs if LEAPS in modes or JUDGED in modes]
+        losses = [[modes[mode]["curve"][-1][1] for modes in both if mode in modes] for mode in SHOWN]
+        shares = [spread([passes(modes, mode) for modes in both if mode in modes]) for mode in SHOWN[1:]]
         label = f"**mean, {TASKS[task]}, {KINDS[kind]}**"
         rows += [[label, f"{lr:g}", "all", *(spread(each, 4) for each in losses), *shares, ""]] if both else []
     return rows
