@@ -19,6 +19,7 @@ from farcast_cli.options import (
     ClockOption,
     Config,
     Device,
+    DryRun,
     EvalTimeout,
     Exclude,
     Forecaster,
@@ -30,7 +31,10 @@ from farcast_cli.options import (
     Json,
     LayoutOption,
     Ledger,
+    Maximize,
     Method,
+    OptimizerOption,
+    Overwrite,
     Pattern,
     PurposeOption,
     Quiet,
@@ -283,12 +287,7 @@ def predict(
         int | None,
         typer.Option(envvar=env("ORIGIN"), metavar="STEP", help="Forecast from this snapshot; the last by default."),
     ] = None,
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
-        ),
-    ] = "copy",
+    optimizer: OptimizerOption = "copy",
     counters: Annotated[
         str,
         typer.Option(
@@ -318,17 +317,15 @@ def predict(
             " not change them. Only what is better is published.",
         ),
     ] = None,
-    maximize: Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")] = False,
+    maximize: Maximize = False,
     jobs: Jobs = 1,
     eval_timeout: EvalTimeout = None,
     even_if_worse: Annotated[
         bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")
-    ] = False,
+    overwrite: Overwrite = False,
     ledger: Ledger = DEFAULT_LEDGER,
-    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
+    dry_run: DryRun = False,
     device: Device = "auto",
     io: IoOption = "auto",
     threads: Threads = 0,

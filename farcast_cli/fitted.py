@@ -34,7 +34,7 @@ from farcast_cli.output.place import check_outside, open_new
 from farcast_cli.output.writer import staged
 from farcast_cli.pace import Pace
 from farcast_cli.stream import Resources
-from farcast_cli.tensors import DTYPES
+from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.thinning import thinned
 from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trajectory import run_entries
@@ -138,7 +138,7 @@ class Fitted:
 
     def _batch_norm(self) -> NDArray[np.bool_]:
         """Which tensors are BatchNorm's running statistics, (K,)."""
-        return np.array([r.name.rpartition(".")[2] in {"running_mean", "running_var"} for r in self.provenance.tensors])
+        return np.array([is_batch_norm_statistic(record.name) for record in self.provenance.tensors])
 
     def index_of(self, step: int) -> int:
         """The index of the snapshot of a step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +27,7 @@ from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import unchanged
-from farcast_cli.ledger import Leap, check_ledger, read_leaps, recorded, since_last_leap
+from farcast_cli.ledger import check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.memory import (
     LARGEST,
     Memory,
@@ -50,8 +51,19 @@ from farcast_cli.output.plan import with_modes
 from farcast_cli.output.sidecar import compose
 from farcast_cli.output.writer import staging
 from farcast_cli.pace import Pace
-from farcast_cli.publish import check_place, finish, only, place_of, plan_forecast, stage, write_candidate
+from farcast_cli.publish import (
+    DEFAULT_FOLDER,
+    check_place,
+    finish,
+    leap_of,
+    only,
+    place_of,
+    plan_forecast,
+    stage,
+    write_candidate,
+)
 from farcast_cli.stream import Resources
+from farcast_cli.tensors import is_batch_norm_statistic
 from farcast_cli.trainer.rates import rate_at, read_pace
 from farcast_cli.trainer.resume import HISTORY
 from farcast_cli.trainer.run_end import find_run_end
@@ -150,8 +162,8 @@ def _is_forced(ask: Ask) -> bool:
 def _folder(request: Request) -> Path:
     """Where forecasts and the memory lie: the folder that -o names, or that of the file that it names."""
     if request.output is None:
-        return Path("forecasts")
-    return Path(request.output) if request.output.endswith("/") else Path(request.output).parent
+        return DEFAULT_FOLDER
+    return Path(request.output) if request.output.endswith(os.sep) else Path(request.output).parent
 
 
 def _known(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Memory | None, list[str]]:
@@ -274,17 +286,7 @@ def _pace_since(memory: Memory, basis: Basis, ask: Ask, origin: Snapshot) -> tup
         past = [(first, last, (now + (record.rate or now)) / 2)] if last > first else []
         known = Pace.of([*past, (last, last + every, now)])
     wanted = record.clock if record.count else ask.clock  # a memory keeps the clock that it began with
-    return _settled(known, wanted, first, last, every), every
-
-
-def _settled(known: Pace, wanted: Clock | None, first: int, last: int, every: int) -> Pace:
-    """The clock of a leap; rates that are not known at either end are taken to be those next to them."""
-    if known.rates:
-        pieces = list(zip(known.edges, known.edges[1:], known.rates, strict=False))
-        before = [(first, known.edges[0], known.rates[0])] if first < known.edges[0] else []
-        after = [(known.edges[-1], last + every, known.rates[-1])] if known.edges[-1] < last + every else []
-        known = Pace.of([*before, *pieces, *after])
-    return known.clocked(wanted, first, last + every)
+    return known.reaching(first, last + every).clocked(wanted, first, last + every), every
 
 
 def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gathered:
@@ -297,7 +299,8 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gather
     products = _products(alignment, ask.request)
     first, last = snapshots[-2:][0].step, snapshots[-1].step
     every = ask.every or max(1, last - first)
-    pace = _settled(read_pace(snapshots, ahead=every), ask.clock, snapshots[0].step, last, every)
+    bounds = snapshots[0].step, last + every
+    pace = read_pace(snapshots, ahead=every).reaching(*bounds).clocked(ask.clock, *bounds)
     lengths = [pace.total(before.step, after.step) for before, after in itertools.pairwise(snapshots)]
     stretches = tuple((np.eye(len(products))[index], length) for index, length in enumerate(lengths) if length)
     notes += [begins] if begins else []
@@ -310,7 +313,7 @@ def _products(alignment: Alignment, request: Request) -> NDArray[np.float64]:
     count = len(alignment.tensors[0].entries)
     resources = Resources(request.device, request.io, request.num_threads)
     gram, _ = accumulate(alignment, range(count), num_samples=DEFAULT_SAMPLE, resources=resources)
-    judged = [tensor.name.rpartition(".")[2] not in {"running_mean", "running_var"} for tensor in alignment.tensors]
+    judged = [not is_batch_norm_statistic(tensor.name) for tensor in alignment.tensors]
     return np.asarray(gram.matrix[np.array(judged) | (not any(judged))].sum(axis=0))
 
 
@@ -530,13 +533,7 @@ class _Call:
         write_sidecar(place, note, content | {"momentum": momentum})
         self._files = list_files(place)
         if request.ledger is not None:
-            line = Leap(
-                run=str(self._ask.directory.resolve()),
-                origin_step=finished.origin_step,
-                valid_step=finished.valid_step,
-                counters=request.counters,
-                forecast=str(target.resolve()),
-            )
+            line = leap_of(finished, self._ask.directory, request.counters)
             outputs.alongside(recorded(request.ledger, [line]))
         return finished
 

@@ -14,6 +14,7 @@ from farcast_cli.options import (
     ClockOption,
     Config,
     Device,
+    DryRun,
     EvalTimeout,
     Exclude,
     Include,
@@ -22,6 +23,9 @@ from farcast_cli.options import (
     Json,
     LayoutOption,
     Ledger,
+    Maximize,
+    OptimizerOption,
+    Overwrite,
     Pattern,
     Quiet,
     Steps,
@@ -59,7 +63,7 @@ def leap(
             help="Steer by the loss: the last number that this prints, run twice, on the weights a little ahead and behind.",
         ),
     ] = None,
-    maximize: Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")] = False,
+    maximize: Maximize = False,
     jobs: Jobs = 1,
     eval_timeout: EvalTimeout = None,
     gain: Annotated[
@@ -92,21 +96,14 @@ def leap(
     steps: Steps = None,
     pattern: Pattern = None,
     clock: ClockOption = None,
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
-        ),
-    ] = "copy",
+    optimizer: OptimizerOption = "copy",
     layout: LayoutOption = "same",
     even_if_worse: Annotated[
         bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Leap whatever the evidence.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")
-    ] = False,
+    overwrite: Overwrite = False,
     ledger: Ledger = DEFAULT_LEDGER,
-    dry_run: Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")] = False,
+    dry_run: DryRun = False,
     device: Device = "auto",
     io: IoOption = "auto",
     threads: Threads = 0,
@@ -127,6 +124,7 @@ def leap(
     from farcast_cli.leap import Ask
     from farcast_cli.leap import leap as run
     from farcast_cli.output.convert import OutputLayout
+    from farcast_cli.publish import refuse_no_place
     from farcast_cli.steps import parse_steps
     from farcast_cli.stream import Io
     from farcast_cli.trainer.resume import CountersMode, OptimizerMode
@@ -136,8 +134,8 @@ def leap(
             raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
     if every is not None and every >= 10**MAX_DIGITS:
         raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
-    if output == "":
-        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+    if output is not None:
+        refuse_no_place(output)
     request = Request(
         optimizer=one_of("optimizer", optimizer, OptimizerMode),
         counters=one_of("counters", counters, CountersMode),

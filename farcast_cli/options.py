@@ -226,6 +226,16 @@ EvalTimeout = Annotated[
     typer.Option(envvar=env("EVAL_TIMEOUT"), metavar="SECONDS", help="Kill --eval-cmd and stop if one run takes longer."),
 ]
 
+Maximize = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")]
+OptimizerOption = Annotated[
+    str,
+    typer.Option(
+        envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")]
+
 Rows = Annotated[
     Path | None,
     typer.Option(

@@ -56,6 +56,15 @@ class Pace:
                 rates.append(rate)
         return cls(tuple(edges), tuple(rates))
 
+    def reaching(self, first: int, last: int) -> Pace:
+        """The same up to two steps, where rates are known: beyond its edges the rate is taken to go on as it is there."""
+        if not self.rates:
+            return self
+        pieces = list(zip(self.edges, self.edges[1:], self.rates, strict=False))
+        before = [(first, self.edges[0], self.rates[0])] if first < self.edges[0] else []
+        after = [(self.edges[-1], last, self.rates[-1])] if self.edges[-1] < last else []
+        return Pace.of([*before, *pieces, *after])
+
     @property
     def clock(self) -> Clock:
         return "rate" if self.rates else "steps"

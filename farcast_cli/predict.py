@@ -22,7 +22,7 @@ from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name, unchanged
-from farcast_cli.ledger import Leap, check_ledger, recorded
+from farcast_cli.ledger import check_ledger, recorded
 from farcast_cli.output.batch import Source
 from farcast_cli.output.convert import settle
 from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
@@ -31,7 +31,18 @@ from farcast_cli.output.linear import LinearMap
 from farcast_cli.output.place import check_outside, sidecar_of, write_sidecar
 from farcast_cli.output.sidecar import compose
 from farcast_cli.output.writer import Staging, staging
-from farcast_cli.publish import Progress, check_place, finish, only, place_of, plan_forecast, stage, state_of, write_candidate
+from farcast_cli.publish import (
+    Progress,
+    check_place,
+    finish,
+    leap_of,
+    only,
+    place_of,
+    plan_forecast,
+    stage,
+    state_of,
+    write_candidate,
+)
 from farcast_cli.stream import Resources
 from farcast_cli.trainer.lightning_loops import whole_epochs
 from farcast_cli.trainer.resume import HISTORY
@@ -248,7 +259,7 @@ def _write(
         write = _write_all if request.evaluator is None else _write_judged
         with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
             finished = write(prepared, outcomes, request, fitted, outputs=outputs, progress=progress)
-        leaps = [_leap(outcome.path, outcome, request, fitted) for outcome in finished if outcome.path]
+        leaps = [leap_of(outcome, fitted.directory, request.counters) for outcome in finished if outcome.path]
         if request.ledger is not None and request.purpose == "resume" and leaps:
             outputs.alongside(recorded(request.ledger, leaps))
         progress("sync to disk", 0)
@@ -287,17 +298,6 @@ def _fitted_on(fitted: Fitted) -> dict[str, int | None]:
         "last_step": fitted.steps[-1],
         "samples_per_tensor": fitted.provenance.num_samples,
     }
-
-
-def _leap(path: Path, outcome: Outcome, request: Request, fitted: Fitted) -> Leap:
-    """What the ledger says of a checkpoint to resume from."""
-    return Leap(
-        run=str(fitted.directory.resolve()),
-        origin_step=outcome.origin_step,
-        valid_step=outcome.valid_step,
-        counters=request.counters,
-        forecast=str(path.resolve()),
-    )
 
 
 def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:

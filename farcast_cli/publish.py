@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.ledger import Leap
 from farcast_cli.output.convert import plan_converted
 from farcast_cli.output.engine import total_bytes, write_forecasts
 from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from farcast_cli.output.engine import Tally
     from farcast_cli.output.plan import OutputFile
     from farcast_cli.output.writer import Staging
+    from farcast_cli.trainer.resume import CountersMode
 
 DEFAULT_FOLDER = Path("forecasts")
 
@@ -39,6 +41,16 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 A phase of 0 bytes is one of unknown length, such as a run of the evaluation command; it is over when anything is told.
 """
+
+
+def refuse_no_place(output: str) -> None:
+    """Refuse an empty text for a place.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if not output:
+        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
 
 
 def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Target) -> Path:
@@ -53,8 +65,7 @@ def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, t
     name = target.renamed(name, origin)
     if request.output is None:
         return DEFAULT_FOLDER / name
-    if not request.output:
-        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+    refuse_no_place(request.output)
     if len(request.horizons) > 1 or request.output.endswith(os.sep):
         return Path(request.output) / name
     ending = target.ending
@@ -157,6 +168,18 @@ def write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tally
     candidate.parent.mkdir()
     told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
     return write_forecasts(one.plans, [candidate], one.engine, progress=told)
+
+
+def leap_of(outcome: Outcome, run: Path, counters: CountersMode) -> Leap:
+    """What the ledger says of a written checkpoint to resume from."""
+    assert outcome.path is not None  # noqa: S101 - only written ones are resumed from
+    return Leap(
+        run=str(run.resolve()),
+        origin_step=outcome.origin_step,
+        valid_step=outcome.valid_step,
+        counters=counters,
+        forecast=str(outcome.path.resolve()),
+    )
 
 
 def finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:

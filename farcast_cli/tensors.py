@@ -103,6 +103,11 @@ class TensorEntry:
         return replace(self, dtype=DTYPES[part], shape=(*self.shape, 2), strides=strides)
 
 
+def is_batch_norm_statistic(name: str) -> bool:
+    """Whether a tensor is one of BatchNorm's running statistics, whose scale is the data's and not the weights'."""
+    return name.rpartition(".")[2] in {"running_mean", "running_var"}
+
+
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A contiguous tensor's strides, in elements."""
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import farcast_cli.output.target
 from farcast_cli.cli import main
 from farcast_cli.fitted import fit, save_fitted
+from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
+from farcast_cli.output import engine
 from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
 from tests.tiny import torch_settings_kept
 
@@ -218,3 +221,17 @@ def call_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     yield call
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small outputs in many ranges and batches, by several processes, as large ones are."""
+    monkeypatch.setattr(engine, "RANGE_BYTES", 8192)
+    monkeypatch.setattr(engine, "MIN_RANGE_BYTES", 4096)
+    monkeypatch.setattr(engine, "DEVICE_RANGE_BYTES", 8192)
+    monkeypatch.setattr(engine, "BLOCK", 1000)
+    monkeypatch.setattr(engine, "FORK_BYTES", 0)
+    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(accumulation, "FORK_BYTES", 0)
+    monkeypatch.setattr(accumulation, "SPAN", 4096)
+    monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", 4096)

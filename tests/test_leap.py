@@ -16,10 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import farcast_cli.output.target
-from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.momentum import KEPT, SMOOTHED, SPEED
-from farcast_cli.output import engine
 from tests.conftest import edit_loose, tree_digest
 from tests.rounds import SAVE_EVERY, train_by_trainer
 
@@ -716,18 +713,9 @@ def test_what_is_excluded_is_copied_and_another_choice_starts_again(loop: Loop) 
     assert loop.told["stretches"] == 0, "the one snapshot since the last leap"
 
 
-def test_workers_and_the_way_of_reading_change_no_byte(
-    tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("small_tasks")
+def test_workers_and_the_way_of_reading_change_no_byte(tmp_path: Path, call_cli: CallCli) -> None:
     """In many small ranges, as large files are."""
-    monkeypatch.setattr(engine, "RANGE_BYTES", 8192)
-    monkeypatch.setattr(engine, "MIN_RANGE_BYTES", 4096)
-    monkeypatch.setattr(engine, "BLOCK", 1000)
-    monkeypatch.setattr(engine, "FORK_BYTES", 0)
-    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
-    monkeypatch.setattr(accumulation, "FORK_BYTES", 0)
-    monkeypatch.setattr(accumulation, "SPAN", 4096)
-    monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", 4096)
     shapes = {"w": (10_001,), "even": (64, 128), **{f"{index}.bias": (3 + index,) for index in range(6)}}
     trees = []
     for index, options in enumerate([("1", "pread"), ("4", "pread"), ("1", "mmap"), ("4", "mmap")]):

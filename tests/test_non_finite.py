@@ -17,12 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import farcast_cli.output.target
 from farcast_cli.alignment import align
 from farcast_cli.errors import DataError, NonFiniteError, SnapshotError
-from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.accumulate import accumulate
-from farcast_cli.output import engine
 from farcast_cli.stream import Resources
 from farcast_cli.trajectory import discover, open_snapshot
 from farcast_cli.tune.data import read_data
@@ -84,20 +81,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def fitted(run: Path) -> Fitted:
     return fit_run(run)
-
-
-@pytest.fixture
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small outputs in many ranges and batches, by several processes, as large ones are."""
-    monkeypatch.setattr(engine, "RANGE_BYTES", 8192)
-    monkeypatch.setattr(engine, "MIN_RANGE_BYTES", 4096)
-    monkeypatch.setattr(engine, "DEVICE_RANGE_BYTES", 8192)
-    monkeypatch.setattr(engine, "BLOCK", 1000)
-    monkeypatch.setattr(engine, "FORK_BYTES", 0)
-    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
-    monkeypatch.setattr(accumulation, "FORK_BYTES", 0)
-    monkeypatch.setattr(accumulation, "SPAN", 4096)
-    monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", 4096)
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------
