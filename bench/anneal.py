@@ -36,7 +36,7 @@ def anneal(cell: Cell) -> dict[str, Any]:
     spec, task = cell.spec, training.open_task(cell.spec)
     origin = round(cell.origin * spec.steps)
     horizon = round(cell.lead * origin)
-    last = torch.load(training.run_folder(spec) / training.snapshot_name(origin, ".pt"), weights_only=True)["model"]
+    last = training.read_weights(training.snapshot_file(spec, origin))
     with tempfile.TemporaryDirectory() as folder:
         where = ("--forecaster", training.fit_file(spec), "--origin", origin, "--counters", "advance")
         method = ("--method", "persistence") if cell.method == CONTROL else ()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import command
 import torch
 import training
-from safetensors.torch import load_file
 
 from farcast_cli.forecast.backtest import backtest_ratio, decide
 from farcast_cli.forecast.forecaster import Options, Task, forecast
@@ -139,7 +138,7 @@ def _write(cell: Cell, request: Request) -> training.Weights:
     with tempfile.TemporaryDirectory() as folder:
         fitted = training.fitted(cell.spec)
         outcome = predict(fitted, replace(request, output=f"{folder}/"), lambda _what, _total: lambda _done: None)[0]
-        return load_file(Path(str(outcome.path)))
+        return training.read_weights(Path(str(outcome.path)))
 
 
 def randomised(weights: training.Weights, last: training.Weights, *, seed: int) -> training.Weights:
@@ -163,8 +162,8 @@ def evaluation(cell: Cell) -> dict[str, Any]:
     """Validation loss at once of what is meant to be evaluated or shipped."""
     spec, task = cell.spec, training.open_task(cell.spec)
     origin = round(cell.origin * spec.steps)
-    last = training.run_folder(spec) / training.snapshot_name(origin)
-    losses = {"last snapshot": training.loss_of(task, load_file(last))}
+    last = training.snapshot_file(spec, origin)
+    losses = {"last snapshot": training.loss_of(task, training.read_weights(last))}
     for method in EVALUATED:
         request = Request((round(EVALUATION_LEAD * origin),), "evaluation", method, origin_step=origin, even_if_worse=True)
         losses[method] = training.loss_of(task, _write(cell, request))
@@ -180,5 +179,5 @@ def _default_for_evaluation(cell: Cell, origin: int) -> dict[str, Any]:
         where = ("--forecaster", training.fit_file(cell.spec), "--origin", origin, "-o", f"{folder}/")
         said = command.predict(*where, "--for", "evaluation")
         keys = ("method", "horizon", "verdict", "ratio", "coherence")
-        weights = load_file(said["path"]) if said.get("path") else None
+        weights = training.read_weights(said["path"]) if said.get("path") else None
         return {key: said.get(key) for key in keys} | {"path": weights}

@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import command
-import torch
 import training
 from cells import random_step
 from judge import judging
-from safetensors.torch import load_file
 
 if TYPE_CHECKING:
     import tasks
@@ -63,12 +61,7 @@ class Place:
         steered = ("--eval-cmd", evaluate) if evaluate else ()
         said = command.leap(self.run, "--ledger", forecasts / "ledger.jsonl", "-o", f"{forecasts}/", *steered)
         kept = {key: said.get(key) for key in SAID}
-        return kept, read(Path(said["path"])) if said.get("path") else None
-
-
-def read(path: Path) -> training.Weights:
-    """The weights of a checkpoint."""
-    return torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else load_file(path)
+        return kept, training.read_weights(Path(said["path"])) if said.get("path") else None
 
 
 def memory(cell: Cell) -> dict[str, Any]:
@@ -115,7 +108,7 @@ def _record(cell: Cell) -> dict[str, Any]:
 def _guide(task: tasks.Task, path: Path) -> float:
     """The loss to steer by of a checkpoint."""
     own = task.get()
-    task.set(read(path))
+    task.set(training.read_weights(path))
     loss = task.guide()
     task.set(own)
     return loss

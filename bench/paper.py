@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import training
-from safetensors.torch import load_file
 
 from farcast_cli.fitted import fit as fit_run
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
@@ -215,7 +214,7 @@ def other_seed(spec: Spec) -> Spec:
 def stored(spec: Spec) -> Runs:
     """A run of the bench, with all of its weights."""
     fitted = training.fitted(spec)
-    files = [load_file(training.run_folder(spec) / record.path) for record in fitted.provenance.snapshots]
+    files = [training.read_weights(training.run_folder(spec) / record.path) for record in fitted.provenance.snapshots]
     names = [record.name for record in fitted.provenance.tensors]
     weights = np.stack([np.concatenate([file[name].double().numpy().ravel() for name in names]) for file in files], axis=1)
     basis = np.concatenate([np.diff(weights), weights[:, :1], np.ones((len(weights), 1))], axis=1)

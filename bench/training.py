@@ -54,6 +54,17 @@ def snapshot_name(step: int, suffix: str = ".safetensors") -> str:
     return f"step_{step:06d}{suffix}"
 
 
+def snapshot_file(spec: tasks.Spec, step: int) -> Path:
+    """A snapshot of the plain run: the whole state where the run has a warm-up or a schedule (`Saver`)."""
+    state = run_folder(spec) / snapshot_name(step, ".pt")
+    return state if state.exists() else run_folder(spec) / snapshot_name(step)
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights of a checkpoint."""
+    return torch.load(path, weights_only=True)["model"] if path.suffix == ".pt" else load_file(path)
+
+
 def open_task(spec: tasks.Spec) -> tasks.Task:
     return tasks.make(spec, load_file(start_file(spec.start)) if spec.start else None)
 

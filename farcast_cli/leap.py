@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,13 @@ from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
 from farcast_cli.forecast.momentum import Momentum, Remembered, remember, steered
+from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.ledger import check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.memory import (
-    LARGEST,
     Memory,
     Record,
     basis_of,
@@ -55,6 +55,7 @@ from farcast_cli.publish import (
     DEFAULT_FOLDER,
     check_place,
     finish,
+    judged_origin,
     leap_of,
     only,
     place_of,
@@ -85,8 +86,6 @@ if TYPE_CHECKING:
 MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to read in full
 LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training after it
 LEFT_TO_SETTLE = 0.5  # of what is left of a run whose counters advance
-PROBE = 0.5  # of a stretch's move: how far ahead and behind the loss is measured
-SMOOTHED = 0.7  # of the mean square of the loss's changes
 UNJUDGED = 1.0  # the largest gain while the loss has not been seen to change
 FIRST_CALLS = 3  # stretches, up to which the notes for a beginner are said
 WORTH = 0.1  # the smallest gain that is worth a restart
@@ -332,7 +331,7 @@ class _Call:
         self._length = found.stretches[-1][1] if found.stretches else record.length if record else 0.0
         self._every, self._ahead = found.time.every, found.time.ahead
         self._is_worse_ahead = False
-        self._level, self._falls = (record.level, (record.falls, record.falls_weight)) if record else (None, (0.0, 0.0))
+        self._losses = record.losses if record else Losses()
 
     def run(self) -> Leapt:
         request = self._request
@@ -376,7 +375,7 @@ class _Call:
         if math.isnan(signal):
             limit = limit if self._request.evaluator is None else min(limit, UNJUDGED)
             return steered(momentum, momentum.share, limit=limit)
-        return steered(momentum, signal, limit=limit)
+        return steered(momentum, signal + self._losses.trust * momentum.share, limit=min(limit, self._losses.limit))
 
     def _decide(self, momentum: Momentum, signal: float) -> tuple[float, str]:
         """The gain to leap by, 0 for none; and why."""
@@ -401,12 +400,17 @@ class _Call:
                 math.isnan(signal) and momentum.share < AGREES,
                 f"{share}: the last stretches made too little of the move that the memory foretold, needed {AGREES}",
             ),
+            (
+                gain < WORTH and self._losses.limit <= gain,
+                f"gain {gain:.2g}: a longer leap would lift the loss by more than it usually changes",
+            ),
             (gain < WORTH, f"gain {gain:.2g}: training took back the last leaps, {share}"),
         )
         objection = next((text for holds, text in objections if holds), None)
         if self._request.counters == "advance":  # a leap over the end could not settle
             gain = min(gain, LEFT_TO_SETTLE * left / self._every)
-        return (0.0, objection) if objection else (gain, f"gain {gain:.2g}, {share}")
+        held = ", held back by the curvature of the loss" if self._ask.limit > self._losses.limit <= momentum.gain else ""
+        return (0.0, objection) if objection else (gain, f"gain {gain:.2g}{held}, {share}")
 
     def _alone(self) -> str:
         """Why there is no stretch yet."""
@@ -433,9 +437,8 @@ class _Call:
     def _probe(self, written: Path) -> tuple[tuple[Trial, ...], float]:
         """What the user's command says of the weights ahead and behind, in the direction remembered before the last stretch.
 
-        That direction knows nothing of the noise in the newest weights: the difference of the two losses is the slope of the
-        loss along it, without the rise that any step has. Set against the usual change of the loss from call to call it says
-        how much of it a stretch more would give.
+        Beside the loss at the origin itself: steering.py says what the three tell. The origin comes last, so that a command
+        that fails on forecasts fails at once.
         """
         evaluator, known = self._request.evaluator, self._found.known
         if evaluator is None or known is None:
@@ -451,21 +454,14 @@ class _Call:
                 candidate = written.parent / f"strength-{strength:g}" / name
                 write_candidate(only(prepared, index), candidate, self._progress)
                 judge.start(strength, candidate)
+            judge.wait(below=evaluator.num_jobs)
+            judge.start(0, judged_origin(prepared, written.with_name(name), self._progress))
             judge.wait(below=1)
             trials = {trial.strength: trial for trial in judge.trials}
-        ahead, behind = (trials[s].value * (-1 if evaluator.maximize else 1) for s in (PROBE, -PROBE))
+        ahead, behind, origin = (trials[s].value * (-1 if evaluator.maximize else 1) for s in (PROBE, -PROBE, 0))
         self._is_worse_ahead = ahead > behind
-        return tuple(trials.values()), self._judged(ahead, behind)
-
-    def _judged(self, ahead: float, behind: float) -> float:
-        """The signal of two losses; nan until the loss has been seen to change."""
-        level, (falls, weight) = min(max(ahead / 2 + behind / 2, -LARGEST), LARGEST), self._falls
-        if self._level is not None:
-            falls = SMOOTHED * falls + (1 - SMOOTHED) * (self._level - level) ** 2
-            weight = SMOOTHED * weight + 1 - SMOOTHED
-        self._level, self._falls = level, (falls, weight)
-        usual = math.sqrt(falls / weight) if weight else 0.0
-        return min(max((behind - ahead) / usual, -1.0), 1.0) if usual else math.nan
+        self._losses, signal = heard(self._losses, ahead=ahead, behind=behind, origin=origin)
+        return tuple(trials.values()), signal
 
     def _outcome(self, gain: float, reason: str, trials: Sequence[Trial]) -> Outcome:
         decision = Decision("forecast" if gain else "abstain", math.nan, math.nan, reason)
@@ -560,10 +556,8 @@ class _Call:
             gain=momentum.gain,
             made=momentum.made,
             foretold=momentum.foretold,
-            level=self._level,
-            falls=self._falls[0],
-            falls_weight=self._falls[1],
             reason=outcome.decision.reason,
+            **asdict(self._losses),
         )
         (plan,) = with_modes([plan_memory(self._found.alignment, record, holds_landing=path is None)], origin)
         mean = self._after.mean * record.length if self._after else np.zeros(len(self._found.products))

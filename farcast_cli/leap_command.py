@@ -46,7 +46,7 @@ EXAMPLES = (
     "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
 )
 MAX_GAIN = 100
-WITH_LOSS, WITHOUT_LOSS = 2.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
+WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
 
 
 def leap(
@@ -60,7 +60,8 @@ def leap(
         typer.Option(
             envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
-            help="Steer by the loss: the last number that this prints, run twice, on the weights a little ahead and behind.",
+            help="Steer by the loss: the last number that this prints. It runs three times: on the newest checkpoint, and on weights a "
+            "little ahead of it and a little behind.",
         ),
     ] = None,
     maximize: Maximize = False,
@@ -71,7 +72,7 @@ def leap(
     ] = None,
     max_gain: Annotated[
         float | None,
-        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 2 with --eval-cmd, 1 without."),
+        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 4 with --eval-cmd, 1 without."),
     ] = None,
     output: Annotated[
         str | None,
@@ -216,7 +217,8 @@ def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
             render.note(f"note: {text}")
     for trial in outcome.trials:
         where = "ahead" if trial.strength > 0 else "behind"
-        render.note(f"evaluation {abs(trial.strength):g} of a stretch {where}: {trial.value:g}, in {trial.seconds:.1f} s")
+        place = f"{abs(trial.strength):g} of a stretch {where}" if trial.strength else "of the newest checkpoint"
+        render.note(f"evaluation {place}: {trial.value:g}, in {trial.seconds:.1f} s")
     if outcome.decision.verdict != "forecast":
         render.note(f"go on from {done.origin}")
     if not done.is_again and not done.is_last:

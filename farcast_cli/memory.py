@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -19,6 +19,7 @@ from farcast_cli import __version__
 from farcast_cli.alignment import AlignedTensor, Alignment, align
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError
 from farcast_cli.forecast.momentum import Momentum, Remembered
+from farcast_cli.forecast.steering import LARGEST, Losses
 from farcast_cli.formats.files import local, portable, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import read_safetensors
@@ -42,8 +43,8 @@ SCHEMA_VERSION: Literal[1] = 1
 _METADATA_KEY = "farcast"
 _MOVE, _LANDING = "move.", "landing."
 
-LARGEST = 1e150  # of a number whose square is one too
 _Step = Annotated[int, Field(ge=0, le=1 << 63)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 _Square = Annotated[float, Field(ge=0, le=4 * LARGEST**2)]
 
 
@@ -84,10 +85,13 @@ class Record(BaseModel):
     made: float = Field(ge=-(LARGEST**2), le=LARGEST**2)
     foretold: _Square
     level: float | None = Field(None, ge=-LARGEST, le=LARGEST)
-    """Of the loss that the user's command gave, at the last call."""
+    """Of the loss that the user's command gave, at the last call; this and the next six are `Losses`."""
     falls: _Square = 0.0
-    """Mean square of the level's changes, and its weight."""
-    falls_weight: float = Field(0.0, ge=0, le=1)
+    falls_weight: _Share = 0.0
+    told: float = Field(0.0, ge=-1, le=1)
+    told_square: _Share = 0.0
+    bend: float = Field(0.0, ge=-(LARGEST**2), le=LARGEST**2)
+    bend_weight: _Share = 0.0
     reason: str = ""
     """Why no leap was made."""
 
@@ -108,6 +112,10 @@ class Record(BaseModel):
     @property
     def momentum(self) -> Momentum:
         return Momentum(self.count, self.gain, self.made, self.foretold)
+
+    @property
+    def losses(self) -> Losses:
+        return Losses(**{name.name: getattr(self, name.name) for name in fields(Losses)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from farcast_cli.publish import (
     Progress,
     check_place,
     finish,
+    judged_origin,
     leap_of,
     only,
     place_of,
@@ -337,7 +338,7 @@ def _try_strengths(
     logs = logs_of(prepared.targets[0])
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
     with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
-        judge.start(0.0, _judged_origin(prepared, place, progress))
+        judge.start(0.0, judged_origin(prepared, place, progress))
         for strength in STRENGTHS:
             judge.wait(below=evaluator.num_jobs)
             _drop_beaten(written, judge.trials, request)
@@ -349,15 +350,6 @@ def _try_strengths(
         if best in written:
             judge.check(best, written[best][0])
         return judge.trials, written
-
-
-def _judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
-    """The origin; in the container of the candidates where that is another, as the command can read those."""
-    if prepared.target.layout == "same":
-        return prepared.origin.path
-    copied = place.parent / "strength-0" / place.name
-    write_candidate(only(prepared, 0, 0.0), copied, progress)
-    return copied
 
 
 def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Trial], request: Request) -> None:

@@ -170,6 +170,19 @@ def write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tally
     return write_forecasts(one.plans, [candidate], one.engine, progress=told)
 
 
+def judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
+    """The origin; in the container of the candidates where that is another, as the command can read those.
+
+    Args:
+        place: of the output to come. Candidates lie beside it, each in a folder of its own.
+    """
+    if prepared.target.layout == "same":
+        return prepared.origin.path
+    copied = place.parent / "strength-0" / place.name
+    write_candidate(only(prepared, 0, 0.0), copied, progress)
+    return copied
+
+
 def leap_of(outcome: Outcome, run: Path, counters: CountersMode) -> Leap:
     """What the ledger says of a written checkpoint to resume from."""
     assert outcome.path is not None  # noqa: S101 - only written ones are resumed from

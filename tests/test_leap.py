@@ -774,7 +774,7 @@ def gains_of(loop: Loop, options: tuple[str, ...], calls: int) -> tuple[list[flo
             loop.weights = load(loop.forecast)
         gains.append(loop.told["gain"])
         leapt.append(done.returncode == 0)
-        assert len(loop.told["evaluations"]) == (2 if number else 0)
+        assert len(loop.told["evaluations"]) == (3 if number else 0)
         loop.train()
     return gains, leapt
 
@@ -782,7 +782,7 @@ def gains_of(loop: Loop, options: tuple[str, ...], calls: int) -> tuple[list[flo
 def test_where_going_ahead_lowers_the_loss_the_gain_rises(line: Line) -> None:
     gains, leapt = gains_of(line, distance_to(1000.0), 6)
     assert gains == sorted(gains)
-    assert gains[-1] == 2.0
+    assert gains[-1] == 4.0
     assert leapt == [False] + [True] * 5
     assert line.told["loss_signal"] > 0.2
 
@@ -803,19 +803,19 @@ def test_a_larger_number_may_be_the_better_one(line: Line) -> None:
     assert leapt[-1]
 
 
-def test_the_command_is_run_on_the_weights_half_a_stretch_ahead_and_behind(line: Line) -> None:
+def test_the_command_is_run_on_the_newest_weights_and_on_those_half_a_stretch_ahead_and_behind(line: Line) -> None:
     line.begun()
     line.train()
     (line.home / "seen").mkdir()
     line.leap("--eval-cmd", "cp {ckpt} seen/$FARCAST_STRENGTH.safetensors && echo $FARCAST_ORIGIN_STEP 2.5")
     seen = {path.stem: load(path)["w"].tolist() for path in (line.home / "seen").iterdir()}
-    assert seen == {"0.5": [3.5] * 8, "-0.5": [2.5] * 8}
-    assert [(e["strength"], e["value"]) for e in line.told["evaluations"]] == [(0.5, 2.5), (-0.5, 2.5)]
+    assert seen == {"0.5": [3.5] * 8, "-0.5": [2.5] * 8, "0": [3.0] * 8}
+    assert [(e["strength"], e["value"]) for e in line.told["evaluations"]] == [(0.5, 2.5), (-0.5, 2.5), (0.0, 2.5)]
     logs = line.home / "forecasts/step_00300-leap.eval"
-    assert {path.name for path in logs.iterdir()} == {"strength-0.5.log", "strength--0.5.log"}
+    assert {path.name for path in logs.iterdir()} == {"strength-0.5.log", "strength--0.5.log", "origin.log"}
     assert all("300 2.5" in path.read_text() for path in logs.iterdir())
     note = json.loads(line.forecast.with_name(f"{line.forecast.name}.farcast.json").read_text())
-    assert [e["value"] for e in note["evaluations"]] == [2.5, 2.5]
+    assert [e["value"] for e in note["evaluations"]] == [2.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -835,7 +835,7 @@ def test_a_command_that_fails_publishes_nothing_and_can_be_mended(line: Line, co
     after = {path: digest for path, digest in tree_digest(line.home).items() if ".eval" not in path}
     assert after == before
     line.leap("--eval-cmd", "echo {ckpt} 1.5")
-    assert [e["value"] for e in line.told["evaluations"]] == [1.5, 1.5]
+    assert [e["value"] for e in line.told["evaluations"]] == [1.5] * 3
 
 
 def test_a_loss_as_large_as_a_number_can_be_is_a_loss(line: Line) -> None:
@@ -871,6 +871,19 @@ def test_a_loss_that_is_higher_ahead_stops_a_leap_though_it_has_not_been_seen_to
         line.train()
         done = line.leap("--eval-cmd", "test $FARCAST_STRENGTH = 0.5 && echo 100 || echo 1 #{ckpt}", code=10)
     assert "the loss is higher ahead than behind" in done.stderr
+
+
+def test_a_leap_is_no_longer_than_the_curvature_of_the_loss_allows(line: Line) -> None:
+    """Half a stretch either way the loss is 5 higher, and from call to call it falls by 1: 20 g^2 = 1."""
+    loss = "expr $(test $FARCAST_STRENGTH = 0 && echo 1000 || echo 1005) - $FARCAST_ORIGIN_STEP / 100 #{ckpt}"
+    line.begun()
+    for _ in range(4):
+        line.train()
+        done = line.leap("--eval-cmd", loss)
+    assert line.told["gain"] == pytest.approx(math.sqrt(1 / 20))
+    assert "gain 0.22, held back by the curvature of the loss" in done.stderr
+    move = flat(load(line.forecast)) - flat(load(line.newest))
+    np.testing.assert_allclose(move, line.told["gain"] * flat(moves_in(line.memory)), rtol=0.01)
 
 
 # --- real trainers ---------------------------------------------------------------------------------------------------

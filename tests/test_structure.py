@@ -79,6 +79,7 @@ ORDER = (
     "forecast.forecaster",
     "forecast.methods",
     "forecast.momentum",
+    "forecast.steering",
     "forecast.significance",
     "forecast.backtest",
     "forecast.choice",
