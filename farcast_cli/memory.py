@@ -2,7 +2,7 @@
 
 A safetensors file. It holds the mean move of the run's past stretches (`move.NAME`, bfloat16: two bytes a weight, and the
 type's range keeps even the smallest move), and where no leap was made, the weights at which the next stretch begins
-(`landing.NAME`). Its metadata say of which run it is, where the last forecast lies, and four numbers (`Momentum`). With the
+(`landing.NAME`). Its metadata say of which run it is, where the last forecast lies, and the numbers of `Momentum` and `Losses`. With the
 run's newest snapshot that is all that a leap reads, so the trainer may rotate its snapshots as it likes. No pickles.
 """
 

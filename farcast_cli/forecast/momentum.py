@@ -6,11 +6,12 @@ the run was, if there was no leap), and ends at the origin e_k; n_k is its lengt
     v_k     = (e_k - l_{k-1}) / n_k                           the move of a stretch, per unit of its length
     m_k     = u_k / (1 - b^k),   u_k = b u_{k-1} + (1 - b) v_k,   b = .8     the mean move
     share_k = sum_j a^(k-j) <v_j, m_{j-1}> / sum_j a^(k-j) <m_{j-1}, m_{j-1}>,   a = .7
-    g_k     = g_{k-1} exp(.75 share_k),   g_0 = .5            the gain, from .05 up to a limit
+    g_k     = g_{k-1} exp(.75 signal_k),  g_0 = .5            the gain, from .05 up to a limit
     w_hat   = e_k + g_k n m_k                                 n: the length of the stretch to come
 
 The share says how much of the move that the memory foretold the last stretches made. A leap that went too far is taken back
 by the training after it: v_k is measured from the landing on, so the share falls, below zero if need be, and the gain with it.
+The signal is the share, within -1..1; where a loss is measured, steering.py adds to it.
 
 Everything is linear in the files that are read (the memory, the landing, the origin; or at first some snapshots of the run),
 so the inner products of their moves are all that is needed.
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 KEPT = 0.8  # b: .6 and .9 do as well on the small runs, .95 harms
 SMOOTHED = 0.7  # a: a share of one stretch is mostly noise
-SPEED = 0.75  # twice as fast, steered by the loss, gained more on the MLP and let a GPT leap too far
+SPEED = 0.75  # twice as fast is no better with a loss, and worse without
 LEAST = 0.05  # the smallest gain, from which it can rise again
 FIRST = 0.5  # g_0
 FULL_MEMORY = 3  # stretches, before which the memory is one direction and its noise
