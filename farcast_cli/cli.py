@@ -128,7 +128,9 @@ def inspect(
     if len(trajectory.snapshots) < MIN_SNAPSHOTS:
         problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
     if json_:
-        render.as_json(render.inspect_json(trajectory, alignment, problems))
+        from farcast_cli.answers import of_inspect
+
+        render.as_json(of_inspect(trajectory, alignment, problems))
     else:
         render.inspect_table(trajectory, alignment, problems, verbose=verbose)
     if fatal:
@@ -166,6 +168,7 @@ def fit(
     fitted, bytes_read = _fit(
         _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, io, threads, quiet)
     )
+    from farcast_cli.answers import of_fit
     from farcast_cli.fitted import save_fitted
     from farcast_cli.forecast.backtest import steadiness
     from farcast_cli.forecast.timeline import Timeline
@@ -174,7 +177,7 @@ def fit(
     seconds = time.monotonic() - started
     steady = steadiness(fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1])))
     if json_:
-        render.as_json(render.fit_json(fitted, output, bytes_read=bytes_read, seconds=seconds, steady=steady))
+        render.as_json(of_fit(fitted, output, bytes_read=bytes_read, seconds=seconds, steady=steady))
     else:
         render.paths([output])
     if not quiet:
@@ -211,6 +214,7 @@ def backtest(
     horizons = parse_horizons(horizon)
     prepare(device)
     from farcast_cli import render
+    from farcast_cli.answers import of_backtest
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecast.backtest import Purpose, decide, score, steadiness
     from farcast_cli.forecast.choice import choose_method, usual_horizons
@@ -240,7 +244,7 @@ def backtest(
     scores = score(list(shown), tasks[horizons[0]], horizons)
     steady = steadiness(gram, timeline)
     if json_:
-        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions, pace))
+        render.as_json(of_backtest(fitted.steps[-1], steady, scores, decisions, pace))
     else:
         render.backtest_table(fitted.steps[-1], steady, scores, decisions)
         render.clock(pace)
@@ -338,6 +342,7 @@ def predict(
     check_horizon_options(horizon, to_step)
     num_threads = prepare(device, threads)
     from farcast_cli import render
+    from farcast_cli.answers import of_predict
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecast.backtest import Purpose
@@ -385,7 +390,7 @@ def predict(
         for text in default_notes(fitted, request, outcomes):
             render.note(f"note: {text}")
     if json_:
-        render.as_json(render.predict_json(outcomes, dry_run=dry_run))
+        render.as_json(of_predict(outcomes, dry_run=dry_run))
     elif not dry_run:
         render.paths(written)
     if not written:
@@ -421,13 +426,28 @@ def verify(
         share = "" if result.trained is None else f": trained was {result.trained:.2f} of its stretch, in {unit}"
         render.note(f"note: this compares a forecast for {steps}{share}", quiet=quiet)
     if json_:
-        render.as_json(render.verify_json(result))
+        render.as_json(result)
     else:
         render.verify_table(result, verbose=verbose)
 
 
 app.command(epilog=leap_command.EXAMPLES)(leap_command.leap)
 app.command(epilog=tune_command.EXAMPLES)(tune_command.tune)
+
+
+@app.command(epilog="Example: farcast schema predict > predict.schema.json")
+def schema(
+    command: Annotated[
+        str | None, typer.Argument(metavar="[COMMAND]", help="A command, or sidecar; an object of all of them by default.")
+    ] = None,
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Print the JSON schema of what a command answers with --json, or of a sidecar."""
+    from farcast_cli import render, results
+
+    if command is not None and command not in results.ANSWERS:
+        raise UsageError(f"{command}: expected one of {', '.join(results.ANSWERS)}", hint="farcast schema --help")
+    render.schema(results.schema(command) if command else {name: results.schema(name) for name in results.ANSWERS})
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------
