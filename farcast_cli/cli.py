@@ -25,6 +25,7 @@ from farcast_cli.options import (
     Forecaster,
     Full,
     GradWeight,
+    Grouped,
     Include,
     IoOption,
     Jobs,
@@ -94,7 +95,7 @@ def _root(
         sys.stdout.write(context.get_help() + "\n")
 
 
-@app.command(epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
+@app.command(cls=Grouped, epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
     include: Include = None,
@@ -137,7 +138,7 @@ def inspect(
         raise typer.Exit(fatal.exit_code)
 
 
-@app.command(epilog="Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000")
+@app.command(cls=Grouped, epilog="Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000")
 def fit(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
     output: Annotated[
@@ -184,7 +185,7 @@ def fit(
         render.fit_summary(fitted, bytes_read=bytes_read, seconds=seconds, steady=steady, verbose=verbose)
 
 
-@app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
+@app.command(cls=Grouped, epilog="Example: farcast backtest --horizon 500,1000,2000")
 def backtest(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
     horizon: Annotated[
@@ -255,8 +256,9 @@ def backtest(
 
 
 @app.command(
+    cls=Grouped,
     epilog="Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
-    "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'"
+    "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'",
 )
 def predict(
     horizon: Annotated[
@@ -399,7 +401,7 @@ def predict(
         raise typer.Exit(NoForecastError.exit_code)
 
 
-@app.command(epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
+@app.command(cls=Grouped, epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
 def verify(
     forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
     against: Annotated[Path, typer.Option(envvar=env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
@@ -431,11 +433,11 @@ def verify(
         render.verify_table(result, verbose=verbose)
 
 
-app.command(epilog=leap_command.EXAMPLES)(leap_command.leap)
-app.command(epilog=tune_command.EXAMPLES)(tune_command.tune)
+app.command(cls=Grouped, epilog=leap_command.EXAMPLES)(leap_command.leap)
+app.command(cls=Grouped, epilog=tune_command.EXAMPLES)(tune_command.tune)
 
 
-@app.command(epilog="Example: farcast schema predict > predict.schema.json")
+@app.command(cls=Grouped, epilog="Example: farcast schema predict > predict.schema.json")
 def schema(
     command: Annotated[
         str | None, typer.Argument(metavar="[COMMAND]", help="A command, or sidecar; an object of all of them by default.")
