@@ -1,16 +1,14 @@
-"""Write docs/cli.md from the command line itself, so that the reference cannot drift from the program.
+"""Write docs/cli.md and docs/json.md from the program itself, so that the reference cannot drift from it.
 
-    python docs/build_cli_reference.py            write it
-    python docs/build_cli_reference.py --check    exit 1 where it is stale
+    python docs/build_cli_reference.py            write them
+    python docs/build_cli_reference.py --check    exit 1 where one is stale
 
-Options come from the parser, exit codes from the exception tree, JSON keys from the functions that build the objects.
-The meaning of each JSON key stands here; a key without one, or a meaning without a key, is an error.
+Options come from the parser, exit codes from the exception tree, JSON keys with their meaning from the JSON schema.
 """
 # ruff: noqa: INP001 - a script beside the pages that it makes
 
 from __future__ import annotations
 
-import ast
 import inspect
 import sys
 from pathlib import Path
@@ -18,187 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from farcast_cli import errors, leap_command, render
+from farcast_cli import errors
 from farcast_cli.cli import app
 from farcast_cli.options import FROM_ANY_FILE
+from farcast_cli.results import ANSWERS, schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PAGE = Path(__file__).with_name("cli.md")
+FOLDER = Path(__file__).parent
 REBUILD = "python docs/build_cli_reference.py"
-
-SIGNIFICANCE = "p of S: how often chance alone would give as much; `null` where S cannot be had"
-FORECAST_KEYS = {
-    "path": "where the forecast is; `null` where none was written",
-    "origin_step": "step of the last snapshot that the forecast saw",
-    "valid_step": "step that the forecast is for: origin step + horizon",
-    "horizon": "steps from the origin to the forecast",
-    "method": "name of the method",
-    "ratio": "back-test ratio b; `null` where it cannot be had",
-    "expected_ratio": "the same back-test of the step as it is written, not clipped",
-    "coherence": "coherence S of the run's drift; `null` where it cannot be had",
-    "recent_coherence": "coherence of the recent half of the history; `null` where it holds too few snapshots",
-    "clock": "what b is measured in: `rate`, learning rate summed over the steps, or `steps`",
-    "pace_ahead": "mean learning rate over the horizon against that of the stretch before it; 1 where steps are counted",
-    "length_factor": "what the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length",
-    "significance": SIGNIFICANCE,
-    "chosen": "what was chosen for you (horizon, method) and why, in words; empty where nothing was",
-    "verdict": "`forecast`, `abstain` or `untestable`",
-    "reason": "the verdict's reason, for people",
-    "num_forecast": "tensors that were forecast",
-    "num_copied": "tensors that were copied from the origin",
-    "unchanged_share": "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`)",
-    "bytes_read": "bytes read from the snapshots",
-    "bytes_written": "bytes written, for this horizon",
-    "seconds": "seconds the pass took",
-    "changes": "what was rewritten for resuming, as `where: old -> new`",
-    "notes": "what could not be moved on exactly, and what was left out",
-    "evaluations": "with `--eval-cmd`: one entry per trial",
-    "evaluations[].strength": "factor on the step; 0 is the origin itself",
-    "evaluations[].value": "the number that the command printed last",
-    "evaluations[].seconds": "seconds that the command took",
-    "evaluations[].log": "the file with its output",
-}
-
-JSON_KEYS: dict[str, dict[str, str]] = {
-    "inspect": {
-        "layout": "name of the layout, see [formats](formats.md)",
-        "snapshots": "one entry per snapshot, in the order of their steps",
-        "snapshots[].path": "the file or folder",
-        "snapshots[].step": "the step that was settled on; `null` where nothing tells it",
-        "snapshots[].step_source": "which evidence settled it: `trainer state`, `payload`, `adam step`, `name`, `metadata`,"
-        " or `order` where `--steps` listed the steps",
-        "snapshots[].bytes": "size of all its files",
-        "snapshots[].evidence": "every place that names a step, the most trusted first",
-        "snapshots[].evidence[].source": "kind of evidence",
-        "snapshots[].evidence[].where": "file or key",
-        "snapshots[].evidence[].step": "the step that it names",
-        "num_tensors": "tensors that would be forecast",
-        "num_parameters": "values in them",
-        "copied": "tensors that would be copied",
-        "copied[].name": "tensor name",
-        "copied[].reason": "why it is copied",
-        "ignored": "entries of the folder that are not part of the run",
-        "ignored[].path": "the file or folder",
-        "ignored[].reason": "why it is left out",
-        "notes": "what is odd but no problem, such as names that count in a unit of their own",
-        "problems": "what a person should look at; empty where all is well",
-    },
-    "fit": {
-        "forecaster": "the file that was written",
-        "origin_step": "step of the last snapshot",
-        "num_snapshots": "snapshots that were read",
-        "leap": "the step of the leap after which the history begins; `null` where the run has made none",
-        "notes": "what was said of the run, such as where its history begins because its tensors changed",
-        "num_tensors": "tensors that can be forecast",
-        "sampled": "values read of each tensor at most; `null` with `--full`",
-        "coherence": "coherence S of the run's drift; `null` where it cannot be had",
-        "recent_coherence": "coherence of the recent half of the history; `null` where it holds too few snapshots",
-        "significance": SIGNIFICANCE,
-        "bytes_read": "bytes read",
-        "seconds": "seconds it took",
-    },
-    "backtest": {
-        "origin_step": "step of the last snapshot",
-        "coherence": "coherence S of the run's drift; `null` where it cannot be had",
-        "clock": "what b is measured in: `rate`, learning rate summed over the steps, or `steps`",
-        "significance": SIGNIFICANCE,
-        "scores": "one entry per method and horizon that the history can test",
-        "scores[].method": "name of the method",
-        "scores[].horizon": "steps ahead",
-        "scores[].ratio": "back-test ratio b, on the clipped step",
-        "scores[].ratio_as_written": "the same for the step as the method writes it by default",
-        "best": "the score with the smallest b; `null` where nothing could be tested",
-        "best.method": "name of the method",
-        "best.horizon": "steps ahead",
-        "best.ratio": "back-test ratio b",
-        "verdict": "`forecast`, `abstain` or `untestable`; an object from horizon to verdict where there are several horizons",
-        "decisions": "one entry per horizon",
-        "decisions[].horizon": "steps ahead",
-        "decisions[].method": "the method that was asked for, or chosen",
-        "decisions[].verdict": "`forecast`, `abstain` or `untestable`",
-        "decisions[].ratio": "its back-test ratio b",
-        "decisions[].recent_coherence": "coherence of the recent half of the history",
-        "decisions[].reason": "why",
-    },
-    "predict": FORECAST_KEYS
-    | {
-        "forecasts": "with several horizons: one object per horizon with the keys above, in place of them",
-        "dry_run": "`true` with `--dry-run`; absent otherwise",
-    },
-    "verify": {
-        "ratio": "error of the forecast against that of the reference: 0 perfect, 1 no better; `null` where nothing moved",
-        "mean_absolute_error": "of the forecast, over all compared values",
-        "reference": "the checkpoint that the forecast was compared with",
-        "clock": "what `trained` is measured in: `rate`, learning rate summed over the steps, or `steps`",
-        "trained": "how much of the forecast's stretch the truth was trained on; 1 where both are of one step, `null` where a step is unknown",
-        "per_tensor": "one entry per tensor",
-        "per_tensor[].name": "tensor name",
-        "per_tensor[].ratio": "its ratio; `null` where it did not move",
-    },
-}
-JSON_KEYS["leap"] = {
-    "path": "the checkpoint to resume from; `null` where there is no leap",
-    "origin": "the newest snapshot; go on from it where there is no leap",
-    "origin_step": "step of the newest snapshot, from which the leap begins",
-    "horizon": "steps that the leap is worth at the run's own pace: gain times `every`; 0 without a leap",
-    "verdict": "`forecast` or `abstain`",
-    "reason": "the verdict's reason, for people",
-    "gain": "stretches that a leap goes ahead, after this call",
-    "share": "of the move that the memory foretold, what the last stretches made; `null` where nothing was foretold yet",
-    "cosine": "between the last stretch's move and the one that was foretold; `null` where nothing was",
-    "loss_signal": "with `--eval-cmd`: of the loss's usual change from call to call, what a stretch more would lower it by,"
-    " from -1 to 1; `null` where it is not known yet",
-    "stretches": "stretches that are remembered",
-    "clock": "what the lengths of stretches are measured in: `rate` or `steps`",
-    "every": "steps until the next leap, as it was reckoned with",
-    "again": "`true` where no training has happened since the last call: its answer, said again",
-    "unchanged_share": "share of the values that equal the origin's after rounding",
-    "changes": "what was rewritten for resuming, as `where: old -> new`",
-    "notes": "what a person should know, such as a memory that starts again, and why",
-    "evaluations": "with `--eval-cmd`: one entry per run of the command",
-    "evaluations[].strength": "how far ahead the weights were, in stretches; below 0 it is behind",
-    "evaluations[].value": "the number that the command printed last",
-    "evaluations[].seconds": "seconds that the command took",
-    "dry_run": "`true` with `--dry-run`; absent otherwise",
-}
-JSON_KEYS["tune"] = {
-    "path": "what was written; `null` where the gate was against it",
-    "layers": "the layers that were tuned",
-    "method": "name of the method, or `apply`",
-    "verdict": "`tuned`, `no significant gain`, or `applied`",
-    "held_out_before": "mean loss of the held-out rows, before; `null` with `--apply`",
-    "held_out_after": "the same, after",
-    "z": "standard errors that the gain on them is from 0",
-    "tuned_before": "mean loss of the rows tuned on, before",
-    "tuned_after": "the same, after",
-    "num_rows": "rows tuned on, rows that stop it early, rows held out",
-    "iterations": "after how many the early-stopping rows were best",
-    "relative_change": "norm of each layer's change against the layer's own",
-    "passes": "over the weights, while tuning",
-    "bytes_read": "bytes of weights read: to tune, to write, to check",
-    "bytes_written": "bytes written",
-    "seconds": "seconds it took",
-    "notes": "what is odd, such as rows that repeat, or a cache that did not pay",
-}
-BUILDERS = {
-    "inspect": (render.inspect_json,),
-    "fit": (render.fit_json,),
-    "backtest": (render.backtest_json,),
-    "predict": (render.outcome_json, render.predict_json),
-    "verify": (render.verify_json,),
-    "leap": (leap_command.leap_json,),
-    "tune": (render.tune_json,),
-}
 
 KEYS = sorted({"json_": "json", "round_": "round"}.get(name, name) for name in FROM_ANY_FILE)
 
-HEADER = f"""\
-# Command line
-
-<!-- Made by {REBUILD.removeprefix("python ")}; change the program or that script, not this page. -->
-"""
+MADE = f"<!-- Made by {REBUILD.removeprefix('python ')}; change the program or that script, not this page. -->\n"
 
 CONFIG = f"""\
 ## Defaults from the environment and from a file
@@ -241,30 +72,56 @@ stderr; `--json` has it as it is. In JSON, a byte of a name that is no UTF-8 is 
 byte plus 0xDC00), as Python spells it; so it is in the ledger, the sidecar and the forecaster.
 """
 
-JSON_INTRODUCTION = f"""\
-With `--json`, a command prints one object on stdout. Every object also has `schema_version`, the number
-{render.SCHEMA_VERSION}. Keys may be added; none is renamed or removed while that number stays.
+JSON = """\
+## JSON
+
+With `--json`, a command prints one object on stdout. [JSON](json.md) lists its keys; `farcast schema` prints their JSON schema.
+"""
+
+JSON_INTRODUCTION = """\
+With `--json`, a command prints one object on stdout. A forecast or a tuned checkpoint has another object beside it, its
+sidecar: `farcast.json` inside a folder, `NAME.farcast.json` beside a file NAME. Keys may be added; none is renamed or removed
+while `schema_version` stays. A number that cannot be computed is `null`.
+
+`farcast schema COMMAND` prints the JSON schema of an answer, `farcast schema sidecar` that of the sidecars.
 """
 
 
 def reference() -> str:
-    """The whole page as markdown; independent of the terminal."""
+    """docs/cli.md; independent of the terminal."""
     group: Any = typer.main.get_command(app)
     commands = [_command(name, command) for name, command in group.commands.items() if not command.hidden]
     start = _paragraphs(group.help) + "\n" + _options([p for p in group.params if _is_option(p)])
-    return "\n".join([HEADER, start, *commands, CONFIG, OUTPUT, _exit_codes(), _json_keys()])
+    return "\n".join(["# Command line\n", MADE, start, *commands, CONFIG, OUTPUT, _exit_codes(), JSON])
+
+
+def json_reference() -> str:
+    """docs/json.md."""
+    parts = ["# JSON\n", MADE, JSON_INTRODUCTION]
+    for command, forms in ANSWERS.items():
+        parts.append("## Sidecars\n" if command == "sidecar" else f"## farcast {command} --json\n")
+        content = schema(command)
+        for form in content.get("anyOf", [content]):
+            node = _resolved(form, content)
+            parts += [f"{node['description']}\n"] if len(forms) > 1 else []
+            parts.append(_table(("key", "meaning"), [(_code(key), meaning) for key, meaning in _keys(node, content)]))
+    return "\n".join(parts)
+
+
+PAGES = {"cli.md": reference, "json.md": json_reference}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or with --check compare it."""
-    text = reference()
-    if "--check" not in arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write(f"docs/{PAGE.name} is stale: {REBUILD}\n")
-    return 1
+    """Write the pages, or with --check compare them."""
+    stale = 0
+    for name, build in PAGES.items():
+        page, text = FOLDER / name, build()
+        if "--check" not in arguments:
+            page.write_text(text, encoding="utf-8")
+        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+            sys.stderr.write(f"docs/{name} is stale: {REBUILD}\n")
+            stale = 1
+    return stale
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -365,48 +222,19 @@ def _sentence(kind: type) -> str:
     return (inspect.getdoc(kind) or "").splitlines()[0]
 
 
-def _json_keys() -> str:
-    parts = [
-        "## JSON\n",
-        JSON_INTRODUCTION,
-    ]
-    for command, builders in BUILDERS.items():
-        found = [key for builder in builders for key in _keys_built_by(builder)]
-        _check_meanings(command, found)
-        rows = [(_code(key), JSON_KEYS[command][key]) for key in found]
-        parts += [f"### farcast {command} --json\n", _table(("key", "meaning"), rows)]
-    return "\n".join(parts)
+def _keys(node: dict[str, Any], content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys of a piece of a schema with their meaning, those of nested objects with their path."""
+    for form in (_resolved(one, content) for one in node.get("anyOf", [node])):
+        for key, value in form.get("properties", {}).items():
+            yield prefix + key, value["description"]
+            yield from _keys(_resolved(value, content), content, f"{prefix}{key}.")
+        if "items" in form:
+            yield from _keys(_resolved(form["items"], content), content, prefix.removesuffix(".") + "[].")
 
 
-def _check_meanings(command: str, found: Sequence[str]) -> None:
-    odd = sorted(set(found) ^ JSON_KEYS[command].keys())
-    if odd:
-        raise SystemExit(f"docs/build_cli_reference.py: JSON_KEYS[{command!r}] and farcast_cli/render.py differ in {odd}")
-
-
-def _keys_built_by(function: Any) -> list[str]:
-    tree = ast.parse(inspect.getsource(function))
-    return list(_outermost(tree, ""))
-
-
-def _outermost(node: ast.AST, prefix: str) -> Iterator[str]:
-    """The keys of the dicts that a piece of code builds, those of nested ones with their path."""
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
-        index = node.targets[0].slice
-        if isinstance(index, ast.Constant):
-            yield str(index.value)
-            yield from _outermost(node.value, str(index.value))
-    elif isinstance(node, ast.Dict):
-        for key, value in zip(node.keys, node.values, strict=True):
-            if isinstance(key, ast.Constant):
-                path = ".".join(filter(None, [prefix, str(key.value)]))
-                yield path
-                yield from _outermost(value, path)
-    elif isinstance(node, ast.ListComp):
-        yield from _outermost(node.elt, f"{prefix}[]" if prefix else "")
-    elif not isinstance(node, (ast.DictComp, ast.arguments)):
-        for child in ast.iter_child_nodes(node):
-            yield from _outermost(child, prefix)
+def _resolved(node: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["$defs"][node["$ref"].removeprefix("#/$defs/")] if "$ref" in node else node
+    return found
 
 
 # --- markdown --------------------------------------------------------------------------------------------------------

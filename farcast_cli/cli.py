@@ -25,6 +25,7 @@ from farcast_cli.options import (
     Forecaster,
     Full,
     GradWeight,
+    Grouped,
     Include,
     IoOption,
     Jobs,
@@ -94,7 +95,7 @@ def _root(
         sys.stdout.write(context.get_help() + "\n")
 
 
-@app.command(epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
+@app.command(cls=Grouped, epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
     include: Include = None,
@@ -128,14 +129,16 @@ def inspect(
     if len(trajectory.snapshots) < MIN_SNAPSHOTS:
         problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
     if json_:
-        render.as_json(render.inspect_json(trajectory, alignment, problems))
+        from farcast_cli.answers import of_inspect
+
+        render.as_json(of_inspect(trajectory, alignment, problems))
     else:
         render.inspect_table(trajectory, alignment, problems, verbose=verbose)
     if fatal:
         raise typer.Exit(fatal.exit_code)
 
 
-@app.command(epilog="Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000")
+@app.command(cls=Grouped, epilog="Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000")
 def fit(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
     output: Annotated[
@@ -166,6 +169,7 @@ def fit(
     fitted, bytes_read = _fit(
         _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, io, threads, quiet)
     )
+    from farcast_cli.answers import of_fit
     from farcast_cli.fitted import save_fitted
     from farcast_cli.forecast.backtest import steadiness
     from farcast_cli.forecast.timeline import Timeline
@@ -174,14 +178,14 @@ def fit(
     seconds = time.monotonic() - started
     steady = steadiness(fitted.judged()[0], Timeline(fitted.gram.steps, float(fitted.steps[-1])))
     if json_:
-        render.as_json(render.fit_json(fitted, output, bytes_read=bytes_read, seconds=seconds, steady=steady))
+        render.as_json(of_fit(fitted, output, bytes_read=bytes_read, seconds=seconds, steady=steady))
     else:
         render.paths([output])
     if not quiet:
         render.fit_summary(fitted, bytes_read=bytes_read, seconds=seconds, steady=steady, verbose=verbose)
 
 
-@app.command(epilog="Example: farcast backtest --horizon 500,1000,2000")
+@app.command(cls=Grouped, epilog="Example: farcast backtest --horizon 500,1000,2000")
 def backtest(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
     horizon: Annotated[
@@ -211,6 +215,7 @@ def backtest(
     horizons = parse_horizons(horizon)
     prepare(device)
     from farcast_cli import render
+    from farcast_cli.answers import of_backtest
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecast.backtest import Purpose, decide, score, steadiness
     from farcast_cli.forecast.choice import choose_method, usual_horizons
@@ -240,7 +245,7 @@ def backtest(
     scores = score(list(shown), tasks[horizons[0]], horizons)
     steady = steadiness(gram, timeline)
     if json_:
-        render.as_json(render.backtest_json(fitted.steps[-1], steady, scores, decisions, pace))
+        render.as_json(of_backtest(fitted.steps[-1], steady, scores, decisions, pace))
     else:
         render.backtest_table(fitted.steps[-1], steady, scores, decisions)
         render.clock(pace)
@@ -251,8 +256,9 @@ def backtest(
 
 
 @app.command(
+    cls=Grouped,
     epilog="Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
-    "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'"
+    "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'",
 )
 def predict(
     horizon: Annotated[
@@ -338,6 +344,7 @@ def predict(
     check_horizon_options(horizon, to_step)
     num_threads = prepare(device, threads)
     from farcast_cli import render
+    from farcast_cli.answers import of_predict
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.fitted import load_fitted
     from farcast_cli.forecast.backtest import Purpose
@@ -385,7 +392,7 @@ def predict(
         for text in default_notes(fitted, request, outcomes):
             render.note(f"note: {text}")
     if json_:
-        render.as_json(render.predict_json(outcomes, dry_run=dry_run))
+        render.as_json(of_predict(outcomes, dry_run=dry_run))
     elif not dry_run:
         render.paths(written)
     if not written:
@@ -394,7 +401,7 @@ def predict(
         raise typer.Exit(NoForecastError.exit_code)
 
 
-@app.command(epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
+@app.command(cls=Grouped, epilog="Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500")
 def verify(
     forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
     against: Annotated[Path, typer.Option(envvar=env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
@@ -421,13 +428,28 @@ def verify(
         share = "" if result.trained is None else f": trained was {result.trained:.2f} of its stretch, in {unit}"
         render.note(f"note: this compares a forecast for {steps}{share}", quiet=quiet)
     if json_:
-        render.as_json(render.verify_json(result))
+        render.as_json(result)
     else:
         render.verify_table(result, verbose=verbose)
 
 
-app.command(epilog=leap_command.EXAMPLES)(leap_command.leap)
-app.command(epilog=tune_command.EXAMPLES)(tune_command.tune)
+app.command(cls=Grouped, epilog=leap_command.EXAMPLES)(leap_command.leap)
+app.command(cls=Grouped, epilog=tune_command.EXAMPLES)(tune_command.tune)
+
+
+@app.command(cls=Grouped, epilog="Example: farcast schema predict > predict.schema.json")
+def schema(
+    command: Annotated[
+        str | None, typer.Argument(metavar="[COMMAND]", help="A command, or sidecar; an object of all of them by default.")
+    ] = None,
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Print the JSON schema of what a command answers with --json, or of a sidecar."""
+    from farcast_cli import render, results
+
+    if command is not None and command not in results.ANSWERS:
+        raise UsageError(f"{command}: expected one of {', '.join(results.ANSWERS)}", hint="farcast schema --help")
+    render.schema(results.schema(command) if command else {name: results.schema(name) for name in results.ANSWERS})
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from farcast_cli.forecast.backtest import Decision
 from farcast_cli.forecast.momentum import Momentum, Remembered, remember, steered
 from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
-from farcast_cli.formats.files import portable
+from farcast_cli.formats.files import portable, relative
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.ledger import check_ledger, read_leaps, recorded, since_last_leap
@@ -38,7 +38,6 @@ from farcast_cli.memory import (
     memory_of,
     plan_memory,
     read_memory,
-    relative,
     remembered,
 )
 from farcast_cli.output.batch import Source
@@ -46,9 +45,9 @@ from farcast_cli.output.convert import settle
 from farcast_cli.output.engine import Engine, total_bytes, write_forecasts
 from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_outside, list_files, sidecar_of, write_sidecar
+from farcast_cli.output.place import check_outside, sidecar_of
 from farcast_cli.output.plan import with_modes
-from farcast_cli.output.sidecar import compose
+from farcast_cli.output.sidecar import compose, write_sidecar
 from farcast_cli.output.writer import staging
 from farcast_cli.pace import Pace
 from farcast_cli.publish import (
@@ -63,6 +62,7 @@ from farcast_cli.publish import (
     stage,
     write_candidate,
 )
+from farcast_cli.results import LeaptOn, MomentumEntry
 from farcast_cli.stream import Resources
 from farcast_cli.tensors import is_batch_norm_statistic
 from farcast_cli.trainer.rates import rate_at, read_pace
@@ -524,10 +524,12 @@ class _Call:
         place, note = stage(outputs, target, is_file=is_file, overwrite=request.overwrite)
         tally = write_forecasts([plan], [place], prepared.engine, progress=self._progress("leap", total_bytes(plan)))
         finished = finish(prepared, outcome, tally, 0)
-        momentum = {"gain": gain, "share": self._after.momentum.share, "stretches": self._after.momentum.count}
-        content = compose(prepared, finished, request, {"stretches": self._after.momentum.count})
-        write_sidecar(place, note, content | {"momentum": momentum})
-        self._files = list_files(place)
+        count, share = self._after.momentum.count, self._after.momentum.share
+        momentum = MomentumEntry(gain=gain, share=share, stretches=count)
+        on = LeaptOn(stretches=count)
+        content = compose(prepared, finished, request, written=place, fitted_on=on, momentum=momentum)
+        write_sidecar(place, note, content)
+        self._files = tuple(dict(file) for file in content.files)
         if request.ledger is not None:
             line = leap_of(finished, self._ask.directory, request.counters)
             outputs.alongside(recorded(request.ledger, [line]))
@@ -546,7 +548,7 @@ class _Call:
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",
-            files=tuple(self._files) if path else (),
+            files=self._files if path else (),
             horizon=outcome.horizon,
             every=self._every,
             rate=self._found.time.rate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -120,6 +120,7 @@ def leap(
     """
     num_workers = prepare(device, threads)
     from farcast_cli import render
+    from farcast_cli.answers import of_leap
     from farcast_cli.evaluation import Evaluator
     from farcast_cli.job import Request
     from farcast_cli.leap import Ask
@@ -159,38 +160,11 @@ def leap(
     if not quiet:
         _summary(done, dry_run=dry_run, verbose=verbose)
     if json_:
-        render.as_json(leap_json(done, dry_run=dry_run))
+        render.as_json(of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])
     if done.outcome.decision.verdict != "forecast":
         raise typer.Exit(NoForecastError.exit_code)
-
-
-def leap_json(done: Leapt, *, dry_run: bool) -> dict[str, Any]:
-    from farcast_cli.formats.files import portable
-
-    outcome, momentum = done.outcome, done.momentum
-    content = {
-        "path": portable(outcome.path) if outcome.path else None,
-        "origin": portable(done.origin),
-        "origin_step": outcome.origin_step,
-        "horizon": outcome.horizon,
-        "verdict": outcome.decision.verdict,
-        "reason": outcome.decision.reason,
-        "gain": momentum.gain,
-        "share": momentum.share,
-        "cosine": done.cosine,
-        "loss_signal": done.signal,
-        "stretches": momentum.count,
-        "clock": done.clock,
-        "every": done.every,
-        "again": done.is_again,
-        "unchanged_share": outcome.unchanged_share,
-        "changes": list(outcome.changes),
-        "notes": [*done.notes, *outcome.notes],
-        "evaluations": [{"strength": t.strength, "value": t.value, "seconds": round(t.seconds, 3)} for t in outcome.trials],
-    }
-    return content | {"dry_run": True} if dry_run else content
 
 
 def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:

@@ -20,7 +20,7 @@ from farcast_cli.alignment import AlignedTensor, Alignment, align
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError
 from farcast_cli.forecast.momentum import Momentum, Remembered
 from farcast_cli.forecast.steering import LARGEST, Losses
-from farcast_cli.formats.files import local, portable, reading
+from farcast_cli.formats.files import local, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.output.place import list_files
@@ -264,8 +264,3 @@ def plan_memory(alignment: Alignment, record: Record, *, holds_landing: bool) ->
         planned.append(Planned(_LANDING + tensor.name, entry.dtype, entry.shape, (piece,)))
     text = json.dumps(record.model_dump(), separators=(",", ":"))
     return safetensors_output("", planned, {_METADATA_KEY: text})
-
-
-def relative(path: Path, home: Path) -> str:
-    """A path as a memory in the folder `home` names it."""
-    return portable(os.path.relpath(path.resolve(), home.resolve()))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from farcast_cli.errors import UsageError, shell_word
 
@@ -32,10 +33,38 @@ None of these names a place to read or to write, runs a program, or weakens a ch
 and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `gain`, `max_gain` and `every` a longer leap, `io`
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
+PANELS = {
+    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "against", "reference"),
+    "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
+    "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
+    "Layer": ("layer", "bias", "activation", "head", "head_bias"),
+    "Rows": ("data", "loss", "anchor", "holdout", "gate", "subsample", "seed"),
+    "Solver": ("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge"),
+    "Trainer state": ("optimizer", "counters"),
+    "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
+    "Output": (
+        *("output", "dtype", "layout", "max_shard_size", "round_", "delta_out", "apply", "even_if_worse", "overwrite"),
+        *("ledger", "dry_run", "json_", "quiet", "verbose"),
+    ),
+    "Machine": ("device", "threads", "io", "config"),
+}
+"""The groups in which `--help` shows the options of a command, in this order."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DIGITS = 15  # of a number of steps
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
+
+
+class Grouped(TyperCommand):
+    """A command whose help shows its options by `PANELS`."""
+
+    def __init__(self, *args: Any, params: list[Any], **options: Any) -> None:
+        places = {name: (number, panel) for number, (panel, names) in enumerate(PANELS.items()) for name in names}
+        known = [parameter for parameter in params if parameter.name in places]
+        for parameter in known:
+            parameter.rich_help_panel = places[parameter.name][1]
+        known.sort(key=lambda parameter: places[parameter.name][0])
+        super().__init__(*args, params=[*(p for p in params if p not in known), *known], **options)
 
 
 def _commands(context: typer.Context) -> list[Any]:

@@ -28,8 +28,8 @@ from farcast_cli.output.convert import settle
 from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_outside, sidecar_of, write_sidecar
-from farcast_cli.output.sidecar import compose
+from farcast_cli.output.place import check_outside, sidecar_of
+from farcast_cli.output.sidecar import compose, write_sidecar
 from farcast_cli.output.writer import Staging, staging
 from farcast_cli.publish import (
     Progress,
@@ -44,6 +44,7 @@ from farcast_cli.publish import (
     state_of,
     write_candidate,
 )
+from farcast_cli.results import FittedOn
 from farcast_cli.stream import Resources
 from farcast_cli.trainer.lightning_loops import whole_epochs
 from farcast_cli.trainer.resume import HISTORY
@@ -277,7 +278,7 @@ def _write_all(
     tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
     finished = [finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
     for outcome, (place, note) in zip(finished, staged, strict=True):
-        write_sidecar(place, note, compose(prepared, outcome, request, _fitted_on(fitted)))
+        write_sidecar(place, note, compose(prepared, outcome, request, written=place, fitted_on=_fitted_on(fitted)))
     return finished
 
 
@@ -291,14 +292,14 @@ def _write_judged(
     ]
 
 
-def _fitted_on(fitted: Fitted) -> dict[str, int | None]:
+def _fitted_on(fitted: Fitted) -> FittedOn:
     """What a forecast's sidecar says of the fit."""
-    return {
-        "snapshots": len(fitted.steps),
-        "first_step": fitted.steps[0],
-        "last_step": fitted.steps[-1],
-        "samples_per_tensor": fitted.provenance.num_samples,
-    }
+    return FittedOn(
+        snapshots=len(fitted.steps),
+        first_step=fitted.steps[0],
+        last_step=fitted.steps[-1],
+        samples_per_tensor=fitted.provenance.num_samples,
+    )
 
 
 def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:
@@ -325,7 +326,7 @@ def _write_best(
     kept, tally = written[best.strength or STRENGTHS[0]]
     kept.rename(place)
     finished = finish(prepared, outcome, tally, 0)
-    write_sidecar(place, note, compose(prepared, finished, request, _fitted_on(fitted)))
+    write_sidecar(place, note, compose(prepared, finished, request, written=place, fitted_on=_fitted_on(fitted)))
     return finished
 
 

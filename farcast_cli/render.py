@@ -20,7 +20,6 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from farcast_cli.errors import printable, shell_word, visible
-from farcast_cli.formats.files import portable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,11 +34,10 @@ if TYPE_CHECKING:
     from farcast_cli.job import Outcome
     from farcast_cli.ledger import History, Leap
     from farcast_cli.pace import Pace
+    from farcast_cli.results import Answer, VerifyAnswer
     from farcast_cli.trajectory import Trajectory
     from farcast_cli.tune.run import Outcome as Tuning
-    from farcast_cli.verify import Verification
 
-SCHEMA_VERSION = 1
 BAR_WIDTH = 20
 MAX_ROWS = 12
 MAX_NAMES = 10  # of what is left out or copied for one reason
@@ -98,19 +96,12 @@ def _write_bytes(text: str) -> None:
     raw.flush()
 
 
-def as_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(content)}) + "\n")
+def as_json(answer: Answer) -> None:
+    sys.stdout.write(answer.as_json() + "\n")
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that could not be had is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+def schema(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
@@ -170,28 +161,6 @@ def bar(ratio: float) -> str:
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
-
-
-def inspect_json(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> dict[str, Any]:
-    return {
-        "layout": trajectory.layout,
-        "snapshots": [
-            {
-                "path": portable(s.path),
-                "step": s.step if s.step >= 0 else None,
-                "step_source": s.step_source,
-                "bytes": s.num_bytes,
-                "evidence": [{"source": e.source, "where": e.where, "step": e.step} for e in s.evidence],
-            }
-            for s in trajectory.snapshots
-        ],
-        "num_tensors": len(alignment.tensors) if alignment else 0,
-        "num_parameters": alignment.num_parameters if alignment else 0,
-        "copied": [{"name": c.name, "reason": c.reason} for c in alignment.copied] if alignment else [],
-        "ignored": [{"path": portable(i.path), "reason": i.reason} for i in trajectory.ignored],
-        "notes": list(trajectory.notes),
-        "problems": list(problems),
-    }
 
 
 def inspect_table(
@@ -299,23 +268,6 @@ def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap
             )
 
 
-def fit_json(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, steady: Steadiness) -> dict[str, Any]:
-    return {
-        "forecaster": portable(path),
-        "origin_step": fitted.steps[-1],
-        "num_snapshots": len(fitted.steps),
-        "leap": fitted.provenance.leap.resumes_after if fitted.provenance.leap else None,
-        "notes": list(fitted.provenance.notes),
-        "num_tensors": len(fitted.provenance.tensors),
-        "sampled": fitted.provenance.num_samples,
-        "coherence": steady.coherence,
-        "recent_coherence": steady.recent,
-        "significance": steady.significance.p,
-        "bytes_read": bytes_read,
-        "seconds": round(seconds, 3),
-    }
-
-
 def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Steadiness, verbose: bool = False) -> None:
     from farcast_cli.forecast.backtest import COHERENCE_GATE
 
@@ -334,35 +286,6 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Stea
         note(f"forecast: {_first_of(names, MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
     note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
-
-
-def backtest_json(
-    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]], pace: Pace
-) -> dict[str, Any]:
-    best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
-    verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
-    return {
-        "origin_step": origin_step,
-        "coherence": steady.coherence,
-        "significance": steady.significance.p,
-        "clock": pace.clock,
-        "scores": [
-            {"method": s.method, "horizon": s.horizon, "ratio": s.ratio, "ratio_as_written": s.ratio_as_written} for s in scores
-        ],
-        "best": {"method": best.method, "horizon": best.horizon, "ratio": best.ratio} if best else None,
-        "verdict": next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
-        "decisions": [
-            {
-                "horizon": horizon,
-                "method": method,
-                "verdict": d.verdict,
-                "ratio": d.ratio,
-                "recent_coherence": d.recent,
-                "reason": d.reason,
-            }
-            for horizon, (method, d) in decisions.items()
-        ],
-    }
 
 
 def backtest_table(
@@ -408,52 +331,6 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------
-
-
-def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    decision = outcome.decision
-    content: dict[str, Any] = {
-        "path": portable(outcome.path) if outcome.path else None,
-        "origin_step": outcome.origin_step,
-        "valid_step": outcome.valid_step,
-        "horizon": outcome.horizon,
-        "method": outcome.method,
-        "ratio": decision.ratio,
-        "expected_ratio": decision.expected,
-        "coherence": decision.coherence,
-        "recent_coherence": decision.recent,
-        "clock": outcome.pace.clock,
-        "pace_ahead": outcome.pace_ahead,
-        "length_factor": outcome.length_factor,
-        "significance": decision.significance.p,
-        "verdict": decision.verdict,
-        "reason": decision.reason,
-        "chosen": list(outcome.chosen),
-        "num_forecast": outcome.num_forecast,
-        "num_copied": outcome.num_copied,
-        "unchanged_share": None if outcome.unchanged_share is None else round(outcome.unchanged_share, 6),
-        "bytes_read": outcome.bytes_read,
-        "bytes_written": outcome.bytes_written,
-        "seconds": round(outcome.seconds, 3),
-        "changes": list(outcome.changes),
-        "notes": list(outcome.notes),
-    }
-    if outcome.trials:
-        content["evaluations"] = [
-            {
-                "strength": t.strength,
-                "value": t.value,
-                "seconds": round(t.seconds, 3),
-                "log": portable(t.log) if t.log else None,
-            }
-            for t in outcome.trials
-        ]
-    return content
-
-
-def predict_json(outcomes: Sequence[Outcome], *, dry_run: bool) -> dict[str, Any]:
-    content = outcome_json(outcomes[0]) if len(outcomes) == 1 else {"forecasts": [outcome_json(o) for o in outcomes]}
-    return content | {"dry_run": True} if dry_run else content
 
 
 def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
@@ -504,18 +381,7 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
-def verify_json(result: Verification) -> dict[str, Any]:
-    return {
-        "ratio": result.ratio,
-        "mean_absolute_error": result.mean_absolute_error,
-        "reference": portable(result.reference),
-        "clock": result.clock,
-        "trained": result.trained,
-        "per_tensor": [{"name": t.name, "ratio": t.ratio} for t in result.per_tensor],
-    }
-
-
-def verify_table(result: Verification, *, verbose: bool) -> None:
+def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:
     console = stdout()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading, justify in (("tensor", "left"), ("values", "right"), ("ratio", "right"), ("", "left")):
@@ -544,29 +410,6 @@ def verify_table(result: Verification, *, verbose: bool) -> None:
 
 
 # --- tune ------------------------------------------------------------------------------------------------------------
-
-
-def tune_json(tuning: Tuning) -> dict[str, Any]:
-    verdict = tuning.verdict
-    return {
-        "path": portable(tuning.path) if tuning.path else None,
-        "layers": list(tuning.layers),
-        "method": tuning.method,
-        "verdict": "applied" if verdict is None else "tuned" if verdict.is_accepted else "no significant gain",
-        "held_out_before": verdict.before if verdict else None,
-        "held_out_after": verdict.after if verdict else None,
-        "z": verdict.z if verdict else None,
-        "tuned_before": tuning.tuned_loss[0] if verdict else None,
-        "tuned_after": tuning.tuned_loss[1] if verdict else None,
-        "num_rows": list(tuning.num_rows),
-        "iterations": tuning.iterations,
-        "relative_change": list(tuning.sizes),
-        "passes": tuning.num_passes,
-        "bytes_read": tuning.bytes_read,
-        "bytes_written": tuning.bytes_written,
-        "seconds": round(tuning.seconds, 3),
-        "notes": list(tuning.notes),
-    }
 
 
 def tune_summary(tuning: Tuning) -> None:

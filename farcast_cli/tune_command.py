@@ -150,7 +150,9 @@ def _tell(outcome: Outcome, *, quiet: bool, as_json: bool) -> None:
     if not quiet:
         render.tune_summary(outcome)
     if as_json:
-        render.as_json(render.tune_json(outcome))
+        from farcast_cli.answers import of_tune
+
+        render.as_json(of_tune(outcome))
     elif outcome.path:
         render.paths([outcome.path])
     if outcome.path is None:

@@ -15,6 +15,7 @@ from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
 from farcast_cli.formats.files import file_size, local, read_bytes, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.output.place import sidecar_of
+from farcast_cli.results import TensorRatio, VerifyAnswer
 from farcast_cli.stream import Reader, Scratch, Section, read_trajectory, stretches
 from farcast_cli.trainer.rates import read_pace
 from farcast_cli.trajectory import open_snapshot
@@ -26,30 +27,6 @@ if TYPE_CHECKING:
     from farcast_cli.alignment import AlignedTensor, Alignment
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.pace import Clock
-
-
-@dataclass(frozen=True, slots=True)
-class TensorVerification:
-    """One tensor's ratio; None where the reference is the truth already."""
-
-    name: str
-    num_elements: int
-    ratio: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """A forecast against the truth. `ratio`: 0 perfect, 1 no better than the reference; None if nothing moved."""
-
-    ratio: float | None
-    mean_absolute_error: float
-    reference: Path
-    forecast_step: int
-    truth_step: int
-    clock: Clock
-    trained: float | None
-    """How much of the forecast's stretch the truth was trained on: 1 where it is of the same step; None where steps are missing."""
-    per_tensor: tuple[TensorVerification, ...]
 
 
 @dataclass(slots=True)
@@ -79,7 +56,7 @@ def find_reference(forecast: Path) -> Path:
 
 def verify(
     forecast: Path, truth: Path, reference: Path, *, progress: Callable[[str, int], Callable[[int], None]]
-) -> Verification:
+) -> VerifyAnswer:
     """Compare three checkpoints of the same model, tensor by tensor.
 
     Raises:
@@ -91,14 +68,23 @@ def verify(
     reader, scratch, per_tensor, total = Reader(), Scratch(), [], _Sums()
     for tensor in alignment.tensors:
         sums = _compare(reader, scratch, tensor, told)
-        per_tensor.append(TensorVerification(tensor.name, tensor.num_elements, _ratio(sums)))
+        per_tensor.append(TensorRatio(name=tensor.name, num_elements=tensor.num_elements, ratio=_ratio(sums)))
         for name in ("forecast", "reference", "absolute", "count"):
             setattr(total, name, getattr(total, name) + getattr(sums, name))
     if not total.count:
         raise SnapshotError(f"{forecast}: no values to compare")
-    error, (clock, trained) = total.absolute / total.count, _trained(*snapshots)
-    steps = snapshots[1].step, snapshots[2].step
-    return Verification(_ratio(total), error, reference, *steps, clock, trained, tuple(per_tensor))
+    clock, trained = _trained(*snapshots)
+    return VerifyAnswer(
+        schema_version=1,
+        ratio=_ratio(total),
+        mean_absolute_error=total.absolute / total.count,
+        reference=reference,
+        forecast_step=snapshots[1].step,
+        truth_step=snapshots[2].step,
+        clock=clock,
+        trained=trained,
+        per_tensor=tuple(per_tensor),
+    )
 
 
 def _trained(reference: Snapshot, forecast: Snapshot, truth: Snapshot) -> tuple[Clock, float | None]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from farcast_cli.cli import app
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.methods import METHODS
-from farcast_cli.options import FROM_ANY_FILE
+from farcast_cli.options import FROM_ANY_FILE, PANELS
 from farcast_cli.stream import sample_stretches
 from tests.conftest import (
     STEPS,
@@ -469,6 +469,7 @@ def test_a_config_file_that_makes_no_sense_is_a_usage_error(
 NAMED_ONLY = {
     "a place to read": {"forecaster", "ledger", "data", "anchor", "apply", "against", "reference", "config"},
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast"},
+    "an argument that is nobody else's to give": {"command"},
     "a place to write": {"output", "delta_out"},
     "a program": {"eval_cmd"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
@@ -502,6 +503,17 @@ def test_every_option_is_either_harmless_in_a_file_that_nobody_named_or_listed_w
     refused = set[str]().union(*NAMED_ONLY.values())
     assert found == FROM_ANY_FILE | refused
     assert set() == FROM_ANY_FILE & refused
+
+
+def test_every_option_has_its_group_in_the_help_of_its_command(call_cli: CallCli, tmp_path: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    options = {p.name: p for command in group.commands.values() for p in command.params if p.param_type_name == "option"}
+    assert sorted(options) == sorted(name for names in PANELS.values() for name in names)
+    shown = call_cli("predict", "--help", cwd=tmp_path).stdout
+    places = [shown.find(f" {panel} ─") for panel in ("Horizon", "Method", "Trainer state", "Evaluation", "Output", "Machine")]
+    assert places == sorted(places)
+    assert places[0] >= 0
+    assert places[2] < shown.find("--optimizer") < places[3]
 
 
 @pytest.mark.parametrize("key", sorted(set[str]().union(*NAMED_ONLY.values()) - {"config"}))

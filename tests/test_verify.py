@@ -18,14 +18,14 @@ from tests.tiny import fit_run, predict_run, save_safetensors, wander, write_run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.verify import Verification
+    from farcast_cli.results import VerifyAnswer
     from tests.conftest import CallCli
 
 STEPS = tuple(range(100, 900, 100))
 SIZES = {"a": 3000, "b": 7}
 
 
-def _verify(forecast: Path, truth: Path, reference: Path) -> Verification:
+def _verify(forecast: Path, truth: Path, reference: Path) -> VerifyAnswer:
     return verify(forecast, truth, reference, progress=lambda _phase, _total: lambda _done: None)
 
 

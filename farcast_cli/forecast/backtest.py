@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.timeline import Timeline
+    from farcast_cli.results import Verdict
 
     Halves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 Purpose = Literal["resume", "evaluation"]
-Verdict = Literal["forecast", "abstain", "untestable"]
 
 COHERENCE_GATE = 0.15  # S that a leap needs up to a quarter of the history; below it the gains were as those of chance
 SHORT_LEAD = 0.25  # of the history; what a longer leap needs grows with its root, as the noise that it carries along

@@ -63,6 +63,11 @@ def portable(name: str | Path) -> str:
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
+def relative(path: Path, home: Path) -> str:
+    """A path as a file of ours in the folder `home` holds it."""
+    return portable(os.path.relpath(path.resolve(), home.resolve()))
+
+
 def local(name: str) -> str:
     """A path out of a file of ours, as this locale spells it.
 

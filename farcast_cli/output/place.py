@@ -7,7 +7,6 @@ what farcast wrote: it lists every file of the output with its size and a finger
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from functools import reduce
 from operator import and_
@@ -18,7 +17,6 @@ from farcast_cli.formats.files import file_size, mode_of, portable, read_bytes
 from farcast_cli.formats.json_text import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 SIDECAR = "farcast.json"
@@ -29,20 +27,6 @@ _MAX_SIDECAR = 64 << 20  # bytes
 def sidecar_of(place: Path, *, is_file: bool) -> Path:
     """Where an output's provenance lies: inside a folder, beside a file under its whole name."""
     return place.with_name(f"{place.name}.{SIDECAR}") if is_file else place / SIDECAR
-
-
-def write_sidecar(written: Path, beside: Path | None, content: Mapping[str, Any]) -> None:
-    """Write a sidecar, with a list of the output's files added.
-
-    Args:
-        written: the output, where it is now.
-        beside: where the sidecar of a single file is written; inside the folder if None.
-    """
-    place = beside or written / SIDECAR
-    place.unlink(missing_ok=True)  # the origin's own, copied with its folder
-    text = json.dumps({**content, "files": list_files(written)}, indent=2) + "\n"
-    with open_new(place, like=written) as file:
-        file.write(text.encode())
 
 
 def open_new(path: Path, *, like: Path) -> BinaryIO:

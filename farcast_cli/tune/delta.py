@@ -120,15 +120,15 @@ class _Map:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def write_deltas(path: Path, deltas: Sequence[Delta], about: dict[str, Any], *, like: Path) -> None:
-    """Write a delta file; `about` goes into its metadata, for people. `like` is the checkpoint that it belongs to."""
+def write_deltas(path: Path, deltas: Sequence[Delta], about: str, *, like: Path) -> None:
+    """Write a delta file; `about`, a text, goes into its metadata, for people. `like` is the checkpoint that it belongs to."""
     arrays: dict[str, Array] = {}
     for number, delta in enumerate(deltas):
         arrays[f"{number}.directions"] = delta.directions
         arrays[f"{number}.factors"] = delta.factors
         arrays[f"{number}.scale"] = np.array([delta.scale])
     layers = [{"layer": d.layer, "bias": d.bias, "checksum": d.checksum} for d in deltas]
-    metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": json.dumps(about)}
+    metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": about}
     header = encode_header(((name, DTYPES["float64"], array.shape) for name, array in arrays.items()), metadata)
     with open_new(path, like=like) as file:
         file.write(header)

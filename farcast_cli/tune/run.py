@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,9 +11,10 @@ import numpy as np
 
 from farcast_cli import __version__
 from farcast_cli.errors import OutputError, SnapshotError, UsageError
-from farcast_cli.formats.files import file_size, portable
+from farcast_cli.formats.files import file_size, portable, relative
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.output.writer import staged
+from farcast_cli.results import CheckpointFile, HeldOut, RowsFile, TunedOn, TuneOptions, TuneSidecar
 from farcast_cli.trajectory import open_snapshot
 from farcast_cli.tune.data import HOLDOUT, Draw, Fit, read_anchors, read_data, split
 from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
@@ -135,10 +135,8 @@ def apply_deltas(
                 check_moved(base, expected, again.forward(delta.directions), delta.layer)
 
         outcome = Outcome(tuple(delta.layer for delta in deltas), "apply", path=output, notes=tuple(_left_alone(snapshot)))
-
-        def about(home: Path) -> dict[str, Any]:
-            return _provenance(outcome, snapshot, home, rounded) | {"delta": portable(os.path.relpath(file.resolve(), home))}
-
+        delta = relative(file, output.resolve().parent)
+        about = _provenance(outcome, snapshot, rounded).model_copy(update={"delta": delta})
         changes = list(zip(weights, deltas, strict=True))
         done = write_tuned(snapshot, changes, Writing(output, rounded, about, check, num_threads), progress)
     num_bytes = sum(weight.bytes_read for weight in weights) + done.bytes_read
@@ -322,79 +320,73 @@ class _Work:
 
 def _publish(work: _Work, outcome: Outcome, progress: Progress) -> Outcome:
     """Write the checkpoint, or the deltas alone."""
-    request, snapshot, place = work.request, work.snapshot, outcome.path
-    assert place is not None  # noqa: S101 - the caller has set it
-
-    def about(home: Path) -> dict[str, Any]:
-        return _provenance(outcome, snapshot, home, request.rounded) | _asked(request, home)
-
+    request, snapshot, place, verdict = work.request, work.snapshot, outcome.path, outcome.verdict
+    assert place is not None and verdict is not None  # noqa: S101, PT018 - the caller has set them
+    judged = _judged(outcome, verdict, request, place.resolve().parent)
+    about = _provenance(outcome, snapshot, request.rounded).model_copy(update=judged)
     if request.output is None:
-        return replace(
-            outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about(place.resolve().parent), like=snapshot.path)
-        )
+        return replace(outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about, like=snapshot.path))
     changes = list(zip(work.model.weights, work.solved.deltas, strict=True))
     writing = Writing(place, request.rounded, about, work.check, request.num_threads)
     done = write_tuned(snapshot, changes, writing, progress)
     return replace(outcome, bytes_read=done.bytes_read, bytes_written=done.bytes_written)
 
 
-def _publish_deltas(deltas: Sequence[Delta], place: Path, about: dict[str, Any], *, like: Path) -> int:
+def _publish_deltas(deltas: Sequence[Delta], place: Path, about: TuneSidecar, *, like: Path) -> int:
     """The size of the file; its permissions are those of the checkpoint."""
     with staged(place) as hidden:
-        write_deltas(hidden, deltas, about, like=like)
+        write_deltas(hidden, deltas, about.as_json(), like=like)
         for delta, again in zip(deltas, read_deltas(hidden), strict=True):
             if not np.array_equal(delta.factors, again.factors) or not np.array_equal(delta.directions, again.directions):
                 raise OutputError(f"{place}: reads back as something else than was written", hint="check the disk")
         return hidden.stat().st_size
 
 
-def _provenance(outcome: Outcome, snapshot: Snapshot, home: Path, rounded: Rounded) -> dict[str, Any]:
-    """What a sidecar says of a tuning."""
-    verdict = outcome.verdict
-    judged: dict[str, Any] = {}
-    if verdict is not None:
-        judged = {
-            "held_out": {"before": verdict.before, "after": verdict.after, "z": verdict.z, "rows": verdict.num_rows},
-            "gate": verdict.threshold,
-            "tuned": {"before": outcome.tuned_loss[0], "after": outcome.tuned_loss[1], "rows": outcome.num_rows[0]},
-            "iterations": outcome.iterations,
-            "relative_change": list(outcome.sizes),
-        }
+def _provenance(outcome: Outcome, snapshot: Snapshot, rounded: Rounded) -> TuneSidecar:
+    """What a sidecar says of a tuning, whatever was asked for."""
+    assert outcome.path is not None  # noqa: S101 - only what was written has one
+    path = relative(snapshot.path, outcome.path.resolve().parent)
+    return TuneSidecar(
+        schema_version=1,
+        command="tune",
+        name=portable(outcome.path.name),
+        farcast_version=__version__,
+        layers=outcome.layers,
+        method=outcome.method,
+        input=CheckpointFile(path=path, bytes=snapshot.num_bytes, digest=snapshot.digest),
+        round=rounded.how,
+        seed=rounded.seed,
+        notes=outcome.notes,
+    )
+
+
+def _judged(outcome: Outcome, verdict: Verdict, request: Request, home: Path) -> dict[str, Any]:
+    """What the sidecar of a tuning says beside: what it was worth, and what was asked for."""
+    before, after = outcome.tuned_loss
     return {
-        "schema_version": 1,
-        "command": "tune",
-        "name": portable(outcome.path.name) if outcome.path else None,
-        "farcast_version": __version__,
-        "layers": list(outcome.layers),
-        "method": outcome.method,
-        "input": {
-            "path": portable(os.path.relpath(snapshot.path.resolve(), home)),
-            "bytes": snapshot.num_bytes,
-            "digest": snapshot.digest,
-        },
-        **judged,
-        "round": rounded.how,
-        "seed": rounded.seed,
-        "notes": list(outcome.notes),
+        "held_out": HeldOut(before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_rows),
+        "gate": verdict.threshold,
+        "tuned": TunedOn(before=before, after=after, rows=outcome.num_rows[0]),
+        "iterations": outcome.iterations,
+        "relative_change": outcome.sizes,
+        "data": RowsFile(path=relative(request.data, home), bytes=file_size(request.data)),
+        "options": _options(request, home),
     }
 
 
-def _asked(request: Request, home: Path) -> dict[str, Any]:
+def _options(request: Request, home: Path) -> TuneOptions:
     settings = request.settings
-    return {
-        "data": {"path": portable(os.path.relpath(request.data.resolve(), home)), "bytes": file_size(request.data)},
-        "options": {
-            "loss": request.loss,
-            "activation": list(request.activations),
-            "bias": list(request.biases),
-            "head": request.head,
-            "head_bias": request.head_bias,
-            "anchor": None if request.anchor is None else portable(os.path.relpath(request.anchor.resolve(), home)),
-            "rate": settings.rate,
-            "momentum": settings.momentum,
-            "weight_decay": settings.weight_decay,
-            "ridge": settings.ridge,
-            "holdout": request.holdout,
-            "subsample": request.subsample,
-        },
-    }
+    return TuneOptions(
+        loss=request.loss,
+        activation=request.activations,
+        bias=request.biases,
+        head=request.head,
+        head_bias=request.head_bias,
+        anchor=None if request.anchor is None else relative(request.anchor, home),
+        rate=settings.rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        ridge=settings.ridge,
+        holdout=request.holdout,
+        subsample=request.subsample,
+    )

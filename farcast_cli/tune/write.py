@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from farcast_cli.output.batch import Source
 from farcast_cli.output.engine import Engine, write_forecasts
 from farcast_cli.output.hidden import clear_left
 from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_outside, check_sidecar_ours, sidecar_of, write_sidecar
+from farcast_cli.output.place import check_outside, check_sidecar_ours, sidecar_of
 from farcast_cli.output.plan import Rewrite, plan_outputs, with_modes
+from farcast_cli.output.sidecar import files_of, write_sidecar
 from farcast_cli.output.writer import staging
 from farcast_cli.stream import Resources
 from farcast_cli.trainer.resume import advance, told_as_damage
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.layouts.base import Snapshot
     from farcast_cli.output.plan import OutputFile, ValueMap
+    from farcast_cli.results import TuneSidecar
     from farcast_cli.tune.delta import Delta, Rounded
     from farcast_cli.tune.weight import Weight
 
@@ -82,8 +84,8 @@ class Writing:
 
     place: Path
     rounded: Rounded
-    about: Callable[[Path], dict[str, Any]]
-    """The provenance, for the sidecar, given the folder where the checkpoint will lie."""
+    about: TuneSidecar
+    """The provenance, but for the files."""
     check: Callable[[Sequence[Weight]], None]
     """Raises where the layers, as they were written, are not what they should be."""
     num_threads: int = 1
@@ -112,8 +114,7 @@ def write_tuned(
         again = open_snapshot(hidden)
         layers = [find_weight(again, weight.name, weight.bias_name) for weight, _ in changes]
         writing.check(layers)
-        about = writing.about(writing.place.resolve().parent)
-        write_sidecar(hidden, beside, about)
+        write_sidecar(hidden, beside, writing.about.model_copy(update={"files": files_of(hidden)}))
     return replace(written, bytes_read=written.bytes_read + sum(layer.bytes_read for layer in layers))
 
 

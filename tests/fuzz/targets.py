@@ -511,7 +511,7 @@ def settings(folder: Path, *, is_named: bool) -> Target:
 def delta(folder: Path) -> Target:
     random, file = np.random.default_rng(0), folder / "delta.safetensors"
     write_deltas(
-        file, [Delta("w", None, 0.5, random.normal(size=(3, 4)), random.normal(size=(3, 5)), 7)], {"rows": 9}, like=folder
+        file, [Delta("w", None, 0.5, random.normal(size=(3, 4)), random.normal(size=(3, 5)), 7)], '{"rows": 9}', like=folder
     )
     raw = file.read_bytes()
 

@@ -1,0 +1,551 @@
+"""What each command answers: the keys of `--json` and of the sidecar, what they mean, and how their values are spelled.
+
+The models are the only source: what is printed, what is written, the JSON schema and docs/json.md all come from them. A key
+with a default is absent where it has that value. JSON has no NaN: a number that cannot be computed is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+from farcast_cli.formats.files import portable
+from farcast_cli.pace import Clock  # noqa: TC001 - pydantic reads the annotations
+
+DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
+
+Verdict = Literal["forecast", "abstain", "untestable"]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _ten_digits(value: float) -> float | None:
+    """A figure to ten digits: the last ones of a float64 depend on the processor, by whose type numpy's products are summed."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _milliseconds(value: float) -> float:
+    return round(value, 3)
+
+
+def _known(step: int) -> int | None:
+    return step if step >= 0 else None
+
+
+Figure = Annotated[float, PlainSerializer(_finite, return_type=float | None)]
+AsGiven = SkipValidation[Figure]  # a whole number stays one: 0 is not written as 0.0
+Rounded = Annotated[float, PlainSerializer(_ten_digits, return_type=float | None)]
+Seconds = Annotated[float, PlainSerializer(_milliseconds, return_type=float)]
+Step = Annotated[int, PlainSerializer(_known, return_type=int | None)]
+Place = Annotated[Path, PlainSerializer(portable, return_type=str)]
+
+_SIGNIFICANCE = "p of S: how often chance alone would give as much; `null` where S cannot be had"
+_COHERENCE = "coherence S of the run's drift; `null` where it cannot be had"
+_RECENT = "coherence of the recent half of the history; `null` where it holds too few snapshots"
+_CLOCK = "what b is measured in: `rate`, learning rate summed over the steps, or `steps`"
+_PACE_AHEAD = "mean learning rate over the horizon against that of the stretch before it; 1 where steps are counted"
+_LENGTH_FACTOR = "what the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length"
+_UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`)"
+_DRY_RUN = "`true` with `--dry-run`; absent otherwise"
+
+
+class _Part(BaseModel):
+    """An object within an answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Answer(_Part):
+    """One JSON object: what a command prints, or what a sidecar holds."""
+
+    schema_version: Literal[1] = Field(description="number of this form; keys may be added while it stays")
+
+    def as_json(self, *, indent: int | None = None) -> str:
+        return json.dumps(self.model_dump(by_alias=True, exclude_defaults=True), indent=indent)
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+class EvidenceEntry(_Part):
+    """A place that names a snapshot's step."""
+
+    source: str = Field(description="kind of evidence")
+    where: str = Field(description="file or key")
+    step: int = Field(description="the step that it names")
+
+
+class SnapshotEntry(_Part):
+    """A snapshot of the run."""
+
+    path: Place = Field(description="the file or folder")
+    step: Step = Field(description="the step that was settled on; `null` where nothing tells it")
+    step_source: str = Field(
+        description="which evidence settled it: `trainer state`, `payload`, `adam step`, `name`, `metadata`, or `order` where"
+        " `--steps` listed the steps"
+    )
+    bytes: int = Field(description="size of all its files")
+    evidence: tuple[EvidenceEntry, ...] = Field(description="every place that names a step, the most trusted first")
+
+
+class CopiedEntry(_Part):
+    """A tensor that is copied."""
+
+    name: str = Field(description="tensor name")
+    reason: str = Field(description="why it is copied")
+
+
+class IgnoredEntry(_Part):
+    """An entry of the folder that is no part of the run."""
+
+    path: Place = Field(description="the file or folder")
+    reason: str = Field(description="why it is left out")
+
+
+class InspectAnswer(Answer):
+    """`farcast inspect --json`."""
+
+    layout: str = Field(description="name of the layout, see [formats](formats.md)")
+    snapshots: tuple[SnapshotEntry, ...] = Field(description="one entry per snapshot, in the order of their steps")
+    num_tensors: int = Field(description="tensors that would be forecast")
+    num_parameters: int = Field(description="values in them")
+    copied: tuple[CopiedEntry, ...] = Field(description="tensors that would be copied")
+    ignored: tuple[IgnoredEntry, ...] = Field(description="entries of the folder that are not part of the run")
+    notes: tuple[str, ...] = Field(description="what is odd but no problem, such as names that count in a unit of their own")
+    problems: tuple[str, ...] = Field(description="what a person should look at; empty where all is well")
+
+
+# --- fit and backtest ------------------------------------------------------------------------------------------------
+
+
+class FitAnswer(Answer):
+    """`farcast fit --json`."""
+
+    forecaster: Place = Field(description="the file that was written")
+    origin_step: int = Field(description="step of the last snapshot")
+    num_snapshots: int = Field(description="snapshots that were read")
+    leap: int | None = Field(
+        description="the step of the leap after which the history begins; `null` where the run has made none"
+    )
+    notes: tuple[str, ...] = Field(
+        description="what was said of the run, such as where its history begins because its tensors changed"
+    )
+    num_tensors: int = Field(description="tensors that can be forecast")
+    sampled: int | None = Field(description="values read of each tensor at most; `null` with `--full`")
+    coherence: Figure = Field(description=_COHERENCE)
+    recent_coherence: Figure = Field(description=_RECENT)
+    significance: Figure = Field(description=_SIGNIFICANCE)
+    bytes_read: int = Field(description="bytes read")
+    seconds: Seconds = Field(description="seconds it took")
+
+
+class ScoreEntry(_Part):
+    """A method at a horizon."""
+
+    method: str = Field(description="name of the method")
+    horizon: int = Field(description="steps ahead")
+    ratio: Figure = Field(description="back-test ratio b, on the clipped step")
+    ratio_as_written: Figure = Field(description="the same for the step as the method writes it by default")
+
+
+class BestEntry(_Part):
+    """The method and horizon with the smallest ratio."""
+
+    method: str = Field(description="name of the method")
+    horizon: int = Field(description="steps ahead")
+    ratio: Figure = Field(description="back-test ratio b")
+
+
+class DecisionEntry(_Part):
+    """The verdict on one horizon."""
+
+    horizon: int = Field(description="steps ahead")
+    method: str = Field(description="the method that was asked for, or chosen")
+    verdict: Verdict = Field(description="`forecast`, `abstain` or `untestable`")
+    ratio: Figure = Field(description="its back-test ratio b")
+    recent_coherence: Figure = Field(description="coherence of the recent half of the history")
+    reason: str = Field(description="why")
+
+
+class BacktestAnswer(Answer):
+    """`farcast backtest --json`."""
+
+    origin_step: int = Field(description="step of the last snapshot")
+    coherence: Figure = Field(description=_COHERENCE)
+    significance: Figure = Field(description=_SIGNIFICANCE)
+    clock: Clock = Field(description=_CLOCK)
+    scores: tuple[ScoreEntry, ...] = Field(description="one entry per method and horizon that the history can test")
+    best: BestEntry | None = Field(description="the score with the smallest b; `null` where nothing could be tested")
+    verdict: Verdict | dict[str, Verdict] = Field(
+        description="`forecast`, `abstain` or `untestable`; an object from horizon to verdict where there are several horizons"
+    )
+    decisions: tuple[DecisionEntry, ...] = Field(description="one entry per horizon")
+
+
+# --- predict and leap ------------------------------------------------------------------------------------------------
+
+
+class TrialEntry(_Part):
+    """A run of the evaluation command within `leap`."""
+
+    strength: AsGiven = Field(description="how far ahead the weights were, in stretches; below 0 it is behind")
+    value: Figure = Field(description="the number that the command printed last")
+    seconds: Seconds = Field(description="seconds that the command took")
+
+
+class EvaluationEntry(_Part):
+    """A run of the evaluation command within `predict`."""
+
+    strength: AsGiven = Field(description="factor on the step; 0 is the origin itself")
+    value: Figure = Field(description="the number that the command printed last")
+    seconds: Seconds = Field(description="seconds that the command took")
+    log: Place | None = Field(description="the file with its output")
+
+
+class Forecast(_Part):
+    """One horizon's forecast."""
+
+    path: Place | None = Field(description="where the forecast is; `null` where none was written")
+    origin_step: int = Field(description="step of the last snapshot that the forecast saw")
+    valid_step: int = Field(description="step that the forecast is for: origin step + horizon")
+    horizon: int = Field(description="steps from the origin to the forecast")
+    method: str = Field(description="name of the method")
+    ratio: Figure = Field(description="back-test ratio b; `null` where it cannot be had")
+    expected_ratio: Figure = Field(description="the same back-test of the step as it is written, not clipped")
+    coherence: Figure = Field(description=_COHERENCE)
+    recent_coherence: Figure = Field(description=_RECENT)
+    clock: Clock = Field(description=_CLOCK)
+    pace_ahead: Figure = Field(description=_PACE_AHEAD)
+    length_factor: Figure = Field(description=_LENGTH_FACTOR)
+    significance: Figure = Field(description=_SIGNIFICANCE)
+    verdict: Verdict = Field(description="`forecast`, `abstain` or `untestable`")
+    reason: str = Field(description="the verdict's reason, for people")
+    chosen: tuple[str, ...] = Field(
+        description="what was chosen for you (horizon, method) and why, in words; empty where nothing was"
+    )
+    num_forecast: int = Field(description="tensors that were forecast")
+    num_copied: int = Field(description="tensors that were copied from the origin")
+    unchanged_share: float | None = Field(description=_UNCHANGED)
+    bytes_read: int = Field(description="bytes read from the snapshots")
+    bytes_written: int = Field(description="bytes written, for this horizon")
+    seconds: Seconds = Field(description="seconds the pass took")
+    changes: tuple[str, ...] = Field(description="what was rewritten for resuming, as `where: old -> new`")
+    notes: tuple[str, ...] = Field(description="what could not be moved on exactly, and what was left out")
+    evaluations: tuple[EvaluationEntry, ...] = Field(
+        default=(), description="with `--eval-cmd`: one entry per trial; absent without"
+    )
+
+
+class PredictAnswer(Forecast, Answer):
+    """`farcast predict --json` for one horizon."""
+
+    dry_run: bool = Field(default=False, description=_DRY_RUN)
+
+
+class PredictManyAnswer(Answer):
+    """`farcast predict --json` for several horizons."""
+
+    forecasts: tuple[Forecast, ...] = Field(description="one entry per horizon")
+    dry_run: bool = Field(default=False, description=_DRY_RUN)
+
+
+class LeapAnswer(Answer):
+    """`farcast leap --json`."""
+
+    path: Place | None = Field(description="the checkpoint to resume from; `null` where there is no leap")
+    origin: Place = Field(description="the newest snapshot; go on from it where there is no leap")
+    origin_step: int = Field(description="step of the newest snapshot, from which the leap begins")
+    horizon: int = Field(description="steps that the leap is worth at the run's own pace: gain times `every`; 0 without a leap")
+    verdict: Verdict = Field(description="`forecast` or `abstain`")
+    reason: str = Field(description="the verdict's reason, for people")
+    gain: Figure = Field(description="stretches that a leap goes ahead, after this call")
+    share: Figure = Field(
+        description="of the move that the memory foretold, what the last stretches made; `null` where nothing was foretold yet"
+    )
+    cosine: Figure = Field(
+        description="between the last stretch's move and the one that was foretold; `null` where nothing was"
+    )
+    loss_signal: Figure = Field(
+        description="with `--eval-cmd`: of the loss's usual change from call to call, what a stretch more would lower it by,"
+        " from -1 to 1; `null` where it is not known yet"
+    )
+    stretches: int = Field(description="stretches that are remembered")
+    clock: Clock = Field(description="what the lengths of stretches are measured in: `rate` or `steps`")
+    every: int = Field(description="steps until the next leap, as it was reckoned with")
+    again: bool = Field(description="`true` where no training has happened since the last call: its answer, said again")
+    unchanged_share: Figure | None = Field(description="share of the values that equal the origin's after rounding")
+    changes: tuple[str, ...] = Field(description="what was rewritten for resuming, as `where: old -> new`")
+    notes: tuple[str, ...] = Field(description="what a person should know, such as a memory that starts again, and why")
+    evaluations: tuple[TrialEntry, ...] = Field(description="with `--eval-cmd`: one entry per run of the command")
+    dry_run: bool = Field(default=False, description=_DRY_RUN)
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+class TensorRatio(_Part):
+    """One tensor against the truth."""
+
+    name: str = Field(description="tensor name")
+    num_elements: int = Field(description="values in it")
+    ratio: Figure | None = Field(description="its ratio; `null` where it did not move")
+
+
+class VerifyAnswer(Answer):
+    """`farcast verify --json`: a forecast against the truth."""
+
+    ratio: Figure | None = Field(
+        description="error of the forecast against that of the reference: 0 perfect, 1 no better; `null` where nothing moved"
+    )
+    mean_absolute_error: Figure = Field(description="of the forecast, over all compared values")
+    reference: Place = Field(description="the checkpoint that the forecast was compared with")
+    forecast_step: Step = Field(description="step of the forecast; `null` where nothing tells it")
+    truth_step: Step = Field(description="step of the run's own snapshot; `null` where nothing tells it")
+    clock: Clock = Field(description="what `trained` is measured in: `rate`, learning rate summed over the steps, or `steps`")
+    trained: Figure | None = Field(
+        description="how much of the forecast's stretch the truth was trained on; 1 where both are of one step, `null` where a"
+        " step is unknown"
+    )
+    per_tensor: tuple[TensorRatio, ...] = Field(description="one entry per tensor")
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+
+class TuneAnswer(Answer):
+    """`farcast tune --json`."""
+
+    path: Place | None = Field(description="what was written; `null` where the gate was against it")
+    layers: tuple[str, ...] = Field(description="the layers that were tuned")
+    method: str = Field(description="name of the method, or `apply`")
+    verdict: Literal["tuned", "no significant gain", "applied"] = Field(
+        description="`tuned`, `no significant gain`, or `applied`"
+    )
+    held_out_before: Figure | None = Field(description="mean loss of the held-out rows, before; `null` with `--apply`")
+    held_out_after: Figure | None = Field(description="the same, after")
+    z: Figure | None = Field(description="standard errors that the gain on them is from 0")
+    tuned_before: Figure | None = Field(description="mean loss of the rows tuned on, before")
+    tuned_after: Figure | None = Field(description="the same, after")
+    num_rows: tuple[int, int, int] = Field(description="rows tuned on, rows that stop it early, rows held out")
+    iterations: int = Field(description="after how many the early-stopping rows were best")
+    relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change against the layer's own")
+    passes: int = Field(description="over the weights, while tuning")
+    bytes_read: int = Field(description="bytes of weights read: to tune, to write, to check")
+    bytes_written: int = Field(description="bytes written")
+    seconds: Seconds = Field(description="seconds it took")
+    notes: tuple[str, ...] = Field(description="what is odd, such as rows that repeat, or a cache that did not pay")
+
+
+# --- sidecars --------------------------------------------------------------------------------------------------------
+
+
+class FileEntry(_Part):
+    """A file of an output."""
+
+    name: str = Field(description="its path within the output; the output's own name where that is one file")
+    bytes: int = Field(description="its size")
+    fingerprint: str = Field(description="SHA-256 of its start, middle and end, 32 digits; empty for an empty folder")
+
+
+class InputEntry(_Part):
+    """A snapshot that a forecast is made of."""
+
+    path: str = Field(description="the file or folder, relative to the sidecar's output")
+    step: int = Field(description="its step")
+    bytes: int = Field(description="size of all its files")
+    digest: str = Field(description="of its tensors' names, shapes, types and places")
+    mean_weight: Rounded = Field(description="its mean coefficient in the forecast, over all values")
+
+
+class FittedOn(_Part):
+    """What the method learned from."""
+
+    snapshots: int = Field(description="snapshots that `fit` read")
+    first_step: int = Field(description="step of the first")
+    last_step: int = Field(description="step of the last")
+    samples_per_tensor: int | None = Field(description="values read of each tensor at most; `null` with `--full`")
+
+
+class LeaptOn(_Part):
+    """What a leap learned from."""
+
+    stretches: int = Field(description="of a leap: stretches that are remembered, in place of the keys above")
+
+
+class ForecastOptions(_Part):
+    """The options of a forecast."""
+
+    step_norm: str | None = Field(description="`--step-norm`; `null` for the method's own")
+    scale: float = Field(description="`--scale`")
+    scope: str = Field(description="`--scope`")
+    grad_weight: float = Field(description="`--grad-weight`")
+    optimizer: str = Field(description="`--optimizer`")
+    counters: str = Field(description="`--counters`")
+    dtype: str = Field(description="`--dtype`")
+    layout: str = Field(description="`--layout`")
+
+
+class ResumeEntry(_Part):
+    """What was moved on."""
+
+    changes: tuple[str, ...] = Field(description="what was rewritten for resuming, as `where: old -> new`")
+    notes: tuple[str, ...] = Field(description="what could not be moved on exactly, and what was left out")
+
+
+class MomentumEntry(_Part):
+    """The memory that a leap is made by."""
+
+    gain: Figure = Field(description="stretches that the leap goes ahead")
+    share: Figure = Field(description="of the move that the memory foretold, what the last stretches made")
+    stretches: int = Field(description="stretches that are remembered")
+
+
+class ForecastSidecar(Answer):
+    """The sidecar of what `predict` or `leap` wrote."""
+
+    name: str = Field(description="the output's name")
+    farcast_version: str = Field(description="version of farcast that wrote it")
+    origin_step: int = Field(description="step of the last snapshot that the forecast saw")
+    valid_step: int = Field(description="step that the forecast is for: origin step + horizon")
+    horizon: int = Field(description="steps from the origin to the forecast")
+    purpose: str = Field(serialization_alias="for", description="`resume` or `evaluation`")
+    method: str = Field(description="name of the method; `momentum` for a leap")
+    options: ForecastOptions = Field(description="what the command was asked for")
+    clock: Clock = Field(description=_CLOCK)
+    pace_ahead: Rounded = Field(description=_PACE_AHEAD)
+    length_factor: Rounded = Field(description=_LENGTH_FACTOR)
+    verdict: Verdict = Field(description="`forecast`; another with `--even-if-worse`")
+    ratio: Rounded = Field(description="back-test ratio b; `null` where it cannot be had")
+    expected_ratio: Rounded = Field(description="the same back-test of the step as it is written, not clipped")
+    coherence: Rounded = Field(description=_COHERENCE)
+    recent_coherence: Rounded = Field(description=_RECENT)
+    significance: Rounded = Field(description=_SIGNIFICANCE)
+    origin: str = Field(description="the snapshot that the forecast begins at, relative to the output's folder")
+    inputs: tuple[InputEntry, ...] = Field(description="the snapshots that the forecast is made of")
+    fitted_on: FittedOn | LeaptOn = Field(description="what the method learned from")
+    copied: tuple[CopiedEntry, ...] = Field(description="tensors that were copied")
+    resume: ResumeEntry = Field(description="what was done for resuming")
+    evaluations: tuple[EvaluationEntry, ...] = Field(
+        default=(), description="with `--eval-cmd`: one entry per trial; absent without"
+    )
+    momentum: MomentumEntry | None = Field(
+        default=None, description="of a leap: the memory that it was made by; absent otherwise"
+    )
+    files: tuple[FileEntry, ...] = Field(description="every file of the output")
+
+
+class CheckpointFile(_Part):
+    """The checkpoint that was tuned."""
+
+    path: str = Field(description="the file or folder, relative to the output's folder")
+    bytes: int = Field(description="size of all its files")
+    digest: str = Field(description="of its tensors' names, shapes, types and places")
+
+
+class RowsFile(_Part):
+    """The file of labelled rows."""
+
+    path: str = Field(description="the file, relative to the output's folder")
+    bytes: int = Field(description="its size")
+
+
+class HeldOut(_Part):
+    """The rows that judge."""
+
+    before: Figure = Field(description="their mean loss, before")
+    after: Figure = Field(description="the same, after")
+    z: Figure = Field(description="standard errors that the gain is from 0")
+    rows: int = Field(description="how many they are, each distinct one counted once")
+
+
+class TunedOn(_Part):
+    """The rows that a layer is tuned on."""
+
+    before: Figure = Field(description="their mean loss, before")
+    after: Figure = Field(description="the same, after")
+    rows: int = Field(description="how many they are")
+
+
+class TuneOptions(_Part):
+    """The options of a tuning."""
+
+    loss: str = Field(description="`--loss`")
+    activation: tuple[str, ...] = Field(description="`--activation`")
+    bias: tuple[str, ...] = Field(description="`--bias`")
+    head: str | None = Field(description="`--head`")
+    head_bias: str | None = Field(description="`--head-bias`")
+    anchor: str | None = Field(description="`--anchor`, relative to the output's folder")
+    rate: Figure | None = Field(description="`--rate`; `null` where it was found from the curvature")
+    momentum: Figure = Field(description="`--momentum`")
+    weight_decay: Figure = Field(description="`--weight-decay`")
+    ridge: Figure = Field(description="`--ridge`")
+    holdout: Figure = Field(description="`--holdout`")
+    subsample: int | None = Field(description="`--subsample`")
+
+
+class TuneSidecar(Answer):
+    """The sidecar of what `tune` wrote; without `files`, it is in the metadata of a delta file."""
+
+    command: Literal["tune"] = Field(description="always `tune`")
+    name: str = Field(description="the output's name")
+    farcast_version: str = Field(description="version of farcast that wrote it")
+    layers: tuple[str, ...] = Field(description="the layers that were tuned")
+    method: str = Field(description="name of the method, or `apply`")
+    input: CheckpointFile = Field(description="the checkpoint that was tuned")
+    held_out: HeldOut | None = Field(default=None, description="the rows that judge; absent with `--apply`")
+    gate: Figure | None = Field(default=None, description="`--gate`; absent with `--apply`")
+    tuned: TunedOn | None = Field(default=None, description="the rows tuned on; absent with `--apply`")
+    iterations: int | None = Field(
+        default=None, description="after how many the early-stopping rows were best; absent with `--apply`"
+    )
+    relative_change: tuple[Figure, ...] = Field(
+        default=(), description="norm of each layer's change against the layer's own; absent with `--apply`"
+    )
+    round: str = Field(description="`--round`")
+    seed: int = Field(description="`--seed`")
+    notes: tuple[str, ...] = Field(description="what is odd, such as rows that repeat, or a cache that did not pay")
+    data: RowsFile | None = Field(default=None, description="the file of labelled rows; absent with `--apply`")
+    options: TuneOptions | None = Field(default=None, description="what the command was asked for; absent with `--apply`")
+    delta: str | None = Field(
+        default=None, description="with `--apply`: the delta file, relative to the output's folder; else absent"
+    )
+    files: tuple[FileEntry, ...] = Field(default=(), description="every file of the output")
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
+
+ANSWERS: dict[str, tuple[type[Answer], ...]] = {
+    "inspect": (InspectAnswer,),
+    "fit": (FitAnswer,),
+    "backtest": (BacktestAnswer,),
+    "predict": (PredictAnswer, PredictManyAnswer),
+    "verify": (VerifyAnswer,),
+    "leap": (LeapAnswer,),
+    "tune": (TuneAnswer,),
+    "sidecar": (ForecastSidecar, TuneSidecar),
+}
+"""The forms of each answer, by the command; `sidecar` is the file."""
+
+
+class _Plain(GenerateJsonSchema):
+    """A schema without titles that only repeat the keys."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
+
+
+def schema(command: str) -> dict[str, Any]:
+    """The JSON schema of an answer, by a name of `ANSWERS`."""
+    first, *others = ANSWERS[command]
+    forms: Any = first
+    for other in others:
+        forms |= other
+    content = TypeAdapter(forms).json_schema(mode="serialization", schema_generator=_Plain)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **content}
