@@ -22,7 +22,7 @@ from farcast_cli.errors import SnapshotError, UsageError, shell_word
 from farcast_cli.evaluation import Judge, Trial
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
-from farcast_cli.forecast.momentum import Momentum, Remembered, remember, steered
+from farcast_cli.forecast.momentum import AGREES, Momentum, Remembered, remember, steered
 from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable, relative
@@ -89,7 +89,6 @@ LEFT_TO_SETTLE = 0.5  # of what is left of a run whose counters advance
 UNJUDGED = 1.0  # the largest gain while the loss has not been seen to change
 FIRST_CALLS = 3  # stretches, up to which the notes for a beginner are said
 WORTH = 0.1  # the smallest gain that is worth a restart
-AGREES = 0.05  # the share below which weights only diffuse, or training takes leaps back; a loss knows better
 RISING = 1.01  # times the rate before
 ADVISED = 50  # leaps in a run, and so a stretch of 2 % of it
 """Measured: 20 leaps gain less (docs/results.md)."""
@@ -374,8 +373,9 @@ class _Call:
             return momentum
         if math.isnan(signal):
             limit = limit if self._request.evaluator is None else min(limit, UNJUDGED)
-            return steered(momentum, momentum.share, limit=limit)
-        return steered(momentum, signal + self._losses.trust * momentum.share, limit=min(limit, self._losses.limit))
+            share = min(momentum.share, 0.0) if self._is_worse_ahead else momentum.share
+            return steered(momentum, share, limit=limit)
+        return steered(momentum, self._losses.signal(signal, momentum.share), limit=min(limit, self._losses.limit))
 
     def _decide(self, momentum: Momentum, signal: float) -> tuple[float, str]:
         """The gain to leap by, 0 for none; and why."""
@@ -386,6 +386,8 @@ class _Call:
             return (max(gain, WORTH) if self._ask.gain is None else gain), "asked for"
         left, _ = self._steps_left() or (math.inf, math.inf)
         share = f"share {momentum.share:.2g}"
+        against = self._losses.objection(signal, momentum.share)
+        is_bent = not math.isnan(signal) and self._losses.limit <= min(momentum.gain, self._ask.limit)
         objections = (
             (math.isnan(momentum.share), "one stretch is remembered, and a leap needs two that agree"),
             (not self._ahead, "the learning rate is 0: no training is left to leap over"),
@@ -396,20 +398,26 @@ class _Call:
                 self._is_near_end,
                 f"{left} steps are left, and the last {LEFT_TO_TRAIN:.0%} of a run are for training",
             ),
+            (bool(against), against),
             (
                 math.isnan(signal) and momentum.share < AGREES,
                 f"{share}: the last stretches made too little of the move that the memory foretold, needed {AGREES}",
             ),
             (
-                gain < WORTH and self._losses.limit <= gain,
+                self._ask.limit < WORTH,
+                f"the largest gain is {self._ask.limit:g}, and under {WORTH} a leap is not worth a restart",
+            ),
+            (
+                gain < WORTH and is_bent,
                 f"gain {gain:.2g}: a longer leap would lift the loss by more than it usually changes",
             ),
+            (gain < WORTH and not math.isnan(signal), f"gain {gain:.2g}: the loss spoke against the last leaps, {share}"),
             (gain < WORTH, f"gain {gain:.2g}: training took back the last leaps, {share}"),
         )
         objection = next((text for holds, text in objections if holds), None)
         if self._request.counters == "advance":  # a leap over the end could not settle
             gain = min(gain, LEFT_TO_SETTLE * left / self._every)
-        held = ", held back by the curvature of the loss" if self._ask.limit > self._losses.limit <= momentum.gain else ""
+        held = ", held back by the curvature of the loss" if is_bent else ""
         return (0.0, objection) if objection else (gain, f"gain {gain:.2g}{held}, {share}")
 
     def _alone(self) -> str:

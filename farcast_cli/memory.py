@@ -89,7 +89,7 @@ class Record(BaseModel):
     falls: _Square = 0.0
     falls_weight: _Share = 0.0
     told: float = Field(0.0, ge=-1, le=1)
-    told_square: _Share = 0.0
+    told_size: _Share = 0.0
     bend: float = Field(0.0, ge=-(LARGEST**2), le=LARGEST**2)
     bend_weight: _Share = 0.0
     reason: str = ""

@@ -40,7 +40,7 @@ def test_the_signal_is_the_slope_over_the_usual_change_of_the_loss_whatever_the_
     origins = [0.0, 1.0, 2.5, 3.0]
     for curvature in (0.0, 0.3):
         losses, said = told_by(bowl(curvature), origins)
-        levels = [10 - x + curvature * ((x - 4) ** 2 + PROBE**2) / 2 for x in origins]
+        levels = [bowl(curvature)(x) for x in origins]
         changes = [(after - before) ** 2 for before, after in itertools.pairwise(levels)]
         assert math.isnan(said[0])
         assert losses.usual == pytest.approx(math.sqrt(mean(changes)))
@@ -88,3 +88,24 @@ def test_losses_as_large_as_numbers_can_be_stay_within_arithmetic() -> None:
         assert losses.limit >= 0
         assert abs(losses.bend) <= 16 * LARGEST
         assert 0 <= losses.trust <= 1
+
+
+def test_a_loss_that_speaks_against_a_leap_at_once_all_along_or_with_the_share_does_not_allow_it() -> None:
+    losses, _ = told_by(lambda x: -x, [0.0, 2.0, 4.0])
+    assert losses.objection(-0.4, 0.5) == ""
+    assert losses.objection(math.nan, -1.0) == ""
+    assert "much higher ahead" in losses.objection(-0.5, 0.5)
+    assert "share -0.1" in losses.objection(-0.01, -0.1)
+    assert losses.objection(0.01, -0.1) == ""
+    shrinking, said = told_by(lambda x: 0.1**x, [0.0, 1.0, 2.0, 3.0])
+    growing, _ = told_by(lambda x: 10.0**x, [0.0, -1.0, -2.0, -3.0])
+    assert shrinking.objection(said[-1], 0.5) == ""
+    assert growing.trust == 0.0, "always against, though less and less"
+    assert "at every call of late" in growing.objection(-0.01, 0.5)
+
+
+def test_a_loss_that_speaks_against_a_leap_takes_the_share_with_it() -> None:
+    losses, _ = told_by(lambda x: -x, [0.0, 2.0, 4.0])
+    assert losses.signal(0.5, 0.4) == pytest.approx(0.9)
+    assert losses.signal(-0.25, 0.4) == pytest.approx(-0.25 + 0.75 * 0.4)
+    assert losses.signal(-1.0, 1.0) == -1.0

@@ -39,6 +39,7 @@ SMOOTHED = 0.7  # a: a share of one stretch is mostly noise
 SPEED = 0.75  # twice as fast is no better with a loss, and worse without
 LEAST = 0.05  # the smallest gain, from which it can rise again
 FIRST = 0.5  # g_0
+AGREES = 0.05  # the share below which weights only diffuse, or training takes leaps back; a loss knows better
 FULL_MEMORY = 3  # stretches, before which the memory is one direction and its noise
 
 
