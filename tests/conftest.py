@@ -41,6 +41,10 @@ TIME_CONSTANT = 600.0  # steps; slow against the run, so that its second half st
 NOISE = 1e-3  # of a weight, per snapshot
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the tables of tests/golden anew")
+
+
 def weights_at(
     step: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, torch.Tensor]:
