@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## forecast a real run and compare the forecast with the run's own later snapshot
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest
+test: setup ## run the tests, a file at a time on each core
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: lint types docs test ## everything that CI checks
 

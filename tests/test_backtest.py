@@ -363,6 +363,13 @@ def test_a_random_walk_passes_no_gate_however_short_the_horizon(name: str, horiz
         assert decide(METHODS[name], task, "resume").verdict == "abstain"
 
 
+@pytest.mark.full_training
+@pytest.mark.parametrize("horizon", [1, 100])
+def test_a_random_walk_passes_no_gate_by_lfd2_trained_in_full_either(horizon: int) -> None:
+    task = _random_walk(range(100, 1300, 100), horizon, seed=0)
+    assert [decide(METHODS["lfd2"], task, purpose).verdict for purpose in ("evaluation", "resume")] == ["abstain", "abstain"]
+
+
 @pytest.mark.parametrize("lead", [0.02, 0.1, 0.25, 0.5, 1.0, 1.4])
 @pytest.mark.parametrize("num_snapshots", [8, 20, 40])
 @pytest.mark.parametrize("seed", range(5))

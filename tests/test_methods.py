@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float64]
 
+pytestmark = pytest.mark.full_training
+
 STEPS = tuple(range(100, 1000, 100))
 UNEVEN = (0, 10, 200, 350, 360, 500, 800, 900, 1000)
 SIZES = {"a": 40, "b": 5, "c": 120}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 from functools import cache
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 import farcast_cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 PACKAGE = Path(farcast_cli.__file__).parent
 MAX_LINES = 600
@@ -162,34 +164,43 @@ def imports_of(module: str) -> set[str]:
     return {name for name in found if name is not None}
 
 
+def wrong(check: Callable[[str], object], modules: Iterable[str] = MODULES) -> dict[str, object]:
+    """What a check finds, by module: every module that fails is named. A check that finds nothing returns what is empty."""
+    return {module: found for module in modules if (found := check(module))}
+
+
 def test_every_module_has_a_place_in_the_order() -> None:
     assert sorted(ORDER) == MODULES
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_modules_before_it(module: str) -> None:
-    allowed = set(ORDER[: ORDER.index(module)])
-    assert imports_of(module) - allowed == set()
+def test_a_module_imports_only_modules_before_it() -> None:
+    assert wrong(lambda module: imports_of(module) - set(ORDER[: ORDER.index(module)])) == {}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_within_the_package_are_spelled_out(module: str) -> None:
+def lines_of_unclear_imports(module: str) -> list[int]:
     froms = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.ImportFrom)]
-    assert [node.lineno for node in froms if node.level] == []
-    assert [node.lineno for node in froms if any(alias.name == "*" for alias in node.names)] == []
+    return [node.lineno for node in froms if node.level or any(alias.name == "*" for alias in node.names)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_and_its_public_classes_say_what_they_are(module: str) -> None:
+def test_imports_within_the_package_are_spelled_out() -> None:
+    assert wrong(lines_of_unclear_imports) == {}
+
+
+def undocumented(module: str) -> list[str]:
+    """The module itself, or its public classes."""
     tree = tree_of(module)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    assert ast.get_docstring(tree)
-    assert [node.name for node in classes if not ast.get_docstring(node)] == []
+    nothing = [] if ast.get_docstring(tree) else ["the module"]
+    return nothing + [node.name for node in classes if not ast.get_docstring(node)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_is_one_noun_long(module: str) -> None:
-    assert len(source_of(module).splitlines()) <= MAX_LINES
+def test_a_module_and_its_public_classes_say_what_they_are() -> None:
+    assert wrong(undocumented) == {}
+
+
+def test_a_module_is_one_noun_long() -> None:
+    lengths = {module: len(source_of(module).splitlines()) for module in MODULES}
+    assert {module: length for module, length in lengths.items() if length > MAX_LINES} == {}
 
 
 def lines_that_print(module: str) -> list[str]:
@@ -208,13 +219,13 @@ def lines_that_print(module: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module not in {"render", "cli", "streams", "__main__"}])
-def test_no_module_but_render_prints(module: str) -> None:
-    assert lines_that_print(module) == []
-    assert "rich" not in {name.split(".")[0] for name in top_level_names(module)}
+def test_no_module_but_render_prints() -> None:
+    others = [module for module in MODULES if module not in {"render", "cli", "streams", "__main__"}]
+    assert wrong(lines_that_print, others) == {}
+    assert wrong(lambda module: packages_of(module) & {"rich"}, others) == {}
 
 
-def top_level_names(module: str) -> set[str]:
+def packages_of(module: str) -> set[str]:
     """The names of all packages that a module imports from anywhere."""
     names = set()
     for node in ast.walk(tree_of(module)):
@@ -222,7 +233,7 @@ def top_level_names(module: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
-    return names
+    return {name.split(".")[0] for name in names}
 
 
 def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_was_interrupted() -> None:
@@ -231,8 +242,15 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-@pytest.mark.parametrize("module", ["steps", "trajectory", *(m for m in MODULES if m.startswith(("formats.", "layouts.")))])
-def test_what_inspect_needs_imports_torch_nowhere_at_its_top(module: str) -> None:
+HEAVY = {"torch", "numpy", "transformers", "huggingface_hub"}
+
+
+def heavy_imports_at_its_top(module: str) -> set[str]:
     top = [node for node in tree_of(module).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {name for node in top for name in ([alias.name for alias in node.names] + [getattr(node, "module", None) or ""])}
-    assert not {name for name in names if name.split(".")[0] in {"torch", "numpy", "transformers", "huggingface_hub"}}
+    return {name for name in names if name.split(".")[0] in HEAVY}
+
+
+def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
+    needed = ["steps", "trajectory", *(module for module in MODULES if module.startswith(("formats.", "layouts.")))]
+    assert wrong(heavy_imports_at_its_top, needed) == {}
