@@ -28,6 +28,7 @@ from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import unchanged
+from farcast_cli.layouts.run_end import find_run_end
 from farcast_cli.ledger import check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.memory import (
     Memory,
@@ -67,7 +68,6 @@ from farcast_cli.stream import Resources
 from farcast_cli.tensors import is_batch_norm_statistic
 from farcast_cli.trainer.rates import rate_at, read_pace
 from farcast_cli.trainer.resume import HISTORY
-from farcast_cli.trainer.run_end import find_run_end
 from farcast_cli.trajectory import Trajectory, discover
 
 if TYPE_CHECKING:

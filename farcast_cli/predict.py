@@ -22,6 +22,8 @@ from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.job import Outcome, Prepared, Request
 from farcast_cli.layouts.base import find_step_in_name, unchanged
+from farcast_cli.layouts.lightning_loops import whole_epochs
+from farcast_cli.layouts.run_end import find_run_end
 from farcast_cli.ledger import check_ledger, recorded
 from farcast_cli.output.batch import Source
 from farcast_cli.output.convert import settle
@@ -45,9 +47,7 @@ from farcast_cli.publish import (
     write_candidate,
 )
 from farcast_cli.stream import Resources
-from farcast_cli.trainer.lightning_loops import whole_epochs
 from farcast_cli.trainer.resume import HISTORY
-from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.layouts.lightning_loops import epoch_after
+from farcast_cli.layouts.run_end import find_run_end
 from farcast_cli.ledger import Leap
 from farcast_cli.output.convert import plan_converted
 from farcast_cli.output.engine import total_bytes, write_forecasts
 from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
 from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
 from farcast_cli.output.writer import refuse_existing
-from farcast_cli.trainer.lightning_loops import epoch_after
 from farcast_cli.trainer.resume import Advanced, advance, advance_batch_counts, told_as_damage
-from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

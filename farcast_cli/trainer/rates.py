@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FarcastError
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.json_text import UnreadList, parse_json
+from farcast_cli.layouts.transformers_rates import named_formula
 from farcast_cli.pace import Pace
 from farcast_cli.trainer.counters import is_steady, schedule_count_at
 from farcast_cli.trainer.schedules import counter_path, find_formula, rates_ahead, schedule_name
 from farcast_cli.trainer.state_files import as_numbers, leaf, load_histories, param_groups, scheduler_paths
-from farcast_cli.trainer.transformers_rates import named_formula
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -19,8 +19,9 @@ from farcast_cli.errors import FileFormatError
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
+from farcast_cli.layouts.lightning_loops import Leap, is_lightning, leap_notes, move_loops, plan_leap
+from farcast_cli.layouts.transformers_rates import named_formula
 from farcast_cli.trainer.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
-from farcast_cli.trainer.lightning_loops import Leap, is_lightning, leap_notes, move_loops, plan_leap
 from farcast_cli.trainer.schedules import advance_scheduler, counter_path, is_scheduler_state
 from farcast_cli.trainer.state_files import (
     STATE_ROLES,
@@ -33,7 +34,6 @@ from farcast_cli.trainer.state_files import (
     param_groups,
     scheduler_paths,
 )
-from farcast_cli.trainer.transformers_rates import named_formula
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

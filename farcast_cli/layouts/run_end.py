@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import Made
-from farcast_cli.trainer.lightning_loops import steps_to_end
+from farcast_cli.layouts.lightning_loops import steps_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
