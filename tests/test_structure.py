@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import farcast_cli
+from farcast_cli.layouts import LAYOUTS
 
 PACKAGE = Path(farcast_cli.__file__).parent
 MAX_LINES = 600
@@ -40,18 +41,18 @@ ORDER = (
     "trainer.schedules",
     "layouts.base",
     "layouts.weights_folder",
+    "layouts.run_end",
     "layouts.loose_safetensors",
     "layouts.torch_payload",
     "layouts.dcp",
     "layouts.side_files",
     "layouts.refused",
+    "layouts.hub_folder",
     "layouts.transformers_rates",
     "layouts.hf_trainer",
     "layouts.accelerate",
-    "layouts.hub_folder",
     "layouts.torch_folder",
     "layouts.lightning_loops",
-    "layouts.run_end",
     "layouts.lightning",
     "layouts.__init__",
     "closed",
@@ -234,3 +235,37 @@ def test_what_inspect_needs_imports_torch_nowhere_at_its_top(module: str) -> Non
     top = [node for node in tree_of(module).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {name for node in top for name in ([alias.name for alias in node.names] + [getattr(node, "module", None) or ""])}
     assert not {name for name in names if name.split(".")[0] in {"torch", "numpy", "transformers", "huggingface_hub"}}
+
+
+CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
+LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
+KNOWN_OUTSIDE = {"layouts.__init__", "layouts.base"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("layouts.")])
+def test_what_is_known_of_a_trainer_stays_in_its_layout(module: str) -> None:
+    assert {name for name in imports_of(module) if name.startswith("layouts.")} <= KNOWN_OUTSIDE
+    assert compared_layouts(module) == []
+
+
+def compared_layouts(module: str) -> list[str]:
+    """Comparisons of a name or a layout with that of a certain one."""
+    lines = source_of(module).splitlines()
+    found = []
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            names = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
+            if (
+                any(isinstance(side, ast.Attribute) and side.attr in {"layout", "name"} for side in sides)
+                and names & LAYOUT_NAMES
+            ):
+                found.append(lines[node.lineno - 1].strip())
+    return found
+
+
+def test_a_comparison_with_a_layouts_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'if origin.layout == "lightning" or kind.name in {"composer"} or kind.name == "dcp":\n    pass'
+    monkeypatch.setitem(globals(), "source_of", lambda _: text)
+    monkeypatch.setitem(globals(), "tree_of", lambda _: ast.parse(text))
+    assert len(compared_layouts("any")) == 2

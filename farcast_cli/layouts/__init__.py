@@ -16,11 +16,12 @@ from farcast_cli.layouts import (
     torch_folder,
     torch_payload,
 )
+from farcast_cli.layouts.base import tree_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.layouts.base import Layout
+    from farcast_cli.layouts.base import Layout, Snapshot, Trainer
 
 LAYOUTS: tuple[Layout, ...] = (
     hf_trainer.LAYOUT,
@@ -33,6 +34,18 @@ LAYOUTS: tuple[Layout, ...] = (
     lightning.LAYOUT,
     torch_payload.LAYOUT,
 )
+
+
+def named(name: str) -> Layout:
+    """The layout of a name."""
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
+def trainer_of(snapshot: Snapshot) -> Trainer:
+    """The trainer that wrote a snapshot: by its state, which may lie in a plain file too; else by its layout."""
+    trees = [tree_of(part) for part in snapshot.parts if part.role == "state"]
+    by_state = (layout.trainer for layout in LAYOUTS if any(layout.trainer.wrote(tree) for tree in trees))
+    return next(by_state, None) or named(snapshot.layout).trainer
 
 
 def recognise(path: Path) -> Layout | None:
