@@ -54,6 +54,7 @@ ORDER = (
     "layouts.torch_folder",
     "layouts.lightning_loops",
     "layouts.lightning",
+    "layouts.composer",
     "layouts.__init__",
     "closed",
     "steps",

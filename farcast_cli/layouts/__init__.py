@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from farcast_cli.formats.files import reading
 from farcast_cli.layouts import (
     accelerate,
+    composer,
     dcp,
     hf_trainer,
     hub_folder,
@@ -32,6 +33,7 @@ LAYOUTS: tuple[Layout, ...] = (
     torch_folder.LAYOUT,
     loose_safetensors.LAYOUT,
     lightning.LAYOUT,
+    composer.LAYOUT,
     torch_payload.LAYOUT,
 )
 
@@ -49,7 +51,7 @@ def trainer_of(snapshot: Snapshot) -> Trainer:
 
 
 def recognise(path: Path) -> Layout | None:
-    """The layout of what lies at `path`, judged by names (a `.ckpt` by whose it is); None if it is no checkpoint.
+    """The layout of what lies at `path`, judged by names (a `.ckpt` or `.pt` by whose it is); None if it is no checkpoint.
 
     Raises:
         FileFormatError: the system cannot say what lies there.
