@@ -27,7 +27,7 @@ from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.formats.files import local, open_input, open_read_only, portable, read_into, reading
 from farcast_cli.formats.json_text import parse_json
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
-from farcast_cli.layouts import LAYOUTS
+from farcast_cli.layouts import LAYOUTS, named
 from farcast_cli.layouts.base import find_step_in_name, read_snapshot, unchanged
 from farcast_cli.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.output.place import check_outside, open_new
@@ -396,8 +396,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
         is_there = path.exists()
     if not is_there:
         raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
-    layout = next(layout for layout in LAYOUTS if layout.name == fitted.provenance.layout)
-    snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
+    snapshot = read_snapshot(named(fitted.provenance.layout), path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
     return snapshot

@@ -27,6 +27,7 @@ from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.formats.files import portable, relative
 from farcast_cli.job import Outcome, Prepared, Request
+from farcast_cli.layouts import trainer_of
 from farcast_cli.layouts.base import unchanged
 from farcast_cli.ledger import check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.memory import (
@@ -67,7 +68,6 @@ from farcast_cli.stream import Resources
 from farcast_cli.tensors import is_batch_norm_statistic
 from farcast_cli.trainer.rates import rate_at, read_pace
 from farcast_cli.trainer.resume import HISTORY
-from farcast_cli.trainer.run_end import find_run_end
 from farcast_cli.trajectory import Trajectory, discover
 
 if TYPE_CHECKING:
@@ -439,7 +439,7 @@ class _Call:
 
     def _steps_left(self) -> tuple[int, int] | None:
         """Steps to the end of the run, and its length, where the trainer's state tells."""
-        end = find_run_end(self._origin)
+        end = trainer_of(self._origin).end(self._origin)
         return None if end is None else (end[1] - self._origin.step, end[1])
 
     def _probe(self, written: Path) -> tuple[tuple[Trial, ...], float]:

@@ -21,6 +21,7 @@ from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.job import Outcome, Prepared, Request
+from farcast_cli.layouts import trainer_of
 from farcast_cli.layouts.base import find_step_in_name, unchanged
 from farcast_cli.ledger import check_ledger, recorded
 from farcast_cli.output.batch import Source
@@ -46,9 +47,7 @@ from farcast_cli.publish import (
 )
 from farcast_cli.results import FittedOn
 from farcast_cli.stream import Resources
-from farcast_cli.trainer.lightning_loops import whole_epochs
 from farcast_cli.trainer.resume import HISTORY
-from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,7 +108,7 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
         known = find_method(request.method) if request.method not in {None, AUTO} else default
         horizon = propose_horizon(known, first, request.purpose, after_leap=after_leap, steps_left=steps_left)
         if request.purpose == "resume" and request.counters == "advance":
-            horizon = whole_epochs(state_of(reopen(fitted, _origin_index(fitted, request))), horizon)
+            horizon = _whole_epochs(reopen(fitted, _origin_index(fitted, request)), horizon)
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
         since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
@@ -118,6 +117,13 @@ def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[M
     if why:
         notes.append(f"method {method.name}: {why}")
     return method, request, tuple(notes)
+
+
+def _whole_epochs(origin: Snapshot, horizon: int) -> int:
+    """The longest horizon, no longer than this one, at which an epoch ends; unchanged where that is less than half."""
+    clock = trainer_of(origin).clock([(origin.step, state_of(origin))], origin.step + horizon)
+    ends = [end for end in clock.epoch_ends if end <= horizon] if clock else []
+    return ends[-1] if ends and 2 * ends[-1] >= horizon else horizon
 
 
 def _judged(fitted: Fitted, task: Task) -> Task:
@@ -245,7 +251,7 @@ def _steps_left(fitted: Fitted, request: Request) -> int | None:
     if request.horizons or request.purpose != "resume" or request.counters != "advance":
         return None
     origin = reopen(fitted, _origin_index(fitted, request))
-    end = find_run_end(origin)
+    end = trainer_of(origin).end(origin)
     return None if end is None else end[1] - origin.step
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,15 +11,14 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.layouts import trainer_of
 from farcast_cli.ledger import Leap
 from farcast_cli.output.convert import plan_converted
 from farcast_cli.output.engine import total_bytes, write_forecasts
 from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
 from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
 from farcast_cli.output.writer import refuse_existing
-from farcast_cli.trainer.lightning_loops import epoch_after
 from farcast_cli.trainer.resume import Advanced, advance, advance_batch_counts, told_as_damage
-from farcast_cli.trainer.run_end import find_run_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +59,7 @@ def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, t
     """
     name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
     if request.counters == "advance":
-        name = _with_epoch(name, epoch_after(state_of(origin), horizon))
+        name = trainer_of(origin).rename(name, state_of(origin), horizon)
     name = target.renamed(name, origin)
     if request.output is None:
         return DEFAULT_FOLDER / name
@@ -76,11 +74,6 @@ def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, t
             hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
         )
     return Path(request.output)
-
-
-def _with_epoch(name: str, epoch: int | None) -> str:
-    """A name that tells an epoch beside the step, as Lightning's do, with another epoch, as wide as before."""
-    return name if epoch is None else re.sub(r"\bepoch=(\d+)", lambda old: f"epoch={epoch:0{len(old[1])}}", name)
 
 
 def state_of(origin: Snapshot) -> object:
@@ -116,7 +109,7 @@ def plan_forecast(
 
 def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
     """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid, end = origin.step + horizon, find_run_end(origin)
+    valid, end = origin.step + horizon, trainer_of(origin).end(origin)
     if request.counters == "advance" and end is not None and end[1] <= valid:
         longest = end[1] - origin.step - 1
         raise UsageError(

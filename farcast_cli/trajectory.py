@@ -24,7 +24,7 @@ from farcast_cli.errors import (
     shell_word,
 )
 from farcast_cli.formats.files import file_size, read_bytes, reading
-from farcast_cli.layouts import hf_trainer, hub_folder, recognise
+from farcast_cli.layouts import named, recognise
 from farcast_cli.layouts.base import Layout, Snapshot, find_step_in_name, read_snapshot
 from farcast_cli.output.place import sidecar_of
 from farcast_cli.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
@@ -262,8 +262,8 @@ def _is_left_out(path: Path, kind: Layout, main: Layout, steps: StepRange | Step
         findings.ignore(path, "outside --steps")
     elif is_own_file(path):
         findings.ignore(path, "farcast's own file")
-    elif kind is hub_folder.LAYOUT and main is hf_trainer.LAYOUT and find_step_in_name(path.name):
-        findings.ignore(path, f"half-written: no {hf_trainer.STATE_FILE}, which the others have", is_half_written=True)
+    elif kind.name in main.trainer.half_written and find_step_in_name(path.name):
+        findings.ignore(path, f"half-written: {main.trainer.half_written[kind.name]}", is_half_written=True)
     elif kind is not main:
         findings.ignore(path, f"a {kind.name} checkpoint among {main.name} ones")
     else:
@@ -296,8 +296,7 @@ def is_output(path: Path) -> bool:
 def _main_layout(candidates: Sequence[Candidate]) -> Layout:
     """The layout of most candidates; the first in the order of the folder breaks a tie."""
     counts = Counter(layout.name for _, layout in candidates)
-    most = counts.most_common(1)[0][0]
-    return next(layout for _, layout in candidates if layout.name == most)
+    return named(counts.most_common(1)[0][0])
 
 
 def _named_within(path: Path, steps: StepRange | StepList | None) -> bool:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import farcast_cli
+from farcast_cli.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import pytest
 
 PACKAGE = Path(farcast_cli.__file__).parent
 MAX_LINES = 600
@@ -38,18 +41,24 @@ ORDER = (
     "output.hidden",
     "output.writer",
     "output.place",
+    "trainer.__init__",
+    "trainer.schedules",
     "layouts.base",
     "layouts.weights_folder",
+    "layouts.run_end",
     "layouts.loose_safetensors",
     "layouts.torch_payload",
     "layouts.dcp",
     "layouts.side_files",
     "layouts.refused",
+    "layouts.hub_folder",
+    "layouts.transformers_rates",
     "layouts.hf_trainer",
     "layouts.accelerate",
-    "layouts.hub_folder",
     "layouts.torch_folder",
+    "layouts.lightning_loops",
     "layouts.lightning",
+    "layouts.composer",
     "layouts.__init__",
     "closed",
     "steps",
@@ -59,12 +68,8 @@ ORDER = (
     "thinning",
     "pace",
     "results",
-    "trainer.__init__",
-    "trainer.transformers_rates",
-    "trainer.schedules",
     "trainer.counters",
     "trainer.state_files",
-    "trainer.lightning_loops",
     "trainer.resume",
     "trainer.rates",
     "output.plan",
@@ -87,7 +92,6 @@ ORDER = (
     "forecast.backtest",
     "forecast.choice",
     "ledger",
-    "trainer.run_end",
     "fitted",
     "output.linear",
     "output.ranges",
@@ -254,3 +258,37 @@ def heavy_imports_at_its_top(module: str) -> set[str]:
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
     needed = ["steps", "trajectory", *(module for module in MODULES if module.startswith(("formats.", "layouts.")))]
     assert wrong(heavy_imports_at_its_top, needed) == {}
+
+
+CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
+LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
+KNOWN_OUTSIDE = {"layouts.__init__", "layouts.base"}
+
+
+def test_what_is_known_of_a_trainer_stays_in_its_layout() -> None:
+    outside = [module for module in MODULES if not module.startswith("layouts.")]
+    assert wrong(lambda module: {n for n in imports_of(module) if n.startswith("layouts.")} - KNOWN_OUTSIDE, outside) == {}
+    assert wrong(compared_layouts, outside) == {}
+
+
+def compared_layouts(module: str) -> list[str]:
+    """Comparisons of a name or a layout with that of a certain one."""
+    lines = source_of(module).splitlines()
+    found = []
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            names = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
+            if (
+                any(isinstance(side, ast.Attribute) and side.attr in {"layout", "name"} for side in sides)
+                and names & LAYOUT_NAMES
+            ):
+                found.append(lines[node.lineno - 1].strip())
+    return found
+
+
+def test_a_comparison_with_a_layouts_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'if origin.layout == "lightning" or kind.name in {"composer"} or kind.name == "dcp":\n    pass'
+    monkeypatch.setitem(globals(), "source_of", lambda _: text)
+    monkeypatch.setitem(globals(), "tree_of", lambda _: ast.parse(text))
+    assert len(compared_layouts("any")) == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+_NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors take less
 
 
@@ -51,6 +53,16 @@ def below(tree: Any, keys: tuple[Any, ...]) -> Any:
     for key in keys:
         tree = tree[key]
     return tree
+
+
+def number(file: TorchFile, value: object) -> int | float | None:
+    """A number, or the one element of a tensor of the file; None for anything else."""
+    if isinstance(value, TensorRef) and value.dtype.name in _NUMBERS and all(size == 1 for size in value.shape):
+        entry = file.entry("", value)
+        found: int | float
+        (found,) = struct.unpack(_NUMBERS[value.dtype.name], read_bytes(entry.path, entry.offset, entry.num_bytes))
+        return found
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def read_torch_file(path: Path) -> TorchFile:

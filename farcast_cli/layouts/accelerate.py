@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import NoWeightsError
-from farcast_cli.layouts.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, find_weights
+from farcast_cli.layouts.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
 from farcast_cli.layouts.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
 from farcast_cli.layouts.weights_folder import Source, read_weights
 
@@ -71,4 +71,5 @@ def _evidence(path: Path, others: tuple[Part, ...]) -> tuple[Evidence, ...]:
     return by_trust(adam_steps(others), named_steps(path, glued=True)) or scheduled_steps(others) or named_steps(path)
 
 
-LAYOUT = Layout("accelerate", _recognises, _read, names_are_steps=False)
+TRAINER = Trainer(needs_optimizer="accelerate loads no checkpoint that lacks a file", loads_shards=False)
+LAYOUT = Layout("accelerate", _recognises, _read, names_are_steps=False, trainer=TRAINER)

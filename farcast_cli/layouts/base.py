@@ -9,21 +9,25 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnsafeFileError
+from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.files import Mark, file_size, mark_of, read_bytes, reading
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from farcast_cli.tensors import TensorEntry
 
+    States = Sequence[tuple[int, Any]]  # of one state file: (step, tree), the origin last
+
 DIGEST_BYTES = 4096
+METADATA_STEPS = ("step", "ss_steps", "global_step")
+"""Metadata keys of safetensors files that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
 MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
@@ -111,15 +115,89 @@ class Snapshot:
         return replace(self, step=step, step_source=source)
 
 
+class Clock(Protocol):
+    """A trainer's own counts at a later step, worked out from those at its snapshots."""
+
+    @property
+    def paths(self) -> Collection[tuple[Any, ...]]:
+        """Where in a state file's tree the clock alone counts: no rate moves what lies there."""
+
+    @property
+    def epoch_ends(self) -> Sequence[int]:
+        """The horizons, below and above, at which an epoch ends, where a trainer begins its data anew in mid-epoch."""
+
+    def move(self, tree: Any) -> Sequence[tuple[str, int, int]]:
+        """Move the counts of a tree in place; says what changed: (where, old, new)."""
+
+    def notes(self, name: str, tree: Any) -> Iterable[str]:
+        """What a person should know of the step; `name` is the state file's."""
+
+    def schedule_count(self, path: tuple[Any, ...]) -> int | None:
+        """How often the schedule at a path has been stepped by then; None where the clock does not tell."""
+
+
+def _never(_: object) -> bool:
+    return False
+
+
+def _no_clock(_: States, __: int) -> None:
+    return None
+
+
+def _same_name(name: str, _: object, __: int) -> str:
+    return name
+
+
+def _unknown(_: Snapshot) -> None:
+    return None
+
+
+def _no_log(_: Snapshot) -> list[tuple[int, float]]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What a trainer asks of a checkpoint that it resumes from. The defaults are those of a loop of one's own."""
+
+    wrote: Callable[[object], bool] = _never
+    """Whether the tree of a state file is this trainer's, whatever file it lies in."""
+    clock: Callable[[States, int], Clock | None] = _no_clock
+    """The clock of a run at a step, from its states; None where each counter moves by its own rate."""
+    rename: Callable[[str, object, int], str] = _same_name
+    """A name whose step has been moved on, with what else it tells (an epoch) at so many steps after the state's tree."""
+    end: Callable[[Snapshot], tuple[str, int] | None] = _unknown
+    """Where the end of the run is said, and the step."""
+    num_steps: Callable[[Snapshot], int | None] = _unknown
+    """How long the whole run is to be, which its learning rates follow from."""
+    formula: Callable[[Snapshot], Callable[[int], float] | None] = _unknown
+    """The learning rate that the run's arguments name, as a factor by the count of steps."""
+    logged_rates: Callable[[Snapshot], list[tuple[int, float]]] = _no_log
+    """The learning rates of the run's log by step, in order."""
+    log_lags: tuple[int, ...] = (0,)
+    """By how many steps the log's entries may lag behind the rate of the next step."""
+    needs_optimizer: str = ""
+    """Why a checkpoint without its optimiser's state cannot be loaded; "" where it can."""
+    without_optimizer: str = ""
+    """What comes of an optimiser's file that is left out."""
+    loads_shards: bool = True
+    """Whether weights in shards are loaded."""
+    has_own_files: bool = False
+    """Whether its torch files are for the trainer alone, so that a plain torch file of the weights is a conversion."""
+    half_written: Mapping[str, str] = field(default_factory=dict)
+    """The layouts that a snapshot looks like as long as it is being saved, and what it then lacks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A layout: its name, whether something on disk has it, and how to read it (headers only)."""
+    """A layout: its name, whether something on disk has it, how to read it (headers only), and its trainer."""
 
     name: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path], Snapshot]
     names_are_steps: bool = True
     """Whether a snapshot of a step always bears that step as its number, so that others need not be opened."""
+    trainer: Trainer = field(default_factory=Trainer)
 
 
 def _middle_of(entry: TensorEntry) -> bytes:
@@ -287,6 +365,22 @@ def _check_link(path: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) ->
         )
     if any(place.is_relative_to(real) for place in above):
         raise FileFormatError(f"{path}: a link that leads in a circle", hint="remove it")
+
+
+def tree_of(part: Part) -> object:
+    """The object tree of a state file; None where the part is none, or was not read."""
+    content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
+    return content.tree if isinstance(content, TorchFile) else None
+
+
+def holds_text(path: Path, text: str) -> bool:
+    """Whether the pickle of a torch file has a text in it: whose it is, before it is read."""
+    try:
+        return text.encode() in read_raw_pickle(path)
+    except (UnreadableError, UnsafeFileError):
+        raise
+    except FileFormatError:
+        return False  # not a torch file; whoever reads it says so
 
 
 WEIGHT_FILES = tuple(

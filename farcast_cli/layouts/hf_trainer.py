@@ -5,9 +5,12 @@ Source: transformers/trainer.py, `_save_checkpoint`, `_load_from_checkpoint` and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError
+from farcast_cli.formats.files import read_bytes
+from farcast_cli.formats.json_text import UnreadList, parse_json
+from farcast_cli.layouts import hub_folder
 from farcast_cli.layouts.base import (
     MAX_DIGITS,
     Evidence,
@@ -15,18 +18,22 @@ from farcast_cli.layouts.base import (
     Part,
     Role,
     Snapshot,
+    Trainer,
     files_below,
     find_weights,
     name_evidence,
 )
 from farcast_cli.layouts.refused import refuse
+from farcast_cli.layouts.transformers_rates import named_formula
 from farcast_cli.layouts.weights_folder import Source, find_adapters, read_json, read_weights, second_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 STATE_FILE = "trainer_state.json"
 _LOG = "log_history"
+MAX_LOG_BYTES = 1 << 24
 _TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
 
 
@@ -79,4 +86,43 @@ def _part(path: Path, name: str, state: dict[str, object]) -> Part:
     return Part(path, name, _TORCH_ROLES.get(name, "other"))
 
 
-LAYOUT = Layout("huggingface-trainer", _recognises, _read)
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def _state(snapshot: Snapshot) -> Mapping[str, Any]:
+    content = next((part.content for part in snapshot.parts if part.role == "trainer-state"), None)
+    return content if isinstance(content, dict) else {}
+
+
+def _num_steps(snapshot: Snapshot) -> int | None:
+    total = _state(snapshot).get("max_steps")
+    return total if isinstance(total, int) and total > 0 else None
+
+
+def _end(snapshot: Snapshot) -> tuple[str, int] | None:
+    total = _num_steps(snapshot)
+    return None if total is None else (f"{snapshot.path / STATE_FILE} says max_steps", total)
+
+
+def _formula(snapshot: Snapshot) -> Callable[[int], float] | None:
+    return named_formula(snapshot.parts, _num_steps(snapshot))
+
+
+def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
+    log = _state(snapshot).get(_LOG)
+    if isinstance(log, UnreadList):
+        log = parse_json(read_bytes(log.path, log.offset, log.num_bytes)) if log.num_bytes <= MAX_LOG_BYTES else None
+    entries = [entry for entry in log or () if isinstance(entry, dict) and {"step", "learning_rate"} <= entry.keys()]
+    return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
+
+
+TRAINER = Trainer(
+    end=_end,
+    num_steps=_num_steps,
+    formula=_formula,
+    logged_rates=_logged_rates,
+    log_lags=(1, 0),  # of transformers 5, and of those before
+    without_optimizer="a Hugging Face Trainer then restarts the learning rate as well",
+    half_written={hub_folder.LAYOUT.name: f"no {STATE_FILE}, which the others have"},
+)
+LAYOUT = Layout("huggingface-trainer", _recognises, _read, trainer=TRAINER)

@@ -8,18 +8,32 @@ Source: lightning/pytorch/trainer/connectors/checkpoint_connector.py, `dump_chec
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FileFormatError, NoWeightsError, UnreadableError, UnsafeFileError
-from farcast_cli.formats.torch_file import read_raw_pickle, read_torch_file
+from farcast_cli.errors import NoWeightsError, UnsafeFileError
+from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
-from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence, weights_of
+from farcast_cli.layouts.base import (
+    MAX_DIGITS,
+    Evidence,
+    Layout,
+    Part,
+    Snapshot,
+    Trainer,
+    holds_text,
+    name_evidence,
+    weights_of,
+)
+from farcast_cli.layouts.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
+from farcast_cli.layouts.run_end import end_by_settings
 from farcast_cli.layouts.torch_payload import adam_evidence, other_weights, payload_evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERSION_KEY = "pytorch-lightning_version"
+EPOCHS_KEY = "max_epochs"
 WEIGHTS, LIVE = ("state_dict",), ("current_model_state",)
 _AVERAGED = "an average of the weights: stays as it is for resuming; --for evaluation puts the forecast in its place"
 _RESUMED = {"loops", "optimizer_states", "lr_schedulers"}
@@ -37,13 +51,9 @@ def _recognises(path: Path) -> bool:
     if path.suffix != ".ckpt" or not path.is_file():
         return False
     try:
-        return VERSION_KEY.encode() in read_raw_pickle(path)
+        return holds_text(path, VERSION_KEY)
     except UnsafeFileError:
         return True  # to be refused where it is read
-    except UnreadableError:
-        raise
-    except FileFormatError:
-        return False  # not a torch file; whoever reads it says so
 
 
 def _read(path: Path) -> Snapshot:
@@ -80,4 +90,18 @@ def _loop_evidence(tree: dict[str, Any]) -> tuple[Evidence, ...]:
     return ()
 
 
-LAYOUT = Layout("lightning", _recognises, _read, names_are_steps=False)
+def _rename(name: str, tree: object, horizon: int) -> str:
+    """A name that tells an epoch beside the step with another epoch, as wide as before."""
+    epoch = epoch_after(tree, horizon)
+    return name if epoch is None else re.sub(r"\bepoch=(\d+)", lambda old: f"epoch={epoch:0{len(old[1])}}", name)
+
+
+TRAINER = Trainer(
+    wrote=is_lightning,
+    clock=loops_clock,
+    rename=_rename,
+    end=partial(end_by_settings, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
+    needs_optimizer="Lightning loads no checkpoint without its key",
+    has_own_files=True,
+)
+LAYOUT = Layout("lightning", _recognises, _read, names_are_steps=False, trainer=TRAINER)

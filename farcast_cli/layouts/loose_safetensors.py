@@ -6,13 +6,10 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.formats.safetensors_file import read_safetensors
-from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence
+from farcast_cli.layouts.base import MAX_DIGITS, METADATA_STEPS, Evidence, Layout, Part, Snapshot, name_evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-STEP_KEYS = ("step", "ss_steps", "global_step")
-"""Metadata keys that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
@@ -23,7 +20,7 @@ def _recognises(path: Path) -> bool:
 
 def _read(path: Path) -> Snapshot:
     file = read_safetensors(path)
-    found = ((key, file.metadata[key]) for key in STEP_KEYS if key in file.metadata)
+    found = ((key, file.metadata[key]) for key in METADATA_STEPS if key in file.metadata)
     metadata = tuple(
         Evidence("metadata", f"metadata {key}", int(text))
         for key, text in found

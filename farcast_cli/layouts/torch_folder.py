@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.layouts import torch_payload
-from farcast_cli.layouts.base import Layout, Snapshot
+from farcast_cli.layouts.base import Layout, Snapshot, Trainer
+from farcast_cli.layouts.run_end import end_by_settings
 from farcast_cli.layouts.side_files import adam_steps, beside, by_trust, counted_steps, named_steps, side_parts
 from farcast_cli.layouts.weights_folder import Weights, joined
 
@@ -73,4 +74,4 @@ def _of(source: Source, payload: Snapshot) -> tuple[Evidence, ...]:
     return tuple(item for item in payload.evidence if item.source == source)
 
 
-LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False)
+LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_by_settings))

@@ -6,14 +6,13 @@ What a hand-written training loop saves, nanoGPT's among them.
 from __future__ import annotations
 
 import math
-import struct
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import NoWeightsError
-from farcast_cli.formats.files import read_bytes
-from farcast_cli.formats.torch_file import TorchFile, read_torch_file
+from farcast_cli.formats.torch_file import TorchFile, number, read_torch_file
 from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter_tensors
-from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, name_evidence, weights_of
+from farcast_cli.layouts.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.layouts.run_end import end_by_settings
 from farcast_cli.tensors import FORECASTABLE
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
 STEP_KEYS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter", "num_steps", "steps")
 """Keys that hold a step, the first that is there. litgpt's `iter_num` counts batches, and its `step_count` steps."""
-_NUMBERS = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
 
 def _recognises(path: Path) -> bool:
@@ -117,14 +115,4 @@ def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
     return ()
 
 
-def number(file: TorchFile, value: object) -> int | float | None:
-    """A number, or the one element of a tensor of the file; None for anything else."""
-    if isinstance(value, TensorRef) and value.dtype.name in _NUMBERS and all(size == 1 for size in value.shape):
-        entry = file.entry("", value)
-        found: int | float
-        (found,) = struct.unpack(_NUMBERS[value.dtype.name], read_bytes(entry.path, entry.offset, entry.num_bytes))
-        return found
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False)
+LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_by_settings))

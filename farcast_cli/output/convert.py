@@ -21,6 +21,7 @@ from farcast_cli.formats.dcp_file import METADATA, DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, below
 from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle
+from farcast_cli.layouts import named
 from farcast_cli.output.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
 from farcast_cli.output.plan import (
     Fixed,
@@ -95,7 +96,7 @@ def settle(origin: Snapshot, asked: OutputLayout) -> Target:
         return Target("same", is_file, origin.path.suffix if is_file else "")
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
-    only = {"safetensors": with_state, "dcp": not with_state, "pt": "lightning" in held}[asked]
+    only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
     others = [part for part in origin.parts if part.role not in {"weights", "weights-index", "state", "data"}]
     kept = [part for part in others if asked != "dcp" and not is_one and (part.role == "other" or not only)]
     lost = sorted((part for part in others if part not in kept), key=lambda part: part.role == "other")
@@ -114,7 +115,7 @@ def _container(part: Part, origin: Snapshot) -> str:
         return "dcp"
     if isinstance(part.content, SafetensorsFile):
         return "safetensors"
-    return "lightning" if origin.layout == "lightning" else "pt"
+    return "pt of its own" if named(origin.layout).trainer.has_own_files else "pt"
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

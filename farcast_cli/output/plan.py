@@ -25,8 +25,8 @@ from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
 from farcast_cli.formats.torch_file import TorchFile, below
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
-from farcast_cli.layouts.base import ADAPTER_FILES, Part, Snapshot, find_step_in_name
-from farcast_cli.layouts.loose_safetensors import STEP_KEYS
+from farcast_cli.layouts import named
+from farcast_cli.layouts.base import ADAPTER_FILES, METADATA_STEPS, Part, Snapshot, find_step_in_name
 from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
 from farcast_cli.trainer.resume import Advanced, Change, StateTree, storages_of
 
@@ -248,7 +248,7 @@ def json_output(name: str, tree: Any) -> OutputFile:
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
     metadata = dict(file.metadata)
-    return metadata | {key: str(rewrite.valid_step) for key in STEP_KEYS if key in metadata}
+    return metadata | {key: str(rewrite.valid_step) for key in METADATA_STEPS if key in metadata}
 
 
 def safetensors_output(name: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> OutputFile:
@@ -428,9 +428,10 @@ def _retype(metadata: Made, items: Iterable[Item], state: StateTree, retyped: Ma
 
 
 def is_read_whole(origin: Snapshot) -> bool:
-    """Whether what loads the checkpoint knows no shards: accelerate, and PEFT's adapters."""
+    """Whether what loads the checkpoint knows no shards: its trainer, or PEFT, which loads adapters."""
     weights = [part for part in origin.parts if part.role == "weights"]
-    return origin.layout == "accelerate" or any(part.path.name in ADAPTER_FILES or part.prefix for part in weights)
+    loads_shards = named(origin.layout).trainer.loads_shards
+    return not loads_shards or any(part.path.name in ADAPTER_FILES or part.prefix for part in weights)
 
 
 def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[OutputFile]:

@@ -14,18 +14,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FarcastError
-from farcast_cli.formats.files import read_bytes
-from farcast_cli.formats.json_text import UnreadList, parse_json
+from farcast_cli.layouts import trainer_of
 from farcast_cli.pace import Pace
 from farcast_cli.trainer.counters import is_steady, schedule_count_at
 from farcast_cli.trainer.schedules import counter_path, find_formula, rates_ahead, schedule_name
 from farcast_cli.trainer.state_files import as_numbers, leaf, load_histories, param_groups, scheduler_paths
-from farcast_cli.trainer.transformers_rates import named_formula
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from farcast_cli.layouts.base import Part, Role, Snapshot
+    from farcast_cli.layouts.base import Role, Snapshot
 
     Rate = Callable[[int], float]
     Believed = tuple[int, Rate | None]
@@ -34,8 +32,6 @@ TOLERANCE = 1e-6  # relative; a rate may be kept in float32
 MAX_STEPPED = 400_000  # counts of a schedule, some two seconds
 MAX_ADDED = 512  # rates of a piece that are added up; of a longer one, as many evenly spread
 PIECES_AHEAD = 100
-MAX_LOG_BYTES = 1 << 24
-LOGGED_AT = (1, 0)  # steps by which a log's entry lags behind the rate of the next step: transformers 5, and before
 
 
 _UNREAD: tuple[frozenset[Role], ...] = (frozenset({"scheduler"}), frozenset({"scheduler", "optimizer"}))
@@ -163,7 +159,7 @@ def _without_schedule(seen: Sequence[_Seen], known: Sequence[tuple[int, float]],
     if len({rate for _, rate in known}) == 1:
         return known[0][0], partial(_always, known[0][1])
     first = max((group.get("initial_lr") or 0.0 for one in seen[-1].groups for group in one), default=0.0)
-    formula = find_formula(known, first, _total(last))
+    formula = find_formula(known, first, trainer_of(last).num_steps(last))
     return _believed(lambda step: first * formula(step), known) if formula else (known[-1][0], None)
 
 
@@ -219,20 +215,9 @@ def _lambda_rate(states: Sequence[dict[str, Any]], last: Snapshot) -> Rate | Non
         return None
     column = max(range(len(base)), key=lambda index: base[index])
     points = [(int(state["last_epoch"]), float(state["_last_lr"][column])) for state in states]
-    total = _total(last)
-    formula = find_formula(points, base[column], total, named=named_formula(last.parts, total))
+    trainer = trainer_of(last)
+    formula = find_formula(points, base[column], trainer.num_steps(last), named=trainer.formula(last))
     return (lambda count: base[column] * formula(count)) if formula else None
-
-
-def _total(last: Snapshot) -> int | None:
-    """How long the whole run is to be, where trainer_state.json says so."""
-    state = _trainer_state(last)
-    total = leaf(state.content, ("max_steps",)) if state else None
-    return total if isinstance(total, int) and total > 0 else None
-
-
-def _trainer_state(last: Snapshot) -> Part | None:
-    return next((part for part in last.parts if part.role == "trainer-state"), None)
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
@@ -240,13 +225,13 @@ def _trainer_state(last: Snapshot) -> Part | None:
 
 def _of_log(snapshots: Sequence[Snapshot], ahead: int) -> Pace:
     """Of a Trainer's checkpoints without optimiser and schedule: by the log, and the formula that the arguments name."""
-    points = _logged(snapshots[-1])
+    trainer = trainer_of(snapshots[-1])
+    points = trainer.logged_rates(snapshots[-1])
     steps = [snapshot.step for snapshot in snapshots]
     if not points:
         return Pace(why="no snapshot holds its learning rate")
-    total = _total(snapshots[-1])
-    named = named_formula(snapshots[-1].parts, total)
-    for lag in LOGGED_AT:
+    named = trainer.formula(snapshots[-1])
+    for lag in trainer.log_lags:
         since, rate = _believed(named, [(step - lag, rate) for step, rate in points]) if named else (0, None)
         if rate and since <= points[0][0]:
             return _pace([(step, rate(step)) for step in steps], (steps[0], rate), ahead)
@@ -259,16 +244,6 @@ def _of_log(snapshots: Sequence[Snapshot], ahead: int) -> Pace:
     known = [(step, _on_the_line(points, step)) for step in edges]
     formula = partial(_always, points[-1][1]) if is_constant else None
     return _pace(known, (steps[0] if is_constant else steps[-1], formula), ahead)
-
-
-def _logged(last: Snapshot) -> list[tuple[int, float]]:
-    """(step, rate) as the log has them, in order."""
-    part = _trainer_state(last)
-    log = leaf(part.content, ("log_history",)) if part else None
-    if isinstance(log, UnreadList):
-        log = parse_json(read_bytes(log.path, log.offset, log.num_bytes)) if log.num_bytes <= MAX_LOG_BYTES else None
-    entries = [entry for entry in log or () if isinstance(entry, dict) and {"step", "learning_rate"} <= entry.keys()]
-    return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
 
 
 def _on_the_line(points: Sequence[tuple[int, float]], step: int) -> float:

@@ -19,8 +19,8 @@ from farcast_cli.errors import FileFormatError
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.files import read_bytes
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
+from farcast_cli.layouts import trainer_of
 from farcast_cli.trainer.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
-from farcast_cli.trainer.lightning_loops import Leap, is_lightning, leap_notes, move_loops, plan_leap
 from farcast_cli.trainer.schedules import advance_scheduler, counter_path, is_scheduler_state
 from farcast_cli.trainer.state_files import (
     STATE_ROLES,
@@ -33,14 +33,13 @@ from farcast_cli.trainer.state_files import (
     param_groups,
     scheduler_paths,
 )
-from farcast_cli.trainer.transformers_rates import named_formula
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from fractions import Fraction
 
     from farcast_cli.formats.torch_file import TorchFile
-    from farcast_cli.layouts.base import Part, Snapshot
+    from farcast_cli.layouts.base import Clock, Part, Snapshot, Trainer
 
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
@@ -51,8 +50,6 @@ _FLOAT_COUNTERS = {"epoch", "step", "total_flos"}
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
-_NEEDS_ALL_FILES = {"accelerate"}
-"""Layouts whose trainer stops where a file is missing."""
 _OPAQUE = "bytes that its own loop alone can read, as the place in the data"
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
@@ -103,6 +100,7 @@ def advance(
         snapshots: the last few up to the origin, in order; rates are measured on them.
     """
     origin = snapshots[-1]
+    trainer = trainer_of(origin)
     histories = load_histories(snapshots[-HISTORY:])
     result = Advanced(
         {
@@ -113,15 +111,15 @@ def advance(
     )
     if counters == "advance":
         target = origin.step + horizon
-        leaps = {name: plan_leap([state[:2] for state in history.states], target) for name, history in histories.items()}
+        clocks = {name: trainer.clock([state[:2] for state in history.states], target) for name, history in histories.items()}
         for name, state in result.trees.items():
-            _advance_counters(state, histories[name], target, result, leaps[name])
-        _advance_schedules(result, histories, snapshots, target, leaps)
-    if optimizer == "drop" and origin.layout in _NEEDS_ALL_FILES:
-        result.notes.append(f"optimizer state emptied, not left out: {origin.layout} loads no checkpoint that lacks a file")
+            _advance_counters(state, histories[name], target, result, clocks[name])
+        _advance_schedules(result, histories, origin, target, clocks)
+    if optimizer == "drop" and trainer.needs_optimizer:
+        result.notes.append(f"optimizer state emptied, not left out: {trainer.needs_optimizer}")
         optimizer = "reset"
     for state in result.trees.values():
-        _treat_optimizers(state, optimizer, result)
+        _treat_optimizers(state, optimizer, result, trainer)
     result.trees = {name: state for name, state in result.trees.items() if _is_rewritten(state, histories[name])}
     return result
 
@@ -171,16 +169,20 @@ def _is_batch_count(name: str) -> bool:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-def _advance_counters(state: StateTree, history: History, target: int, result: Advanced, leap: Leap | None) -> None:
+def _advance_counters(state: StateTree, history: History, target: int, result: Advanced, clock: Clock | None) -> None:
     if state.part.role == "state" and not state.part.weights_key:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
     result.notes.extend(f"{name}: {path} is copied as the origin has it: {_OPAQUE}" for path in _opaque(state.tree, history))
     adam: list[Change] = []
-    by_rhythm = _advance_loops(name, state, result, leap)
+    by_clock: Collection[Path_] = ()
+    if clock:
+        by_clock = clock.paths
+        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
+        result.notes.extend(clock.notes(name, state.tree))
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
         series = history.series(path)
-        if path[0] in by_rhythm or not _counts(series) or _is_measured(path, value, series):
+        if any(path[: len(above)] == above for above in by_clock) or not _counts(series) or _is_measured(path, value, series):
             continue  # a setting or a loss, not a counter
         where = f"{name}: {'.'.join(map(str, path))}"
         new = _moved(path, value, series, target)
@@ -204,18 +206,6 @@ def _opaque(tree: object, history: History, path: Path_ = ()) -> Iterator[str]:
     elif isinstance(tree, (dict, list)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _opaque(value, history, (*path, key))
-
-
-def _advance_loops(name: str, state: StateTree, result: Advanced, leap: Leap | None) -> set[str]:
-    """Move what a Lightning checkpoint counts by epochs; returns the keys that no rate is to move."""
-    if not is_lightning(state.tree) or "loops" not in state.tree:
-        return set()
-    if leap is None:
-        result.notes.append(f"{name}: loops left at the origin: their rhythm is not known; the trainer counts on from there")
-        return {"loops"}
-    result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in move_loops(state.tree, leap))
-    result.notes.extend(leap_notes(leap, state.tree))
-    return {"loops", "epoch", "global_step"}
 
 
 def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
@@ -294,9 +284,9 @@ def _packed(ref: TensorRef, value: float) -> bytes:
 def _advance_schedules(
     result: Advanced,
     histories: Mapping[str, History],
-    snapshots: Sequence[Snapshot],
+    origin: Snapshot,
     target: int,
-    leaps: Mapping[str, Leap | None],
+    clocks: Mapping[str, Clock | None],
 ) -> None:
     """Step every schedule on, and hand its learning rates to the optimiser that it belongs to.
 
@@ -304,17 +294,18 @@ def _advance_schedules(
     """
     optimizers = [(state, groups) for state in result.trees.values() for groups in param_groups(state.tree)]
     schedulers = [(name, path) for name, state in result.trees.items() for path in scheduler_paths(state.tree)]
-    total = _total_steps(result)
-    named = named_formula(snapshots[-1].parts, total)
+    trainer = trainer_of(origin)
+    total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
     if not schedulers:
         result.notes.extend(_rates_left(result, histories))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = leaf(holder.tree, path)
-        where = ".".join([name or snapshots[-1].path.name, *map(str, path)])
+        where = ".".join([name or origin.path.name, *map(str, path)])
         series = history.series((*path, *counter_path(saved)))
-        known = _count_by_rhythm(leaps[name], path)
+        clock = clocks[name]
+        known = clock.schedule_count(path) if clock else None
         new = schedule_count_at(series, target) if known is None else known
         if new is None:
             why = "last_epoch does not rise steadily with the step"
@@ -357,11 +348,6 @@ def _rates_left(result: Advanced, histories: Mapping[str, History]) -> Iterator[
                 yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets it each step is right"
 
 
-def _count_by_rhythm(leap: Leap | None, path: Path_) -> int | None:
-    """How often a Lightning run's schedule has been stepped by the valid step, where its epochs tell."""
-    return leap.schedule_count(path[1]) if leap and len(path) == 2 and path[0] == "lr_schedulers" else None  # noqa: PLR2004
-
-
 def _owner(
     schedule: dict[str, Any], optimizers: Sequence[tuple[StateTree, list[dict[str, Any]]]], index: int | None
 ) -> tuple[StateTree, list[dict[str, Any]]] | None:
@@ -396,24 +382,12 @@ def _write_back(saved: Any, moved: Any, state: StateTree) -> None:
             saved[key] = moved[key]
 
 
-def _total_steps(result: Advanced) -> int | None:
-    """How long the whole run is to be, where trainer_state.json says so."""
-    for state in result.trees.values():
-        if state.part.role == "trainer-state":
-            total = state.tree.get("max_steps")
-            return total if isinstance(total, int) and total > 0 else None
-    return None
-
-
-def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced) -> None:
-    if mode == "drop" and is_lightning(state.tree):
-        result.notes.append("optimizer state emptied, not left out: Lightning loads no checkpoint without its key")
-        mode = "reset"
+def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced, trainer: Trainer) -> None:
     if isinstance(state.part.content, DcpFile) and mode in {"drop", "reset"}:
         _zero_optimizers(state, result)
         return
     if mode == "drop":
-        _drop_optimizer(state, result)
+        _drop_optimizer(state, result, trainer)
     for optimizer in optimizer_states(state.tree):
         if mode == "reset":
             optimizer["state"] = {}
@@ -433,11 +407,10 @@ def _zero_optimizers(state: StateTree, result: Advanced) -> None:
     result.notes.append(f"{len(places)} tensors of the optimizer set to zero, not left out: the loader expects every key")
 
 
-def _drop_optimizer(state: StateTree, result: Advanced) -> None:
+def _drop_optimizer(state: StateTree, result: Advanced, trainer: Trainer) -> None:
     if state.part.role == "optimizer":
         result.dropped.add(state.part.name)
-        of_trainer = any(other.part.role == "trainer-state" for other in result.trees.values())
-        then = ": a Hugging Face Trainer then restarts the learning rate as well" if of_trainer else ""
+        then = f": {trainer.without_optimizer}" if trainer.without_optimizer else ""
         result.notes.append(f"{state.part.name} left out{then}")
     elif state.part.role == "state" and isinstance(state.tree, dict):
         for key in [key for key, value in state.tree.items() if any(optimizer_states(value))]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.dcp_file import DcpFile
-from farcast_cli.formats.torch_file import TorchFile, read_torch_file
+from farcast_cli.formats.torch_file import TorchFile, number, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef
-from farcast_cli.layouts.torch_payload import number
 from farcast_cli.trainer.schedules import Observation, is_scheduler_state
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ Unit = Literal["step", "late step", "epoch", "epoch hook", "late epoch"]
 """When a schedule is stepped: with the optimizer, behind the batch's checkpoint, at an epoch's last batch, in
 on_train_epoch_end, or behind the epoch's checkpoint."""
 
+VERSION_KEY = "pytorch-lightning_version"
 _FIT = "fit_loop"
 _BATCH = "epoch_loop.batch_progress"
 _SCHEDULER = "epoch_loop.scheduler_progress"
@@ -245,7 +246,7 @@ _LAYOUT = Rhythm(1, 1, None, Validation(1, 1, 1)).counts(Place(0, 1, "batch"))
 
 
 def is_lightning(tree: object) -> bool:
-    return isinstance(tree, dict) and "pytorch-lightning_version" in tree
+    return isinstance(tree, dict) and VERSION_KEY in tree
 
 
 def read_rhythm(states: Sequence[tuple[int, Any]]) -> tuple[Rhythm, list[Seen]] | None:
@@ -389,7 +390,7 @@ def _schedule(seen: Sequence[Seen], rhythm: Rhythm, index: int) -> Schedule | No
 
 
 @dataclass(frozen=True, slots=True)
-class Leap:
+class LoopsClock:
     """From the origin to the valid step: the rhythm, the last snapshots, and both places."""
 
     rhythm: Rhythm
@@ -402,49 +403,100 @@ class Leap:
         return self.seen[-1]
 
     @property
+    def paths(self) -> tuple[tuple[str], ...]:
+        return ("loops",), ("epoch",), ("global_step",)
+
+    @property
     def epochs(self) -> int:
         """By how many `trainer.current_epoch` rises, which counts an epoch when its checkpoint has been saved."""
         before, after = (place.epoch + (place.moment == "end") for place in (self.origin.place, self.target))
         return after - before
 
-    def schedule_count(self, index: int) -> int | None:
-        """How often schedule number `index` has been stepped at the valid step; None where that is not known."""
-        rule, count = self.rhythm.schedules[index], self.origin.schedules[index]
+    @property
+    def epoch_ends(self) -> list[int]:
+        each = self.rhythm.steps_per_epoch
+        if not each:
+            return []
+        below = self.step - self.origin.step - self.rhythm.steps_into(self.target.batch) % each
+        return [horizon for horizon in (below, below + each) if horizon > 0]
+
+    def schedule_count(self, path: tuple[Any, ...]) -> int | None:
+        if len(path) != 2 or path[0] != "lr_schedulers":  # noqa: PLR2004 - the key and a number
+            return None
+        rule, count = self.rhythm.schedules[path[1]], self.origin.schedules[path[1]]
         if rule is None or count is None:
             return None
         moved = self.rhythm.schedule_count(rule, self.target) - self.rhythm.schedule_count(rule, self.origin.place)
-        return count + moved
+        return int(count + moved)
+
+    def move(self, tree: dict[str, Any]) -> list[tuple[str, int, int]]:
+        """Move the loops and the step and epoch beside them: one line for each of the loops' counters."""
+        loop = tree["loops"][_FIT]
+        before, after = self.rhythm.counts(self.origin.place), self.rhythm.counts(self.target)
+        changes = []
+        for key, more in (("epoch", self.epochs), ("global_step", self.step - self.origin.step)):
+            if isinstance(tree.get(key), int) and more:
+                changes.append((key, tree[key], tree[key] + more))
+                tree[key] += more
+        for name, counts in after.items():
+            moved = list(_move(loop[name], before[name], counts, (name,)))
+            if moved:
+                where, old, new = moved[0]
+                others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+                changes.append((f"loops.{where}{others}", old, new))
+        return changes
+
+    def notes(self, _: str, tree: dict[str, Any]) -> Iterator[str]:
+        rhythm, target = self.rhythm, self.target
+        if rhythm.batches is None:
+            yield (
+                "the snapshots do not tell how long an epoch is, none of them having seen one end:"
+                f" at step {self.step} the present one counts as not ended"
+            )
+        elif target.batch != rhythm.batches:
+            ends = " or ".join(f"--horizon {horizon}" for horizon in self.epoch_ends)
+            yield (
+                f"step {self.step} lies within epoch {tree.get('epoch', target.epoch)}, at batch {target.batch} of {rhythm.batches}:"
+                " Lightning's plain DataLoader begins its data anew there and repeats what the epoch has seen"
+                + (f"; {ends} ends with an epoch" if ends else "")
+            )
+        if tree["loops"][_FIT].get("state_dict"):
+            yield "loops: the data loader's own state stays at the origin, and the data with it"
+        if rhythm.per_batch is None and None in rhythm.schedules:
+            yield "loops: scheduler_progress leaves out a schedule whose rhythm the snapshots do not tell; nothing resumes from it"
+        yield from _unexplained(self)
 
 
-def plan_leap(states: Sequence[tuple[int, Any]], target: int) -> Leap | None:
-    """The way of a Lightning run's loops from the last of its states, (step, tree), to step `target`."""
+class StillLoops:
+    """Loops whose rhythm is not known: they stay, and no rate moves them."""
+
+    paths = (("loops",),)
+    epoch_ends = ()
+
+    def move(self, _: object) -> tuple[()]:
+        return ()
+
+    def notes(self, name: str, _: object) -> Iterator[str]:
+        yield f"{name}: loops left at the origin: their rhythm is not known; the trainer counts on from there"
+
+    def schedule_count(self, _: tuple[Any, ...]) -> None:
+        return None
+
+
+def loops_clock(states: Sequence[tuple[int, Any]], target: int) -> LoopsClock | StillLoops | None:
+    """The clock of a Lightning run's loops from the last of its states, (step, tree), to step `target`."""
+    tree = states[-1][1]
+    if not is_lightning(tree) or "loops" not in tree:
+        return None
+    return _known_clock(states, target) or StillLoops()
+
+
+def _known_clock(states: Sequence[tuple[int, Any]], target: int) -> LoopsClock | None:
     found = read_rhythm(states)
     if found is None:
         return None
     rhythm, seen = found
-    return Leap(rhythm, tuple(seen), rhythm.place_after(seen[-1].place, target - seen[-1].step), target)
-
-
-def move_loops(tree: dict[str, Any], leap: Leap) -> list[tuple[str, int, int]]:
-    """Move the loops and the step and epoch beside them, in place.
-
-    Returns:
-        what changed, one line for each of the loops' counters: (where, old, new).
-    """
-    loop = tree["loops"][_FIT]
-    before, after = leap.rhythm.counts(leap.origin.place), leap.rhythm.counts(leap.target)
-    changes = []
-    for key, more in (("epoch", leap.epochs), ("global_step", leap.step - leap.origin.step)):
-        if isinstance(tree.get(key), int) and more:
-            changes.append((key, tree[key], tree[key] + more))
-            tree[key] += more
-    for name, counts in after.items():
-        moved = list(_move(loop[name], before[name], counts, (name,)))
-        if moved:
-            where, old, new = moved[0]
-            others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
-            changes.append((f"loops.{where}{others}", old, new))
-    return changes
+    return LoopsClock(rhythm, tuple(seen), rhythm.place_after(seen[-1].place, target - seen[-1].step), target)
 
 
 def _move(found: Counts, before: Counts, after: Counts, path: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
@@ -467,47 +519,16 @@ def _starts_again(path: tuple[str, ...]) -> bool:
     return path[0] == _VALIDATION or ("current" in path and path[0] not in {_EPOCH, _MANUAL})
 
 
-def leap_notes(leap: Leap, tree: dict[str, Any]) -> Iterator[str]:
-    """What a person should know of the place that a leap ends at."""
-    rhythm, target = leap.rhythm, leap.target
-    if rhythm.batches is None:
-        yield (
-            "the snapshots do not tell how long an epoch is, none of them having seen one end:"
-            f" at step {leap.step} the present one counts as not ended"
-        )
-    elif target.batch != rhythm.batches:
-        ends = " or ".join(f"--horizon {horizon}" for horizon in epoch_ends(leap))
-        yield (
-            f"step {leap.step} lies within epoch {tree.get('epoch', target.epoch)}, at batch {target.batch} of {rhythm.batches}: Lightning's"
-            " plain DataLoader begins its data anew there and repeats what the epoch has seen"
-            + (f"; {ends} ends with an epoch" if ends else "")
-        )
-    if tree["loops"][_FIT].get("state_dict"):
-        yield "loops: the data loader's own state stays at the origin, and the data with it"
-    if rhythm.per_batch is None and None in rhythm.schedules:
-        yield "loops: scheduler_progress leaves out a schedule whose rhythm the snapshots do not tell; nothing resumes from it"
-    yield from _unexplained(leap)
-
-
-def epoch_ends(leap: Leap) -> list[int]:
-    """The horizons, below and above, at which an epoch ends."""
-    each = leap.rhythm.steps_per_epoch
-    if not each:
-        return []
-    below = leap.step - leap.origin.step - leap.rhythm.steps_into(leap.target.batch) % each
-    return [horizon for horizon in (below, below + each) if horizon > 0]
-
-
-def _unexplained(leap: Leap) -> Iterator[str]:
+def _unexplained(clock: LoopsClock) -> Iterator[str]:
     """Counts within the epoch that the rhythm does not give at the origin itself."""
-    expected = leap.rhythm.counts(leap.origin.place)
+    expected = clock.rhythm.counts(clock.origin.place)
     for name in (_BATCH, _OPTIMIZER, _SCHEDULER, _VALIDATION):
-        if name == _SCHEDULER and None in leap.rhythm.schedules:
+        if name == _SCHEDULER and None in clock.rhythm.schedules:
             continue
-        if name in expected and (odd := next(_differences(leap.origin.loop[name], expected[name]), None)):
+        if name in expected and (odd := next(_differences(clock.origin.loop[name], expected[name]), None)):
             where, found, value = odd
             yield f"loops: {name}.{where} is {found} at the origin, expected {value} by the run's rhythm: set by the rhythm"
-    if _VALIDATION not in expected and leap.origin.loop[_VALIDATION]["current"]["ready"]:
+    if _VALIDATION not in expected and clock.origin.loop[_VALIDATION]["current"]["ready"]:
         yield f"loops: {_VALIDATION} left as it is: no regular spacing explains it"
 
 
@@ -531,14 +552,7 @@ def steps_to_end(tree: Any, num_epochs: int) -> int | None:
 
 def epoch_after(tree: Any, horizon: int) -> int | None:
     """What Lightning calls the epoch `horizon` steps on, as it does in a checkpoint's name; None where nothing tells."""
-    leap = plan_leap([(0, tree)], horizon) if is_lightning(tree) else None
-    if leap is None or not isinstance(tree.get("epoch"), int):
+    clock = _known_clock([(0, tree)], horizon) if is_lightning(tree) else None
+    if clock is None or not isinstance(tree.get("epoch"), int):
         return None
-    return int(tree["epoch"]) + leap.epochs
-
-
-def whole_epochs(tree: Any, horizon: int) -> int:
-    """The longest horizon, no longer than this one, at which an epoch ends; unchanged where that is less than half."""
-    leap = plan_leap([(0, tree)], horizon) if is_lightning(tree) else None
-    ends = [end for end in epoch_ends(leap) if end <= horizon] if leap else []
-    return ends[-1] if ends and 2 * ends[-1] >= horizon else horizon
+    return int(tree["epoch"]) + clock.epochs
