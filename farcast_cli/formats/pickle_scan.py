@@ -53,13 +53,16 @@ _FRAMED = 4  # the first protocol that has frames
 _CHUNK_BYTES = 1 << 16
 _HIDDEN = "its pickle hides what it asks for"
 _MISFRAMED = "its pickle has frames that no pickler writes"
-_HAS_MARK = {code.code.encode("latin-1") for code in pickletools.opcodes if pickletools.markobject in code.stack_before}
-_TAKES = {
-    code.code.encode("latin-1"): sum(kind not in {pickletools.markobject, pickletools.stackslice} for kind in code.stack_before)
+_EFFECTS = {
+    code.code.encode("latin-1"): (
+        sum(kind not in {pickletools.markobject, pickletools.stackslice} for kind in code.stack_before)
+        - (code.code.encode("latin-1") == pickle.OBJ),  # whose class lies above the mark
+        pickletools.markobject in code.stack_before,
+        len(code.stack_after),
+    )
     for code in pickletools.opcodes
 }
-_GIVES = {code.code.encode("latin-1"): len(code.stack_after) for code in pickletools.opcodes}
-"""What opcodes take from the stack and put on it, beside a mark and what lies on that."""
+"""What opcodes take from the stack, whether they take a mark and what lies on that, and what they put on it."""
 
 
 class _EndError(Exception):
@@ -96,22 +99,24 @@ class _Stack:
 
     def follow(self, code: bytes) -> tuple[int, list[tuple[int, _Known]]]:
         """Take and give as an opcode does; returns how many objects it took, and those known by their numbers."""
+        takes, to_mark, gives = _EFFECTS[code]
         before = self.depth
-        if code in _HAS_MARK:
-            self.depth = self.marks[-1] if self.marks else -1
-        self.depth -= _TAKES[code] - (code == pickle.OBJ)  # whose class lies above the mark
-        if self.depth < 0:
-            self.depth, self.is_lost = 0, True
-        lowest, taken = self.depth, []
-        while self.marks and self.marks[-1] >= lowest:
-            self.marks.pop()
-        while self.known and self.known[-1][0] >= lowest:
-            index, value = self.known.pop()
-            taken.append((index - lowest, value))
-        if code == pickle.MARK:
-            self.marks.append(self.depth)
-        self.depth += _GIVES[code]
-        return before - lowest, taken[::-1]
+        taken = []
+        if takes or to_mark:
+            lowest = (self.marks[-1] if self.marks else -1) - takes if to_mark else before - takes
+            if lowest < 0:
+                lowest, self.is_lost = 0, True
+            while self.marks and self.marks[-1] >= lowest:
+                self.marks.pop()
+            while self.known and self.known[-1][0] >= lowest:
+                index, value = self.known.pop()
+                taken.append((index - lowest, value))
+            self.depth = lowest
+        elif code == pickle.MARK:
+            self.marks.append(before)
+        num_taken = before - self.depth
+        self.depth += gives
+        return num_taken, taken[::-1]
 
     def note(self, value: _Known | None) -> None:
         """Say what the topmost object is."""
