@@ -102,6 +102,25 @@ _HANDED_ON = {
 }
 """Classes of others that the quiet modules import: they run a text, connect to addresses, start threads or read files."""
 _MODULE = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}
+"""What Python 3.11.0 to 3.11.3 pickle a member of an enum by: `getattr(Speed, "FAST")`, where others have `Speed(1)`."""
+_ENUM_MODULES = {
+    "uuid": "SafeUUID",
+    "torch.amp.grad_scaler": "OptState",
+    "torch.ao.quantization.observer": "MappingType TorchAODType ZeroPointDomain",
+    "torch.distributed._shard.sharded_tensor.metadata": "MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "SerializationFormat",
+    "torch.distributed.checkpoint.metadata": "_MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner": "LoadItemType WriteItemType",
+    "torch.distributed.fsdp.api": "BackwardPrefetch ShardingStrategy StateDictType",
+    "torch.distributed.fsdp.fully_sharded_data_parallel": "OptimStateKeyType",
+    "torch.distributed.tensor.placement_types": "_StridedShardOffsetMode",
+    "torch.nn.attention.bias": "CausalVariant",
+    "torch.nn.parallel.distributed": "_BufferCommHookLocation",
+    "torch.nn.utils.parametrizations": "_OrthMaps",
+}
+ENUMS = {(module, name) for module, names in _ENUM_MODULES.items() for name in names.split()}
+"""The enums of Python and torch that a checkpoint holds; numpy has none."""
 
 
 def is_data(module: str, name: str) -> bool:
@@ -114,6 +133,24 @@ def is_data(module: str, name: str) -> bool:
     if module == "torch._utils" and name.startswith("_rebuild_") and name.isidentifier():
         return True
     return _is_class(name) and not _is_active(module, name)
+
+
+def is_member(module: str, name: str, member: str) -> bool:
+    """Whether `getattr` of a class by that name may stand for a member of an enum.
+
+    Of Python's, torch's and numpy's own classes only those on the list are enums. Others are not told apart: any class
+    that may be carried is one for all we know.
+    """
+    if not member.isidentifier() or member.startswith("_") or _does_things(member):
+        return False
+    if _is_known(module):
+        return (module, name) in ENUMS
+    return _is_class(name) and is_data(module, name)
+
+
+def _is_known(module: str) -> bool:
+    root = module.partition(".")[0]
+    return root in _SYSTEM or root in _QUIET or _today(module, "")[0] != module
 
 
 def runs_code(module: str, name: str) -> bool:

@@ -2,7 +2,9 @@
 
 A pickle has no jumps: one walk over its opcodes meets all that loading it meets. Where the walk cannot go on, loading
 cannot either. What two unpicklers would read in two ways, no pickler writes: that is refused. Memory is the names
-alone, whatever the file's size.
+and the marks alone, whatever the file's size.
+
+One call is looked into: `getattr` of a class and a name, which stands for a member of an enum.
 
 Source: Lib/pickletools.py, whose table of opcodes this reads by.
 """
@@ -12,19 +14,22 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from array import array
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UnsafeFileError
+from farcast_cli.formats.pickle_names import GETATTR, is_member
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     Stream = io.BufferedReader[Any]
 
-MAX_OPCODES = 20_000_000  # some 20 s
+MAX_OPCODES = 20_000_000  # some 30 s
 MAX_NAME = 1_000  # characters; a longer string is no name
-MAX_REMEMBERED = 1_000_000  # strings that a later opcode may take for a name
+MAX_REMEMBERED = 1_000_000  # strings and names that a later opcode may take
 MAX_HELD = 1 << 23  # characters of names that wait for a call
 _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: (1, False),
@@ -39,69 +44,111 @@ _TEXT = {pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8, pickle.
 _GET = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET}
 _PUT = {pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT}
 _EXTENSIONS = {pickle.EXT1, pickle.EXT2, pickle.EXT4}
-_SILENT = {pickle.PROTO, pickle.FRAME}
-_CALLS = {
-    *(pickle.REDUCE, pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX),
-    *(pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS),  # methods of any object
-}
+_CHANGES = {pickle.BUILD, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS}
+"""Methods of any object, which lies below what they take with it."""
+_USES = {pickle.DUP, pickle.REDUCE, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX}
+_CALLS = _CHANGES | _USES - {pickle.DUP}
+_TUPLES = {pickle.TUPLE, pickle.TUPLE2}
 _FRAMED = 4  # the first protocol that has frames
 _CHUNK_BYTES = 1 << 16
 _HIDDEN = "its pickle hides what it asks for"
 _MISFRAMED = "its pickle has frames that no pickler writes"
-_HAS_MARK = {code.code.encode("latin-1") for code in pickletools.opcodes if pickletools.markobject in code.stack_before}
-_TAKES = {
-    code.code.encode("latin-1"): sum(kind not in {pickletools.markobject, pickletools.stackslice} for kind in code.stack_before)
+_EFFECTS = {
+    code.code.encode("latin-1"): (
+        sum(kind not in {pickletools.markobject, pickletools.stackslice} for kind in code.stack_before)
+        - (code.code.encode("latin-1") == pickle.OBJ),  # whose class lies above the mark
+        pickletools.markobject in code.stack_before,
+        len(code.stack_after),
+    )
     for code in pickletools.opcodes
 }
-_GIVES = {code.code.encode("latin-1"): len(code.stack_after) for code in pickletools.opcodes}
-"""What opcodes take from the stack and put on it, beside a mark and what lies on that."""
+"""What opcodes take from the stack, whether they take a mark and what lies on that, and what they put on it."""
 
 
 class _EndError(Exception):
     """The pickle cannot be followed to its end, by anybody."""
 
 
-@dataclass(slots=True)
-class _Memory:
-    """What is known of the two topmost objects of the stack, and of those that have a number: texts, or None."""
+class _Sort(Enum):
+    """An object that the walk knows again, beside texts and names."""
 
-    top: tuple[str | None, str | None] = (None, None)
-    texts: dict[int, str] = field(default_factory=dict)
-    num_memoized: int = 0
-    is_numbered: bool = False
+    PAIR = auto()  # a class and a member's name, which `getattr` may be called with
+    MEMBER = auto()  # what that call gives: it is data, and nobody calls or changes it
 
-    def push(self, text: str | None) -> None:
-        self.top = (self.top[1], text)
 
-    def put(self, number: int) -> None:
-        self.texts.pop(number, None)
-        if self.top[1] is not None:
-            self.texts[number] = self.top[1]
-        if len(self.texts) > MAX_REMEMBERED:
-            self.texts.clear()
-            raise UnsafeFileError(_HIDDEN)
+_Known = str | tuple[str, str] | _Sort
+_NUM_RECENT = 3  # a module and a name above a class, or two texts or names above `getattr`
 
 
 @dataclass(slots=True)
 class _Stack:
-    """How many objects lie on the stack, each mark counted as one, and where the marks are."""
+    """How many objects lie on the stack, each mark counted as one, where the marks are, and which objects are known.
+
+    Of texts and names only the topmost few are kept; of what must not be lost sight of, all.
+    """
 
     depth: int = 0
-    marks: list[int] = field(default_factory=list)
+    marks: array[int] = field(default_factory=lambda: array("q"))
+    known: list[tuple[int, _Known]] = field(default_factory=list)
+    is_lost: bool = False
+    """More was taken than there was, where an unpickler stops."""
 
-    def follow(self, code: bytes) -> None:
-        if code in _HAS_MARK:
-            if not self.marks:
-                raise _EndError
-            self.depth = self.marks[-1]
-        self.depth -= _TAKES[code] - (code == pickle.OBJ)  # whose class lies above the mark
-        if self.depth < 0:
-            raise _EndError
-        while self.marks and self.marks[-1] >= self.depth:
-            self.marks.pop()
-        if code == pickle.MARK:
-            self.marks.append(self.depth)
-        self.depth += _GIVES[code]
+    @property
+    def top(self) -> _Known | None:
+        return self.known[-1][1] if self.known and self.known[-1][0] == self.depth - 1 else None
+
+    def follow(self, code: bytes) -> tuple[int, list[tuple[int, _Known]]]:
+        """Take and give as an opcode does; returns how many objects it took, and those known by their numbers."""
+        takes, to_mark, gives = _EFFECTS[code]
+        before = self.depth
+        taken = []
+        if takes or to_mark:
+            lowest = (self.marks[-1] if self.marks else -1) - takes if to_mark else before - takes
+            if lowest < 0:
+                lowest, self.is_lost = 0, True
+            while self.marks and self.marks[-1] >= lowest:
+                self.marks.pop()
+            while self.known and self.known[-1][0] >= lowest:
+                index, value = self.known.pop()
+                taken.append((index - lowest, value))
+            self.depth = lowest
+        elif code == pickle.MARK:
+            self.marks.append(before)
+        num_taken = before - self.depth
+        self.depth += gives
+        return num_taken, taken[::-1]
+
+    def note(self, value: _Known | None) -> None:
+        """Say what the topmost object is."""
+        if value is None:
+            return
+        if len(self.known) >= MAX_REMEMBERED:
+            raise UnsafeFileError(_HIDDEN)
+        self.known.append((self.depth - 1, value))
+        if len(self.known) > _NUM_RECENT and not _is_watched(self.known[-_NUM_RECENT - 1][1]):
+            del self.known[-_NUM_RECENT - 1]
+
+
+def _is_watched(value: _Known) -> bool:
+    return value is _Sort.MEMBER or value in GETATTR
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What is known of the objects on the stack, and of those that have a number."""
+
+    stack: _Stack = field(default_factory=_Stack)
+    known: dict[int, _Known] = field(default_factory=dict)
+    num_memoized: int = 0
+    is_numbered: bool = False
+
+    def put(self, number: int) -> None:
+        self.known.pop(number, None)
+        if (top := self.stack.top) is not None:
+            self.known[number] = top
+        if len(self.known) > MAX_REMEMBERED:
+            self.known.clear()
+            raise UnsafeFileError(_HIDDEN)
 
 
 @dataclass(slots=True)
@@ -132,6 +179,7 @@ class _Frames:
 
 
 _Found = tuple[str, str] | UnsafeFileError | None
+_Taken = list[tuple[int, _Known]]
 
 
 def iter_names(stream: Stream, opcodes: Iterator[int] | None = None) -> Iterator[tuple[str, str]]:
@@ -146,7 +194,7 @@ def iter_names(stream: Stream, opcodes: Iterator[int] | None = None) -> Iterator
         EOFError: the pickle does not come to an end.
     """
     is_told = peek(stream, 1) == pickle.PROTO
-    steps = _iter_steps(stream, opcodes or iter(range(MAX_OPCODES)))
+    steps = _iter_steps(stream, opcodes or iter(range(MAX_OPCODES)), is_told=is_told)
     try:
         for found in _found(steps) if is_told else _found_before_calls(steps):
             if isinstance(found, UnsafeFileError):
@@ -167,9 +215,8 @@ def _found(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple[str, str] | 
 
 def _found_before_calls(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple[str, str] | UnsafeFileError]:
     """What was found up to each call that has something on the stack to be called."""
-    stack, held, num_held = _Stack(), {}, 0
+    held, num_held = {}, 0
     for code, found in steps:
-        stack.follow(code)
         if found and (key := str(found)) not in held:
             held[key] = found
             num_held += len(key)
@@ -180,7 +227,7 @@ def _found_before_calls(steps: Iterable[tuple[bytes, _Found]]) -> Iterator[tuple
             held, num_held = {}, 0
 
 
-def _iter_steps(stream: Stream, opcodes: Iterator[int]) -> Iterator[tuple[bytes, _Found]]:
+def _iter_steps(stream: Stream, opcodes: Iterator[int], *, is_told: bool) -> Iterator[tuple[bytes, _Found]]:
     """Every opcode up to the end, and what it asks for or why that cannot be said."""
     memory, frames = _Memory(), _Frames()
     for _ in opcodes:
@@ -195,6 +242,8 @@ def _iter_steps(stream: Stream, opcodes: Iterator[int]) -> Iterator[tuple[bytes,
             raise
         if frames.end is not None:
             frames.check(stream.tell(), is_last=code == pickle.STOP)
+        if memory.stack.is_lost and not is_told:
+            raise _EndError
         yield code, found
         if code == pickle.STOP:
             return
@@ -211,37 +260,68 @@ def _asked(code: bytes, stream: Stream, memory: _Memory) -> _Found:
 
 def _step(code: bytes, stream: Stream, memory: _Memory) -> tuple[str, str] | None:
     """Follow one opcode; returns the name that it asks for."""
-    if code in _NAMED:
-        module, name = _named(code, stream, memory)
-        memory.top = (None, None)
-        return module, name
-    if code in _TEXT:
-        memory.push(_text(code, stream))
-    elif code in _GET:
-        memory.push(memory.texts.get(_number(code, stream)))
-    elif code in _PUT or code == pickle.MEMOIZE:
+    if code in _PUT or code == pickle.MEMOIZE:
         _remember(code, stream, memory)
+        return None
+    if code not in _ARGUMENTS:
+        raise _EndError
+    num_taken, taken = memory.stack.follow(code)
+    if code in _NAMED:
+        name = _named(code, stream, taken)
+        _refuse_misuse(code, taken)
+        if code == pickle.INST:
+            return name
+        memory.stack.note(name)
+        return None if name in GETATTR else name
+    if code in _TEXT:
+        memory.stack.note(_text(code, stream))
+    elif code in _GET:
+        memory.stack.note(memory.known.get(_number(code, stream)))
     else:
         _skip(code, stream)
-        if code not in _SILENT:
-            memory.top = (None, None)
+        if taken:
+            _refuse_misuse(code, taken)
+            memory.stack.note(_made(code, num_taken, taken))
     return None
 
 
-def _named(code: bytes, stream: Stream, memory: _Memory) -> tuple[str, str]:
+def _named(code: bytes, stream: Stream, taken: _Taken) -> tuple[str, str]:
     if code != pickle.STACK_GLOBAL:
         lines = _line(stream), _line(stream)
         if max(map(len, lines)) > MAX_NAME:
             raise UnsafeFileError(_HIDDEN)
         return lines[0].decode("utf-8", "replace"), lines[1].decode("utf-8", "replace")
-    module, name = memory.top
-    if module is None or name is None:
-        raise UnsafeFileError(_HIDDEN)
-    return module, name
+    match taken:
+        case [(0, str(module)), (1, str(name))]:
+            return module, name
+    raise UnsafeFileError(_HIDDEN)
+
+
+def _made(code: bytes, num_taken: int, taken: _Taken) -> _Sort | None:
+    """What an opcode makes of what it took: the arguments of a `getattr`, a member of an enum, or nothing known."""
+    num_items = num_taken - (code == pickle.TUPLE)  # but for the mark
+    match [value for _, value in taken]:
+        case [(module, kind), str(name)] if code in _TUPLES and num_items == 2 and is_member(module, kind, name):  # noqa: PLR2004
+            return _Sort.PAIR
+        case [function, _Sort.PAIR] if code == pickle.REDUCE and function in GETATTR:
+            return _Sort.MEMBER
+    return None
+
+
+def _refuse_misuse(code: bytes, taken: _Taken) -> None:
+    """Refuse a `getattr` that is not called for a member of an enum, and a member that is called, doubled or changed."""
+    for place, value in taken:
+        if value is _Sort.MEMBER:
+            is_misused = code in _USES or (place == 0 and code in _CHANGES)
+        else:
+            is_misused = value in GETATTR and not (code == pickle.REDUCE and place == 0 and (1, _Sort.PAIR) in taken)
+        if is_misused:
+            raise UnsafeFileError("its pickle asks for builtins.getattr")
 
 
 def _remember(code: bytes, stream: Stream, memory: _Memory) -> None:
     if code == pickle.MEMOIZE:
+        memory.stack.is_lost |= not memory.stack.depth
         memory.put(memory.num_memoized)
         memory.num_memoized += 1
     else:

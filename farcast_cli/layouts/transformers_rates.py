@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FarcastError
 from farcast_cli.formats.torch_file import read_torch_file
-from farcast_cli.formats.torch_pickle import Made
+from farcast_cli.formats.torch_pickle import Made, Member
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,10 @@ def named_formula(parts: Sequence[Part], total: int | None) -> Formula | None:
         return None
     arguments = _read_arguments(part)
     kind = arguments.get("lr_scheduler_type")
-    name = kind.args[0] if isinstance(kind, Made) and kind.args else kind
+    if isinstance(kind, Member):  # whose values are their names in small letters
+        name: object = kind.args[1].lower()
+    else:
+        name = kind.args[0] if isinstance(kind, Made) and kind.args else kind
     formula = FORMULAS.get(name) if isinstance(name, str) else None
     peak, settings = arguments.get("learning_rate"), arguments.get("lr_scheduler_kwargs") or {}
     if formula is None or not isinstance(peak, float) or not isinstance(settings, dict):
