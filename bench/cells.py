@@ -16,14 +16,14 @@ from farcast_cli.forecast.backtest import backtest_ratio, decide
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.job import Request
 from farcast_cli.predict import predict
+from farcast_cli.request import Request
 
 if TYPE_CHECKING:
     import numpy as np
     from store import Cell
 
-    from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.forecaster_file import Fitted
 
 RATIO_ORIGINS = (0.2, 0.4, 0.5, 0.7)
 RATIO_LEADS = (0.1, 0.25, 0.5)

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import training
 
-from farcast_cli.fitted import fit as fit_run
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.forecaster import Options, Scope, Task, forecast
+from farcast_cli.forecast.forecaster_file import fit as fit_run
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.lfd2 import fit_lfd2
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.steps import StepRange
-from farcast_cli.trajectory import discover
+from farcast_cli.run.steps import StepRange
+from farcast_cli.run.trajectory import discover
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from store import OUT, Cell
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from farcast_cli.fitted import fit as fit_run
-from farcast_cli.fitted import load_fitted, save_fitted
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.trajectory import discover
+from farcast_cli.forecast.forecaster_file import fit as fit_run
+from farcast_cli.forecast.forecaster_file import load_fitted, save_fitted
+from farcast_cli.run.trajectory import discover
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.forecaster_file import Fitted
 
 EVALUATIONS = 100  # per run
 SNAPSHOTS = 50  # per run, saved

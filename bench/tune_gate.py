@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.data import read_data, split
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.objective import Objective

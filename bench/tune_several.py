@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.layers import Stack, tune_layers
 from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.one_layer import Settings

@@ -18,7 +18,7 @@ import typer
 
 from farcast_cli import errors
 from farcast_cli.cli import app
-from farcast_cli.options import FROM_ANY_FILE
+from farcast_cli.commands.options import FROM_ANY_FILE
 from farcast_cli.results import ANSWERS, schema
 
 if TYPE_CHECKING:

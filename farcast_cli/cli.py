@@ -12,9 +12,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from farcast_cli import __version__, leap_command, streams, tune_command
-from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, SnapshotError, UsageError
-from farcast_cli.options import (
+from farcast_cli import __version__
+from farcast_cli.commands import leap as leap_command
+from farcast_cli.commands import streams
+from farcast_cli.commands import tune as tune_command
+from farcast_cli.commands.options import (
     DEFAULT_LEDGER,
     ClockOption,
     Config,
@@ -54,6 +56,7 @@ from farcast_cli.options import (
     parse_size,
     prepare,
 )
+from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, SnapshotError, UsageError
 
 INTERRUPTED = 130
 EPILOG = (
@@ -108,11 +111,11 @@ def inspect(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
-    from farcast_cli import render
-    from farcast_cli.alignment import align, since_last_change
-    from farcast_cli.steps import parse_steps
-    from farcast_cli.thinning import thinned
-    from farcast_cli.trajectory import MIN_SNAPSHOTS, survey
+    from farcast_cli.commands import render
+    from farcast_cli.run.alignment import align, since_last_change
+    from farcast_cli.run.steps import parse_steps
+    from farcast_cli.run.thinning import thinned
+    from farcast_cli.run.trajectory import MIN_SNAPSHOTS, survey
 
     trajectory = survey(directory, steps=parse_steps(steps), pattern=pattern or "")
     problems = [f"{error}; {error.hint}" for error in trajectory.conflicts]
@@ -129,7 +132,7 @@ def inspect(
     if len(trajectory.snapshots) < MIN_SNAPSHOTS:
         problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
     if json_:
-        from farcast_cli.answers import of_inspect
+        from farcast_cli.commands.answers import of_inspect
 
         render.as_json(of_inspect(trajectory, alignment, problems))
     else:
@@ -160,8 +163,8 @@ def fit(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
-    from farcast_cli import render
-    from farcast_cli.output.place import check_outside
+    from farcast_cli.commands import render
+    from farcast_cli.files.place import check_outside
 
     check_outside(output, directory)
     started = time.monotonic()
@@ -169,9 +172,9 @@ def fit(
     fitted, bytes_read = _fit(
         _Reading(directory, *chosen, steps, pattern or "", None if full else sample, ledger, device, io, threads, quiet)
     )
-    from farcast_cli.answers import of_fit
-    from farcast_cli.fitted import save_fitted
+    from farcast_cli.commands.answers import of_fit
     from farcast_cli.forecast.backtest import steadiness
+    from farcast_cli.forecast.forecaster_file import save_fitted
     from farcast_cli.forecast.timeline import Timeline
 
     save_fitted(fitted, output)
@@ -214,12 +217,12 @@ def backtest(
     """Show what every method would have been worth inside the run's own history, and the verdict."""
     horizons = parse_horizons(horizon)
     prepare(device)
-    from farcast_cli import render
-    from farcast_cli.answers import of_backtest
-    from farcast_cli.fitted import load_fitted
+    from farcast_cli.commands import render
+    from farcast_cli.commands.answers import of_backtest
     from farcast_cli.forecast.backtest import Purpose, decide, score, steadiness
     from farcast_cli.forecast.choice import choose_method, usual_horizons
     from farcast_cli.forecast.forecaster import Task
+    from farcast_cli.forecast.forecaster_file import load_fitted
     from farcast_cli.forecast.methods import METHODS
     from farcast_cli.forecast.timeline import Timeline
 
@@ -343,19 +346,19 @@ def predict(
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
     num_threads = prepare(device, threads)
-    from farcast_cli import render
-    from farcast_cli.answers import of_predict
-    from farcast_cli.evaluation import Evaluator
-    from farcast_cli.fitted import load_fitted
+    from farcast_cli.checkpoint.convert import OutputLayout
+    from farcast_cli.checkpoint.plan import OutputDType
+    from farcast_cli.commands import render
+    from farcast_cli.commands.answers import of_predict
+    from farcast_cli.engine.reader import Io
+    from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.forecast.backtest import Purpose
     from farcast_cli.forecast.forecaster import Options, Scope, StepNorm
-    from farcast_cli.job import Request
-    from farcast_cli.output.convert import OutputLayout
-    from farcast_cli.output.plan import OutputDType
+    from farcast_cli.forecast.forecaster_file import load_fitted
     from farcast_cli.predict import default_notes
     from farcast_cli.predict import predict as run
-    from farcast_cli.stream import Io
-    from farcast_cli.trainer.resume import CountersMode, OptimizerMode
+    from farcast_cli.request import Request
+    from farcast_cli.state.advance import CountersMode, OptimizerMode
 
     norm = None if step_norm is None else one_of("step-norm", step_norm, StepNorm)
     options = Options(norm, scale, one_of("scope", scope, Scope), grad_weight)
@@ -416,7 +419,7 @@ def verify(
 ) -> None:
     """Say what a forecast was worth, once training has reached its step."""
     prepare("cpu")
-    from farcast_cli import render
+    from farcast_cli.commands import render
     from farcast_cli.verify import find_reference
     from farcast_cli.verify import verify as run
 
@@ -445,7 +448,8 @@ def schema(
     config: Config = None,  # noqa: ARG001
 ) -> None:
     """Print the JSON schema of what a command answers with --json, or of a sidecar."""
-    from farcast_cli import render, results
+    from farcast_cli import results
+    from farcast_cli.commands import render
 
     if command is not None and command not in results.ANSWERS:
         raise UsageError(f"{command}: expected one of {', '.join(results.ANSWERS)}", hint="farcast schema --help")
@@ -474,19 +478,19 @@ class _Reading:
 
 def _fit(reading: _Reading) -> tuple[Any, int]:
     """The fitted forecaster and the bytes that were read for it."""
-    from farcast_cli.steps import parse_steps
-    from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
+    from farcast_cli.run.steps import parse_steps
+    from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 
     wanted = parse_steps(reading.steps)
     trajectory = discover(reading.directory, steps=wanted, pattern=reading.pattern, minimum=MIN_SNAPSHOTS)
     num_workers = prepare(reading.device, reading.threads)
-    from farcast_cli import render
-    from farcast_cli.alignment import since_last_change
-    from farcast_cli.fitted import fit as run
+    from farcast_cli.commands import render
+    from farcast_cli.engine.reader import Io, Resources
     from farcast_cli.forecast.accumulate import bytes_to_sample
-    from farcast_cli.ledger import History, read_leaps, since_last_leap
-    from farcast_cli.stream import Io, Resources
-    from farcast_cli.thinning import thinned
+    from farcast_cli.forecast.forecaster_file import fit as run
+    from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
+    from farcast_cli.run.alignment import since_last_change
+    from farcast_cli.run.thinning import thinned
 
     leaps = read_leaps(reading.ledger, trajectory.directory)
     history = History(trajectory, None, 0) if wanted else since_last_leap(trajectory, leaps, minimum=MIN_SNAPSHOTS)
@@ -572,7 +576,7 @@ def _check_printed(code: int) -> None:
 
 def _of_the_system(error: Exception) -> FarcastError | None:
     """What the system fails at where no module has said so better; None for a bug."""
-    from farcast_cli.formats.files import unreadable
+    from farcast_cli.files.reading import unreadable
 
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of a GPU
         return MemoryUsedUpError("the memory does not suffice", hint="--threads 1 takes the least; --device cpu uses no GPU's")
@@ -584,7 +588,7 @@ def _of_the_system(error: Exception) -> FarcastError | None:
 
 def _fail(error: FarcastError) -> NoReturn:
     try:
-        from farcast_cli import render
+        from farcast_cli.commands import render
 
         render.error(error)
     except MemoryError:

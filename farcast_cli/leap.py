@@ -17,20 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from farcast_cli.alignment import align, since_last_change
+from farcast_cli.checkpoint.convert import settle
+from farcast_cli.checkpoint.plan import with_modes
+from farcast_cli.engine.batch import Source
+from farcast_cli.engine.linear import LinearMap
+from farcast_cli.engine.reader import Resources
+from farcast_cli.engine.write import Engine, total_bytes, write_forecasts
 from farcast_cli.errors import SnapshotError, UsageError, shell_word
-from farcast_cli.evaluation import Judge, Trial
+from farcast_cli.evaluation.judge import Judge, Trial
+from farcast_cli.files.hidden import clear_left
+from farcast_cli.files.place import check_outside, sidecar_of
+from farcast_cli.files.reading import portable, relative
+from farcast_cli.files.staged import staging
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
 from farcast_cli.forecast.backtest import Decision
-from farcast_cli.forecast.momentum import AGREES, Momentum, Remembered, remember, steered
-from farcast_cli.forecast.steering import PROBE, Losses, heard
-from farcast_cli.forecast.timeline import evenly
-from farcast_cli.formats.files import portable, relative
-from farcast_cli.job import Outcome, Prepared, Request
-from farcast_cli.layouts import trainer_of
-from farcast_cli.layouts.base import unchanged
-from farcast_cli.ledger import check_ledger, read_leaps, recorded, since_last_leap
-from farcast_cli.memory import (
+from farcast_cli.forecast.ledger import check_ledger, read_leaps, recorded, since_last_leap
+from farcast_cli.forecast.memory import (
     Memory,
     Record,
     basis_of,
@@ -41,16 +43,9 @@ from farcast_cli.memory import (
     read_memory,
     remembered,
 )
-from farcast_cli.output.batch import Source
-from farcast_cli.output.convert import settle
-from farcast_cli.output.engine import Engine, total_bytes, write_forecasts
-from farcast_cli.output.hidden import clear_left
-from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_outside, sidecar_of
-from farcast_cli.output.plan import with_modes
-from farcast_cli.output.sidecar import compose, write_sidecar
-from farcast_cli.output.writer import staging
-from farcast_cli.pace import Pace
+from farcast_cli.forecast.momentum import AGREES, Momentum, Remembered, remember, steered
+from farcast_cli.forecast.steering import PROBE, Losses, heard
+from farcast_cli.forecast.timeline import evenly
 from farcast_cli.publish import (
     DEFAULT_FOLDER,
     check_place,
@@ -63,25 +58,30 @@ from farcast_cli.publish import (
     stage,
     write_candidate,
 )
+from farcast_cli.request import Outcome, Prepared, Request
 from farcast_cli.results import LeaptOn, MomentumEntry
-from farcast_cli.stream import Resources
+from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.pace import Pace
+from farcast_cli.run.trajectory import Trajectory, discover
+from farcast_cli.sidecar import compose, write_sidecar
+from farcast_cli.state.advance import HISTORY
+from farcast_cli.state.rates import rate_at, read_pace
 from farcast_cli.tensors import is_batch_norm_statistic
-from farcast_cli.trainer.rates import rate_at, read_pace
-from farcast_cli.trainer.resume import HISTORY
-from farcast_cli.trajectory import Trajectory, discover
+from farcast_cli.trainers import trainer_of
+from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from farcast_cli.alignment import Alignment
-    from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.memory import Basis
-    from farcast_cli.output.writer import Staging
-    from farcast_cli.pace import Clock
+    from farcast_cli.files.staged import Staging
+    from farcast_cli.forecast.memory import Basis
     from farcast_cli.publish import Progress
-    from farcast_cli.steps import StepList, StepRange
+    from farcast_cli.run.alignment import Alignment
+    from farcast_cli.run.pace import Clock
+    from farcast_cli.run.steps import StepList, StepRange
+    from farcast_cli.trainers.base import Snapshot
 
 MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to read in full
 LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training after it

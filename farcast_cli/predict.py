@@ -12,26 +12,23 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.checkpoint.convert import settle
+from farcast_cli.engine.batch import Source
+from farcast_cli.engine.linear import LinearMap
+from farcast_cli.engine.reader import Resources
+from farcast_cli.engine.write import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.evaluation import Judge, Trial, best_trial, logs_of
-from farcast_cli.fitted import Fitted, newer_snapshots, realign, reopen
+from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
+from farcast_cli.files.hidden import clear_left
+from farcast_cli.files.place import check_outside, sidecar_of
+from farcast_cli.files.staged import Staging, staging
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
+from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
+from farcast_cli.forecast.ledger import check_ledger, recorded
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.job import Outcome, Prepared, Request
-from farcast_cli.layouts import trainer_of
-from farcast_cli.layouts.base import find_step_in_name, unchanged
-from farcast_cli.ledger import check_ledger, recorded
-from farcast_cli.output.batch import Source
-from farcast_cli.output.convert import settle
-from farcast_cli.output.engine import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
-from farcast_cli.output.hidden import clear_left
-from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_outside, sidecar_of
-from farcast_cli.output.sidecar import compose, write_sidecar
-from farcast_cli.output.writer import Staging, staging
 from farcast_cli.publish import (
     Progress,
     check_place,
@@ -45,9 +42,12 @@ from farcast_cli.publish import (
     state_of,
     write_candidate,
 )
+from farcast_cli.request import Outcome, Prepared, Request
 from farcast_cli.results import FittedOn
-from farcast_cli.stream import Resources
-from farcast_cli.trainer.resume import HISTORY
+from farcast_cli.sidecar import compose, write_sidecar
+from farcast_cli.state.advance import HISTORY
+from farcast_cli.trainers import trainer_of
+from farcast_cli.trainers.base import find_step_in_name, unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.trainers.base import Snapshot
 
 FALLING = 0.95  # of the rate before; a mean over the horizon below it is a decay
 REPLACED = (0.6, 1.0)  # of the skipped training, by leaps in full length (docs/method.md)

@@ -9,28 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.checkpoint.convert import plan_converted
+from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.engine.write import total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.files.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
+from farcast_cli.files.staged import refuse_existing
+from farcast_cli.forecast.ledger import Leap
 from farcast_cli.formats.torch_file import TorchFile
-from farcast_cli.layouts import trainer_of
-from farcast_cli.ledger import Leap
-from farcast_cli.output.convert import plan_converted
-from farcast_cli.output.engine import total_bytes, write_forecasts
-from farcast_cli.output.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
-from farcast_cli.output.plan import Rewrite, forecast_name, with_modes
-from farcast_cli.output.writer import refuse_existing
-from farcast_cli.trainer.resume import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from fractions import Fraction
 
-    from farcast_cli.job import Outcome, Prepared, Request
-    from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.output.convert import Target
-    from farcast_cli.output.engine import Tally
-    from farcast_cli.output.plan import OutputFile
-    from farcast_cli.output.writer import Staging
-    from farcast_cli.trainer.resume import CountersMode
+    from farcast_cli.checkpoint.convert import Target
+    from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.engine.write import Tally
+    from farcast_cli.files.staged import Staging
+    from farcast_cli.request import Outcome, Prepared, Request
+    from farcast_cli.state.advance import CountersMode
+    from farcast_cli.trainers.base import Snapshot
 
 DEFAULT_FOLDER = Path("forecasts")
 

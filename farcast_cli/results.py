@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from farcast_cli.formats.files import portable
-from farcast_cli.pace import Clock  # noqa: TC001 - pydantic reads the annotations
+from farcast_cli.files.reading import portable
+from farcast_cli.run.pace import Clock  # noqa: TC001 - pydantic reads the annotations
 
 DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
 

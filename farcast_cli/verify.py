@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.alignment import align
+from farcast_cli.engine.reader import Reader, Scratch, Section, read_trajectory, stretches
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
-from farcast_cli.formats.files import file_size, local, read_bytes, reading
-from farcast_cli.formats.json_text import parse_json
-from farcast_cli.output.place import sidecar_of
+from farcast_cli.files.json_text import parse_json
+from farcast_cli.files.place import sidecar_of
+from farcast_cli.files.reading import file_size, local, read_bytes, reading
 from farcast_cli.results import TensorRatio, VerifyAnswer
-from farcast_cli.stream import Reader, Scratch, Section, read_trajectory, stretches
-from farcast_cli.trainer.rates import read_pace
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.alignment import align
+from farcast_cli.run.trajectory import open_snapshot
+from farcast_cli.state.rates import read_pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from farcast_cli.alignment import AlignedTensor, Alignment
-    from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.pace import Clock
+    from farcast_cli.run.alignment import AlignedTensor, Alignment
+    from farcast_cli.run.pace import Clock
+    from farcast_cli.trainers.base import Snapshot
 
 
 @dataclass(slots=True)

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import farcast_cli.output.target
+import farcast_cli.engine.output_files
 from farcast_cli.cli import main
-from farcast_cli.fitted import fit, save_fitted
+from farcast_cli.engine import write as engine
 from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast import lfd2
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.output import engine
-from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
+from farcast_cli.forecast.forecaster_file import fit, save_fitted
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 from tests.tiny import torch_settings_kept
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "DEVICE_RANGE_BYTES", 8192)
     monkeypatch.setattr(engine, "BLOCK", 1000)
     monkeypatch.setattr(engine, "FORK_BYTES", 0)
-    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(farcast_cli.engine.output_files, "DIRECT_BYTES", 0)
     monkeypatch.setattr(accumulation, "FORK_BYTES", 0)
     monkeypatch.setattr(accumulation, "SPAN", 4096)
-    monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", 4096)
+    monkeypatch.setattr("farcast_cli.engine.reader.MAX_STRETCH", 4096)

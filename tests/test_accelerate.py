@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from farcast_cli.errors import UsageError
-from farcast_cli.trainer.rates import read_pace
-from farcast_cli.trajectory import discover
+from farcast_cli.run.trajectory import discover
+from farcast_cli.state.rates import read_pace
 from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from farcast_cli.casts import are_finite_halves, has_negative_zeros, narrow, narrow_pairs, unpaired, widen, widen_pairs
+from farcast_cli.engine.casts import are_finite_halves, has_negative_zeros, narrow, narrow_pairs, unpaired, widen, widen_pairs
 from farcast_cli.tensors import DTYPES
 
 EVERY_HALF = np.arange(1 << 16, dtype=np.uint16)

@@ -18,10 +18,10 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.cli import app
+from farcast_cli.commands.options import FROM_ANY_FILE, PANELS
+from farcast_cli.engine.reader import sample_stretches
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.methods import METHODS
-from farcast_cli.options import FROM_ANY_FILE, PANELS
-from farcast_cli.stream import sample_stretches
 from tests.conftest import (
     STEPS,
     edit_loose,

@@ -12,22 +12,22 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from farcast_cli.fitted import fit, load_fitted, save_fitted
 from farcast_cli.forecast.backtest import backtest_ratio
 from farcast_cli.forecast.choice import propose_horizon
 from farcast_cli.forecast.forecaster import Task, forecast
+from farcast_cli.forecast.forecaster_file import fit, load_fitted, save_fitted
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.pace import STEPS
-from farcast_cli.trajectory import discover
+from farcast_cli.run.pace import STEPS
+from farcast_cli.run.trajectory import discover
 from tests.tiny import predict_run, save_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from farcast_cli.fitted import Fitted
-    from farcast_cli.pace import Pace
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.run.pace import Pace
     from tests.conftest import CallCli
 
 LENGTH = 200

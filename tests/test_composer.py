@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from farcast_cli.fitted import fit
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.layouts import recognise
-from farcast_cli.trainer.resume import advance
-from farcast_cli.trajectory import discover, open_snapshot
+from farcast_cli.forecast.forecaster_file import fit
+from farcast_cli.run.trajectory import discover, open_snapshot
+from farcast_cli.state.advance import advance
+from farcast_cli.trainers import recognise
 from tests.tiny import predict_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.trainer.resume import Advanced
+    from farcast_cli.state.advance import Advanced
+    from farcast_cli.trainers.base import Snapshot
     from tests.conftest import CallCli
 
 BATCHES, SIZE, SAMPLES = 20, 8, 157  # of an epoch, whose last batch is smaller

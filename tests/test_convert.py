@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from farcast_cli.errors import FarcastError, OutputError, UsageError
-from farcast_cli.evaluation import Evaluator
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.evaluation.judge import Evaluator
+from farcast_cli.run.trajectory import open_snapshot
 from tests.dcp_runs import make_run
 from tests.test_dcp import in_processes
 from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
@@ -29,8 +29,8 @@ from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from farcast_cli.fitted import Fitted
-    from farcast_cli.job import Outcome
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.request import Outcome
     from tests.conftest import CallCli
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's checkpoint reader, lightning and peft warn of their own internals

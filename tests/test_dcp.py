@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
 from farcast_cli.formats.dcp_file import read_dcp
-from farcast_cli.trajectory import discover, open_snapshot
+from farcast_cli.run.trajectory import discover, open_snapshot
 from tests.dcp_runs import STEPS, TOTAL, Run, make_run
 from tests.tiny import fit_run, predict_run
 

@@ -17,7 +17,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from farcast_cli import trajectory
 from farcast_cli.errors import (
     FileFormatError,
     MixedRunsError,
@@ -27,13 +26,14 @@ from farcast_cli.errors import (
     UnsafeFileError,
     UsageError,
 )
-from farcast_cli.fitted import fit, load_fitted, newer_snapshots
-from farcast_cli.job import Request
-from farcast_cli.layouts import hf_trainer
-from farcast_cli.layouts.base import find_step_in_name
+from farcast_cli.forecast.forecaster_file import fit, load_fitted, newer_snapshots
 from farcast_cli.predict import predict
-from farcast_cli.steps import Findings, StepList, parse_steps
-from farcast_cli.trajectory import discover, survey
+from farcast_cli.request import Request
+from farcast_cli.run import trajectory
+from farcast_cli.run.steps import Findings, StepList, parse_steps
+from farcast_cli.run.trajectory import discover, survey
+from farcast_cli.trainers import hf_trainer
+from farcast_cli.trainers.base import find_step_in_name
 from tests.conftest import STEPS, fit_run, loose_name, make_loose_run, make_torch_run, tree_digest, weights_at
 
 with warnings.catch_warnings():

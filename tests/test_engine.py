@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import farcast_cli.output.target
-import farcast_cli.stream
+import farcast_cli.engine.output_files
+import farcast_cli.engine.reader
+from farcast_cli.engine import write as engine
+from farcast_cli.engine.linear import LinearMap
 from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.output import engine
-from farcast_cli.output.linear import LinearMap
 from tests.tiny import applied, basis, fit_run, predict_run, stored, wander, write_run
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.forecaster_file import Fitted
     from tests.tiny import Arrays
 
 STEPS = tuple(range(100, 900, 100))
@@ -104,7 +104,7 @@ def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "MIN_RANGE_BYTES", 4096)
     monkeypatch.setattr(engine, "DEVICE_RANGE_BYTES", 8192)
     monkeypatch.setattr(engine, "FORK_BYTES", 0)
-    monkeypatch.setattr(farcast_cli.output.target, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(farcast_cli.engine.output_files, "DIRECT_BYTES", 0)
 
 
 WAYS: list[dict[str, Any]] = [
@@ -196,14 +196,14 @@ def _put_first(path: Path, odd: NDArray[np.uint8]) -> None:
 
 
 def test_the_memory_that_is_held_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[farcast_cli.stream.Scratch] = []
-    make = farcast_cli.stream.Scratch.__init__
+    held: list[farcast_cli.engine.reader.Scratch] = []
+    make = farcast_cli.engine.reader.Scratch.__init__
 
-    def remember(scratch: farcast_cli.stream.Scratch) -> None:
+    def remember(scratch: farcast_cli.engine.reader.Scratch) -> None:
         make(scratch)
         held.append(scratch)
 
-    monkeypatch.setattr(farcast_cli.stream.Scratch, "__init__", remember)
+    monkeypatch.setattr(farcast_cli.engine.reader.Scratch, "__init__", remember)
     sizes = {"large": 400_000, **{f"layer {index}": 3_000 for index in range(60)}}
     fitted = fit_run(write_run(tmp_path / "run", wander(2, num_snapshots=6, sizes=sizes), STEPS[:6]))
     held.clear()
@@ -343,7 +343,7 @@ def test_kept_counters_keep_the_number_of_batches(tmp_path: Path) -> None:
 def test_a_bad_value_that_the_sample_missed_is_found_and_nothing_is_published(bad: float, step: int, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", wander(10, num_snapshots=8, sizes={"w": 40_000}), STEPS)
     tensors = load_file(run / f"step_{step}.safetensors")
-    seen = farcast_cli.stream.sample_stretches(40_000, 2048)
+    seen = farcast_cli.engine.reader.sample_stretches(40_000, 2048)
     outside = next(i for i in range(40_000) if not any(s.start <= i < s.start + s.count for s in seen))
     tensors["w"][outside] = bad
     save_file(tensors, run / f"step_{step}.safetensors", metadata={"format": "pt"})

@@ -18,7 +18,7 @@ from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import ENUMS, is_data, is_member
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import Member, Name, encode_pickle
-from farcast_cli.layouts.transformers_rates import FORMULAS
+from farcast_cli.trainers.transformers_rates import FORMULAS
 from tests.conftest import CallCli, make_torch_run
 from tests.corpus import make_dcp_run, make_hf_run, short, text, torch_zip
 

@@ -19,12 +19,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import farcast_cli
-from farcast_cli.command import LOG_BYTES, Log, Run, Stop, Watch
 from farcast_cli.errors import UsageError
-from farcast_cli.evaluation import Evaluator, Trial, best_trial, last_number
-from farcast_cli.fitted import load_fitted
-from farcast_cli.job import Request
+from farcast_cli.evaluation.command import LOG_BYTES, Log, Run, Stop, Watch
+from farcast_cli.evaluation.judge import Evaluator, Trial, best_trial, last_number
+from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.predict import predict
+from farcast_cli.request import Request
 from tests.conftest import clean_environment, make_loose_run, popen_cli, tree_digest
 from tests.tiny import predict_run, write_run
 
@@ -561,9 +561,7 @@ def test_a_command_ends_with_its_children_when_farcast_is_killed(fitted: Path, s
 
 def test_what_does_not_end_when_it_is_told_to_is_ended_after_a_while(tmp_path: Path) -> None:
     deaf = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"]
-    script = (
-        f"import os; from farcast_cli.command import Watch; Watch({{}}, grace_s=1); os.kill(os.getpid(), {signal.SIGKILL:d})"
-    )
+    script = f"import os; from farcast_cli.evaluation.command import Watch; Watch({{}}, grace_s=1); os.kill(os.getpid(), {signal.SIGKILL:d})"
     with subprocess.Popen(deaf, stdout=subprocess.PIPE, start_new_session=True) as stubborn:
         assert stubborn.stdout is not None
         assert stubborn.stdout.readline() == b"ready\n"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import FileFormatError, NonFiniteError
-from farcast_cli.trajectory import discover
+from farcast_cli.run.trajectory import discover
 from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farcast_cli.engine.linear import LinearMap
 from farcast_cli.forecast.forecaster import MAX_MATCH, StepNorm, forecast, plain_step, set_step_norm
 from farcast_cli.forecast.methods import METHODS
-from farcast_cli.output.linear import LinearMap
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:

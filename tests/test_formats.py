@@ -29,12 +29,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
-from farcast_cli.formats.json_text import UnreadList, encode_json, parse_json
+from farcast_cli.files.json_text import UnreadList, encode_json, parse_json
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
-from farcast_cli.layouts.weights_folder import MAX_JSON_BYTES, read_json
 from farcast_cli.tensors import BY_CODE, DTYPES
+from farcast_cli.trainers.weights_folder import MAX_JSON_BYTES, read_json
 
 SAFETENSORS_NAMES = sorted(dtype.name for dtype in BY_CODE.values() if not dtype.bits)  # of whole bytes, as torch has them
 TORCH_NAMES = sorted(DTYPES)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import save_file
 
-from farcast_cli import render
-from farcast_cli.fitted import load_fitted
+from farcast_cli.commands import render
+from farcast_cli.forecast.forecaster_file import load_fitted
 from tests.conftest import STEPS, edit_loose, fit_run, make_loose_run, weights_at
 from tests.tiny import predict_run, wander, write_run
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.alignment import align
+from farcast_cli.engine.reader import sample_stretches
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, KEPT_SAMPLE, MIN_KEPT, accumulate, bytes_to_sample
-from farcast_cli.stream import sample_stretches
-from farcast_cli.trajectory import discover
+from farcast_cli.run.alignment import align
+from farcast_cli.run.trajectory import discover
 from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def test_the_size_of_the_stretches_changes_only_rounding(tmp_path: Path, monkeyp
     run = write_run(tmp_path, wander(2, num_snapshots=5, sizes={"w": 50_000}), STEPS)
     whole, _ = _accumulated(run, num_samples=None)
     for stretch, span in ((4096, 1 << 20), (5_000, 12_000), (49_999, 50_000)):
-        monkeypatch.setattr("farcast_cli.stream.MAX_STRETCH", stretch)
+        monkeypatch.setattr("farcast_cli.engine.reader.MAX_STRETCH", stretch)
         monkeypatch.setattr("farcast_cli.forecast.accumulate.SPAN", span)
         pieces, _ = _accumulated(run, num_samples=None)
         _assert_close_by_norms(pieces.matrix, whole.matrix)

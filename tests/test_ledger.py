@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from farcast_cli.errors import FileFormatError, OutputError, TooFewSnapshotsError
-from farcast_cli.fitted import load_fitted
-from farcast_cli.ledger import History, Leap, read_leaps, recorded, since_last_leap
-from farcast_cli.trajectory import MIN_SNAPSHOTS, discover
+from farcast_cli.forecast.forecaster_file import load_fitted
+from farcast_cli.forecast.ledger import History, Leap, read_leaps, recorded, since_last_leap
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 from tests.conftest import clean_environment, tree_digest
 from tests.tiny import write_run
 
@@ -197,7 +197,7 @@ def test_processes_that_record_at_once_lose_nothing(tmp_path: Path) -> None:
     """Each waits for all to be ready, and then writes as fast as it can."""
     num, each, ledger = 6, 50, tmp_path / "ledger.jsonl"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom farcast_cli.ledger import Leap, recorded\n"
+        "import sys, time\nfrom pathlib import Path\nfrom farcast_cli.forecast.ledger import Leap, recorded\n"
         f"place, number = Path({str(tmp_path)!r}), int(sys.argv[1])\n"
         "(place / f'ready-{number}').touch()\n"
         f"while len(list(place.glob('ready-*'))) < {num}: time.sleep(0.005)\n"

@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from farcast_cli.errors import UsageError
-from farcast_cli.fitted import Fitted, fit
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.layouts import recognise
-from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.trainer.rates import read_pace
-from farcast_cli.trainer.resume import advance
-from farcast_cli.trajectory import discover
+from farcast_cli.forecast.forecaster_file import Fitted, fit
+from farcast_cli.run.trajectory import discover
+from farcast_cli.state.advance import advance
+from farcast_cli.state.rates import read_pace
+from farcast_cli.trainers import recognise
+from farcast_cli.trainers.base import find_step_in_name
 from tests.tiny import predict_run
 
 with warnings.catch_warnings():

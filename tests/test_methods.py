@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farcast_cli.engine.linear import LinearMap
 from farcast_cli.errors import UsageError
 from farcast_cli.forecast.forecaster import Options, forecast
 from farcast_cli.forecast.methods import (
@@ -26,7 +27,6 @@ from farcast_cli.forecast.methods import (
     averaging_window,
     find_method,
 )
-from farcast_cli.output.linear import LinearMap
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:

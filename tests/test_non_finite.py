@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.alignment import align
+from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import DataError, NonFiniteError, SnapshotError
 from farcast_cli.forecast.accumulate import accumulate
-from farcast_cli.stream import Resources
-from farcast_cli.trajectory import discover, open_snapshot
+from farcast_cli.run.alignment import align
+from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.tune.data import read_data
 from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.run import Request, tune_checkpoint
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.tune.one_layer import Method
 
 STEPS = tuple(range(100, 700, 100))

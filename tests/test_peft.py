@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import UsageError
-from farcast_cli.trajectory import discover
+from farcast_cli.run.trajectory import discover
 from tests.tiny import fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:

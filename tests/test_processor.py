@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from farcast_cli.fitted import load_fitted
+from farcast_cli.forecast.forecaster_file import load_fitted
 from tests.conftest import make_loose_run, run_cli
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import pytest
 from safetensors.torch import load_file
 
 from farcast_cli.errors import OutputError
-from farcast_cli.ledger import Leap, read_leaps, recorded
-from farcast_cli.output import renames
-from farcast_cli.output.hidden import MARK
-from farcast_cli.output.writer import staged, staging
+from farcast_cli.files import renames
+from farcast_cli.files.hidden import MARK
+from farcast_cli.files.staged import staged, staging
+from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
 from tests.conftest import fit_run, make_loose_run, make_torch_run, tree_digest
 from tests.test_tune import CALL, save_work
 
@@ -657,7 +657,7 @@ def test_a_file_that_was_saved_in_place_after_a_kill_is_kept(tmp_path: Path, mon
     final.write_text("old forecast")
 
     def write() -> None:
-        monkeypatch.setattr("farcast_cli.output.writer.swap", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr("farcast_cli.files.staged.swap", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         with staged(final, check=anything) as temporary:
             temporary.write_text("new forecast")
 
@@ -686,7 +686,7 @@ def test_a_file_that_was_saved_between_the_check_and_the_rename_is_kept(tmp_path
         former(new, place)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("farcast_cli.output.writer.swap", swapped)
+        patch.setattr("farcast_cli.files.staged.swap", swapped)
         with pytest.raises(OutputError, match="changed while it was to be replaced"):
             write()
     assert final.read_text() == "mine"

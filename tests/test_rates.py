@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
-from farcast_cli.pace import MAX_SCALE, Pace
-from farcast_cli.trainer.rates import read_pace
-from farcast_cli.trajectory import discover
+from farcast_cli.run.pace import MAX_SCALE, Pace
+from farcast_cli.run.trajectory import discover
+from farcast_cli.state.rates import read_pace
 from tests.tiny import save_safetensors
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from farcast_cli.cli import _of_the_system
+from farcast_cli.engine.reader import Reader
+from farcast_cli.engine.workers import on_cores
 from farcast_cli.errors import FileFormatError, MemoryUsedUpError, UsageError
-from farcast_cli.formats.files import mark_of, open_input, read_bytes, reading
-from farcast_cli.stream import Reader
-from farcast_cli.workers import on_cores
+from farcast_cli.files.reading import mark_of, open_input, read_bytes, reading
 from tests.conftest import SHAPES, clean_environment, fit_run, make_loose_run, make_torch_run
 from tests.corpus import make_hf_run
 

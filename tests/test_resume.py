@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from farcast_cli.errors import UsageError
-from farcast_cli.trainer.counters import epoch_at, extrapolate, in_epochs, is_steady
-from farcast_cli.trainer.resume import advance, advance_batch_counts
-from farcast_cli.trajectory import discover
+from farcast_cli.run.trajectory import discover
+from farcast_cli.state.advance import advance, advance_batch_counts
+from farcast_cli.state.counters import epoch_at, extrapolate, in_epochs, is_steady
 from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.forecaster_file import Fitted
     from tests.conftest import CallCli
 
 HORIZON = 100  # the runs' own distance between snapshots, so that the truth of the valid step is on disk

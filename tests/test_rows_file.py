@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from farcast_cli.errors import DataError, FileFormatError, SnapshotError, UnsafeFileError, UsageError
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data
 from farcast_cli.tune.rows_file import BLOCK_BYTES, MAX_HEADER_BYTES, open_rows
 from farcast_cli.tune.weight import Weight, find_weight

@@ -13,7 +13,7 @@ from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.fitted import Fitted
+    from farcast_cli.forecast.forecaster_file import Fitted
 
 
 class _Sample(NamedTuple):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
-from farcast_cli.trainer.resume import advance
-from farcast_cli.trainer.schedules import Observation, advance_scheduler, infer_rate
-from farcast_cli.trajectory import discover
+from farcast_cli.run.trajectory import discover
+from farcast_cli.state.advance import advance
+from farcast_cli.trainers.schedules import Observation, advance_scheduler, infer_rate
 from tests.tiny import save_safetensors
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from farcast_cli.trainer.resume import Advanced
+    from farcast_cli.state.advance import Advanced
 
     Build = Callable[[Any], Any]
 

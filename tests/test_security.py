@@ -34,12 +34,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 
 from farcast_cli.errors import FarcastError, UnsafeFileError, UsageError, shell_word
+from farcast_cli.forecast.ledger import read_leaps
 from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import is_data, runs_code
 from farcast_cli.formats.pickle_scan import iter_names
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import encode_pickle
-from farcast_cli.ledger import read_leaps
 from tests import corpus
 from tests.conftest import STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
 from tests.corpus import CASES, Calls, Case, make_hf_run, name_of, newest, torch_zip

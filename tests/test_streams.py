@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file
 
-from farcast_cli.ledger import read_leaps
+from farcast_cli.forecast.ledger import read_leaps
 from tests.conftest import clean_environment, fit_run, make_loose_run, make_torch_run, run_cli
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import farcast_cli
-from farcast_cli.layouts import LAYOUTS
+from farcast_cli.trainers import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,10 +22,17 @@ ORDER = (
     "__init__",
     "errors",
     "tensors",
-    "casts",
+    "evaluation.__init__",
+    "evaluation.command",
+    "evaluation.judge",
+    "files.__init__",
+    "files.reading",
+    "files.json_text",
+    "files.renames",
+    "files.hidden",
+    "files.staged",
+    "files.place",
     "formats.__init__",
-    "formats.files",
-    "formats.json_text",
     "formats.safetensors_file",
     "formats.pickle_names",
     "formats.pickle_scan",
@@ -36,47 +43,55 @@ ORDER = (
     "formats.copied_file",
     "formats.torch_zip",
     "formats.dcp_file",
-    "output.__init__",
-    "output.renames",
-    "output.hidden",
-    "output.writer",
-    "output.place",
-    "trainer.__init__",
-    "trainer.schedules",
-    "layouts.base",
-    "layouts.weights_folder",
-    "layouts.run_end",
-    "layouts.loose_safetensors",
-    "layouts.torch_payload",
-    "layouts.dcp",
-    "layouts.side_files",
-    "layouts.refused",
-    "layouts.hub_folder",
-    "layouts.transformers_rates",
-    "layouts.hf_trainer",
-    "layouts.accelerate",
-    "layouts.torch_folder",
-    "layouts.lightning_loops",
-    "layouts.lightning",
-    "layouts.composer",
-    "layouts.__init__",
-    "closed",
-    "steps",
-    "trajectory",
-    "quantised",
-    "alignment",
-    "thinning",
-    "pace",
+    "trainers.schedules",
+    "trainers.base",
+    "trainers.weights_folder",
+    "trainers.run_end",
+    "trainers.loose_safetensors",
+    "trainers.torch_payload",
+    "trainers.dcp",
+    "trainers.side_files",
+    "trainers.refused",
+    "trainers.hub_folder",
+    "trainers.transformers_rates",
+    "trainers.hf_trainer",
+    "trainers.accelerate",
+    "trainers.torch_folder",
+    "trainers.lightning_loops",
+    "trainers.lightning",
+    "trainers.composer",
+    "trainers.__init__",
+    "run.__init__",
+    "run.closed",
+    "run.steps",
+    "run.trajectory",
+    "run.quantised",
+    "run.alignment",
+    "run.thinning",
+    "run.pace",
     "results",
-    "trainer.counters",
-    "trainer.state_files",
-    "trainer.resume",
-    "trainer.rates",
-    "output.plan",
-    "output.contents",
-    "output.convert",
-    "stream",
-    "workers",
+    "state.__init__",
+    "state.counters",
+    "state.files",
+    "state.advance",
+    "state.rates",
+    "checkpoint.__init__",
+    "checkpoint.plan",
+    "checkpoint.contents",
+    "checkpoint.convert",
+    "engine.__init__",
+    "engine.casts",
+    "engine.reader",
+    "engine.workers",
+    "engine.linear",
+    "engine.ranges",
+    "engine.output_files",
+    "engine.checksums",
+    "engine.arithmetic",
+    "engine.device",
+    "engine.batch",
+    "engine.worker",
+    "engine.write",
     "forecast.__init__",
     "forecast.device_gram",
     "forecast.products",
@@ -91,26 +106,15 @@ ORDER = (
     "forecast.significance",
     "forecast.backtest",
     "forecast.choice",
-    "ledger",
-    "fitted",
-    "output.linear",
-    "output.ranges",
-    "output.target",
-    "output.checksums",
-    "output.arithmetic",
-    "output.device",
-    "output.batch",
-    "output.lane",
-    "output.engine",
-    "command",
-    "evaluation",
-    "job",
-    "output.sidecar",
+    "forecast.ledger",
+    "forecast.forecaster_file",
+    "forecast.memory",
+    "verify",
+    "request",
+    "sidecar",
     "publish",
     "predict",
-    "memory",
     "leap",
-    "verify",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -124,12 +128,13 @@ ORDER = (
     "tune.solve",
     "tune.write",
     "tune.run",
-    "answers",
-    "render",
-    "streams",
-    "options",
-    "tune_command",
-    "leap_command",
+    "commands.__init__",
+    "commands.answers",
+    "commands.render",
+    "commands.streams",
+    "commands.options",
+    "commands.tune",
+    "commands.leap",
     "cli",
     "__main__",
 )
@@ -224,7 +229,7 @@ def lines_that_print(module: str) -> list[str]:
 
 
 def test_no_module_but_render_prints() -> None:
-    others = [module for module in MODULES if module not in {"render", "cli", "streams", "__main__"}]
+    others = [module for module in MODULES if module not in {"commands.render", "cli", "commands.streams", "__main__"}]
     assert wrong(lines_that_print, others) == {}
     assert wrong(lambda module: packages_of(module) & {"rich"}, others) == {}
 
@@ -256,18 +261,22 @@ def heavy_imports_at_its_top(module: str) -> set[str]:
 
 
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
-    needed = ["steps", "trajectory", *(module for module in MODULES if module.startswith(("formats.", "layouts.")))]
+    needed = [
+        "run.steps",
+        "run.trajectory",
+        *(module for module in MODULES if module.startswith(("files.", "formats.", "trainers."))),
+    ]
     assert wrong(heavy_imports_at_its_top, needed) == {}
 
 
 CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
 LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
-KNOWN_OUTSIDE = {"layouts.__init__", "layouts.base"}
+KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.schedules"}
 
 
 def test_what_is_known_of_a_trainer_stays_in_its_layout() -> None:
-    outside = [module for module in MODULES if not module.startswith("layouts.")]
-    assert wrong(lambda module: {n for n in imports_of(module) if n.startswith("layouts.")} - KNOWN_OUTSIDE, outside) == {}
+    outside = [module for module in MODULES if not module.startswith("trainers.")]
+    assert wrong(lambda module: {n for n in imports_of(module) if n.startswith("trainers.")} - KNOWN_OUTSIDE, outside) == {}
     assert wrong(compared_layouts, outside) == {}
 
 

@@ -12,12 +12,12 @@ import torch
 from safetensors import deserialize
 from safetensors.torch import load_file
 
-from farcast_cli.alignment import align, since_last_change
 from farcast_cli.errors import FileFormatError, MixedRunsError
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
-from farcast_cli.quantised import quantised_owner
+from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.quantised import quantised_owner
+from farcast_cli.run.trajectory import discover
 from farcast_cli.tensors import BY_CODE, DTYPES, FLOATING
-from farcast_cli.trajectory import discover
 from tests.tiny import fit_run, predict_run, save_safetensors, wander, write_run
 
 if TYPE_CHECKING:

@@ -14,20 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from farcast_cli import closed, thinning, trajectory
-from farcast_cli.alignment import align, since_last_change
-from farcast_cli.closed import ClosedTensors, reopened
 from farcast_cli.errors import SnapshotError, StepConflictError
-from farcast_cli.fitted import fit, load_fitted, save_fitted
 from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.accumulate import KEPT_BYTES, KEPT_SAMPLE, MAX_KEPT_BYTES, accumulate
 from farcast_cli.forecast.backtest import backtest_ratio, coherence, recent_coherence
 from farcast_cli.forecast.forecaster import Task
+from farcast_cli.forecast.forecaster_file import fit, load_fitted, save_fitted
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
+from farcast_cli.run import closed, thinning, trajectory
+from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.closed import ClosedTensors, reopened
+from farcast_cli.run.thinning import GRAM_BYTES, MAX_DENSE, MIN_LIMIT, chosen, most_snapshots
+from farcast_cli.run.trajectory import discover, survey
 from farcast_cli.tensors import TensorEntry
-from farcast_cli.thinning import GRAM_BYTES, MAX_DENSE, MIN_LIMIT, chosen, most_snapshots
-from farcast_cli.trajectory import discover, survey
 from tests.conftest import make_loose_run, make_torch_run
 from tests.tiny import SAMPLES, fit_run, statistic, wander, write_run
 

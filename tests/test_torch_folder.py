@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from farcast_cli.errors import NoWeightsError, TooFewSnapshotsError
-from farcast_cli.trajectory import discover
+from farcast_cli.run.trajectory import discover
 from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:

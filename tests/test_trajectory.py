@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farcast_cli.alignment import align
 from farcast_cli.errors import (
     FileFormatError,
     MixedRunsError,
@@ -20,9 +19,10 @@ from farcast_cli.errors import (
     UnsafeFileError,
     UsageError,
 )
-from farcast_cli.layouts.base import find_step_in_name
-from farcast_cli.steps import StepRange
-from farcast_cli.trajectory import discover, open_snapshot
+from farcast_cli.run.alignment import align
+from farcast_cli.run.steps import StepRange
+from farcast_cli.run.trajectory import discover, open_snapshot
+from farcast_cli.trainers.base import find_step_in_name
 from tests.conftest import STEPS, edit_loose, fit_run, loose_name, make_loose_run, make_torch_run, weights_at
 
 if TYPE_CHECKING:

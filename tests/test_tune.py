@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import OutputError
+from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tensors import DTYPES
-from farcast_cli.trajectory import open_snapshot
 from farcast_cli.tune.delta import GROUP_ELEMENTS, Delta, Rounded, maps_of, read_deltas
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.numbers import decode, round_stochastically, uniform

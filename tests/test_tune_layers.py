@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.layers import MAX_BASIS_BYTES, TOLERANCE, Basis, Stack, TunedLayers, tune_layers
 from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.one_layer import Settings

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.run import Outcome, Request, tune_checkpoint
 from tests.dcp_runs import Run
 from tests.tiny import SAMPLES, sample_maker

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import farcast_cli.stream
+import farcast_cli.engine.reader
 from farcast_cli.errors import FarcastError, FileFormatError, MixedRunsError, UsageError
 from farcast_cli.verify import find_reference, verify
 from tests.tiny import fit_run, predict_run, save_safetensors, wander, write_run
@@ -45,8 +45,8 @@ def test_the_ratio_and_the_error_are_those_of_whole_tensors(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, summed up in another order: to 1e-9."""
-    monkeypatch.setattr(farcast_cli.stream, "STRETCH_BYTES", 1)  # the smallest stretches
-    monkeypatch.setattr(farcast_cli.stream, "MAX_STRETCH", 1)
+    monkeypatch.setattr(farcast_cli.engine.reader, "STRETCH_BYTES", 1)  # the smallest stretches
+    monkeypatch.setattr(farcast_cli.engine.reader, "MAX_STRETCH", 1)
     paths = [_random(tmp_path / f"{name}.safetensors", seed, dtype) for seed, name in enumerate(("f", "t", "r"))]
     forecast, truth, reference = map(_values, paths)
     result = _verify(*paths)

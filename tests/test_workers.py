@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from farcast_cli.engine.workers import alone, in_order, in_processes, in_threads
 from farcast_cli.errors import OutputError, SnapshotError
-from farcast_cli.workers import alone, in_order, in_processes, in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from farcast_cli.engine.output_files import _write_all
 from farcast_cli.errors import OutputError
+from farcast_cli.files.staged import staged
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_zip import frame
-from farcast_cli.output.target import _write_all
-from farcast_cli.output.writer import staged
 from tests.conftest import fit_run, make_loose_run, make_torch_run, popen_cli, run_cli, tree_digest
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.fitted import Fitted, fit
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.forecaster import Options, Task, forecast
+from farcast_cli.forecast.forecaster_file import Fitted, fit
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.job import Outcome, Request
 from farcast_cli.predict import predict
-from farcast_cli.trajectory import discover
+from farcast_cli.request import Outcome, Request
+from farcast_cli.run.trajectory import discover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

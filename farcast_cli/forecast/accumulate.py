@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli import workers
-from farcast_cli.casts import work_type
-from farcast_cli.forecast.gram import Gram, Sample
-from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis
-from farcast_cli.stream import (
+from farcast_cli.engine import workers
+from farcast_cli.engine.casts import work_type
+from farcast_cli.engine.reader import (
     MAX_STRETCH,
     STRETCH_BYTES,
     Reader,
@@ -33,15 +31,17 @@ from farcast_cli.stream import (
     sample_stretches,
     stretches,
 )
+from farcast_cli.forecast.gram import Gram, Sample
+from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from farcast_cli.alignment import Alignment
-    from farcast_cli.casts import Floats, WorkType
-    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.engine.casts import Floats, WorkType
+    from farcast_cli.run.alignment import Alignment
+    from farcast_cli.trainers.base import Snapshot
 
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 KEPT_SAMPLE = 1_024  # of those, kept for the fits that are not least squares; within .005 of a full fit

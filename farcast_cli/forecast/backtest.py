@@ -15,7 +15,7 @@ import numpy as np
 
 from farcast_cli.forecast.forecaster import Method, Options, Task, forecast, plain_step, set_step_norm
 from farcast_cli.forecast.significance import NOTHING, Significance, significance
-from farcast_cli.trajectory import MIN_SNAPSHOTS
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.casts import Floats
+    from farcast_cli.engine.casts import Floats
 
 BATCH_BYTES = 64 << 20  # of float64, which the host and the device hold at once
 

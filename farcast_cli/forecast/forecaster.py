@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from farcast_cli.forecast.timeline import Timeline, evenly
-from farcast_cli.pace import STEPS, Pace
+from farcast_cli.run.pace import STEPS, Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from farcast_cli.casts import Floats
+    from farcast_cli.engine.casts import Floats
 
 CHUNK = 2048  # products that are added up in float32: their sum is right to 2e-8, and that of many such to less
 _BY_MATRIX = 14  # basis vectors from which on a product of matrices is faster than dot products

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from farcast_cli.errors import UnsafeFileError
-from farcast_cli.formats.files import file_size, open_input
+from farcast_cli.files.reading import file_size, open_input
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import MAX_OPCODES, iter_names, peek
 from farcast_cli.formats.torch_pickle import unsafe

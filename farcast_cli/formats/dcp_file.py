@@ -16,8 +16,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
+from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.formats.copied_file import refuse_code_in_stretch
-from farcast_cli.formats.files import file_size, read_bytes
 from farcast_cli.formats.torch_file import MAX_PICKLE_BYTES, TorchFile, read_torch_stretch
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, decode_pickle, iter_storages
 from farcast_cli.formats.zip_file import Record

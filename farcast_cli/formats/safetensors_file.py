@@ -15,8 +15,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError
-from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
-from farcast_cli.formats.json_text import parse_json
+from farcast_cli.files.json_text import parse_json
+from farcast_cli.files.reading import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.tensors import BY_CODE, DType, TensorEntry
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
-from farcast_cli.formats.files import file_size, read_bytes, refuse_lfs_pointer
+from farcast_cli.files.reading import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, decode_pickle, iter_storages, unsafe
 from farcast_cli.formats.zip_file import SAVE_AGAIN, ZIP_MARK, Record, Stretch, damaged, directory, plain_record, refuse_overlap
 from farcast_cli.tensors import TensorEntry, is_row_major

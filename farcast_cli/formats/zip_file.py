@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
-from farcast_cli.formats.files import read_bytes
+from farcast_cli.files.reading import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

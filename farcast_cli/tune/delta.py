@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError
-from farcast_cli.formats.json_text import parse_json
+from farcast_cli.files.json_text import parse_json
+from farcast_cli.files.place import open_new
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
-from farcast_cli.output.place import open_new
 from farcast_cli.tensors import DTYPES
 from farcast_cli.tune.numbers import Rounding, round_stochastically
 from farcast_cli.tune.weight import read_tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.output.plan import ValueMap
+    from farcast_cli.checkpoint.plan import ValueMap
     from farcast_cli.tensors import DType, TensorEntry
     from farcast_cli.tune.weight import Weight
 

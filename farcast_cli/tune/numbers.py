@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from farcast_cli.casts import widen, work_type
+from farcast_cli.engine.casts import widen, work_type
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,7 +21,7 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 
 from farcast_cli.errors import DataError, FarcastError, FileFormatError, UnsafeFileError, UsageError
-from farcast_cli.formats.files import Input, file_size, read_bytes
+from farcast_cli.files.reading import Input, file_size, read_bytes
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.tensors import FLOATING
 from farcast_cli.tune.numbers import decode

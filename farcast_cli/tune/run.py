@@ -11,11 +11,11 @@ import numpy as np
 
 from farcast_cli import __version__
 from farcast_cli.errors import OutputError, SnapshotError, UsageError
-from farcast_cli.formats.files import file_size, portable, relative
-from farcast_cli.layouts.base import unchanged
-from farcast_cli.output.writer import staged
+from farcast_cli.files.reading import file_size, portable, relative
+from farcast_cli.files.staged import staged
 from farcast_cli.results import CheckpointFile, HeldOut, RowsFile, TunedOn, TuneOptions, TuneSidecar
-from farcast_cli.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot
+from farcast_cli.trainers.base import unchanged
 from farcast_cli.tune.data import HOLDOUT, Draw, Fit, read_anchors, read_data, split
 from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
 from farcast_cli.tune.gate import DEFAULT_GATE, Verdict, judge
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from farcast_cli.layouts.base import Snapshot
+    from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.data import Data, Splits
     from farcast_cli.tune.delta import Delta
     from farcast_cli.tune.objective import ActivationName, LossName

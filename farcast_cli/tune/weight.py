@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.alignment import under_common_names
+from farcast_cli.engine.reader import Reader, aligned
 from farcast_cli.errors import NonFiniteError, SnapshotError, UsageError
-from farcast_cli.formats.files import file_size, read_bytes
-from farcast_cli.formats.json_text import parse_json
-from farcast_cli.quantised import quantised_owner
-from farcast_cli.stream import Reader, aligned
+from farcast_cli.files.json_text import parse_json
+from farcast_cli.files.reading import file_size, read_bytes
+from farcast_cli.run.alignment import under_common_names
+from farcast_cli.run.quantised import quantised_owner
 from farcast_cli.tensors import FLOATING, canonical_name
 from farcast_cli.tune.numbers import decode
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.layouts.base import Snapshot
     from farcast_cli.tensors import TensorEntry
+    from farcast_cli.trainers.base import Snapshot
 
 BLOCK_BYTES = 8 << 20  # of float64, of a block of rows; a larger one gains nothing and takes memory
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}

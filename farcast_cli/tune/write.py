@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.alignment import Alignment
+from farcast_cli.checkpoint.plan import Rewrite, plan_outputs, with_modes
+from farcast_cli.engine.batch import Source
+from farcast_cli.engine.linear import LinearMap
+from farcast_cli.engine.reader import Resources
+from farcast_cli.engine.write import Engine, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
-from farcast_cli.output.batch import Source
-from farcast_cli.output.engine import Engine, write_forecasts
-from farcast_cli.output.hidden import clear_left
-from farcast_cli.output.linear import LinearMap
-from farcast_cli.output.place import check_outside, check_sidecar_ours, sidecar_of
-from farcast_cli.output.plan import Rewrite, plan_outputs, with_modes
-from farcast_cli.output.sidecar import files_of, write_sidecar
-from farcast_cli.output.writer import staging
-from farcast_cli.stream import Resources
-from farcast_cli.trainer.resume import advance, told_as_damage
-from farcast_cli.trajectory import open_snapshot, run_of
+from farcast_cli.files.hidden import clear_left
+from farcast_cli.files.place import check_outside, check_sidecar_ours, sidecar_of
+from farcast_cli.files.staged import staging
+from farcast_cli.run.alignment import Alignment
+from farcast_cli.run.trajectory import open_snapshot, run_of
+from farcast_cli.sidecar import files_of, write_sidecar
+from farcast_cli.state.advance import advance, told_as_damage
 from farcast_cli.tune.delta import maps_of
 from farcast_cli.tune.weight import find_weight
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.layouts.base import Snapshot
-    from farcast_cli.output.plan import OutputFile, ValueMap
+    from farcast_cli.checkpoint.plan import OutputFile, ValueMap
     from farcast_cli.results import TuneSidecar
+    from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.delta import Delta, Rounded
     from farcast_cli.tune.weight import Weight
 

@@ -21,20 +21,20 @@ from safetensors import deserialize as _deserialize
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from farcast_cli.checkpoint.plan import Rewrite, plan_outputs
 from farcast_cli.cli import main as call_main
+from farcast_cli.engine.reader import Reader
 from farcast_cli.errors import FarcastError
-from farcast_cli.evaluation import last_number
-from farcast_cli.fitted import fit, load_fitted, save_fitted
+from farcast_cli.evaluation.judge import last_number
+from farcast_cli.files.place import sidecar_of
+from farcast_cli.forecast.forecaster_file import fit, load_fitted, save_fitted
+from farcast_cli.forecast.ledger import read_leaps
+from farcast_cli.forecast.memory import read_memory
 from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.pickle_names import runs_code
 from farcast_cli.formats.pickle_scan import iter_names
-from farcast_cli.ledger import read_leaps
-from farcast_cli.memory import read_memory
-from farcast_cli.output.place import sidecar_of
-from farcast_cli.output.plan import Rewrite, plan_outputs
-from farcast_cli.stream import Reader
-from farcast_cli.trainer.resume import advance, told_as_damage
-from farcast_cli.trajectory import discover, open_snapshot
+from farcast_cli.run.trajectory import discover, open_snapshot
+from farcast_cli.state.advance import advance, told_as_damage
 from farcast_cli.tune.data import read_data
 from farcast_cli.tune.delta import Delta, read_deltas, write_deltas
 from farcast_cli.verify import find_reference

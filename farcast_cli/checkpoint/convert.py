@@ -1,0 +1,326 @@
+"""A forecast in another container than the run's own: safetensors, a torch file, a torch.distributed.checkpoint folder.
+
+Knows which parts of a checkpoint each container has a place for, and what its files are called. A conversion is a plan
+like any other: several horizons are written in one pass, and nothing is loaded.
+
+Source: transformers/utils/__init__.py and accelerate/utils/constants.py for the names of weights in folders;
+torch/distributed/checkpoint/filesystem.py for its metadata.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from farcast_cli.checkpoint.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
+from farcast_cli.checkpoint.plan import (
+    Fixed,
+    OutputFile,
+    Piece,
+    Planned,
+    Record,
+    Rewrite,
+    is_read_whole,
+    json_output,
+    never_in_shards,
+    new_torch_file,
+    plan_outputs,
+    plan_part,
+    safetensors_output,
+    shards,
+    torch_output,
+)
+from farcast_cli.errors import UsageError
+from farcast_cli.formats.dcp_file import METADATA, DcpFile
+from farcast_cli.formats.safetensors_file import SafetensorsFile
+from farcast_cli.formats.torch_file import TorchFile, below
+from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle
+from farcast_cli.state.advance import StateTree
+from farcast_cli.tensors import DTYPES, row_major_strides
+from farcast_cli.trainers import named
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from farcast_cli.state.advance import Advanced
+    from farcast_cli.trainers.base import Part, Snapshot
+
+OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
+
+DCP_FILE = "__0_0.distcp"
+_ENDINGS = {"safetensors": ".safetensors", "pt": ".pt"}
+_SWAPPED = {"safetensors": (".bin", ".safetensors"), "pt": (".safetensors", ".bin")}
+"""Endings of files of weights in a folder, before and after."""
+_CONTAINERS = {"safetensors": "safetensors", "pt": "a torch file", "dcp": "a dcp folder"}
+_FORMAT = {"format": "pt"}  # transformers insists on it
+
+
+# --- the target ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is written: the container (`same` where the run has it already), and whether that is one file."""
+
+    layout: OutputLayout
+    is_file: bool
+    ending: str = ""
+    """Of the name, where it is a file."""
+    is_weights_only: bool = False
+    beside: tuple[Part, ...] = ()
+    """The origin's parts that are written beside the weights."""
+    left_out: tuple[str, ...] = ()
+    """The keys and files that are not."""
+
+    def renamed(self, name: str, origin: Snapshot) -> str:
+        """A name of the origin's kind with the container's ending."""
+        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + self.ending
+
+    @property
+    def notes(self) -> list[str]:
+        if not self.left_out:
+            return []
+        what = "weights only: not" if self.is_weights_only else "not"
+        return [f"{what} in {_CONTAINERS[self.layout]}: {listed(self.left_out)}"]
+
+
+def settle(origin: Snapshot, asked: OutputLayout) -> Target:
+    """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for."""
+    is_file = origin.path.is_file()
+    held = {_container(part, origin) for part in _weight_parts(origin)}
+    if asked == "same" or held == {asked}:
+        return Target("same", is_file, origin.path.suffix if is_file else "")
+    with_state = any(part.role == "state" for part in _weight_parts(origin))
+    is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
+    only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
+    others = [part for part in origin.parts if part.role not in {"weights", "weights-index", "state", "data"}]
+    kept = [part for part in others if asked != "dcp" and not is_one and (part.role == "other" or not only)]
+    lost = sorted((part for part in others if part not in kept), key=lambda part: part.role == "other")
+    keys = (key for part in origin.parts if only and part.role == "state" for key in keys_beside_weights(part))
+    left_out = (*keys, *(part.name for part in lost))
+    return Target(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
+
+
+def _weight_parts(origin: Snapshot) -> list[Part]:
+    kinds = (SafetensorsFile, TorchFile, DcpFile)
+    return [part for part in origin.parts if part.role in {"weights", "state"} and isinstance(part.content, kinds)]
+
+
+def _container(part: Part, origin: Snapshot) -> str:
+    if isinstance(part.content, DcpFile):
+        return "dcp"
+    if isinstance(part.content, SafetensorsFile):
+        return "safetensors"
+    return "pt of its own" if named(origin.layout).trainer.has_own_files else "pt"
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Target) -> list[OutputFile]:
+    """The files of the forecast checkpoint in the target's container; what is odd about them goes to the notes.
+
+    Raises:
+        UsageError: a tensor that the container cannot hold, or shards of what is never read in shards.
+    """
+    if target.layout == "same":
+        return plan_outputs(origin, advanced, rewrite)
+    advanced.notes += target.notes
+    if rewrite.max_shard_bytes is not None and target.layout != "safetensors":
+        raise UsageError(f"--max-shard-size: --layout {target.layout} is never in shards", hint="leave the option out")
+    if target.layout == "dcp":
+        return _dcp_outputs(list(_dcp_leaves(_weight_parts(origin), advanced, rewrite)))
+    if target.layout == "pt" and target.is_file:
+        return [_one_torch_file(*_weight_parts(origin), advanced=advanced, rewrite=rewrite)]
+    written = (_in_shards if rewrite.max_shard_bytes is not None else _in_files)(origin, advanced, rewrite, target)
+    return written + _beside(target, advanced, rewrite, {output.name for output in written})
+
+
+def _beside(target: Target, advanced: Advanced, rewrite: Rewrite, written: set[str]) -> list[OutputFile]:
+    """The other files of a folder; one that the converted weights take the name of gives way."""
+    advanced.notes += [f"{part.name} of the origin replaced" for part in target.beside if part.name in written]
+    kept = [part for part in target.beside if part.name not in written]
+    return [output for part in kept for output in plan_part(part, advanced, rewrite)]
+
+
+def _in_files(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Target) -> list[OutputFile]:
+    """Each file of weights as one of the other container, and each index with the new names."""
+    parts = _weight_parts(origin)
+    outputs, sizes = [], {}
+    for part in parts:
+        if _container(part, origin) == target.layout:
+            outputs += plan_part(part, advanced, rewrite)
+            continue
+        tensors = weights_in(part, advanced, rewrite)
+        name = _file_name(part, target, alone=len(parts) == 1)
+        sizes[name] = sum(tensor.num_bytes for tensor in tensors)
+        outputs.append(_safetensors_file(name, tensors) if target.layout == "safetensors" else _torch_file(name, tensors))
+    for part in origin.parts:
+        if part.role == "weights-index":
+            is_new = _renamed(part.name, target.layout) != part.name
+            outputs += [_index(part, target, sizes)] if is_new else plan_part(part, advanced, rewrite)
+    return outputs
+
+
+def _in_shards(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Target) -> list[OutputFile]:
+    parts = _weight_parts(origin)
+    if target.is_file or is_read_whole(origin) or any(part.prefix for part in parts):
+        raise never_in_shards(origin)
+    tensors = [tensor for part in parts for tensor in weights_in(part, advanced, rewrite)]
+    index = next((part.content for part in origin.parts if part.role == "weights-index"), None)
+    stem = _file_name(parts[0], target, alone=True).partition("-")[0].removesuffix(".safetensors")
+    return shards(stem, _held_by_safetensors(tensors), rewrite.max_shard_bytes or 0, _FORMAT, index)
+
+
+def _file_name(part: Part, target: Target, *, alone: bool) -> str:
+    if target.is_file:
+        return ""
+    if part.role != "state":
+        return _renamed(part.name, target.layout)
+    return "model.safetensors" if alone else str(PurePosixPath(part.name).with_suffix(".safetensors"))
+
+
+def _renamed(name: str, layout: str) -> str:
+    """A file of weights by the name that transformers and accelerate look for: `model_1.safetensors`, `pytorch_model_1.bin`."""
+    path = PurePosixPath(name)
+    stems = (r"^pytorch_model(?=[._-])", "model") if layout == "safetensors" else (r"^model(?=[._-])", "pytorch_model")
+    return str(path.with_name(re.sub(*stems, path.name).replace(*_SWAPPED[layout])))
+
+
+def _index(part: Part, target: Target, sizes: Mapping[str, int]) -> OutputFile:
+    content = part.content
+    assert isinstance(content, dict)  # noqa: S101 - as the layout read it
+    names = {tensor: _renamed(file, target.layout) for tensor, file in content["weight_map"].items()}
+    total = sum(sizes[str(PurePosixPath(part.name).with_name(name))] for name in set(names.values()))
+    metadata = dict(content.get("metadata") or {}) | {"total_size": total}
+    return json_output(_renamed(part.name, target.layout), {"metadata": metadata, "weight_map": names})
+
+
+def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
+    """A file by itself: of a dcp folder all that is in it, else the weights under their names."""
+    if isinstance(part.content, DcpFile):
+        return _torch_file("", tree_in(part, advanced, rewrite))
+    if isinstance(part.content, TorchFile):
+        state = advanced.trees[part.name]
+        alone = replace(part, weights_key=(), mirror_key=())
+        tree = below(state.tree, part.weights_key)
+        return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed), rewrite)
+    return _torch_file("", weights_in(part, advanced, rewrite))
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def _safetensors_file(name: str, tensors: Sequence[Planned]) -> OutputFile:
+    return safetensors_output(name, _held_by_safetensors(tensors), _FORMAT)
+
+
+def _held_by_safetensors(tensors: Sequence[Planned]) -> Sequence[Planned]:
+    """The tensors, having seen that safetensors can hold each."""
+    for tensor in tensors:
+        if not tensor.dtype.code:
+            raise UsageError(
+                f"tensor {tensor.name!r} is {tensor.dtype.name}, which safetensors cannot hold", hint="--layout pt"
+            )
+        if tensor.strides:
+            raise UsageError(
+                f"tensor {tensor.name!r} lies in another order than row by row (channels_last?), which safetensors cannot hold",
+                hint="--layout pt keeps the order",
+            )
+    return tensors
+
+
+def _torch_file(name: str, found: Iterable[Planned | Leaf]) -> OutputFile:
+    """A torch file of a tree, or of tensors under their names."""
+    from torch.distributed.checkpoint._traverse import set_element
+
+    tree: dict[Any, Any] = {}
+    named: dict[str, tuple[Piece, ...]] = {}
+    for one in found:
+        leaf = one if isinstance(one, Leaf) else Leaf((one.name,), one)
+        key = str(len(named))
+        if isinstance(leaf.value, Planned):
+            named[f"data/{key}"] = leaf.value.pieces
+        set_element(tree, leaf.path, _ref(leaf.value, key) if isinstance(leaf.value, Planned) else leaf.value)
+    return OutputFile(name, tuple(new_torch_file({"data.pkl": (Fixed(encode_pickle(tree)),), **named})))
+
+
+def _ref(tensor: Planned, key: str) -> TensorRef:
+    """A tensor as a torch file has it, alone in a storage."""
+    if tensor.dtype.name not in DTYPES:
+        raise UsageError(f"tensor {tensor.name!r} is {tensor.dtype.name}, which torch cannot hold", hint="leave --layout out")
+    strides = tensor.strides or row_major_strides(tensor.shape)
+    is_typed = bool(tensor.dtype.storage)
+    size = prod(tensor.shape) if is_typed else tensor.num_bytes
+    storage = StorageRef(key, tensor.dtype if is_typed else UNTYPED, "cpu", size)
+    return TensorRef(storage, tensor.dtype, 0, tensor.shape, strides)
+
+
+# --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
+
+
+def _dcp_leaves(parts: Sequence[Part], advanced: Advanced, rewrite: Rewrite) -> Iterator[Leaf]:
+    """The whole tree of a torch file with a trainer's state; of files of weights, `model` (and `model_1`, ...)."""
+    if any(part.role == "state" for part in parts):
+        if len(parts) > 1:
+            raise UsageError(f"--layout dcp: the weights are in {len(parts)} torch files", hint="--layout safetensors")
+        yield from tree_in(parts[0], advanced, rewrite)
+        return
+    for part in parts:
+        for tensor in weights_in(part, advanced, rewrite):
+            yield Leaf((part.prefix.rstrip(".") or "model", tensor.name), tensor)
+
+
+def _dcp_outputs(leaves: Sequence[Leaf]) -> list[OutputFile]:
+    """One file of items one behind the other, and the metadata that say where each lies."""
+    records: list[Record] = []
+    stretches = []
+    position = 0
+    for leaf in leaves:
+        made = new_torch_file(_item(leaf), start=position)
+        num_bytes = sum(record.num_bytes for record in made)
+        records += made
+        stretches.append((position, num_bytes))
+        position += num_bytes
+    metadata = (Record((Fixed(_dcp_metadata(leaves, stretches)),)),)
+    return [OutputFile(DCP_FILE, tuple(records)), OutputFile(METADATA, metadata)]
+
+
+def _item(leaf: Leaf) -> dict[str, tuple[Piece, ...]]:
+    """The small torch file that an item is."""
+    if isinstance(leaf.value, Planned):
+        return {"data.pkl": (Fixed(encode_pickle(_ref(leaf.value, "0"))),), "data/0": leaf.value.pieces}
+    pickled = encode_pickle(leaf.value, {storage.key: storage for storage, _ in leaf.held})
+    return {"data.pkl": (Fixed(pickled),), **{f"data/{storage.key}": pieces for storage, pieces in leaf.held}}
+
+
+def _dcp_metadata(leaves: Sequence[Leaf], stretches: Sequence[tuple[int, int]]) -> bytes:
+    """`.metadata` as torch's own writer pickles it."""
+    import torch.distributed.checkpoint.metadata as dcp
+    from torch import Size
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    known: dict[str, dcp.STORAGE_TYPES] = {}
+    stored = {}
+    for leaf, (offset, length) in zip(leaves, stretches, strict=True):
+        name, tensor = dotted(leaf.path), leaf.value if isinstance(leaf.value, Planned) else None
+        if name in known:
+            raise UsageError(f"--layout dcp: two items would be called {name!r}", hint="leave --layout out")
+        known[name] = _tensor_metadata(leaf) if tensor else dcp.BytesStorageMetadata()
+        index = dcp.MetadataIndex(name, Size([0] * len(tensor.shape)), 0) if tensor else dcp.MetadataIndex(name)
+        stored[index] = _StorageInfo(DCP_FILE, offset, length)
+    paths = {dotted(leaf.path): leaf.path for leaf in leaves}
+    return pickle.dumps(dcp.Metadata(known, planner_data=paths, storage_data=stored))
+
+
+def _tensor_metadata(leaf: Leaf) -> Any:
+    import torch
+    import torch.distributed.checkpoint.metadata as dcp
+
+    properties = dcp.TensorProperties(dtype=getattr(torch, leaf.value.dtype.name), requires_grad=leaf.requires_grad)
+    shape = torch.Size(leaf.value.shape)
+    return dcp.TensorStorageMetadata(properties, shape, [dcp.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)])

@@ -1,0 +1,188 @@
+"""What came of a command, as its answer: the library's results in the form that `results` describes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from farcast_cli import results
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.leap import Leapt
+    from farcast_cli.request import Outcome
+    from farcast_cli.run.alignment import Alignment
+    from farcast_cli.run.pace import Pace
+    from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.tune.run import Outcome as Tuning
+
+
+def of_inspect(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> results.InspectAnswer:
+    return results.InspectAnswer(
+        schema_version=1,
+        layout=trajectory.layout,
+        snapshots=tuple(
+            results.SnapshotEntry(
+                path=s.path,
+                step=s.step,
+                step_source=s.step_source,
+                bytes=s.num_bytes,
+                evidence=tuple(results.EvidenceEntry(source=e.source, where=e.where, step=e.step) for e in s.evidence),
+            )
+            for s in trajectory.snapshots
+        ),
+        num_tensors=len(alignment.tensors) if alignment else 0,
+        num_parameters=alignment.num_parameters if alignment else 0,
+        copied=tuple(results.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
+        ignored=tuple(results.IgnoredEntry(path=i.path, reason=i.reason) for i in trajectory.ignored),
+        notes=tuple(trajectory.notes),
+        problems=tuple(problems),
+    )
+
+
+def of_fit(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, steady: Steadiness) -> results.FitAnswer:
+    record = fitted.provenance
+    return results.FitAnswer(
+        schema_version=1,
+        forecaster=path,
+        origin_step=fitted.steps[-1],
+        num_snapshots=len(fitted.steps),
+        leap=record.leap.resumes_after if record.leap else None,
+        notes=record.notes,
+        num_tensors=len(record.tensors),
+        sampled=record.num_samples,
+        coherence=steady.coherence,
+        recent_coherence=steady.recent,
+        significance=steady.significance.p,
+        bytes_read=bytes_read,
+        seconds=seconds,
+    )
+
+
+def of_backtest(
+    origin_step: int,
+    steady: Steadiness,
+    scores: Sequence[Score],
+    decisions: Mapping[int, tuple[str, Decision]],
+    pace: Pace,
+) -> results.BacktestAnswer:
+    best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
+    verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
+    return results.BacktestAnswer(
+        schema_version=1,
+        origin_step=origin_step,
+        coherence=steady.coherence,
+        significance=steady.significance.p,
+        clock=pace.clock,
+        scores=tuple(
+            results.ScoreEntry(method=s.method, horizon=s.horizon, ratio=s.ratio, ratio_as_written=s.ratio_as_written)
+            for s in scores
+        ),
+        best=results.BestEntry(method=best.method, horizon=best.horizon, ratio=best.ratio) if best else None,
+        verdict=next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
+        decisions=tuple(
+            results.DecisionEntry(
+                horizon=horizon,
+                method=method,
+                verdict=d.verdict,
+                ratio=d.ratio,
+                recent_coherence=d.recent,
+                reason=d.reason,
+            )
+            for horizon, (method, d) in decisions.items()
+        ),
+    )
+
+
+def of_predict(outcomes: Sequence[Outcome], *, dry_run: bool) -> results.PredictAnswer | results.PredictManyAnswer:
+    forecasts = tuple(_forecast(outcome) for outcome in outcomes)
+    if len(forecasts) == 1:
+        return results.PredictAnswer(schema_version=1, **dict(forecasts[0]), dry_run=dry_run)
+    return results.PredictManyAnswer(schema_version=1, forecasts=forecasts, dry_run=dry_run)
+
+
+def _forecast(outcome: Outcome) -> results.Forecast:
+    decision = outcome.decision
+    return results.Forecast(
+        path=outcome.path,
+        origin_step=outcome.origin_step,
+        valid_step=outcome.valid_step,
+        horizon=outcome.horizon,
+        method=outcome.method,
+        ratio=decision.ratio,
+        expected_ratio=decision.expected,
+        coherence=decision.coherence,
+        recent_coherence=decision.recent,
+        clock=outcome.pace.clock,
+        pace_ahead=outcome.pace_ahead,
+        length_factor=outcome.length_factor,
+        significance=decision.significance.p,
+        verdict=decision.verdict,
+        reason=decision.reason,
+        chosen=outcome.chosen,
+        num_forecast=outcome.num_forecast,
+        num_copied=outcome.num_copied,
+        unchanged_share=None if outcome.unchanged_share is None else round(outcome.unchanged_share, 6),
+        bytes_read=outcome.bytes_read,
+        bytes_written=outcome.bytes_written,
+        seconds=outcome.seconds,
+        changes=outcome.changes,
+        notes=outcome.notes,
+        evaluations=tuple(
+            results.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
+        ),
+    )
+
+
+def of_leap(done: Leapt, *, dry_run: bool) -> results.LeapAnswer:
+    outcome, momentum = done.outcome, done.momentum
+    return results.LeapAnswer(
+        schema_version=1,
+        path=outcome.path,
+        origin=done.origin,
+        origin_step=outcome.origin_step,
+        horizon=outcome.horizon,
+        verdict=outcome.decision.verdict,
+        reason=outcome.decision.reason,
+        gain=momentum.gain,
+        share=momentum.share,
+        cosine=done.cosine,
+        loss_signal=done.signal,
+        stretches=momentum.count,
+        clock=done.clock,
+        every=done.every,
+        again=done.is_again,
+        unchanged_share=outcome.unchanged_share,
+        changes=outcome.changes,
+        notes=(*done.notes, *outcome.notes),
+        evaluations=tuple(results.TrialEntry(strength=t.strength, value=t.value, seconds=t.seconds) for t in outcome.trials),
+        dry_run=dry_run,
+    )
+
+
+def of_tune(tuning: Tuning) -> results.TuneAnswer:
+    verdict = tuning.verdict
+    return results.TuneAnswer(
+        schema_version=1,
+        path=tuning.path,
+        layers=tuning.layers,
+        method=tuning.method,
+        verdict="applied" if verdict is None else "tuned" if verdict.is_accepted else "no significant gain",
+        held_out_before=verdict.before if verdict else None,
+        held_out_after=verdict.after if verdict else None,
+        z=verdict.z if verdict else None,
+        tuned_before=tuning.tuned_loss[0] if verdict else None,
+        tuned_after=tuning.tuned_loss[1] if verdict else None,
+        num_rows=tuning.num_rows,
+        iterations=tuning.iterations,
+        relative_change=tuning.sizes,
+        passes=tuning.num_passes,
+        bytes_read=tuning.bytes_read,
+        bytes_written=tuning.bytes_written,
+        seconds=tuning.seconds,
+        notes=tuning.notes,
+    )

@@ -1,0 +1,200 @@
+"""The command `leap`: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from farcast_cli.commands.options import (
+    DEFAULT_LEDGER,
+    MAX_DIGITS,
+    ClockOption,
+    Config,
+    Device,
+    DryRun,
+    EvalTimeout,
+    Exclude,
+    Include,
+    IoOption,
+    Jobs,
+    Json,
+    LayoutOption,
+    Ledger,
+    Maximize,
+    OptimizerOption,
+    Overwrite,
+    Pattern,
+    Quiet,
+    Steps,
+    Threads,
+    Verbose,
+    clock_of,
+    device_name,
+    env,
+    one_of,
+    prepare,
+)
+from farcast_cli.errors import NoForecastError, UsageError
+
+if TYPE_CHECKING:
+    from farcast_cli.leap import Leapt
+
+EXAMPLES = (
+    "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
+    "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
+)
+MAX_GAIN = 100
+WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
+
+
+def leap(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that holds the run's checkpoints.")],
+    every: Annotated[
+        int | None,
+        typer.Option(envvar=env("EVERY"), min=1, metavar="N", help="Steps until the next leap; as many as since the last one."),
+    ] = None,
+    eval_cmd: Annotated[
+        str | None,
+        typer.Option(
+            envvar=env("EVAL_CMD"),
+            metavar="'CMD {ckpt}'",
+            help="Steer by the loss: the last number that this prints. It runs three times: on the newest checkpoint, and on weights a "
+            "little ahead of it and a little behind.",
+        ),
+    ] = None,
+    maximize: Maximize = False,
+    jobs: Jobs = 1,
+    eval_timeout: EvalTimeout = None,
+    gain: Annotated[
+        float | None, typer.Option(envvar=env("GAIN"), min=0, metavar="X", help="Leap by X stretches, whatever the evidence.")
+    ] = None,
+    max_gain: Annotated[
+        float | None,
+        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 4 with --eval-cmd, 1 without."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            envvar=env("OUTPUT"),
+            metavar="OUT",
+            help="The checkpoint to write, or a folder for it where it ends in /; the memory lies beside it. forecasts/ by default.",
+        ),
+    ] = None,
+    counters: Annotated[
+        str,
+        typer.Option(
+            envvar=env("LEAP_COUNTERS"),
+            metavar="keep|advance",
+            help="Leap the weights alone, or move the trainer's counters and schedule with them.",
+        ),
+    ] = "keep",
+    include: Include = None,
+    exclude: Exclude = None,
+    steps: Steps = None,
+    pattern: Pattern = None,
+    clock: ClockOption = None,
+    optimizer: OptimizerOption = "copy",
+    layout: LayoutOption = "same",
+    even_if_worse: Annotated[
+        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Leap whatever the evidence.")
+    ] = False,
+    overwrite: Overwrite = False,
+    ledger: Ledger = DEFAULT_LEDGER,
+    dry_run: DryRun = False,
+    device: Device = "auto",
+    io: IoOption = "auto",
+    threads: Threads = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Leap from the newest checkpoint, with a memory over leaps: for a loop. Print the path to resume from; 10 if none.
+
+    Each call reads the newest checkpoint, the last leap and a memory of the run's moves, decides, and writes a checkpoint
+    whose weights are ahead. The trainer may keep one checkpoint only.
+    """
+    num_workers = prepare(device, threads)
+    from farcast_cli.checkpoint.convert import OutputLayout
+    from farcast_cli.commands import render
+    from farcast_cli.commands.answers import of_leap
+    from farcast_cli.engine.reader import Io
+    from farcast_cli.evaluation.judge import Evaluator
+    from farcast_cli.leap import Ask
+    from farcast_cli.leap import leap as run
+    from farcast_cli.publish import refuse_no_place
+    from farcast_cli.request import Request
+    from farcast_cli.run.steps import parse_steps
+    from farcast_cli.state.advance import CountersMode, OptimizerMode
+
+    for option, number in (("gain", gain), ("max-gain", max_gain)):
+        if number is not None and not 0 < number <= MAX_GAIN:
+            raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
+    if every is not None and every >= 10**MAX_DIGITS:
+        raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
+    if output is not None:
+        refuse_no_place(output)
+    request = Request(
+        optimizer=one_of("optimizer", optimizer, OptimizerMode),
+        counters=one_of("counters", counters, CountersMode),
+        layout=one_of("layout", layout, OutputLayout),
+        output=output,
+        even_if_worse=even_if_worse,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        ledger=ledger,
+        device=device_name(device),
+        io=one_of("io", io, Io),
+        num_threads=num_workers,
+        evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
+    )
+    limit = max_gain if max_gain is not None else WITH_LOSS if eval_cmd else WITHOUT_LOSS
+    patterns = tuple(include or ()), tuple(exclude or ())
+    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit, clock_of(clock))
+    with render.progress(quiet=quiet) as progress:
+        done = run(ask, progress)
+    if not quiet:
+        _summary(done, dry_run=dry_run, verbose=verbose)
+    if json_:
+        render.as_json(of_leap(done, dry_run=dry_run))
+    elif done.outcome.path and not dry_run:
+        render.paths([done.outcome.path])
+    if done.outcome.decision.verdict != "forecast":
+        raise typer.Exit(NoForecastError.exit_code)
+
+
+def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
+    from farcast_cli.commands import render
+
+    outcome, momentum, reason = done.outcome, done.momentum, done.outcome.decision.reason
+    head = f"step {outcome.origin_step}"
+    for text in done.notes:
+        render.note(f"note: {text}")
+    if outcome.decision.verdict != "forecast":
+        render.note(f"{head}: no leap: {reason}")
+    elif done.is_again:
+        render.note(
+            f"{head}: the leap from here was made before, and this call's options change nothing of it; no training has happened since"
+        )
+    elif dry_run:
+        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}")
+    else:
+        render.note(
+            f"{head}: a leap of {outcome.horizon} steps: {reason}; {render.size(outcome.bytes_written)} in {outcome.seconds:.1f} s"
+        )
+        render.copied_note(outcome.copied, verbose=verbose)
+        for text in outcome.notes:
+            render.note(f"note: {text}")
+    for trial in outcome.trials:
+        where = "ahead" if trial.strength > 0 else "behind"
+        place = f"{abs(trial.strength):g} of a stretch {where}" if trial.strength else "of the newest checkpoint"
+        render.note(f"evaluation {place}: {trial.value:g}, in {trial.seconds:.1f} s")
+    if outcome.decision.verdict != "forecast":
+        render.note(f"go on from {done.origin}")
+    if not done.is_again and not done.is_last:
+        when = f"{done.every} more steps" if momentum.count else "the next stretch, about 2 % of the run,"
+        render.note(f"call again after {when} of training")

@@ -1,0 +1,384 @@
+"""The options that commands share, where their values may come from, and what their texts mean."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from typer.core import TyperCommand
+
+from farcast_cli.errors import UsageError, shell_word
+
+if TYPE_CHECKING:
+    from farcast_cli.run.pace import Clock
+
+CONFIG_FILE = Path("farcast.toml")
+"""Read where it lies in the working directory, though nobody named it. It may have come with a download."""
+FROM_ANY_FILE = frozenset(
+    {
+        *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
+        *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
+        *("grad_weight", "sample", "full"),
+        *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
+        *("layer", "bias", "loss", "activation", "head", "head_bias"),
+        *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
+        *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
+    }
+)
+"""The options that a file which nobody named may set. All others need a file that the user named.
+
+None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `purpose`
+and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `gain`, `max_gain` and `every` a longer leap, `io`
+may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
+"""
+PANELS = {
+    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "against", "reference"),
+    "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
+    "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
+    "Layer": ("layer", "bias", "activation", "head", "head_bias"),
+    "Rows": ("data", "loss", "anchor", "holdout", "gate", "subsample", "seed"),
+    "Solver": ("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge"),
+    "Trainer state": ("optimizer", "counters"),
+    "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
+    "Output": (
+        *("output", "dtype", "layout", "max_shard_size", "round_", "delta_out", "apply", "even_if_worse", "overwrite"),
+        *("ledger", "dry_run", "json_", "quiet", "verbose"),
+    ),
+    "Machine": ("device", "threads", "io", "config"),
+}
+"""The groups in which `--help` shows the options of a command, in this order."""
+MAX_CONFIG_BYTES = 1 << 20
+MAX_DIGITS = 15  # of a number of steps
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
+DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
+
+
+class Grouped(TyperCommand):
+    """A command whose help shows its options by `PANELS`."""
+
+    def __init__(self, *args: Any, params: list[Any], **options: Any) -> None:
+        places = {name: (number, panel) for number, (panel, names) in enumerate(PANELS.items()) for name in names}
+        known = [parameter for parameter in params if parameter.name in places]
+        for parameter in known:
+            parameter.rich_help_panel = places[parameter.name][1]
+        known.sort(key=lambda parameter: places[parameter.name][0])
+        super().__init__(*args, params=[*(p for p in params if p not in known), *known], **options)
+
+
+def _commands(context: typer.Context) -> list[Any]:
+    """All commands beside the one that is run."""
+    group: Any = context.parent.command if context.parent else None
+    return list(group.commands.values()) if group is not None else [context.command]
+
+
+def load_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Defaults from a TOML file: keys at the top for every command, tables for one.
+
+    Raises:
+        UsageError: the file cannot be read, or sets what it may not.
+    """
+    path = value or CONFIG_FILE
+    if value is None and not path.is_file():
+        return None
+    content = _read_toml(path)
+    own = content.get(context.info_name or "", {})
+    if not isinstance(own, dict):
+        raise UsageError(f"{path}: {context.info_name} = {own!r}: expected a table, [{context.info_name}]")
+    if context.info_name == "tune" and "method" in own:  # its methods are others than predict's
+        own = {("tune_method" if key == "method" else key): item for key, item in own.items()}
+    shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
+    tables = sorted(content.keys() - shared.keys() - {command.name for command in _commands(context)})
+    if tables:
+        raise UsageError(f"{path}: no command is called {tables[0]!r}, as a table here is", hint="farcast --help")
+    known = {parameter.name for parameter in context.command.params}
+    anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
+    strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
+    if strangers:
+        raise UsageError(f"{path}: no command has an option {strangers[0]!r}", hint="farcast --help")
+    unknown = sorted(key for key in own if _option_of(key) not in known)
+    if unknown:
+        raise UsageError(
+            f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
+        )
+    refused = sorted(key for key in shared | own if _option_of(key) not in FROM_ANY_FILE)
+    if value is None and refused:  # whoever made this folder would choose what is read, written or run, and what is checked
+        raise UsageError(
+            f"{path}: it may not set {refused[0]!r}, since no --config names this file", hint=f"--config {shell_word(path)}"
+        )
+    several = {parameter.name for parameter in context.command.params if getattr(parameter, "multiple", False)}
+    context.default_map = {_option_of(key): _default(key, item, several) for key, item in (shared | own).items()}
+    return path
+
+
+def _default(key: str, item: Any, several: set[str]) -> Any:
+    """A value of the file as typer takes it: horizons in one text, one pattern as a list of one."""
+    if isinstance(item, list) and key == "horizon":
+        return ",".join(map(str, item))
+    return [item] if isinstance(item, str) and _option_of(key) in several else item
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: expected a TOML file, found none")
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes: expected a few options")
+        return tomllib.loads(raw.decode())
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not a readable TOML file: {error}") from error
+
+
+def _option_of(key: str) -> str:
+    """The parameter that a key of the file stands for."""
+    return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
+
+
+def env(name: str) -> str:
+    return f"FARCAST_{name}"
+
+
+Json = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
+Device = Annotated[
+    str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute; auto is the CPU.")
+]
+Threads = Annotated[
+    int, typer.Option(envvar=env("THREADS"), min=0, help="Workers that read and compute; 0: one per core, at most 8.")
+]
+IoOption = Annotated[
+    str,
+    typer.Option(
+        "--io",
+        envvar=env("IO"),
+        metavar="auto|pread|mmap",
+        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place, and a"
+        " file that is cut short meanwhile, or a failing disk, ends the process.",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("CONFIG"),
+        callback=load_config,
+        is_eager=True,
+        metavar="FILE",
+        help="Defaults for these options. Without it ./farcast.toml if it is there, for some of them.",
+    ),
+]
+Forecaster = Annotated[Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
+Include = Annotated[list[str] | None, typer.Option(envvar=env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")]
+Exclude = Annotated[list[str] | None, typer.Option(envvar=env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
+Steps = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("STEPS"),
+        metavar="A:B:K|N,N",
+        help="Snapshots from step A to B, multiples of K (parts may be left out), or exactly those listed."
+        " Where nothing tells the steps, the list does, in the order of saving.",
+    ),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("PATTERN"), metavar="GLOB", help="Entries of the folder whose names match, where it holds several runs."
+    ),
+]
+Sample = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
+Ledger = Annotated[
+    Path,
+    typer.Option(
+        envvar=env("LEDGER"), metavar="FILE", help="Where predict records what may be resumed from, and fit looks it up."
+    ),
+]
+Full = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("METHOD"), metavar="NAME", help="A method by its name (backtest shows them), or auto: by evidence."
+    ),
+]
+PurposeOption = Annotated[
+    str,
+    typer.Option(
+        "--for",
+        envvar=env("FOR"),
+        metavar="resume|evaluation",
+        help="Resume training from the forecast, or evaluate and ship it.",
+    ),
+]
+StepNormOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("STEP_NORM"),
+        metavar="match|match-plain|clip|free",
+        help="How long each tensor's step is; the method's own by default.",
+    ),
+]
+ScopeOption = Annotated[
+    str,
+    typer.Option(
+        envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (the methods that fit)."
+    ),
+]
+ClockOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clock",
+        envvar=env("CLOCK"),
+        metavar="steps|rate",
+        help="What lengths and b are measured in: steps, or learning rate summed over them. By default the rate where it is known; a"
+        " step to resume from then keeps its full length while enough of the schedule is left.",
+    ),
+]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        envvar=env("LAYOUT"),
+        metavar="same|safetensors|pt|dcp",
+        help="Container of the output; weights only where another than the run's has no place for the rest.",
+    ),
+]
+GradWeight = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
+
+Jobs = Annotated[
+    int, typer.Option(envvar=env("JOBS"), min=1, help="Runs of --eval-cmd at once; each has a checkpoint of its own on disk.")
+]
+EvalTimeout = Annotated[
+    float | None,
+    typer.Option(envvar=env("EVAL_TIMEOUT"), metavar="SECONDS", help="Kill --eval-cmd and stop if one run takes longer."),
+]
+
+Maximize = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")]
+OptimizerOption = Annotated[
+    str,
+    typer.Option(
+        envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")]
+
+Rows = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("DATA"), metavar="FILE", help="A .safetensors or .npz with x, inputs of the layer, and y, targets or labels."
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option("--layer", envvar=env("LAYER"), metavar="KEY", help="The weight to tune; several in forward order."),
+]
+Biases = Annotated[
+    list[str] | None,
+    typer.Option("--bias", envvar=env("BIAS"), metavar="KEY", help="Its bias, tuned with it; one for each layer."),
+]
+Activations = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--activation",
+        envvar=env("ACTIVATION"),
+        metavar="none|relu|gelu|tanh",
+        help="Behind the layer; one for all layers, or one for each.",
+    ),
+]
+TuneMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        envvar=env("TUNE_METHOD"),
+        metavar="gauss-newton|gradient-descent",
+        help="gauss-newton for one layer, gradient-descent for several.",
+    ),
+]
+Round = Annotated[
+    str,
+    typer.Option("--round", envvar=env("ROUND"), metavar="nearest|stochastic", help="How values are put into the stored type."),
+]
+
+
+def one_of(option: str, value: str, allowed: Any) -> Any:
+    """A value of a Literal type."""
+    if value not in get_args(allowed):
+        raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(allowed))}")
+    return value
+
+
+def clock_of(value: str | None) -> Clock | None:
+    """The clock asked for; None leaves it to what is known."""
+    from farcast_cli.run.pace import Clock
+
+    return None if value is None else cast("Clock", one_of("clock", value, Clock))
+
+
+def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
+    if to_step is not None and to_step >= 10**MAX_DIGITS:
+        raise UsageError(f"--to-step {to_step}: expected fewer than {10**MAX_DIGITS} steps")
+    if horizon is not None and to_step is not None:
+        raise UsageError(
+            "expected --horizon N (steps ahead) or --to-step N, found both", hint="farcast predict proposes a horizon itself"
+        )
+
+
+def parse_horizons(text: str | None) -> tuple[int, ...]:
+    """The horizons of an option; none where it is not given."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if any(len(part) > MAX_DIGITS for part in parts):
+        raise UsageError(f"--horizon {text[:40]}: expected fewer than {10**MAX_DIGITS} steps")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
+    if len(set(map(int, parts))) != len(parts):
+        raise UsageError(f"--horizon {text}: a horizon is there twice")
+    return tuple(int(part) for part in parts)
+
+
+def parse_size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2], text[-2:].upper()
+    if len(number) > MAX_DIGITS or unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
+        raise UsageError(f"--max-shard-size {text}: expected a size as in 5GB or 500MB")
+    return int(float(number) * units[unit])
+
+
+def device_name(device: str) -> str:
+    """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
+    return "cpu" if device == "auto" else device
+
+
+def prepare(device: str, threads: int = 0) -> int:
+    """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    _import_numpy()
+    if kind == "cuda":
+        import torch
+
+        if int(number or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
+            )
+    return threads or min(8, len(os.sched_getaffinity(0)))
+
+
+def _import_numpy() -> None:
+    """Import numpy with one thread for its matrix products, which it asks the environment for at import, and only then."""
+    known = {name: os.environ.get(name) for name in _BLAS_THREADS}
+    os.environ.update(dict.fromkeys(_BLAS_THREADS, "1"))
+    import numpy as np  # noqa: F401
+
+    for name, value in known.items():  # the user's own --eval-cmd has the environment as it was
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value

@@ -1,0 +1,436 @@
+"""Everything that is printed: tables, progress, JSON, errors. The only module that does.
+
+stdout carries the result, stderr everything else. Bars and colour appear on a terminal only; NO_COLOR is honoured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from farcast_cli.errors import printable, shell_word, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.console import RenderableType
+
+    from farcast_cli.errors import FarcastError
+    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.forecast.ledger import History, Leap
+    from farcast_cli.forecast.significance import Significance
+    from farcast_cli.request import Outcome
+    from farcast_cli.results import Answer, VerifyAnswer
+    from farcast_cli.run.alignment import Alignment, Copied
+    from farcast_cli.run.pace import Pace
+    from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.tune.run import Outcome as Tuning
+
+BAR_WIDTH = 20
+MAX_ROWS = 12
+MAX_NAMES = 10  # of what is left out or copied for one reason
+MAX_KINDS = 6
+WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
+
+
+def escape(text: str) -> str:
+    """A text from outside, as a console shows it: without markup, and without what a terminal would obey."""
+    return escape_markup(printable(text))
+
+
+def stdout() -> Console:
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else WIDE)
+
+
+def error(problem: FarcastError) -> None:
+    console = stderr()
+    console.print(f"[bold red]error:[/] {escape(str(problem))}", soft_wrap=True)
+    if problem.hint:
+        console.print(f"[bold]hint:[/] {escape(problem.hint)}", soft_wrap=True)
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    if not quiet:
+        stderr().print(escape(text), soft_wrap=True)
+
+
+def paths(found: Sequence[Path]) -> None:
+    """The result of a command that writes: paths, one a line, and nothing else.
+
+    A pipe gets the very bytes of the name, whatever the locale; a terminal nothing that it would obey. A line cannot hold a
+    path with a newline in it.
+    """
+    for path in found:
+        text = str(path)
+        if text == visible(text) if sys.stdout.isatty() else "\n" not in text:
+            _write_bytes(text)
+        else:
+            sys.stdout.write(visible(text) + "\n")
+            note("caution: the path holds what a line cannot show, and stands here escaped: --json gives it as it is")
+
+
+def _write_bytes(text: str) -> None:
+    """A line as the bytes that name a file; a text that is collected in memory has no bytes."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if raw is None:
+        sys.stdout.write(text + "\n")
+        return
+    sys.stdout.flush()
+    raw.write(os.fsencode(text) + b"\n")
+    raw.flush()
+
+
+def as_json(answer: Answer) -> None:
+    sys.stdout.write(answer.as_json() + "\n")
+
+
+def schema(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar with bytes, rate and time left for each phase, on a terminal; silence elsewhere.
+
+    A phase of no known length has its name and the time since its start, until it is told anything.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda _phase, _total: lambda _done: None
+        return
+    from rich import progress as rich
+
+    class OnlyIf(rich.ProgressColumn):
+        def __init__(self, has_size: bool, column: rich.ProgressColumn) -> None:
+            super().__init__()
+            self.has_size, self.column = has_size, column
+
+        def render(self, task: rich.Task) -> RenderableType:
+            return self.column(task) if (task.total is not None) == self.has_size else ""
+
+    sized = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *(OnlyIf(True, column) for column in sized))
+    with rich.Progress(*columns, OnlyIf(False, rich.TimeElapsedColumn()), console=stderr(), transient=True) as bars:
+
+        def start(phase: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(phase, total=total or None)
+            return lambda done: bars.advance(task, done) if total else bars.update(task, visible=False)
+
+        yield start
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:  # noqa: PLR2004 - decimal units, as disks are sold
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "unknown"
+
+
+def chance(significance: Significance) -> str:
+    """The p of S in words; what it cannot say where the snapshots are few."""
+    p, smallest = significance.p, significance.smallest
+    weak = f", {smallest:.2g} at least with so few snapshots: weak" if significance.weak else ""
+    return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
+
+
+def bar(ratio: float) -> str:
+    """A ratio from 0 to 1 as a bar, full at 'no better than nothing'."""
+    filled = round(min(max(ratio, 0.0), 1.0) * BAR_WIDTH) if math.isfinite(ratio) else 0
+    full, empty = ("█", "·") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
+    return full * filled + empty * (BAR_WIDTH - filled)
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def inspect_table(
+    trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str], *, verbose: bool = False
+) -> None:
+    console = stdout()
+    count = len(trajectory.snapshots)
+    console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headings = (("step", "right"), ("source", "left"), ("snapshot", "left"), ("size", "right"), ("all evidence", "left"))
+    for heading, justify in headings:
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for s in trajectory.snapshots:
+        evidence = ", ".join(f"{e.where}" + ("" if e.step == s.step else f" = {e.step}") for e in s.evidence)
+        step = str(s.step) if s.step >= 0 else "?"
+        table.add_row(step, s.step_source, escape(s.path.name), size(s.num_bytes), escape(evidence or "none"))
+    console.print(table)
+    if alignment:
+        console.print(f"forecast: {len(alignment.tensors)} tensors, {alignment.num_parameters:,} parameters")
+        for tensor in alignment.tensors if verbose else ():
+            entry = tensor.entries[-1]
+            console.print(f"  {escape(tensor.name)}  {entry.dtype.name} {escape(str(list(entry.shape)))}", soft_wrap=True)
+        _grouped(console, "forecast", [(t.name, t.remark) for t in alignment.tensors if t.remark])
+        _grouped(console, "copied", [(c.name, c.reason if verbose else c.kind) for c in alignment.copied])
+    others = [(i.path.name, i.reason) for i in trajectory.ignored if not i.is_half_written]
+    _grouped(console, "[yellow]left out[/]", [(i.path.name, i.reason) for i in trajectory.half_written], verbose=verbose)
+    _grouped(console, "not part of the run", others, verbose=verbose)
+    for text in trajectory.notes:
+        console.print(f"note: {escape(text)}", soft_wrap=True)
+    for problem in problems:
+        console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
+    if not problems:
+        console.print(f"next: {escape(_fit_command(trajectory))}", soft_wrap=True)
+
+
+def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, verbose: bool = False) -> None:
+    for reason, names in _by_kind(items).items():
+        shown = _first_of(names, len(names) if verbose else MAX_NAMES)
+        console.print(f"{title}: {escape(shown)} ({escape(reason)})", soft_wrap=True)
+
+
+def _fit_command(trajectory: Trajectory) -> str:
+    """With what the run cannot be read without."""
+    words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
+    words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
+    return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
+
+
+def _by_kind(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names by what is said of them."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, kind in items:
+        found[kind].append(name)
+    return found
+
+
+def _first_of(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor" + "s" * (count != 1)
+
+
+def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
+    """What is copied, by the kinds of reasons, the commonest first; one by one where asked."""
+    kinds = sorted(_by_kind((c.name, c.kind) for c in copied).items(), key=lambda kind: -len(kind[1]))
+    more = f", and {len(kinds) - MAX_KINDS} more reasons (-v lists all)" if len(kinds) > MAX_KINDS else ""
+    if verbose:
+        for one in copied:
+            note(f"  copied {one.name}: {one.reason}")
+    elif kinds:
+        told = "; ".join(f"{kind} ({len(names)}, as {names[0]})" for kind, names in kinds[:MAX_KINDS])
+        note(f"{_tensors(len(copied))} copied: {told}{more}")
+
+
+# --- fit and backtest ------------------------------------------------------------------------------------------------
+
+
+def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], begins: str, *, quiet: bool) -> None:
+    """What a person should know of the folder before its run is forecast."""
+    folder = shell_word(trajectory.directory)
+    if trajectory.ignored:
+        entries = "entry" if len(trajectory.ignored) == 1 else "entries"
+        note(f"{len(trajectory.ignored)} {entries} left out (farcast inspect {folder} lists them)", quiet=quiet)
+    for ignored in trajectory.half_written[:MAX_NAMES]:
+        note(f"caution: {ignored.path.name} left out: {ignored.reason}", quiet=quiet)
+    if len(trajectory.half_written) > MAX_NAMES:
+        note(f"caution: and {len(trajectory.half_written) - MAX_NAMES} more snapshots", quiet=quiet)
+    if history.leap:
+        note(
+            f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
+            f" fitted on the {len(history.trajectory.snapshots)} snapshots since, without {history.num_before} before it"
+            " (--steps A:B chooses otherwise)",
+            quiet=quiet,
+        )
+    if begins:
+        note(begins, quiet=quiet)
+    for leap in unused:
+        if trajectory.steps[0] <= leap.resumes_after < trajectory.steps[-1]:
+            note(
+                f"note: {Path(leap.forecast).name} was forecast from this run: if training resumed from it, the leap at step"
+                f" {leap.resumes_after} passes for movement in the steps chosen",
+                quiet=quiet,
+            )
+
+
+def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Steadiness, verbose: bool = False) -> None:
+    from farcast_cli.forecast.backtest import COHERENCE_GATE
+
+    record = fitted.provenance
+    what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
+    note(
+        f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors forecast,"
+        f" {len(record.copied)} copied,"
+        f" {what}, {size(bytes_read)} in {seconds:.1f} s"
+    )
+    note(
+        f"coherence S = {number(steady.coherence)}, {number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
+        f" above {COHERENCE_GATE:g} and a small p: a forecast is worth resuming from, up to a quarter of the history ahead)"
+    )
+    for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
+        note(f"forecast: {_first_of(names, MAX_NAMES)} ({remark})")
+    copied_note(fitted.copied, verbose=verbose)
+    note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
+
+
+def backtest_table(
+    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
+) -> None:
+    console = stdout()
+    console.print(f"back-test at origin {origin_step}: error against doing nothing (0 perfect, 1 no better)")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading, justify in (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for score in sorted(scores, key=lambda score: (score.horizon, score.ratio)):
+        colour = "green" if score.ratio < 1 else "red"
+        table.add_row(
+            str(score.horizon),
+            score.method,
+            f"{score.ratio:.2f}",
+            f"[{colour}]{bar(score.ratio)}[/]",
+            f"{score.ratio_as_written:.2f}",
+        )
+    console.print(table)
+    known = math.isfinite(steady.coherence)
+    console.print(
+        f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}" if known else "coherence S: too few snapshots"
+    )
+    for horizon, (method, decision) in decisions.items():
+        console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
+
+
+def clock(pace: Pace) -> None:
+    """In what the lengths of a back-test are measured."""
+    stdout().print(escape(_clock_line(pace)), soft_wrap=True)
+
+
+def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
+    if pace.clock == "steps":
+        return "clock: steps" + (f" ({pace.why})" if pace.why else "")
+    if ahead is None:
+        return "clock: learning rate"
+    if ahead == 1:
+        return "clock: learning rate, the same over the horizon as before it"
+    what = "in full, as enough of the schedule is left to anneal it" if length == 1 else f"{length:.2f} times as long for it"
+    return f"clock: learning rate, over the horizon {ahead:.2f} times that before it; the step is written {what}"
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+    decision = outcome.decision
+    head = f"step {outcome.origin_step} + {outcome.horizon}"
+    for text in outcome.chosen:
+        note(text)
+    note(_clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor))
+    if outcome.path is None:
+        note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
+    else:
+        did = "would write" if dry_run else "wrote"
+        note(
+            f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
+            f" {outcome.num_copied} copied"
+            + (
+                f"; reads {size(outcome.bytes_read)}, takes about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)}"
+                " of memory"
+                if dry_run
+                else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
+            )
+        )
+        verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
+        note(
+            (
+                f"expected error {number(decision.expected)} of doing nothing"
+                if math.isfinite(decision.expected)
+                else decision.reason
+            )
+            + f"; back-test b = {number(decision.ratio)},"
+            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)},"
+            f" {chance(decision.significance)}{verdict}"
+        )
+        copied_note(outcome.copied, verbose=verbose)
+        for text in outcome.notes:
+            note(f"note: {text}")
+        for text in outcome.changes if verbose else ():
+            note(f"  {text}")
+        if outcome.changes and not verbose:
+            note(f"counters and rates moved on: {len(outcome.changes)} (-v lists them)")
+    for trial in outcome.trials:
+        what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
+        note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))
+    if outcome.trials and outcome.trials[0].log:
+        note(f"output of the evaluations: {outcome.trials[0].log.parent}{os.sep}")
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:
+    console = stdout()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading, justify in (("tensor", "left"), ("values", "right"), ("ratio", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    rows = sorted(result.per_tensor, key=lambda t: -t.num_elements)
+    for tensor in rows if verbose else rows[:MAX_ROWS]:
+        ratio = math.nan if tensor.ratio is None else tensor.ratio
+        colour = "green" if ratio < 1 else "red"
+        table.add_row(
+            escape(tensor.name),
+            f"{tensor.num_elements:,}",
+            "-" if tensor.ratio is None else f"{ratio:.2f}",
+            f"[{colour}]{bar(ratio)}[/]",
+        )
+    console.print(table)
+    if len(rows) > MAX_ROWS and not verbose:
+        console.print(f"and {len(rows) - MAX_ROWS} smaller tensors (-v shows all)")
+    if result.ratio is None:
+        console.print("the truth equals the reference: there was nothing to forecast")
+        return
+    better = f"{1 - result.ratio:.0%} closer to the truth than" if result.ratio < 1 else "no closer to the truth than"
+    console.print(
+        f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot it was made from;"
+        f" mean absolute error {result.mean_absolute_error:.3g}"
+    )
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+
+def tune_summary(tuning: Tuning) -> None:
+    """What was done, for people; or why nothing was."""
+    verdict, names = tuning.verdict, ", ".join(tuning.layers)
+    for text in tuning.notes:
+        note(f"note: {text}")
+    if verdict is None:
+        note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
+        return
+    if not verdict.is_accepted:
+        note(f"no significant gain: {verdict.reason}: nothing written")
+        note("hint: more rows, or rows that are more like what the model will see, may give one; --gate X asks for less")
+        return
+    rows = " + ".join(map(str, tuning.num_rows))
+    note(
+        f"{names}: {tuning.method}, {tuning.iterations} iterations on {rows} rows (tuned, early stop, held out),"
+        f" {tuning.num_passes} pass" + "es" * (tuning.num_passes != 1) + " over the weights"
+    )
+    changes = ", ".join(f"{share:.2g}" for share in tuning.sizes)
+    note(
+        f"{verdict.reason}; tuned rows {tuning.tuned_loss[0]:.4g} -> {tuning.tuned_loss[1]:.4g}; |W - W_0| / |W_0| = {changes}"
+    )
+    note(f"{size(tuning.bytes_written)} written, read back and its losses recomputed, in {tuning.seconds:.1f} s")

@@ -1,0 +1,159 @@
+"""The command `tune`, with its many options: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farcast_cli.commands.options import (
+    Activations,
+    Biases,
+    Config,
+    Json,
+    Layers,
+    Quiet,
+    Round,
+    Rows,
+    Threads,
+    TuneMethod,
+    Verbose,
+    env,
+    one_of,
+    prepare,
+)
+from farcast_cli.errors import NoGainError
+
+if TYPE_CHECKING:
+    from farcast_cli.tune.run import Outcome
+
+EXAMPLES = (
+    "Examples: farcast tune model.safetensors --layer fc.weight --data rows.npz --loss mse -o tuned.safetensors   |   "
+    "farcast tune ckpts/step_100.pt --layer fc1.weight --bias fc1.bias --activation relu --head fc2.weight --data rows.npz"
+    " --loss cross-entropy --delta-out delta.safetensors   |   "
+    "farcast tune ckpts/step_100.pt --apply delta.safetensors -o tuned.pt"
+)
+
+
+def tune(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint; it is not changed.")],
+    layer: Layers = None,
+    bias: Biases = None,
+    data: Rows = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(envvar=env("LOSS"), metavar="mse|cross-entropy", help="What is made small: of targets, or of labels."),
+    ] = None,
+    activation: Activations = None,
+    head: Annotated[
+        str | None,
+        typer.Option(envvar=env("HEAD"), metavar="KEY", help="The weight behind the activation, which is not tuned."),
+    ] = None,
+    head_bias: Annotated[str | None, typer.Option(envvar=env("HEAD_BIAS"), metavar="KEY", help="Its bias.")] = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(envvar=env("ANCHOR"), metavar="FILE", help="Rows x whose outputs of the layer must not change."),
+    ] = None,
+    tune_method: TuneMethod = None,
+    iterations: Annotated[
+        int | None, typer.Option(envvar=env("ITERATIONS"), min=1, metavar="N", help="At most so many; 30 or 300 by method.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(envvar=env("RATE"), metavar="X", help="Of gradient descent; found from the curvature by default."),
+    ] = None,
+    momentum: Annotated[float, typer.Option(envvar=env("MOMENTUM"), help="Of gradient descent.")] = 0.9,
+    weight_decay: Annotated[
+        float, typer.Option(envvar=env("WEIGHT_DECAY"), min=0, help="Pull towards 0; gradient descent.")
+    ] = 0.0,
+    ridge: Annotated[float, typer.Option(envvar=env("RIDGE"), min=0, help="Pull towards the checkpoint's own weights.")] = 0.0,
+    holdout: Annotated[
+        float,
+        typer.Option(envvar=env("HOLDOUT"), help="Share of the rows that judge; half as many more stop the tuning early."),
+    ] = 0.25,
+    gate: Annotated[
+        float, typer.Option(envvar=env("GATE"), help="Standard errors that the gain on the held-out rows must exceed.")
+    ] = 3.0,
+    subsample: Annotated[
+        int | None, typer.Option(envvar=env("SUBSAMPLE"), min=1, metavar="N", help="Use so many rows, drawn by the seed.")
+    ] = None,
+    round_: Round = "nearest",
+    seed: Annotated[int, typer.Option(envvar=env("SEED"), min=0, help="Of the splits and of stochastic rounding.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", envvar=env("OUTPUT"), metavar="OUT", help="The tuned checkpoint to write.")
+    ] = None,
+    delta_out: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=env("DELTA_OUT"),
+            metavar="FILE",
+            help="Write the change alone, as low-rank factors, in place of a checkpoint.",
+        ),
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(envvar=env("APPLY"), metavar="FILE", help="Add what --delta-out wrote, in place of tuning.")
+    ] = None,
+    threads: Threads = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,  # noqa: ARG001
+    config: Config = None,  # noqa: ARG001
+) -> None:
+    """Adapt a wide layer to labelled rows at a small cost per iteration; write it if rows held out are the better for it."""
+    num_threads = prepare("cpu", threads)
+    from farcast_cli.commands import render
+    from farcast_cli.tune.delta import Rounded
+    from farcast_cli.tune.numbers import Rounding
+    from farcast_cli.tune.objective import ActivationName, LossName
+    from farcast_cli.tune.one_layer import Settings
+    from farcast_cli.tune.run import Request, apply_deltas, check_given, method_named, tune_checkpoint
+
+    rounded = Rounded(one_of("round", round_, Rounding), seed)
+    with render.progress(quiet=quiet) as progress:
+        if apply is not None:
+            check_given({"--layer": layer, "--data": data, "--delta-out": delta_out}, {"-o": output}, of="--apply")
+            where: Any = output
+            outcome = apply_deltas(checkpoint, apply, where, rounded, num_threads=num_threads, progress=progress)
+        else:
+            check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
+            rows: Any = data
+            layers = tuple(layer or ())
+            method = method_named(tune_method, num_layers=len(layers))
+            request = Request(
+                checkpoint,
+                layers,
+                rows,
+                one_of("loss", loss or "", LossName),
+                tuple(bias or ()),
+                tuple(one_of("activation", name, ActivationName) for name in activation or ["none"]),
+                head,
+                head_bias,
+                anchor,
+                Settings(method, iterations, rate, momentum, weight_decay, ridge),
+                holdout=holdout,
+                gate=gate,
+                subsample=subsample,
+                rounded=rounded,
+                output=output,
+                delta_out=delta_out,
+                num_threads=num_threads,
+            )
+            outcome = tune_checkpoint(request, progress)
+    _tell(outcome, quiet=quiet, as_json=json_)
+
+
+def _tell(outcome: Outcome, *, quiet: bool, as_json: bool) -> None:
+    """What came of it; ends with the gate's own exit code where it was against it."""
+    from farcast_cli.commands import render
+
+    if not quiet:
+        render.tune_summary(outcome)
+    if as_json:
+        from farcast_cli.commands.answers import of_tune
+
+        render.as_json(of_tune(outcome))
+    elif outcome.path:
+        render.paths([outcome.path])
+    if outcome.path is None:
+        raise typer.Exit(NoGainError.exit_code)

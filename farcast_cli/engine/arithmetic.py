@@ -1,0 +1,172 @@
+"""The forecast of a batch, elementwise and in a fixed order of operations, in numpy or in torch on a device.
+
+    w_hat = w_s + sum_t c_t (w_t - w_s) + gain w_s + constant
+
+A file may also hold moves m of the weights, which count as they are: c m. And the sum may be written alone, without w_s.
+
+Every operation rounds by itself (no fused multiply-add, which rounds otherwise), so the bytes do not depend on how the work
+is cut, and torch on the CPU gives numpy's to the last bit. numpy and torch name what is needed here alike.
+
+Shapes: H horizons, N elements of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from farcast_cli.engine.casts import narrow, narrow_pairs, unpaired, widen, widen_pairs
+from farcast_cli.engine.reader import Scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.engine.casts import WorkType
+    from farcast_cli.tensors import DType
+
+Array = Any
+"""An array of numpy, or a tensor of torch."""
+Weight = Any
+"""A number for a whole batch, or an array (N,)."""
+
+
+class Arithmetic(Protocol):
+    """Where a batch is computed. One belongs to one worker."""
+
+    xp: Any
+    """numpy or torch: multiply, add, subtract, where, zeros_like, amin, amax."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the host's memory that it holds."""
+
+    def lane(self) -> AbstractContextManager[object]:
+        """What a worker computes within."""
+
+    def memory(self, name: str, num_bytes: int) -> NDArray[np.uint8]:
+        """Memory to read into; free to be overwritten when it is asked for again under its name."""
+
+    def floats(self, name: str, count: int, like: Array) -> Array:
+        """Working memory (count,) of the type of `like`."""
+
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
+        """The values of raw bytes, which must not be changed, in the type of the arithmetic.
+
+        Args:
+            by_pairs: they are an even number of bfloat16s, which may come in another order (`casts.widen_pairs`).
+        """
+
+    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
+        """One number for each segment's elements, over all of the batch's."""
+
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
+        """Round values to a stored type, into its bytes."""
+
+    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
+        """Values in the order of the file."""
+
+    def from_host(self, values: NDArray[Any]) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A batch's step: what is added up, one weight for each horizon and snapshot beside the origin.
+
+    Args:
+        weights: by horizon, by snapshot.
+        gains, constants: by horizon; None where all are zero.
+        moves: by snapshot, whether it holds moves and not weights; empty where none does.
+        bare: by horizon, whether the step is written alone; empty where none is.
+    """
+
+    weights: Sequence[Sequence[Weight]]
+    gains: Sequence[Weight] | None = None
+    constants: Sequence[Weight] | None = None
+    moves: Sequence[bool] = ()
+    bare: Sequence[bool] = ()
+
+
+def forecasts(arithmetic: Arithmetic, last: Array, others: Iterator[Array], step: Step, *, keep_zeros: bool) -> Iterator[Array]:
+    """The values of every horizon, (N,) each; the memory is the arithmetic's, good until the next is asked for.
+
+    Args:
+        last: the origin's values.
+        others: the other snapshots' values, in order; each is used up before the next is asked for.
+        keep_zeros: some of the last values are -0.0, which + 0.0 would lose: an element that never moved keeps its bits.
+    """
+    xp, count = arithmetic.xp, len(last)
+    steps = [arithmetic.floats(f"step {horizon}", count, last) for horizon in range(len(step.weights))]
+    moved: Array = False
+    number = -1
+    for number, other in enumerate(others):
+        is_alone = number == 0 and len(steps) == 1
+        move = other
+        if not (step.moves and step.moves[number]):
+            move = xp.subtract(other, last, out=steps[0] if is_alone else arithmetic.floats("move", count, last))
+        if step.gains is not None:
+            moved = (move != 0) | moved
+        for total, weights in zip(steps, step.weights, strict=True):
+            if number == 0:
+                xp.multiply(move, weights[number], out=total)
+            else:
+                term = xp.multiply(move, weights[number], out=arithmetic.floats("term", count, last))
+                xp.add(total, term, out=total)
+    for horizon, total in enumerate(steps):
+        if number < 0:
+            total[:] = 0
+        whole = total
+        if number >= 0 and step.gains is not None and step.constants is not None:
+            whole = xp.where(moved, total + last * step.gains[horizon] + step.constants[horizon], xp.zeros_like(total))
+        if step.bare and step.bare[horizon]:
+            yield whole
+        else:
+            yield xp.where(whole == 0, last, last + whole) if keep_zeros else xp.add(last, whole, out=total)
+
+
+class HostArithmetic:
+    """numpy on the CPU. Blocks of a batch stay in a core's cache from the first operation to the last."""
+
+    xp: Any = np
+
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._scratch.num_bytes
+
+    def lane(self) -> AbstractContextManager[object]:
+        return np.errstate(all="ignore")  # what is not finite is looked for afterwards
+
+    def memory(self, name: str, num_bytes: int) -> NDArray[np.uint8]:
+        return self._scratch.named(f"raw {name}", num_bytes, np.uint8)
+
+    def floats(self, name: str, count: int, like: Array) -> Array:
+        return self._scratch.named(name, count, like.dtype)
+
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
+        out = self._scratch.named(name, len(raw) // dtype.itemsize, work)
+        return widen_pairs(raw, out) if by_pairs else widen(raw, dtype, out)
+
+    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
+        if len(values) == 1:
+            return float(values[0])
+        return np.repeat(values.astype(work), counts)
+
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
+        scratch = self._scratch.named("rest", len(values), np.uint32)
+        if by_pairs:
+            narrow_pairs(values, out, scratch)
+        else:
+            narrow(values, dtype, out, scratch, may_be_nan=may_be_nan)
+
+    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
+        return np.asarray(unpaired(values) if by_pairs else values)
+
+    def from_host(self, values: NDArray[Any]) -> Array:
+        return values

@@ -1,0 +1,270 @@
+"""Computes a batch of segments: reads them at every snapshot, adds the step, checks, rounds, and puts the bytes in place.
+
+Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from farcast_cli.engine.arithmetic import Step, forecasts
+from farcast_cli.engine.casts import MAX_FINITE, are_finite_halves, bits_of, has_negative_zeros, widen, work_type
+from farcast_cli.engine.reader import Scratch, joined, non_finite
+from farcast_cli.errors import SnapshotError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.checkpoint.plan import Values
+    from farcast_cli.engine.arithmetic import Arithmetic, Array, Weight
+    from farcast_cli.engine.linear import LinearMap
+    from farcast_cli.engine.output_files import Room
+    from farcast_cli.engine.ranges import Batch, Segment
+    from farcast_cli.engine.reader import FileStretch, Reader
+    from farcast_cli.run.alignment import Alignment
+    from farcast_cli.tensors import TensorEntry
+
+_FORECAST = "the forecast", "--scale .5 takes a smaller step; --dtype float32 widens the range"
+_TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keeps it in a file of its own"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What forecasts are computed from: the aligned tensors of the snapshots that are read, and the map."""
+
+    alignment: Alignment
+    linear: LinearMap
+
+    def others(self, piece: Values) -> tuple[int, ...]:
+        """The snapshots beside the origin that a piece's forecast reads."""
+        return () if piece.index is None else self.linear.others[piece.index]
+
+    def entry(self, piece: Values, snapshot: int) -> TensorEntry:
+        assert piece.index is not None  # noqa: S101 - only forecast tensors have other snapshots
+        return self.alignment.tensors[piece.index].entries[snapshot]
+
+    def kind(self, piece: Values) -> Hashable:
+        """What pieces have in common that are computed at once."""
+        if piece.function is not None:
+            return id(piece)
+        others = self.others(piece)
+        types = tuple(self.entry(piece, t).dtype.name for t in others)
+        return piece.index is None, piece.entry.dtype.name, piece.dtype.name, piece.non_negative, others, types
+
+    def stretch(self, segment: Segment, snapshot: int | None = None) -> FileStretch:
+        """Where a segment lies in a snapshot, or in the origin where none is named."""
+        piece = segment.piece
+        entry = piece.entry if snapshot is None else self.entry(piece, snapshot)
+        first = segment.first + (0 if snapshot is None else piece.begin)
+        return entry.path, entry.offset + first * entry.dtype.itemsize, segment.count * entry.dtype.itemsize
+
+    def stretches(self, segment: Segment) -> Iterator[FileStretch]:
+        """All that is read for a segment."""
+        yield self.stretch(segment)
+        for snapshot in self.others(segment.piece):
+            yield self.stretch(segment, snapshot)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a batch took. An element that two ranges share is counted in both."""
+
+    bytes_read: int
+    num_forecast: int
+    unchanged: Sequence[int]
+
+
+class Computer:
+    """Computes batches into rooms, of which there is one for each horizon; belongs to one worker."""
+
+    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader) -> None:
+        self._source, self._arithmetic, self._reader = source, arithmetic, reader
+        self._scratch = Scratch()
+        self._bytes_read = 0
+        self._held: tuple[object, Step] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it holds."""
+        return self._scratch.num_bytes + self._arithmetic.num_bytes
+
+    def compute(self, batch: Batch, rooms: Sequence[Room]) -> Done:
+        piece, arithmetic = batch.piece, self._arithmetic
+        self._bytes_read = 0
+        source, by_pairs = self._read(batch, None), self._is_by_pairs(batch)
+        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype), by_pairs=by_pairs)
+        is_forecast, is_retyped = piece.index is not None, piece.dtype != piece.entry.dtype
+        own = self._retyped(last, batch) if is_forecast and is_retyped else source
+        unchanged = []
+        for room, values in zip(rooms, self._values(batch, source, last, by_pairs=by_pairs), strict=False):
+            out = self._place(batch, room)
+            self._store(values, batch, out, by_pairs=by_pairs)
+            self._deliver(batch, room, out)
+            unchanged.append(self._num_equal(out, own, batch) if is_forecast else 0)
+        return Done(self._bytes_read, batch.count if is_forecast else 0, unchanged)
+
+    def _is_by_pairs(self, batch: Batch) -> bool:
+        """Whether all is bfloat16, and the same is done to every element: then their order does not matter."""
+        piece, count = batch.piece, batch.count
+        if len(batch.segments) > 1 or piece.function is not None or count % 2 or batch.segments[0].at % 4:
+            return False
+        types = {self._source.entry(piece, snapshot).dtype.name for snapshot in self._source.others(piece)}
+        return types | {piece.entry.dtype.name, piece.dtype.name} == {"bfloat16"}
+
+    def _num_equal(self, out: NDArray[np.uint8], own: NDArray[np.uint8], batch: Batch) -> int:
+        """Elements whose bits are those of the origin."""
+        dtype, equal = batch.piece.dtype, self._scratch.named("equal", batch.count, np.bool_)
+        return int(np.count_nonzero(np.equal(bits_of(out, dtype), bits_of(own, dtype), out=equal)))
+
+    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array, *, by_pairs: bool) -> Iterator[Array]:
+        """The batch's values at every horizon; without end where they are the same at all."""
+        piece, arithmetic = batch.piece, self._arithmetic
+        if piece.function is not None:
+            (segment,) = batch.segments
+            own = np.array(arithmetic.to_host(last, by_pairs=by_pairs))  # a copy, which the function may change
+            made = arithmetic.from_host(np.asarray(piece.function(own, piece.begin + segment.first), dtype=own.dtype))
+            yield from itertools.repeat(made)
+        elif piece.index is None:
+            yield from itertools.repeat(last)
+        else:
+            others = (self._load(batch, snapshot, by_pairs=by_pairs) for snapshot in self._source.others(piece))
+            keep_zeros = has_negative_zeros(source, piece.entry.dtype)
+            yield from forecasts(arithmetic, last, others, self._step_of(batch), keep_zeros=keep_zeros)
+
+    def _load(self, batch: Batch, snapshot: int, *, by_pairs: bool) -> Array:
+        dtype, work = self._source.entry(batch.piece, snapshot).dtype, work_type(batch.piece.entry.dtype)
+        return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work, by_pairs=by_pairs)
+
+    def _step_of(self, batch: Batch) -> Step:
+        """The weights of a batch; those of a large tensor are the same from one to the next."""
+        if len(batch.segments) > 1:
+            return self._step(batch)
+        key = batch.piece.index, batch.piece.entry.dtype
+        if self._held is None or self._held[0] != key:
+            self._held = key, self._step(batch)
+        return self._held[1]
+
+    def _step(self, batch: Batch) -> Step:
+        """The weights of a batch, spread over its segments' elements."""
+        linear, others, work = self._source.linear, self._source.others(batch.piece), work_type(batch.piece.entry.dtype)
+        indices = np.array([segment.piece.index for segment in batch.segments], dtype=np.intp)
+        counts = [segment.count for segment in batch.segments]
+
+        def spread(numbers: NDArray[np.float64]) -> Weight:
+            return self._arithmetic.spread(numbers[indices], counts, work)
+
+        weights = [[spread(of[:, t]) for t in others] for of in linear.weights]
+        moves = [t in linear.moves for t in others] if linear.moves else ()
+        bare = [horizon in linear.bare for horizon in range(len(weights))] if linear.bare else ()
+        if not (linear.gain[:, indices].any() or linear.constant[:, indices].any()):
+            return Step(weights, moves=moves, bare=bare)
+        return Step(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant], moves, bare)
+
+    # --- bytes in and out ---------------------------------------------------------------------------------------------
+
+    def _read(self, batch: Batch, snapshot: int | None) -> NDArray[np.uint8]:
+        """The batch's bytes at a snapshot, or at the origin as it lies there; neighbours in the file in one go."""
+        stretches = joined(self._source.stretch(segment, snapshot) for segment in batch.segments)
+        total = sum(num_bytes for _, _, num_bytes in stretches)
+        memory = self._arithmetic.memory("source" if snapshot is None else "other", total)
+        self._bytes_read += total
+        if len(stretches) == 1:
+            path, offset, _ = stretches[0]
+            return self._reader.raw(path, offset, memory)
+        position = 0
+        for path, offset, num_bytes in stretches:
+            self._reader.fill(path, offset, memory[position : position + num_bytes])
+            position += num_bytes
+        return memory
+
+    def _place(self, batch: Batch, room: Room) -> NDArray[np.uint8]:
+        """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
+        num_bytes = batch.count * batch.piece.dtype.itemsize
+        if batch.is_in_place:
+            return room.at(batch.segments[0].at, num_bytes)
+        return self._scratch.named("out", num_bytes, np.uint8)
+
+    def _deliver(self, batch: Batch, room: Room, out: NDArray[np.uint8]) -> None:
+        if batch.is_in_place:
+            return
+        position = 0
+        for segment in batch.segments:
+            num_bytes = segment.end - segment.at
+            np.copyto(room.at(segment.at, num_bytes), out[position : position + num_bytes])
+            position += num_bytes
+
+    def _retyped(self, last: Array, batch: Batch) -> NDArray[np.uint8]:
+        """The origin's values in the output's type."""
+        out = self._scratch.named("retyped", batch.count * batch.piece.dtype.itemsize, np.uint8)
+        self._arithmetic.store(last, batch.piece.dtype, out, may_be_nan=True, by_pairs=False)
+        return out
+
+    # --- what must not be published -----------------------------------------------------------------------------------
+
+    def _store(self, values: Array, batch: Batch, out: NDArray[np.uint8], *, by_pairs: bool) -> None:
+        """Round values into their place. Refuses NaN and infinity, but for what every snapshot has.
+
+        Also keeps BatchNorm's variance from falling below zero.
+        """
+        piece, arithmetic, xp = batch.piece, self._arithmetic, self._arithmetic.xp
+        least = xp.where(values < 0, xp.zeros_like(values), values) if piece.non_negative else values
+        if by_pairs:  # NaN and infinity stay what they are
+            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=True)
+            if are_finite_halves(out):
+                return
+        elif self._is_within(values, MAX_FINITE[piece.dtype.name]):
+            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=False)
+            return
+        mended = self._without_infinities(batch, arithmetic.to_host(values, by_pairs=by_pairs))
+        arithmetic.store(arithmetic.from_host(mended), piece.dtype, out, may_be_nan=True, by_pairs=False)
+
+    def _is_within(self, values: Array, limit: float) -> bool:
+        """Whether no value is larger or NaN."""
+        xp = self._arithmetic.xp
+        return -limit <= float(xp.amin(values)) and float(xp.amax(values)) <= limit
+
+    def _without_infinities(self, batch: Batch, values: NDArray[Any]) -> NDArray[Any]:
+        """The values with constant infinities put back; an error that names the snapshot, or the type's range, for others.
+
+        Rare, so everything is read again.
+        """
+        snapshots = (None, *self._source.others(batch.piece))
+        last, *others = (self._again(batch, snapshot) for snapshot in snapshots)
+        if batch.piece.index is None and batch.piece.function is None:
+            still = ~np.isfinite(last)  # copied: what it is
+        else:
+            still = np.isinf(last)
+            for other in others:
+                still &= other == last
+            for snapshot, found in zip(snapshots, (last, *others), strict=True):
+                if (bad := ~np.isfinite(found) & ~still).any():
+                    at = int(bad.argmax())
+                    raise non_finite(self._entry_at(batch, at, snapshot), float(found[at]))
+        limit = MAX_FINITE[batch.piece.dtype.name]
+        kept = np.where(still, last.dtype.type(0), values)
+        if not (np.abs(kept) <= limit).all():
+            entry = self._entry_at(batch, int((~(np.abs(kept) <= limit)).argmax()), None)
+            what, hint = _FORECAST if batch.piece.function is None else _TUNED
+            raise SnapshotError(
+                f"{entry.path}: {what} of tensor {entry.name!r} leaves the range of its type (+-{limit:g})", hint=hint
+            )
+        return np.asarray(np.where(still, last, values))
+
+    def _again(self, batch: Batch, snapshot: int | None) -> NDArray[Any]:
+        raw = self._read(batch, snapshot)
+        dtype = (batch.piece.entry if snapshot is None else self._source.entry(batch.piece, snapshot)).dtype
+        return np.array(widen(raw, dtype, np.empty(batch.count, work_type(batch.piece.entry.dtype))))
+
+    def _entry_at(self, batch: Batch, element: int, snapshot: int | None) -> TensorEntry:
+        """The tensor that an element of a batch belongs to."""
+        for segment in batch.segments:
+            if element < segment.count:
+                return segment.piece.entry if snapshot is None else self._source.entry(segment.piece, snapshot)
+            element -= segment.count
+        raise AssertionError("an element outside of its batch")

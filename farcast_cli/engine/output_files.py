@@ -1,0 +1,190 @@
+"""Output files that are written in ranges, at known offsets, in any order and from several processes.
+
+Room is set aside first, so that a full disk is found before a byte is written. Large files are written past the page cache
+(O_DIRECT) where the filesystem allows it: a forecast is read once, much later, and copying it into the cache costs as much
+as computing it. Where it does not, writing through the cache does the same.
+
+Source: open(2), fallocate(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from farcast_cli.engine.reader import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.engine.reader import Io
+
+DIRECT_BYTES = 16 << 20  # of a file, from which on it is written past the cache; a small one is likely to be read soon
+_MAX_OPEN = 64
+_NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+
+
+def create(path: Path, num_bytes: int, *, mode: int = 0o666, folder_mode: int = 0o777) -> None:
+    """Make a file with room for so many bytes, and the folders above it that are missing.
+
+    Raises:
+        OSError: it exists, or there is no room; it names the file.
+    """
+    for folder in reversed([above for above in path.parents if not above.exists()]):
+        folder.mkdir(mode=folder_mode)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with _naming(path):
+            _reserve(fd, num_bytes)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """System calls on a descriptor do not know the file's name; an error of this block does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _reserve(fd: int, num_bytes: int) -> None:
+    """Set room aside; C's posix_fallocate would write zeros where the filesystem cannot, so the system call is made itself."""
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return
+    if num_bytes and fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)):
+        number = ctypes.get_errno()
+        if number not in _CANNOT_RESERVE:
+            raise OSError(number, os.strerror(number))
+
+
+def finish(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes]]) -> None:
+    """Cut a file to its size and fill in what was not known before the rest was written, (position, bytes)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        with _naming(path):
+            for position, data in filled_in:
+                _write_all(fd, np.frombuffer(data, np.uint8), position)
+            os.ftruncate(fd, num_bytes)
+    finally:
+        os.close(fd)
+
+
+def write_rate(folder: Path, num_bytes: int = 32 << 20) -> float | None:
+    """Bytes a second that a folder's disk takes, from a file that never has a name; None where that cannot be told."""
+    flags = os.O_WRONLY | getattr(os, "O_TMPFILE", 0) | getattr(os, "O_DIRECT", 0)
+    if not getattr(os, "O_TMPFILE", 0):
+        return None
+    room = Room(num_bytes)
+    try:
+        fd = os.open(folder, flags, 0o600)
+    except OSError:
+        return None
+    try:
+        started = time.monotonic()
+        _write_all(fd, room.at(0, num_bytes), 0)
+        os.fsync(fd)
+        return num_bytes / max(time.monotonic() - started, 1e-9)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+class Room:
+    """Page-aligned memory for a range, with a page before and behind for elements that reach over its borders."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._size = num_bytes
+        self._all = np.frombuffer(mmap.mmap(-1, num_bytes + 2 * PAGE), np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._all)
+
+    def at(self, begin: int, num_bytes: int) -> NDArray[np.uint8]:
+        """Bytes from position `begin` of the range, which may be a little below 0."""
+        assert -PAGE <= begin <= begin + num_bytes <= self._size + PAGE  # noqa: S101 - our own arithmetic
+        return self._all[PAGE + begin : PAGE + begin + num_bytes]
+
+
+class Target:
+    """Writes ranges of output files; keeps them open. Each process and thread has its own."""
+
+    def __init__(self, io: Io) -> None:
+        self._io = io
+        self._open: dict[Path, tuple[int, bool]] = {}
+
+    def write(self, path: Path, offset: int, room: Room, num_bytes: int, *, file_bytes: int) -> None:
+        """Write the first bytes of a range; `offset` is a multiple of a page, and so is the length but at the file's end."""
+        fd, is_direct = self._file(path, file_bytes)
+        if is_direct:
+            whole = -(-num_bytes // PAGE) * PAGE  # what lies behind the end is cut off when the file is finished
+            try:
+                with _naming(path):
+                    _write_all(fd, room.at(0, whole), offset)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                fd = self._reopen(path)
+            else:
+                return
+        with _naming(path):
+            _write_all(fd, room.at(0, num_bytes), offset)
+        _start_writeback(fd, offset, num_bytes)
+
+    def close(self) -> None:
+        for fd, _ in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def _file(self, path: Path, file_bytes: int) -> tuple[int, bool]:
+        if path not in self._open:
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open)))[0])
+            self._open[path] = self._open_for(path, file_bytes)
+        return self._open[path]
+
+    def _open_for(self, path: Path, file_bytes: int) -> tuple[int, bool]:
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        direct = getattr(os, "O_DIRECT", 0)
+        if direct and self._io != "pread" and file_bytes >= DIRECT_BYTES:
+            with suppress(OSError):  # some filesystems refuse to open such a file, others to write to it
+                return os.open(path, flags | direct), True
+        return os.open(path, flags), False
+
+    def _reopen(self, path: Path) -> int:
+        """The same file through the page cache from now on."""
+        os.close(self._open.pop(path)[0])
+        self._open[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
+        return self._open[path][0]
+
+
+def _write_all(fd: int, data: NDArray[np.uint8], offset: int) -> None:
+    """One call may write less than it is given; a direct write that cannot go on from there is refused (EINVAL)."""
+    done = 0
+    while done < len(data):
+        count = os.pwrite(fd, data[done:].data, offset + done)
+        if not count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += count
+
+
+def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
+    """Let the kernel start writing what is complete, so that the last sync has little left to do."""
+    with suppress(OSError, AttributeError):
+        os.posix_fadvise(fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,301 @@
+"""Stretches of a tensor at several snapshots, read side by side within a fixed memory budget.
+
+Knows how files are read, how many bytes at once, and where a sample of a tensor lies. No tensor is ever whole in memory.
+
+Shapes: T snapshots, N elements of a stretch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from farcast_cli.engine.casts import widen, widen_pairs
+from farcast_cli.errors import NonFiniteError
+from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.engine.casts import Floats
+    from farcast_cli.tensors import TensorEntry
+
+Io = Literal["auto", "pread", "mmap"]
+"""How files are read and written.
+
+`pread` reads into memory of our own and writes through the page cache; `auto` reads likewise and writes past the page
+cache (O_DIRECT) where the filesystem allows it; `mmap` writes as `auto` does and reads the page cache in place, which
+saves a copy, but a file that is cut short while it is read, or a disk that fails, then ends the process (SIGBUS).
+"""
+FileStretch = tuple["Path", int, int]
+"""Bytes of a file: path, first byte, number of bytes."""
+PAGE = 4096
+LINE = 64  # of a processor's cache: a kernel copies to memory that begins elsewhere at a sixth of the speed (AMD, Linux 6)
+SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
+STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
+MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in its cache while it works on it
+_MAX_OPEN = (
+    160  # per thread, so that a long run's snapshots stay open; some four threads read at once, and a process may have 1,024
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a pass over the files may use: a device by torch's name ("cpu" computes in numpy), and how many workers."""
+
+    device: str = "cpu"
+    io: Io = "auto"
+    num_workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements [start, start + count) of a tensor."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Stretches of one tensor; `entries[t]` is where snapshot t holds it."""
+
+    entries: Sequence[TensorEntry]
+    pieces: Sequence[Stretch]
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return sum(piece.count for piece in self.pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all snapshots together."""
+        return self.count * sum(entry.dtype.itemsize for entry in self.entries)
+
+    def at(self, snapshot: int) -> Iterator[FileStretch]:
+        """Where a snapshot holds them."""
+        entry = self.entries[snapshot]
+        size = entry.dtype.itemsize
+        for piece in self.pieces:
+            yield entry.path, entry.offset + piece.start * size, piece.count * size
+
+
+class Reader:
+    """Reads stretches of files; keeps files open, per thread, because a run has more files than a process may open."""
+
+    def __init__(self, io: Io = "auto") -> None:
+        self._local = threading.local()
+        self._is_mapped = io == "mmap"
+
+    def fill(self, path: Path, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` from byte `offset` of a file."""
+        file = self._file(path)
+        if self._is_mapped:
+            np.copyto(out, file.view(offset, len(out)))
+        else:
+            read_into(file.fd, out.data, offset, path)
+
+    def raw(self, path: Path, offset: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As many bytes of a file as `memory` has: in that memory, or in place where files are mapped (read-only)."""
+        if self._is_mapped:
+            return self._file(path).view(offset, len(memory))
+        self.fill(path, offset, memory)
+        return memory
+
+    def prefetch(self, path: Path, offset: int, num_bytes: int) -> None:
+        """Let the kernel start reading what will be asked for soon."""
+        with suppress(OSError, AttributeError):  # a hint: not every filesystem or system knows it
+            os.posix_fadvise(self._file(path).fd, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def release(self) -> None:
+        """Let go of what was read in place, so that what is resident does not grow with it."""
+        for file in self._files.values():
+            file.release()
+
+    @property
+    def _files(self) -> dict[Path, _OpenFile]:
+        files: dict[Path, _OpenFile] = self._local.__dict__.setdefault("files", {})
+        return files
+
+    def _file(self, path: Path) -> _OpenFile:
+        files = self._files
+        if path not in files:
+            if len(files) >= _MAX_OPEN:
+                files.pop(next(iter(files)))
+            files[path] = _OpenFile(path)
+        return files[path]
+
+
+class _OpenFile:
+    """A descriptor, and a mapping where one is asked for, that are closed with their last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, open_read_only(path)
+        self._map: mmap.mmap | None = None
+        self._seen: list[tuple[int, int]] = []
+
+    def view(self, offset: int, num_bytes: int) -> NDArray[np.uint8]:
+        """Bytes of the mapped file."""
+        if num_bytes == 0:  # an empty file cannot be mapped
+            return np.empty(0, np.uint8)
+        if self._map is None:
+            with reading(self.path):
+                if os.fstat(self.fd).st_size == 0:
+                    raise ends_early(self.path, expected=offset + num_bytes, found=0)
+                self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+        if offset + num_bytes > len(self._map):
+            raise ends_early(self.path, expected=offset + num_bytes, found=len(self._map))
+        self._seen.append((offset, num_bytes))
+        return np.frombuffer(self._map, np.uint8, num_bytes, offset)
+
+    def release(self) -> None:
+        """Drop the pages that were seen; whoever still looks at them has them read again."""
+        for offset, num_bytes in self._seen:
+            first = offset // PAGE * PAGE
+            if self._map is not None:
+                self._map.madvise(mmap.MADV_DONTNEED, first, offset + num_bytes - first)
+        self._seen.clear()
+
+    def __del__(self) -> None:
+        fd = getattr(self, "fd", None)
+        if fd is not None:
+            os.close(fd)
+
+
+class Scratch:
+    """Working memory that is allocated once: fresh memory costs a page fault for every 4 KiB, more than the arithmetic.
+
+    The memory of a name is the caller's until it asks for the same name again.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[np.uint8]] = {}
+        self._last: dict[str, tuple[int, Any, NDArray[Any]]] = {}
+
+    def named(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
+        """An uninitialised array (count,)."""
+        last = self._last.get(name)
+        if last is not None and last[0] == count and last[1] is dtype:  # nearly always; to make a view takes some microseconds
+            return last[2]
+        num_bytes = count * np.dtype(dtype).itemsize
+        if name not in self._held or len(self._held[name]) < num_bytes:
+            self._held[name] = aligned(num_bytes)
+        found: NDArray[Any] = self._held[name][:num_bytes].view(dtype)
+        self._last[name] = count, dtype, found
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(memory) for memory in self._held.values())
+
+
+def aligned(num_bytes: int) -> NDArray[np.uint8]:
+    """Uninitialised bytes that begin on a cache line."""
+    memory = np.empty(num_bytes + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + num_bytes]
+
+
+def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
+    """Blocks spread evenly over a tensor; the whole tensor where it is no larger than the sample.
+
+    Depends on the size alone, so that equal tensors are sampled alike.
+    """
+    if num_elements <= num_samples:
+        return [Stretch(0, num_elements)]
+    num_blocks = max(2, num_samples // SAMPLE_BLOCK)
+    count = min(SAMPLE_BLOCK, num_samples // num_blocks)
+    last_start = num_elements - count
+    return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
+
+
+def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8) -> Iterator[Stretch]:
+    """The whole tensor in stretches that fit the budget at all snapshots together, `itemsize` bytes an element."""
+    count = max(4096, min(MAX_STRETCH, STRETCH_BYTES // (itemsize * num_snapshots) // 2048 * 2048))
+    for start in range(0, num_elements, count):
+        yield Stretch(start, min(count, num_elements - start))
+
+
+def read_trajectory(reader: Reader, sections: Sequence[Section], out: Floats, scratch: Scratch) -> Floats:
+    """Stretches of tensors at all their snapshots, one behind the other, into `out`: shape (T, N).
+
+    Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
+    never move.
+
+    Args:
+        sections: of tensors with the same types.
+
+    Raises:
+        NonFiniteError: NaN, or an infinity that is not in every snapshot.
+    """
+    for snapshot, row in enumerate(out):
+        raw = _raw(reader, [stretch for section in sections for stretch in section.at(snapshot)], scratch)
+        found = widen(raw, sections[0].entries[snapshot].dtype, row)
+        if found is not row:
+            np.copyto(row, found)
+    if not bool(np.isfinite(out).all()):
+        end = 0
+        for section in sections:
+            start, end = end, end + section.count
+            _still_infinities(section, out[:, start:end])
+    return out
+
+
+def _still_infinities(section: Section, values: Floats) -> None:
+    """Put 0 for what is not finite but never moves; an error for anything else that is not finite."""
+    bad = ~np.isfinite(values) & ~(values == values[-1]).all(axis=0)
+    if bool(bad.any()):
+        raise non_finite(section.entries[int(bad.any(axis=1).argmax())], float(values[bad][0]))
+    values[~np.isfinite(values)] = 0
+
+
+def read_in_any_order(reader: Reader, section: Section, out: NDArray[np.float32], scratch: Scratch) -> None:
+    """The values of a section at all snapshots, whatever they are, in an order that is the same for all of them."""
+    by_pairs = {entry.dtype.name for entry in section.entries} == {"bfloat16"} and section.count % 2 == 0
+    for snapshot, row in enumerate(out):
+        raw = _raw(reader, section.at(snapshot), scratch)
+        found = widen_pairs(raw, row) if by_pairs else widen(raw, section.entries[snapshot].dtype, row)
+        if found is not row:
+            np.copyto(row, found)
+
+
+def _raw(reader: Reader, stretches: Iterable[FileStretch], scratch: Scratch) -> NDArray[np.uint8]:
+    """Stretches of files, one behind the other."""
+    found = joined(stretches)
+    raw = scratch.named("raw", sum(num_bytes for _, _, num_bytes in found), np.uint8)
+    if len(found) == 1:
+        path, offset, _ = found[0]
+        return reader.raw(path, offset, raw)
+    end = 0
+    for path, offset, num_bytes in found:
+        start, end = end, end + num_bytes
+        reader.fill(path, offset, raw[start:end])
+    return raw
+
+
+def joined(stretches: Iterable[FileStretch]) -> list[FileStretch]:
+    """The same with neighbours as one."""
+    found: list[FileStretch] = []
+    for path, offset, num_bytes in stretches:
+        if found and found[-1][0] is path and found[-1][1] + found[-1][2] == offset:
+            found[-1] = path, found[-1][1], found[-1][2] + num_bytes
+        else:
+            found.append((path, offset, num_bytes))
+    return found
+
+
+def non_finite(entry: TensorEntry, value: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"{entry.path}: tensor {entry.name!r} holds {value}: expected finite numbers",
+        hint="the run diverged or the file is damaged: leave the snapshot out with --steps",
+    )

@@ -1,0 +1,1 @@
+"""Reading, placing and publishing files: every byte that comes in or goes out passes here."""

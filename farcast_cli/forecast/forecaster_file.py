@@ -1,0 +1,433 @@
+"""The forecaster file: what `fit` learned, and of which files.
+
+A safetensors file with the Gram matrices and the kept sample; its metadata hold, as one JSON text, where the run is,
+which snapshots were read (with sizes and header hashes) and which tensors. No pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+
+from farcast_cli import __version__
+from farcast_cli.engine.reader import Resources
+from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
+from farcast_cli.files.json_text import parse_json
+from farcast_cli.files.place import check_outside, open_new
+from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading
+from farcast_cli.files.staged import staged
+from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.forecast.backtest import MAX_HORIZON
+from farcast_cli.forecast.gram import Gram, Sample
+from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
+from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
+from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
+from farcast_cli.run.pace import Pace
+from farcast_cli.run.thinning import thinned
+from farcast_cli.run.trajectory import run_entries
+from farcast_cli.state.rates import read_pace
+from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
+from farcast_cli.trainers import LAYOUTS, named
+from farcast_cli.trainers.base import find_step_in_name, read_snapshot, unchanged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.tensors import TensorEntry
+    from farcast_cli.trainers.base import Snapshot
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = "farcast"
+_ARRAYS = {"steps", "gram", "sample.bounds", "sample.sizes", "sample.values"}
+
+
+class SnapshotRecord(BaseModel):
+    """A snapshot as it was when it was read; `path` is relative to the run's folder."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    step: int
+    step_source: str
+    bytes: int
+    digest: str
+
+
+class TensorRecord(BaseModel):
+    """A tensor that is forecast, as the last snapshot holds it."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    remark: str = ""
+
+
+class CopiedRecord(BaseModel):
+    """A tensor that is taken over unchanged, and why."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    reason: str
+    of: str = ""
+
+
+class Provenance(BaseModel):
+    """Of what a forecaster was made. `directory` is relative to the forecaster file."""
+
+    model_config = ConfigDict(frozen=True)
+    schema_version: int = SCHEMA_VERSION
+    farcast_version: str = __version__
+    directory: str
+    layout: str
+    snapshots: tuple[SnapshotRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    copied: tuple[CopiedRecord, ...]
+    num_samples: int | None
+    leap: Leap | None = None
+    """The leap that the run resumed from and after which the history begins."""
+    pace: Pace = Pace(why="the forecaster is of an older farcast: fit reads the rates")
+    """The learning rates along the history and for as far ahead as a forecast may reach, where they are known."""
+    notes: tuple[str, ...] = ()
+    """What was said of the run: where its history begins, if its tensors changed."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    pattern: str = ""
+    checksum: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A fitted forecaster: the statistic, the kept sample, and where they came from."""
+
+    gram: Gram
+    sample: Sample
+    provenance: Provenance
+    directory: Path
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(record.step for record in self.provenance.snapshots)
+
+    def judged(self) -> tuple[Gram, Sample]:
+        """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
+        chosen = ~self._batch_norm()
+        is_part = chosen.any() and not chosen.all()
+        return (self.gram.select(chosen), self.sample.select(chosen)) if is_part else (self.gram, self.sample)
+
+    @property
+    def copied(self) -> tuple[Copied, ...]:
+        """What is taken over from the last snapshot."""
+        return tuple(Copied(record.name, record.reason, record.of) for record in self.provenance.copied)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return bool(self._batch_norm().any())
+
+    def _batch_norm(self) -> NDArray[np.bool_]:
+        """Which tensors are BatchNorm's running statistics, (K,)."""
+        return np.array([is_batch_norm_statistic(record.name) for record in self.provenance.tensors])
+
+    def index_of(self, step: int) -> int:
+        """The index of the snapshot of a step."""
+        if step not in self.steps:
+            raise SnapshotError(f"no snapshot of step {step}: expected one of {', '.join(map(str, self.steps))}")
+        return self.steps.index(step)
+
+
+def fit(
+    trajectory: Trajectory,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    leap: Leap | None = None,
+    num_samples: int | None,
+    resources: Resources | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Fitted:
+    """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None).
+
+    Of a run with very many snapshots some enter (`thinning`): the notes say which. Peak memory: the inner products, 64 MiB or
+    little more; the sample; and an entry for each tensor of each snapshot that enters.
+    """
+    snapshots, note = thinned(trajectory.snapshots, include=include, exclude=exclude)
+    trajectory = replace(trajectory, snapshots=snapshots, notes=(*trajectory.notes, *([note] if note else [])))
+    alignment = align(trajectory.snapshots, include=include, exclude=exclude)
+    with unchanged(trajectory.snapshots):
+        gram, sample = accumulate(
+            alignment,
+            trajectory.steps,
+            num_samples=num_samples,
+            resources=resources or Resources(),
+            progress=progress,
+        )
+        pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
+        records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
+    _check_one_run(gram, trajectory)
+    last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
+    provenance = Provenance(
+        directory=str(trajectory.directory),
+        layout=trajectory.layout,
+        snapshots=records,
+        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark) for e, remark in last),
+        copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
+        num_samples=num_samples,
+        leap=leap,
+        pace=pace,
+        notes=trajectory.notes,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        pattern=trajectory.pattern,
+    )
+    return Fitted(gram, sample, provenance, trajectory.directory)
+
+
+def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
+    return SnapshotRecord(
+        path=snapshot.path.relative_to(trajectory.directory).as_posix(),
+        step=snapshot.step,
+        step_source=snapshot.step_source,
+        bytes=snapshot.num_bytes,
+        digest=snapshot.digest,
+    )
+
+
+JUMP = 8.0  # times the larger of its neighbours: no optimiser moves like this, another run's weights do
+FLIP = -0.75  # cosine of neighbouring moves; two runs interleaved give -1, pure noise around a point -0.5
+
+
+def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
+    """Two runs of one model have equal names and shapes; only the path of the weights tells them apart.
+
+    Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
+    """
+    moves = gram.matrix.sum(axis=0)[:-2, :-2]
+    sizes = np.sqrt(np.maximum(np.diag(moves), 0))
+    if len(sizes) < 4 or not sizes.all():  # noqa: PLR2004 - a jump needs neighbours on both sides
+        return
+    cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
+    names = [snapshot.path.name for snapshot in trajectory.snapshots]
+    hint = "a trajectory is one run: move the other run to a folder of its own, or choose steps with --steps A:B"
+    if np.median(cosines) < FLIP:
+        raise MixedRunsError(
+            f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
+            f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
+            hint=hint,
+        )
+    spans = np.diff(trajectory.steps)
+    rates = sizes / np.sqrt(spans)  # noise grows with the root of the steps, drift with the steps: a jump is one by both
+    for index in range(1, len(rates) - 1):
+        neighbours = [index - 1, index + 1]
+        if (
+            rates[index] > JUMP * rates[neighbours].max()
+            and sizes[index] / spans[index] > JUMP * (sizes / spans)[neighbours].max()
+        ):
+            raise MixedRunsError(
+                f"{trajectory.directory}: two runs seem to meet between {names[index]} and {names[index + 1]}: the weights"
+                f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
+                hint=hint,
+            )
+
+
+def save_fitted(fitted: Fitted, path: Path) -> None:
+    """Write the forecaster file, whole or not at all; an older one is replaced."""
+    home = path.parent.resolve()
+    provenance = fitted.provenance.model_copy(update={"directory": os.path.relpath(fitted.directory.resolve(), home)})
+    if provenance.leap:
+        provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
+    check_outside(path, fitted.directory)
+    arrays: dict[str, NDArray[Any]] = {
+        "steps": fitted.gram.steps,
+        "gram": fitted.gram.matrix,
+        "sample.bounds": fitted.sample.bounds,
+        "sample.sizes": fitted.sample.sizes,
+        "sample.values": fitted.sample.values,  # last, since float32 needs no more than its place
+    }
+    provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
+    tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
+    last = fitted.directory / fitted.provenance.snapshots[-1].path
+    with staged(path, check=_refuse_to_replace) as temporary, open_new(temporary, like=last) as file:
+        text = json.dumps(_spelled(provenance, portable).model_dump(), separators=(",", ":"))
+        file.write(encode_header(tensors, {_METADATA_KEY: text}))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
+
+
+def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        whole.update(name.encode())
+        whole.update(np.ascontiguousarray(arrays[name]).data)
+    return whole.hexdigest()
+
+
+def _refuse_to_replace(path: Path) -> None:
+    """An older forecaster is replaced; anything else is the user's own."""
+    try:
+        with safe_open(path, framework="np") as file:
+            _provenance_of(path, file.metadata())
+            is_whole = set(file.keys()) == _ARRAYS
+    except (FileFormatError, SafetensorError, ValueError, OSError) as error:
+        raise _not_ours(path) from error
+    if not is_whole:
+        raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> OutputError:
+    return OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o")
+
+
+def load_fitted(path: Path) -> Fitted:
+    """Read a forecaster file.
+
+    Raises:
+        FileFormatError: no such file, not a forecaster, or damaged.
+    """
+    with reading(path):
+        is_file = path.is_file()
+    if not is_file:
+        raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
+    open_input(path).close()  # says why it cannot be opened, which safetensors does not
+    try:
+        with reading(path), safe_open(path, framework="np") as file:
+            provenance = _provenance_of(path, file.metadata())
+            _check_paths(path, provenance)
+        arrays = {entry.name: _array(entry) for entry in read_safetensors(path).entries}
+        if provenance.checksum != _checksum(arrays):
+            raise FileFormatError(
+                f"{path}: a damaged forecaster: its numbers do not match their checksum",
+                hint="write it again with farcast fit CKPTS",
+            )
+        gram = Gram(arrays["steps"], arrays["gram"])
+        sample = Sample(arrays["sample.values"], arrays["sample.bounds"], arrays["sample.sizes"])
+        _check_shapes(gram, sample, provenance)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{path}: a damaged forecaster: {str(error).splitlines()[0]}", hint="write it again with farcast fit CKPTS"
+        ) from error
+    if provenance.schema_version != SCHEMA_VERSION or provenance.layout not in {layout.name for layout in LAYOUTS}:
+        raise FileFormatError(
+            f"{path}: a forecaster of another version of farcast ({provenance.farcast_version}, layout {provenance.layout!r})",
+            hint="write it again with farcast fit CKPTS",
+        )
+    return Fitted(gram, sample, provenance, path.parent / provenance.directory)
+
+
+def _array(entry: TensorEntry) -> NDArray[Any]:
+    """A tensor of the file, in memory of its own: a mapped file would count beside it."""
+    found = np.empty(entry.shape, np.dtype(entry.dtype.name))
+    fd = open_read_only(entry.path)
+    try:
+        read_into(fd, found.reshape(-1).view(np.uint8).data, entry.offset, entry.path)
+    finally:
+        os.close(fd)
+    return found
+
+
+def _provenance_of(path: Path, metadata: dict[str, str] | None) -> Provenance:
+    text = (metadata or {}).get(_METADATA_KEY)
+    if text is None:
+        raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
+    return _spelled(Provenance.model_validate(parse_json(text.encode())), local)
+
+
+def _spelled(provenance: Provenance, spell: Callable[[str], str]) -> Provenance:
+    """The same with its paths spelled for a file, or for this locale."""
+    leap = provenance.leap
+    return provenance.model_copy(
+        update={
+            "directory": spell(provenance.directory),
+            "snapshots": tuple(record.model_copy(update={"path": spell(record.path)}) for record in provenance.snapshots),
+            "leap": leap and leap.model_copy(update={"run": spell(leap.run), "forecast": spell(leap.forecast)}),
+        }
+    )
+
+
+def _check_paths(path: Path, provenance: Provenance) -> None:
+    """That it names entries of the run's folder only: what is read for a forecast is what was fitted on."""
+    for record in provenance.snapshots:
+        named = PurePosixPath(record.path)
+        if named.is_absolute() or not named.name or ".." in named.parts:
+            raise UnsafeFileError(f"{path}: a forecaster that names {record.path!r}, outside of the run's folder")
+
+
+def _check_shapes(gram: Gram, sample: Sample, provenance: Provenance) -> None:
+    """That its numbers are of the snapshots and the tensors that it names."""
+    num_snapshots, num_tensors = len(provenance.snapshots), len(provenance.tensors)
+    steps = [record.step for record in provenance.snapshots]
+    rows = num_snapshots + 1
+    fits = (
+        gram.matrix.shape == (num_tensors, rows, rows)
+        and gram.steps.tolist() == steps == sorted(set(steps))
+        and sample.sizes.shape == (num_tensors,)
+        and sample.bounds.shape == (num_tensors + 1,)
+        and sample.values.ndim == 2  # noqa: PLR2004 - (M, T)
+        and sample.values.shape[1] == num_snapshots
+        and sample.bounds[0] == 0
+        and (np.diff(sample.bounds) >= 0).all()
+        and sample.bounds[-1] == len(sample.values)
+    )
+    if not fits or num_tensors == 0:
+        raise ValueError("its numbers are not of the snapshots and tensors that it names")
+
+
+def reopen(fitted: Fitted, index: int) -> Snapshot:
+    """Open a snapshot that the forecaster was fitted on, and check that it is still the same.
+
+    Raises:
+        SnapshotError: gone or changed since.
+    """
+    record = fitted.provenance.snapshots[index]
+    path = fitted.directory / record.path
+    again = f"farcast fit {shell_word(fitted.directory)}"
+    with reading(path):
+        is_there = path.exists()
+    if not is_there:
+        raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
+    snapshot = read_snapshot(named(fitted.provenance.layout), path).settle(record.step, record.step_source)
+    if snapshot.digest != record.digest:
+        raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
+    return snapshot
+
+
+def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
+    """The alignment of reopened snapshots, in the forecaster's order of tensors.
+
+    Some of the snapshots may be more alike than all of them: what the forecaster copies is copied here too.
+    """
+    alignment = align(snapshots, include=fitted.provenance.include, exclude=fitted.provenance.exclude)
+    found = under_common_names({tensor.name: tensor for tensor in alignment.tensors})
+    known = under_common_names({record.name: record for record in fitted.provenance.tensors})
+    reasons = under_common_names({copied.name: copied for copied in fitted.copied})
+    if known.keys() - found.keys() or found.keys() - known.keys() - reasons.keys():
+        origin = fitted.provenance.snapshots[-1].step
+        raise SnapshotError(
+            f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
+            hint=f"farcast fit {shell_word(fitted.directory)} --steps :{snapshots[-1].step}",
+        )
+    more = (replace(reasons[key], name=tensor.name) for key, tensor in found.items() if key not in known)
+    return Alignment(tuple(found[key] for key in known), (*alignment.copied, *more))
+
+
+def newer_snapshots(fitted: Fitted) -> list[str]:
+    """Snapshots in the run's folder, by name, that came after the fit; nothing is opened."""
+    known = {record.path for record in fitted.provenance.snapshots}
+    last = find_step_in_name(fitted.provenance.snapshots[-1].path)
+    try:
+        names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]
+    except (OSError, FileFormatError):
+        return []
+    numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]
+    return [name for number, name in sorted(numbered) if last and number > int(last[1])]

@@ -1,0 +1,101 @@
+"""One prediction, start to end, as data: what was asked, what was planned, what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from farcast_cli.forecast.forecaster import Options
+from farcast_cli.run.pace import STEPS, Pace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from farcast_cli.checkpoint.convert import OutputLayout, Target
+    from farcast_cli.checkpoint.plan import OutputDType, OutputFile
+    from farcast_cli.engine.reader import Io
+    from farcast_cli.engine.write import Engine
+    from farcast_cli.evaluation.judge import Evaluator, Trial
+    from farcast_cli.forecast.backtest import Decision, Purpose
+    from farcast_cli.run.alignment import Copied
+    from farcast_cli.run.pace import Clock
+    from farcast_cli.state.advance import Advanced, CountersMode, OptimizerMode
+    from farcast_cli.trainers.base import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked `predict` for. `horizons` are steps after the origin; none leaves it to the evidence."""
+
+    horizons: tuple[int, ...] = ()
+    purpose: Purpose = "resume"
+    method: str | None = None
+    options: Options = field(default_factory=Options)
+    origin_step: int | None = None
+    optimizer: OptimizerMode = "copy"
+    counters: CountersMode = "advance"
+    dtype: OutputDType = "source"
+    layout: OutputLayout = "same"
+    max_shard_bytes: int | None = None
+    output: str | None = None
+    even_if_worse: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    device: str = "cpu"
+    io: Io = "auto"
+    num_threads: int = 1
+    evaluator: Evaluator | None = None
+    ledger: Path | None = None
+    clock: Clock | None = None
+    """None: learning rates where they are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One horizon's forecast: where it is (None where none was written), what it is and what was done."""
+
+    horizon: int
+    origin_step: int
+    method: str
+    decision: Decision
+    pace: Pace = STEPS
+    """The clock that its length is in."""
+    pace_ahead: float = 1.0
+    """The mean rate over the horizon against that of the stretch that the drift is measured on."""
+    length_factor: float = 1.0
+    """What the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length."""
+    chosen: tuple[str, ...] = ()
+    """What was chosen for the user, and why."""
+    path: Path | None = None
+    num_forecast: int = 0
+    copied: tuple[Copied, ...] = ()
+    unchanged_share: float | None = None
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    """Of memory, foretold by a dry run; `seconds` is then foretold too."""
+    changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def num_copied(self) -> int:
+        return len(self.copied)
+
+    @property
+    def valid_step(self) -> int:
+        return self.origin_step + self.horizon
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All horizons planned and nothing written yet."""
+
+    engine: Engine
+    plans: tuple[tuple[OutputFile, ...], ...]
+    advanced: tuple[Advanced, ...]
+    target: Target
+    targets: tuple[Path, ...]
+    snapshots: tuple[Snapshot, ...]
+    origin: Snapshot

@@ -1,0 +1,361 @@
+"""Which tensors the snapshots of a run share: what can be forecast, and what is copied and why.
+
+Knows how names are matched between snapshots, where a run's tensors change, and which lie in the same memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, TypeVar
+
+from farcast_cli.errors import MixedRunsError, SnapshotError
+from farcast_cli.run.closed import are_alike
+from farcast_cli.run.quantised import quantised_owner
+from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Mapping, Sequence
+
+    from farcast_cli.trainers.base import Snapshot
+
+Item = TypeVar("Item")
+MAX_NAMED = 3
+"""Tensors that a message names one by one."""
+_SCATTERED = "not stored as one stretch in the same order in every snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedTensor:
+    """A tensor that all snapshots share; `entries[t]` is where snapshot t holds it, complex numbers as pairs."""
+
+    name: str
+    entries: tuple[TensorEntry, ...]
+    remark: str = ""
+    """What is unusual about its type."""
+
+    @property
+    def num_elements(self) -> int:
+        return self.entries[-1].num_elements
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A tensor that is taken over from the last snapshot unchanged, and why; `of` is the tensor that the reason names."""
+
+    name: str
+    reason: str
+    of: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The reason without a name, the same for all tensors of its kind."""
+        return self.reason.replace(self.of, "another") if self.of else self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What can be forecast, and what is copied."""
+
+    tensors: tuple[AlignedTensor, ...]
+    copied: tuple[Copied, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+
+def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Alignment:
+    """Match the tensors of all snapshots by name, wrappers' prefixes aside.
+
+    Tensors that are not of a floating type, are empty, belong to a quantised tensor, or that `include` and `exclude`
+    (globs) leave out are copied; those may come, go and change their shape.
+
+    Raises:
+        MixedRunsError: names or shapes of other tensors differ between snapshots.
+    """
+    origin, choice = snapshots[-1], _Choice(tuple(include), tuple(exclude))
+    named = [_Named.of(snapshot, choice) for snapshot in snapshots]
+    for before in named[:-1]:
+        if changes := _changes(before, named[-1], choice):
+            raise _mixed_runs(before.snapshot, origin, changes, choice)
+    set_aside, kinds = _set_aside(origin, choice), _not_floating(origin)
+    aligned: list[AlignedTensor] = []
+    copied: list[Copied] = []
+    for key, entry in named[-1].tensors.items():
+        found = [one.tensors.get(key) for one in named]
+        why = set_aside.get(key) or _changed(entry.name, found, snapshots) or kinds.get(key) or _reordered(entry.name, found)
+        if why:
+            copied.append(why)
+        else:
+            entries = tuple(one for one in found if one)
+            aligned.append(AlignedTensor(entry.name, tuple(e.as_real() for e in entries), _remark(entries, snapshots)))
+    copied += [Copied(name, reason) for name, reason in origin.beside]
+    if not aligned:
+        raise SnapshotError(
+            f"{origin.path}: nothing to forecast: all {len(copied)} tensors are copied ({copied[0].reason})"
+            if copied
+            else f"{origin.path}: it holds no tensors",
+            hint="loosen --include and --exclude" if include or exclude else "",
+        )
+    return Alignment(tuple(aligned), tuple(copied))
+
+
+def since_last_change(
+    snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude: Sequence[str] = (), minimum: int = 1
+) -> tuple[tuple[Snapshot, ...], str]:
+    """The snapshots since a tensor that is forecast last appeared, vanished or changed its shape, and a line that says so.
+
+    Raises:
+        MixedRunsError: fewer than `minimum` of them, or two models.
+    """
+    choice = _Choice(tuple(include), tuple(exclude))
+    then = None
+    for index in reversed(range(1, len(snapshots))):
+        before, after = snapshots[index - 1], snapshots[index]
+        if are_alike(before, after):
+            then = None
+            continue
+        now, then = then or _Named.of(after, choice), _Named.of(before, choice)
+        changes = _changes(then, now, choice)
+        if not changes:
+            continue
+        num_left = len(snapshots) - index
+        if num_left < minimum or not _is_one_model(before, after, choice):
+            since = f"; {_counted(num_left, 'snapshot')} since, and fit needs {minimum}"
+            raise _mixed_runs(before, after, changes, choice, since)
+        left_out = f"{_counted(index, 'snapshot')} before it {'is' if index == 1 else 'are'} left out"
+        return tuple(snapshots[index:]), f"history begins at step {after.step}, where {_told(changes)}; {left_out}"
+    return tuple(snapshots), ""
+
+
+# --- what one snapshot holds -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What the user chose to forecast, as globs."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
+def under_common_names(named: Mapping[str, Item]) -> dict[str, Item]:
+    """The same under names without wrappers' prefixes; under their own where that would make two the same."""
+    found = {canonical_name(name): item for name, item in named.items()}
+    return found if len(found) == len(named) else dict(named)
+
+
+def _tensors(snapshot: Snapshot) -> dict[str, TensorEntry]:
+    return under_common_names(snapshot.tensors)
+
+
+def _set_aside(snapshot: Snapshot, choice: _Choice) -> dict[str, Copied]:
+    """Tensors that are not forecast by themselves, whatever they hold: by choice, or as part of another's memory."""
+    groups = _memory_groups(snapshot.tensors.values())
+    found = {key: _reason_by_group(entry, groups[entry.name], choice) for key, entry in _tensors(snapshot).items()}
+    return {key: copied for key, copied in found.items() if copied}
+
+
+def _not_floating(snapshot: Snapshot) -> dict[str, Copied]:
+    """Tensors whose values do not move along a path."""
+    quantised = {entry.name for entry in snapshot.tensors.values() if entry.dtype.name not in FORECASTABLE}
+    found = {key: _reason_by_kind(entry, snapshot, quantised) for key, entry in _tensors(snapshot).items()}
+    return {key: copied for key, copied in found.items() if copied}
+
+
+def _reason_by_kind(entry: TensorEntry, snapshot: Snapshot, quantised: Container[str]) -> Copied | None:
+    if entry.name.rpartition(".")[2] == "num_batches_tracked" and entry.dtype.name == "int64":
+        return Copied(entry.name, "a counter, moved on with the trainer's own")
+    if entry.dtype.name not in FORECASTABLE:
+        return Copied(entry.name, f"{entry.dtype.name} is not forecast")
+    if owner := quantised_owner(entry.name, quantised):
+        return Copied(entry.name, f"belongs to {owner}, which is quantised", owner)
+    if not entry.num_elements:
+        return Copied(entry.name, "empty")
+    return Copied(entry.name, _SCATTERED) if entry.name in snapshot.not_streamable else None
+
+
+def _forecast_in(snapshot: Snapshot, choice: _Choice) -> dict[str, TensorEntry]:
+    """The tensors that would be forecast if all snapshots were like this one."""
+    others = _set_aside(snapshot, choice).keys() | _not_floating(snapshot).keys()
+    return {key: entry for key, entry in _tensors(snapshot).items() if key not in others}
+
+
+@dataclass(frozen=True, slots=True)
+class _MemoryGroup:
+    """Tensors that share bytes, as tied weights and views of a torch storage do, the largest first."""
+
+    members: tuple[TensorEntry, ...]
+
+    @property
+    def owner(self) -> TensorEntry | None:
+        """The member that spans all others, with which they move; None where they only overlap."""
+        first = self.members[0]
+        end = max(member.offset + member.num_bytes for member in self.members)
+        return first if first.offset + first.num_bytes == end else None
+
+
+def _memory_groups(entries: Iterable[TensorEntry]) -> dict[str, _MemoryGroup]:
+    """Every tensor's group, by name; most are alone in theirs."""
+    groups: list[list[TensorEntry]] = []
+    end = 0
+    for entry in sorted(entries, key=lambda e: (str(e.path), e.offset, -e.num_bytes)):
+        if groups and groups[-1][0].path == entry.path and entry.offset < end and entry.num_bytes:
+            groups[-1].append(entry)
+            end = max(end, entry.offset + entry.num_bytes)
+        else:
+            groups.append([entry])
+            end = entry.offset + entry.num_bytes
+    return {entry.name: group for members in groups for group in [_MemoryGroup(tuple(members))] for entry in members}
+
+
+def _reason_by_group(entry: TensorEntry, group: _MemoryGroup, choice: _Choice) -> Copied | None:
+    """Why a tensor is not forecast by itself, from what the user chose and from whom it shares its memory with."""
+    if _matches(entry.name, choice.exclude):
+        return Copied(entry.name, "excluded")
+    left_out = next((member.name for member in group.members if _matches(member.name, choice.exclude)), None)
+    if left_out:
+        return Copied(entry.name, f"tied to {left_out}, which is excluded", left_out)
+    if choice.include and not any(_matches(member.name, choice.include) for member in group.members):
+        return Copied(entry.name, "not included")
+    owner = group.owner
+    if owner is None:
+        other = next(member.name for member in group.members if member.name != entry.name)
+        return Copied(entry.name, f"shares part of its memory with {other}", other)
+    if owner.name != entry.name:
+        tie = "tied to" if owner.num_bytes == entry.num_bytes else "part of"
+        return Copied(entry.name, f"{tie} {owner.name}", owner.name)
+    return None
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return bool(patterns) and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# --- what differs between snapshots ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What became of a tensor from one snapshot to another."""
+
+    name: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A snapshot's tensors by their common names, and the shapes of those that may be forecast."""
+
+    snapshot: Snapshot
+    tensors: Mapping[str, TensorEntry]
+    outline: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, choice: _Choice) -> _Named:
+        tensors = _tensors(snapshot)
+        return cls(snapshot, tensors, _outline(tensors, choice))
+
+
+def _changes(before: _Named, after: _Named, choice: _Choice) -> list[_Change]:
+    """What became of the tensors that are forecast in either of two snapshots."""
+    if before.outline == after.outline:
+        return []
+    found = [
+        _Change(now.name, _difference(before.tensors.get(key), now))
+        for key, now in _forecast_in(after.snapshot, choice).items()
+    ]
+    gone = [
+        _Change(was.name, "vanished") for key, was in _forecast_in(before.snapshot, choice).items() if key not in after.tensors
+    ]
+    return [change for change in found if change.what] + gone
+
+
+def _outline(tensors: Mapping[str, TensorEntry], choice: _Choice) -> dict[str, tuple[int, ...]]:
+    """The shapes of whatever may be forecast: where they are equal, nothing that is has changed."""
+    return {
+        key: _shape(entry)
+        for key, entry in tensors.items()
+        if entry.dtype.name in FORECASTABLE and 0 not in entry.shape and not _matches(entry.name, choice.exclude)
+    }
+
+
+def _shape(entry: TensorEntry) -> tuple[int, ...]:
+    return entry.as_real().shape
+
+
+def _difference(was: TensorEntry | None, now: TensorEntry) -> str:
+    """How a tensor that is forecast in the later of two snapshots differs from the earlier one's."""
+    if was is None:
+        return "appeared"
+    if _shape(was) != _shape(now):
+        return f"changed its shape from {list(_shape(was))} to {list(_shape(now))}"
+    if was.dtype.name not in FORECASTABLE:
+        return f"changed its type from {was.dtype.name} to {now.dtype.name}"
+    return ""
+
+
+def _is_one_model(before: Snapshot, after: Snapshot, choice: _Choice) -> bool:
+    """Whether at least half of the parameters are in both; a vocabulary may grow, which changes the first dimension."""
+    old, new = _tensors(before), _forecast_in(after, choice)
+    both = sum(now.num_elements for key, now in new.items() if key in old and _shape(old[key])[1:] == _shape(now)[1:])
+    return 2 * both >= sum(now.num_elements for now in new.values())
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+def _told(changes: Sequence[_Change]) -> str:
+    more = f", and {_counted(len(changes) - 1, 'more tensor')} changed" if len(changes) > 1 else ""
+    return f"{changes[0].name} {changes[0].what}{more}"
+
+
+def _quoted(name: str) -> str:
+    """A name as one word of a shell, in quotes whatever it is: it stands for a glob."""
+    return "'" + name.replace("'", "'\"'\"'") + "'"
+
+
+def _mixed_runs(
+    before: Snapshot, after: Snapshot, changes: Sequence[_Change], choice: _Choice, since: str = ""
+) -> MixedRunsError:
+    where, told = f"{before.path} to {after.path.name}", _told([_Change(repr(c.name), c.what) for c in changes])
+    if not _is_one_model(before, after, choice):
+        return MixedRunsError(
+            f"{where}: two models, with less than half of the parameters in both: {told}",
+            hint="keep one run in the folder, or choose its steps with --steps A:B",
+        )
+    names = " ".join(f"--exclude {_quoted(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
+        len(changes) > MAX_NAMED
+    )
+    return MixedRunsError(
+        f"{where}: tensor {told}{since}",
+        hint=f"{names} copies {'it' if len(changes) == 1 else 'them'} from the last snapshot and keeps the whole history;"
+        " --steps A:B chooses a part of the run",
+    )
+
+
+def _changed(name: str, found: Sequence[TensorEntry | None], snapshots: Sequence[Snapshot]) -> Copied | None:
+    """Why a tensor that came, or changed its shape, is copied."""
+    shapes = [_shape(entry) if entry else None for entry in found]
+    if None in shapes:
+        return Copied(name, "not in every snapshot")
+    steps = [after.step for (a, b), after in zip(pairwise(shapes), snapshots[1:], strict=True) if a != b]
+    return Copied(name, f"changed its shape at step {steps[-1]}") if steps else None
+
+
+def _reordered(name: str, found: Iterable[TensorEntry | None]) -> Copied | None:
+    return Copied(name, _SCATTERED) if len({entry.strides for entry in found if entry}) > 1 else None
+
+
+def _remark(entries: Sequence[TensorEntry], snapshots: Sequence[Snapshot]) -> str:
+    """A complex type, or one that changed: `float32, bfloat16 from step 500 on`."""
+    steps = groupby(zip(entries, snapshots, strict=True), key=lambda pair: pair[0].dtype.name)
+    types = [(name, next(pairs)[1].step) for name, pairs in steps]
+    told = ", ".join([types[0][0], *(f"{name} from step {step} on" for name, step in types[1:])])
+    parts = entries[-1].as_real().dtype.name
+    if parts != entries[-1].dtype.name:
+        return f"{told}, as pairs of {parts}"
+    return told if len(types) > 1 else ""

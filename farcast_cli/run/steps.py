@@ -1,0 +1,359 @@
+"""Which snapshot is of which step: the evidence cross-checked, copies of a step set aside, contradictions collected."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError, shell_word
+from farcast_cli.trainers.base import MAX_DIGITS, Evidence, Snapshot, find_step_in_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+MAX_NAMED = 8  # in a message
+_ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
+_VERSION = re.compile(r"-v(\d+)(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
+_MIN_FOR_A_RATE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """`A:B:K`: steps from A to B, both included, and of those only multiples of K. Parts may be left out."""
+
+    first: int = 0
+    last: int | None = None
+    every: int = 1
+
+    def __contains__(self, step: object) -> bool:
+        if not isinstance(step, int):
+            return False
+        return self.first <= step and (self.last is None or step <= self.last) and step % self.every == 0
+
+    @classmethod
+    def parse(cls, text: str) -> StepRange:
+        parts = text.split(":")
+        if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):  # noqa: PLR2004 - A:B:K
+            raise _no_steps(text)
+        first, last, every = (*parts, "", "")[:3]
+        if len(parts) == 1 or every == "0" or (first and last and int(first) > int(last)):
+            raise _no_steps(text)
+        return cls(int(first or 0), int(last) if last else None, int(every or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class StepList:
+    """`A,B,C`: exactly these steps, each of which must be there."""
+
+    steps: tuple[int, ...]
+
+    def __contains__(self, step: object) -> bool:
+        return step in self.steps
+
+    @classmethod
+    def parse(cls, text: str) -> StepList:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
+            raise _no_steps(text)
+        steps = tuple(map(int, parts))
+        if any(late <= early for early, late in itertools.pairwise(steps)):
+            raise UsageError(f"--steps {text}: expected a list of steps that rises")
+        return cls(steps)
+
+
+def parse_steps(text: str | None) -> StepRange | StepList | None:
+    """What `--steps` asks for; None where it is not given."""
+    if not text:
+        return None
+    if any(len(number) > MAX_DIGITS for number in re.findall(r"\d+", text)):
+        raise _no_steps(f"{text[:40]}...")
+    return StepList.parse(text) if "," in text else StepRange.parse(text)
+
+
+def _no_steps(text: str) -> UsageError:
+    return UsageError(f"--steps {text}: expected A:B:K, as in 1000:8000 or ::500, or a list, as in 100,200,300")
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Something in the folder that is not part of the trajectory, and why."""
+
+    path: Path
+    reason: str
+    is_half_written: bool = False
+    """Whether it is a snapshot of the run by its looks, so that a person should hear of it."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """What is noticed on the way from a folder to its trajectory; every stage adds to it."""
+
+    ignored: list[Ignored] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    conflicts: list[SnapshotError] = field(default_factory=list)
+
+    def ignore(self, path: Path, reason: str, *, is_half_written: bool = False) -> None:
+        self.ignored.append(Ignored(path, reason, is_half_written))
+
+
+def settle_steps(
+    snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
+) -> list[Snapshot]:
+    """The snapshots of the wanted steps in their order; step -1 where nothing tells it, which is a conflict."""
+    told = any(snapshot.evidence for snapshot in snapshots)
+    known = _with_evidence(snapshots, findings) if told else _in_order_of_saving(snapshots, wanted, directory, findings)
+    settled = [s.settle(s.evidence[0].step, s.evidence[0].source) if s.evidence else s for s in known]
+    chosen = [s for s in settled if wanted is None or s.step < 0 or s.step in wanted]
+    _cross_check(settled, {snapshot.path for snapshot in chosen}, findings)
+    if isinstance(wanted, StepList):
+        _check_listed(chosen, wanted, directory, findings)
+    return _without_duplicates(chosen, directory, findings)
+
+
+def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotError:
+    """The first conflict as the error to stop with, and how many more there are."""
+    first, num_more = conflicts[0], len(conflicts) - 1
+    if not num_more:
+        return first
+    return type(first)(f"{first} (and {num_more} more: farcast inspect {shell_word(directory)} shows all)", hint=first.hint)
+
+
+# --- snapshots without evidence --------------------------------------------------------------------------------------
+
+
+def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Snapshot]:
+    """The snapshots but `last`, `best` and their like without evidence; any other without evidence is a conflict."""
+    kept = []
+    for snapshot in snapshots:
+        if not snapshot.evidence and _ALIAS.match(snapshot.path.stem):
+            findings.ignore(snapshot.path, "nothing tells its step")
+            continue
+        kept.append(snapshot)
+        if not snapshot.evidence:
+            findings.conflicts.append(_nothing_tells(snapshot.path))
+    return kept
+
+
+def _nothing_tells(path: Path) -> StepConflictError:
+    return StepConflictError(
+        f"{path}: nothing tells its step: expected a counter in the file or a number in the name",
+        hint="rename it with its step, as in step_1000, or move it out of this folder",
+    )
+
+
+def _in_order_of_saving(
+    snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
+) -> list[Snapshot]:
+    """Snapshots none of which has evidence: a list of steps gives them theirs, in the order in which they were saved."""
+    ordered = sorted(snapshots, key=lambda snapshot: (_saved_at(snapshot), snapshot.path.name))
+    if not isinstance(wanted, StepList):
+        findings.conflicts.extend(_ask_for_steps(ordered, directory))
+        return ordered
+    named = [snapshot for snapshot in ordered if not _ALIAS.match(snapshot.path.stem)]
+    chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
+    if chosen is None or len(set(map(_saved_at, chosen))) < len(chosen):
+        count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
+        findings.conflicts.append(
+            StepConflictError(
+                f"{directory}: nothing tells the steps, and --steps lists {len(wanted.steps)} for {count}: {_in_words(ordered)}",
+                hint="rename the snapshots with their steps, as in step_1000",
+            )
+        )
+        return ordered
+    for snapshot in ordered:
+        if snapshot not in chosen:
+            findings.ignore(snapshot.path, "nothing tells its step")
+    pairs = list(zip(chosen, wanted.steps, strict=True))
+    told = ", ".join(f"{snapshot.path.name} = {step}" for snapshot, step in pairs[:MAX_NAMED])
+    more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
+    findings.notes.append(f"steps as --steps lists them, in the order in which the files were last changed: {told}{more}")
+    return [_told(snapshot, step) for snapshot, step in pairs]
+
+
+def _told(snapshot: Snapshot, step: int) -> Snapshot:
+    return replace(snapshot, evidence=(Evidence("order", "--steps, by the time of its last change", step),))
+
+
+def _ask_for_steps(ordered: Sequence[Snapshot], directory: Path) -> Iterator[StepConflictError]:
+    if len(ordered) == 1:
+        yield _nothing_tells(ordered[0].path)
+    elif ordered:
+        yield StepConflictError(
+            f"{directory}: nothing tells the steps of its {len(ordered)} snapshots; by the time of their last change they"
+            f" come as {_in_words(ordered)}",
+            hint=f"--steps 100,200,300 gives their steps in that order, {len(ordered)} of them; or rename each with its step",
+        )
+
+
+def _in_words(snapshots: Sequence[Snapshot]) -> str:
+    names = ", ".join(snapshot.path.name for snapshot in snapshots[:MAX_NAMED])
+    return names + (f" and {len(snapshots) - MAX_NAMED} more" if len(snapshots) > MAX_NAMED else "")
+
+
+def _saved_at(snapshot: Snapshot) -> int:
+    """When the last of the files that hold its weights was changed, in ns."""
+    files = {entry.path for entry in snapshot.tensors.values()}
+    return max((mark[1] for path, mark in snapshot.marks.items() if path in files), default=0)
+
+
+def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path, findings: Findings) -> None:
+    missing = sorted(set(wanted.steps) - {snapshot.step for snapshot in chosen})
+    if missing and all(snapshot.step >= 0 for snapshot in chosen):
+        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        listed = ", ".join(map(str, missing[:MAX_NAMED])) + more
+        findings.conflicts.append(
+            TooFewSnapshotsError(
+                f"{directory}: no snapshot of step {listed}, which --steps lists",
+                hint=f"farcast inspect {shell_word(directory)} shows the steps that are there",
+            )
+        )
+
+
+# --- evidence against evidence ---------------------------------------------------------------------------------------
+
+
+def _cross_check(settled: Sequence[Snapshot], chosen: set[Path], findings: Findings) -> None:
+    """Compare every kind of evidence with the settled steps; conflicts count for the chosen snapshots only."""
+    ordered = sorted(settled, key=lambda snapshot: (snapshot.step, snapshot.path.name))
+    for source in sorted({item.source for snapshot in ordered for item in snapshot.evidence}):
+        pairs = [(s, item) for s in ordered for item in s.evidence if item.source == source]
+        odd = [(s, item) for s, item in pairs if item.step != s.step]
+        numbers = [(s.step, item.step) for s, item in pairs]
+        if odd and source == "adam step":
+            odd = [late for early, late in itertools.pairwise(pairs) if late[1].step < early[1].step]
+        if odd and _is_affine(numbers):
+            findings.notes.append(f"{odd[0][1].where} counts in a unit of its own: {odd[0][1].step} at step {odd[0][0].step}")
+            continue
+        findings.conflicts.extend(_contradiction(s, item) for s, item in odd if s.path in chosen)
+
+
+def _contradiction(snapshot: Snapshot, item: Evidence) -> StepConflictError:
+    chosen = snapshot.evidence[0]
+    says = "falls back to" if chosen.step == item.step else "says"
+    return StepConflictError(
+        f"{snapshot.path}: {chosen.where} says step {chosen.step}, but {item.source} ({item.where}) {says} {item.step}",
+        hint="rename the snapshot to its real step, or move it out of this folder",
+    )
+
+
+def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:
+    """Whether b rises in proportion to a over all pairs, of which there must be three to tell."""
+    if len(pairs) < _MIN_FOR_A_RATE:
+        return False
+    (a0, b0), (a1, b1) = pairs[0], pairs[-1]
+    return b1 > b0 and all((b - b0) * (a1 - a0) == (b1 - b0) * (a - a0) for a, b in pairs)
+
+
+# --- several snapshots of a step -------------------------------------------------------------------------------------
+
+
+def _without_duplicates(snapshots: Iterable[Snapshot], directory: Path, findings: Findings) -> list[Snapshot]:
+    """One snapshot per step where the others are copies of it; two runs where they are not."""
+    kept: list[Snapshot] = []
+    collisions: list[list[Snapshot]] = []
+    were_replaced = False
+    ordered = sorted(snapshots, key=lambda s: (s.step, _number_of(s) is None, _version_of(s), s.path.name))
+    for step, group in itertools.groupby(ordered, key=lambda snapshot: snapshot.step):
+        same = list(group)
+        left, was_replaced = (same, False) if step < 0 else _without_copies(same, findings)
+        kept += left
+        were_replaced |= was_replaced
+        if step >= 0 and len(left) > 1:
+            collisions.append(left)
+    if collisions:
+        findings.conflicts.append(_two_runs(collisions, kept, directory))
+    elif were_replaced:
+        findings.conflicts.extend(_two_versions(kept, directory))
+    return kept
+
+
+def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[Snapshot], bool]:
+    """What is left of the snapshots of one step, and whether one replaced another.
+
+    A copy without a number in its name, and a snapshot with the same weights, are left out. Of Lightning's NAME and
+    NAME-v1 with different weights, the one that was saved last stays: the trainer adds -vN where NAME is there already.
+    """
+    left, was_replaced = [same[0]], False
+    for snapshot in same[1:]:
+        twin = next((other for other in left if snapshot.has_weights_of(other)), None)
+        older = next((other for other in left if _plain_name(other) == _plain_name(snapshot)), None)
+        if _number_of(snapshot) is None:
+            findings.ignore(snapshot.path, f"the same step as {left[0].path.name}")
+        elif twin:
+            findings.ignore(snapshot.path, f"the same step and weights as {twin.path.name}")
+        elif older:
+            findings.ignore(older.path, f"the same step as {snapshot.path.name}, which was saved later")
+            left[left.index(older)] = snapshot
+            was_replaced = True
+        else:
+            left.append(snapshot)
+    return left, was_replaced
+
+
+def _number_of(snapshot: Snapshot) -> re.Match[str] | None:
+    return find_step_in_name(snapshot.path.name)
+
+
+def _version_of(snapshot: Snapshot) -> int:
+    found = _VERSION.search(snapshot.path.name)
+    return int(found[1]) if found else 0
+
+
+def _plain_name(snapshot: Snapshot) -> str:
+    return _VERSION.sub("", snapshot.path.name)
+
+
+def _two_versions(kept: Sequence[Snapshot], directory: Path) -> Iterator[MixedRunsError]:
+    """Where a later run was shorter, what follows its last version is the earlier run's, and was saved before it."""
+    for early, late in itertools.pairwise(kept):
+        if _version_of(late) < _version_of(early) and _saved_at(late) <= _saved_at(early):
+            yield MixedRunsError(
+                f"{directory}: two runs: {early.path.name} was saved after {late.path.name}, which is of a later step",
+                hint=f"--pattern '*-v{_version_of(early)}.*' reads the later run; or move it to a folder of its own",
+            )
+
+
+def _two_runs(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot], directory: Path) -> MixedRunsError:
+    first, num_more = collisions[0], len(collisions) - 1
+    groups = _groups(collisions, kept)
+    kinds = ", ".join(f"{pattern!r} ({count})" for pattern, count in groups.most_common(MAX_NAMED))
+    choose = f"--pattern {shlex.quote(max(groups))} reads one of the runs; or " if groups else "a trajectory is one run: "
+    return MixedRunsError(
+        f"{directory}: two snapshots of step {first[0].step}: {first[0].path.name} and {first[1].path.name}"
+        + (f", and two at {num_more} more steps" if num_more else "")
+        + (f"; their names are of {len(groups)} kinds: {kinds}" if groups else ""),
+        hint=f"{choose}move the other run to a folder of its own",
+    )
+
+
+def _groups(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot]) -> Counter[str]:
+    """How many snapshots have which kind of name, as globs that tell colliding names apart; none where nothing does."""
+    for kind in _KINDS:
+        apart = all(len({kind(snapshot) for snapshot in same}) == len(same) for same in collisions)
+        if apart and all(kind(snapshot) for snapshot in kept):
+            return Counter(kind(snapshot) for snapshot in kept)
+    return Counter()
+
+
+def _before_word(snapshot: Snapshot) -> str:
+    found = _number_of(snapshot)
+    return glob.escape(snapshot.path.name[: found.start()]) + "*" if found and found.start() else ""
+
+
+def _before_number(snapshot: Snapshot) -> str:
+    found = _number_of(snapshot)
+    return glob.escape(snapshot.path.name[: found.start(1)]) + "*" if found else ""
+
+
+def _after_number(snapshot: Snapshot) -> str:
+    found = _number_of(snapshot)
+    return "*[0-9]" + glob.escape(snapshot.path.name[found.end(1) :]) if found else ""
+
+
+_KINDS: tuple[Callable[[Snapshot], str], ...] = (_before_word, _before_number, _after_number)

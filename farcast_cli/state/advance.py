@@ -1,0 +1,433 @@
+"""Moving a trainer's state h steps on: counters, learning-rate schedules and the optimiser's own step.
+
+Works on the object trees of state files alone (trainer_state.json, optimizer.pt, scheduler.pt, a plain payload), so
+that a layout only has to say which files hold state. Each counter is moved by its own rate, measured between
+snapshots. Optimiser moments are never forecast: copied they do as well as the true ones, extrapolated they do harm.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import struct
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from farcast_cli.errors import FileFormatError
+from farcast_cli.files.reading import read_bytes
+from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
+from farcast_cli.state.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
+from farcast_cli.state.files import (
+    STATE_ROLES,
+    History,
+    as_numbers,
+    leaf,
+    load_histories,
+    observation,
+    optimizer_states,
+    param_groups,
+    scheduler_paths,
+)
+from farcast_cli.trainers import trainer_of
+from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from fractions import Fraction
+
+    from farcast_cli.formats.torch_file import TorchFile
+    from farcast_cli.trainers.base import Clock, Part, Snapshot, Trainer
+
+OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
+CountersMode = Literal["advance", "keep"]
+
+MIN_TO_COUNT = 3  # snapshots, for what no counter's name tells to be one; any two values lie on a line
+HISTORY = 8  # snapshots that a counter's rate is measured on
+_FLOAT_COUNTERS = {"epoch", "step", "total_flos"}
+_NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
+_STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
+"""Keys of what starts again from zero, though it may rise with the step for a while."""
+_OPAQUE = "bytes that its own loop alone can read, as the place in the data"
+_FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
+_PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
+
+Path_ = tuple[Any, ...]
+Place = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value that was rewritten, for people and for the sidecar."""
+
+    where: str
+    old: int | float
+    new: int | float
+
+
+@dataclass(slots=True)
+class StateTree:
+    """A state file's tree after the leap, with the tensors that change: new bytes, or zeros.
+
+    Both are kept by what they replace: (storage key, first element, elements).
+    """
+
+    part: Part
+    tree: Any
+    file: TorchFile | None
+    literals: dict[Place, bytes] = field(default_factory=dict)
+    zeroed: set[Place] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Advanced:
+    """The origin's state files after the leap, by part name, and what was done."""
+
+    trees: dict[str, StateTree]
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    dropped: set[str] = field(default_factory=set)
+
+
+def advance(
+    snapshots: Sequence[Snapshot], horizon: int, *, optimizer: OptimizerMode = "copy", counters: CountersMode = "advance"
+) -> Advanced:
+    """The state of the last snapshot as it should be `horizon` steps later.
+
+    Args:
+        snapshots: the last few up to the origin, in order; rates are measured on them.
+    """
+    origin = snapshots[-1]
+    trainer = trainer_of(origin)
+    histories = load_histories(snapshots[-HISTORY:])
+    result = Advanced(
+        {
+            name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
+            for name, part in ((part.name, part) for part in origin.parts if part.role in STATE_ROLES)
+        },
+        notes=list(origin.notes),
+    )
+    if counters == "advance":
+        target = origin.step + horizon
+        clocks = {name: trainer.clock([state[:2] for state in history.states], target) for name, history in histories.items()}
+        for name, state in result.trees.items():
+            _advance_counters(state, histories[name], target, result, clocks[name])
+        _advance_schedules(result, histories, origin, target, clocks)
+    if optimizer == "drop" and trainer.needs_optimizer:
+        result.notes.append(f"optimizer state emptied, not left out: {trainer.needs_optimizer}")
+        optimizer = "reset"
+    for state in result.trees.values():
+        _treat_optimizers(state, optimizer, result, trainer)
+    result.trees = {name: state for name, state in result.trees.items() if _is_rewritten(state, histories[name])}
+    return result
+
+
+@contextmanager
+def told_as_damage(origin: Snapshot) -> Iterator[None]:
+    """A trainer's state that is not what it should be may raise anything at all; none of it is ours."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{origin.path}: its trainer's state cannot be moved on: {type(error).__name__}: {error}",
+            hint="the state is damaged: --counters keep leaps the weights alone, or leave the snapshot out with --steps",
+        ) from error
+
+
+def _is_rewritten(state: StateTree, history: History) -> bool:
+    """Whether a state file is another than the origin's, which is copied as it is otherwise."""
+    return state.part.role == "state" or bool(state.literals or state.zeroed) or state.tree != history.states[-1][1]
+
+
+def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, Change]:
+    """Counters among the weights by tensor name, such as BatchNorm's `num_batches_tracked`, moved on by their own rates."""
+    moved = {}
+    for name, entry in snapshots[-1].tensors.items():
+        if entry.dtype.name == "int64" and entry.num_elements == 1:
+            entries = [(s.step, s.tensors[name]) for s in snapshots[-HISTORY:] if name in s.tensors]
+            series = [(step, struct.unpack("<q", read_bytes(e.path, e.offset, 8))[0]) for step, e in entries]
+            new = _buffer_at(name, series, snapshots[-1].step + horizon)
+            if new is not None:
+                moved[name] = Change(name, series[-1][1], int(new))
+    return moved
+
+
+def _buffer_at(name: str, series: Sequence[tuple[int, int]], target: int) -> int | Fraction | None:
+    """A counter among the weights; one that is no BatchNorm's has to rise steadily, or it is none."""
+    if is_steady(series) and (len(series) >= MIN_TO_COUNT or _is_batch_count(name)):
+        return extrapolate(series, target)
+    by_epochs = in_epochs(series, target)
+    return extrapolate(series, target) if by_epochs is None and _is_batch_count(name) else by_epochs
+
+
+def _is_batch_count(name: str) -> bool:
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+# --- counters --------------------------------------------------------------------------------------------------------
+
+
+def _advance_counters(state: StateTree, history: History, target: int, result: Advanced, clock: Clock | None) -> None:
+    if state.part.role == "state" and not state.part.weights_key:
+        return  # a bare state dict: weights and buffers, no counters
+    name = state.part.name or state.part.path.name
+    result.notes.extend(f"{name}: {path} is copied as the origin has it: {_OPAQUE}" for path in _opaque(state.tree, history))
+    adam: list[Change] = []
+    by_clock: Collection[Path_] = ()
+    if clock:
+        by_clock = clock.paths
+        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
+        result.notes.extend(clock.notes(name, state.tree))
+    for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
+        series = history.series(path)
+        if any(path[: len(above)] == above for above in by_clock) or not _counts(series) or _is_measured(path, value, series):
+            continue  # a setting or a loss, not a counter
+        where = f"{name}: {'.'.join(map(str, path))}"
+        new = _moved(path, value, series, target)
+        if new is None:
+            result.notes.append(f"{where} left at {series[-1][1]}: it does not rise steadily with the step")
+            continue
+        if isinstance(value, TensorRef):
+            state.literals[_place(value)] = _packed(value, new)
+        else:
+            _set(state.tree, path, new)
+        (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
+    if adam:
+        more = f" and {len(adam) - 1} more" if len(adam) > 1 else ""
+        result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
+
+
+def _opaque(tree: object, history: History, path: Path_ = ()) -> Iterator[str]:
+    """What a loop pickled by itself, a data loader's place for one, where it changes from snapshot to snapshot."""
+    if isinstance(tree, bytes) and any(leaf(earlier, path) != tree for _, earlier, _ in history.states):
+        yield ".".join(map(str, path))
+    elif isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _opaque(value, history, (*path, key))
+
+
+def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
+    """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself."""
+    return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
+
+
+def _is_measured(path: Path_, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
+    """Whether a float under no counter's name is none: a count kept as a float (tokens seen) rises in whole steady steps."""
+    if not isinstance(value, float) or path[-1] in _FLOAT_COUNTERS:
+        return False
+    return not (len(series) >= MIN_TO_COUNT and all(float(v).is_integer() for _, v in series) and is_steady(series))
+
+
+def _is_adam_step(path: Path_) -> bool:
+    return path[-1] == "step" and "state" in path
+
+
+def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
+    """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
+    if _STARTS_AGAIN.search(str(path[-1])):
+        return None
+    is_float = isinstance(value, float)
+    if _is_adam_step(path) or is_steady(series):
+        new = extrapolate(series, target)
+    elif path[-1] == "epoch" and not is_float:
+        new = epoch_at(series, target)
+    else:
+        new = in_epochs(series, target)
+        new = extrapolate(series, target) if new is None and is_float else new
+    if new is None:
+        return None
+    return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
+
+
+def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Path_, int | float | TensorRef]]:
+    """Every leaf that may count: integers, a few floats, and the optimiser's `step` tensors.
+
+    Left out: weights, schedules (they have rules of their own), and whatever remembers a best value.
+    """
+    if not isinstance(tree, (dict, list)) or (skip and path == skip) or is_scheduler_state(tree):
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if _NOT_A_COUNTER.search(str(key)):
+            continue
+        if isinstance(value, (dict, list)):
+            yield from _counters(value, (*path, key), skip=skip)
+        elif isinstance(tree, list) or isinstance(value, bool):
+            continue
+        elif _may_count(value, key, path):
+            yield (*path, key), value
+
+
+def _may_count(value: object, key: object, path: Path_) -> bool:
+    """Whole numbers anywhere, as a float or a tensor of one element too; an epoch, and the optimiser's `step`."""
+    if isinstance(value, float):
+        return key in _FLOAT_COUNTERS or value.is_integer()
+    if isinstance(value, TensorRef):
+        is_adam = _is_adam_step((*path, key)) and value.dtype.name in _PACK
+        return prod(value.shape) == 1 and (is_adam or value.dtype.name in {"int64", "int32"})
+    return isinstance(value, int)
+
+
+def _place(ref: TensorRef) -> Place:
+    return ref.storage.key, ref.offset, prod(ref.shape)
+
+
+def _packed(ref: TensorRef, value: float) -> bytes:
+    kind = _PACK[ref.dtype.name]
+    return struct.pack(kind, value if kind in {"<f", "<d"} else int(value))
+
+
+# --- schedules and optimisers ----------------------------------------------------------------------------------------
+
+
+def _advance_schedules(
+    result: Advanced,
+    histories: Mapping[str, History],
+    origin: Snapshot,
+    target: int,
+    clocks: Mapping[str, Clock | None],
+) -> None:
+    """Step every schedule on, and hand its learning rates to the optimiser that it belongs to.
+
+    Rates that are tensors (of compiled optimisers) are worked on as numbers and written back as tensors.
+    """
+    optimizers = [(state, groups) for state in result.trees.values() for groups in param_groups(state.tree)]
+    schedulers = [(name, path) for name, state in result.trees.items() for path in scheduler_paths(state.tree)]
+    trainer = trainer_of(origin)
+    total, named = trainer.num_steps(origin), trainer.formula(origin)
+    set_by: dict[int, str] = {}
+    if not schedulers:
+        result.notes.extend(_rates_left(result, histories))
+    for index, (name, path) in enumerate(schedulers):
+        holder, history = result.trees[name], histories[name]
+        saved = leaf(holder.tree, path)
+        where = ".".join([name or origin.path.name, *map(str, path)])
+        series = history.series((*path, *counter_path(saved)))
+        clock = clocks[name]
+        known = clock.schedule_count(path) if clock else None
+        new = schedule_count_at(series, target) if known is None else known
+        if new is None:
+            why = "last_epoch does not rise steadily with the step"
+            result.notes.append(f"{where} left as it is: {why}, and the learning rate stays behind")
+            continue
+        plain = as_numbers(saved, holder.file)
+        owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
+        if owner is None and optimizers:
+            result.notes.append(f"{where}: which optimizer it belongs to cannot be told: no learning rate is moved")
+        groups = as_numbers(owner[1], owner[0].file) if owner else []
+        before = [group["lr"] for group in groups]
+        seen = [observation(tree, path, file) for _, tree, file in history.states]
+        observations = [item for item in seen if item is not None]
+        note = advance_scheduler(plain, groups, int(new), total_steps=total, observations=observations, named=named)
+        result.changes.append(Change(f"{where}: last_epoch", series[-1][1], int(new)))
+        result.changes.extend(
+            Change("optimizer: lr", old, group["lr"]) for old, group in zip(before, groups, strict=True) if old != group["lr"]
+        )
+        _write_back(saved, plain, holder)
+        if owner:
+            _write_back(owner[1], groups, owner[0])
+            if set_by.setdefault(id(owner[1]), where) != where:
+                other = set_by[id(owner[1])]
+                result.notes.append(f"{where}: sets the rates that {other} sets too: the new rate is approximate")
+        if note:
+            result.notes.append(f"{where}: {note}")
+
+
+def _rates_left(result: Advanced, histories: Mapping[str, History]) -> Iterator[str]:
+    """Learning rates that moved along the run, where no file says by what schedule."""
+    for name, state in result.trees.items():
+        _, first, file = histories[name].states[0]
+        earlier = StateTree(state.part, first, file)
+        for before, groups in zip(param_groups(first), param_groups(state.tree), strict=False):
+            old, new = (
+                [g["lr"] for g in as_numbers(tree, holder.file)] for tree, holder in ((before, earlier), (groups, state))
+            )
+            if old != new:
+                where = state.part.name or state.part.path.name
+                yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets it each step is right"
+
+
+def _owner(
+    schedule: dict[str, Any], optimizers: Sequence[tuple[StateTree, list[dict[str, Any]]]], index: int | None
+) -> tuple[StateTree, list[dict[str, Any]]] | None:
+    """The optimiser whose rates the schedule last set; by position where that tells nothing."""
+    rates = schedule.get("_last_lr")
+    fitting = [
+        (state, groups) for state, groups in optimizers if [g.get("lr") for g in as_numbers(groups, state.file)] == rates
+    ]
+    if index is not None and (not fitting or optimizers[index] in fitting):
+        return optimizers[index]
+    if len(fitting) == 1 or (fitting and index is not None):
+        return fitting[0]
+    return optimizers[0] if len(optimizers) == 1 else None
+
+
+_NESTED = (dict, list, TensorRef)
+
+
+def _write_back(saved: Any, moved: Any, state: StateTree) -> None:
+    """Put moved numbers into a state's tree; where a tensor holds the number, into the tensor's bytes.
+
+    Lists of numbers are replaced, not filled: a schedule and its members may share one.
+    """
+    for key in moved if isinstance(moved, dict) else range(len(moved)):
+        old = saved[key]
+        if isinstance(old, TensorRef):
+            if isinstance(moved[key], (int, float)) and old.dtype.name in _PACK:
+                state.literals[_place(old)] = _packed(old, moved[key])
+        elif isinstance(old, dict) or (isinstance(old, list) and any(isinstance(x, _NESTED) for x in old)):
+            _write_back(old, moved[key], state)
+        else:
+            saved[key] = moved[key]
+
+
+def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced, trainer: Trainer) -> None:
+    if isinstance(state.part.content, DcpFile) and mode in {"drop", "reset"}:
+        _zero_optimizers(state, result)
+        return
+    if mode == "drop":
+        _drop_optimizer(state, result, trainer)
+    for optimizer in optimizer_states(state.tree):
+        if mode == "reset":
+            optimizer["state"] = {}
+            result.notes.append("optimizer state reset: moments start at zero, learning rates are kept")
+        elif mode == "zero-momentum":
+            refs = [ref for path, ref in iter_tensors(optimizer["state"]) if _FIRST_MOMENTS.intersection(path[-2:])]
+            state.zeroed |= {_place(ref) for ref in refs if is_streamable(ref)}
+            result.notes.append(f"{len(refs)} first moments set to zero")
+
+
+def _zero_optimizers(state: StateTree, result: Advanced) -> None:
+    """An optimiser as it was when it was new, all its keys in their places: a loader that misses one stops."""
+    refs = [ref for optimizer in optimizer_states(state.tree) for _, ref in iter_tensors(optimizer["state"])]
+    places = {_place(ref) for ref in refs}
+    state.literals = {place: data for place, data in state.literals.items() if place not in places}
+    state.zeroed |= places
+    result.notes.append(f"{len(places)} tensors of the optimizer set to zero, not left out: the loader expects every key")
+
+
+def _drop_optimizer(state: StateTree, result: Advanced, trainer: Trainer) -> None:
+    if state.part.role == "optimizer":
+        result.dropped.add(state.part.name)
+        then = f": {trainer.without_optimizer}" if trainer.without_optimizer else ""
+        result.notes.append(f"{state.part.name} left out{then}")
+    elif state.part.role == "state" and isinstance(state.tree, dict):
+        for key in [key for key, value in state.tree.items() if any(optimizer_states(value))]:
+            del state.tree[key]
+            result.notes.append(f"{key!r} left out")
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def _set(tree: Any, path: Path_, value: object) -> None:
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def storages_of(tree: object) -> list[StorageRef]:
+    """The storages that a tree still refers to, each once, in order."""
+    found = (ref.storage if isinstance(ref, TensorRef) else ref for ref in iter_storages(tree))
+    return list({storage.key: storage for storage in found}.values())

@@ -1,0 +1,60 @@
+"""Checkpoint layouts: which files make up one snapshot. One module per layout, tried in the order of `LAYOUTS`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from farcast_cli.files.reading import reading
+from farcast_cli.trainers import (
+    accelerate,
+    composer,
+    dcp,
+    hf_trainer,
+    hub_folder,
+    lightning,
+    loose_safetensors,
+    refused,
+    torch_folder,
+    torch_payload,
+)
+from farcast_cli.trainers.base import tree_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from farcast_cli.trainers.base import Layout, Snapshot, Trainer
+
+LAYOUTS: tuple[Layout, ...] = (
+    hf_trainer.LAYOUT,
+    *refused.LAYOUTS,
+    dcp.LAYOUT,
+    accelerate.LAYOUT,
+    hub_folder.LAYOUT,
+    torch_folder.LAYOUT,
+    loose_safetensors.LAYOUT,
+    lightning.LAYOUT,
+    composer.LAYOUT,
+    torch_payload.LAYOUT,
+)
+
+
+def named(name: str) -> Layout:
+    """The layout of a name."""
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
+def trainer_of(snapshot: Snapshot) -> Trainer:
+    """The trainer that wrote a snapshot: by its state, which may lie in a plain file too; else by its layout."""
+    trees = [tree_of(part) for part in snapshot.parts if part.role == "state"]
+    by_state = (layout.trainer for layout in LAYOUTS if any(layout.trainer.wrote(tree) for tree in trees))
+    return next(by_state, None) or named(snapshot.layout).trainer
+
+
+def recognise(path: Path) -> Layout | None:
+    """The layout of what lies at `path`, judged by names (a `.ckpt` or `.pt` by whose it is); None if it is no checkpoint.
+
+    Raises:
+        FileFormatError: the system cannot say what lies there.
+    """
+    with reading(path):
+        return next((layout for layout in LAYOUTS if layout.recognises(path)), None)

@@ -1,0 +1,75 @@
+"""What `Accelerator.save_state` writes: model.safetensors, optimizer.bin, scheduler.bin, random_states_0.pkl, the rest.
+
+Everything that training needs lies in files of their own, numbered where there are several: model_1.safetensors,
+optimizer_1.bin. Nothing says the step but the optimiser's own count; `checkpoint_3` is the third save, not a step.
+Source: accelerate/checkpointing.py, `save_accelerator_state`; accelerate/accelerator.py, `save_state`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import NoWeightsError
+from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
+from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
+from farcast_cli.trainers.weights_folder import Source, read_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from farcast_cli.trainers.base import Evidence, Part
+
+_MODEL = re.compile(r"(?:pytorch_)?model_(\d+)\.(?:safetensors|bin)")
+_HOOKED = ("pytorch_lora_weights.safetensors", *ADAPTER_FILES)
+"""What the save hooks of diffusers' and PEFT's scripts write in place of model.safetensors."""
+
+
+def _recognises(path: Path) -> bool:
+    return path.is_dir() and ((path / "optimizer.bin").is_file() or any(path.glob("random_states_*.pkl")))
+
+
+def _sources(path: Path) -> list[Source]:
+    """Every model of the run: numbered files; else what a save hook wrote, into the folder or into one for each model."""
+    first = find_weights(path, (*WEIGHT_FILES, *_HOOKED))
+    if first:
+        return [Source(first), *_further_models(path)]
+    inner = [(find_weights(folder, (*WEIGHT_FILES, *_HOOKED)), folder.name) for folder in sorted(path.iterdir())]
+    return [Source(file, f"{name}.") for file, name in inner if file]
+
+
+def _further_models(path: Path) -> list[Source]:
+    """The second model and those after it, as safetensors where both forms are there."""
+    numbers = sorted({int(found[1]) for file in path.iterdir() if (found := _MODEL.fullmatch(file.name))})
+    files = [find_weights(path, (f"model_{n}.safetensors", f"pytorch_model_{n}.bin")) for n in numbers]
+    return [Source(file, f"model_{n}.") for file, n in zip(files, numbers, strict=True) if file]
+
+
+def _read(path: Path) -> Snapshot:
+    sources = _sources(path)
+    if not sources:
+        raise NoWeightsError(
+            f"{path}: an accelerate save_state folder without a model's weights: expected model.safetensors",
+            hint="a save hook that writes the weights under another name cannot be followed: save them in the usual place",
+        )
+    weights = read_weights(path, sources)
+    others, notes = side_parts(path, weights.parts)
+    return Snapshot(
+        path,
+        LAYOUT.name,
+        (*weights.parts, *others),
+        weights.tensors,
+        _evidence(path, others),
+        not_streamable=weights.rough,
+        beside=tuple(beside(others)),
+        notes=notes,
+    )
+
+
+def _evidence(path: Path, others: tuple[Part, ...]) -> tuple[Evidence, ...]:
+    """Adam's count, or a name that says `step`; where there is neither, the schedule's count, then the save's number."""
+    return by_trust(adam_steps(others), named_steps(path, glued=True)) or scheduled_steps(others) or named_steps(path)
+
+
+TRAINER = Trainer(needs_optimizer="accelerate loads no checkpoint that lacks a file", loads_shards=False)
+LAYOUT = Layout("accelerate", _recognises, _read, names_are_steps=False, trainer=TRAINER)

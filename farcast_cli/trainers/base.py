@@ -1,0 +1,399 @@
+"""What every layout says of a snapshot: its tensors, its files and their roles, and the evidence for its step."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
+from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
+from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
+from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
+from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from farcast_cli.tensors import TensorEntry
+
+    States = Sequence[tuple[int, Any]]  # of one state file: (step, tree), the origin last
+
+DIGEST_BYTES = 4096
+METADATA_STEPS = ("step", "ss_steps", "global_step")
+"""Metadata keys of safetensors files that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
+MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
+
+Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
+Source = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
+"""Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One place that names a snapshot's step, as in `trainer state: global_step = 500`."""
+
+    source: Source
+    where: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a snapshot. `name` is its path inside the snapshot, "" where the snapshot is that one file."""
+
+    path: Path
+    name: str
+    role: Role
+    content: SafetensorsFile | TorchFile | DcpFile | Mapping[str, Any] | None = None
+    weights_key: tuple[Any, ...] = ()
+    prefix: str = ""
+    """What the names of its tensors begin with in the snapshot, where several files have tensors of the same names."""
+    mirror_key: tuple[Any, ...] = ()
+    """Where an average of the weights lies, which users load in their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One saved state of the run. `step` is settled when the whole trajectory is known; -1 until then."""
+
+    path: Path
+    layout: str
+    parts: tuple[Part, ...]
+    tensors: Mapping[str, TensorEntry]
+    evidence: tuple[Evidence, ...]
+    step: int = -1
+    step_source: str = ""
+    not_streamable: frozenset[str] = frozenset()
+    beside: tuple[tuple[str, str], ...] = ()
+    """Weights that are not the run's own by any rule, and so are copied: (name, reason)."""
+    notes: tuple[str, ...] = ()
+    """What a person should know before resuming from it."""
+    marks: Mapping[Path, Mark] = field(default_factory=dict)
+    """Every file as it was before any of it was read."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file_size(part.path) for part in self.parts)
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint: all headers, and a block from the middle of the largest tensor, which every step changes."""
+        whole = hashlib.sha256()
+        for part in self.parts:
+            if isinstance(part.content, (SafetensorsFile, TorchFile, DcpFile)) and part.role in {"weights", "state"}:
+                whole.update(part.content.digest.encode())
+        plain = (entry for name, entry in self.tensors.items() if name not in self.not_streamable)
+        largest = max(plain, key=lambda entry: entry.num_bytes, default=None)
+        if largest is not None:
+            whole.update(_middle_of(largest))
+        return whole.hexdigest()
+
+    @property
+    def full_digest(self) -> str:
+        """The same with a block from the middle of every tensor: another fingerprint wherever any tensor has been trained."""
+        whole = hashlib.sha256(self.digest.encode())
+        for name, entry in sorted(self.tensors.items()):
+            if name not in self.not_streamable:
+                whole.update(_middle_of(entry))
+        return whole.hexdigest()
+
+    def has_weights_of(self, other: Snapshot) -> bool:
+        """Whether two snapshots hold the same weights, by a block from the middle of every tensor."""
+        mine, others = self.tensors, other.tensors
+        return [(e.name, e.dtype, e.shape) for e in mine.values()] == [
+            (e.name, e.dtype, e.shape) for e in others.values()
+        ] and all(_middle_of(mine[name]) == _middle_of(others[name]) for name in mine)
+
+    def settle(self, step: int, source: str) -> Snapshot:
+        return replace(self, step=step, step_source=source)
+
+
+class Clock(Protocol):
+    """A trainer's own counts at a later step, worked out from those at its snapshots."""
+
+    @property
+    def paths(self) -> Collection[tuple[Any, ...]]:
+        """Where in a state file's tree the clock alone counts: no rate moves what lies there."""
+
+    @property
+    def epoch_ends(self) -> Sequence[int]:
+        """The horizons, below and above, at which an epoch ends, where a trainer begins its data anew in mid-epoch."""
+
+    def move(self, tree: Any) -> Sequence[tuple[str, int, int]]:
+        """Move the counts of a tree in place; says what changed: (where, old, new)."""
+
+    def notes(self, name: str, tree: Any) -> Iterable[str]:
+        """What a person should know of the step; `name` is the state file's."""
+
+    def schedule_count(self, path: tuple[Any, ...]) -> int | None:
+        """How often the schedule at a path has been stepped by then; None where the clock does not tell."""
+
+
+def _never(_: object) -> bool:
+    return False
+
+
+def _no_clock(_: States, __: int) -> None:
+    return None
+
+
+def _same_name(name: str, _: object, __: int) -> str:
+    return name
+
+
+def _unknown(_: Snapshot) -> None:
+    return None
+
+
+def _no_log(_: Snapshot) -> list[tuple[int, float]]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What a trainer asks of a checkpoint that it resumes from. The defaults are those of a loop of one's own."""
+
+    wrote: Callable[[object], bool] = _never
+    """Whether the tree of a state file is this trainer's, whatever file it lies in."""
+    clock: Callable[[States, int], Clock | None] = _no_clock
+    """The clock of a run at a step, from its states; None where each counter moves by its own rate."""
+    rename: Callable[[str, object, int], str] = _same_name
+    """A name whose step has been moved on, with what else it tells (an epoch) at so many steps after the state's tree."""
+    end: Callable[[Snapshot], tuple[str, int] | None] = _unknown
+    """Where the end of the run is said, and the step."""
+    num_steps: Callable[[Snapshot], int | None] = _unknown
+    """How long the whole run is to be, which its learning rates follow from."""
+    formula: Callable[[Snapshot], Callable[[int], float] | None] = _unknown
+    """The learning rate that the run's arguments name, as a factor by the count of steps."""
+    logged_rates: Callable[[Snapshot], list[tuple[int, float]]] = _no_log
+    """The learning rates of the run's log by step, in order."""
+    log_lags: tuple[int, ...] = (0,)
+    """By how many steps the log's entries may lag behind the rate of the next step."""
+    needs_optimizer: str = ""
+    """Why a checkpoint without its optimiser's state cannot be loaded; "" where it can."""
+    without_optimizer: str = ""
+    """What comes of an optimiser's file that is left out."""
+    loads_shards: bool = True
+    """Whether weights in shards are loaded."""
+    has_own_files: bool = False
+    """Whether its torch files are for the trainer alone, so that a plain torch file of the weights is a conversion."""
+    half_written: Mapping[str, str] = field(default_factory=dict)
+    """The layouts that a snapshot looks like as long as it is being saved, and what it then lacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout: its name, whether something on disk has it, how to read it (headers only), and its trainer."""
+
+    name: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path], Snapshot]
+    names_are_steps: bool = True
+    """Whether a snapshot of a step always bears that step as its number, so that others need not be opened."""
+    trainer: Trainer = field(default_factory=Trainer)
+
+
+def _middle_of(entry: TensorEntry) -> bytes:
+    count = min(entry.num_bytes, DIGEST_BYTES)
+    return read_bytes(entry.path, entry.offset + (entry.num_bytes - count) // 2, count)
+
+
+def read_snapshot(layout: Layout, path: Path) -> Snapshot:
+    """Read a snapshot (headers only), having looked at all its files first: none leads out of it, each is marked.
+
+    Raises:
+        UnsafeFileError: a link inside its folder leads out of the run.
+        FileFormatError: a link that leads nowhere, or what the layout cannot read.
+    """
+    with reading(path):
+        files = [file for file, _ in files_below(path)] if path.is_dir() else [path]
+        marks = {file: mark_of(file) for file in files}
+        return replace(layout.read(path), marks=marks)
+
+
+@contextmanager
+def unchanged(snapshots: Sequence[Snapshot], *, copied: Snapshot | None = None) -> Iterator[None]:
+    """A pass over snapshots that ends well only if all is as it was when it was opened.
+
+    Args:
+        copied: the one whose every file counts; of the others, those with weights or the trainer's state.
+
+    Raises:
+        SnapshotError: a file that was changed, replaced or removed, also where that made the pass fail.
+    """
+    try:
+        yield
+    except FarcastError:
+        _check_unchanged(snapshots, copied)
+        raise
+    _check_unchanged(snapshots, copied)
+
+
+def _check_unchanged(snapshots: Sequence[Snapshot], copied: Snapshot | None) -> None:
+    for snapshot in snapshots:
+        for part in snapshot.parts:
+            is_read = part.role != "other" or (copied is not None and snapshot.path == copied.path)
+            if is_read and part.path in snapshot.marks and _mark_now(part.path) != snapshot.marks[part.path]:
+                raise SnapshotError(
+                    f"{part.path}: changed while it was read",
+                    hint="wait until the trainer has saved it, then run the command again",
+                )
+
+
+def _mark_now(path: Path) -> Mark | None:
+    try:
+        return mark_of(path)
+    except FileFormatError:
+        return None
+
+
+_MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash or a time
+_NUMBER = rf"(0*\d{{1,{MAX_DIGITS}}})(?![\da-z]|\.\d)"  # whole, and no 1k, 1e5, 2.5 or beginning of a hash
+_LONE = rf"(0*\d{{1,{_MAX_LONE_DIGITS}}})(?![\da-z]|\.\d)"
+_ENDINGS = re.compile(r"(?:-v\d+)?(?:\.(?:safetensors|pt|pth|bin|ckpt|tar))*$")
+_GLUED = re.compile(rf"(?<![a-z])(?:global[-_]?)?(?:(?:step|iter|iteration|update)s?|(?<!\d)ba)[-_=]?{_NUMBER}", re.IGNORECASE)
+_BEFORE = re.compile(
+    rf"(?<![a-z\d.])(0*\d{{1,{MAX_DIGITS}}})(?:step|[-_]?(?:steps|iters|iterations|updates))(?![a-z\d])", re.IGNORECASE
+)
+_CHECKPOINT = re.compile(rf"(?<![a-z])(?:checkpoint|ckpt)[-_=]?{_LONE}(?![-_]\d)", re.IGNORECASE)
+_NO_STEPS = "epochs?|ep|seed|rank|fold|shard|part|stage|phase|trial|version|v"
+_BARE = re.compile(rf"^(?:(?!(?:{_NO_STEPS})[-_])[a-z]+[-_])?{_LONE}$", re.IGNORECASE)
+_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$")
+
+
+def find_step_in_name(name: str) -> re.Match[str] | None:
+    """The number of a file or folder name that is its step; group 1 holds the digits.
+
+    A number glued to `step`, `iter`, `global_step`, `update` or `ba` wins over one before `steps`, that over
+    `checkpoint-N`, and that over a lone number. A lone number that is a date, and the N of `-vN`, are no steps.
+    """
+    stem = _ENDINGS.sub("", name)
+    told = _GLUED.search(stem) or _BEFORE.search(stem)
+    lone = _CHECKPOINT.search(stem) or _BARE.search(stem)
+    return told or (None if lone is None or _DATE.match(lone[1]) else lone)
+
+
+def name_evidence(path: Path) -> tuple[Evidence, ...]:
+    found = find_step_in_name(path.name)
+    return (Evidence("name", path.name, int(found[1])),) if found else ()
+
+
+def unique_tensors(files: Iterable[SafetensorsFile], path: Path) -> dict[str, TensorEntry]:
+    """All tensors of a snapshot's safetensors files by name."""
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in file.entries:
+            if entry.name in tensors:
+                raise SnapshotError(
+                    f"{path}: tensor {entry.name!r} is in two files, {tensors[entry.name].path.name} and {file.path.name}"
+                )
+            tensors[entry.name] = entry
+    return tensors
+
+
+def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], frozenset[str]]:
+    """The tensors of a (nested) state dict in a torch file, and those whose elements are no gapless stretch."""
+    refs: dict[str, TensorRef] = {}
+    for keys, ref in iter_tensors(tree):
+        name = ".".join(map(str, keys))
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise FileFormatError(
+                f"{file.path}: a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"
+            )
+        if name in refs:
+            raise SnapshotError(f"{file.path}: two tensors are called {name!r}, one of them in a nested dict")
+        refs[name] = ref
+    entries = {name: file.entry(name, ref) for name, ref in refs.items()}
+    return entries, frozenset(name for name, ref in refs.items() if not is_streamable(ref))
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Every file of a snapshot's folder with its name relative to the folder, sorted; links are followed.
+
+    Raises:
+        UnsafeFileError: a link that leads out of the run's folder, whose target a forecast would copy.
+        FileFormatError: a link that leads nowhere or in a circle.
+    """
+    with reading(folder):
+        found = sorted(_walk(folder, _homes_of(folder), (Path(os.path.realpath(folder)),)))
+    yield from ((path, path.relative_to(folder).as_posix()) for path in found)
+
+
+def _homes_of(folder: Path) -> tuple[Path, ...]:
+    """Where links inside a snapshot's folder may lead.
+
+    Into the run's folder; into the folder's own place where the folder is a link; in a Hugging Face hub cache, whose
+    snapshots/REV/FILE are links, to the blobs of the same repository.
+    """
+    real = Path(os.path.realpath(folder))
+    blobs = real.parent.parent / "blobs"
+    cache = (blobs,) if real.parent.name == "snapshots" and blobs.is_dir() else ()
+    return (real, *cache) if folder.is_symlink() else (real.parent, *cache)
+
+
+def _walk(folder: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.is_symlink():
+            _check_link(path, homes, above)
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            yield from _walk(path, homes, (*above, Path(os.path.realpath(path))))
+        else:
+            raise FileFormatError(f"{path}: neither a file nor a folder: it cannot be copied", hint="remove it")
+
+
+def _check_link(path: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) -> None:
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        if error.errno not in {errno.ELOOP, errno.ENOENT, errno.ENOTDIR}:
+            raise
+        where = "in a circle" if error.errno == errno.ELOOP else "nowhere"
+        raise FileFormatError(f"{path}: a link that leads {where}", hint="remove it, or restore what it points to") from error
+    if not any(real.is_relative_to(home) for home in homes):
+        raise UnsafeFileError(
+            f"{path}: a link that leads out of the run's folder, to {real}: a forecast would copy what is there",
+            hint="put the file itself there in place of the link, if it belongs to the checkpoint",
+        )
+    if any(place.is_relative_to(real) for place in above):
+        raise FileFormatError(f"{path}: a link that leads in a circle", hint="remove it")
+
+
+def tree_of(part: Part) -> object:
+    """The object tree of a state file; None where the part is none, or was not read."""
+    content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
+    return content.tree if isinstance(content, TorchFile) else None
+
+
+def holds_text(path: Path, text: str) -> bool:
+    """Whether the pickle of a torch file has a text in it: whose it is, before it is read."""
+    try:
+        return text.encode() in read_raw_pickle(path)
+    except (UnreadableError, UnsafeFileError):
+        raise
+    except FileFormatError:
+        return False  # not a torch file; whoever reads it says so
+
+
+WEIGHT_FILES = tuple(
+    f"{stem}{ending}{index}"
+    for stem in ("model", "pytorch_model", "diffusion_pytorch_model")
+    for ending in (".safetensors", ".bin")
+    for index in ("", ".index.json")
+)
+"""A model's weights as transformers and diffusers name and look for them: the one file, or an index of shards."""
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""An adapter's weights as PEFT names and looks for them."""
+
+
+def find_weights(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path | None:
+    """The first of these files that a folder has."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)

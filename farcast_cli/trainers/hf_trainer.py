@@ -1,0 +1,128 @@
+"""A Hugging Face Trainer's `checkpoint-500/`: weights or adapters, optimizer.pt, scheduler.pt, trainer_state.json, the rest.
+
+Source: transformers/trainer.py, `_save_checkpoint`, `_load_from_checkpoint` and `_load_optimizer_and_scheduler`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import FileFormatError
+from farcast_cli.files.json_text import UnreadList, parse_json
+from farcast_cli.files.reading import read_bytes
+from farcast_cli.trainers import hub_folder
+from farcast_cli.trainers.base import (
+    MAX_DIGITS,
+    Evidence,
+    Layout,
+    Part,
+    Role,
+    Snapshot,
+    Trainer,
+    files_below,
+    find_weights,
+    name_evidence,
+)
+from farcast_cli.trainers.refused import refuse
+from farcast_cli.trainers.transformers_rates import named_formula
+from farcast_cli.trainers.weights_folder import Source, find_adapters, read_json, read_weights, second_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+STATE_FILE = "trainer_state.json"
+_LOG = "log_history"
+MAX_LOG_BYTES = 1 << 24
+_TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
+
+
+_ONE_FILE = ("model.safetensors", "pytorch_model.bin")
+_MISSING = (
+    "{} is missing: a Trainer then skips optimizer.pt and scheduler.pt both, and starts the learning rate again at warm-up"
+    " (save_only_model=False keeps them)"
+)
+
+
+def _recognises(path: Path) -> bool:
+    return (path / STATE_FILE).is_file() and bool(_sources(path))
+
+
+def _sources(path: Path) -> list[Source]:
+    """What the Trainer loads on resuming: whole weights in one file, else adapters, else shards."""
+    one = find_weights(path, _ONE_FILE)
+    if one:
+        return [Source(one)]
+    whole = find_weights(path)
+    return find_adapters(path) or ([Source(whole)] if whole else [])
+
+
+def _read(path: Path) -> Snapshot:
+    refuse(path)
+    weights = read_weights(path, _sources(path))
+    known = {part.name for part in weights.parts}
+    state = read_json(path / STATE_FILE, log=_LOG)
+    others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
+    step = state.get("global_step")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**MAX_DIGITS:
+        raise FileFormatError(f"{path / STATE_FILE}: expected a global_step, found {str(step)[:40]}")
+    evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
+    missing = [name for name in _TORCH_ROLES if not (path / name).is_file()]
+    return Snapshot(
+        path,
+        LAYOUT.name,
+        (*weights.parts, *others),
+        weights.tensors,
+        evidence,
+        not_streamable=weights.rough,
+        beside=second_weights(others),
+        notes=(_MISSING.format(" and ".join(missing)),) if missing else (),
+    )
+
+
+def _part(path: Path, name: str, state: dict[str, object]) -> Part:
+    if name == STATE_FILE:
+        return Part(path, name, "trainer-state", state)
+    return Part(path, name, _TORCH_ROLES.get(name, "other"))
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def _state(snapshot: Snapshot) -> Mapping[str, Any]:
+    content = next((part.content for part in snapshot.parts if part.role == "trainer-state"), None)
+    return content if isinstance(content, dict) else {}
+
+
+def _num_steps(snapshot: Snapshot) -> int | None:
+    total = _state(snapshot).get("max_steps")
+    return total if isinstance(total, int) and total > 0 else None
+
+
+def _end(snapshot: Snapshot) -> tuple[str, int] | None:
+    total = _num_steps(snapshot)
+    return None if total is None else (f"{snapshot.path / STATE_FILE} says max_steps", total)
+
+
+def _formula(snapshot: Snapshot) -> Callable[[int], float] | None:
+    return named_formula(snapshot.parts, _num_steps(snapshot))
+
+
+def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
+    log = _state(snapshot).get(_LOG)
+    if isinstance(log, UnreadList):
+        log = parse_json(read_bytes(log.path, log.offset, log.num_bytes)) if log.num_bytes <= MAX_LOG_BYTES else None
+    entries = [entry for entry in log or () if isinstance(entry, dict) and {"step", "learning_rate"} <= entry.keys()]
+    return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
+
+
+TRAINER = Trainer(
+    end=_end,
+    num_steps=_num_steps,
+    formula=_formula,
+    logged_rates=_logged_rates,
+    log_lags=(1, 0),  # of transformers 5, and of those before
+    without_optimizer="a Hugging Face Trainer then restarts the learning rate as well",
+    half_written={hub_folder.LAYOUT.name: f"no {STATE_FILE}, which the others have"},
+)
+LAYOUT = Layout("huggingface-trainer", _recognises, _read, trainer=TRAINER)

@@ -1,0 +1,64 @@
+"""The step at which a run ends, where the settings in its checkpoint say so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_pickle import Made
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from farcast_cli.trainers.base import Snapshot
+
+LAST_STEP_KEYS = ("max_steps", "max_iters", "total_steps", "num_training_steps", "max_train_steps")
+SETTINGS_KEYS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "args", "config", "cfg", "train_config")
+"""Where a payload keeps its settings: Lightning's first, then what hand-written loops call them."""
+_MAX_DEPTH = 4
+
+
+def end_by_settings(
+    origin: Snapshot, *, epochs_key: str = "", steps_left: Callable[[Any, int], int | None] | None = None
+) -> tuple[str, int] | None:
+    """Where the settings say that the run ends, as in `step_900.pt says args.max_steps`, and the step.
+
+    A number counts only if it is larger than the origin's step: a smaller one is of something else.
+
+    Args:
+        epochs_key: a setting that counts epochs.
+        steps_left: from a tree to the end of so many epochs; None where the tree does not tell.
+    """
+    keys = (*LAST_STEP_KEYS, *([epochs_key] if epochs_key else []))
+    for part in origin.parts:
+        if part.role == "state" and isinstance(part.content, TorchFile) and isinstance(part.content.tree, dict):
+            tree, ends = part.content.tree, []
+            for where, value in _settings(tree, keys):
+                if not (epochs_key and where.endswith(f".{epochs_key}")):
+                    ends.append((where, value))
+                elif steps_left and (left := steps_left(tree, value)) is not None:
+                    ends.append((f"{where} = {value}, in steps", origin.step + left))
+            later = [end for end in ends if end[1] > origin.step]
+            if later:
+                where, total = min(later, key=lambda end: end[1])
+                return f"{part.path} says {where}", total
+    return None
+
+
+def _settings(tree: dict[Any, Any], keys: Sequence[str]) -> Iterator[tuple[str, int]]:
+    for key in SETTINGS_KEYS:
+        yield from _settings_below(tree.get(key), key, keys, _MAX_DEPTH)
+
+
+def _settings_below(settings: Any, where: str, keys: Sequence[str], depth: int) -> Iterator[tuple[str, int]]:
+    if not depth:
+        return
+    if isinstance(settings, Made):  # an argparse.Namespace or its like, whose state holds the settings
+        for state in settings.states:
+            yield from _settings_below(state, where, keys, depth - 1)
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        if key in keys and isinstance(value, int) and not isinstance(value, bool):
+            yield f"{where}.{key}", value
+        yield from _settings_below(value, f"{where}.{key}", keys, depth - 1)

@@ -1,0 +1,132 @@
+"""What lies beside the weights in a folder: state files to move on, everything else to copy, and what they say of the step.
+
+A state file is a torch file that loops of all kinds save beside the weights: optimizer.bin, scheduler.pt, train.pt,
+custom_checkpoint_0.pkl. Random states, samplers and arguments are copied unread.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import FileFormatError, NoWeightsError, UnsafeFileError
+from farcast_cli.formats.torch_file import TorchFile, read_torch_file
+from farcast_cli.formats.torch_pickle import iter_tensors
+from farcast_cli.tensors import FORECASTABLE
+from farcast_cli.trainers.base import Evidence, Part, Role, files_below, find_step_in_name, name_evidence
+from farcast_cli.trainers.torch_payload import adam_evidence, find_payload_weights, payload_evidence
+from farcast_cli.trainers.weights_folder import second_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+_STATE = re.compile(r"[^/]*\.pth?|(?:optim|sched|lr_sched|scaler)[^/]*\.bin|custom_checkpoint_\d+\.pkl", re.IGNORECASE)
+_LEFT_ALONE = re.compile(r"rng|random|sampler|dl_state|dataloader|args|tokenizer|model|weights|consolidated", re.IGNORECASE)
+"""Names of what is not moved on: random states, the place in the data, arguments, and second files of weights."""
+_LOADERS = re.compile(r"dl_state|dataloader")
+_SKIPPED = 0.9  # of the steps in the name Adam must have counted, for those that it missed to count as skipped
+
+
+def side_parts(folder: Path, known: Iterable[Part]) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """Every file of a snapshot's folder that is no part yet, and what cannot be moved on, in words."""
+    names = {part.name for part in known}
+    parts, notes = [], []
+    for path, name in files_below(folder):
+        if name not in names:
+            part, note = _read_side(path, name)
+            parts.append(part)
+            notes += [note] if note else []
+    return tuple(parts), tuple(notes)
+
+
+def _read_side(path: Path, name: str) -> tuple[Part, str]:
+    role = _role_of(name)
+    if role == "other":
+        stays = f"{name} is copied: a resumed loop sees the batches that followed the origin" if _LOADERS.search(name) else ""
+        return Part(path, name, role), stays
+    try:
+        file = read_torch_file(path)
+    except FileFormatError as error:
+        if role != "side-state" and not isinstance(error, UnsafeFileError):
+            raise  # an optimiser's or a schedule's file that is damaged
+        return Part(path, name, "other"), f"{name} is copied, with the origin's counters: {error}"
+    if role == "side-state" and _holds_weights(file):
+        return Part(path, name, "other"), f"{name} is copied: it holds weights of its own, which stay at the origin"
+    return Part(path, name, role, file), ""
+
+
+def _role_of(name: str) -> Role:
+    if not _STATE.fullmatch(name) or _LEFT_ALONE.search(name):
+        return "other"
+    if "sched" in name.lower():
+        return "scheduler"
+    return "optimizer" if name.lower().startswith("optim") else "side-state"
+
+
+def _holds_weights(file: TorchFile) -> bool:
+    try:
+        _, weights = find_payload_weights(file.path, file.tree)
+    except NoWeightsError:
+        return False
+    return _num_weights(weights) > 0
+
+
+def _num_weights(tree: object) -> int:
+    """How many tensors of a tree may be weights; random states are bytes, and counters are single numbers."""
+    return sum(ref.dtype.name in FORECASTABLE and bool(ref.shape) for _, ref in iter_tensors(tree))
+
+
+def beside(parts: Iterable[Part]) -> Iterator[tuple[str, str]]:
+    """Weights that are copied: second files of weights, and averages that state files hold."""
+    listed = list(parts)
+    yield from second_weights(listed)
+    for part in listed:
+        if part.role == "side-state" and isinstance(part.content, TorchFile):
+            count = _num_weights(part.content.tree)
+            if count:
+                yield part.name, f"{count} tensors beside the weights: not forecast, as the last snapshot has them"
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def counted_steps(parts: Iterable[Part], name: tuple[Evidence, ...]) -> tuple[Evidence, ...]:
+    """The step by the counter of a loop's own state file, unless the folder's name has another: it may count anything."""
+    found = _first(payload_evidence(file.tree, file) for file in _files(parts, "side-state") if isinstance(file.tree, dict))
+    return found if not name or (found and found[0].step == name[0].step) else ()
+
+
+def adam_steps(parts: Iterable[Part]) -> tuple[Evidence, ...]:
+    """The step as the first optimiser's file has counted it."""
+    return _first(adam_evidence(file) for file in _files(parts, "optimizer"))
+
+
+def scheduled_steps(parts: Iterable[Part]) -> tuple[Evidence, ...]:
+    """How often a schedule was stepped: once a step, once for each process, or once an epoch."""
+    for part, file in ((part, part.content) for part in parts if part.role == "scheduler"):
+        count = file.tree.get("last_epoch") if isinstance(file, TorchFile) and isinstance(file.tree, dict) else None
+        if isinstance(count, int) and count >= 0:
+            return (Evidence("scheduler", f"{part.name} last_epoch", count),)
+    return ()
+
+
+def named_steps(path: Path, *, glued: bool = False) -> tuple[Evidence, ...]:
+    """The step by the folder's name; with `glued`, only where the name says that it is one (`step_500`)."""
+    found = find_step_in_name(path.name)
+    says = found and re.search(r"step|iter|update", found[0], re.IGNORECASE)
+    return name_evidence(path) if says or not glued else ()
+
+
+def by_trust(adam: tuple[Evidence, ...], name: tuple[Evidence, ...]) -> tuple[Evidence, ...]:
+    """Adam's count before the name, unless it merely falls a little short, as where a loss scaler skipped steps."""
+    skipped = adam and name and _SKIPPED * name[0].step <= adam[0].step < name[0].step
+    return (*name, *adam) if skipped else (*adam, *name)
+
+
+def _files(parts: Iterable[Part], role: Role) -> Iterator[TorchFile]:
+    return (part.content for part in parts if part.role == role and isinstance(part.content, TorchFile))
+
+
+def _first(found: Iterable[tuple[Evidence, ...]]) -> tuple[Evidence, ...]:
+    return next((item for item in found if item), ())

@@ -1,0 +1,118 @@
+"""One torch file per snapshot: a bare state dict, or weights beside optimizer, scheduler and step.
+
+What a hand-written training loop saves, nanoGPT's among them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import NoWeightsError
+from farcast_cli.formats.torch_file import TorchFile, number, read_torch_file
+from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter_tensors
+from farcast_cli.tensors import FORECASTABLE
+from farcast_cli.trainers.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.run_end import end_by_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
+STEP_KEYS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter", "num_steps", "steps")
+"""Keys that hold a step, the first that is there. litgpt's `iter_num` counts batches, and its `step_count` steps."""
+
+
+def _recognises(path: Path) -> bool:
+    return path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and path.is_file()
+
+
+def _read(path: Path) -> Snapshot:
+    file = read_torch_file(path)
+    key, weights = find_payload_weights(path, file.tree)
+    tensors, rough = weights_of(file, weights)
+    evidence = (*payload_evidence(file.tree if key else {}, file), *adam_evidence(file), *name_evidence(path))
+    part = Part(path, "", "state", file, weights_key=key)
+    beside = (*(other_weights(file.tree, key) if key else ()), *_opaque_weights(weights))
+    return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough, beside=beside)
+
+
+def other_weights(tree: dict[Any, Any], weights: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """State dicts beside the weights: a second network, or an average of the first."""
+    for key, value in tree.items():
+        if (key,) == weights or not isinstance(value, dict) or "param_groups" in value:
+            continue
+        refs = [ref for _, ref in iter_tensors(value) if ref.dtype.name in FORECASTABLE and ref.shape]
+        if refs:
+            yield f"{key}.*", f"{len(refs)} tensors beside {weights[0]!r}: not forecast, as the last snapshot has them"
+
+
+def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tensors among the weights that are no plain stretch of numbers: quantised, sparse, subclasses."""
+    for keys, made in iter_carried(weights):
+        if made.maker.name.startswith("_rebuild_"):
+            yield ".".join(map(str, keys)), f"{made.maker.name.removeprefix('_rebuild_')} is not forecast"
+
+
+def find_payload_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The key under which a payload holds its weights (none for a bare state dict), and the weights.
+
+    Raises:
+        NoWeightsError: there are none.
+    """
+    if isinstance(tree, dict):
+        for key in WEIGHT_KEYS:
+            if isinstance(tree.get(key), dict) and _holds_tensors(tree[key]):
+                return (key,), tree[key]
+        if any(isinstance(value, TensorRef) for value in tree.values()):
+            return (), tree
+    found = sorted(map(str, tree))[:8] if isinstance(tree, dict) else _kind(tree)
+    raise NoWeightsError(
+        f"{path}: no weights found: expected a state dict, or one under {', '.join(WEIGHT_KEYS[:3])}; found {found}",
+        hint="save the weights under 'model', or keep the file out of this folder",
+    )
+
+
+def _kind(tree: object) -> str:
+    return f"one object of class {tree.maker}" if isinstance(tree, Made) else type(tree).__name__
+
+
+def _holds_tensors(tree: dict[Any, Any]) -> bool:
+    return any(isinstance(value, TensorRef) or (isinstance(value, dict) and _holds_tensors(value)) for value in tree.values())
+
+
+def payload_evidence(tree: dict[Any, Any], file: TorchFile | None = None) -> tuple[Evidence, ...]:
+    """The first counter of steps at the top of a payload, or in its `train_state`; one in a tensor takes its file."""
+    for where, holder in (("", tree), ("train_state.", tree.get("train_state"))):
+        for key in STEP_KEYS:
+            value = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(value, TensorRef) and value.dtype.name in {"int64", "int32"} and file is not None:
+                value = number(file, value)
+            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS:
+                return (Evidence("payload", where + key, value),)
+    return ()
+
+
+def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
+    """Adam counts its own steps, per parameter; the largest count is the run's.
+
+    Args:
+        tree: the part of the file's tree that holds optimisers, or is one; all of it by default.
+    """
+    tree = file.tree if tree is None else tree
+    if not isinstance(tree, dict):
+        return ()
+    whole = {file.path.stem: tree} if "param_groups" in tree else tree
+    items = ((key, one) for key, value in whole.items() for one in (value if isinstance(value, list) else [value]))
+    for key, value in items:
+        state = value.get("state") if isinstance(value, dict) and "param_groups" in value else None
+        if isinstance(state, dict):
+            counts = [number(file, entry["step"]) for entry in state.values() if isinstance(entry, dict) and "step" in entry]
+            known = [count for count in counts if count is not None and math.isfinite(count)]
+            if known:
+                return (Evidence("adam step", f"{key}.state.*.step", int(max(known))),)
+    return ()
+
+
+LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_by_settings))
