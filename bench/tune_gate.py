@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.tune.objective import ActivationName, LossName
-    from farcast_cli.tune.one_layer import Method
+    from farcast_cli.tune.one_layer import SolverName
 
     Array = NDArray[np.float64]
 
@@ -54,7 +54,7 @@ class Kind:
     activation: ActivationName
     num_outputs: int
     """Of the head; 0: the layer alone."""
-    method: Method
+    method: SolverName
 
 
 KINDS = {

@@ -19,34 +19,34 @@ from farcast_cli.commands import tune as tune_command
 from farcast_cli.commands.options import (
     DEFAULT_LEDGER,
     ClockOption,
-    Config,
-    Device,
-    DryRun,
-    EvalTimeout,
-    Exclude,
-    Forecaster,
-    Full,
-    GradWeight,
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    EvalTimeoutOption,
+    ExcludeOption,
+    ForecasterOption,
+    FullOption,
+    GradWeightOption,
     Grouped,
-    Include,
+    IncludeOption,
     IoOption,
-    Jobs,
-    Json,
+    JobsOption,
+    JsonOption,
     LayoutOption,
-    Ledger,
-    Maximize,
-    Method,
+    LedgerOption,
+    MaximizeOption,
+    MethodOption,
     OptimizerOption,
-    Overwrite,
-    Pattern,
+    OverwriteOption,
+    PatternOption,
     PurposeOption,
-    Quiet,
-    Sample,
+    QuietOption,
+    SampleOption,
     ScopeOption,
     StepNormOption,
-    Steps,
-    Threads,
-    Verbose,
+    StepsOption,
+    ThreadsOption,
+    VerboseOption,
     check_horizon_options,
     clock_of,
     device_name,
@@ -101,14 +101,14 @@ def _root(
 @app.command(cls=Grouped, epilog="Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'")
 def inspect(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
-    include: Include = None,
-    exclude: Exclude = None,
-    steps: Steps = None,
-    pattern: Pattern = None,
-    json_: Json = False,
-    quiet: Quiet = False,  # noqa: ARG001
-    verbose: Verbose = False,
-    config: Config = None,  # noqa: ARG001
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    steps: StepsOption = None,
+    pattern: PatternOption = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,  # noqa: ARG001
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
     from farcast_cli.commands import render
@@ -147,20 +147,20 @@ def fit(
     output: Annotated[
         Path, typer.Option("--output", "-o", envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
     ] = Path("forecaster.safetensors"),
-    include: Include = None,
-    exclude: Exclude = None,
-    steps: Steps = None,
-    pattern: Pattern = None,
-    sample: Sample = 16384,
-    full: Full = False,
-    ledger: Ledger = DEFAULT_LEDGER,
-    device: Device = "auto",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    steps: StepsOption = None,
+    pattern: PatternOption = None,
+    sample: SampleOption = 16384,
+    full: FullOption = False,
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    device: DeviceOption = "auto",
     io: IoOption = "auto",
-    threads: Threads = 0,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    config: Config = None,  # noqa: ARG001
+    threads: ThreadsOption = 0,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
     from farcast_cli.commands import render
@@ -195,24 +195,24 @@ def backtest(
         str | None,
         typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; some shares of the history by default."),
     ] = None,
-    forecaster: Forecaster = Path("forecaster.safetensors"),
+    forecaster: ForecasterOption = Path("forecaster.safetensors"),
     purpose: PurposeOption = "resume",
-    method: Method = None,
+    method: MethodOption = None,
     clock: ClockOption = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    steps: Steps = None,
-    pattern: Pattern = None,
-    sample: Sample = 16384,
-    full: Full = False,
-    ledger: Ledger = DEFAULT_LEDGER,
-    device: Device = "auto",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    steps: StepsOption = None,
+    pattern: PatternOption = None,
+    sample: SampleOption = 16384,
+    full: FullOption = False,
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    device: DeviceOption = "auto",
     io: IoOption = "auto",
-    threads: Threads = 0,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    config: Config = None,  # noqa: ARG001
+    threads: ThreadsOption = 0,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Show what every method would have been worth inside the run's own history, and the verdict."""
     horizons = parse_horizons(horizon)
@@ -273,7 +273,7 @@ def predict(
         ),
     ] = None,
     to_step: Annotated[int | None, typer.Option(envvar=env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
-    forecaster: Forecaster = Path("forecaster.safetensors"),
+    forecaster: ForecasterOption = Path("forecaster.safetensors"),
     output: Annotated[
         str | None,
         typer.Option(
@@ -286,12 +286,12 @@ def predict(
         ),
     ] = None,
     purpose: PurposeOption = "resume",
-    method: Method = None,
+    method: MethodOption = None,
     step_norm: StepNormOption = None,
     scale: Annotated[float, typer.Option(envvar=env("SCALE"), help="Multiplies the step.")] = 1.0,
     scope: ScopeOption = "auto",
     clock: ClockOption = None,
-    grad_weight: GradWeight = 0.0,
+    grad_weight: GradWeightOption = 0.0,
     origin: Annotated[
         int | None,
         typer.Option(envvar=env("ORIGIN"), metavar="STEP", help="Forecast from this snapshot; the last by default."),
@@ -326,22 +326,22 @@ def predict(
             " not change them. Only what is better is published.",
         ),
     ] = None,
-    maximize: Maximize = False,
-    jobs: Jobs = 1,
-    eval_timeout: EvalTimeout = None,
+    maximize: MaximizeOption = False,
+    jobs: JobsOption = 1,
+    eval_timeout: EvalTimeoutOption = None,
     even_if_worse: Annotated[
         bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
     ] = False,
-    overwrite: Overwrite = False,
-    ledger: Ledger = DEFAULT_LEDGER,
-    dry_run: DryRun = False,
-    device: Device = "auto",
+    overwrite: OverwriteOption = False,
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    dry_run: DryRunOption = False,
+    device: DeviceOption = "auto",
     io: IoOption = "auto",
-    threads: Threads = 0,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    config: Config = None,  # noqa: ARG001
+    threads: ThreadsOption = 0,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
@@ -412,10 +412,10 @@ def verify(
         Path | None,
         typer.Option(envvar=env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
     ] = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    config: Config = None,  # noqa: ARG001
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Say what a forecast was worth, once training has reached its step."""
     prepare("cpu")
@@ -445,7 +445,7 @@ def schema(
     command: Annotated[
         str | None, typer.Argument(metavar="[COMMAND]", help="A command, or sidecar; an object of all of them by default.")
     ] = None,
-    config: Config = None,  # noqa: ARG001
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Print the JSON schema of what a command answers with --json, or of a sidecar."""
     from farcast_cli import results

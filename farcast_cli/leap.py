@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.checkpoint.plan import with_modes
-from farcast_cli.engine.batch import Source
+from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, total_bytes, write_forecasts
@@ -34,7 +34,7 @@ from farcast_cli.forecast.backtest import Decision
 from farcast_cli.forecast.ledger import check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.forecast.memory import (
     Memory,
-    Record,
+    MemoryRecord,
     basis_of,
     changed,
     check_memory_ours,
@@ -76,10 +76,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.files.staged import Staging
-    from farcast_cli.forecast.memory import Basis
+    from farcast_cli.forecast.memory import MemoryBasis
     from farcast_cli.publish import Progress
     from farcast_cli.run.alignment import Alignment
-    from farcast_cli.run.pace import Clock
+    from farcast_cli.run.pace import ClockName
     from farcast_cli.run.steps import StepList, StepRange
     from farcast_cli.trainers.base import Snapshot
 
@@ -110,7 +110,7 @@ class Ask:
     """A fixed gain, in place of the steered one."""
     limit: float = 1.0
     """The largest gain."""
-    clock: Clock | None = None
+    clock: ClockName | None = None
     """In what the lengths of stretches are measured; learning-rate time where it is known if None."""
 
 
@@ -124,7 +124,7 @@ class Leapt:
     is_again: bool
     """The newest snapshot is the one that the last leap began at: nothing new was written."""
     every: int
-    clock: Clock
+    clock: ClockName
     origin: Path
     """The newest snapshot, from which training goes on where there is no leap."""
     is_last: bool = False
@@ -270,7 +270,7 @@ def _gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: li
     return _from_history(ask, trajectory, notes)
 
 
-def _pace_since(memory: Memory, basis: Basis, ask: Ask, origin: Snapshot) -> tuple[Pace, int]:
+def _pace_since(memory: Memory, basis: MemoryBasis, ask: Ask, origin: Snapshot) -> tuple[Pace, int]:
     """The learning rates from the landing on, and the steps until the next leap.
 
     Of the landing and the origin alone: whether the trainer keeps the snapshots in between makes no difference.
@@ -512,7 +512,7 @@ class _Call:
         linear = replace(linear, bare=frozenset(range(len(moves))) if bare else frozenset())
         request = self._request
         resources = Resources(request.device, request.io, request.num_threads)
-        engine = Engine(Source(found.alignment, linear), resources)
+        engine = Engine(Inputs(found.alignment, linear), resources)
         index_of = {tensor.name: index for index, tensor in enumerate(found.alignment.tensors)}
         history = self._trajectory.snapshots[-HISTORY:]
         planned = [] if bare else [plan_forecast(history, h, request, index_of, self._target) for h in horizons]
@@ -575,9 +575,9 @@ class _Call:
         write_forecasts([(plan,)], [written], engine, progress=self._progress("memory", total_bytes((plan,))))
 
 
-def _recorded(**numbers: Any) -> Record:
+def _recorded(**numbers: Any) -> MemoryRecord:
     try:
-        return Record(**numbers)
+        return MemoryRecord(**numbers)
     except ValidationError as error:
         what = error.errors()[0]
         raise SnapshotError(f"the memory cannot hold {what['loc'][0]} = {what['input']}: {what['msg']}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.checkpoint.convert import settle
-from farcast_cli.engine.batch import Source
+from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
@@ -220,7 +220,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         advanced.append(moved)
         plans.append(plan)
     resources = Resources(request.device, request.io, request.num_threads)
-    engine = Engine(Source(alignment, linear.restrict(linear.used)), resources)
+    engine = Engine(Inputs(alignment, linear.restrict(linear.used)), resources)
     used = tuple(snapshots[index] for index in linear.used)
     return Prepared(engine, tuple(plans), tuple(advanced), target, tuple(places), used, origin)
 

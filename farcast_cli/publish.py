@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from fractions import Fraction
 
-    from farcast_cli.checkpoint.convert import Target
+    from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.plan import OutputFile
     from farcast_cli.engine.write import Tally
     from farcast_cli.files.staged import Staging
@@ -51,7 +51,7 @@ def refuse_no_place(output: str) -> None:
         raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
 
 
-def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Target) -> Path:
+def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Container) -> Path:
     """Where a forecast goes.
 
     Args:
@@ -83,7 +83,7 @@ def state_of(origin: Snapshot) -> object:
 
 
 def plan_forecast(
-    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Target
+    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Container
 ) -> tuple[Advanced, tuple[OutputFile, ...]]:
     """The trainer's state at the later step, and the files of the forecast.
 

@@ -11,14 +11,14 @@ from farcast_cli.run.pace import STEPS, Pace
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.checkpoint.convert import OutputLayout, Target
+    from farcast_cli.checkpoint.convert import Container, OutputLayout
     from farcast_cli.checkpoint.plan import OutputDType, OutputFile
     from farcast_cli.engine.reader import Io
     from farcast_cli.engine.write import Engine
     from farcast_cli.evaluation.judge import Evaluator, Trial
     from farcast_cli.forecast.backtest import Decision, Purpose
     from farcast_cli.run.alignment import Copied
-    from farcast_cli.run.pace import Clock
+    from farcast_cli.run.pace import ClockName
     from farcast_cli.state.advance import Advanced, CountersMode, OptimizerMode
     from farcast_cli.trainers.base import Snapshot
 
@@ -46,7 +46,7 @@ class Request:
     num_threads: int = 1
     evaluator: Evaluator | None = None
     ledger: Path | None = None
-    clock: Clock | None = None
+    clock: ClockName | None = None
     """None: learning rates where they are known."""
 
 
@@ -95,7 +95,7 @@ class Prepared:
     engine: Engine
     plans: tuple[tuple[OutputFile, ...], ...]
     advanced: tuple[Advanced, ...]
-    target: Target
+    target: Container
     targets: tuple[Path, ...]
     snapshots: tuple[Snapshot, ...]
     origin: Snapshot

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidati
 from pydantic.json_schema import GenerateJsonSchema
 
 from farcast_cli.files.reading import portable
-from farcast_cli.run.pace import Clock  # noqa: TC001 - pydantic reads the annotations
+from farcast_cli.run.pace import ClockName  # noqa: TC001 - pydantic reads the annotations
 
 DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
 
@@ -41,10 +41,10 @@ def _known(step: int) -> int | None:
 
 Figure = Annotated[float, PlainSerializer(_finite, return_type=float | None)]
 AsGiven = SkipValidation[Figure]  # a whole number stays one: 0 is not written as 0.0
-Rounded = Annotated[float, PlainSerializer(_ten_digits, return_type=float | None)]
+TenDigits = Annotated[float, PlainSerializer(_ten_digits, return_type=float | None)]
 Seconds = Annotated[float, PlainSerializer(_milliseconds, return_type=float)]
-Step = Annotated[int, PlainSerializer(_known, return_type=int | None)]
-Place = Annotated[Path, PlainSerializer(portable, return_type=str)]
+KnownStep = Annotated[int, PlainSerializer(_known, return_type=int | None)]
+PortablePath = Annotated[Path, PlainSerializer(portable, return_type=str)]
 
 _SIGNIFICANCE = "p of S: how often chance alone would give as much; `null` where S cannot be had"
 _COHERENCE = "coherence S of the run's drift; `null` where it cannot be had"
@@ -85,8 +85,8 @@ class EvidenceEntry(_Part):
 class SnapshotEntry(_Part):
     """A snapshot of the run."""
 
-    path: Place = Field(description="the file or folder")
-    step: Step = Field(description="the step that was settled on; `null` where nothing tells it")
+    path: PortablePath = Field(description="the file or folder")
+    step: KnownStep = Field(description="the step that was settled on; `null` where nothing tells it")
     step_source: str = Field(
         description="which evidence settled it: `trainer state`, `payload`, `adam step`, `name`, `metadata`, or `order` where"
         " `--steps` listed the steps"
@@ -105,7 +105,7 @@ class CopiedEntry(_Part):
 class IgnoredEntry(_Part):
     """An entry of the folder that is no part of the run."""
 
-    path: Place = Field(description="the file or folder")
+    path: PortablePath = Field(description="the file or folder")
     reason: str = Field(description="why it is left out")
 
 
@@ -128,7 +128,7 @@ class InspectAnswer(Answer):
 class FitAnswer(Answer):
     """`farcast fit --json`."""
 
-    forecaster: Place = Field(description="the file that was written")
+    forecaster: PortablePath = Field(description="the file that was written")
     origin_step: int = Field(description="step of the last snapshot")
     num_snapshots: int = Field(description="snapshots that were read")
     leap: int | None = Field(
@@ -180,7 +180,7 @@ class BacktestAnswer(Answer):
     origin_step: int = Field(description="step of the last snapshot")
     coherence: Figure = Field(description=_COHERENCE)
     significance: Figure = Field(description=_SIGNIFICANCE)
-    clock: Clock = Field(description=_CLOCK)
+    clock: ClockName = Field(description=_CLOCK)
     scores: tuple[ScoreEntry, ...] = Field(description="one entry per method and horizon that the history can test")
     best: BestEntry | None = Field(description="the score with the smallest b; `null` where nothing could be tested")
     verdict: Verdict | dict[str, Verdict] = Field(
@@ -206,13 +206,13 @@ class EvaluationEntry(_Part):
     strength: AsGiven = Field(description="factor on the step; 0 is the origin itself")
     value: Figure = Field(description="the number that the command printed last")
     seconds: Seconds = Field(description="seconds that the command took")
-    log: Place | None = Field(description="the file with its output")
+    log: PortablePath | None = Field(description="the file with its output")
 
 
 class Forecast(_Part):
     """One horizon's forecast."""
 
-    path: Place | None = Field(description="where the forecast is; `null` where none was written")
+    path: PortablePath | None = Field(description="where the forecast is; `null` where none was written")
     origin_step: int = Field(description="step of the last snapshot that the forecast saw")
     valid_step: int = Field(description="step that the forecast is for: origin step + horizon")
     horizon: int = Field(description="steps from the origin to the forecast")
@@ -221,7 +221,7 @@ class Forecast(_Part):
     expected_ratio: Figure = Field(description="the same back-test of the step as it is written, not clipped")
     coherence: Figure = Field(description=_COHERENCE)
     recent_coherence: Figure = Field(description=_RECENT)
-    clock: Clock = Field(description=_CLOCK)
+    clock: ClockName = Field(description=_CLOCK)
     pace_ahead: Figure = Field(description=_PACE_AHEAD)
     length_factor: Figure = Field(description=_LENGTH_FACTOR)
     significance: Figure = Field(description=_SIGNIFICANCE)
@@ -259,8 +259,8 @@ class PredictManyAnswer(Answer):
 class LeapAnswer(Answer):
     """`farcast leap --json`."""
 
-    path: Place | None = Field(description="the checkpoint to resume from; `null` where there is no leap")
-    origin: Place = Field(description="the newest snapshot; go on from it where there is no leap")
+    path: PortablePath | None = Field(description="the checkpoint to resume from; `null` where there is no leap")
+    origin: PortablePath = Field(description="the newest snapshot; go on from it where there is no leap")
     origin_step: int = Field(description="step of the newest snapshot, from which the leap begins")
     horizon: int = Field(description="steps that the leap is worth at the run's own pace: gain times `every`; 0 without a leap")
     verdict: Verdict = Field(description="`forecast` or `abstain`")
@@ -277,7 +277,7 @@ class LeapAnswer(Answer):
         " from -1 to 1; `null` where it is not known yet"
     )
     stretches: int = Field(description="stretches that are remembered")
-    clock: Clock = Field(description="what the lengths of stretches are measured in: `rate` or `steps`")
+    clock: ClockName = Field(description="what the lengths of stretches are measured in: `rate` or `steps`")
     every: int = Field(description="steps until the next leap, as it was reckoned with")
     again: bool = Field(description="`true` where no training has happened since the last call: its answer, said again")
     unchanged_share: Figure | None = Field(description="share of the values that equal the origin's after rounding")
@@ -305,10 +305,12 @@ class VerifyAnswer(Answer):
         description="error of the forecast against that of the reference: 0 perfect, 1 no better; `null` where nothing moved"
     )
     mean_absolute_error: Figure = Field(description="of the forecast, over all compared values")
-    reference: Place = Field(description="the checkpoint that the forecast was compared with")
-    forecast_step: Step = Field(description="step of the forecast; `null` where nothing tells it")
-    truth_step: Step = Field(description="step of the run's own snapshot; `null` where nothing tells it")
-    clock: Clock = Field(description="what `trained` is measured in: `rate`, learning rate summed over the steps, or `steps`")
+    reference: PortablePath = Field(description="the checkpoint that the forecast was compared with")
+    forecast_step: KnownStep = Field(description="step of the forecast; `null` where nothing tells it")
+    truth_step: KnownStep = Field(description="step of the run's own snapshot; `null` where nothing tells it")
+    clock: ClockName = Field(
+        description="what `trained` is measured in: `rate`, learning rate summed over the steps, or `steps`"
+    )
     trained: Figure | None = Field(
         description="how much of the forecast's stretch the truth was trained on; 1 where both are of one step, `null` where a"
         " step is unknown"
@@ -322,7 +324,7 @@ class VerifyAnswer(Answer):
 class TuneAnswer(Answer):
     """`farcast tune --json`."""
 
-    path: Place | None = Field(description="what was written; `null` where the gate was against it")
+    path: PortablePath | None = Field(description="what was written; `null` where the gate was against it")
     layers: tuple[str, ...] = Field(description="the layers that were tuned")
     method: str = Field(description="name of the method, or `apply`")
     verdict: Literal["tuned", "no significant gain", "applied"] = Field(
@@ -361,7 +363,7 @@ class InputEntry(_Part):
     step: int = Field(description="its step")
     bytes: int = Field(description="size of all its files")
     digest: str = Field(description="of its tensors' names, shapes, types and places")
-    mean_weight: Rounded = Field(description="its mean coefficient in the forecast, over all values")
+    mean_weight: TenDigits = Field(description="its mean coefficient in the forecast, over all values")
 
 
 class FittedOn(_Part):
@@ -418,15 +420,15 @@ class ForecastSidecar(Answer):
     purpose: str = Field(serialization_alias="for", description="`resume` or `evaluation`")
     method: str = Field(description="name of the method; `momentum` for a leap")
     options: ForecastOptions = Field(description="what the command was asked for")
-    clock: Clock = Field(description=_CLOCK)
-    pace_ahead: Rounded = Field(description=_PACE_AHEAD)
-    length_factor: Rounded = Field(description=_LENGTH_FACTOR)
+    clock: ClockName = Field(description=_CLOCK)
+    pace_ahead: TenDigits = Field(description=_PACE_AHEAD)
+    length_factor: TenDigits = Field(description=_LENGTH_FACTOR)
     verdict: Verdict = Field(description="`forecast`; another with `--even-if-worse`")
-    ratio: Rounded = Field(description="back-test ratio b; `null` where it cannot be had")
-    expected_ratio: Rounded = Field(description="the same back-test of the step as it is written, not clipped")
-    coherence: Rounded = Field(description=_COHERENCE)
-    recent_coherence: Rounded = Field(description=_RECENT)
-    significance: Rounded = Field(description=_SIGNIFICANCE)
+    ratio: TenDigits = Field(description="back-test ratio b; `null` where it cannot be had")
+    expected_ratio: TenDigits = Field(description="the same back-test of the step as it is written, not clipped")
+    coherence: TenDigits = Field(description=_COHERENCE)
+    recent_coherence: TenDigits = Field(description=_RECENT)
+    significance: TenDigits = Field(description=_SIGNIFICANCE)
     origin: str = Field(description="the snapshot that the forecast begins at, relative to the output's folder")
     inputs: tuple[InputEntry, ...] = Field(description="the snapshots that the forecast is made of")
     fitted_on: FittedOn | LeaptOn = Field(description="what the method learned from")

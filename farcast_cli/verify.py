@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.engine.reader import Reader, Scratch, Section, read_trajectory, stretches
+from farcast_cli.engine.reader import Reader, Scratch, TensorStretches, read_trajectory, stretches
 from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import sidecar_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.run.alignment import AlignedTensor, Alignment
-    from farcast_cli.run.pace import Clock
+    from farcast_cli.run.pace import ClockName
     from farcast_cli.trainers.base import Snapshot
 
 
@@ -87,7 +87,7 @@ def verify(
     )
 
 
-def _trained(reference: Snapshot, forecast: Snapshot, truth: Snapshot) -> tuple[Clock, float | None]:
+def _trained(reference: Snapshot, forecast: Snapshot, truth: Snapshot) -> tuple[ClockName, float | None]:
     """The share of the way from the reference to the forecast's step that the truth has behind it, and its unit."""
     start, valid, end = reference.step, forecast.step, truth.step
     if start < 0 or not start < min(valid, end):
@@ -108,7 +108,7 @@ def _ratio(sums: _Sums) -> float | None:
 def _compare(reader: Reader, scratch: Scratch, tensor: AlignedTensor, told: Callable[[int], None]) -> _Sums:
     sums = _Sums()
     for stretch in stretches(tensor.num_elements, num_snapshots=len(tensor.entries)):
-        section = Section(tensor.entries, (stretch,))
+        section = TensorStretches(tensor.entries, (stretch,))
         values = scratch.named("values", len(tensor.entries) * stretch.count, np.float64).reshape(-1, stretch.count)
         reference, forecast, truth = read_trajectory(reader, [section], values, scratch)
         error, nothing = forecast - truth, reference - truth

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import farcast_cli
 from farcast_cli.errors import UsageError
-from farcast_cli.evaluation.command import LOG_BYTES, Log, Run, Stop, Watch
+from farcast_cli.evaluation.command import LOG_BYTES, Command, Log, Stop, Watch
 from farcast_cli.evaluation.judge import Evaluator, Trial, best_trial, last_number
 from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.predict import predict
@@ -574,7 +574,7 @@ def test_what_does_not_end_when_it_is_told_to_is_ended_after_a_while(tmp_path: P
 
 def test_the_watcher_ends_with_the_command_and_holds_no_stream_of_the_users(tmp_path: Path) -> None:
     log = Log(tmp_path / "log", "echo 1")
-    run = Run("echo 1", log, {})
+    run = Command("echo 1", log, {})
     watcher = run._watcher._process
     assert os.getsid(watcher.pid) == watcher.pid
     assert run.follow(None, Stop()).stdout == "1\n"

@@ -24,7 +24,7 @@ from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.tune.data import read_data
 from farcast_cli.tune.one_layer import Settings
-from farcast_cli.tune.run import Request, tune_checkpoint
+from farcast_cli.tune.run import TuneRequest, tune_checkpoint
 from farcast_cli.verify import verify
 from tests.tiny import fit_run, predict_run, wander, write_run
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.tune.one_layer import Method
+    from farcast_cli.tune.one_layer import SolverName
 
 STEPS = tuple(range(100, 700, 100))
 SIZES = {"w": 30_001, **{f"{index}.bias": 3 + index for index in range(8)}, "even": 8_192}
@@ -322,11 +322,11 @@ def save_rows(path: Path, layer: np.ndarray[Any, Any]) -> None:
 @pytest.mark.parametrize("method", ["gauss-newton", "gradient-descent"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tune_refuses_a_layer_with_a_value_that_is_not_finite(
-    dtype: torch.dtype, method: Method, value: float, tmp_path: Path
+    dtype: torch.dtype, method: SolverName, value: float, tmp_path: Path
 ) -> None:
     path = tmp_path / "step_10.safetensors"
     save_rows(tmp_path / "rows.npz", save_layer(path, dtype))
-    request = partial(Request, path, ("fc.weight",), tmp_path / "rows.npz", "mse", ("fc.bias",))
+    request = partial(TuneRequest, path, ("fc.weight",), tmp_path / "rows.npz", "mse", ("fc.bias",))
     for name, index in (("fc.weight", 0), ("fc.weight", 64 * 6 - 1), ("fc.bias", 63)):
         with spoilt(path, name, index, value), pytest.raises(SnapshotError, match=rf"{name}.* holds {value}"):
             tune_checkpoint(request(settings=Settings(method), output=tmp_path / "tuned.safetensors"), quiet)

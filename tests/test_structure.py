@@ -301,3 +301,28 @@ def test_a_comparison_with_a_layouts_name_is_found(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(globals(), "source_of", lambda _: text)
     monkeypatch.setitem(globals(), "tree_of", lambda _: ast.parse(text))
     assert len(compared_layouts("any")) == 2
+
+
+def public_types(module: str) -> set[str]:
+    """Its public classes and the types that it names by assignment."""
+    classes = {node.name for node in tree_of(module).body if isinstance(node, ast.ClassDef)}
+    assigned = [target for node in tree_of(module).body if isinstance(node, ast.Assign) for target in node.targets]
+    aliases = {target.id for target in assigned if isinstance(target, ast.Name) and not target.id.isupper()}
+    return {name for name in classes | aliases if name[:1].isupper()}
+
+
+def test_no_two_public_types_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        for name in public_types(module):
+            homes.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
+def folder_of(module: str) -> str:
+    return module.split(".", maxsplit=1)[0]
+
+
+def test_no_folder_imports_a_folder_above_it() -> None:
+    floors = list(dict.fromkeys(folder_of(module) for module in ORDER))
+    assert [folder_of(module) for module in ORDER] == [f for f in floors for module in ORDER if folder_of(module) == f]

@@ -24,7 +24,7 @@ from farcast_cli.tune.delta import GROUP_ELEMENTS, Delta, Rounded, maps_of, read
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.numbers import decode, round_stochastically, uniform
 from farcast_cli.tune.one_layer import Settings
-from farcast_cli.tune.run import Outcome, Request, tune_checkpoint
+from farcast_cli.tune.run import TuneOutcome, TuneRequest, tune_checkpoint
 from farcast_cli.tune.weight import BLOCK_BYTES, find_weight
 from farcast_cli.tune.write import ROUNDING_SHARE, check_kept
 from tests.conftest import run_cli, tree_digest
@@ -92,7 +92,7 @@ def work(tmp_path: Path) -> Path:
     return save_work(tmp_path)
 
 
-def request_in(work: Path, **more: Any) -> Request:
+def request_in(work: Path, **more: Any) -> TuneRequest:
     asked: dict[str, Any] = {
         "biases": ("fc.bias",),
         "activations": ("relu",),
@@ -102,10 +102,10 @@ def request_in(work: Path, **more: Any) -> Request:
         "data": work / "rows.npz",
         "loss": "mse",
     }
-    return Request(work / "step_10.safetensors", ("fc.weight",), **(asked | more))
+    return TuneRequest(work / "step_10.safetensors", ("fc.weight",), **(asked | more))
 
 
-def tuned(work: Path, **more: Any) -> Outcome:
+def tuned(work: Path, **more: Any) -> TuneOutcome:
     return tune_checkpoint(request_in(work, **more), quiet)
 
 

@@ -9,17 +9,17 @@ import pytest
 from safetensors.torch import save_file
 
 from farcast_cli.tune.gate import DEFAULT_GATE, judge
-from farcast_cli.tune.run import Request, tune_checkpoint
+from farcast_cli.tune.run import TuneRequest, tune_checkpoint
 from tests.test_tune import CALL, make_rows, make_weights, quiet
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.tune.run import Outcome
+    from farcast_cli.tune.run import TuneOutcome
     from tests.conftest import CallCli
 
 
-def tune(folder: Path, *, shift: float, gate: float = DEFAULT_GATE) -> Outcome:
+def tune(folder: Path, *, shift: float, gate: float = DEFAULT_GATE) -> TuneOutcome:
     """Tune to a first bias that is moved by `shift`, as seen through much noise."""
     folder.mkdir(exist_ok=True)
     weights = make_weights()
@@ -28,7 +28,7 @@ def tune(folder: Path, *, shift: float, gate: float = DEFAULT_GATE) -> Outcome:
     np.savez(folder / "rows.npz", x=rows.x, y=rows.y)
     (folder / "tuned.safetensors").unlink(missing_ok=True)
     (folder / "tuned.farcast.json").unlink(missing_ok=True)
-    asked = Request(
+    asked = TuneRequest(
         folder / "step_10.safetensors",
         ("fc.weight",),
         folder / "rows.npz",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from farcast_cli.run.trajectory import open_snapshot
-from farcast_cli.tune.layers import MAX_BASIS_BYTES, TOLERANCE, Basis, Stack, TunedLayers, tune_layers
+from farcast_cli.tune.layers import MAX_BASIS_BYTES, TOLERANCE, RowBasis, Stack, TunedLayers, tune_layers
 from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.weight import Weight, find_weight
@@ -120,7 +120,7 @@ def test_a_change_of_more_directions_than_memory_is_given_for_ends_the_tuning_wi
 def test_a_basis_reads_the_weights_only_for_what_it_has_not_seen() -> None:
     random = np.random.default_rng(0)
     matrix, seen = random.normal(size=(20, 30)), random.normal(size=(4, 30))
-    basis = Basis.empty(30, 20, lambda rows: rows @ matrix.T, 1e-10)
+    basis = RowBasis.empty(30, 20, lambda rows: rows @ matrix.T, 1e-10)
     for rows_ in (seen, random.normal(size=(6, 4)) @ seen, seen[::-1]):
         coordinates, product = basis.multiply(rows_)
         np.testing.assert_allclose(product, rows_ @ matrix.T, atol=1e-9)

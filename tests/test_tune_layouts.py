@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from farcast_cli.run.trajectory import open_snapshot
-from farcast_cli.tune.run import Outcome, Request, tune_checkpoint
+from farcast_cli.tune.run import TuneOutcome, TuneRequest, tune_checkpoint
 from tests.dcp_runs import Run
 from tests.tiny import SAMPLES, sample_maker
 
@@ -68,14 +68,14 @@ def outputs_of(weights: Weights, prefix: str, inputs: np.ndarray[Any, Any]) -> n
     return np.asarray((hidden @ last.T + last_bias).numpy())
 
 
-def tune(checkpoint: Path, output: Path, before: Weights, prefix: str = "", named: str | None = None) -> Outcome:
+def tune(checkpoint: Path, output: Path, before: Weights, prefix: str = "", named: str | None = None) -> TuneOutcome:
     """Tune the first layer to what the same model with another bias gives; `named` is the prefix that farcast is told."""
     inputs = np.random.default_rng(1).normal(size=(NUM_ROWS, NUM_INPUTS))
     shifted = {**before, f"{prefix}0.bias": before[f"{prefix}0.bias"] + SHIFT}
     rows = output.parent / f"{output.name}.npz"
     np.savez(rows, x=inputs, y=outputs_of(shifted, prefix, inputs))
     own = prefix if named is None else named
-    request = Request(
+    request = TuneRequest(
         checkpoint,
         (f"{own}0.weight",),
         rows,
@@ -293,7 +293,7 @@ def test_a_checkpoint_that_two_processes_sharded_by_rows_is_tuned_and_loaded_by_
 
     shifted = {**before, "0.bias": before["0.bias"] + SHIFT}
     np.savez(tmp_path / "rows.npz", x=rows, y=outputs(shifted, rows))
-    asked = Request(origin, ("0.weight",), tmp_path / "rows.npz", "mse", ("0.bias",), ("tanh",), "2.weight", "2.bias")
+    asked = TuneRequest(origin, ("0.weight",), tmp_path / "rows.npz", "mse", ("0.bias",), ("tanh",), "2.weight", "2.bias")
     assert tune_checkpoint(replace(asked, output=tmp_path / "tuned"), quiet).path
     tuned.load(tmp_path / "tuned")
     after = tuned.whole()
@@ -317,7 +317,9 @@ def tune_inner(checkpoint: Path, output: Path, weights: Weights, prefix: str = I
     layer, bias = weights[f"{prefix}.weight"].numpy(), weights[f"{prefix}.bias"].numpy()
     inputs = np.random.default_rng(1).normal(size=(num_rows, layer.shape[1])) * 0.1
     np.savez(output.parent / "rows.npz", x=inputs, y=inputs @ layer.T + bias + SHIFT)
-    request = Request(checkpoint, (f"{prefix}.weight",), output.parent / "rows.npz", "mse", (f"{prefix}.bias",), holdout=0.5)
+    request = TuneRequest(
+        checkpoint, (f"{prefix}.weight",), output.parent / "rows.npz", "mse", (f"{prefix}.bias",), holdout=0.5
+    )
     assert tune_checkpoint(replace(request, output=output), quiet).path == output
 
 

@@ -25,10 +25,9 @@ from farcast_cli.tensors import is_row_major
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from farcast_cli.formats.dcp_file import TreePath
     from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Part
-
-TreePath = tuple[Any, ...]
 
 MAX_NAMED = 6
 _BY_TORCH = "--layout same, then python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"

@@ -22,8 +22,8 @@ from farcast_cli.checkpoint.plan import (
     OutputFile,
     Piece,
     Planned,
-    Record,
     Rewrite,
+    Section,
     is_read_whole,
     json_output,
     never_in_shards,
@@ -63,7 +63,7 @@ _FORMAT = {"format": "pt"}  # transformers insists on it
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Container:
     """What is written: the container (`same` where the run has it already), and whether that is one file."""
 
     layout: OutputLayout
@@ -88,12 +88,12 @@ class Target:
         return [f"{what} in {_CONTAINERS[self.layout]}: {listed(self.left_out)}"]
 
 
-def settle(origin: Snapshot, asked: OutputLayout) -> Target:
+def settle(origin: Snapshot, asked: OutputLayout) -> Container:
     """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for."""
     is_file = origin.path.is_file()
     held = {_container(part, origin) for part in _weight_parts(origin)}
     if asked == "same" or held == {asked}:
-        return Target("same", is_file, origin.path.suffix if is_file else "")
+        return Container("same", is_file, origin.path.suffix if is_file else "")
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
@@ -102,7 +102,7 @@ def settle(origin: Snapshot, asked: OutputLayout) -> Target:
     lost = sorted((part for part in others if part not in kept), key=lambda part: part.role == "other")
     keys = (key for part in origin.parts if only and part.role == "state" for key in keys_beside_weights(part))
     left_out = (*keys, *(part.name for part in lost))
-    return Target(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
+    return Container(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
 
 
 def _weight_parts(origin: Snapshot) -> list[Part]:
@@ -121,7 +121,7 @@ def _container(part: Part, origin: Snapshot) -> str:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Target) -> list[OutputFile]:
+def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Container) -> list[OutputFile]:
     """The files of the forecast checkpoint in the target's container; what is odd about them goes to the notes.
 
     Raises:
@@ -140,14 +140,14 @@ def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, targe
     return written + _beside(target, advanced, rewrite, {output.name for output in written})
 
 
-def _beside(target: Target, advanced: Advanced, rewrite: Rewrite, written: set[str]) -> list[OutputFile]:
+def _beside(target: Container, advanced: Advanced, rewrite: Rewrite, written: set[str]) -> list[OutputFile]:
     """The other files of a folder; one that the converted weights take the name of gives way."""
     advanced.notes += [f"{part.name} of the origin replaced" for part in target.beside if part.name in written]
     kept = [part for part in target.beside if part.name not in written]
     return [output for part in kept for output in plan_part(part, advanced, rewrite)]
 
 
-def _in_files(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Target) -> list[OutputFile]:
+def _in_files(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Container) -> list[OutputFile]:
     """Each file of weights as one of the other container, and each index with the new names."""
     parts = _weight_parts(origin)
     outputs, sizes = [], {}
@@ -166,7 +166,7 @@ def _in_files(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Ta
     return outputs
 
 
-def _in_shards(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Target) -> list[OutputFile]:
+def _in_shards(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Container) -> list[OutputFile]:
     parts = _weight_parts(origin)
     if target.is_file or is_read_whole(origin) or any(part.prefix for part in parts):
         raise never_in_shards(origin)
@@ -176,7 +176,7 @@ def _in_shards(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: T
     return shards(stem, _held_by_safetensors(tensors), rewrite.max_shard_bytes or 0, _FORMAT, index)
 
 
-def _file_name(part: Part, target: Target, *, alone: bool) -> str:
+def _file_name(part: Part, target: Container, *, alone: bool) -> str:
     if target.is_file:
         return ""
     if part.role != "state":
@@ -191,7 +191,7 @@ def _renamed(name: str, layout: str) -> str:
     return str(path.with_name(re.sub(*stems, path.name).replace(*_SWAPPED[layout])))
 
 
-def _index(part: Part, target: Target, sizes: Mapping[str, int]) -> OutputFile:
+def _index(part: Part, target: Container, sizes: Mapping[str, int]) -> OutputFile:
     content = part.content
     assert isinstance(content, dict)  # noqa: S101 - as the layout read it
     names = {tensor: _renamed(file, target.layout) for tensor, file in content["weight_map"].items()}
@@ -277,7 +277,7 @@ def _dcp_leaves(parts: Sequence[Part], advanced: Advanced, rewrite: Rewrite) -> 
 
 def _dcp_outputs(leaves: Sequence[Leaf]) -> list[OutputFile]:
     """One file of items one behind the other, and the metadata that say where each lies."""
-    records: list[Record] = []
+    records: list[Section] = []
     stretches = []
     position = 0
     for leaf in leaves:
@@ -286,7 +286,7 @@ def _dcp_outputs(leaves: Sequence[Leaf]) -> list[OutputFile]:
         records += made
         stretches.append((position, num_bytes))
         position += num_bytes
-    metadata = (Record((Fixed(_dcp_metadata(leaves, stretches)),)),)
+    metadata = (Section((Fixed(_dcp_metadata(leaves, stretches)),)),)
     return [OutputFile(DCP_FILE, tuple(records)), OutputFile(METADATA, metadata)]
 
 

@@ -91,7 +91,7 @@ Piece = Copy | Values | Fixed | Zeros
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Section:
     """A stretch of an output file, made of pieces in order; its CRC-32 is written to `checksums_at` of the file."""
 
     pieces: tuple[Piece, ...]
@@ -107,7 +107,7 @@ class OutputFile:
     """An output file; `name` is its path inside the checkpoint, "" where the checkpoint is that one file."""
 
     name: str
-    records: tuple[Record, ...]
+    records: tuple[Section, ...]
     mode: int = 0o666
     """Its permissions, and those of the folders that are made for it, within the umask."""
     folder_mode: int = 0o777
@@ -235,7 +235,7 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")
     refuse_code_in(part.path)
-    return OutputFile(part.name, (Record((Copy(part.path, 0, file_size(part.path)),)),))
+    return OutputFile(part.name, (Section((Copy(part.path, 0, file_size(part.path)),)),))
 
 
 def json_output(name: str, tree: Any) -> OutputFile:
@@ -243,7 +243,7 @@ def json_output(name: str, tree: Any) -> OutputFile:
         Copy(piece.path, piece.offset, piece.num_bytes) if isinstance(piece, UnreadList) else Fixed(piece)
         for piece in encode_json(tree)
     )
-    return OutputFile(name, (Record(tuple(pieces)),))
+    return OutputFile(name, (Section(tuple(pieces)),))
 
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
@@ -254,7 +254,7 @@ def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
 def safetensors_output(name: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> OutputFile:
     header = encode_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), metadata)
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
-    return OutputFile(name, (Record((Fixed(header), *pieces)),))
+    return OutputFile(name, (Section((Fixed(header), *pieces)),))
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------
@@ -322,19 +322,19 @@ _BESIDE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"
 """What torch.save puts beside the pickle and the storages."""
 
 
-def new_torch_file(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> list[Record]:
+def new_torch_file(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> list[Section]:
     """A torch file of a pickle (`data.pkl`) and its storages (`data/KEY`) that begins at byte `start` of its file."""
     whole = {**named, **{name: (Fixed(data),) for name, data in _BESIDE.items()}}
     return list(zip_records({f"archive/{name}": pieces for name, pieces in whole.items()}, start=start))
 
 
-def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> Iterator[Record]:
+def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> Iterator[Section]:
     """A zip of named records that begins at byte `start` of its file."""
     framed = frame([(name, sum(piece.num_bytes for piece in pieces)) for name, pieces in named.items()])
     for head, pieces, places in zip(framed.heads, named.values(), framed.checksums_at, strict=True):
-        yield Record((Fixed(head),))
-        yield Record(pieces, tuple(start + place for place in places))
-    yield Record((Fixed(framed.tail),))
+        yield Section((Fixed(head),))
+        yield Section(pieces, tuple(start + place for place in places))
+    yield Section((Fixed(framed.tail),))
 
 
 def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> dict[str, list[tuple[int, int, Piece]]]:
@@ -374,7 +374,7 @@ def _dcp_outputs(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> list[Outpu
     storages = plan_storages(state, rewrite)
     outputs = []
     for name, its_items in groupby(sorted(items, key=lambda item: item.stretch), key=lambda item: item.file):
-        records: list[Record] = []
+        records: list[Section] = []
         position = 0
         for item in its_items:
             made = _item_records(dcp, item, state, storages, start=position)
@@ -384,10 +384,10 @@ def _dcp_outputs(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> list[Outpu
             position += num_bytes
         outputs.append(OutputFile(name, tuple(records)))
     _retype(metadata, items, state, storages.retyped)
-    return [*outputs, OutputFile(state.part.name, (Record((Fixed(encode_pickle(metadata)),)),))]
+    return [*outputs, OutputFile(state.part.name, (Section((Fixed(encode_pickle(metadata)),)),))]
 
 
-def _item_records(dcp: DcpFile, item: Item, state: StateTree, storages: Storages, *, start: int) -> list[Record]:
+def _item_records(dcp: DcpFile, item: Item, state: StateTree, storages: Storages, *, start: int) -> list[Section]:
     """An item's small torch file; as the origin has it where nothing in it can change."""
     value = below(state.tree, item.place) if item.place else None
     named: dict[str, tuple[Piece, ...]]
@@ -408,10 +408,10 @@ def _item_records(dcp: DcpFile, item: Item, state: StateTree, storages: Storages
     return new_torch_file(named, start=start)
 
 
-def _as_it_was(dcp: DcpFile, item: Item) -> list[Record]:
+def _as_it_was(dcp: DcpFile, item: Item) -> list[Section]:
     path = dcp.folder / item.file
     refuse_code_in_stretch(path, item.offset, item.num_bytes)
-    return [Record((Copy(path, item.offset, item.num_bytes),))]
+    return [Section((Copy(path, item.offset, item.num_bytes),))]
 
 
 def _retype(metadata: Made, items: Iterable[Item], state: StateTree, retyped: Mapping[str, StorageRef]) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from farcast_cli.run.alignment import Alignment
     from farcast_cli.run.pace import Pace
     from farcast_cli.run.trajectory import Trajectory
-    from farcast_cli.tune.run import Outcome as Tuning
+    from farcast_cli.tune.run import TuneOutcome as Tuning
 
 
 def of_inspect(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> results.InspectAnswer:

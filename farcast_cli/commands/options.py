@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from farcast_cli.errors import UsageError, shell_word
 
 if TYPE_CHECKING:
-    from farcast_cli.run.pace import Clock
+    from farcast_cli.run.pace import ClockName
 
 CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
@@ -143,13 +143,13 @@ def env(name: str) -> str:
     return f"FARCAST_{name}"
 
 
-Json = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
-Device = Annotated[
+JsonOption = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
+DeviceOption = Annotated[
     str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute; auto is the CPU.")
 ]
-Threads = Annotated[
+ThreadsOption = Annotated[
     int, typer.Option(envvar=env("THREADS"), min=0, help="Workers that read and compute; 0: one per core, at most 8.")
 ]
 IoOption = Annotated[
@@ -162,7 +162,7 @@ IoOption = Annotated[
         " file that is cut short meanwhile, or a failing disk, ends the process.",
     ),
 ]
-Config = Annotated[
+ConfigOption = Annotated[
     Path | None,
     typer.Option(
         envvar=env("CONFIG"),
@@ -172,10 +172,12 @@ Config = Annotated[
         help="Defaults for these options. Without it ./farcast.toml if it is there, for some of them.",
     ),
 ]
-Forecaster = Annotated[Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
-Include = Annotated[list[str] | None, typer.Option(envvar=env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")]
-Exclude = Annotated[list[str] | None, typer.Option(envvar=env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
-Steps = Annotated[
+ForecasterOption = Annotated[Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option(envvar=env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")
+]
+ExcludeOption = Annotated[list[str] | None, typer.Option(envvar=env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
+StepsOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("STEPS"),
@@ -184,21 +186,21 @@ Steps = Annotated[
         " Where nothing tells the steps, the list does, in the order of saving.",
     ),
 ]
-Pattern = Annotated[
+PatternOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("PATTERN"), metavar="GLOB", help="Entries of the folder whose names match, where it holds several runs."
     ),
 ]
-Sample = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
-Ledger = Annotated[
+SampleOption = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
+LedgerOption = Annotated[
     Path,
     typer.Option(
         envvar=env("LEDGER"), metavar="FILE", help="Where predict records what may be resumed from, and fit looks it up."
     ),
 ]
-Full = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values.")]
-Method = Annotated[
+FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values.")]
+MethodOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("METHOD"), metavar="NAME", help="A method by its name (backtest shows them), or auto: by evidence."
@@ -245,41 +247,41 @@ LayoutOption = Annotated[
         help="Container of the output; weights only where another than the run's has no place for the rest.",
     ),
 ]
-GradWeight = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
+GradWeightOption = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
 
-Jobs = Annotated[
+JobsOption = Annotated[
     int, typer.Option(envvar=env("JOBS"), min=1, help="Runs of --eval-cmd at once; each has a checkpoint of its own on disk.")
 ]
-EvalTimeout = Annotated[
+EvalTimeoutOption = Annotated[
     float | None,
     typer.Option(envvar=env("EVAL_TIMEOUT"), metavar="SECONDS", help="Kill --eval-cmd and stop if one run takes longer."),
 ]
 
-Maximize = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")]
+MaximizeOption = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")]
 OptimizerOption = Annotated[
     str,
     typer.Option(
         envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")]
 
-Rows = Annotated[
+RowsOption = Annotated[
     Path | None,
     typer.Option(
         envvar=env("DATA"), metavar="FILE", help="A .safetensors or .npz with x, inputs of the layer, and y, targets or labels."
     ),
 ]
-Layers = Annotated[
+LayersOption = Annotated[
     list[str] | None,
     typer.Option("--layer", envvar=env("LAYER"), metavar="KEY", help="The weight to tune; several in forward order."),
 ]
-Biases = Annotated[
+BiasesOption = Annotated[
     list[str] | None,
     typer.Option("--bias", envvar=env("BIAS"), metavar="KEY", help="Its bias, tuned with it; one for each layer."),
 ]
-Activations = Annotated[
+ActivationsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--activation",
@@ -288,7 +290,7 @@ Activations = Annotated[
         help="Behind the layer; one for all layers, or one for each.",
     ),
 ]
-TuneMethod = Annotated[
+TuneMethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
@@ -297,7 +299,7 @@ TuneMethod = Annotated[
         help="gauss-newton for one layer, gradient-descent for several.",
     ),
 ]
-Round = Annotated[
+RoundOption = Annotated[
     str,
     typer.Option("--round", envvar=env("ROUND"), metavar="nearest|stochastic", help="How values are put into the stored type."),
 ]
@@ -310,11 +312,11 @@ def one_of(option: str, value: str, allowed: Any) -> Any:
     return value
 
 
-def clock_of(value: str | None) -> Clock | None:
+def clock_of(value: str | None) -> ClockName | None:
     """The clock asked for; None leaves it to what is known."""
-    from farcast_cli.run.pace import Clock
+    from farcast_cli.run.pace import ClockName
 
-    return None if value is None else cast("Clock", one_of("clock", value, Clock))
+    return None if value is None else cast("ClockName", one_of("clock", value, ClockName))
 
 
 def check_horizon_options(horizon: str | None, to_step: int | None) -> None:

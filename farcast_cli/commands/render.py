@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from farcast_cli.run.alignment import Alignment, Copied
     from farcast_cli.run.pace import Pace
     from farcast_cli.run.trajectory import Trajectory
-    from farcast_cli.tune.run import Outcome as Tuning
+    from farcast_cli.tune.run import TuneOutcome as Tuning
 
 BAR_WIDTH = 20
 MAX_ROWS = 12
@@ -142,7 +142,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def number(value: float) -> str:
+def shown_number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "unknown"
 
 
@@ -279,7 +279,7 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Stea
         f" {what}, {size(bytes_read)} in {seconds:.1f} s"
     )
     note(
-        f"coherence S = {number(steady.coherence)}, {number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
+        f"coherence S = {shown_number(steady.coherence)}, {shown_number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
         f" above {COHERENCE_GATE:g} and a small p: a forecast is worth resuming from, up to a quarter of the history ahead)"
     )
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
@@ -356,12 +356,12 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(
             (
-                f"expected error {number(decision.expected)} of doing nothing"
+                f"expected error {shown_number(decision.expected)} of doing nothing"
                 if math.isfinite(decision.expected)
                 else decision.reason
             )
-            + f"; back-test b = {number(decision.ratio)},"
-            f" coherence S = {number(decision.coherence)}, recent {number(decision.recent)},"
+            + f"; back-test b = {shown_number(decision.ratio)},"
+            f" coherence S = {shown_number(decision.coherence)}, recent {shown_number(decision.recent)},"
             f" {chance(decision.significance)}{verdict}"
         )
         copied_note(outcome.copied, verbose=verbose)

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farcast_cli.commands.options import (
-    Activations,
-    Biases,
-    Config,
-    Json,
-    Layers,
-    Quiet,
-    Round,
-    Rows,
-    Threads,
-    TuneMethod,
-    Verbose,
+    ActivationsOption,
+    BiasesOption,
+    ConfigOption,
+    JsonOption,
+    LayersOption,
+    QuietOption,
+    RoundOption,
+    RowsOption,
+    ThreadsOption,
+    TuneMethodOption,
+    VerboseOption,
     env,
     one_of,
     prepare,
@@ -26,7 +26,7 @@ from farcast_cli.commands.options import (
 from farcast_cli.errors import NoGainError
 
 if TYPE_CHECKING:
-    from farcast_cli.tune.run import Outcome
+    from farcast_cli.tune.run import TuneOutcome
 
 EXAMPLES = (
     "Examples: farcast tune model.safetensors --layer fc.weight --data rows.npz --loss mse -o tuned.safetensors   |   "
@@ -38,14 +38,14 @@ EXAMPLES = (
 
 def tune(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint; it is not changed.")],
-    layer: Layers = None,
-    bias: Biases = None,
-    data: Rows = None,
+    layer: LayersOption = None,
+    bias: BiasesOption = None,
+    data: RowsOption = None,
     loss: Annotated[
         str | None,
         typer.Option(envvar=env("LOSS"), metavar="mse|cross-entropy", help="What is made small: of targets, or of labels."),
     ] = None,
-    activation: Activations = None,
+    activation: ActivationsOption = None,
     head: Annotated[
         str | None,
         typer.Option(envvar=env("HEAD"), metavar="KEY", help="The weight behind the activation, which is not tuned."),
@@ -55,7 +55,7 @@ def tune(
         Path | None,
         typer.Option(envvar=env("ANCHOR"), metavar="FILE", help="Rows x whose outputs of the layer must not change."),
     ] = None,
-    tune_method: TuneMethod = None,
+    tune_method: TuneMethodOption = None,
     iterations: Annotated[
         int | None, typer.Option(envvar=env("ITERATIONS"), min=1, metavar="N", help="At most so many; 30 or 300 by method.")
     ] = None,
@@ -78,7 +78,7 @@ def tune(
     subsample: Annotated[
         int | None, typer.Option(envvar=env("SUBSAMPLE"), min=1, metavar="N", help="Use so many rows, drawn by the seed.")
     ] = None,
-    round_: Round = "nearest",
+    round_: RoundOption = "nearest",
     seed: Annotated[int, typer.Option(envvar=env("SEED"), min=0, help="Of the splits and of stochastic rounding.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", envvar=env("OUTPUT"), metavar="OUT", help="The tuned checkpoint to write.")
@@ -94,11 +94,11 @@ def tune(
     apply: Annotated[
         Path | None, typer.Option(envvar=env("APPLY"), metavar="FILE", help="Add what --delta-out wrote, in place of tuning.")
     ] = None,
-    threads: Threads = 0,
-    json_: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,  # noqa: ARG001
-    config: Config = None,  # noqa: ARG001
+    threads: ThreadsOption = 0,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,  # noqa: ARG001
+    config: ConfigOption = None,  # noqa: ARG001
 ) -> None:
     """Adapt a wide layer to labelled rows at a small cost per iteration; write it if rows held out are the better for it."""
     num_threads = prepare("cpu", threads)
@@ -107,7 +107,7 @@ def tune(
     from farcast_cli.tune.numbers import Rounding
     from farcast_cli.tune.objective import ActivationName, LossName
     from farcast_cli.tune.one_layer import Settings
-    from farcast_cli.tune.run import Request, apply_deltas, check_given, method_named, tune_checkpoint
+    from farcast_cli.tune.run import TuneRequest, apply_deltas, check_given, method_named, tune_checkpoint
 
     rounded = Rounded(one_of("round", round_, Rounding), seed)
     with render.progress(quiet=quiet) as progress:
@@ -120,7 +120,7 @@ def tune(
             rows: Any = data
             layers = tuple(layer or ())
             method = method_named(tune_method, num_layers=len(layers))
-            request = Request(
+            request = TuneRequest(
                 checkpoint,
                 layers,
                 rows,
@@ -143,7 +143,7 @@ def tune(
     _tell(outcome, quiet=quiet, as_json=json_)
 
 
-def _tell(outcome: Outcome, *, quiet: bool, as_json: bool) -> None:
+def _tell(outcome: TuneOutcome, *, quiet: bool, as_json: bool) -> None:
     """What came of it; ends with the gate's own exit code where it was against it."""
     from farcast_cli.commands import render
 

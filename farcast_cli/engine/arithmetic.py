@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Array = Any
 """An array of numpy, or a tensor of torch."""
-Weight = Any
+Factor = Any
 """A number for a whole batch, or an array (N,)."""
 
 
@@ -61,7 +61,7 @@ class Arithmetic(Protocol):
             by_pairs: they are an even number of bfloat16s, which may come in another order (`casts.widen_pairs`).
         """
 
-    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
+    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         """One number for each segment's elements, over all of the batch's."""
 
     def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
@@ -74,7 +74,7 @@ class Arithmetic(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Coefficients:
     """A batch's step: what is added up, one weight for each horizon and snapshot beside the origin.
 
     Args:
@@ -84,14 +84,16 @@ class Step:
         bare: by horizon, whether the step is written alone; empty where none is.
     """
 
-    weights: Sequence[Sequence[Weight]]
-    gains: Sequence[Weight] | None = None
-    constants: Sequence[Weight] | None = None
+    weights: Sequence[Sequence[Factor]]
+    gains: Sequence[Factor] | None = None
+    constants: Sequence[Factor] | None = None
     moves: Sequence[bool] = ()
     bare: Sequence[bool] = ()
 
 
-def forecasts(arithmetic: Arithmetic, last: Array, others: Iterator[Array], step: Step, *, keep_zeros: bool) -> Iterator[Array]:
+def forecasts(
+    arithmetic: Arithmetic, last: Array, others: Iterator[Array], step: Coefficients, *, keep_zeros: bool
+) -> Iterator[Array]:
     """The values of every horizon, (N,) each; the memory is the arithmetic's, good until the next is asked for.
 
     Args:
@@ -153,7 +155,7 @@ class HostArithmetic:
         out = self._scratch.named(name, len(raw) // dtype.itemsize, work)
         return widen_pairs(raw, out) if by_pairs else widen(raw, dtype, out)
 
-    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
+    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         if len(values) == 1:
             return float(values[0])
         return np.repeat(values.astype(work), counts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.engine.arithmetic import Step, forecasts
+from farcast_cli.engine.arithmetic import Coefficients, forecasts
 from farcast_cli.engine.casts import MAX_FINITE, are_finite_halves, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.engine.reader import Scratch, joined, non_finite
 from farcast_cli.errors import SnapshotError
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.checkpoint.plan import Values
-    from farcast_cli.engine.arithmetic import Arithmetic, Array, Weight
+    from farcast_cli.engine.arithmetic import Arithmetic, Array, Factor
     from farcast_cli.engine.linear import LinearMap
-    from farcast_cli.engine.output_files import Room
+    from farcast_cli.engine.output_files import Buffer
     from farcast_cli.engine.ranges import Batch, Segment
     from farcast_cli.engine.reader import FileStretch, Reader
     from farcast_cli.run.alignment import Alignment
@@ -35,7 +35,7 @@ _TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keep
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Inputs:
     """What forecasts are computed from: the aligned tensors of the snapshots that are read, and the map."""
 
     alignment: Alignment
@@ -80,21 +80,21 @@ class Done:
     unchanged: Sequence[int]
 
 
-class Computer:
+class Compute:
     """Computes batches into rooms, of which there is one for each horizon; belongs to one worker."""
 
-    def __init__(self, source: Source, arithmetic: Arithmetic, reader: Reader) -> None:
+    def __init__(self, source: Inputs, arithmetic: Arithmetic, reader: Reader) -> None:
         self._source, self._arithmetic, self._reader = source, arithmetic, reader
         self._scratch = Scratch()
         self._bytes_read = 0
-        self._held: tuple[object, Step] | None = None
+        self._held: tuple[object, Coefficients] | None = None
 
     @property
     def num_bytes(self) -> int:
         """The memory that it holds."""
         return self._scratch.num_bytes + self._arithmetic.num_bytes
 
-    def compute(self, batch: Batch, rooms: Sequence[Room]) -> Done:
+    def compute(self, batch: Batch, rooms: Sequence[Buffer]) -> Done:
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0
         source, by_pairs = self._read(batch, None), self._is_by_pairs(batch)
@@ -141,7 +141,7 @@ class Computer:
         dtype, work = self._source.entry(batch.piece, snapshot).dtype, work_type(batch.piece.entry.dtype)
         return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work, by_pairs=by_pairs)
 
-    def _step_of(self, batch: Batch) -> Step:
+    def _step_of(self, batch: Batch) -> Coefficients:
         """The weights of a batch; those of a large tensor are the same from one to the next."""
         if len(batch.segments) > 1:
             return self._step(batch)
@@ -150,21 +150,21 @@ class Computer:
             self._held = key, self._step(batch)
         return self._held[1]
 
-    def _step(self, batch: Batch) -> Step:
+    def _step(self, batch: Batch) -> Coefficients:
         """The weights of a batch, spread over its segments' elements."""
         linear, others, work = self._source.linear, self._source.others(batch.piece), work_type(batch.piece.entry.dtype)
         indices = np.array([segment.piece.index for segment in batch.segments], dtype=np.intp)
         counts = [segment.count for segment in batch.segments]
 
-        def spread(numbers: NDArray[np.float64]) -> Weight:
+        def spread(numbers: NDArray[np.float64]) -> Factor:
             return self._arithmetic.spread(numbers[indices], counts, work)
 
         weights = [[spread(of[:, t]) for t in others] for of in linear.weights]
         moves = [t in linear.moves for t in others] if linear.moves else ()
         bare = [horizon in linear.bare for horizon in range(len(weights))] if linear.bare else ()
         if not (linear.gain[:, indices].any() or linear.constant[:, indices].any()):
-            return Step(weights, moves=moves, bare=bare)
-        return Step(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant], moves, bare)
+            return Coefficients(weights, moves=moves, bare=bare)
+        return Coefficients(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant], moves, bare)
 
     # --- bytes in and out ---------------------------------------------------------------------------------------------
 
@@ -183,14 +183,14 @@ class Computer:
             position += num_bytes
         return memory
 
-    def _place(self, batch: Batch, room: Room) -> NDArray[np.uint8]:
+    def _place(self, batch: Batch, room: Buffer) -> NDArray[np.uint8]:
         """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
         num_bytes = batch.count * batch.piece.dtype.itemsize
         if batch.is_in_place:
             return room.at(batch.segments[0].at, num_bytes)
         return self._scratch.named("out", num_bytes, np.uint8)
 
-    def _deliver(self, batch: Batch, room: Room, out: NDArray[np.uint8]) -> None:
+    def _deliver(self, batch: Batch, room: Buffer, out: NDArray[np.uint8]) -> None:
         if batch.is_in_place:
             return
         position = 0

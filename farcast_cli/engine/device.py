@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.engine.arithmetic import Array, Weight
+    from farcast_cli.engine.arithmetic import Array, Factor
     from farcast_cli.engine.casts import WorkType
     from farcast_cli.tensors import DType
 
@@ -78,7 +78,7 @@ class DeviceArithmetic:
         out = self.floats(name, len(values), torch.empty(0, dtype=_WORK[work]))
         return out.copy_(values)
 
-    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Weight:
+    def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         if len(values) == 1:
             return float(values[0])
         numbers = torch.from_numpy(values.astype(work)).to(self._device)

@@ -72,7 +72,7 @@ def _reserve(fd: int, num_bytes: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def finish(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes]]) -> None:
+def finish_file(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes]]) -> None:
     """Cut a file to its size and fill in what was not known before the rest was written, (position, bytes)."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -89,7 +89,7 @@ def write_rate(folder: Path, num_bytes: int = 32 << 20) -> float | None:
     flags = os.O_WRONLY | getattr(os, "O_TMPFILE", 0) | getattr(os, "O_DIRECT", 0)
     if not getattr(os, "O_TMPFILE", 0):
         return None
-    room = Room(num_bytes)
+    room = Buffer(num_bytes)
     try:
         fd = os.open(folder, flags, 0o600)
     except OSError:
@@ -105,7 +105,7 @@ def write_rate(folder: Path, num_bytes: int = 32 << 20) -> float | None:
         os.close(fd)
 
 
-class Room:
+class Buffer:
     """Page-aligned memory for a range, with a page before and behind for elements that reach over its borders."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -122,14 +122,14 @@ class Room:
         return self._all[PAGE + begin : PAGE + begin + num_bytes]
 
 
-class Target:
+class OutputFiles:
     """Writes ranges of output files; keeps them open. Each process and thread has its own."""
 
     def __init__(self, io: Io) -> None:
         self._io = io
         self._open: dict[Path, tuple[int, bool]] = {}
 
-    def write(self, path: Path, offset: int, room: Room, num_bytes: int, *, file_bytes: int) -> None:
+    def write(self, path: Path, offset: int, room: Buffer, num_bytes: int, *, file_bytes: int) -> None:
         """Write the first bytes of a range; `offset` is a multiple of a page, and so is the length but at the file's end."""
         fd, is_direct = self._file(path, file_bytes)
         if is_direct:

@@ -66,7 +66,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class TensorStretches:
     """Stretches of one tensor; `entries[t]` is where snapshot t holds it."""
 
     entries: Sequence[TensorEntry]
@@ -226,7 +226,7 @@ def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8) -> It
         yield Stretch(start, min(count, num_elements - start))
 
 
-def read_trajectory(reader: Reader, sections: Sequence[Section], out: Floats, scratch: Scratch) -> Floats:
+def read_trajectory(reader: Reader, sections: Sequence[TensorStretches], out: Floats, scratch: Scratch) -> Floats:
     """Stretches of tensors at all their snapshots, one behind the other, into `out`: shape (T, N).
 
     Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
@@ -251,7 +251,7 @@ def read_trajectory(reader: Reader, sections: Sequence[Section], out: Floats, sc
     return out
 
 
-def _still_infinities(section: Section, values: Floats) -> None:
+def _still_infinities(section: TensorStretches, values: Floats) -> None:
     """Put 0 for what is not finite but never moves; an error for anything else that is not finite."""
     bad = ~np.isfinite(values) & ~(values == values[-1]).all(axis=0)
     if bool(bad.any()):
@@ -259,7 +259,7 @@ def _still_infinities(section: Section, values: Floats) -> None:
     values[~np.isfinite(values)] = 0
 
 
-def read_in_any_order(reader: Reader, section: Section, out: NDArray[np.float32], scratch: Scratch) -> None:
+def read_in_any_order(reader: Reader, section: TensorStretches, out: NDArray[np.float32], scratch: Scratch) -> None:
     """The values of a section at all snapshots, whatever they are, in an order that is the same for all of them."""
     by_pairs = {entry.dtype.name for entry in section.entries} == {"bfloat16"} and section.count % 2 == 0
     for snapshot, row in enumerate(out):

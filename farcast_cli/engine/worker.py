@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.checkpoint.plan import Copy, Fixed, Values
-from farcast_cli.engine.batch import Computer
-from farcast_cli.engine.output_files import Room, Target
+from farcast_cli.engine.batch import Compute
+from farcast_cli.engine.output_files import Buffer, OutputFiles
 from farcast_cli.engine.ranges import batches, segment_of
 from farcast_cli.engine.reader import Reader
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.engine.arithmetic import Arithmetic
-    from farcast_cli.engine.batch import Source
+    from farcast_cli.engine.batch import Inputs
     from farcast_cli.engine.ranges import Placed, Range, Segment
     from farcast_cli.engine.reader import Io
 
 _PREFETCHED = 64 << 10  # bytes that are worth a hint to the kernel
 
 
-Part = tuple[int, int, int]
+Checksum = tuple[int, int, int]
 """Of a record: the first byte in its file, bytes, CRC-32."""
 
 
@@ -50,7 +50,7 @@ class Work:
         ahead: how many ranges further on is read ahead; 0 for never.
     """
 
-    source: Source
+    source: Inputs
     files: Sequence[Sequence[Placed]]
     paths: Sequence[Sequence[Path]]
     ranges: Sequence[Range]
@@ -76,17 +76,17 @@ class Report:
     bytes_read: int = 0
     num_forecast: int = 0
     unchanged: list[int] = field(default_factory=list)
-    checksums: list[tuple[int, int, int, Part]] = field(default_factory=list)
+    checksums: list[tuple[int, int, int, Checksum]] = field(default_factory=list)
 
 
-class Lane:
+class Worker:
     """Fills ranges; belongs to one process or thread. While one range is computed, the last one is being written."""
 
     def __init__(self, work: Work, arithmetic: Arithmetic) -> None:
         self._work, self._arithmetic = work, arithmetic
-        self._reader, self._target = Reader(work.io), Target(work.io)
-        self._rooms, self._other_rooms = ([Room(work.range_bytes) for _ in range(work.num_horizons)] for _ in range(2))
-        self._computer = Computer(work.source, arithmetic, self._reader)
+        self._reader, self._target = Reader(work.io), OutputFiles(work.io)
+        self._rooms, self._other_rooms = ([Buffer(work.range_bytes) for _ in range(work.num_horizons)] for _ in range(2))
+        self._computer = Compute(work.source, arithmetic, self._reader)
         self._writer = ThreadPoolExecutor(1)
         self._being_written: Future[None] | None = None
 
@@ -102,7 +102,7 @@ class Lane:
         self._rooms, self._other_rooms = self._other_rooms, self._rooms
         return report
 
-    def _write(self, number: int, rooms: Sequence[Room]) -> None:
+    def _write(self, number: int, rooms: Sequence[Buffer]) -> None:
         one = self._work.ranges[number]
         for paths, files, room in zip(self._work.paths, self._work.files, rooms, strict=True):
             self._target.write(paths[one.file], one.start, room, one.num_bytes, file_bytes=files[one.file].num_bytes)

@@ -42,7 +42,7 @@ class _Numbered(Protocol):
 Numbered = TypeVar("Numbered", bound=_Numbered)
 
 
-class Worker(Protocol[Result_co]):
+class TaskWorker(Protocol[Result_co]):
     """Does tasks, one after another."""
 
     def fill(self, number: int, /) -> Result_co: ...
@@ -50,13 +50,13 @@ class Worker(Protocol[Result_co]):
     def close(self) -> None: ...
 
 
-def on_cores(num_tasks: int, make: Callable[[], Worker[Result]], num_workers: int) -> Iterator[Result]:
+def on_cores(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int) -> Iterator[Result]:
     """In so many processes, as far as there are tasks for them; in this one, where one is enough."""
     needed = min(num_workers, num_tasks)
     return in_processes(num_tasks, make, needed) if needed > 1 else alone(num_tasks, make)
 
 
-def alone(num_tasks: int, make: Callable[[], Worker[Result]]) -> Iterator[Result]:
+def alone(num_tasks: int, make: Callable[[], TaskWorker[Result]]) -> Iterator[Result]:
     """In this process, in order."""
     worker = make()
     try:
@@ -66,9 +66,9 @@ def alone(num_tasks: int, make: Callable[[], Worker[Result]]) -> Iterator[Result
         worker.close()
 
 
-def in_threads(num_tasks: int, make: Callable[[], Worker[Result]], num_workers: int) -> Iterator[Result]:
+def in_threads(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int) -> Iterator[Result]:
     """In threads with a worker each, in any order; few results wait at a time."""
-    local, made = threading.local(), list[Worker[Result]]()
+    local, made = threading.local(), list[TaskWorker[Result]]()
 
     def begin() -> None:
         local.worker = make()
@@ -103,7 +103,7 @@ def in_order(results: Iterator[Numbered]) -> Iterator[Numbered]:
             due += 1
 
 
-def in_processes(num_tasks: int, make: Callable[[], Worker[Result]], num_workers: int) -> Iterator[Result]:
+def in_processes(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int) -> Iterator[Result]:
     """In forked processes with a worker each, in any order.
 
     Raises:
@@ -159,7 +159,9 @@ def _killed(process: ForkProcess) -> OutputError:
     return OutputError(f"a worker process {how}", hint="is the memory used up? --threads 1 takes the least")
 
 
-def _serve(num_tasks: int, taken: Synchronized[int], make: Callable[[], Worker[Any]], pipe: Connection, parent: int) -> None:
+def _serve(
+    num_tasks: int, taken: Synchronized[int], make: Callable[[], TaskWorker[Any]], pipe: Connection, parent: int
+) -> None:
     """A worker's life: take the next number, do it, send what came of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,18 +21,18 @@ from farcast_cli.checkpoint.plan import Copy, Values
 from farcast_cli.engine import workers
 from farcast_cli.engine.arithmetic import HostArithmetic
 from farcast_cli.engine.checksums import combine
-from farcast_cli.engine.output_files import create, finish, write_rate
+from farcast_cli.engine.output_files import create, finish_file, write_rate
 from farcast_cli.engine.ranges import Placed, ranges
 from farcast_cli.engine.reader import Resources
-from farcast_cli.engine.worker import Lane, Work
+from farcast_cli.engine.worker import Work, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from farcast_cli.checkpoint.plan import OutputFile
-    from farcast_cli.engine.batch import Source
-    from farcast_cli.engine.worker import Part, Report
+    from farcast_cli.engine.batch import Inputs
+    from farcast_cli.engine.worker import Checksum, Report
 
 RANGE_BYTES = 8 << 20  # of output that a worker fills at once, at all horizons together
 MIN_RANGE_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class Tally:
 class Engine:
     """What a pass reads from, and what it may use."""
 
-    source: Source
+    source: Inputs
     resources: Resources = field(default_factory=Resources)
 
 
@@ -79,7 +79,7 @@ def total_bytes(outputs: Iterable[OutputFile]) -> int:
     return sum(output.num_bytes for output in outputs)
 
 
-def bytes_to_read(outputs: Iterable[OutputFile], source: Source) -> int:
+def bytes_to_read(outputs: Iterable[OutputFile], source: Inputs) -> int:
     """What a pass over one horizon's plan reads: a forecast tensor at all its snapshots, everything else once."""
     total = 0
     for piece in (piece for output in outputs for record in output.records for piece in record.pieces):
@@ -169,17 +169,17 @@ def _pass(
     """Write some horizons' files at once."""
     for path, file in ((path, file) for pair in zip(paths, files, strict=True) for path, file in zip(*pair, strict=True)):
         create(path, file.num_bytes, mode=file.output.mode, folder_mode=file.output.folder_mode)
-    parts: dict[tuple[int, int], dict[int, list[Part]]] = defaultdict(lambda: defaultdict(list))
+    parts: dict[tuple[int, int], dict[int, list[Checksum]]] = defaultdict(lambda: defaultdict(list))
     for report in _run(_work(files, paths, engine, horizons), engine):
         for horizon, number, record, part in report.checksums:
             parts[horizon, number][record].append(part)
         yield report
     for horizon, (its_files, its_paths) in enumerate(zip(files, paths, strict=True)):
         for number, (file, path) in enumerate(zip(its_files, its_paths, strict=True)):
-            finish(path, file.num_bytes, _filled_in(file, parts[horizon, number]))
+            finish_file(path, file.num_bytes, _filled_in(file, parts[horizon, number]))
 
 
-def _filled_in(file: Placed, parts: Mapping[int, Sequence[Part]]) -> Iterator[tuple[int, bytes]]:
+def _filled_in(file: Placed, parts: Mapping[int, Sequence[Checksum]]) -> Iterator[tuple[int, bytes]]:
     """The records' CRC-32 at their positions."""
     for number, record in enumerate(file.output.records):
         whole = 0
@@ -208,7 +208,7 @@ def _run(work: Work, engine: Engine) -> Iterator[Report]:
         from farcast_cli.engine.device import DeviceArithmetic
 
         device = torch.device(engine.resources.device)
-        return workers.in_threads(num_tasks, lambda: Lane(work, DeviceArithmetic(device)), min(DEVICE_LANES, num_tasks))
+        return workers.in_threads(num_tasks, lambda: Worker(work, DeviceArithmetic(device)), min(DEVICE_LANES, num_tasks))
     return workers.on_cores(num_tasks, partial(_host_lane, work), _num_workers(work, engine))
 
 
@@ -218,5 +218,5 @@ def _num_workers(work: Work, engine: Engine) -> int:
     return min(engine.resources.num_workers, len(work.ranges)) if num_bytes >= FORK_BYTES and work.ranges else 1
 
 
-def _host_lane(work: Work) -> Lane:
-    return Lane(work, HostArithmetic())
+def _host_lane(work: Work) -> Worker:
+    return Worker(work, HostArithmetic())

@@ -180,7 +180,7 @@ class Watch:
             os.close(self._end)
 
 
-class Run:
+class Command:
     """One run of the command: a shell in a process group of its own, whose output is read as it comes."""
 
     def __init__(self, command: str, log: Log, variables: Mapping[str, str]) -> None:

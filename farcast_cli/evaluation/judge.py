@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from farcast_cli.errors import OutputError, UsageError
-from farcast_cli.evaluation.command import ESCAPES, Ended, Log, Run, Stop, failure, is_log
+from farcast_cli.evaluation.command import ESCAPES, Command, Ended, Log, Stop, failure, is_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +215,7 @@ class Judge:
         log, remark = Log(path, command), "not ended well"
         try:
             variables = {f"FARCAST_{key}": value for key, value in (self._variables | dict(variables)).items()}
-            run = Run(command, log, variables)
+            run = Command(command, log, variables)
             try:
                 ended = run.follow(self._evaluator.timeout_s, self._stop)
             finally:

@@ -24,8 +24,8 @@ from farcast_cli.engine.reader import (
     Reader,
     Resources,
     Scratch,
-    Section,
     Stretch,
+    TensorStretches,
     read_in_any_order,
     read_trajectory,
     sample_stretches,
@@ -98,7 +98,7 @@ class _Task:
     """Samples of some neighbouring tensors, to be kept a few of and perhaps summed up; or a part of one, to be summed up."""
 
     first: int
-    sections: list[Section]
+    sections: list[TensorStretches]
     is_summed: bool
     is_kept: bool
     count: int = field(init=False)
@@ -107,7 +107,7 @@ class _Task:
     def __post_init__(self) -> None:
         self.count = sum(section.count for section in self.sections)
 
-    def take(self, section: Section, limit: int) -> bool:
+    def take(self, section: TensorStretches, limit: int) -> bool:
         """Take the next tensor's sample too, if it is of the same types and all have no more than `limit` values, and products."""
         mine, its = self.sections[0].entries, section.entries
         num_snapshots, num_tensors = len(its), len(self.sections) + 1
@@ -135,13 +135,15 @@ def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) 
     for index, tensor in enumerate(alignment.tensors):
         entries, size = tensor.entries, tensor.num_elements
         is_summed = num_samples is not None or size <= DEFAULT_SAMPLE
-        section = Section(entries, sample_stretches(size, num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE)))
+        section = TensorStretches(
+            entries, sample_stretches(size, num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE))
+        )
         if not (found and is_summed and found[-1].take(section, limit)):
             found.append(_Task(index, [section], is_summed=is_summed, is_kept=True))
         if not is_summed:
             span = SPAN if is_host else MAX_STRETCH
             for start in range(0, size, span):
-                part = Section(entries, (Stretch(start, min(span, size - start)),))
+                part = TensorStretches(entries, (Stretch(start, min(span, size - start)),))
                 found.append(_Task(index, [part], is_summed=True, is_kept=False))
     return tuple(found)
 
@@ -161,7 +163,7 @@ class _Reading:
 
 
 @dataclass(slots=True)
-class Part:
+class Sums:
     """What came of a task: products (K, R, R) of its tensors, or the basis (R, N) for a device to multiply; weights (M, T)."""
 
     number: int
@@ -176,8 +178,8 @@ class _Summer:
     def __init__(self, reading: _Reading) -> None:
         self._reading, self._reader, self._scratch = reading, Reader(reading.resources.io), Scratch()
 
-    def fill(self, number: int) -> Part:
-        task, part = self._reading.tasks[number], Part(number)
+    def fill(self, number: int) -> Sums:
+        task, part = self._reading.tasks[number], Sums(number)
         if not task.is_kept:
             part.products = self._full_products(task.sections[0])[None]
         else:
@@ -188,14 +190,14 @@ class _Summer:
         self._reader.release()
         return part
 
-    def _full_products(self, span: Section) -> NDArray[np.float64]:
+    def _full_products(self, span: TensorStretches) -> NDArray[np.float64]:
         entries, (whole,) = span.entries, span.pieces
         products = np.zeros((len(entries) + 1, len(entries) + 1))
         for piece in stretches(whole.count, num_snapshots=len(entries), itemsize=4):
-            products += self._products(Section(entries, (Stretch(whole.start + piece.start, piece.count),)))
+            products += self._products(TensorStretches(entries, (Stretch(whole.start + piece.start, piece.count),)))
         return products
 
-    def _products(self, section: Section) -> NDArray[np.float64]:
+    def _products(self, section: TensorStretches) -> NDArray[np.float64]:
         """In float32 where the values are of such types and it can hold their products."""
         if all(work_type(entry.dtype) is np.float32 for entry in section.entries):
             basis = self._memory((section,), np.float32)
@@ -208,7 +210,7 @@ class _Summer:
         read_trajectory(self._reader, (section,), basis[:-1], self._scratch)
         return inner_products(to_basis(basis))
 
-    def _memory(self, sections: Sequence[Section], dtype: WorkType) -> Floats:
+    def _memory(self, sections: Sequence[TensorStretches], dtype: WorkType) -> Floats:
         num_rows, count = len(sections[0].entries) + 1, sum(section.count for section in sections)
         return self._scratch.named("basis", num_rows * count, dtype).reshape(num_rows, count)
 
@@ -219,22 +221,22 @@ class _Summer:
 class _Gatherer(_Summer):
     """Reads tasks for a device to sum up: in float64, in memory of their own."""
 
-    def fill(self, number: int) -> Part:
+    def fill(self, number: int) -> Sums:
         task = self._reading.tasks[number]
         basis = np.empty((len(task.sections[0].entries) + 1, task.count))
         values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
         self._reader.release()
         kept = _thin(values, task.sections, self._reading.num_kept) if task.is_kept else None
-        return Part(number, kept=kept, basis=to_basis(basis) if task.is_summed else None)
+        return Sums(number, kept=kept, basis=to_basis(basis) if task.is_summed else None)
 
 
-def _products_of_each(basis: Floats, sections: Sequence[Section]) -> NDArray[np.float64]:
+def _products_of_each(basis: Floats, sections: Sequence[TensorStretches]) -> NDArray[np.float64]:
     """(K, R, R) of the basis (R, N) of K sections, one behind the other."""
     ends = np.cumsum([section.count for section in sections])
     return in_basis_order(np.stack([rows @ rows.T for rows in np.split(basis, ends[:-1], axis=1)]))
 
 
-def _parts(reading: _Reading) -> Iterator[Part]:
+def _parts(reading: _Reading) -> Iterator[Sums]:
     num_tasks, device, num_workers = len(reading.tasks), reading.resources.device, reading.resources.num_workers
     if device != "cpu":
         return _multiplied(workers.in_threads(num_tasks, partial(_Gatherer, reading), max(num_workers, 2)), device)
@@ -242,14 +244,14 @@ def _parts(reading: _Reading) -> Iterator[Part]:
     return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1)
 
 
-def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
+def _multiplied(parts: Iterator[Sums], device: str) -> Iterator[Sums]:
     """The parts with their products in place of their bases, made on a device, as many at once as it may hold."""
     from farcast_cli.forecast.device_gram import BATCH_BYTES, products_of
 
-    held: list[Part] = []
+    held: list[Sums] = []
     bases: list[Floats] = []
 
-    def flush() -> Iterator[Part]:
+    def flush() -> Iterator[Sums]:
         for part, products in zip(held, products_of(bases, device) if held else (), strict=True):
             part.products = in_basis_order(products)[None]
             yield part
@@ -268,7 +270,7 @@ def _multiplied(parts: Iterator[Part], device: str) -> Iterator[Part]:
     yield from flush()
 
 
-def _thin(values: Floats, sections: Sequence[Section], num_kept: int) -> NDArray[np.float32]:
+def _thin(values: Floats, sections: Sequence[TensorStretches], num_kept: int) -> NDArray[np.float32]:
     """At most `num_kept` elements of each section of values (T, N), evenly spread: (M, T)."""
     counts = [section.count for section in sections]
     starts = [0, *itertools.accumulate(counts)]

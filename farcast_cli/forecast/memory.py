@@ -25,7 +25,7 @@ from farcast_cli.forecast.momentum import Momentum, Remembered
 from farcast_cli.forecast.steering import LARGEST, Losses
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.run.alignment import AlignedTensor, Alignment, align
-from farcast_cli.run.pace import Clock  # noqa: TC001 - pydantic reads the annotation
+from farcast_cli.run.pace import ClockName  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tensors import DTYPES, FLOATING
 
@@ -48,7 +48,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 _Square = Annotated[float, Field(ge=0, le=4 * LARGEST**2)]
 
 
-class Record(BaseModel):
+class MemoryRecord(BaseModel):
     """What a memory says beside its tensors. `run` is relative to its folder, and `forecast` lies in it.
 
     The bounds keep a damaged or a stranger's memory from naming other places, and its numbers from leaving arithmetic.
@@ -79,7 +79,7 @@ class Record(BaseModel):
     """The learning rate at the origin."""
     length: float = Field(ge=1 / LARGEST, le=LARGEST)
     """Of the last stretch, and so of the moves that the file holds, in `clock`."""
-    clock: Clock
+    clock: ClockName
     count: int = Field(ge=0, le=1 << 30)
     gain: float = Field(ge=0, le=LARGEST)
     made: float = Field(ge=-(LARGEST**2), le=LARGEST**2)
@@ -123,7 +123,7 @@ class Memory:
     """A memory that was read, and is whole. `path` is its file."""
 
     path: Path
-    record: Record
+    record: MemoryRecord
     moves: Mapping[str, TensorEntry]
     landing: Mapping[str, TensorEntry]
 
@@ -154,7 +154,7 @@ def read_memory(path: Path) -> Memory | None:
             return None
         file = read_safetensors(path)
     try:
-        record = Record.model_validate(parse_json(file.metadata[_METADATA_KEY].encode()))
+        record = MemoryRecord.model_validate(parse_json(file.metadata[_METADATA_KEY].encode()))
     except (KeyError, ValueError, ValidationError) as error:
         raise FileFormatError(
             f"{path}: not a memory of leaps that this version of farcast can read",
@@ -183,7 +183,7 @@ def check_memory_ours(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Basis:
+class MemoryBasis:
     """Aligned files, the move of the last stretch over their Gram basis, and what is remembered over the same basis.
 
     Args:
@@ -196,7 +196,7 @@ class Basis:
     has_moves: bool
 
 
-def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclude: Sequence[str]) -> Basis | str:
+def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclude: Sequence[str]) -> MemoryBasis | str:
     """What the next leap is computed from; or in words why this memory cannot be used."""
     where = memory.forecast
     landing: Snapshot | None = None
@@ -225,10 +225,10 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
     if known != {tensor.name for tensor in shared.tensors}:
         return f"its tensors are not those of {origin.path.name}"
     snapshots = (landing, origin) if landing else (origin,)
-    return Basis(Alignment(tuple(tensors), shared.copied), snapshots, memory.record.count > 0)
+    return MemoryBasis(Alignment(tuple(tensors), shared.copied), snapshots, memory.record.count > 0)
 
 
-def changed(forecast: Path, record: Record) -> str:
+def changed(forecast: Path, record: MemoryRecord) -> str:
     """What is wrong with the last forecast; empty where it is as it was written."""
     with reading(forecast):
         if not forecast.exists():
@@ -245,7 +245,7 @@ def remembered(memory: Memory, moves: NDArray[Any]) -> Remembered | None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def plan_memory(alignment: Alignment, record: Record, *, holds_landing: bool) -> OutputFile:
+def plan_memory(alignment: Alignment, record: MemoryRecord, *, holds_landing: bool) -> OutputFile:
     """The file of a new memory; its moves are the values of a bare forecast (`LinearMap.bare`).
 
     Args:

@@ -23,9 +23,9 @@ from farcast_cli.formats.torch_pickle import unsafe
 from farcast_cli.formats.unpacked import guessed_lzma, inflated, unpacked
 from farcast_cli.formats.zip_file import (
     ZIP_MARK,
-    Record,
-    Stretch,
+    Span,
     Window,
+    ZipMember,
     data_offset,
     directory,
     plain_record,
@@ -77,7 +77,7 @@ def refuse_code_in_stretch(path: Path, start: int, size: int) -> None:
 
     TorchScript has several pickles in one zip, and torch itself does not care about the case of a name.
     """
-    stretch = Stretch(path, start, size)
+    stretch = Span(path, start, size)
     infos = directory(stretch)
     roots = {info.orig_filename.lower().removesuffix("data.pkl") for info in infos if _is_pickle(info)}
     refuse_overlap(stretch.path, [_packed(stretch, info) for info in infos])
@@ -90,17 +90,17 @@ def _is_pickle(info: zipfile.ZipInfo) -> bool:
     return info.orig_filename.lower().endswith(".pkl")
 
 
-def _packed(stretch: Stretch, info: zipfile.ZipInfo) -> Record:
-    return Record(stretch.path, info.orig_filename, stretch.start + data_offset(stretch, info), info.compress_size)
+def _packed(stretch: Span, info: zipfile.ZipInfo) -> ZipMember:
+    return ZipMember(stretch.path, info.orig_filename, stretch.start + data_offset(stretch, info), info.compress_size)
 
 
-def _refuse_in_record(stretch: Stretch, info: zipfile.ZipInfo, roots: set[str], opcodes: Iterator[int]) -> None:
+def _refuse_in_record(stretch: Span, info: zipfile.ZipInfo, roots: set[str], opcodes: Iterator[int]) -> None:
     """Look at a record; at one of torch's storages only as a numpy file: torch reads plain numbers from it."""
     if _is_pickle(info):
         plain_record(stretch, info)  # torch would unpack it whole
     if info.flag_bits & 1 or info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
         return
-    inner = Stretch(stretch.path, stretch.start + data_offset(stretch, info), info.compress_size)
+    inner = Span(stretch.path, stretch.start + data_offset(stretch, info), info.compress_size)
     stream: Stream = io.BufferedReader(Window(inner), _BUFFER_BYTES)
     if info.compress_type == zipfile.ZIP_DEFLATED:
         stream = inflated(stream)

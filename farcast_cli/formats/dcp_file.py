@@ -20,7 +20,7 @@ from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.formats.copied_file import refuse_code_in_stretch
 from farcast_cli.formats.torch_file import MAX_PICKLE_BYTES, TorchFile, read_torch_stretch
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, decode_pickle, iter_storages
-from farcast_cli.formats.zip_file import Record
+from farcast_cli.formats.zip_file import ZipMember
 from farcast_cli.tensors import DTYPES, DType, row_major_strides
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class _Shard:
     label: str
 
 
-class _Located(dict[str, Record]):
+class _Located(dict[str, ZipMember]):
     """Storage records by name, each looked up in its item when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -86,7 +86,7 @@ class _Located(dict[str, Record]):
         self._folder = folder
         self.items_by_name: dict[str, Item] = {}
 
-    def __missing__(self, name: str) -> Record:
+    def __missing__(self, name: str) -> ZipMember:
         found = tensor_of(self._folder, self.items_by_name[name])[1]
         self[name] = found
         return found
@@ -135,7 +135,7 @@ def _follow(folder: Path) -> DcpFile:
     return DcpFile(folder, _with_groups(file, items), tuple(items), metadata)
 
 
-def tensor_of(folder: Path, item: Item) -> tuple[TensorRef, Record]:
+def tensor_of(folder: Path, item: Item) -> tuple[TensorRef, ZipMember]:
     """The tensor of an item and the record that holds its storage; costs a few small reads."""
     file = read_torch_stretch(folder / item.file, item.offset, item.num_bytes)
     if not isinstance(file.tree, TensorRef):

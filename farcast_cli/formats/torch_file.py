@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
 from farcast_cli.files.reading import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, decode_pickle, iter_storages, unsafe
-from farcast_cli.formats.zip_file import SAVE_AGAIN, ZIP_MARK, Record, Stretch, damaged, directory, plain_record, refuse_overlap
+from farcast_cli.formats.zip_file import SAVE_AGAIN, ZIP_MARK, Span, ZipMember, damaged, directory, plain_record, refuse_overlap
 from farcast_cli.tensors import TensorEntry, is_row_major
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ class TorchFile:
 
     path: Path
     tree: Any
-    records: Mapping[str, Record]
+    records: Mapping[str, ZipMember]
     prefix: str
     num_bytes: int
     digest: str
 
-    def storage_record(self, storage: StorageRef) -> Record:
+    def storage_record(self, storage: StorageRef) -> ZipMember:
         return self.records[f"{self.prefix}/data/{storage.key}"]
 
     def entry(self, name: str, ref: TensorRef) -> TensorEntry:
@@ -82,7 +82,7 @@ def read_torch_file(path: Path) -> TorchFile:
 
 def read_torch_stretch(path: Path, start: int, size: int) -> TorchFile:
     """The same for a torch file that is the stretch [start, start + size) of another."""
-    stretch = Stretch(path, start, size)
+    stretch = Span(path, start, size)
     records = _read_records(stretch)
     pickled = _pickle_record(path, records)
     prefix = pickled.name.removesuffix("/data.pkl")
@@ -106,7 +106,7 @@ def read_raw_pickle(path: Path) -> bytes:
         UnsafeFileError: it is compressed, or the zip is made to exhaust its reader.
         FileFormatError: not a torch file.
     """
-    stretch = Stretch(path, 0, file_size(path))
+    stretch = Span(path, 0, file_size(path))
     infos = [info for info in directory(stretch) if info.orig_filename.endswith("/data.pkl")]
     if len(infos) != 1:
         raise damaged(path, f"expected one data.pkl, found {len(infos)}")
@@ -115,7 +115,7 @@ def read_raw_pickle(path: Path) -> bytes:
     return stretch.read_record(record)
 
 
-def _pickle_record(path: Path, records: Mapping[str, Record]) -> Record:
+def _pickle_record(path: Path, records: Mapping[str, ZipMember]) -> ZipMember:
     found = [record for name, record in records.items() if name.lower().endswith("/data.pkl")]
     if len(found) != 1 or found[0].name.count("/") != 1 or not found[0].name.endswith("/data.pkl"):
         raise damaged(path, f"expected one data.pkl, found {len(found)}")
@@ -127,7 +127,7 @@ def _pickle_record(path: Path, records: Mapping[str, Record]) -> Record:
     return record
 
 
-def _check_size(path: Path, record: Record) -> None:
+def _check_size(path: Path, record: ZipMember) -> None:
     if record.num_bytes > MAX_PICKLE_BYTES:
         raise UnsafeFileError(f"{path}: its pickle has {record.num_bytes} bytes, over the limit of {MAX_PICKLE_BYTES}")
 
@@ -146,8 +146,8 @@ def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
     )
 
 
-def _read_records(stretch: Stretch) -> dict[str, Record]:
-    records: dict[str, Record] = {}
+def _read_records(stretch: Span) -> dict[str, ZipMember]:
+    records: dict[str, ZipMember] = {}
     folded: set[str] = set()
     for info in directory(stretch):
         record = plain_record(stretch, info)
@@ -159,7 +159,7 @@ def _read_records(stretch: Stretch) -> dict[str, Record]:
     return records
 
 
-def _check_byte_order(stretch: Stretch, record: Record | None) -> None:
+def _check_byte_order(stretch: Span, record: ZipMember | None) -> None:
     if record is not None and stretch.read_record(record, most=16) != b"little":
         raise FileFormatError(f"{stretch.path}: written on a big-endian machine; expected little-endian")
 

@@ -31,7 +31,7 @@ _END_BYTES, _LOCATOR_BYTES, _END64_BYTES = 22, 20, 56
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipMember:
     """Where a zip record's bytes lie."""
 
     path: Path
@@ -44,7 +44,7 @@ def damaged(path: Path, what: str) -> FileFormatError:
     return FileFormatError(f"{path}: {what}", hint=SAVE_AGAIN)
 
 
-class Stretch:
+class Span:
     """A stretch of a file, which begins at 0 for whoever reads it. A small one is read once, however many ask for it."""
 
     def __init__(self, path: Path, start: int, size: int) -> None:
@@ -56,7 +56,7 @@ class Stretch:
             return self._data[offset : offset + count]
         return read_bytes(self.path, self.start + offset, count)
 
-    def read_record(self, record: Record, most: int | None = None) -> bytes:
+    def read_record(self, record: ZipMember, most: int | None = None) -> bytes:
         count = record.num_bytes if most is None else min(record.num_bytes, most)
         return self.read(record.offset - self.start, count)
 
@@ -64,7 +64,7 @@ class Stretch:
 class Window(io.RawIOBase):
     """A stretch of a file as a file of its own, for zipfile to read."""
 
-    def __init__(self, stretch: Stretch) -> None:
+    def __init__(self, stretch: Span) -> None:
         super().__init__()
         self._stretch, self._size, self._position = stretch, stretch.size, 0
 
@@ -103,7 +103,7 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def directory(stretch: Stretch) -> list[zipfile.ZipInfo]:
+def directory(stretch: Span) -> list[zipfile.ZipInfo]:
     """A zip's own list of its records, where no other reader can see another list."""
     try:
         with zipfile.ZipFile(Window(stretch)) as archive:
@@ -115,7 +115,7 @@ def directory(stretch: Stretch) -> list[zipfile.ZipInfo]:
     return infos
 
 
-def _told_directories(stretch: Stretch) -> set[int]:
+def _told_directories(stretch: Span) -> set[int]:
     """Where the end of a zip says that its directory begins; nothing where its two ends say different things."""
     behind = stretch.size - _END_BYTES - _LOCATOR_BYTES - _END64_BYTES
     tail = stretch.read(max(behind, 0), stretch.size - max(behind, 0))
@@ -128,7 +128,7 @@ def _told_directories(stretch: Stretch) -> set[int]:
     return {int.from_bytes(tail[48:56], "little")} if told else set()
 
 
-def plain_record(stretch: Stretch, info: zipfile.ZipInfo) -> Record:
+def plain_record(stretch: Span, info: zipfile.ZipInfo) -> ZipMember:
     name = info.orig_filename
     if not name.isprintable() or "\\" in name or {"", ".."} & set(name.rstrip("/").split("/")):
         raise UnsafeFileError(f"{stretch.path}: a record is called {name!r}", hint=SAVE_AGAIN)
@@ -137,10 +137,10 @@ def plain_record(stretch: Stretch, info: zipfile.ZipInfo) -> Record:
             f"{stretch.path}: record {name!r} is compressed or encrypted; torch stores plainly",
             hint="load and save it again with torch, or keep the file out of this folder",
         )
-    return Record(stretch.path, name, stretch.start + data_offset(stretch, info), info.file_size)
+    return ZipMember(stretch.path, name, stretch.start + data_offset(stretch, info), info.file_size)
 
 
-def data_offset(stretch: Stretch, info: zipfile.ZipInfo) -> int:
+def data_offset(stretch: Span, info: zipfile.ZipInfo) -> int:
     if info.header_offset + _LOCAL_BYTES > stretch.size:
         raise damaged(stretch.path, f"record {info.filename!r} reaches beyond the end of the file")
     local = stretch.read(info.header_offset, _LOCAL_BYTES)
@@ -153,7 +153,7 @@ def data_offset(stretch: Stretch, info: zipfile.ZipInfo) -> int:
     return offset
 
 
-def refuse_overlap(path: Path, records: Iterable[Record]) -> None:
+def refuse_overlap(path: Path, records: Iterable[ZipMember]) -> None:
     """Refuse records that share bytes: a small zip could have any number of large ones."""
     end, last = 0, ""
     for record in sorted(records, key=lambda record: record.offset):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.trainers.base import Snapshot
 
-Item = TypeVar("Item")
+Value = TypeVar("Value")
 MAX_NAMED = 3
 """Tensors that a message names one by one."""
 _SCATTERED = "not stored as one stretch in the same order in every snapshot"
@@ -141,7 +141,7 @@ class _Choice:
     exclude: tuple[str, ...]
 
 
-def under_common_names(named: Mapping[str, Item]) -> dict[str, Item]:
+def under_common_names(named: Mapping[str, Value]) -> dict[str, Value]:
     """The same under names without wrappers' prefixes; under their own where that would make two the same."""
     found = {canonical_name(name): item for name, item in named.items()}
     return found if len(found) == len(named) else dict(named)

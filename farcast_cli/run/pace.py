@@ -16,7 +16,7 @@ from farcast_cli.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Clock = Literal["steps", "rate"]
+ClockName = Literal["steps", "rate"]
 
 MAX_SCALE = 3.0  # as the limit of a matched norm: what a warm-up begins with tells little of what comes behind it
 
@@ -66,7 +66,7 @@ class Pace:
         return Pace.of([*before, *pieces, *after])
 
     @property
-    def clock(self) -> Clock:
+    def clock(self) -> ClockName:
         return "rate" if self.rates else "steps"
 
     def covers(self, first: float, last: float) -> bool:
@@ -118,7 +118,7 @@ class Pace:
         low = (edge for edge, rate in zip(self.edges[here:], self.rates[here:], strict=False) if rate < limit)
         return origin if self.rates[max(0, here - 1)] < limit else max(origin, next(low, self.edges[-1]))
 
-    def clocked(self, wanted: Clock | None, first: float, last: float) -> Pace:
+    def clocked(self, wanted: ClockName | None, first: float, last: float) -> Pace:
         """The clock to use for a forecast that needs the rates between two steps: as wanted, else rates where all are known.
 
         Raises:

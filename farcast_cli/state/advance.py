@@ -22,7 +22,7 @@ from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamabl
 from farcast_cli.state.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
 from farcast_cli.state.files import (
     STATE_ROLES,
-    History,
+    StateHistory,
     as_numbers,
     leaf,
     load_histories,
@@ -55,7 +55,7 @@ _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
 Path_ = tuple[Any, ...]
-Place = tuple[str, int, int]
+StorageSpan = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class StateTree:
     part: Part
     tree: Any
     file: TorchFile | None
-    literals: dict[Place, bytes] = field(default_factory=dict)
-    zeroed: set[Place] = field(default_factory=set)
+    literals: dict[StorageSpan, bytes] = field(default_factory=dict)
+    zeroed: set[StorageSpan] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ def told_as_damage(origin: Snapshot) -> Iterator[None]:
         ) from error
 
 
-def _is_rewritten(state: StateTree, history: History) -> bool:
+def _is_rewritten(state: StateTree, history: StateHistory) -> bool:
     """Whether a state file is another than the origin's, which is copied as it is otherwise."""
     return state.part.role == "state" or bool(state.literals or state.zeroed) or state.tree != history.states[-1][1]
 
@@ -169,7 +169,7 @@ def _is_batch_count(name: str) -> bool:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-def _advance_counters(state: StateTree, history: History, target: int, result: Advanced, clock: Clock | None) -> None:
+def _advance_counters(state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None) -> None:
     if state.part.role == "state" and not state.part.weights_key:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
@@ -199,7 +199,7 @@ def _advance_counters(state: StateTree, history: History, target: int, result: A
         result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
 
 
-def _opaque(tree: object, history: History, path: Path_ = ()) -> Iterator[str]:
+def _opaque(tree: object, history: StateHistory, path: Path_ = ()) -> Iterator[str]:
     """What a loop pickled by itself, a data loader's place for one, where it changes from snapshot to snapshot."""
     if isinstance(tree, bytes) and any(leaf(earlier, path) != tree for _, earlier, _ in history.states):
         yield ".".join(map(str, path))
@@ -269,7 +269,7 @@ def _may_count(value: object, key: object, path: Path_) -> bool:
     return isinstance(value, int)
 
 
-def _place(ref: TensorRef) -> Place:
+def _place(ref: TensorRef) -> StorageSpan:
     return ref.storage.key, ref.offset, prod(ref.shape)
 
 
@@ -283,7 +283,7 @@ def _packed(ref: TensorRef, value: float) -> bytes:
 
 def _advance_schedules(
     result: Advanced,
-    histories: Mapping[str, History],
+    histories: Mapping[str, StateHistory],
     origin: Snapshot,
     target: int,
     clocks: Mapping[str, Clock | None],
@@ -334,7 +334,7 @@ def _advance_schedules(
             result.notes.append(f"{where}: {note}")
 
 
-def _rates_left(result: Advanced, histories: Mapping[str, History]) -> Iterator[str]:
+def _rates_left(result: Advanced, histories: Mapping[str, StateHistory]) -> Iterator[str]:
     """Learning rates that moved along the run, where no file says by what schedule."""
     for name, state in result.trees.items():
         _, first, file = histories[name].states[0]

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
     from farcast_cli.trainers.base import Role, Snapshot
 
-    Path_ = tuple[Any, ...]
+    TreePath = tuple[Any, ...]
 
 STATE_ROLES: frozenset[Role] = frozenset({"state", "side-state", "optimizer", "scheduler", "trainer-state"})
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class StateHistory:
     """One state file at the last few snapshots: (step, tree, file), the origin last."""
 
     states: tuple[tuple[int, Any, TorchFile | None], ...]
 
-    def series(self, path: Path_) -> list[tuple[int, int | float]]:
+    def series(self, path: TreePath) -> list[tuple[int, int | float]]:
         """The values of a leaf by step, where it is a number."""
         found = []
         for step, tree, file in self.states:
@@ -39,7 +39,7 @@ class History:
         return found
 
 
-def observation(tree: object, path: Path_, file: TorchFile | None) -> Observation | None:
+def observation(tree: object, path: TreePath, file: TorchFile | None) -> Observation | None:
     """The rates of a schedule at a snapshot, and how often it had been stepped."""
     state = leaf(tree, path)
     rates = state.get("_last_lr") if isinstance(state, dict) else None
@@ -50,7 +50,7 @@ def observation(tree: object, path: Path_, file: TorchFile | None) -> Observatio
     return Observation(int(state["last_epoch"]), tuple(known)) if len(known) == len(rates) else None
 
 
-def scheduler_paths(tree: object, path: Path_ = ()) -> Iterator[Path_]:
+def scheduler_paths(tree: object, path: TreePath = ()) -> Iterator[TreePath]:
     """Where the states of schedules are."""
     if is_scheduler_state(tree):
         yield path
@@ -93,7 +93,7 @@ def as_numbers(tree: Any, file: TorchFile | None) -> Any:
     return copy.deepcopy(tree)
 
 
-def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STATE_ROLES) -> dict[str, History]:
+def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STATE_ROLES) -> dict[str, StateHistory]:
     """The state files of the last snapshots by part name; the origin has all of them, older ones may lack some."""
     by_name: dict[str, list[tuple[int, Any, TorchFile | None]]] = {}
     for snapshot in snapshots:
@@ -103,10 +103,10 @@ def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STAT
                 content = content.as_torch if isinstance(content, DcpFile) else content
                 file = content if isinstance(content, TorchFile) else None
                 by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
-    return {name: History(tuple(states)) for name, states in by_name.items()}
+    return {name: StateHistory(tuple(states)) for name, states in by_name.items()}
 
 
-def leaf(tree: Any, path: Path_) -> Any:
+def leaf(tree: Any, path: TreePath) -> Any:
     """What lies at a path; None where nothing does."""
     for key in path:
         if isinstance(tree, dict):

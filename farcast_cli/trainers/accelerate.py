@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
-from farcast_cli.trainers.weights_folder import Source, read_weights
+from farcast_cli.trainers.weights_folder import WeightFile, read_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,20 +29,20 @@ def _recognises(path: Path) -> bool:
     return path.is_dir() and ((path / "optimizer.bin").is_file() or any(path.glob("random_states_*.pkl")))
 
 
-def _sources(path: Path) -> list[Source]:
+def _sources(path: Path) -> list[WeightFile]:
     """Every model of the run: numbered files; else what a save hook wrote, into the folder or into one for each model."""
     first = find_weights(path, (*WEIGHT_FILES, *_HOOKED))
     if first:
-        return [Source(first), *_further_models(path)]
+        return [WeightFile(first), *_further_models(path)]
     inner = [(find_weights(folder, (*WEIGHT_FILES, *_HOOKED)), folder.name) for folder in sorted(path.iterdir())]
-    return [Source(file, f"{name}.") for file, name in inner if file]
+    return [WeightFile(file, f"{name}.") for file, name in inner if file]
 
 
-def _further_models(path: Path) -> list[Source]:
+def _further_models(path: Path) -> list[WeightFile]:
     """The second model and those after it, as safetensors where both forms are there."""
     numbers = sorted({int(found[1]) for file in path.iterdir() if (found := _MODEL.fullmatch(file.name))})
     files = [find_weights(path, (f"model_{n}.safetensors", f"pytorch_model_{n}.bin")) for n in numbers]
-    return [Source(file, f"model_{n}.") for file, n in zip(files, numbers, strict=True) if file]
+    return [WeightFile(file, f"model_{n}.") for file, n in zip(files, numbers, strict=True) if file]
 
 
 def _read(path: Path) -> Snapshot:

@@ -31,7 +31,7 @@ METADATA_STEPS = ("step", "ss_steps", "global_step")
 MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
-Source = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
+EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
 
 
@@ -39,7 +39,7 @@ Source = Literal["trainer state", "payload", "adam step", "name", "metadata", "s
 class Evidence:
     """One place that names a snapshot's step, as in `trainer state: global_step = 500`."""
 
-    source: Source
+    source: EvidenceKind
     where: str
     step: int
 

@@ -25,7 +25,7 @@ from farcast_cli.trainers.base import (
 )
 from farcast_cli.trainers.refused import refuse
 from farcast_cli.trainers.transformers_rates import named_formula
-from farcast_cli.trainers.weights_folder import Source, find_adapters, read_json, read_weights, second_weights
+from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_json, read_weights, second_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,13 +48,13 @@ def _recognises(path: Path) -> bool:
     return (path / STATE_FILE).is_file() and bool(_sources(path))
 
 
-def _sources(path: Path) -> list[Source]:
+def _sources(path: Path) -> list[WeightFile]:
     """What the Trainer loads on resuming: whole weights in one file, else adapters, else shards."""
     one = find_weights(path, _ONE_FILE)
     if one:
-        return [Source(one)]
+        return [WeightFile(one)]
     whole = find_weights(path)
-    return find_adapters(path) or ([Source(whole)] if whole else [])
+    return find_adapters(path) or ([WeightFile(whole)] if whole else [])
 
 
 def _read(path: Path) -> Snapshot:

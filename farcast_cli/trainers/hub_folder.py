@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.trainers.base import ADAPTER_FILES, Layout, Snapshot, find_step_in_name, find_weights
 from farcast_cli.trainers.side_files import adam_steps, beside, counted_steps, named_steps, side_parts
-from farcast_cli.trainers.weights_folder import Source, find_adapters, read_weights
+from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,11 +19,11 @@ def _recognises(path: Path) -> bool:
     return path.is_dir() and bool(_sources(path))
 
 
-def _sources(path: Path) -> list[Source]:
+def _sources(path: Path) -> list[WeightFile]:
     """A whole model, or adapters; a folder of adapter folders is one snapshot only where its name bears a step."""
     whole = find_weights(path)
     if whole:
-        return [Source(whole)]
+        return [WeightFile(whole)]
     return find_adapters(path) if find_weights(path, ADAPTER_FILES) or find_step_in_name(path.name) else []
 
 

@@ -45,7 +45,7 @@ MAX_FREQUENCY = 1_000  # of a schedule's steps
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LoopPosition:
     """A point of the run: epoch from 0, batch within it from 1, and the moment of saving."""
 
     epoch: int
@@ -61,7 +61,7 @@ class Validation:
     epochs: int
     num_batches: int
 
-    def count(self, place: Place, batches: int | None) -> int:
+    def count(self, place: LoopPosition, batches: int | None) -> int:
         """Validations that have ended in this epoch."""
         done = place.batch - (place.moment == "batch")
         if self.epochs:
@@ -69,7 +69,7 @@ class Validation:
         before = place.epoch * (batches or 0)
         return (before + max(done, 0)) // self.spacing - before // self.spacing
 
-    def has_run(self, place: Place, batches: int | None) -> bool:
+    def has_run(self, place: LoopPosition, batches: int | None) -> bool:
         earlier = place.epoch // self.epochs if self.epochs else place.epoch * (batches or 0) // self.spacing
         return bool(earlier or self.count(place, batches))
 
@@ -89,7 +89,7 @@ class Seen:
     step: int
     loop: Counts
     schedules: tuple[int | None, ...]
-    place: Place
+    place: LoopPosition
 
     def total(self, name: str, key: str = "ready") -> int:
         return int(self.loop[name]["total"][key])
@@ -127,7 +127,7 @@ class Rhythm:
             return None
         return self.steps_into(self.batches)
 
-    def place_after(self, start: Place, horizon: int) -> Place:
+    def place_after(self, start: LoopPosition, horizon: int) -> LoopPosition:
         """The place `horizon` optimizer steps on: the batch that takes the last of them.
 
         Raises:
@@ -146,18 +146,18 @@ class Rhythm:
             batch += int(more)
             if self.batches:
                 epoch, batch = epoch + (batch - 1) // self.batches, (batch - 1) % self.batches + 1
-        return Place(epoch, batch, self._moment(start.moment, epoch, batch))
+        return LoopPosition(epoch, batch, self._moment(start.moment, epoch, batch))
 
     def _moment(self, usual: Moment, epoch: int, batch: int) -> Moment:
         """The usual moment of saving where it can come about at a batch; else the end of that batch."""
-        validated = Place(epoch, batch, "validation")
+        validated = LoopPosition(epoch, batch, "validation")
         if usual == "validation" and self.validation is not None:
             before = replace(validated, moment="batch")
             ran = self.validation.count(validated, self.batches) > self.validation.count(before, self.batches)
             return usual if ran else "batch"
         return usual if usual == "batch" or batch == self.batches else "batch"
 
-    def schedule_count(self, schedule: Schedule, place: Place) -> int:
+    def schedule_count(self, schedule: Schedule, place: LoopPosition) -> int:
         """How often a schedule has been stepped by a place."""
         late = place.moment in {"batch", "validation"}
         if schedule.unit in {"step", "late step"}:
@@ -177,7 +177,7 @@ class Rhythm:
 
     # --- the loops' counts at a place ---
 
-    def counts(self, place: Place) -> Counts:
+    def counts(self, place: LoopPosition) -> Counts:
         """The fit loop's progress, as Lightning lays it out."""
         size = self.batches or 0
         num_batches = place.epoch * size + place.batch
@@ -202,13 +202,13 @@ class Rhythm:
             _EPOCH: _epochs(place),
         } | ({_VALIDATION: self._validation_counts(place)} if self.validation else {})
 
-    def _scheduler_counts(self, place: Place) -> Counts:
+    def _scheduler_counts(self, place: LoopPosition) -> Counts:
         known = [schedule for schedule in self.schedules if schedule]
-        start = Place(place.epoch, 0, "batch")
+        start = LoopPosition(place.epoch, 0, "batch")
         total = sum(self.schedule_count(schedule, place) for schedule in known)
         return _both(total, total - sum(self.schedule_count(schedule, start) for schedule in known))
 
-    def _validation_counts(self, place: Place) -> Counts:
+    def _validation_counts(self, place: LoopPosition) -> Counts:
         assert self.validation is not None  # noqa: S101 - the caller's branch
         ran, each = self.validation.has_run(place, self.batches), self.validation.num_batches
         return _both(each * self.validation.count(place, self.batches), each * ran) | {"is_last_batch": ran}
@@ -222,7 +222,7 @@ def _both(total: int, current: int, *, lag: int = 0) -> Counts:
     }
 
 
-def _epochs(place: Place) -> Counts:
+def _epochs(place: LoopPosition) -> Counts:
     processed = place.epoch + (place.moment in {"epoch", "end"})
     begun = dict.fromkeys(("ready", "started"), place.epoch + 1)
     counts = begun | {"processed": processed, "completed": place.epoch + (place.moment == "end")}
@@ -239,7 +239,7 @@ def _between_batches(horizon: int, per_batch: Fraction) -> UsageError:
 
 
 _OPTIONAL = {"started", "processed"}  # which schedules and optimizers do not have
-_LAYOUT = Rhythm(1, 1, None, Validation(1, 1, 1)).counts(Place(0, 1, "batch"))
+_LAYOUT = Rhythm(1, 1, None, Validation(1, 1, 1)).counts(LoopPosition(0, 1, "batch"))
 
 
 # --- reading the rhythm off the snapshots ----------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def _seen(step: int, tree: Any) -> Seen | None:
     elif epoch["ready"] > epoch["completed"]:
         moment = "epoch"
     schedules = tuple(_count_of(state) for state in tree.get("lr_schedulers") or ())
-    return Seen(step, loop, schedules, Place(epoch["ready"] - 1, batch["ready"], moment))
+    return Seen(step, loop, schedules, LoopPosition(epoch["ready"] - 1, batch["ready"], moment))
 
 
 def _is_laid_out(found: Any, template: Counts) -> bool:
@@ -395,7 +395,7 @@ class LoopsClock:
 
     rhythm: Rhythm
     seen: tuple[Seen, ...]
-    target: Place
+    target: LoopPosition
     step: int
 
     @property

@@ -18,7 +18,7 @@ from farcast_cli.trainers.weights_folder import Weights, joined
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.trainers.base import Evidence, Source
+    from farcast_cli.trainers.base import Evidence, EvidenceKind
 
 NAMES = (
     *("lit_model.pth", "lit_model.pth.lora"),
@@ -70,7 +70,7 @@ def _weights(one: Snapshot, folder: Path, prefix: str) -> Weights:
     return found.under(prefix, folder)
 
 
-def _of(source: Source, payload: Snapshot) -> tuple[Evidence, ...]:
+def _of(source: EvidenceKind, payload: Snapshot) -> tuple[Evidence, ...]:
     return tuple(item for item in payload.evidence if item.source == source)
 
 

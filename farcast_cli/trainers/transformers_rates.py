@@ -28,7 +28,7 @@ ARGUMENTS_FILE = "training_args.bin"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FormulaInputs:
     """What every formula may ask for: the steps of the warm-up and of the run, and the rate at the peak."""
 
     warmup: int
@@ -57,10 +57,10 @@ def named_formula(parts: Sequence[Part], total: int | None) -> Formula | None:
     peak, settings = arguments.get("learning_rate"), arguments.get("lr_scheduler_kwargs") or {}
     if formula is None or not isinstance(peak, float) or not isinstance(settings, dict):
         return None
-    return partial(_factor, formula, Run(_warmup_of(arguments, total), total, peak), settings)
+    return partial(_factor, formula, FormulaInputs(_warmup_of(arguments, total), total, peak), settings)
 
 
-def _factor(formula: Callable[..., float], run: Run, settings: Mapping[str, Any], step: int) -> float:
+def _factor(formula: Callable[..., float], run: FormulaInputs, settings: Mapping[str, Any], step: int) -> float:
     """What the formula gives; NaN, which explains nothing, where it has no such settings."""
     try:
         return formula(step, run, **settings)
@@ -87,30 +87,30 @@ def _warmup_of(arguments: Mapping[str, Any], total: int) -> int:
 # --- the formulas ----------------------------------------------------------------------------------------------------
 
 
-def constant(_: int, __: Run) -> float:
+def constant(_: int, __: FormulaInputs) -> float:
     return 1.0
 
 
-def constant_with_warmup(step: int, run: Run) -> float:
+def constant_with_warmup(step: int, run: FormulaInputs) -> float:
     return step / max(1.0, run.warmup) if step < run.warmup else 1.0
 
 
-def linear(step: int, run: Run) -> float:
+def linear(step: int, run: FormulaInputs) -> float:
     return run.risen(step) if step < run.warmup else max(0.0, (run.total - step) / max(1, run.total - run.warmup))
 
 
-def cosine(step: int, run: Run, *, num_cycles: float = 0.5) -> float:
+def cosine(step: int, run: FormulaInputs, *, num_cycles: float = 0.5) -> float:
     return run.risen(step) if step < run.warmup else max(0.0, _wave(run.progress(step), num_cycles))
 
 
-def cosine_with_restarts(step: int, run: Run, *, num_cycles: int = 1) -> float:
+def cosine_with_restarts(step: int, run: FormulaInputs, *, num_cycles: int = 1) -> float:
     if step < run.warmup:
         return run.risen(step)
     progress = run.progress(step)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((num_cycles * progress) % 1.0)))) if progress < 1 else 0.0
 
 
-def polynomial(step: int, run: Run, *, lr_end: float = 1e-7, power: float = 1.0) -> float:
+def polynomial(step: int, run: FormulaInputs, *, lr_end: float = 1e-7, power: float = 1.0) -> float:
     if step < run.warmup:
         return run.risen(step)
     if step > run.total:
@@ -119,13 +119,13 @@ def polynomial(step: int, run: Run, *, lr_end: float = 1e-7, power: float = 1.0)
     return float(((run.peak - lr_end) * remaining**power + lr_end) / run.peak)
 
 
-def inverse_sqrt(step: int, run: Run, *, timescale: int | None = None) -> float:
+def inverse_sqrt(step: int, run: FormulaInputs, *, timescale: int | None = None) -> float:
     timescale = timescale or run.warmup or 10_000
     return run.risen(step) if step < run.warmup else 1.0 / math.sqrt((step + timescale - run.warmup) / timescale)
 
 
 def cosine_with_min_lr(
-    step: int, run: Run, *, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None
+    step: int, run: FormulaInputs, *, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float | None = None
 ) -> float:
     if step < run.warmup:
         return run.risen(step)
@@ -134,7 +134,7 @@ def cosine_with_min_lr(
 
 def cosine_warmup_with_min_lr(
     step: int,
-    run: Run,
+    run: FormulaInputs,
     *,
     num_cycles: float = 0.5,
     min_lr: float | None = None,
@@ -151,7 +151,7 @@ def cosine_warmup_with_min_lr(
 
 def warmup_stable_decay(
     step: int,
-    run: Run,
+    run: FormulaInputs,
     *,
     num_decay_steps: int,
     num_stable_steps: int | None = None,
@@ -193,7 +193,7 @@ def _above(factor: float, least: float) -> float:
     return factor * (1.0 - least) + least
 
 
-def _least(run: Run, rate: float | None, factor: float | None) -> float:
+def _least(run: FormulaInputs, rate: float | None, factor: float | None) -> float:
     return rate / run.peak if rate is not None else factor or 0.0
 
 

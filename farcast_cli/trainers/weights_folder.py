@@ -28,7 +28,7 @@ _SECOND_ADAPTER = "an adapter beside whole weights, which are what is loaded: no
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WeightFile:
     """One model's weights, by their one file or their index of shards, and what its tensors' names begin with."""
 
     path: Path
@@ -63,11 +63,11 @@ def joined(folder: Path, several: Iterable[Weights]) -> Weights:
     return whole
 
 
-def find_adapters(folder: Path) -> list[Source]:
+def find_adapters(folder: Path) -> list[WeightFile]:
     """The adapters that PEFT saved: the default one in the folder, those with a name in subfolders of that name."""
     top = find_weights(folder, ADAPTER_FILES)
     below = [(find_weights(inner, ADAPTER_FILES), inner.name) for inner in sorted(folder.iterdir()) if inner.is_dir()]
-    return [*([Source(top)] if top else []), *(Source(path, f"{name}.") for path, name in below if path)]
+    return [*([WeightFile(top)] if top else []), *(WeightFile(path, f"{name}.") for path, name in below if path)]
 
 
 def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
     return value
 
 
-def read_weights(folder: Path, sources: Iterable[Source]) -> Weights:
+def read_weights(folder: Path, sources: Iterable[WeightFile]) -> Weights:
     """The weights of a snapshot's folder; headers only."""
     return joined(folder, (_read_one(source.path).under(source.prefix, folder) for source in sources))
 

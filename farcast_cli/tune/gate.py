@@ -26,7 +26,7 @@ MIN_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateResult:
     """The held-out losses before and after, and how many standard errors their difference is from 0."""
 
     before: float
@@ -53,7 +53,7 @@ class Verdict:
         )
 
 
-def judge(before: Array, after: Array, groups: NDArray[np.int64], *, threshold: float) -> Verdict:
+def judge(before: Array, after: Array, groups: NDArray[np.int64], *, threshold: float) -> GateResult:
     """Compare the losses of the same held-out rows.
 
     Args:
@@ -63,7 +63,7 @@ def judge(before: Array, after: Array, groups: NDArray[np.int64], *, threshold: 
     _, index = np.unique(groups, return_inverse=True)
     counts = np.bincount(index)
     gains = np.bincount(index, weights=before - after) / counts
-    return Verdict(float(before.mean()), float(after.mean()), z_of(gains), threshold, len(gains))
+    return GateResult(float(before.mean()), float(after.mean()), z_of(gains), threshold, len(gains))
 
 
 def z_of(gains: Array) -> float:

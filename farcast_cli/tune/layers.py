@@ -47,7 +47,7 @@ FIRST_RATE, SLOWER, RISEN = 0.5, 0.5, 1.5
 
 
 @dataclass(slots=True)
-class Basis:
+class RowBasis:
     """An orthonormal basis (r, m) of the rows seen, and what W_0 makes of it (r, m')."""
 
     width: int
@@ -60,7 +60,7 @@ class Basis:
     """Whether products with W_0 are no longer cached."""
 
     @classmethod
-    def empty(cls, width: int, other: int, product: Callable[[Array], Array], tolerance: float) -> Basis:
+    def empty(cls, width: int, other: int, product: Callable[[Array], Array], tolerance: float) -> RowBasis:
         return cls(width, product, np.empty((0, width)), np.empty((0, other)), tolerance)
 
     def multiply(self, rows: Array) -> tuple[Array, Array]:
@@ -164,8 +164,8 @@ class _Layer:
     state: _Moved
     fixed: tuple[Array, Array] | None = None
     """The first layer's Z_0 (n, m_out) and X D^T (n, r)."""
-    seen: Basis | None = None
-    back: Basis | None = None
+    seen: RowBasis | None = None
+    back: RowBasis | None = None
     coordinates: Array = field(default_factory=lambda: np.empty((0, 0)))
     base: Array = field(default_factory=lambda: np.empty((0, 0)))
     max_basis_bytes: int = MAX_BASIS_BYTES
@@ -186,8 +186,8 @@ class _Layer:
     @classmethod
     def later(cls, weight: Weight, stack: Stack) -> _Layer:
         width = weight.num_inputs + bool(weight.bias)
-        seen = Basis.empty(width, weight.num_outputs, weight.forward, stack.tolerance)
-        back = Basis.empty(weight.num_outputs, width, weight.backward, stack.tolerance)
+        seen = RowBasis.empty(width, weight.num_outputs, weight.forward, stack.tolerance)
+        back = RowBasis.empty(weight.num_outputs, width, weight.backward, stack.tolerance)
         zeros = np.zeros((0, weight.num_outputs))
         layer = cls(weight, seen.directions, _Moved(1.0, zeros, 0.0, zeros.copy()), seen=seen, back=back)
         layer.max_basis_bytes = stack.max_basis_bytes

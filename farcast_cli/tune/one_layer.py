@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-Method = Literal["gauss-newton", "gradient-descent"]
+SolverName = Literal["gauss-newton", "gradient-descent"]
 
 ITERATIONS = {"gauss-newton": 30, "gradient-descent": 300}
 PATIENCE = {"gauss-newton": 5, "gradient-descent": 30}
@@ -98,7 +98,7 @@ class Problem:
 class Settings:
     """How to tune. `ridge` pulls towards W_0, `weight_decay` towards 0; a rate of None is found from the curvature."""
 
-    method: Method = "gauss-newton"
+    method: SolverName = "gauss-newton"
     iterations: int | None = None
     rate: float | None = None
     momentum: float = MOMENTUM

@@ -18,9 +18,9 @@ from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.trainers.base import unchanged
 from farcast_cli.tune.data import HOLDOUT, Draw, Fit, read_anchors, read_data, split
 from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
-from farcast_cli.tune.gate import DEFAULT_GATE, Verdict, judge
+from farcast_cli.tune.gate import DEFAULT_GATE, GateResult, judge
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Method, Settings
+from farcast_cli.tune.one_layer import Settings, SolverName
 from farcast_cli.tune.solve import Model, Solved, solve
 from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
 from farcast_cli.tune.write import Writing, check_kept, check_moved, check_place, write_tuned
@@ -42,7 +42,7 @@ MAX_HEAD_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TuneRequest:
     """What the user asked `tune` for."""
 
     checkpoint: Path
@@ -65,12 +65,12 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TuneOutcome:
     """What came of it; `path` is None where the gate was against it."""
 
     layers: tuple[str, ...]
     method: str
-    verdict: Verdict | None = None
+    verdict: GateResult | None = None
     path: Path | None = None
     num_rows: tuple[int, int, int] = (0, 0, 0)
     """Tuned on, that stop it early, held out."""
@@ -85,7 +85,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-def tune_checkpoint(request: Request, progress: Progress) -> Outcome:
+def tune_checkpoint(request: TuneRequest, progress: Progress) -> TuneOutcome:
     """Tune layers of a checkpoint on labelled rows; write it where the held-out rows are the better for it.
 
     Reads each layer once to tune it (several layers: as often as they are refreshed), once to write, once to check.
@@ -115,7 +115,7 @@ def tune_checkpoint(request: Request, progress: Progress) -> Outcome:
 
 def apply_deltas(
     checkpoint: Path, file: Path, output: Path, rounded: Rounded, *, num_threads: int, progress: Progress
-) -> Outcome:
+) -> TuneOutcome:
     """Add the deltas of a file to the checkpoint that they were made for.
 
     Raises:
@@ -134,7 +134,7 @@ def apply_deltas(
                 expected = delta.applied(base, delta.directions @ delta.directions.T)
                 check_moved(base, expected, again.forward(delta.directions), delta.layer)
 
-        outcome = Outcome(tuple(delta.layer for delta in deltas), "apply", path=output, notes=tuple(_left_alone(snapshot)))
+        outcome = TuneOutcome(tuple(delta.layer for delta in deltas), "apply", path=output, notes=tuple(_left_alone(snapshot)))
         delta = relative(file, output.resolve().parent)
         about = _provenance(outcome, snapshot, rounded).model_copy(update={"delta": delta})
         changes = list(zip(weights, deltas, strict=True))
@@ -174,7 +174,7 @@ def check_given(unwanted: Mapping[str, object], wanted: Mapping[str, object], *,
         raise UsageError(f"{of}: expected {', '.join(wanted)}, found no {missing[0]}", hint="farcast tune --help")
 
 
-def method_named(name: str | None, *, num_layers: int) -> Method:
+def method_named(name: str | None, *, num_layers: int) -> SolverName:
     """A method by its name; Gauss-Newton for one layer, gradient descent for several by default."""
     if name is None:
         return "gauss-newton" if num_layers == 1 else "gradient-descent"
@@ -184,14 +184,14 @@ def method_named(name: str | None, *, num_layers: int) -> Method:
             " it would need the whole layer in every iteration",
             hint="--method gauss-newton takes the curvature into account, and needs no rate",
         )
-    found = next((method for method in get_args(Method) if method == name), None)
+    found = next((method for method in get_args(SolverName) if method == name), None)
     if found is None:
-        raise UsageError(f"--method {name}: expected one of {', '.join(get_args(Method))}")
-    chosen: Method = found
+        raise UsageError(f"--method {name}: expected one of {', '.join(get_args(SolverName))}")
+    chosen: SolverName = found
     return chosen
 
 
-def _check_options(request: Request) -> None:
+def _check_options(request: TuneRequest) -> None:
     settings, several = request.settings, len(request.layers) > 1
     if len(set(request.layers)) != len(request.layers):
         raise UsageError(f"--layer {request.layers[0]}: given twice")
@@ -215,7 +215,7 @@ def _check_options(request: Request) -> None:
         raise UsageError("--anchor holds the outputs of one layer, found several", hint="tune one layer, or leave it out")
 
 
-def _check_places(request: Request, snapshot: Snapshot) -> Path:
+def _check_places(request: TuneRequest, snapshot: Snapshot) -> Path:
     if request.output is not None:
         check_place(request.output, snapshot)
         return request.output
@@ -224,7 +224,7 @@ def _check_places(request: Request, snapshot: Snapshot) -> Path:
     return request.delta_out
 
 
-def _model_of(request: Request, snapshot: Snapshot) -> Model:
+def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
     biases = request.biases or (None,) * len(request.layers)
     weights = tuple(find_weight(snapshot, layer, bias) for layer, bias in zip(request.layers, biases, strict=True))
     for before, after in pairwise(weights):
@@ -239,7 +239,7 @@ def _model_of(request: Request, snapshot: Snapshot) -> Model:
     return Model(weights, activations[:-1], Objective(request.loss, activations[-1], head, bias))
 
 
-def _head_of(request: Request, snapshot: Snapshot, last: Weight) -> tuple[Any, Any]:
+def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[Any, Any]:
     if request.head is None:
         return None, None
     shards = find_matrix(snapshot, "--head", request.head)
@@ -259,7 +259,7 @@ def _head_of(request: Request, snapshot: Snapshot, last: Weight) -> tuple[Any, A
     return head, None if request.head_bias is None else find_vector(snapshot, "--head-bias", request.head_bias, rows)
 
 
-def _data_of(request: Request, model: Model) -> tuple[Data, Splits, Any, tuple[str, ...]]:
+def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Splits, Any, tuple[str, ...]]:
     head = model.objective.head
     fit = Fit(model.weights, model.weights[-1].num_outputs if head is None else len(head))
     draw = Draw(request.subsample, request.rounded.seed) if request.subsample is not None else None
@@ -276,8 +276,8 @@ def _data_of(request: Request, model: Model) -> tuple[Data, Splits, Any, tuple[s
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
-def _outcome(request: Request, solved: Solved, verdict: Verdict, splits: Splits) -> Outcome:
-    return Outcome(
+def _outcome(request: TuneRequest, solved: Solved, verdict: GateResult, splits: Splits) -> TuneOutcome:
+    return TuneOutcome(
         request.layers,
         request.settings.method,
         verdict,
@@ -303,7 +303,7 @@ def _bytes_read(model: Model) -> int:
 class _Work:
     """A tuning that was accepted, and all that it came from."""
 
-    request: Request
+    request: TuneRequest
     snapshot: Snapshot
     model: Model
     data: Data
@@ -318,7 +318,7 @@ class _Work:
             check_kept(self.solved.before[chosen], self.solved.after[chosen], found[chosen], what)
 
 
-def _publish(work: _Work, outcome: Outcome, progress: Progress) -> Outcome:
+def _publish(work: _Work, outcome: TuneOutcome, progress: Progress) -> TuneOutcome:
     """Write the checkpoint, or the deltas alone."""
     request, snapshot, place, verdict = work.request, work.snapshot, outcome.path, outcome.verdict
     assert place is not None and verdict is not None  # noqa: S101, PT018 - the caller has set them
@@ -342,7 +342,7 @@ def _publish_deltas(deltas: Sequence[Delta], place: Path, about: TuneSidecar, *,
         return hidden.stat().st_size
 
 
-def _provenance(outcome: Outcome, snapshot: Snapshot, rounded: Rounded) -> TuneSidecar:
+def _provenance(outcome: TuneOutcome, snapshot: Snapshot, rounded: Rounded) -> TuneSidecar:
     """What a sidecar says of a tuning, whatever was asked for."""
     assert outcome.path is not None  # noqa: S101 - only what was written has one
     path = relative(snapshot.path, outcome.path.resolve().parent)
@@ -360,7 +360,7 @@ def _provenance(outcome: Outcome, snapshot: Snapshot, rounded: Rounded) -> TuneS
     )
 
 
-def _judged(outcome: Outcome, verdict: Verdict, request: Request, home: Path) -> dict[str, Any]:
+def _judged(outcome: TuneOutcome, verdict: GateResult, request: TuneRequest, home: Path) -> dict[str, Any]:
     """What the sidecar of a tuning says beside: what it was worth, and what was asked for."""
     before, after = outcome.tuned_loss
     return {
@@ -374,7 +374,7 @@ def _judged(outcome: Outcome, verdict: Verdict, request: Request, home: Path) ->
     }
 
 
-def _options(request: Request, home: Path) -> TuneOptions:
+def _options(request: TuneRequest, home: Path) -> TuneOptions:
     settings = request.settings
     return TuneOptions(
         loss=request.loss,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.checkpoint.plan import Rewrite, plan_outputs, with_modes
-from farcast_cli.engine.batch import Source
+from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, write_forecasts
@@ -121,7 +121,7 @@ def write_tuned(
 def _write_plan(plan: Sequence[OutputFile], place: Path, *, num_threads: int, told: Callable[[int], None]) -> Written:
     """One pass of the engine over a plan without forecast tensors."""
     nothing = LinearMap(np.zeros((1, 0, 1)), np.zeros((1, 0)), np.zeros((1, 0)), 0)
-    engine = Engine(Source(Alignment((), ()), nothing), Resources(num_workers=num_threads))
+    engine = Engine(Inputs(Alignment((), ()), nothing), Resources(num_workers=num_threads))
     tally = write_forecasts([plan], [place], engine, progress=told)
     return Written(tally.bytes_read, tally.bytes_written)
 
