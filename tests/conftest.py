@@ -20,7 +20,6 @@ import farcast_cli.engine.output_files
 from farcast_cli.cli import main
 from farcast_cli.engine import write as engine
 from farcast_cli.forecast import accumulate as accumulation
-from farcast_cli.forecast import lfd2
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.forecaster_file import fit, save_fitted
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
@@ -36,7 +35,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "layers.0.bias": (16,),
     "norm.weight": (16,),
 }
-BRIEF_STEPS = 20  # of lfd2's training, instead of 300
 TIME_CONSTANT = 600.0  # steps; slow against the run, so that its second half still moves like its first
 NOISE = 1e-3  # of a weight, per snapshot
 
@@ -196,13 +194,6 @@ def _torch_settings() -> Iterator[None]:
     """One thread, as the command has it; whatever a module sets is put back after it."""
     with torch_settings_kept():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _brief_training(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds of every method holds of lfd2 after a few steps too; its own tests train it in full."""
-    if request.node.get_closest_marker("full_training") is None:
-        monkeypatch.setattr(lfd2, "NUM_STEPS", BRIEF_STEPS)
 
 
 @pytest.fixture(autouse=True)

@@ -357,17 +357,10 @@ def _random_walk(steps: Sequence[int], horizon: int, *, seed: int, size: int = 5
 @pytest.mark.parametrize("name", JUDGED)
 def test_a_random_walk_passes_no_gate_however_short_the_horizon(name: str, horizon: int) -> None:
     """A test that began between the last two snapshots would have seen part of the truth."""
-    for seed in range(1 if name == "lfd2" else 5):  # lfd2 is trained anew for each
+    for seed in range(5):
         task = _random_walk(range(100, 1300, 100), horizon, seed=seed)
         assert decide(METHODS[name], task, "evaluation").verdict == "abstain"
         assert decide(METHODS[name], task, "resume").verdict == "abstain"
-
-
-@pytest.mark.full_training
-@pytest.mark.parametrize("horizon", [1, 100])
-def test_a_random_walk_passes_no_gate_by_lfd2_trained_in_full_either(horizon: int) -> None:
-    task = _random_walk(range(100, 1300, 100), horizon, seed=0)
-    assert [decide(METHODS["lfd2"], task, purpose).verdict for purpose in ("evaluation", "resume")] == ["abstain", "abstain"]
 
 
 @pytest.mark.parametrize("lead", [0.02, 0.1, 0.25, 0.5, 1.0, 1.4])

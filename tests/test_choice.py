@@ -127,8 +127,6 @@ def test_a_leap_leaves_half_of_the_steps_that_a_run_has_left(steps_left: int, af
 @pytest.mark.parametrize("name", METHODS)
 def test_a_horizon_to_resume_from_is_never_zero(name: str, steps_left: int | None, after_leap: bool) -> None:  # noqa: FBT001
     """With a history of five steps, of which a quarter is one, or at the end of a run; by averages too."""
-    if name == "lfd2" and steps_left is not None:
-        pytest.skip("trained anew for each lead; one case is enough")
     for task in (_steady(tuple(range(6))), _walk(tuple(range(6)))):
         horizon = _propose(task, name=name, after_leap=after_leap, steps_left=steps_left)
         assert 1 <= horizon <= (7 if steps_left is None else 1)

@@ -26,7 +26,7 @@ MOVING = [name for name in METHODS if name != "persistence"]
 LINEAR = [name for name in METHODS if name != "lfd2"]  # methods of increments alone; lfd2 has a constant and a gain too
 THINNED = [name for name, method in METHODS.items() if method.max_context]
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
-TRAINED = 2e-3  # of the move; lfd2 is trained by 300 steps of Adam
+TRAINED = 1e-5  # of the move: the precision of the reweighted fit
 
 
 # --- the contract of all methods -------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.errors import UsageError
+from farcast_cli.forecast import lfd2
 from farcast_cli.forecast.forecaster import Options, forecast
 from farcast_cli.forecast.methods import (
     ACCELERATE_RIDGE,
@@ -34,18 +37,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.forecast.forecaster import Scope
     from tests.tiny import Arrays
 
     Vector = NDArray[np.float64]
-
-pytestmark = pytest.mark.full_training
 
 STEPS = tuple(range(100, 1000, 100))
 UNEVEN = (0, 10, 200, 350, 360, 500, 800, 900, 1000)
 SIZES = {"a": 40, "b": 5, "c": 120}
 ALGEBRA = 1e-9  # relative; a few float64 operations on numbers of one size
 SQUARED = 1e-7  # normal equations square the condition of the oracle's problem
-TRAINED = 2e-3  # of the move; lfd2 is trained by 300 steps of Adam
+TRAINED = 1e-5  # of the move: the precision of the reweighted fit
 
 
 # --- exact cases -----------------------------------------------------------------------------------------------------
@@ -422,6 +424,64 @@ def test_lfd2s_regulariser_leaves_a_path_that_slows_down_as_it_is() -> None:
     arrays = {"slow": _two_speeds()["slow"]}
     plain, weighted = (step_of("lfd2", arrays, range(0, 2100, 100), 1000, grad_weight=weight)["slow"] for weight in (0.0, 1.0))
     assert np.linalg.norm(weighted - plain) < 0.02 * np.linalg.norm(plain)  # the hinge is 0 at the end, not on the way
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+@pytest.mark.parametrize("seed", range(5))
+def test_lfd2s_layer_has_the_least_absolute_error_that_any_layer_has(seed: int, scope: Scope) -> None:
+    """The exact minimum is that of a linear programme: min sum_i share_i (p_i + q_i) where X a + p - q = y and p, q >= 0."""
+    random = np.random.default_rng(seed)
+    arrays = {
+        key: random.normal(size=size)
+        + np.linspace(0, 1, 9)[:, None] ** random.uniform(0.3, 2) * random.standard_t(2, size=size)
+        + 0.1 * random.normal(size=(9, size))
+        for key, size in SIZES.items()
+    }
+    task = make_task(arrays, STEPS, 200)
+    rows = lfd2.training_rows(task.sample, task.timeline, task.training_origin, per_tensor=scope == "tensor")
+    found = lfd2.least_absolute(rows)
+    for fit in range(len(rows.starts)):
+        inside = rows.group == fit
+        inputs, goal, share = rows.inputs[:, inside].T, rows.targets[-1, inside], rows.share[inside]
+        slack = np.eye(len(goal))
+        exact = linprog(
+            np.concatenate([np.zeros(3), share, share]),
+            A_eq=np.hstack([inputs, slack, -slack]),
+            b_eq=goal,
+            bounds=[(None, None)] * 3 + [(0, None)] * (2 * len(goal)),
+        )
+        loss = share @ np.abs(goal - inputs @ (found[:, fit] * rows.input_size[:, fit] / rows.target_size[fit]))
+        assert exact.fun <= loss * (1 + 1e-12)
+        assert loss <= exact.fun + (1e-4 if len(goal) >= 40 else 1e-3)  # of the mean target
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_lfd2_with_its_regulariser_is_trained_as_torchs_adam_would(scope: Scope) -> None:
+    """The gradient by hand against autograd's, step by step."""
+    task = make_task(wander(23, num_snapshots=9, sizes=SIZES), STEPS, 200)
+    rows = lfd2.training_rows(task.sample, task.timeline, task.training_origin, per_tensor=scope == "tensor")
+    inputs, targets, share, group, last = (
+        torch.from_numpy(a) for a in (rows.inputs, rows.targets, rows.share, rows.group, rows.last_move)
+    )
+    layers = torch.zeros(len(targets), len(inputs), len(rows.starts), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([layers], lr=lfd2.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lfd2.NUM_STEPS)
+
+    def mean(each: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(len(each), len(rows.starts), dtype=torch.float64)
+        return zeros.index_add(1, group, each.abs() * share)
+
+    for _ in range(lfd2.NUM_STEPS):
+        predicted = (inputs * layers[..., group]).sum(dim=1)  # (J, M)
+        sizes = mean(torch.diff(predicted, dim=0, prepend=torch.zeros_like(predicted[:1])))
+        growth = torch.diff(sizes, dim=0, prepend=last[None]).clamp_min(0)
+        loss = mean(predicted - targets).mean(dim=0).sum() + 1.5 * growth.mean(dim=0).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    expected = rows.in_weights(layers[-1].detach().numpy())
+    np.testing.assert_allclose(lfd2.train(rows, 1.5), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_lfd2_trains_alike_each_time() -> None:

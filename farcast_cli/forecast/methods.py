@@ -14,6 +14,7 @@ import numpy as np
 
 from farcast_cli.errors import UsageError
 from farcast_cli.forecast.forecaster import Method, set_step_norm
+from farcast_cli.forecast.lfd2 import fit_lfd2
 from farcast_cli.forecast.timeline import evenly
 
 if TYPE_CHECKING:
@@ -166,15 +167,12 @@ def blend(task: Task) -> NDArray[np.float64]:
 
 def lfd2(task: Task) -> NDArray[np.float64]:
     """The paper's: one linear layer from the first and the last snapshot, trained on the L1 loss (see lfd2.py)."""
-    from farcast_cli.forecast.lfd2 import fit_lfd2
-
     return fit_lfd2(
         task.sample,
         task.timeline,
         task.training_origin,
         grad_weight=task.options.grad_weight,
         per_tensor=task.options.scope == "tensor",
-        device=task.device,
     )
 
 
