@@ -34,6 +34,7 @@ ORDER = (
     "files.place",
     "formats.__init__",
     "formats.safetensors_file",
+    "formats.tree",
     "formats.pickle_names",
     "formats.pickle_scan",
     "formats.unpacked",

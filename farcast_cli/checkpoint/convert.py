@@ -16,7 +16,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.checkpoint.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
+from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, listed, tree_in, weights_in
 from farcast_cli.checkpoint.plan import (
     Fixed,
     OutputFile,
@@ -37,8 +37,9 @@ from farcast_cli.checkpoint.plan import (
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile, below
+from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle
+from farcast_cli.formats.tree import at, dotted
 from farcast_cli.state.advance import StateTree
 from farcast_cli.tensors import DTYPES, row_major_strides
 from farcast_cli.trainers import named
@@ -207,7 +208,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
     if isinstance(part.content, TorchFile):
         state = advanced.trees[part.name]
         alone = replace(part, weights_key=(), mirror_key=())
-        tree = below(state.tree, part.weights_key)
+        tree = at(state.tree, part.weights_key)
         return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed), rewrite)
     return _torch_file("", weights_in(part, advanced, rewrite))
 

@@ -22,9 +22,10 @@ from farcast_cli.files.reading import file_size, mode_of
 from farcast_cli.formats.copied_file import refuse_code_in, refuse_code_in_stretch
 from farcast_cli.formats.dcp_file import DcpFile, Item
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
-from farcast_cli.formats.torch_file import TorchFile, below
+from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
+from farcast_cli.formats.tree import at, dotted
 from farcast_cli.state.advance import Advanced, Change, StateTree, storages_of
 from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
 from farcast_cli.trainers import named
@@ -286,8 +287,8 @@ class Storages:
 
 def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
     assert state.file is not None  # noqa: S101 - only torch files have storages
-    weights = below(state.tree, state.part.weights_key) if state.part.role in {"weights", "state"} else {}
-    mirror = below(state.tree, state.part.mirror_key) if rewrite.mirror and state.part.mirror_key else {}
+    weights = at(state.tree, state.part.weights_key) if state.part.role in {"weights", "state"} else {}
+    mirror = at(state.tree, state.part.mirror_key) if rewrite.mirror and state.part.mirror_key else {}
     retyped = {
         ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype))
         for tree in (weights, mirror)
@@ -346,7 +347,7 @@ def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> d
     twins = {keys: ref for keys, ref in iter_tensors(mirror) if is_streamable(ref)}
     found: dict[str, list[tuple[int, int, Piece]]] = {}
     for keys, ref in iter_tensors(weights):
-        entry = file.entry(".".join(map(str, keys)), ref)
+        entry = file.entry(dotted(keys), ref)
         if any(entry.name in named for named in (rewrite.index_of, rewrite.batch_counts, rewrite.mapped)):
             (piece,) = rewrite.pieces(entry)
             twin = twins.get(keys)
@@ -389,7 +390,7 @@ def _dcp_outputs(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> list[Outpu
 
 def _item_records(dcp: DcpFile, item: Item, state: StateTree, storages: Storages, *, start: int) -> list[Section]:
     """An item's small torch file; as the origin has it where nothing in it can change."""
-    value = below(state.tree, item.place) if item.place else None
+    value = at(state.tree, item.place) if item.place else None
     named: dict[str, tuple[Piece, ...]]
     if not isinstance(value, TensorRef):
         if not item.place:
@@ -417,7 +418,7 @@ def _as_it_was(dcp: DcpFile, item: Item) -> list[Section]:
 def _retype(metadata: Made, items: Iterable[Item], state: StateTree, retyped: Mapping[str, StorageRef]) -> None:
     """Note the new element types of tensors in the metadata."""
     for item in items:
-        value = below(state.tree, item.place) if item.place else None
+        value = at(state.tree, item.place) if item.place else None
         if isinstance(value, TensorRef) and value.storage.key in retyped:
             properties = metadata.states[0]["state_dict_metadata"][item.name].states[0]["properties"]
             dtype = retyped[value.storage.key].dtype

@@ -17,10 +17,12 @@ from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
+from farcast_cli.formats.tree import dotted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
+    from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import TensorEntry
 
     States = Sequence[tuple[int, Any]]  # of one state file: (step, tree), the origin last
@@ -52,10 +54,10 @@ class Part:
     name: str
     role: Role
     content: SafetensorsFile | TorchFile | DcpFile | Mapping[str, Any] | None = None
-    weights_key: tuple[Any, ...] = ()
+    weights_key: TreePath = ()
     prefix: str = ""
     """What the names of its tensors begin with in the snapshot, where several files have tensors of the same names."""
-    mirror_key: tuple[Any, ...] = ()
+    mirror_key: TreePath = ()
     """Where an average of the weights lies, which users load in their place."""
 
 
@@ -119,7 +121,7 @@ class Clock(Protocol):
     """A trainer's own counts at a later step, worked out from those at its snapshots."""
 
     @property
-    def paths(self) -> Collection[tuple[Any, ...]]:
+    def paths(self) -> Collection[TreePath]:
         """Where in a state file's tree the clock alone counts: no rate moves what lies there."""
 
     @property
@@ -132,7 +134,7 @@ class Clock(Protocol):
     def notes(self, name: str, tree: Any) -> Iterable[str]:
         """What a person should know of the step; `name` is the state file's."""
 
-    def schedule_count(self, path: tuple[Any, ...]) -> int | None:
+    def schedule_count(self, path: TreePath) -> int | None:
         """How often the schedule at a path has been stepped by then; None where the clock does not tell."""
 
 
@@ -302,7 +304,7 @@ def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], f
     """The tensors of a (nested) state dict in a torch file, and those whose elements are no gapless stretch."""
     refs: dict[str, TensorRef] = {}
     for keys, ref in iter_tensors(tree):
-        name = ".".join(map(str, keys))
+        name = dotted(keys)
         if not name.isprintable() or len(name) > MAX_NAME:
             raise FileFormatError(
                 f"{file.path}: a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"

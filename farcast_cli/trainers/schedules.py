@@ -20,9 +20,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError
+from farcast_cli.formats.tree import at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from farcast_cli.formats.tree import TreePath
 
     Formula = Callable[[int], float]
 
@@ -80,7 +83,7 @@ def is_scheduler_state(tree: object) -> bool:
     )
 
 
-def counter_path(state: object) -> tuple[Any, ...]:
+def counter_path(state: object) -> TreePath:
     """Where a schedule's state counts its steps: itself, or (a chain) in its first member."""
     if isinstance(state, dict) and "last_epoch" not in state and state.get("_schedulers"):
         return ("_schedulers", 0, *counter_path(state["_schedulers"][0]))
@@ -88,10 +91,7 @@ def counter_path(state: object) -> tuple[Any, ...]:
 
 
 def _counter(state: dict[str, Any]) -> int:
-    found: Any = state
-    for key in counter_path(state):
-        found = found[key]
-    return int(found)
+    return int(at(state, counter_path(state)))
 
 
 def advance_scheduler(
