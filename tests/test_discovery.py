@@ -420,7 +420,7 @@ def test_too_few_whole_snapshots_name_those_that_are_not(tmp_path: Path) -> None
     run = make_loose_run(tmp_path / "run")
     for step in STEPS:
         cut(run / loose_name(step))
-    with pytest.raises(TooFewSnapshotsError, match=rf"found 0; left out: {loose_name(100)} \(half-written: .*, 4 more$"):
+    with pytest.raises(TooFewSnapshotsError, match=rf"found 0; left out: {loose_name(100)} \(half-written: .* and 4 more$"):
         discover(run)
 
 

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.checkpoint.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, plan_storages
-from farcast_cli.errors import FileFormatError, UsageError
+from farcast_cli.errors import FileFormatError, UsageError, listed
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, Item, tensor_of
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Part
 
-MAX_NAMED = 6
 _BY_TORCH = "--layout same, then python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"
 
 
@@ -82,12 +81,6 @@ def keys_beside_weights(part: Part) -> Iterator[str]:
     for depth, key in enumerate(part.weights_key):
         above = part.weights_key[:depth]
         yield from (dotted((*above, other)) for other in at(content.tree, above) if other != key)
-
-
-def listed(names: Sequence[str]) -> str:
-    """A few names, and how many more."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------

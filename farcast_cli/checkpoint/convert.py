@@ -16,7 +16,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, listed, tree_in, weights_in
+from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, tree_in, weights_in
 from farcast_cli.checkpoint.plan import (
     Fixed,
     OutputFile,
@@ -34,7 +34,7 @@ from farcast_cli.checkpoint.plan import (
     shards,
     torch_output,
 )
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, listed
 from farcast_cli.formats.dcp_file import METADATA, DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile

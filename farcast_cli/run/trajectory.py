@@ -20,6 +20,7 @@ from farcast_cli.errors import (
     NoWeightsError,
     SnapshotError,
     TooFewSnapshotsError,
+    listed,
     shell_word,
 )
 from farcast_cli.files.place import sidecar_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
 OWN_MARK = b'{"__metadata__":{"farcast":'
 """How the header of a forecaster file begins."""
-MAX_NAMED = 4  # half-written snapshots in a message
+MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
 _TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 
@@ -131,13 +132,11 @@ def run_of(snapshot: Snapshot) -> Path | None:
 
 
 def _too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
-    named = [f"{ignored.path.name} ({ignored.reason})" for ignored in half_written[:MAX_NAMED]]
-    named += [f"{len(half_written) - MAX_NAMED} more"] if len(half_written) > MAX_NAMED else []
+    left_out = listed((f"{one.path.name} ({one.reason})" for one in half_written), most=MAX_HALF_WRITTEN)
     hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
     return TooFewSnapshotsError(
-        f"{directory}: expected at least {minimum} snapshots, found {count}"
-        + (f"; left out: {', '.join(named)}" if named else ""),
-        hint="wait until they are saved, or save or download them again; else " + hint if named else hint,
+        f"{directory}: expected at least {minimum} snapshots, found {count}" + (f"; left out: {left_out}" if left_out else ""),
+        hint="wait until they are saved, or save or download them again; else " + hint if left_out else hint,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.errors import FileFormatError
+from farcast_cli.errors import FileFormatError, listed
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
@@ -195,8 +195,7 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
             put(state.tree, path, new)
         (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
     if adam:
-        more = f" and {len(adam) - 1} more" if len(adam) > 1 else ""
-        result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
+        result.changes.append(Change(listed((one.where for one in adam), most=1), adam[0].old, adam[0].new))
 
 
 def _opaque(tree: object, history: StateHistory) -> Iterator[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, listed
 from farcast_cli.formats.tree import find
 from farcast_cli.trainers.schedules import counter_path
 
@@ -440,9 +440,8 @@ class LoopsClock:
         for name, counts in after.items():
             moved = list(_move(loop[name], before[name], counts, (name,)))
             if moved:
-                where, old, new = moved[0]
-                others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
-                changes.append((f"loops.{where}{others}", old, new))
+                (_, old, new), names = moved[0], listed((where for where, _, _ in moved), most=1)
+                changes.append((f"loops.{names}", old, new))
         return changes
 
     def notes(self, _: str, tree: dict[str, Any]) -> Iterator[str]:
