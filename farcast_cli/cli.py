@@ -164,9 +164,9 @@ def fit(
 ) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
     from farcast_cli.commands import render
-    from farcast_cli.files.place import check_outside
+    from farcast_cli.forecast.forecaster_file import check_fitted_place
 
-    check_outside(output, directory)
+    check_fitted_place(output, directory)
     started = time.monotonic()
     chosen = tuple(include or ()), tuple(exclude or ())
     fitted, bytes_read = _fit(
