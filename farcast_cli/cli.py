@@ -347,7 +347,7 @@ def predict(
     check_horizon_options(horizon, to_step)
     num_threads = prepare(device, threads)
     from farcast_cli.checkpoint.convert import OutputLayout
-    from farcast_cli.checkpoint.plan import OutputDType
+    from farcast_cli.checkpoint.pieces import OutputDType
     from farcast_cli.commands import render
     from farcast_cli.commands.answers import of_predict
     from farcast_cli.engine.reader import Io

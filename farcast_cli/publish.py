@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.checkpoint.convert import plan_converted
-from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.checkpoint.pieces import Rewrite
+from farcast_cli.checkpoint.plan import forecast_name, with_modes
 from farcast_cli.engine.write import total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.files.place import check_ours, check_sidecar_ours, sidecar_of
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from farcast_cli.checkpoint.convert import Container
-    from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.checkpoint.pieces import OutputFile
     from farcast_cli.engine.write import Tally
     from farcast_cli.files.staged import Check, Staging
     from farcast_cli.request import Outcome, Prepared, Request

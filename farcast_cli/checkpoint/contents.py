@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.checkpoint.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, plan_storages
+from farcast_cli.checkpoint.pieces import Copy, Fixed, Piece, Planned, Rewrite, Zeros
+from farcast_cli.checkpoint.torch_output import Storages, plan_storages
 from farcast_cli.errors import FileFormatError, UsageError, listed
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, Item, tensor_of
 from farcast_cli.formats.safetensors_file import SafetensorsFile
@@ -55,7 +56,7 @@ def weights_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[Planned
     rewrite = rewrite.within(part.prefix)
     if isinstance(part.content, SafetensorsFile):
         return [rewrite.planned(entry) for entry in part.content.entries]
-    source = _Source.of(_state_of(part, advanced), rewrite)
+    source = _Source.of(_state_tree_of(part, advanced), rewrite)
     found = list(_leaves(at(source.state.tree, part.weights_key)))
     advanced.notes += _not_tensors((path, leaf) for path, leaf in found)
     advanced.notes += _tied(found)
@@ -68,7 +69,7 @@ def tree_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> Iterator[Leaf]:
     Raises:
         UsageError: a tensor that cannot be taken out of its file by itself.
     """
-    state = _state_of(part, advanced)
+    state = _state_tree_of(part, advanced)
     if isinstance(part.content, DcpFile):
         return _tree_in_dcp(part.content, state, rewrite)
     return _tree_in_torch(_Source.of(state, rewrite), advanced)
@@ -115,7 +116,7 @@ class _Source:
         return Planned(name, dtype, leaf.shape, pieces, _strides(leaf))
 
 
-def _state_of(part: Part, advanced: Advanced) -> StateTree:
+def _state_tree_of(part: Part, advanced: Advanced) -> StateTree:
     if part.name in advanced.trees:
         return advanced.trees[part.name]
     assert isinstance(part.content, TorchFile)  # noqa: S101 - weights in a file of their own, which no trainer's state is
@@ -242,21 +243,21 @@ def _weights_in_dcp(part: Part, dcp: DcpFile, advanced: Advanced, rewrite: Rewri
     advanced.notes += _not_tensors((path, None) for path, one in weights if one.shape is None)
     for path, one in weights:
         if one.shape is not None:
-            yield replace(_joined(dcp, one, state, storages), name=dotted(path))
+            yield replace(_whole(dcp, one, state, storages), name=dotted(path))
 
 
 def _tree_in_dcp(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> Iterator[Leaf]:
     storages = plan_storages(state, rewrite)
     for one in _stored(dcp):
         if one.shape is not None:
-            yield Leaf(one.path, _joined(dcp, one, state, storages))
+            yield Leaf(one.path, _whole(dcp, one, state, storages))
         elif one.place:
             yield Leaf(one.path, at(state.tree, one.place))
         else:
             raise UsageError(f"{one.name!r} is an object with tensors inside, or a large one: only copied", hint=_BY_TORCH)
 
 
-def _joined(dcp: DcpFile, one: _Stored, state: StateTree, storages: Storages) -> Planned:
+def _whole(dcp: DcpFile, one: _Stored, state: StateTree, storages: Storages) -> Planned:
     """A tensor as a whole: its shards, if it has any, must lie one behind the other along its first axis."""
     assert one.shape is not None  # noqa: S101 - the callers' branch
     items = sorted(one.items, key=_offsets)

@@ -123,7 +123,7 @@ def _follow(folder: Path) -> DcpFile:
         shard = _shard_of(named, shards, folder)
         path = paths.get(named["fqn"], (named["fqn"],))
         place = _place(path if isinstance(path, tuple) and path else (named["fqn"],), is_tensor=shard is not None)
-        item, value = _value(folder, _item(folder, named["fqn"], info, place, sizes=sizes), shard, records)
+        item, value = _value(folder, _checked_item(folder, named["fqn"], info, place, sizes=sizes), shard, records)
         if item.place:
             _put(tree, item.place, value)
         items.append(item)
@@ -180,7 +180,7 @@ def _shards(found: object, folder: Path, name: str) -> dict[tuple[int, ...], _Sh
     }
 
 
-def _item(folder: Path, name: str, info: object, place: TreePath, *, sizes: dict[str, int]) -> Item:
+def _checked_item(folder: Path, name: str, info: object, place: TreePath, *, sizes: dict[str, int]) -> Item:
     """An item, seen to lie inside its file; `sizes` are those of the folder's files."""
     stretch = _fields(info, "_StorageInfo", folder)
     file, offset, length = stretch["relative_path"], stretch["offset"], stretch["length"]

@@ -171,7 +171,7 @@ def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], cou
             f"the learning-rate schedule ends before the valid step: {error}",
             hint=f"a horizon that ends {max(1, count - (done - _counter(state)))} steps earlier, or --counters keep",
         ) from error
-    state.update(_state_of(schedule, state))
+    state.update(_state_after(schedule, state))
     for group, moved in zip(groups, stand_in.param_groups, strict=False):
         group.update({key: moved[key] for key in group if key != "params" and key in moved})
 
@@ -237,12 +237,12 @@ def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> An
     return schedule
 
 
-def _state_of(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:
+def _state_after(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:
     """The schedule's state with the keys that it had."""
     after = {key: value for key, value in schedule.__dict__.items() if key in before and key != "_schedulers"}
     if "_schedulers" in before:
         pairs = zip(schedule._schedulers, before["_schedulers"], strict=True)  # noqa: SLF001
-        after["_schedulers"] = [{**old, **_state_of(inner, old)} for inner, old in pairs]
+        after["_schedulers"] = [{**old, **_state_after(inner, old)} for inner, old in pairs]
     return after
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.checkpoint.plan import Rewrite, plan_outputs, with_modes
+from farcast_cli.checkpoint.pieces import Rewrite
+from farcast_cli.checkpoint.plan import plan_outputs, with_modes
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.checkpoint.plan import OutputFile, ValueMap
+    from farcast_cli.checkpoint.pieces import OutputFile, ValueMap
     from farcast_cli.results import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.delta import Delta, Rounded
