@@ -46,7 +46,8 @@ from farcast_cli.results import FittedOn
 from farcast_cli.sidecar import compose, write_sidecar
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.base import find_step_in_name, unchanged
+from farcast_cli.trainers.base import unchanged
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -33,7 +33,7 @@ from farcast_cli.run import trajectory
 from farcast_cli.run.steps import Findings, StepList, parse_steps
 from farcast_cli.run.trajectory import discover, survey
 from farcast_cli.trainers import hf_trainer
-from farcast_cli.trainers.base import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name
 from tests.conftest import STEPS, fit_run, loose_name, make_loose_run, make_torch_run, tree_digest, weights_at
 
 with warnings.catch_warnings():

@@ -45,6 +45,8 @@ ORDER = (
     "formats.torch_zip",
     "formats.dcp_file",
     "trainers.schedules",
+    "trainers.names",
+    "trainers.folder_files",
     "trainers.base",
     "trainers.weights_folder",
     "trainers.run_end",
@@ -275,7 +277,7 @@ def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
 
 CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
 LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
-KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.schedules"}
+KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.names", "trainers.schedules"}
 
 
 def test_what_is_known_of_a_trainer_stays_in_its_layout() -> None:

@@ -25,7 +25,8 @@ from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
-from farcast_cli.trainers.base import ADAPTER_FILES, METADATA_STEPS, Part, Snapshot, find_step_in_name
+from farcast_cli.trainers.base import ADAPTER_FILES, METADATA_STEPS, Part, Snapshot
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

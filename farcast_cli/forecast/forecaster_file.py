@@ -37,7 +37,8 @@ from farcast_cli.run.trajectory import run_entries
 from farcast_cli.state.rates import read_pace
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
-from farcast_cli.trainers.base import find_step_in_name, read_snapshot, unchanged
+from farcast_cli.trainers.base import read_snapshot, unchanged
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

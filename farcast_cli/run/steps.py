@@ -20,7 +20,8 @@ from farcast_cli.errors import (
     listed,
     shell_word,
 )
-from farcast_cli.trainers.base import MAX_DIGITS, Evidence, Snapshot, find_step_in_name
+from farcast_cli.trainers.base import Evidence, Snapshot
+from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

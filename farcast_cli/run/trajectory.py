@@ -28,7 +28,8 @@ from farcast_cli.files.reading import file_size, read_bytes, reading
 from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
 from farcast_cli.trainers import named, recognise
-from farcast_cli.trainers.base import Layout, Snapshot, find_step_in_name, read_snapshot
+from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
 from farcast_cli.formats.tree import at, walk
-from farcast_cli.trainers.base import Layout, Part, Role, Snapshot, files_below, name_evidence, weights_of
+from farcast_cli.trainers.base import Layout, Part, Role, Snapshot, name_evidence, weights_of
+from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.torch_payload import WEIGHT_KEYS, adam_evidence, other_weights, payload_evidence
 from farcast_cli.trainers.weights_folder import second_weights
 

@@ -13,7 +13,8 @@ from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
 from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter_tensors
 from farcast_cli.formats.tree import dotted, find, walk
 from farcast_cli.tensors import FORECASTABLE
-from farcast_cli.trainers.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_by_settings
 
 if TYPE_CHECKING:
