@@ -67,6 +67,7 @@ ORDER = (
     "run.__init__",
     "run.closed",
     "run.steps",
+    "run.entries",
     "run.trajectory",
     "run.quantised",
     "run.alignment",
@@ -269,6 +270,7 @@ def heavy_imports_at_its_top(module: str) -> set[str]:
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
     needed = [
         "run.steps",
+        "run.entries",
         "run.trajectory",
         *(module for module in MODULES if module.startswith(("files.", "formats.", "trainers."))),
     ]

@@ -31,9 +31,9 @@ from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
+from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
 from farcast_cli.run.thinning import thinned
-from farcast_cli.run.trajectory import run_entries
 from farcast_cli.state.rates import read_pace
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
