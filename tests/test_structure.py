@@ -44,6 +44,7 @@ ORDER = (
     "formats.copied_file",
     "formats.torch_zip",
     "formats.dcp_file",
+    "trainers.formulas",
     "trainers.schedules",
     "trainers.names",
     "trainers.folder_files",
