@@ -5,7 +5,7 @@ predict --counters advance --even-if-worse` writes a forecast with the default m
 the rates and with the batches of the steps after it, to the END of the schedule. The control is `--method persistence`:
 the counters are moved and the weights are not. `random` has the forecast's norm per tensor and a random direction.
 
-R = (final loss of the control - of the forecast) / (of the control - of the whole run). 1: the skipped training is
+R = (final loss of the control - of the forecast) / (final loss of the control - of the full run). 1: the skipped training is
 replaced; 0: the leap was worth nothing.
 """
 

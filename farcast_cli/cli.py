@@ -164,9 +164,9 @@ def fit(
 ) -> None:
     """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
     from farcast_cli.commands import render
-    from farcast_cli.files.place import check_outside
+    from farcast_cli.forecast.forecaster_file import check_fitted_place
 
-    check_outside(output, directory)
+    check_fitted_place(output, directory)
     started = time.monotonic()
     chosen = tuple(include or ()), tuple(exclude or ())
     fitted, bytes_read = _fit(
@@ -347,7 +347,7 @@ def predict(
     check_horizon_options(horizon, to_step)
     num_threads = prepare(device, threads)
     from farcast_cli.checkpoint.convert import OutputLayout
-    from farcast_cli.checkpoint.plan import OutputDType
+    from farcast_cli.checkpoint.pieces import OutputDType
     from farcast_cli.commands import render
     from farcast_cli.commands.answers import of_predict
     from farcast_cli.engine.reader import Io

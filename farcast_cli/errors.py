@@ -31,9 +31,13 @@ A message is one line in lower case: what, where, expected against found. The hi
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_MESSAGE = 2_000  # characters
+MAX_LISTED = 8  # names in a message
 
 
 class FarcastError(Exception):
@@ -64,6 +68,16 @@ def printable(text: str) -> str:
 def visible(text: str) -> str:
     """A text of any length without what a terminal would obey or cannot show."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def listed(names: Iterable[object], *, most: int = MAX_LISTED) -> str:
+    """The first few of several names, and how many more there are.
+
+    >>> listed(["a", "b"], most=2), listed(["a", "b", "c", "d"], most=2)
+    ('a, b', 'a, b and 2 more')
+    """
+    words = [str(name) for name in names]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def shell_word(path: object) -> str:

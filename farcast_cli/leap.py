@@ -26,7 +26,7 @@ from farcast_cli.engine.write import Engine, total_bytes, write_forecasts
 from farcast_cli.errors import SnapshotError, UsageError, shell_word
 from farcast_cli.evaluation.judge import Judge, Trial
 from farcast_cli.files.hidden import clear_left
-from farcast_cli.files.place import check_outside, sidecar_of
+from farcast_cli.files.place import check_outside, check_place, sidecar_of
 from farcast_cli.files.reading import portable, relative
 from farcast_cli.files.staged import staging
 from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
@@ -48,7 +48,7 @@ from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.publish import (
     DEFAULT_FOLDER,
-    check_place,
+    existing_check,
     finish,
     judged_origin,
     leap_of,
@@ -526,9 +526,8 @@ class _Call:
         request, is_file = self._request, self._target.is_file
         prepared = self._prepared([gain * self._ahead * self._after.mean], [outcome.horizon])
         (target,), (plan,) = prepared.targets, prepared.plans
-        clear_left(target)
-        clear_left(sidecar_of(target, is_file=True))
-        check_place(target, self._ask.directory, overwrite=request.overwrite, is_file=is_file)
+        existing = existing_check(overwrite=request.overwrite, is_file=is_file)
+        check_place(target, run=self._ask.directory, existing=existing, has_sidecar_beside=is_file)
         place, note = stage(outputs, target, is_file=is_file, overwrite=request.overwrite)
         tally = write_forecasts([plan], [place], prepared.engine, progress=self._progress("leap", total_bytes(plan)))
         finished = finish(prepared, outcome, tally, 0)

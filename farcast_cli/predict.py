@@ -19,8 +19,7 @@ from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
-from farcast_cli.files.hidden import clear_left
-from farcast_cli.files.place import check_outside, sidecar_of
+from farcast_cli.files.place import check_outside, check_place
 from farcast_cli.files.staged import Staging, staging
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
@@ -31,7 +30,7 @@ from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.publish import (
     Progress,
-    check_place,
+    existing_check,
     finish,
     judged_origin,
     leap_of,
@@ -47,7 +46,8 @@ from farcast_cli.results import FittedOn
 from farcast_cli.sidecar import compose, write_sidecar
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.base import find_step_in_name, unchanged
+from farcast_cli.trainers.base import unchanged
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -204,12 +204,9 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
     history = _history(fitted, snapshots, last)
     target = settle(origin, request.layout)
     places = [place_of(request, origin, horizon, _name_unit(fitted), target) for horizon in horizons]
-    if not request.dry_run:
-        for place in places:
-            clear_left(place)
-            clear_left(sidecar_of(place, is_file=True))
+    existing, clears = existing_check(overwrite=request.overwrite, is_file=target.is_file), not request.dry_run
     for place in places:
-        check_place(place, fitted.directory, overwrite=request.overwrite, is_file=target.is_file)
+        check_place(place, run=fitted.directory, existing=existing, has_sidecar_beside=target.is_file, clears=clears)
         if request.evaluator:
             check_outside(logs_of(place), fitted.directory)
     alignment = realign(fitted, [snapshots[index] for index in linear.used])

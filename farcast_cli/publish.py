@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.checkpoint.convert import plan_converted
-from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.checkpoint.pieces import Rewrite
+from farcast_cli.checkpoint.plan import forecast_name, with_modes
 from farcast_cli.engine.write import total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
-from farcast_cli.files.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
+from farcast_cli.files.place import check_ours, check_sidecar_ours, sidecar_of
 from farcast_cli.files.staged import refuse_existing
 from farcast_cli.forecast.ledger import Leap
 from farcast_cli.formats.torch_file import TorchFile
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from farcast_cli.checkpoint.convert import Container
-    from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.checkpoint.pieces import OutputFile
     from farcast_cli.engine.write import Tally
-    from farcast_cli.files.staged import Staging
+    from farcast_cli.files.staged import Check, Staging
     from farcast_cli.request import Outcome, Prepared, Request
     from farcast_cli.state.advance import CountersMode
     from farcast_cli.trainers.base import Snapshot
@@ -119,15 +120,9 @@ def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
         )
 
 
-def check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
-    """Never inside the run's folder, and never over something that farcast did not write."""
-    check_outside(target, run)
-    if not overwrite:
-        refuse_existing(target)
-    elif os.path.lexists(target):
-        check_ours(target, is_file=is_file)
-    if is_file and os.path.lexists(sidecar_of(target, is_file=True)):
-        check_sidecar_ours(sidecar_of(target, is_file=True))
+def existing_check(*, overwrite: bool, is_file: bool) -> Check:
+    """What may lie where a forecast goes: nothing, or a forecast that is replaced."""
+    return partial(check_ours, is_file=is_file) if overwrite else refuse_existing
 
 
 def stage(
@@ -137,8 +132,7 @@ def stage(
 
     The sidecar is added last and so published first: a forecast that can be seen has its provenance.
     """
-    check = partial(check_ours, is_file=is_file) if overwrite else refuse_existing
-    place = outputs.add(target, check=check, may_stay_empty=may_stay_empty)
+    place = outputs.add(target, check=existing_check(overwrite=overwrite, is_file=is_file), may_stay_empty=may_stay_empty)
     if not is_file:
         return place, None
     beside = sidecar_of(target, is_file=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.checkpoint.convert import Container, OutputLayout
-    from farcast_cli.checkpoint.plan import OutputDType, OutputFile
+    from farcast_cli.checkpoint.pieces import OutputDType, OutputFile
     from farcast_cli.engine.reader import Io
     from farcast_cli.engine.write import Engine
     from farcast_cli.evaluation.judge import Evaluator, Trial

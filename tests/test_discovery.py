@@ -29,11 +29,11 @@ from farcast_cli.errors import (
 from farcast_cli.forecast.forecaster_file import fit, load_fitted, newer_snapshots
 from farcast_cli.predict import predict
 from farcast_cli.request import Request
-from farcast_cli.run import trajectory
+from farcast_cli.run import entries, trajectory
 from farcast_cli.run.steps import Findings, StepList, parse_steps
 from farcast_cli.run.trajectory import discover, survey
 from farcast_cli.trainers import hf_trainer
-from farcast_cli.trainers.base import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name
 from tests.conftest import STEPS, fit_run, loose_name, make_loose_run, make_torch_run, tree_digest, weights_at
 
 with warnings.catch_warnings():
@@ -420,7 +420,7 @@ def test_too_few_whole_snapshots_name_those_that_are_not(tmp_path: Path) -> None
     run = make_loose_run(tmp_path / "run")
     for step in STEPS:
         cut(run / loose_name(step))
-    with pytest.raises(TooFewSnapshotsError, match=rf"found 0; left out: {loose_name(100)} \(half-written: .*, 4 more$"):
+    with pytest.raises(TooFewSnapshotsError, match=rf"found 0; left out: {loose_name(100)} \(half-written: .* and 4 more$"):
         discover(run)
 
 
@@ -435,7 +435,7 @@ def test_a_torch_file_without_its_end_is_left_out(tmp_path: Path, damage: Callab
 
 def test_a_snapshot_that_is_rotated_away_while_the_folder_is_read_is_left_out(tmp_path: Path) -> None:
     run, findings = hf_run(tmp_path), Findings()
-    candidates = trajectory._candidates(run, "", None, findings)
+    candidates = entries.candidates_in(run, "", None, findings)
     shutil.rmtree(run / "checkpoint-100")
     snapshots = trajectory._read_all(candidates, hf_trainer.LAYOUT, None, findings)
     assert [snapshot.path.name for snapshot in snapshots] == [f"checkpoint-{step}" for step in STEPS[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from farcast_cli.cli import app
 from tests.conftest import clean_environment, make_loose_run, tree_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -176,6 +177,42 @@ def test_every_command_shown_is_one_that_the_program_knows(page: Path) -> None:
 )
 def test_the_check_of_commands_sees_what_is_wrong(line: str, said: str) -> None:
     assert next(complaint(words) for words in farcast_commands(line)) == said
+
+
+# --- formulas --------------------------------------------------------------------------------------------------------
+
+
+def one_spaced(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def formulas(text: str) -> Iterator[str]:
+    """The formulas of a page: those of its indented lines, each by itself, and those that its tables begin with Delta."""
+    for line in re.findall(r"^    (.*)$", without_code(text), flags=re.MULTILINE):
+        for piece in re.split(r"\s{3,}", re.sub(r"\s+(=|<=|->)\s+", r" \1 ", line)):
+            if re.search(r"(^|\s)(=|<=|->)\s", piece):
+                yield one_spaced(piece).rstrip(",")
+    for cell in re.findall(r"\| (Delta .*) \|$", text, flags=re.MULTILINE):
+        yield cell.replace("\\|", "|")
+
+
+def docstrings(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                yield one_spaced(ast.get_docstring(node) or "")
+
+
+def test_every_formula_of_the_method_stands_in_the_docstring_of_what_computes_it() -> None:
+    known = list(docstrings([*(ROOT / "farcast_cli" / "forecast").glob("*.py"), ROOT / "bench" / "anneal.py"]))
+    shown = list(formulas((DOCS / "method.md").read_text()))
+    assert len(shown) > 60
+    assert [formula for formula in shown if not any(formula in text for text in known)] == []
+
+
+def test_the_check_of_formulas_sees_each_of_several_in_a_line_and_in_a_table() -> None:
+    text = "Text = no formula.\n\n    x   = t_0 + L,   L = s - t_0   a remark\n    h -> h pace   in words\n\n| `clip` | Delta min(m / \\|d\\|, 1) |\n"
+    assert list(formulas(text)) == ["x = t_0 + L", "L = s - t_0", "h -> h pace", "Delta min(m / |d|, 1)"]
 
 
 # --- the CI script ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from farcast_cli.run.trajectory import discover
 from farcast_cli.state.advance import advance
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers import recognise
-from farcast_cli.trainers.base import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name
 from tests.tiny import predict_run
 
 with warnings.catch_warnings():

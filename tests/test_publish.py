@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from farcast_cli.errors import OutputError
 from farcast_cli.files import renames
-from farcast_cli.files.hidden import MARK
+from farcast_cli.files.hidden import MARK, make_hidden
 from farcast_cli.files.staged import staged, staging
 from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
 from tests.conftest import fit_run, make_loose_run, make_torch_run, tree_digest
@@ -504,6 +504,23 @@ def test_a_users_file_under_a_sidecars_name_is_not_replaced(
     assert "a.safetensors.farcast.json: exists and is not a forecast's sidecar" in error
     assert tree_digest(fitted / "out").keys() == {mine.name}
     assert mine.read_text() == content
+
+
+def test_a_place_inside_the_run_is_refused_before_anything_there_is_cleared_away(fitted: Path, call_cli: CallCli) -> None:
+    os.close(make_hidden(fitted / "run" / "a.safetensors").fd)
+    before = tree_digest(fitted)
+    code, error = predict_to(call_cli, fitted, "run/a.safetensors")
+    assert code == 5
+    assert "lies inside the run's folder" in error
+    assert tree_digest(fitted) == before
+
+
+def test_fit_refuses_to_replace_a_users_file_before_it_reads_the_run(fitted: Path, call_cli: CallCli) -> None:
+    (fitted / "mine").write_text("mine")
+    (fitted / "run" / "step_000700.safetensors").write_bytes(b"damage" * 20)
+    done = call_cli("fit", "run", "-o", "mine", cwd=fitted)
+    assert done.returncode == 5
+    assert "mine: exists and is not a forecaster" in done.errors[0]
 
 
 def test_a_sidecar_that_a_killed_process_left_without_its_forecast_is_replaced(fitted: Path, call_cli: CallCli) -> None:

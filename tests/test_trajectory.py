@@ -22,7 +22,7 @@ from farcast_cli.errors import (
 from farcast_cli.run.alignment import align
 from farcast_cli.run.steps import StepRange
 from farcast_cli.run.trajectory import discover, open_snapshot
-from farcast_cli.trainers.base import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name
 from tests.conftest import STEPS, edit_loose, fit_run, loose_name, make_loose_run, make_torch_run, weights_at
 
 if TYPE_CHECKING:

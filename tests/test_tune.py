@@ -599,6 +599,12 @@ def test_a_call_that_makes_no_sense_is_refused_in_one_line(
     refused(call_cli, work, code, words, *call)
 
 
+def test_a_users_file_under_the_sidecars_name_is_refused_before_the_rows_are_read(work: Path, call_cli: CallCli) -> None:
+    (work / "tuned.safetensors.farcast.json").write_text('{"mine": 1}')
+    words = ("tuned.safetensors.farcast.json: exists and is not a forecast's sidecar",)
+    refused(call_cli, work, 5, words, *with_option("--data", "nothing.npz"))
+
+
 def spoil(work: Path, **arrays: np.ndarray[Any, Any]) -> None:
     rows = load_rows(work)
     whole: dict[str, Any] = {"x": rows.x, "y": rows.y} | arrays

@@ -13,23 +13,24 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.checkpoint.plan import Copy, Fixed, Piece, Planned, Rewrite, Storages, Zeros, plan_storages
-from farcast_cli.errors import FileFormatError, UsageError
+from farcast_cli.checkpoint.pieces import Copy, Fixed, Piece, Planned, Rewrite, Zeros
+from farcast_cli.checkpoint.torch_output import Storages, plan_storages
+from farcast_cli.errors import FileFormatError, UsageError, listed
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, Item, tensor_of
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile, below
-from farcast_cli.formats.torch_pickle import UNTYPED, Made, StorageRef, TensorRef, is_streamable
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_pickle import UNTYPED, Made, StorageRef, TensorRef, in_collection, is_streamable
+from farcast_cli.formats.tree import at, dotted, walk
 from farcast_cli.state.advance import StateTree, storages_of
 from farcast_cli.tensors import is_row_major
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from farcast_cli.formats.dcp_file import TreePath
+    from farcast_cli.formats.tree import TreePath
     from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Part
 
-MAX_NAMED = 6
 _BY_TORCH = "--layout same, then python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"
 
 
@@ -55,8 +56,8 @@ def weights_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[Planned
     rewrite = rewrite.within(part.prefix)
     if isinstance(part.content, SafetensorsFile):
         return [rewrite.planned(entry) for entry in part.content.entries]
-    source = _Source.of(_state_of(part, advanced), rewrite)
-    found = list(_leaves(below(source.state.tree, part.weights_key)))
+    source = _Source.of(_state_tree_of(part, advanced), rewrite)
+    found = list(_leaves(at(source.state.tree, part.weights_key)))
     advanced.notes += _not_tensors((path, leaf) for path, leaf in found)
     advanced.notes += _tied(found)
     return [source.planned(path, leaf) for path, leaf in found if _is_tensor(leaf)]
@@ -68,7 +69,7 @@ def tree_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> Iterator[Leaf]:
     Raises:
         UsageError: a tensor that cannot be taken out of its file by itself.
     """
-    state = _state_of(part, advanced)
+    state = _state_tree_of(part, advanced)
     if isinstance(part.content, DcpFile):
         return _tree_in_dcp(part.content, state, rewrite)
     return _tree_in_torch(_Source.of(state, rewrite), advanced)
@@ -80,17 +81,7 @@ def keys_beside_weights(part: Part) -> Iterator[str]:
     assert isinstance(content, TorchFile)  # noqa: S101 - what a state file is read into
     for depth, key in enumerate(part.weights_key):
         above = part.weights_key[:depth]
-        yield from (dotted((*above, other)) for other in below(content.tree, above) if other != key)
-
-
-def dotted(path: TreePath) -> str:
-    return ".".join(map(str, path))
-
-
-def listed(names: Sequence[str]) -> str:
-    """A few names, and how many more."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+        yield from (dotted((*above, other)) for other in at(content.tree, above) if other != key)
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------
@@ -125,7 +116,7 @@ class _Source:
         return Planned(name, dtype, leaf.shape, pieces, _strides(leaf))
 
 
-def _state_of(part: Part, advanced: Advanced) -> StateTree:
+def _state_tree_of(part: Part, advanced: Advanced) -> StateTree:
     if part.name in advanced.trees:
         return advanced.trees[part.name]
     assert isinstance(part.content, TorchFile)  # noqa: S101 - weights in a file of their own, which no trainer's state is
@@ -137,13 +128,9 @@ def _strides(ref: TensorRef) -> tuple[int, ...]:
     return () if is_row_major(ref.shape, ref.stride) else ref.stride
 
 
-def _leaves(tree: Any, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
+def _leaves(tree: Any) -> Iterator[tuple[TreePath, Any]]:
     """What a state dict holds, with the keys that lead to it."""
-    if isinstance(tree, (dict, list, tuple)):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, (*path, key))
-    else:
-        yield path, tree
+    return ((path, node) for path, node in walk(tree, below=in_collection) if in_collection(node) is None)
 
 
 def _is_tensor(leaf: object) -> bool:
@@ -256,21 +243,21 @@ def _weights_in_dcp(part: Part, dcp: DcpFile, advanced: Advanced, rewrite: Rewri
     advanced.notes += _not_tensors((path, None) for path, one in weights if one.shape is None)
     for path, one in weights:
         if one.shape is not None:
-            yield replace(_joined(dcp, one, state, storages), name=dotted(path))
+            yield replace(_whole(dcp, one, state, storages), name=dotted(path))
 
 
 def _tree_in_dcp(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> Iterator[Leaf]:
     storages = plan_storages(state, rewrite)
     for one in _stored(dcp):
         if one.shape is not None:
-            yield Leaf(one.path, _joined(dcp, one, state, storages))
+            yield Leaf(one.path, _whole(dcp, one, state, storages))
         elif one.place:
-            yield Leaf(one.path, below(state.tree, one.place))
+            yield Leaf(one.path, at(state.tree, one.place))
         else:
             raise UsageError(f"{one.name!r} is an object with tensors inside, or a large one: only copied", hint=_BY_TORCH)
 
 
-def _joined(dcp: DcpFile, one: _Stored, state: StateTree, storages: Storages) -> Planned:
+def _whole(dcp: DcpFile, one: _Stored, state: StateTree, storages: Storages) -> Planned:
     """A tensor as a whole: its shards, if it has any, must lie one behind the other along its first axis."""
     assert one.shape is not None  # noqa: S101 - the callers' branch
     items = sorted(one.items, key=_offsets)
@@ -301,5 +288,5 @@ def _ref_of(dcp: DcpFile, item: Item, state: StateTree) -> TensorRef:
     ref, _ = tensor_of(dcp.folder, item)
     if not is_streamable(ref) or ref.storage.num_bytes != ref.dtype.bytes_of(prod(ref.shape)):
         raise UsageError(f"tensor {item.name!r} is stored as a view of another", hint=_BY_TORCH)
-    known: TensorRef = below(state.tree, item.place)
+    known: TensorRef = at(state.tree, item.place)
     return replace(ref, storage=replace(ref.storage, key=known.storage.key))

@@ -3,44 +3,36 @@
 Knows which parts of a checkpoint each container has a place for, and what its files are called. A conversion is a plan
 like any other: several horizons are written in one pass, and nothing is loaded.
 
-Source: transformers/utils/__init__.py and accelerate/utils/constants.py for the names of weights in folders;
-torch/distributed/checkpoint/filesystem.py for its metadata.
+Source: transformers/utils/__init__.py and accelerate/utils/constants.py for the names of weights in folders.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.checkpoint.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
+from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, tree_in, weights_in
+from farcast_cli.checkpoint.dcp_output import new_folder
+from farcast_cli.checkpoint.pieces import Fixed, OutputFile, Piece, Planned, Rewrite
 from farcast_cli.checkpoint.plan import (
-    Fixed,
-    OutputFile,
-    Piece,
-    Planned,
-    Rewrite,
-    Section,
     is_read_whole,
     json_output,
     never_in_shards,
-    new_torch_file,
     plan_outputs,
     plan_part,
     safetensors_output,
     shards,
-    torch_output,
 )
-from farcast_cli.errors import UsageError
-from farcast_cli.formats.dcp_file import METADATA, DcpFile
+from farcast_cli.checkpoint.torch_output import new_torch_file, ref_of, torch_output
+from farcast_cli.errors import UsageError, listed
+from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile, below
-from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_pickle import encode_pickle
+from farcast_cli.formats.tree import at
 from farcast_cli.state.advance import StateTree
-from farcast_cli.tensors import DTYPES, row_major_strides
 from farcast_cli.trainers import named
 
 if TYPE_CHECKING:
@@ -51,7 +43,6 @@ if TYPE_CHECKING:
 
 OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
 
-DCP_FILE = "__0_0.distcp"
 _ENDINGS = {"safetensors": ".safetensors", "pt": ".pt"}
 _SWAPPED = {"safetensors": (".bin", ".safetensors"), "pt": (".safetensors", ".bin")}
 """Endings of files of weights in a folder, before and after."""
@@ -133,7 +124,7 @@ def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, targe
     if rewrite.max_shard_bytes is not None and target.layout != "safetensors":
         raise UsageError(f"--max-shard-size: --layout {target.layout} is never in shards", hint="leave the option out")
     if target.layout == "dcp":
-        return _dcp_outputs(list(_dcp_leaves(_weight_parts(origin), advanced, rewrite)))
+        return new_folder(list(_dcp_leaves(_weight_parts(origin), advanced, rewrite)))
     if target.layout == "pt" and target.is_file:
         return [_one_torch_file(*_weight_parts(origin), advanced=advanced, rewrite=rewrite)]
     written = (_in_shards if rewrite.max_shard_bytes is not None else _in_files)(origin, advanced, rewrite, target)
@@ -207,7 +198,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
     if isinstance(part.content, TorchFile):
         state = advanced.trees[part.name]
         alone = replace(part, weights_key=(), mirror_key=())
-        tree = below(state.tree, part.weights_key)
+        tree = at(state.tree, part.weights_key)
         return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed), rewrite)
     return _torch_file("", weights_in(part, advanced, rewrite))
 
@@ -245,19 +236,8 @@ def _torch_file(name: str, found: Iterable[Planned | Leaf]) -> OutputFile:
         key = str(len(named))
         if isinstance(leaf.value, Planned):
             named[f"data/{key}"] = leaf.value.pieces
-        set_element(tree, leaf.path, _ref(leaf.value, key) if isinstance(leaf.value, Planned) else leaf.value)
+        set_element(tree, leaf.path, ref_of(leaf.value, key) if isinstance(leaf.value, Planned) else leaf.value)
     return OutputFile(name, tuple(new_torch_file({"data.pkl": (Fixed(encode_pickle(tree)),), **named})))
-
-
-def _ref(tensor: Planned, key: str) -> TensorRef:
-    """A tensor as a torch file has it, alone in a storage."""
-    if tensor.dtype.name not in DTYPES:
-        raise UsageError(f"tensor {tensor.name!r} is {tensor.dtype.name}, which torch cannot hold", hint="leave --layout out")
-    strides = tensor.strides or row_major_strides(tensor.shape)
-    is_typed = bool(tensor.dtype.storage)
-    size = prod(tensor.shape) if is_typed else tensor.num_bytes
-    storage = StorageRef(key, tensor.dtype if is_typed else UNTYPED, "cpu", size)
-    return TensorRef(storage, tensor.dtype, 0, tensor.shape, strides)
 
 
 # --- torch.distributed.checkpoint ------------------------------------------------------------------------------------
@@ -273,54 +253,3 @@ def _dcp_leaves(parts: Sequence[Part], advanced: Advanced, rewrite: Rewrite) -> 
     for part in parts:
         for tensor in weights_in(part, advanced, rewrite):
             yield Leaf((part.prefix.rstrip(".") or "model", tensor.name), tensor)
-
-
-def _dcp_outputs(leaves: Sequence[Leaf]) -> list[OutputFile]:
-    """One file of items one behind the other, and the metadata that say where each lies."""
-    records: list[Section] = []
-    stretches = []
-    position = 0
-    for leaf in leaves:
-        made = new_torch_file(_item(leaf), start=position)
-        num_bytes = sum(record.num_bytes for record in made)
-        records += made
-        stretches.append((position, num_bytes))
-        position += num_bytes
-    metadata = (Section((Fixed(_dcp_metadata(leaves, stretches)),)),)
-    return [OutputFile(DCP_FILE, tuple(records)), OutputFile(METADATA, metadata)]
-
-
-def _item(leaf: Leaf) -> dict[str, tuple[Piece, ...]]:
-    """The small torch file that an item is."""
-    if isinstance(leaf.value, Planned):
-        return {"data.pkl": (Fixed(encode_pickle(_ref(leaf.value, "0"))),), "data/0": leaf.value.pieces}
-    pickled = encode_pickle(leaf.value, {storage.key: storage for storage, _ in leaf.held})
-    return {"data.pkl": (Fixed(pickled),), **{f"data/{storage.key}": pieces for storage, pieces in leaf.held}}
-
-
-def _dcp_metadata(leaves: Sequence[Leaf], stretches: Sequence[tuple[int, int]]) -> bytes:
-    """`.metadata` as torch's own writer pickles it."""
-    import torch.distributed.checkpoint.metadata as dcp
-    from torch import Size
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    known: dict[str, dcp.STORAGE_TYPES] = {}
-    stored = {}
-    for leaf, (offset, length) in zip(leaves, stretches, strict=True):
-        name, tensor = dotted(leaf.path), leaf.value if isinstance(leaf.value, Planned) else None
-        if name in known:
-            raise UsageError(f"--layout dcp: two items would be called {name!r}", hint="leave --layout out")
-        known[name] = _tensor_metadata(leaf) if tensor else dcp.BytesStorageMetadata()
-        index = dcp.MetadataIndex(name, Size([0] * len(tensor.shape)), 0) if tensor else dcp.MetadataIndex(name)
-        stored[index] = _StorageInfo(DCP_FILE, offset, length)
-    paths = {dotted(leaf.path): leaf.path for leaf in leaves}
-    return pickle.dumps(dcp.Metadata(known, planner_data=paths, storage_data=stored))
-
-
-def _tensor_metadata(leaf: Leaf) -> Any:
-    import torch
-    import torch.distributed.checkpoint.metadata as dcp
-
-    properties = dcp.TensorProperties(dtype=getattr(torch, leaf.value.dtype.name), requires_grad=leaf.requires_grad)
-    shape = torch.Size(leaf.value.shape)
-    return dcp.TensorStorageMetadata(properties, shape, [dcp.ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)])

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from farcast_cli.errors import printable, shell_word, visible
+from farcast_cli.errors import listed, printable, shell_word, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -198,7 +198,7 @@ def inspect_table(
 
 def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, verbose: bool = False) -> None:
     for reason, names in _by_kind(items).items():
-        shown = _first_of(names, len(names) if verbose else MAX_NAMES)
+        shown = listed(names, most=len(names) if verbose else MAX_NAMES)
         console.print(f"{title}: {escape(shown)} ({escape(reason)})", soft_wrap=True)
 
 
@@ -215,10 +215,6 @@ def _by_kind(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     for name, kind in items:
         found[kind].append(name)
     return found
-
-
-def _first_of(names: Sequence[str], count: int) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _tensors(count: int) -> str:
@@ -283,7 +279,7 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Stea
         f" above {COHERENCE_GATE:g} and a small p: a forecast is worth resuming from, up to a quarter of the history ahead)"
     )
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
-        note(f"forecast: {_first_of(names, MAX_NAMES)} ({remark})")
+        note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
     note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.checkpoint.plan import Values
+    from farcast_cli.checkpoint.pieces import Values
     from farcast_cli.engine.arithmetic import Arithmetic, Array, Factor
     from farcast_cli.engine.linear import LinearMap
     from farcast_cli.engine.output_files import Buffer

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
-    from farcast_cli.checkpoint.plan import OutputFile, Piece, Values
+    from farcast_cli.checkpoint.pieces import OutputFile, Piece, Values
 
 
 @dataclass(frozen=True, slots=True)

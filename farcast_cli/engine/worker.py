@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.checkpoint.plan import Copy, Fixed, Values
+from farcast_cli.checkpoint.pieces import Copy, Fixed, Values
 from farcast_cli.engine.batch import Compute
 from farcast_cli.engine.output_files import Buffer, OutputFiles
 from farcast_cli.engine.ranges import batches, segment_of

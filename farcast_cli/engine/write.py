@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.checkpoint.plan import Copy, Values
+from farcast_cli.checkpoint.pieces import Copy, Values
 from farcast_cli.engine import workers
 from farcast_cli.engine.arithmetic import HostArithmetic
 from farcast_cli.engine.checksums import combine
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.checkpoint.pieces import OutputFile
     from farcast_cli.engine.batch import Inputs
     from farcast_cli.engine.worker import Checksum, Report
 

@@ -13,11 +13,15 @@ from operator import and_
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from farcast_cli.errors import FarcastError, OutputError
+from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import file_size, mode_of, portable, read_bytes
+from farcast_cli.files.staged import refuse_existing
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from farcast_cli.files.staged import Check
 
 SIDECAR = "farcast.json"
 FINGERPRINT_BYTES = 1 << 16  # from the start, the middle and the end of a file: training changes every one of them
@@ -68,6 +72,41 @@ def _fingerprint(path: Path) -> str:
     for offset in sorted({0, (size - count) // 2, size - count}):
         whole.update(read_bytes(path, offset, count))
     return whole.hexdigest()[:32]
+
+
+def check_place(
+    place: Path,
+    *,
+    run: Path | None,
+    existing: Check = refuse_existing,
+    has_sidecar_beside: bool = False,
+    clears: bool = True,
+    option: str = "-o",
+) -> None:
+    """See that an output may be written at a place: outside the run, and over nothing but what may be replaced.
+
+    What killed processes left of the output is removed, once it is known to lie outside the run.
+
+    Args:
+        run: the run's folder; None for a checkpoint that is by itself.
+        existing: of what lies there already.
+        has_sidecar_beside: whether the output is a file with a sidecar of its own.
+        clears: whether leftovers may be removed; a dry run changes nothing.
+        option: the one that names the place.
+
+    Raises:
+        OutputError: it may not, or another process writes this output.
+    """
+    beside = [sidecar_of(place, is_file=True)] if has_sidecar_beside else []
+    if run is not None:
+        check_outside(place, run, option=option)
+    for path in [place, *beside] if clears else []:
+        clear_left(path)
+    if os.path.lexists(place):
+        existing(place)
+    for path in beside:
+        if os.path.lexists(path):
+            check_sidecar_ours(path)
 
 
 def check_outside(place: Path, run: Path, *, option: str = "-o") -> None:

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,17 @@ from farcast_cli.files.hidden import Hidden, clear_left, identity, is_renamed, m
 from farcast_cli.files.renames import ASIDE, put, swap, swap_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    Check = Callable[[Path], None]
+    from collections.abc import Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+Check = Callable[[Path], None]
+"""Raises an OutputError if what lies at a place must stay."""
 
-def refuse_existing(final: Path) -> None:
+
+def refuse_existing(final: Path, *, hint: str = "--overwrite replaces it; -o OUT writes elsewhere") -> None:
     if os.path.lexists(final):
-        raise OutputError(f"{final}: exists already", hint="--overwrite replaces it; -o OUT writes elsewhere")
+        raise OutputError(f"{final}: exists already", hint=hint)
 
 
 @dataclass(slots=True)
@@ -100,8 +102,8 @@ class Staging:
         """A path to write to, which becomes `final`.
 
         Args:
-            check: raises an OutputError if what has the name `final` must stay. It is called now, and again right before
-                the rename. By default nothing may have that name.
+            check: of what has the name `final`. It is called now, and again right before the rename. By default nothing
+                may have that name.
             may_stay_empty: the block may decide to write nothing; then nothing is published under this name.
 
         Returns:

@@ -84,7 +84,9 @@ def steadiness(gram: Gram, timeline: Timeline) -> Steadiness:
 
 
 def coherence(gram: Gram, timeline: Timeline) -> float:
-    """S = cos(v[t_0, mid], v[mid, s]): whether the second half of the history moves like the first.
+    """Whether the second half of the history moves like the first.
+
+        S = cos( v[t_0, mid], v[mid, s] ),   mid = t_0 + L / 2
 
     Returns:
         -1..1; nan with fewer than five snapshots, or two in a half, or where nothing moved.
@@ -133,7 +135,9 @@ def _coherence_over(gram: Gram, halves: Halves | None) -> float:
 
 
 def backtest_ratio(method: Method, task: Task, *, as_written: bool = False) -> float:
-    """||forecast - truth|| / ||persistence - truth|| for the same lead, made at x and judged at s; nan if nothing moved.
+    """The error of the same lead against that of persistence, made at x and judged at s; nan if nothing moved.
+
+        b = || Delta(x) - (w(s) - w(x)) || / || w(s) - w(x) ||
 
     Clipped unless `as_written`: matching a norm puts noise back and would fail a gate where the direction is good.
     """

@@ -59,7 +59,7 @@ class Task:
 
     @property
     def lead(self) -> float:
-        """R = h / L, with the history's length for the time that has passed."""
+        """The horizon over the history's length: r = h / L."""
         return self.horizon / self.timeline.length
 
     @property
@@ -69,7 +69,9 @@ class Task:
 
     @property
     def pace_ahead(self) -> float:
-        """How fast the run moves over the horizon, against its recent past: mean rate over [s, s + h] / over [s - l, s].
+        """How fast the run moves over the horizon, against its recent past.
+
+            pace = (mean rate over [s, s + h]) / (mean rate over [s - l, s]),   l = min(L, 2 h),   at most 3
 
         Exactly 1 where the rate is constant, or steps are counted, or a rate is not known.
         """
@@ -80,7 +82,7 @@ class Task:
 
     @property
     def reach(self) -> float:
-        """The horizon in steps of the recent past: h where the rate stays, fewer where it falls."""
+        """The horizon in steps of the recent past, h -> h pace: h where the rate stays, fewer where it falls."""
         return self.horizon * self.pace_ahead
 
     @property
@@ -102,7 +104,10 @@ class Task:
 
     @property
     def training_origin(self) -> float:
-        """X = t_0 + L / (1 + r): from there to the origin lies the same lead as from the origin to the forecast."""
+        """Where the training of a forecaster ends: from there to s lies the same lead as from s to the forecast.
+
+        x = t_0 + L / (1 + r)
+        """
         return self.timeline.first + self.timeline.length / (1 + self.lead)
 
     @property
@@ -170,7 +175,7 @@ def set_step_norm(step: NDArray[np.float64], task: Task, norm: StepNorm) -> NDAr
         clip         Delta min(m / ||Delta||, 1)
         free         Delta
 
-    m is first multiplied by the pace over the horizon, which is 1 unless the learning rate changes (`Task.pace_ahead`).
+    Before, m -> m pace, which is 1 unless the learning rate changes (`Task.pace_ahead`); `free` is left alone.
     The matched window is h / (1 + r) long, hence the factor (1 + r): without it a straight path is under-shot.
     """
     if norm == "free":

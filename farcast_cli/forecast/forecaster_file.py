@@ -22,7 +22,7 @@ from farcast_cli import __version__
 from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.place import check_outside, open_new
+from farcast_cli.files.place import check_place, open_new
 from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading
 from farcast_cli.files.staged import staged
 from farcast_cli.forecast.accumulate import accumulate
@@ -31,13 +31,14 @@ from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
+from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
 from farcast_cli.run.thinning import thinned
-from farcast_cli.run.trajectory import run_entries
 from farcast_cli.state.rates import read_pace
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
-from farcast_cli.trainers.base import find_step_in_name, read_snapshot, unchanged
+from farcast_cli.trainers.base import read_snapshot, unchanged
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -241,13 +242,22 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
             )
 
 
+def check_fitted_place(path: Path, directory: Path) -> None:
+    """See that the forecaster of a run may be written at a place: an older one is replaced.
+
+    Raises:
+        OutputError: it lies in the run's folder, or something else lies there.
+    """
+    check_place(path, run=directory, existing=_refuse_to_replace)
+
+
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
     home = path.parent.resolve()
     provenance = fitted.provenance.model_copy(update={"directory": os.path.relpath(fitted.directory.resolve(), home)})
     if provenance.leap:
         provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
-    check_outside(path, fitted.directory)
+    check_fitted_place(path, fitted.directory)
     arrays: dict[str, NDArray[Any]] = {
         "steps": fitted.gram.steps,
         "gram": fitted.gram.matrix,

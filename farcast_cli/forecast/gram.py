@@ -7,7 +7,11 @@ For a tensor's snapshots w_0 .. w_{T-1} the basis is
     1                the constant
 
 and the matrix holds every inner product of two of its R = T + 1 vectors, in float64. Every forecast that is linear in
-the snapshots is a vector of R coefficients; its norm, its least-squares fit and its error at any origin and lead are
+the snapshots,
+
+    w_hat(s + h) = w_s + sum_t c_t (w_t - w_{t-1})
+
+is a vector of R coefficients; its norm, its least-squares fit and its error at any origin and lead are
 algebra on this matrix. Increments rather than weights: inner products of raw weights cancel (errors up to 2e-3).
 
 Shapes: K tensors, T snapshots, R = T + 1 basis vectors, M sampled elements.

@@ -1,8 +1,9 @@
 """LFD-2, the paper's forecaster: one linear layer on a run's first and last weights, trained on the L1 loss.
 
-    w_hat_j = a_j0 w_first + a_j1 w_last + b_j,  j = 1..J, directly for J steps ahead
-    L_pred  = mean_i,j | w_hat_ij - w_ij |
-    L_grad  = mean_j max( mean_i |w_hat_j+1 - w_hat_j| - mean_i |w_hat_j - w_hat_j-1|, 0 )
+    w_hat_j = a_j0 w_first + a_j1 w_last + b_j,   j = 1..J,   directly for J steps ahead
+    L_pred  = mean_ij | w_hat_ij - w_ij |
+    L_grad  = mean_j max( mean_i |w_hat_{j+1} - w_hat_j| - mean_i |w_hat_j - w_hat_{j-1}|, 0 )
+    loss    = L_pred + weight L_grad
 
 Trained where the target is known, from x to s (ratio alignment), and applied from s. L_grad's second argument could
 not be obtained from the paper; the hinge on the step before is our reading, and so is its weight (default 0: it

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from farcast_cli import __version__
-from farcast_cli.checkpoint.plan import Copy, OutputFile, Planned, Values, safetensors_output
+from farcast_cli.checkpoint.pieces import Copy, OutputFile, Planned, Values
+from farcast_cli.checkpoint.plan import safetensors_output
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import list_files
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.checkpoint.plan import Piece
+    from farcast_cli.checkpoint.pieces import Piece
     from farcast_cli.tensors import TensorEntry
     from farcast_cli.trainers.base import Snapshot
 

@@ -52,7 +52,9 @@ def persistence(task: Task) -> NDArray[np.float64]:
 
 
 def line(task: Task) -> NDArray[np.float64]:
-    """A straight line from half the history: Delta = h / (s - x) (w_s - w_x), x = (t_0 + s) / 2.
+    """A straight line from half the history.
+
+        Delta = h / (s - x) (w(s) - w(x)),   x = (t_0 + s) / 2
 
     Source: linear curve fit, the baseline of Weight Nowcaster Networks (Jang et al., ICML 2023).
     """
@@ -85,10 +87,10 @@ def drift(task: Task) -> NDArray[np.float64]:
 def rank_1(task: Task) -> NDArray[np.float64]:
     """A line in the coefficient of the history's first singular vector, per tensor.
 
-        M     = rows w_t - w_0, over the snapshots t of the history
+        M     = rows w_t - w_0 over the snapshots t of the history
         M M^T = U Lambda U^T,   u = the eigenvector of the largest eigenvalue
-        w_t - w_0 ~ u_t D,      D = sum_t u_t (w_t - w_0)
-        Delta = (uhat(s + h) - u_s) D,   uhat = the least-squares line (with a constant) through all (t, u_t)
+        D     = sum_t u_t (w_t - w_0),   so that w_t - w_0 ~ u_t D
+        Delta = (uhat(s + h) - u_s) D,   uhat = least-squares line, with a constant, through all (t, u_t)
 
     w_0 counts as a snapshot whose delta is zero. The source's forecast, w_0 + uhat(s + h) D, drops whatever part of w_s
     is not along D; ours is added to w_s and keeps it. The coefficient itself is the source's: what w_s has along D
@@ -113,9 +115,9 @@ def rank_1(task: Task) -> NDArray[np.float64]:
 def k5(task: Task) -> NDArray[np.float64]:
     """A ridge regression on the moves between five equally spaced points of the history, per tensor.
 
-    F_i(T) = w(t_0 + (T - t_0) i / 4) - w(t_0 + (T - t_0) (i - 1) / 4),  i = 1..4
-    c = argmin || w(s) - w(x) - sum_i c_i F_i(x) ||^2 + lambda tr(G) / 4 ||c||^2
-    Delta = sum_i c_i F_i(s)
+    F_i(T) = w(t_0 + (T - t_0) i / 4) - w(t_0 + (T - t_0) (i - 1) / 4),   i = 1..4
+    c      = argmin || w(s) - w(x) - sum_i c_i F_i(x) ||^2 + lambda tr(G) / 4 ||c||^2,   lambda = 0.01
+    Delta  = sum_i c_i F_i(s)
     """
     timeline = task.timeline
     return _regress(task, _flows(timeline, task.training_origin), _flows(timeline, timeline.origin))
@@ -130,9 +132,9 @@ def _flows(timeline: Timeline, end: float) -> NDArray[np.float64]:
 def window_means(task: Task) -> NDArray[np.float64]:
     """A ridge regression on how far the weights are from their recent means, at three scales, per tensor.
 
-        F_i(T) = w(T) - mean of w over [T - a_i (T - t_0), T],  a = 1/8, 1/4, 1/2
-        c = argmin || w(s) - w(x) - sum_i c_i F_i(x) ||^2 + lambda tr(G) / 3 ||c||^2
-        Delta = sum_i c_i F_i(s)
+        F_i(T) = w(T) - mean of w over [T - a_i (T - t_0), T],   a = 1/8, 1/4, 1/2
+        c      = argmin || w(s) - w(x) - sum_i c_i F_i(x) ||^2 + lambda tr(G) / 3 ||c||^2,   lambda = 0.01
+        Delta  = sum_i c_i F_i(s)
 
     The means are taken along the path between snapshots. Ours.
     """
@@ -161,7 +163,7 @@ def _regress(task: Task, inputs: NDArray[np.float64], at_origin: NDArray[np.floa
 
 
 def blend(task: Task) -> NDArray[np.float64]:
-    """The mean of `drift` and `k5` with step norm `match`: Delta = (d_1 + d_2) / 2."""
+    """The mean of two methods: Delta = (drift + k5 with step norm match) / 2."""
     return (drift(task) + set_step_norm(k5(task), task, "match")) / 2
 
 
@@ -180,9 +182,10 @@ def lfd2(task: Task) -> NDArray[np.float64]:
 
 
 def average(task: Task) -> NDArray[np.float64]:
-    """The mean of the last k snapshots: Delta = mean(w) - w_s. To evaluate or ship, never to resume from.
+    """The mean of the last k snapshots. To evaluate or ship, never to resume from.
 
-        k = argmin 4 sigma^2 / k + ||v||^2 ((k - 1) / 2)^2,   2 <= k <= 20
+        Delta = mean of the last k snapshots - w_s
+        k     = argmin 4 sigma^2 / k + ||v||^2 ((k - 1) / 2)^2,   2 <= k <= 20
 
     with the drift v per snapshot and the noise sigma^2 around it from a line through the recent half of the history, all
     tensors together: a longer average has less noise and lags further behind. The noise counts four times, because it
@@ -210,9 +213,11 @@ def averaging_window(task: Task) -> int:
 
 
 def trend(task: Task) -> NDArray[np.float64]:
-    """The least-squares line through the recent half of the history, at s + h: Delta = line(s + h) - w_s.
+    """The least-squares line through the recent half of the history, at s + h.
 
-        line(t) = wbar + (t - tbar) sum_j (t_j - tbar) w_j / sum_j (t_j - tbar)^2,   t_j in [s - L/2, s], at most 24
+        Delta   = line(s + h) - w_s
+        line(t) = wbar + (t - tbar) v,   v = sum_j (t_j - tbar) w_j / sum_j (t_j - tbar)^2
+        t_j     = the snapshots of [s - L / 2, s], at most 24 of them, evenly chosen
 
     Where an average lags behind by half its window, the line ends where the run is, without its noise. To evaluate or
     ship, never to resume from. Ours; a least-squares line is old.
@@ -232,9 +237,10 @@ def _recent(timeline: Timeline) -> list[float]:
 
 
 def average_extrapolate(task: Task) -> NDArray[np.float64]:
-    """A line through two consecutive averages, with their mean steps t_1 and t_2.
+    """A line through two consecutive averages.
 
-        A_2 = mean of the last k snapshots,   A_1 = mean of the k before,   k = 5, or half of what the history holds
+        A_2   = mean of the last k snapshots, at their mean step t_2
+        A_1   = mean of the k before, at their mean step t_1,   k = 5, or half of what the history holds if that is fewer
         w_hat = A_2 + (A_2 - A_1) / (t_2 - t_1) (s + h - t_2)
         Delta = w_hat - w_s
 
@@ -255,10 +261,11 @@ def average_extrapolate(task: Task) -> NDArray[np.float64]:
 def accelerate(task: Task) -> NDArray[np.float64]:
     """Regularised non-linear acceleration: the weighted average of recent points at which the moves cancel best.
 
-        p_0 .. p_k = equally spaced points from the last k + 1 snapshots, k = 10,   r_i = w(p_i) - w(p_{i-1})
-        c     = argmin c^T (R^T R / ||R^T R||_2 + lambda I) c   where sum_i c_i = 1,   lambda = 1e-8
-              = z / sum_i z_i,   (R^T R / ||R^T R||_2 + lambda I) z = 1
-        Delta = sum_i c_i w(p_i) - w_s
+        p_0 .. p_k = k + 1 equally spaced points from the last k + 1 snapshots to the origin,   k = 10 or fewer
+        R          = columns r_i = w(p_i) - w(p_{i-1}),   i = 1..k
+        c          = argmin c^T (R^T R / ||R^T R||_2 + lambda I) c   where sum_i c_i = 1,   lambda = 1e-8
+                   = z / sum_i z_i,   (R^T R / ||R^T R||_2 + lambda I) z = 1
+        Delta      = sum_i c_i w(p_i) - w_s
 
     It looks for the point at which training would stand still, and does not depend on the horizon. One c for all
     tensors, as in the source, whose point is one of the whole network; `--scope tensor` fits each by itself.

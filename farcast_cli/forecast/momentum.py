@@ -4,9 +4,9 @@ A stretch is the training between two calls. Stretch k begins at the landing l_{
 the run was, if there was no leap), and ends at the origin e_k; n_k is its length, in steps or in learning-rate time.
 
     v_k     = (e_k - l_{k-1}) / n_k                           the move of a stretch, per unit of its length
-    m_k     = u_k / (1 - b^k),   u_k = b u_{k-1} + (1 - b) v_k,   b = .8     the mean move
-    share_k = sum_j a^(k-j) <v_j, m_{j-1}> / sum_j a^(k-j) <m_{j-1}, m_{j-1}>,   a = .7
-    g_k     = g_{k-1} exp(.75 signal_k),  g_0 = .5            the gain, from .05 up to a limit
+    m_k     = u_k / (1 - b^k),   u_k = b u_{k-1} + (1 - b) v_k,   b = 0.8     the mean move
+    share_k = sum_j a^(k-j) <v_j, m_{j-1}> / sum_j a^(k-j) <m_{j-1}, m_{j-1}>,   a = 0.7
+    g_k     = g_{k-1} exp(0.75 signal_k),   g_0 = 0.5         the gain, from .05 up to a limit
     w_hat   = e_k + g_k n m_k                                 n: the length of the stretch to come
 
 The share says how much of the move that the memory foretold the last stretches made. A leap that went too far is taken back

@@ -47,7 +47,7 @@ def significance(gram: Gram, early: NDArray[np.float64], late: NDArray[np.float6
     """The p of Q = <v_early, v_late>, the numerator of S, where every increment's sign may as well be the other one.
 
         Q(e) = sum_ij e_i e_j a_i b_j <d_i, d_j>,   e_i = -1 or 1
-        p    = share of the patterns e with Q(e) >= Q(1, .., 1)
+        p    = share of the patterns with Q(e) >= Q(1, .., 1)
 
     Exact for a walk whose increments are independent and symmetric, whatever their covariances, and however different
     these are: snapshots need no even spacing. Where a half has more than 5 increments, neighbours share a sign: 5 blocks

@@ -4,13 +4,13 @@ The weights are moved along the mean move that was remembered BEFORE the last st
 the origin. A, B and H are the losses ahead, behind and at the origin; p is how far ahead and behind, in stretches.
 
     slope_k = (B - A) / 2p                                   fall of the loss per stretch ahead: curvature cancels
-    bend_k  = (A + B - 2 H) / p^2, smoothed over calls       its second derivative
-    usual_k = root mean square of the change of H from call to call, smoothed
+    bend_k  = (A + B - 2 H) / p^2                            its curvature; averaged over the calls, a = 0.7
+    usual_k = root mean square of the change of H from call to call, a = 0.7
     told_k  = slope_k / usual_k, within -1..1                what the loss says
-    trust_k = 1 + min(0, mean of told / mean of |told|)      1: told is noise or speaks for leaps; 0: always against
+    trust_k = 1 + min(0, mean of told / mean of |told|), a = 0.7   1: told is noise or speaks for leaps; 0: always against
 
-    signal  = told_k + trust_k (1 + min(0, told_k)) share_k  moves the gain (momentum.py)
-    limit   = sqrt(2 usual_k / bend_k)                       of the gain: curvature lifts the loss by its usual change at most
+    signal_k = told_k + trust_k (1 + min(0, told_k)) share_k   moves the gain (momentum.py)
+    g_k <= sqrt(2 usual_k / bend_k)                          the gain: curvature lifts the loss by its usual change at most
 
 The slope is local: where training has already gone down along a direction, it is small though the direction leads on, and the
 share says that. Where the loss speaks against leaps, now or call after call, the share counts for less, down to nothing.

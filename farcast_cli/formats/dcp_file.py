@@ -20,6 +20,7 @@ from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.formats.copied_file import refuse_code_in_stretch
 from farcast_cli.formats.torch_file import MAX_PICKLE_BYTES, TorchFile, read_torch_stretch
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, decode_pickle, iter_storages
+from farcast_cli.formats.tree import TreePath, dotted, walk
 from farcast_cli.formats.zip_file import ZipMember
 from farcast_cli.tensors import DTYPES, DType, row_major_strides
 
@@ -34,8 +35,6 @@ TOP_LEVEL = "model"
 _MODULE = "torch.distributed.checkpoint.metadata"
 _MIN_ITEM_BYTES = 256  # of one shard in its file
 _PLAIN_BYTES = 1 << 26  # of one object that is no tensor
-
-TreePath = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,7 @@ def _follow(folder: Path) -> DcpFile:
         shard = _shard_of(named, shards, folder)
         path = paths.get(named["fqn"], (named["fqn"],))
         place = _place(path if isinstance(path, tuple) and path else (named["fqn"],), is_tensor=shard is not None)
-        item, value = _value(folder, _item(folder, named["fqn"], info, place, sizes=sizes), shard, records)
+        item, value = _value(folder, _checked_item(folder, named["fqn"], info, place, sizes=sizes), shard, records)
         if item.place:
             _put(tree, item.place, value)
         items.append(item)
@@ -181,7 +180,7 @@ def _shards(found: object, folder: Path, name: str) -> dict[tuple[int, ...], _Sh
     }
 
 
-def _item(folder: Path, name: str, info: object, place: TreePath, *, sizes: dict[str, int]) -> Item:
+def _checked_item(folder: Path, name: str, info: object, place: TreePath, *, sizes: dict[str, int]) -> Item:
     """An item, seen to lie inside its file; `sizes` are those of the folder's files."""
     stretch = _fields(info, "_StorageInfo", folder)
     file, offset, length = stretch["relative_path"], stretch["offset"], stretch["length"]
@@ -272,7 +271,7 @@ def _put(tree: dict[Any, Any], place: TreePath, value: object) -> None:
     for key in place[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise FileFormatError(f"{METADATA}: {'.'.join(map(str, place))} stands inside another item")
+            raise FileFormatError(f"{METADATA}: {dotted(place)} stands inside another item")
     tree[place[-1]] = value
 
 
@@ -302,14 +301,11 @@ def _with_groups(file: TorchFile, items: list[Item]) -> TorchFile:
     return file
 
 
-def _flat_groups(tree: Any, place: TreePath = ()) -> Iterator[tuple[TreePath, dict[str, Any]]]:
-    if isinstance(tree, dict):
-        groups = tree.get("param_groups")
+def _flat_groups(tree: Any) -> Iterator[tuple[TreePath, dict[str, Any]]]:
+    for place, node in walk(tree, enters=lambda place, node: isinstance(node, dict) and place[-1:] != ("param_groups",)):
+        groups = node.get("param_groups") if isinstance(node, dict) else None
         if isinstance(groups, dict) and all(isinstance(group, dict) for group in groups.values()):
-            yield place, tree
-        for key, value in tree.items():
-            if key != "param_groups":
-                yield from _flat_groups(value, (*place, key))
+            yield place, node
 
 
 def _merged(groups: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:

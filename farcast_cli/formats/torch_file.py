@@ -48,14 +48,7 @@ class TorchFile:
         return TensorEntry(name, ref.dtype, ref.shape, record.path, offset, strides)
 
 
-def below(tree: Any, keys: tuple[Any, ...]) -> Any:
-    """What these keys lead to in a tree."""
-    for key in keys:
-        tree = tree[key]
-    return tree
-
-
-def number(file: TorchFile, value: object) -> int | float | None:
+def as_number(file: TorchFile, value: object) -> int | float | None:
     """A number, or the one element of a tensor of the file; None for anything else."""
     if isinstance(value, TensorRef) and value.dtype.name in _NUMBERS and all(size == 1 for size in value.shape):
         entry = file.entry("", value)

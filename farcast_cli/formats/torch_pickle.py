@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
 from farcast_cli.formats.pickle_names import GETATTR, is_data, is_member
+from farcast_cli.formats.tree import MAX_NODES, children, walk
 from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from farcast_cli.formats.tree import TreePath
 
-MAX_DEPTH = 64
-MAX_OBJECTS = 4_000_000
+
 MAX_DIMS = 64  # torch's own
 MAX_KEY = 1_000  # objects that one key of a dict is made of
 MAX_COST = 8_000_000  # see _Budget
@@ -159,64 +160,47 @@ def _name(module: str, name: str) -> Name:
 # --- walking ---------------------------------------------------------------------------------------------------------
 
 
-def iter_tensors(tree: object) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
+def iter_tensors(tree: object) -> Iterator[tuple[TreePath, TensorRef]]:
     """Every tensor of a tree's dicts, lists and tuples with the keys that lead to it, in order.
 
     Raises:
         UnsafeFileError: nested too deep, or one object held so often that a walk would not end.
     """
-    for path, node in _walk(tree, opaque=True):
+    for path, node in walk(tree, below=in_collection):
         if isinstance(node, TensorRef):
             yield path, node
 
 
 def iter_storages(tree: object) -> Iterator[TensorRef | StorageRef]:
     """Every tensor and every bare storage of a tree, those that carried objects hold among them."""
-    for _, node in _walk(tree, opaque=False):
+    for _, node in walk(tree, below=_inside):
         if isinstance(node, (TensorRef, StorageRef)):
             yield node
 
 
-def iter_carried(tree: object) -> Iterator[tuple[tuple[Any, ...], Made]]:
+def iter_carried(tree: object) -> Iterator[tuple[TreePath, Made]]:
     """The objects that are carried unread, with the keys that lead to them."""
-    for path, node in _walk(tree, opaque=True):
+    for path, node in walk(tree, below=in_collection):
         if isinstance(node, Made):
             yield path, node
 
 
-def _walk(tree: object, *, opaque: bool, most: int = MAX_OBJECTS) -> Iterator[tuple[tuple[Any, ...], object]]:
-    """Every node of a tree; not into carried objects where those are opaque. Takes no memory for wide trees."""
-    yield (), tree
-    levels = [_children(tree, opaque=opaque)]
-    path: list[Any] = []
-    num_visits = 0
-    while levels:
-        found = next(levels[-1], None)
-        if found is None:
-            levels.pop()
-            del path[-1:]
-            continue
-        key, node = found
-        num_visits += 1
-        if len(levels) > MAX_DEPTH or num_visits > most:
-            raise UnsafeFileError(f"its objects are nested more than {MAX_DEPTH} deep, or more than {most}")
-        yield (*path, key), node
-        if isinstance(node, _HOLDERS):
-            levels.append(_children(node, opaque=opaque))
-            path.append(key)
+def in_collection(node: object) -> Iterable[tuple[Any, Any]] | None:
+    """What a dict, a list or a tuple holds."""
+    return enumerate(node) if isinstance(node, tuple) else children(node)
 
 
-_HOLDERS = (dict, list, tuple, set, frozenset, Made)
-
-
-def _children(node: object, *, opaque: bool) -> Iterator[tuple[Any, object]]:
+def _inside(node: object) -> Iterable[tuple[Any, Any]] | None:
+    """What anything holds: carried objects too, sets, the keys of a dict and its attributes."""
     if isinstance(node, dict):
-        yield from node.items()
-        if not opaque:
-            yield from ((key, key) for key in node if not isinstance(key, (str, int)))
-            yield from (("__dict__", value) for value in getattr(node, "__dict__", {}).values())
-    elif isinstance(node, (list, tuple)) or (isinstance(node, (set, frozenset, Made)) and not opaque):
-        yield from enumerate(node)
+        return _in_dict(node)
+    return enumerate(node) if isinstance(node, (list, tuple, set, frozenset, Made)) else None
+
+
+def _in_dict(node: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    yield from node.items()
+    yield from ((key, key) for key in node if not isinstance(key, (str, int)))
+    yield from (("__dict__", value) for value in getattr(node, "__dict__", {}).values())
 
 
 def is_streamable(ref: TensorRef) -> bool:
@@ -481,7 +465,7 @@ def decode_pickle(path: Path, raw: bytes, *, num_records: int = 0) -> object:
     """
     try:
         tree: object = _Unpickler(io.BytesIO(raw), num_records=num_records).load()
-        _check(tree, most=MAX_OBJECTS + COST_PER_RECORD * num_records)
+        _check(tree, most=MAX_NODES + COST_PER_RECORD * num_records)
     except UnsafeFileError as error:
         raise unsafe(path, error) from error
     except FarcastError:
@@ -495,7 +479,7 @@ def decode_pickle(path: Path, raw: bytes, *, num_records: int = 0) -> object:
 
 
 def _check(tree: object, *, most: int) -> None:
-    for _, node in _walk(tree, opaque=False, most=most):
+    for _, node in walk(tree, below=_inside, most=most):
         if isinstance(node, _Getattr):
             raise UnsafeFileError(f"its pickle asks for {node.name}")
 

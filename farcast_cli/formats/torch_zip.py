@@ -48,7 +48,7 @@ def frame(records: Sequence[tuple[str, int]]) -> Frame:
         places.append(position)
         central.append(_central_header(name, num_bytes, position))
         position += len(heads[-1]) + num_bytes
-    tail = b"".join(central) + _end(len(records), sum(map(len, central)), position)
+    tail = b"".join(central) + _end_record(len(records), sum(map(len, central)), position)
     in_tail = _starts(position, map(len, central))
     checksums = ((a + _CHECKSUM_IN_LOCAL, b + _CHECKSUM_IN_CENTRAL) for a, b in zip(places, in_tail, strict=True))
     return Frame(tuple(heads), tail, tuple(checksums))
@@ -88,7 +88,7 @@ def _central_header(name: str, num_bytes: int, position: int) -> bytes:
     return _CENTRAL.pack(*fields) + name.encode() + extra
 
 
-def _end(count: int, num_bytes: int, position: int) -> bytes:
+def _end_record(count: int, num_bytes: int, position: int) -> bytes:
     plain = count < _MANY and position < _LARGE and num_bytes < _LARGE
     end = _END.pack(b"PK\x05\x06", 0, 0, *[min(count, _MANY)] * 2, min(num_bytes, _LARGE), min(position, _LARGE), 0)
     if plain:

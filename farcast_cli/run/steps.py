@@ -10,14 +10,23 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import MixedRunsError, SnapshotError, StepConflictError, TooFewSnapshotsError, UsageError, shell_word
-from farcast_cli.trainers.base import MAX_DIGITS, Evidence, Snapshot, find_step_in_name
+from farcast_cli.errors import (
+    MAX_LISTED,
+    MixedRunsError,
+    SnapshotError,
+    StepConflictError,
+    TooFewSnapshotsError,
+    UsageError,
+    listed,
+    shell_word,
+)
+from farcast_cli.trainers.base import Evidence, Snapshot
+from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-MAX_NAMED = 8  # in a message
 _ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
 _VERSION = re.compile(r"-v(\d+)(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
 _MIN_FOR_A_RATE = 3
@@ -170,9 +179,8 @@ def _in_order_of_saving(
         if snapshot not in chosen:
             findings.ignore(snapshot.path, "nothing tells its step")
     pairs = list(zip(chosen, wanted.steps, strict=True))
-    told = ", ".join(f"{snapshot.path.name} = {step}" for snapshot, step in pairs[:MAX_NAMED])
-    more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
-    findings.notes.append(f"steps as --steps lists them, in the order in which the files were last changed: {told}{more}")
+    told = listed(f"{snapshot.path.name} = {step}" for snapshot, step in pairs)
+    findings.notes.append(f"steps as --steps lists them, in the order in which the files were last changed: {told}")
     return [_told(snapshot, step) for snapshot, step in pairs]
 
 
@@ -192,8 +200,7 @@ def _ask_for_steps(ordered: Sequence[Snapshot], directory: Path) -> Iterator[Ste
 
 
 def _in_words(snapshots: Sequence[Snapshot]) -> str:
-    names = ", ".join(snapshot.path.name for snapshot in snapshots[:MAX_NAMED])
-    return names + (f" and {len(snapshots) - MAX_NAMED} more" if len(snapshots) > MAX_NAMED else "")
+    return listed(snapshot.path.name for snapshot in snapshots)
 
 
 def _saved_at(snapshot: Snapshot) -> int:
@@ -205,11 +212,9 @@ def _saved_at(snapshot: Snapshot) -> int:
 def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path, findings: Findings) -> None:
     missing = sorted(set(wanted.steps) - {snapshot.step for snapshot in chosen})
     if missing and all(snapshot.step >= 0 for snapshot in chosen):
-        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-        listed = ", ".join(map(str, missing[:MAX_NAMED])) + more
         findings.conflicts.append(
             TooFewSnapshotsError(
-                f"{directory}: no snapshot of step {listed}, which --steps lists",
+                f"{directory}: no snapshot of step {listed(missing)}, which --steps lists",
                 hint=f"farcast inspect {shell_word(directory)} shows the steps that are there",
             )
         )
@@ -322,7 +327,7 @@ def _two_versions(kept: Sequence[Snapshot], directory: Path) -> Iterator[MixedRu
 def _two_runs(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot], directory: Path) -> MixedRunsError:
     first, num_more = collisions[0], len(collisions) - 1
     groups = _groups(collisions, kept)
-    kinds = ", ".join(f"{pattern!r} ({count})" for pattern, count in groups.most_common(MAX_NAMED))
+    kinds = ", ".join(f"{pattern!r} ({count})" for pattern, count in groups.most_common(MAX_LISTED))
     choose = f"--pattern {shlex.quote(max(groups))} reads one of the runs; or " if groups else "a trajectory is one run: "
     return MixedRunsError(
         f"{directory}: two snapshots of step {first[0].step}: {first[0].path.name} and {first[1].path.name}"

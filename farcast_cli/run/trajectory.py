@@ -1,46 +1,27 @@
-"""From a folder to a trajectory: which entries are snapshots of the run, and what the others are.
-
-Knows what in a folder looks like a snapshot and is none: links, temporary names, other runs, what was cut off.
-"""
+"""From a folder to a trajectory: the snapshots of the run opened, in the order of their steps, and what was left out."""
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
-from collections import Counter
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import (
-    FileFormatError,
-    HalfWrittenError,
-    NoWeightsError,
-    SnapshotError,
-    TooFewSnapshotsError,
-    shell_word,
-)
-from farcast_cli.files.place import sidecar_of
-from farcast_cli.files.reading import file_size, read_bytes, reading
+from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError
+from farcast_cli.files.reading import reading
 from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
+from farcast_cli.run.entries import candidates_in, is_output, is_own_file, main_layout, named_within, run_entries, too_few
 from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
-from farcast_cli.trainers import named, recognise
-from farcast_cli.trainers.base import Layout, Snapshot, find_step_in_name, read_snapshot
+from farcast_cli.trainers import recognise
+from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    Candidate = tuple[Path, Layout]
+    from farcast_cli.run.entries import Candidate
 
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
-OWN_MARK = b'{"__metadata__":{"farcast":'
-"""How the header of a forecaster file begins."""
-MAX_NAMED = 4  # half-written snapshots in a message
-_TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
-_NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +67,7 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:
-        raise _too_few(directory, len(found.snapshots), minimum, found.half_written)
+        raise too_few(directory, len(found.snapshots), minimum, found.half_written)
     return found
 
 
@@ -99,13 +80,13 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
     """
     findings = Findings()
     with reading(directory):
-        candidates = _candidates(directory, pattern, steps, findings)
-        main = _main_layout(candidates)
+        candidates = candidates_in(directory, pattern, steps, findings)
+        main = main_layout(candidates)
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
     if not settled and not conflicts:
-        raise _too_few(directory, 0, 1, found.half_written)
+        raise too_few(directory, 0, 1, found.half_written)
     return found
 
 
@@ -128,96 +109,6 @@ def run_of(snapshot: Snapshot) -> Path | None:
     entries = (path for path in run_entries(folder, snapshot.layout) if find_step_in_name(path.name))
     others = (path for path in entries if not is_output(path))
     return folder if len(list(islice(others, 2))) > 1 else None
-
-
-def _too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
-    named = [f"{ignored.path.name} ({ignored.reason})" for ignored in half_written[:MAX_NAMED]]
-    named += [f"{len(half_written) - MAX_NAMED} more"] if len(half_written) > MAX_NAMED else []
-    hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
-    return TooFewSnapshotsError(
-        f"{directory}: expected at least {minimum} snapshots, found {count}"
-        + (f"; left out: {', '.join(named)}" if named else ""),
-        hint="wait until they are saved, or save or download them again; else " + hint if named else hint,
-    )
-
-
-# --- entries ---------------------------------------------------------------------------------------------------------
-
-
-def _candidates(directory: Path, pattern: str, steps: StepRange | StepList | None, findings: Findings) -> list[Candidate]:
-    """The entries that have a layout; everything else is noted with its reason."""
-    if not directory.is_dir():
-        what = "a file" if directory.exists() else "nothing"
-        raise TooFewSnapshotsError(
-            f"{directory}: expected a folder of checkpoints, found {what}", hint="name the folder that holds them"
-        )
-    entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-    kinds = {path: recognise(path) for path in entries if not pattern or fnmatchcase(path.name, pattern)}
-    links = _links_to_siblings(kinds)
-    found = [(p, kind) for p, kind in kinds.items() if kind and p not in links and not _TEMPORARY.search(p.name)]
-    shapes = {_shape_of(path) for path, _ in found if path.is_dir()}
-    taken = {path for path, _ in found}
-    for path in entries:
-        if path not in kinds:
-            findings.ignore(path, "does not match --pattern")
-        elif path in links:
-            findings.ignore(path, f"a link to {links[path]}")
-        elif path not in taken:
-            reason = _why_no_snapshot(path, kinds[path], shapes)
-            looks_like_one = bool(reason) and _named_within(path, steps)
-            findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
-    alone = recognise(directory)
-    if alone and not any(find_step_in_name(path.name) for path, _ in found):
-        raise TooFewSnapshotsError(
-            f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
-            hint=f"name the folder above it: {shell_word(directory.resolve().parent)}",
-        )
-    if not found:
-        raise _nothing_found(directory, pattern, findings)
-    unreadable = next((path for path, _ in found if not path.name.isprintable()), None)
-    if unreadable:
-        raise SnapshotError(f"{unreadable}: its name is no printable text", hint="rename it")
-    return found
-
-
-def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewSnapshotsError:
-    half_written = [ignored for ignored in findings.ignored if ignored.is_half_written]
-    if half_written:
-        return _too_few(directory, 0, 1, half_written)
-    matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
-    hint = (
-        f"farcast inspect {shell_word(directory)} shows all" if pattern else "docs/formats.md lists the layouts that are read"
-    )
-    return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
-
-
-def _links_to_siblings(entries: Iterable[Path]) -> dict[Path, str]:
-    """The entries that are links to another entry, or to what an earlier one is a link to, and that other's name."""
-    places: dict[str, Path] = {}
-    ordered = sorted(entries, key=lambda path: (path.is_symlink(), find_step_in_name(path.name) is None, path.name))
-    return {
-        path: first.name
-        for path in ordered
-        if path.exists() and (first := places.setdefault(os.path.realpath(path), path)) is not path and path.is_symlink()
-    }
-
-
-def _why_no_snapshot(path: Path, kind: Layout | None, shapes: set[str]) -> str:
-    """What keeps an entry that looks like a snapshot from being one; "" where it does not look like one."""
-    if kind is None and find_step_in_name(path.name) is None:
-        return ""
-    if _TEMPORARY.search(path.name):
-        return "a temporary name: still being saved, or cut off"
-    if path.is_symlink() and not path.exists():
-        return "a link that leads nowhere or in a circle"
-    if path.is_dir() and _shape_of(path) in shapes:
-        return "half-written: named like a snapshot, but without its weights"
-    return ""
-
-
-def _shape_of(path: Path) -> str:
-    """A name without its numbers."""
-    return _NUMBERS.sub("#", path.name)
 
 
 # --- snapshots -------------------------------------------------------------------------------------------------------
@@ -258,7 +149,7 @@ def _read_all(
 
 def _is_left_out(path: Path, kind: Layout, main: Layout, steps: StepRange | StepList | None, findings: Findings) -> bool:
     """Whether a candidate is not opened; notes why."""
-    if main.names_are_steps and not _named_within(path, steps):
+    if main.names_are_steps and not named_within(path, steps):
         findings.ignore(path, "outside --steps")
     elif is_own_file(path):
         findings.ignore(path, "farcast's own file")
@@ -269,37 +160,3 @@ def _is_left_out(path: Path, kind: Layout, main: Layout, steps: StepRange | Step
     else:
         return False
     return True
-
-
-def run_entries(directory: Path, layout: str, pattern: str = "") -> Iterator[Path]:
-    """The entries of a folder that are snapshots of a layout, by their names and the names inside them."""
-    for path in directory.iterdir():
-        kind = recognise(path)
-        hidden = path.name.startswith(".") or _TEMPORARY.search(path.name)
-        if kind and kind.name == layout and not hidden and fnmatchcase(path.name, pattern or "*"):
-            yield path
-
-
-def is_own_file(path: Path) -> bool:
-    """Whether a file is a forecaster that `fit` wrote."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    head = read_bytes(path, 0, min(file_size(path), len(OWN_MARK) + 8))
-    return head[8:] == OWN_MARK
-
-
-def is_output(path: Path) -> bool:
-    """Whether a checkpoint is one that farcast wrote: it has a sidecar."""
-    return sidecar_of(path, is_file=path.is_file()).is_file()
-
-
-def _main_layout(candidates: Sequence[Candidate]) -> Layout:
-    """The layout of most candidates; the first in the order of the folder breaks a tie."""
-    counts = Counter(layout.name for _, layout in candidates)
-    return named(counts.most_common(1)[0][0])
-
-
-def _named_within(path: Path, steps: StepRange | StepList | None) -> bool:
-    """Whether a name may belong to the asked-for steps; a snapshot left out by name is never opened."""
-    found = find_step_in_name(path.name)
-    return steps is None or found is None or int(found[1]) in steps

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.errors import FileFormatError
+from farcast_cli.errors import FileFormatError, listed
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
+from farcast_cli.formats.tree import at, dotted, find, put, walk
 from farcast_cli.state.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
 from farcast_cli.state.files import (
     STATE_ROLES,
     StateHistory,
     as_numbers,
-    leaf,
     load_histories,
     observation,
     optimizer_states,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from farcast_cli.formats.torch_file import TorchFile
+    from farcast_cli.formats.tree import TreePath
     from farcast_cli.trainers.base import Clock, Part, Snapshot, Trainer
 
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
@@ -54,7 +55,6 @@ _OPAQUE = "bytes that its own loop alone can read, as the place in the data"
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
-Path_ = tuple[Any, ...]
 StorageSpan = tuple[str, int, int]
 
 
@@ -175,7 +175,7 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
     name = state.part.name or state.part.path.name
     result.notes.extend(f"{name}: {path} is copied as the origin has it: {_OPAQUE}" for path in _opaque(state.tree, history))
     adam: list[Change] = []
-    by_clock: Collection[Path_] = ()
+    by_clock: Collection[TreePath] = ()
     if clock:
         by_clock = clock.paths
         result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
@@ -184,7 +184,7 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         series = history.series(path)
         if any(path[: len(above)] == above for above in by_clock) or not _counts(series) or _is_measured(path, value, series):
             continue  # a setting or a loss, not a counter
-        where = f"{name}: {'.'.join(map(str, path))}"
+        where = f"{name}: {dotted(path)}"
         new = _moved(path, value, series, target)
         if new is None:
             result.notes.append(f"{where} left at {series[-1][1]}: it does not rise steadily with the step")
@@ -192,20 +192,17 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         if isinstance(value, TensorRef):
             state.literals[_place(value)] = _packed(value, new)
         else:
-            _set(state.tree, path, new)
+            put(state.tree, path, new)
         (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
     if adam:
-        more = f" and {len(adam) - 1} more" if len(adam) > 1 else ""
-        result.changes.append(Change(adam[0].where + more, adam[0].old, adam[0].new))
+        result.changes.append(Change(listed((one.where for one in adam), most=1), adam[0].old, adam[0].new))
 
 
-def _opaque(tree: object, history: StateHistory, path: Path_ = ()) -> Iterator[str]:
+def _opaque(tree: object, history: StateHistory) -> Iterator[str]:
     """What a loop pickled by itself, a data loader's place for one, where it changes from snapshot to snapshot."""
-    if isinstance(tree, bytes) and any(leaf(earlier, path) != tree for _, earlier, _ in history.states):
-        yield ".".join(map(str, path))
-    elif isinstance(tree, (dict, list)):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _opaque(value, history, (*path, key))
+    for path, node in walk(tree):
+        if isinstance(node, bytes) and any(find(earlier, path) != node for _, earlier, _ in history.states):
+            yield dotted(path)
 
 
 def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
@@ -213,18 +210,18 @@ def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
     return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
 
 
-def _is_measured(path: Path_, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
+def _is_measured(path: TreePath, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
     """Whether a float under no counter's name is none: a count kept as a float (tokens seen) rises in whole steady steps."""
     if not isinstance(value, float) or path[-1] in _FLOAT_COUNTERS:
         return False
     return not (len(series) >= MIN_TO_COUNT and all(float(v).is_integer() for _, v in series) and is_steady(series))
 
 
-def _is_adam_step(path: Path_) -> bool:
+def _is_adam_step(path: TreePath) -> bool:
     return path[-1] == "step" and "state" in path
 
 
-def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
+def _moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
     """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
     if _STARTS_AGAIN.search(str(path[-1])):
         return None
@@ -241,32 +238,32 @@ def _moved(path: Path_, value: object, series: Sequence[tuple[int, int | float]]
     return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
 
 
-def _counters(tree: Any, path: Path_ = (), *, skip: Path_) -> Iterator[tuple[Path_, int | float | TensorRef]]:
-    """Every leaf that may count: integers, a few floats, and the optimiser's `step` tensors.
+def _counters(tree: Any, *, skip: TreePath) -> Iterator[tuple[TreePath, int | float | TensorRef]]:
+    """Every value in a dict that may count: integers, a few floats, and the optimiser's `step` tensors.
 
     Left out: weights, schedules (they have rules of their own), and whatever remembers a best value.
     """
-    if not isinstance(tree, (dict, list)) or (skip and path == skip) or is_scheduler_state(tree):
-        return
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        if _NOT_A_COUNTER.search(str(key)):
-            continue
-        if isinstance(value, (dict, list)):
-            yield from _counters(value, (*path, key), skip=skip)
-        elif isinstance(tree, list) or isinstance(value, bool):
-            continue
-        elif _may_count(value, key, path):
-            yield (*path, key), value
+
+    def is_looked_at(path: TreePath, node: object) -> bool:
+        return not (_is_no_counter(path) or (skip and path == skip) or is_scheduler_state(node))
+
+    for path, node in walk(tree, enters=is_looked_at):
+        if path and _may_count(node, path) and not _is_no_counter(path) and isinstance(at(tree, path[:-1]), dict):
+            yield path, node
 
 
-def _may_count(value: object, key: object, path: Path_) -> bool:
+def _is_no_counter(path: TreePath) -> bool:
+    return bool(path) and _NOT_A_COUNTER.search(str(path[-1])) is not None
+
+
+def _may_count(value: object, path: TreePath) -> bool:
     """Whole numbers anywhere, as a float or a tensor of one element too; an epoch, and the optimiser's `step`."""
     if isinstance(value, float):
-        return key in _FLOAT_COUNTERS or value.is_integer()
+        return path[-1] in _FLOAT_COUNTERS or value.is_integer()
     if isinstance(value, TensorRef):
-        is_adam = _is_adam_step((*path, key)) and value.dtype.name in _PACK
+        is_adam = _is_adam_step(path) and value.dtype.name in _PACK
         return prod(value.shape) == 1 and (is_adam or value.dtype.name in {"int64", "int32"})
-    return isinstance(value, int)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _place(ref: TensorRef) -> StorageSpan:
@@ -301,7 +298,7 @@ def _advance_schedules(
         result.notes.extend(_rates_left(result, histories))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
-        saved = leaf(holder.tree, path)
+        saved = find(holder.tree, path)
         where = ".".join([name or origin.path.name, *map(str, path)])
         series = history.series((*path, *counter_path(saved)))
         clock = clocks[name]
@@ -419,12 +416,6 @@ def _drop_optimizer(state: StateTree, result: Advanced, trainer: Trainer) -> Non
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
-
-
-def _set(tree: Any, path: Path_, value: object) -> None:
-    for key in path[:-1]:
-        tree = tree[key]
-    tree[path[-1]] = value
 
 
 def storages_of(tree: object) -> list[StorageRef]:

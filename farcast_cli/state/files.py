@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.dcp_file import DcpFile
-from farcast_cli.formats.torch_file import TorchFile, number, read_torch_file
+from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef
+from farcast_cli.formats.tree import find, walk, with_leaves
 from farcast_cli.trainers.schedules import Observation, is_scheduler_state
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+    from farcast_cli.formats.tree import TreePath
     from farcast_cli.trainers.base import Role, Snapshot
-
-    TreePath = tuple[Any, ...]
 
 STATE_ROLES: frozenset[Role] = frozenset({"state", "side-state", "optimizer", "scheduler", "trainer-state"})
 
@@ -31,9 +31,9 @@ class StateHistory:
         """The values of a leaf by step, where it is a number."""
         found = []
         for step, tree, file in self.states:
-            value = leaf(tree, path)
+            value = find(tree, path)
             if isinstance(value, TensorRef):
-                value = number(file, value) if file else None
+                value = as_number(file, value) if file else None
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found.append((step, value))
         return found
@@ -41,22 +41,19 @@ class StateHistory:
 
 def observation(tree: object, path: TreePath, file: TorchFile | None) -> Observation | None:
     """The rates of a schedule at a snapshot, and how often it had been stepped."""
-    state = leaf(tree, path)
+    state = find(tree, path)
     rates = state.get("_last_lr") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(rates, list) or "last_epoch" not in state:
         return None
-    numbers = [number(file, rate) if file else rate for rate in rates]
+    numbers = [as_number(file, rate) if file else rate for rate in rates]
     known = [float(rate) for rate in numbers if isinstance(rate, (int, float))]
     return Observation(int(state["last_epoch"]), tuple(known)) if len(known) == len(rates) else None
 
 
-def scheduler_paths(tree: object, path: TreePath = ()) -> Iterator[TreePath]:
-    """Where the states of schedules are."""
-    if is_scheduler_state(tree):
-        yield path
-    elif isinstance(tree, (dict, list)):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from scheduler_paths(value, (*path, key))
+def scheduler_paths(tree: object) -> Iterator[TreePath]:
+    """Where the states of schedules are, the members of a chain not among them."""
+    nodes = walk(tree, enters=lambda _, node: not is_scheduler_state(node))
+    return (path for path, node in nodes if is_scheduler_state(node))
 
 
 def _are_groups(value: object) -> bool:
@@ -65,11 +62,12 @@ def _are_groups(value: object) -> bool:
 
 def optimizer_states(tree: Any) -> Iterator[dict[str, Any]]:
     """The states of optimisers, in order."""
-    if isinstance(tree, dict) and _are_groups(tree.get("param_groups")) and isinstance(tree.get("state"), dict):
-        yield tree
-    elif isinstance(tree, (dict, list)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from optimizer_states(value)
+    nodes = walk(tree, enters=lambda _, node: not _is_optimizer(node))
+    return (node for _, node in nodes if _is_optimizer(node))
+
+
+def _is_optimizer(node: object) -> bool:
+    return isinstance(node, dict) and _are_groups(node.get("param_groups")) and isinstance(node.get("state"), dict)
 
 
 def param_groups(tree: object) -> Iterator[list[dict[str, Any]]]:
@@ -80,17 +78,14 @@ def param_groups(tree: object) -> Iterator[list[dict[str, Any]]]:
 
 def as_numbers(tree: Any, file: TorchFile | None) -> Any:
     """A copy of a tree whose one-element tensors are numbers."""
-    if isinstance(tree, TensorRef):
-        found = number(file, tree) if file else None
-        return tree if found is None else found
-    if isinstance(tree, dict):
-        made = copy.copy(tree)  # an OrderedDict or a Counter stays one
-        for key, value in tree.items():
-            made[key] = as_numbers(value, file)
-        return made
-    if isinstance(tree, list):
-        return [as_numbers(value, file) for value in tree]
-    return copy.deepcopy(tree)
+
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorRef):
+            return copy.deepcopy(leaf)
+        found = as_number(file, leaf) if file else None
+        return leaf if found is None else found
+
+    return with_leaves(tree, plain)
 
 
 def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STATE_ROLES) -> dict[str, StateHistory]:
@@ -104,15 +99,3 @@ def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STAT
                 file = content if isinstance(content, TorchFile) else None
                 by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
     return {name: StateHistory(tuple(states)) for name, states in by_name.items()}
-
-
-def leaf(tree: Any, path: TreePath) -> Any:
-    """What lies at a path; None where nothing does."""
-    for key in path:
-        if isinstance(tree, dict):
-            tree = tree.get(key)
-        elif isinstance(tree, (list, tuple)) and isinstance(key, int) and key < len(tree):
-            tree = tree[key]
-        else:
-            return None
-    return tree

@@ -14,15 +14,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FarcastError
+from farcast_cli.formats.tree import find
 from farcast_cli.run.pace import Pace
 from farcast_cli.state.counters import is_steady, schedule_count_at
-from farcast_cli.state.files import as_numbers, leaf, load_histories, param_groups, scheduler_paths
+from farcast_cli.state.files import as_numbers, load_histories, param_groups, scheduler_paths
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.schedules import counter_path, find_formula, rates_ahead, schedule_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from farcast_cli.formats.tree import TreePath
     from farcast_cli.trainers.base import Role, Snapshot
 
     Rate = Callable[[int], float]
@@ -44,7 +46,7 @@ class _Seen:
 
     step: int
     rates: tuple[float, ...]
-    schedules: dict[tuple[Any, ...], dict[str, Any]]
+    schedules: dict[TreePath, dict[str, Any]]
     groups: tuple[list[dict[str, Any]], ...]
 
 
@@ -100,11 +102,11 @@ def _read(snapshots: Sequence[Snapshot], ahead: int) -> Pace:
 def _look(snapshot: Snapshot, unread: frozenset[Role]) -> _Seen:
     """The rates of a snapshot, of the files that are read already and of those with the roles named."""
     parts = tuple(part for part in snapshot.parts if part.content is not None or part.role in unread)
-    schedules: dict[tuple[Any, ...], dict[str, Any]] = {}
+    schedules: dict[TreePath, dict[str, Any]] = {}
     groups: list[list[dict[str, Any]]] = []
     for name, history in load_histories([replace(snapshot, parts=parts)]).items():
         _, tree, file = history.states[0]
-        schedules |= {(name, *path): as_numbers(leaf(tree, path), file) for path in scheduler_paths(tree)}
+        schedules |= {(name, *path): as_numbers(find(tree, path), file) for path in scheduler_paths(tree)}
         groups += [
             [as_numbers({k: v for k, v in group.items() if k != "params"}, file) for group in one] for one in param_groups(tree)
         ]
@@ -141,7 +143,7 @@ def _formula(seen: Sequence[_Seen], known: Sequence[tuple[int, float]], last: Sn
     name = schedule_name(scheduled[-1].schedules[key])
     if name == "ReduceLROnPlateau":
         return known[-1][0], partial(_always, known[-1][1])
-    count_at = partial(_count_at, [(one.step, leaf(one.schedules[key], counter_path(one.schedules[key]))) for one in scheduled])
+    count_at = partial(_count_at, [(one.step, find(one.schedules[key], counter_path(one.schedules[key]))) for one in scheduled])
     if name == "LambdaLR":
         rate = _lambda_rate([one.schedules[key] for one in scheduled], last)
         return _believed(lambda step: rate(count_at(step)), known) if rate else (known[-1][0], None)
@@ -194,7 +196,7 @@ def _count_at(counts: Sequence[tuple[int, int]], step: int) -> int:
     return found
 
 
-def _table(one: _Seen, key: tuple[Any, ...], count: int) -> list[float]:
+def _table(one: _Seen, key: TreePath, count: int) -> list[float]:
     """The rates at a schedule's present count and those after it; of its groups, the one with the largest."""
     state = one.schedules[key]
     fitting = [groups for groups in one.groups if [group.get("lr") for group in groups] == state.get("_last_lr")]

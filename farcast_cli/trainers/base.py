@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
@@ -17,10 +13,15 @@ from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
+from farcast_cli.formats.tree import dotted
+from farcast_cli.trainers.folder_files import files_below
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import TensorEntry
 
     States = Sequence[tuple[int, Any]]  # of one state file: (step, tree), the origin last
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 DIGEST_BYTES = 4096
 METADATA_STEPS = ("step", "ss_steps", "global_step")
 """Metadata keys of safetensors files that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
-MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
@@ -52,10 +52,10 @@ class Part:
     name: str
     role: Role
     content: SafetensorsFile | TorchFile | DcpFile | Mapping[str, Any] | None = None
-    weights_key: tuple[Any, ...] = ()
+    weights_key: TreePath = ()
     prefix: str = ""
     """What the names of its tensors begin with in the snapshot, where several files have tensors of the same names."""
-    mirror_key: tuple[Any, ...] = ()
+    mirror_key: TreePath = ()
     """Where an average of the weights lies, which users load in their place."""
 
 
@@ -119,7 +119,7 @@ class Clock(Protocol):
     """A trainer's own counts at a later step, worked out from those at its snapshots."""
 
     @property
-    def paths(self) -> Collection[tuple[Any, ...]]:
+    def paths(self) -> Collection[TreePath]:
         """Where in a state file's tree the clock alone counts: no rate moves what lies there."""
 
     @property
@@ -132,7 +132,7 @@ class Clock(Protocol):
     def notes(self, name: str, tree: Any) -> Iterable[str]:
         """What a person should know of the step; `name` is the state file's."""
 
-    def schedule_count(self, path: tuple[Any, ...]) -> int | None:
+    def schedule_count(self, path: TreePath) -> int | None:
         """How often the schedule at a path has been stepped by then; None where the clock does not tell."""
 
 
@@ -254,32 +254,6 @@ def _mark_now(path: Path) -> Mark | None:
         return None
 
 
-_MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash or a time
-_NUMBER = rf"(0*\d{{1,{MAX_DIGITS}}})(?![\da-z]|\.\d)"  # whole, and no 1k, 1e5, 2.5 or beginning of a hash
-_LONE = rf"(0*\d{{1,{_MAX_LONE_DIGITS}}})(?![\da-z]|\.\d)"
-_ENDINGS = re.compile(r"(?:-v\d+)?(?:\.(?:safetensors|pt|pth|bin|ckpt|tar))*$")
-_GLUED = re.compile(rf"(?<![a-z])(?:global[-_]?)?(?:(?:step|iter|iteration|update)s?|(?<!\d)ba)[-_=]?{_NUMBER}", re.IGNORECASE)
-_BEFORE = re.compile(
-    rf"(?<![a-z\d.])(0*\d{{1,{MAX_DIGITS}}})(?:step|[-_]?(?:steps|iters|iterations|updates))(?![a-z\d])", re.IGNORECASE
-)
-_CHECKPOINT = re.compile(rf"(?<![a-z])(?:checkpoint|ckpt)[-_=]?{_LONE}(?![-_]\d)", re.IGNORECASE)
-_NO_STEPS = "epochs?|ep|seed|rank|fold|shard|part|stage|phase|trial|version|v"
-_BARE = re.compile(rf"^(?:(?!(?:{_NO_STEPS})[-_])[a-z]+[-_])?{_LONE}$", re.IGNORECASE)
-_DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$")
-
-
-def find_step_in_name(name: str) -> re.Match[str] | None:
-    """The number of a file or folder name that is its step; group 1 holds the digits.
-
-    A number glued to `step`, `iter`, `global_step`, `update` or `ba` wins over one before `steps`, that over
-    `checkpoint-N`, and that over a lone number. A lone number that is a date, and the N of `-vN`, are no steps.
-    """
-    stem = _ENDINGS.sub("", name)
-    told = _GLUED.search(stem) or _BEFORE.search(stem)
-    lone = _CHECKPOINT.search(stem) or _BARE.search(stem)
-    return told or (None if lone is None or _DATE.match(lone[1]) else lone)
-
-
 def name_evidence(path: Path) -> tuple[Evidence, ...]:
     found = find_step_in_name(path.name)
     return (Evidence("name", path.name, int(found[1])),) if found else ()
@@ -302,7 +276,7 @@ def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], f
     """The tensors of a (nested) state dict in a torch file, and those whose elements are no gapless stretch."""
     refs: dict[str, TensorRef] = {}
     for keys, ref in iter_tensors(tree):
-        name = ".".join(map(str, keys))
+        name = dotted(keys)
         if not name.isprintable() or len(name) > MAX_NAME:
             raise FileFormatError(
                 f"{file.path}: a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"
@@ -312,59 +286,6 @@ def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], f
         refs[name] = ref
     entries = {name: file.entry(name, ref) for name, ref in refs.items()}
     return entries, frozenset(name for name, ref in refs.items() if not is_streamable(ref))
-
-
-def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every file of a snapshot's folder with its name relative to the folder, sorted; links are followed.
-
-    Raises:
-        UnsafeFileError: a link that leads out of the run's folder, whose target a forecast would copy.
-        FileFormatError: a link that leads nowhere or in a circle.
-    """
-    with reading(folder):
-        found = sorted(_walk(folder, _homes_of(folder), (Path(os.path.realpath(folder)),)))
-    yield from ((path, path.relative_to(folder).as_posix()) for path in found)
-
-
-def _homes_of(folder: Path) -> tuple[Path, ...]:
-    """Where links inside a snapshot's folder may lead.
-
-    Into the run's folder; into the folder's own place where the folder is a link; in a Hugging Face hub cache, whose
-    snapshots/REV/FILE are links, to the blobs of the same repository.
-    """
-    real = Path(os.path.realpath(folder))
-    blobs = real.parent.parent / "blobs"
-    cache = (blobs,) if real.parent.name == "snapshots" and blobs.is_dir() else ()
-    return (real, *cache) if folder.is_symlink() else (real.parent, *cache)
-
-
-def _walk(folder: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_symlink():
-            _check_link(path, homes, above)
-        if path.is_file():
-            yield path
-        elif path.is_dir():
-            yield from _walk(path, homes, (*above, Path(os.path.realpath(path))))
-        else:
-            raise FileFormatError(f"{path}: neither a file nor a folder: it cannot be copied", hint="remove it")
-
-
-def _check_link(path: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) -> None:
-    try:
-        real = Path(os.path.realpath(path, strict=True))
-    except OSError as error:
-        if error.errno not in {errno.ELOOP, errno.ENOENT, errno.ENOTDIR}:
-            raise
-        where = "in a circle" if error.errno == errno.ELOOP else "nowhere"
-        raise FileFormatError(f"{path}: a link that leads {where}", hint="remove it, or restore what it points to") from error
-    if not any(real.is_relative_to(home) for home in homes):
-        raise UnsafeFileError(
-            f"{path}: a link that leads out of the run's folder, to {real}: a forecast would copy what is there",
-            hint="put the file itself there in place of the link, if it belongs to the checkpoint",
-        )
-    if any(place.is_relative_to(real) for place in above):
-        raise FileFormatError(f"{path}: a link that leads in a circle", hint="remove it")
 
 
 def tree_of(part: Part) -> object:

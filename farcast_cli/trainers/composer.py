@@ -17,22 +17,16 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import NoWeightsError, UnsafeFileError
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
-from farcast_cli.trainers.base import (
-    MAX_DIGITS,
-    Evidence,
-    Layout,
-    Part,
-    Snapshot,
-    Trainer,
-    holds_text,
-    name_evidence,
-    weights_of,
-)
+from farcast_cli.formats.tree import at, find
+from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
+from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from farcast_cli.formats.tree import TreePath
 
     Counts = dict[str, Any]
 
@@ -57,8 +51,7 @@ def _recognises(path: Path) -> bool:
 
 def _read(path: Path) -> Snapshot:
     file = read_torch_file(path)
-    state = file.tree.get("state") if isinstance(file.tree, dict) else None
-    weights = state.get("model") if isinstance(state, dict) else None
+    state, weights = find(file.tree, WEIGHTS[:1]), find(file.tree, WEIGHTS)
     if not isinstance(state, dict) or not any(True for _ in iter_tensors(weights)):
         raise NoWeightsError(f"{path}: a Composer checkpoint whose {'.'.join(WEIGHTS)!r} holds no tensors")
     tensors, rough = weights_of(file, weights)
@@ -83,9 +76,8 @@ def _batch(tree: object) -> tuple[Evidence, ...]:
 
 def _stamp(tree: Any) -> Counts:
     """The timestamp's counts; none where they are not laid out as Composer does it."""
-    for key in _STAMP:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    counts = {key: value for key, value in (tree or {}).items() if isinstance(value, int) and not isinstance(value, bool)}
+    stamp = find(tree, _STAMP) or {}
+    counts = {key: value for key, value in stamp.items() if isinstance(value, int) and not isinstance(value, bool)}
     return counts if counts.keys() >= {*_OVER_RUN, *_IN_EPOCH} else {}
 
 
@@ -189,11 +181,9 @@ class TimestampClock:
 
     def move(self, tree: Any) -> list[tuple[str, int, int]]:
         """Set the counts; the times by the clock on the wall stay."""
-        for key in _STAMP:
-            tree = tree[key]
-        new = self.counts()
-        changes = [(f"timestamp.{key}", tree[key], value) for key, value in new.items() if tree[key] != value]
-        tree.update(new)
+        stamp, new = at(tree, _STAMP), self.counts()
+        changes = [(f"timestamp.{key}", stamp[key], value) for key, value in new.items() if stamp[key] != value]
+        stamp.update(new)
         return changes
 
     def notes(self, _: str, tree: Any) -> Iterator[str]:
@@ -208,7 +198,7 @@ class TimestampClock:
         if (tree["state"].get(_DATA[-1]) or {}).get("train"):
             yield "dataset_state: the data loader's own state stays at the origin, and the data with it"
 
-    def schedule_count(self, _: tuple[Any, ...]) -> None:
+    def schedule_count(self, _: TreePath) -> None:
         """By its own rate: Composer steps its schedules with the batches, or with the epochs."""
         return
 

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
-from farcast_cli.formats.torch_file import below
-from farcast_cli.trainers.base import Layout, Part, Role, Snapshot, files_below, name_evidence, weights_of
+from farcast_cli.formats.tree import at, walk
+from farcast_cli.trainers.base import Layout, Part, Role, Snapshot, name_evidence, weights_of
+from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.torch_payload import WEIGHT_KEYS, adam_evidence, other_weights, payload_evidence
 from farcast_cli.trainers.weights_folder import second_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from farcast_cli.formats.tree import TreePath
 
 ENDING = ".distcp"
 _DEPTH = 3  # levels below which weights are looked for, as in app.model
@@ -29,33 +32,30 @@ def _read(path: Path) -> Snapshot:
     found = read_dcp(path)
     tree = found.as_torch.tree
     key = _weights_key(path, tree)
-    weights = below(tree, key)
+    weights = at(tree, key)
     tensors, rough = weights_of(found.as_torch, weights)
     known = {item.file for item in found.items}
     parts = [_part(file, name, found, key, known) for file, name in files_below(path)]
-    holder = below(tree, key[:-1])
+    holder = at(tree, key[:-1])
     evidence = (*payload_evidence(tree, found.as_torch), *adam_evidence(found.as_torch, holder), *name_evidence(path))
     beside = (*other_weights(holder, key[-1:]), *second_weights(parts))
     return Snapshot(path, LAYOUT.name, tuple(parts), tensors, evidence, not_streamable=rough, beside=beside)
 
 
-def _part(file: Path, name: str, found: DcpFile, key: tuple[Any, ...], known: set[str]) -> Part:
+def _part(file: Path, name: str, found: DcpFile, key: TreePath, known: set[str]) -> Part:
     if name == METADATA:
         return Part(file, name, "state", found, weights_key=key)
     role: Role = "data" if name in known else "other"
     return Part(file, name, role)
 
 
-def _weights_key(path: Path, tree: dict[Any, Any]) -> tuple[Any, ...]:
+def _weights_key(path: Path, tree: dict[Any, Any]) -> TreePath:
     """Where the weights are: under one of the usual keys, the highest first; torchtitan keeps them at the top."""
-    level: list[tuple[tuple[Any, ...], dict[Any, Any]]] = [((), tree)]
-    for _ in range(_DEPTH):
-        for above, holder in level:
-            for key in WEIGHT_KEYS:
-                if isinstance(holder.get(key), dict):
-                    return (*above, key)
-        below = [((*above, key), value) for above, holder in level for key, value in holder.items()]
-        level = [(keys, value) for keys, value in below if isinstance(value, dict)]
+    nodes = walk(tree, enters=lambda path, node: isinstance(node, dict) and len(path) < _DEPTH - 1)
+    for above, holder in sorted(nodes, key=lambda found: len(found[0])):
+        for key in WEIGHT_KEYS:
+            if isinstance(holder, dict) and isinstance(holder.get(key), dict):
+                return (*above, key)
     raise NoWeightsError(
         f"{path}: no weights found: expected tensors, or a dict of them under {', '.join(WEIGHT_KEYS[:3])};"
         f" found {sorted(map(str, tree))[:8]}",

@@ -11,18 +11,9 @@ from farcast_cli.errors import FileFormatError
 from farcast_cli.files.json_text import UnreadList, parse_json
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.trainers import hub_folder
-from farcast_cli.trainers.base import (
-    MAX_DIGITS,
-    Evidence,
-    Layout,
-    Part,
-    Role,
-    Snapshot,
-    Trainer,
-    files_below,
-    find_weights,
-    name_evidence,
-)
+from farcast_cli.trainers.base import Evidence, Layout, Part, Role, Snapshot, Trainer, find_weights, name_evidence
+from farcast_cli.trainers.folder_files import files_below
+from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.refused import refuse
 from farcast_cli.trainers.transformers_rates import named_formula
 from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_json, read_weights, second_weights

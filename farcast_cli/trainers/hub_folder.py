@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from farcast_cli.trainers.base import ADAPTER_FILES, Layout, Snapshot, find_step_in_name, find_weights
+from farcast_cli.trainers.base import ADAPTER_FILES, Layout, Snapshot, find_weights
+from farcast_cli.trainers.names import find_step_in_name
 from farcast_cli.trainers.side_files import adam_steps, beside, counted_steps, named_steps, side_parts
 from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_weights
 

@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import NoWeightsError, UnsafeFileError
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
-from farcast_cli.trainers.base import (
-    MAX_DIGITS,
-    Evidence,
-    Layout,
-    Part,
-    Snapshot,
-    Trainer,
-    holds_text,
-    name_evidence,
-    weights_of,
-)
+from farcast_cli.formats.tree import find
+from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
+from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_by_settings
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights, payload_evidence
 
@@ -82,9 +74,7 @@ def _read(path: Path) -> Snapshot:
 def _loop_evidence(tree: dict[str, Any]) -> tuple[Evidence, ...]:
     """What `trainer.global_step` will be after resuming: the optimizer steps that the loops have counted."""
     for name, keys in _STEPS:
-        value: Any = tree.get("loops")
-        for key in ("fit_loop", name, *keys):
-            value = value.get(key) if isinstance(value, dict) else None
+        value = find(tree, ("loops", "fit_loop", name, *keys))
         if isinstance(value, int) and 0 < value < 10**MAX_DIGITS:
             return (Evidence("trainer state", f"loops {name.removeprefix(_LOOP)}", value),)
     return ()

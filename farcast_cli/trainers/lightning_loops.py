@@ -16,11 +16,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, listed
+from farcast_cli.formats.tree import find
 from farcast_cli.trainers.schedules import counter_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from farcast_cli.formats.tree import TreePath
 
     Counts = dict[str, Any]
 
@@ -298,12 +301,8 @@ def _is_laid_out(found: Any, template: Counts) -> bool:
 
 
 def _count_of(state: Any) -> int | None:
-    for key in counter_path(state):
-        try:
-            state = state[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return state if isinstance(state, int) else None
+    count = find(state, counter_path(state))
+    return count if isinstance(count, int) else None
 
 
 def _batches(seen: Sequence[Seen]) -> int | None:
@@ -420,7 +419,7 @@ class LoopsClock:
         below = self.step - self.origin.step - self.rhythm.steps_into(self.target.batch) % each
         return [horizon for horizon in (below, below + each) if horizon > 0]
 
-    def schedule_count(self, path: tuple[Any, ...]) -> int | None:
+    def schedule_count(self, path: TreePath) -> int | None:
         if len(path) != 2 or path[0] != "lr_schedulers":  # noqa: PLR2004 - the key and a number
             return None
         rule, count = self.rhythm.schedules[path[1]], self.origin.schedules[path[1]]
@@ -441,9 +440,8 @@ class LoopsClock:
         for name, counts in after.items():
             moved = list(_move(loop[name], before[name], counts, (name,)))
             if moved:
-                where, old, new = moved[0]
-                others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
-                changes.append((f"loops.{where}{others}", old, new))
+                (_, old, new), names = moved[0], listed((where for where, _, _ in moved), most=1)
+                changes.append((f"loops.{names}", old, new))
         return changes
 
     def notes(self, _: str, tree: dict[str, Any]) -> Iterator[str]:
@@ -479,7 +477,7 @@ class StillLoops:
     def notes(self, name: str, _: object) -> Iterator[str]:
         yield f"{name}: loops left at the origin: their rhythm is not known; the trainer counts on from there"
 
-    def schedule_count(self, _: tuple[Any, ...]) -> None:
+    def schedule_count(self, _: TreePath) -> None:
         return None
 
 

@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.formats.safetensors_file import read_safetensors
-from farcast_cli.trainers.base import MAX_DIGITS, METADATA_STEPS, Evidence, Layout, Part, Snapshot, name_evidence
+from farcast_cli.trainers.base import METADATA_STEPS, Evidence, Layout, Part, Snapshot, name_evidence
+from farcast_cli.trainers.names import MAX_DIGITS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import Made
+from farcast_cli.formats.tree import dotted, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from farcast_cli.trainers.base import Snapshot
 
@@ -16,6 +17,7 @@ LAST_STEP_KEYS = ("max_steps", "max_iters", "total_steps", "num_training_steps",
 SETTINGS_KEYS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "args", "config", "cfg", "train_config")
 """Where a payload keeps its settings: Lightning's first, then what hand-written loops call them."""
 _MAX_DEPTH = 4
+_STATE = object()  # no key, and in no name
 
 
 def end_by_settings(
@@ -47,18 +49,13 @@ def end_by_settings(
 
 def _settings(tree: dict[Any, Any], keys: Sequence[str]) -> Iterator[tuple[str, int]]:
     for key in SETTINGS_KEYS:
-        yield from _settings_below(tree.get(key), key, keys, _MAX_DEPTH)
+        for path, value in walk(tree.get(key), below=_settings_in, enters=lambda path, _: len(path) < _MAX_DEPTH):
+            if path and path[-1] in keys and isinstance(value, int) and not isinstance(value, bool):
+                yield dotted((key, *(name for name in path if name is not _STATE))), value
 
 
-def _settings_below(settings: Any, where: str, keys: Sequence[str], depth: int) -> Iterator[tuple[str, int]]:
-    if not depth:
-        return
-    if isinstance(settings, Made):  # an argparse.Namespace or its like, whose state holds the settings
-        for state in settings.states:
-            yield from _settings_below(state, where, keys, depth - 1)
-    if not isinstance(settings, dict):
-        return
-    for key, value in settings.items():
-        if key in keys and isinstance(value, int) and not isinstance(value, bool):
-            yield f"{where}.{key}", value
-        yield from _settings_below(value, f"{where}.{key}", keys, depth - 1)
+def _settings_in(node: object) -> Iterable[tuple[Any, Any]] | None:
+    """What a dict holds, or the state of an argparse.Namespace or its like."""
+    if isinstance(node, Made):
+        return ((_STATE, state) for state in node.states)
+    return node.items() if isinstance(node, dict) else None

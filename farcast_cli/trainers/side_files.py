@@ -13,7 +13,9 @@ from farcast_cli.errors import FileFormatError, NoWeightsError, UnsafeFileError
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.tensors import FORECASTABLE
-from farcast_cli.trainers.base import Evidence, Part, Role, files_below, find_step_in_name, name_evidence
+from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence
+from farcast_cli.trainers.folder_files import files_below
+from farcast_cli.trainers.names import find_step_in_name
 from farcast_cli.trainers.torch_payload import adam_evidence, find_payload_weights, payload_evidence
 from farcast_cli.trainers.weights_folder import second_weights
 

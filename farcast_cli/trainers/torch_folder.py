@@ -13,7 +13,7 @@ from farcast_cli.trainers import torch_payload
 from farcast_cli.trainers.base import Layout, Snapshot, Trainer
 from farcast_cli.trainers.run_end import end_by_settings
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, counted_steps, named_steps, side_parts
-from farcast_cli.trainers.weights_folder import Weights, joined
+from farcast_cli.trainers.weights_folder import Weights, as_one
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def _read(path: Path) -> Snapshot:
     payload = _payload(path)
     ranks = sorted(path.glob("consolidated.*.pth")) if payload.path.name.startswith("consolidated.") else [payload.path]
     inner = [payload, *(torch_payload.LAYOUT.read(file) for file in ranks if file != payload.path)]
-    weights = joined(path, (_weights(one, path, f"{rank}." if rank else "") for rank, one in enumerate(inner)))
+    weights = as_one(path, (_weights(one, path, f"{rank}." if rank else "") for rank, one in enumerate(inner)))
     others, notes = side_parts(path, weights.parts)
     name = named_steps(path)
     counted = _of("payload", payload) or counted_steps(others, name)

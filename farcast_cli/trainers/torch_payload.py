@@ -9,15 +9,19 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import NoWeightsError
-from farcast_cli.formats.torch_file import TorchFile, number, read_torch_file
+from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
 from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter_tensors
+from farcast_cli.formats.tree import dotted, find, walk
 from farcast_cli.tensors import FORECASTABLE
-from farcast_cli.trainers.base import MAX_DIGITS, Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_by_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from farcast_cli.formats.tree import TreePath
 
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
 STEP_KEYS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter", "num_steps", "steps")
@@ -38,7 +42,7 @@ def _read(path: Path) -> Snapshot:
     return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough, beside=beside)
 
 
-def other_weights(tree: dict[Any, Any], weights: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str, str]]:
     """State dicts beside the weights: a second network, or an average of the first."""
     for key, value in tree.items():
         if (key,) == weights or not isinstance(value, dict) or "param_groups" in value:
@@ -52,10 +56,10 @@ def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Tensors among the weights that are no plain stretch of numbers: quantised, sparse, subclasses."""
     for keys, made in iter_carried(weights):
         if made.maker.name.startswith("_rebuild_"):
-            yield ".".join(map(str, keys)), f"{made.maker.name.removeprefix('_rebuild_')} is not forecast"
+            yield dotted(keys), f"{made.maker.name.removeprefix('_rebuild_')} is not forecast"
 
 
-def find_payload_weights(path: Path, tree: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def find_payload_weights(path: Path, tree: object) -> tuple[TreePath, dict[str, Any]]:
     """The key under which a payload holds its weights (none for a bare state dict), and the weights.
 
     Raises:
@@ -79,16 +83,17 @@ def _kind(tree: object) -> str:
 
 
 def _holds_tensors(tree: dict[Any, Any]) -> bool:
-    return any(isinstance(value, TensorRef) or (isinstance(value, dict) and _holds_tensors(value)) for value in tree.values())
+    nodes = walk(tree, enters=lambda _, node: isinstance(node, dict))
+    return any(isinstance(node, TensorRef) for _, node in nodes)
 
 
 def payload_evidence(tree: dict[Any, Any], file: TorchFile | None = None) -> tuple[Evidence, ...]:
     """The first counter of steps at the top of a payload, or in its `train_state`; one in a tensor takes its file."""
     for where, holder in (("", tree), ("train_state.", tree.get("train_state"))):
         for key in STEP_KEYS:
-            value = holder.get(key) if isinstance(holder, dict) else None
+            value = find(holder, (key,))
             if isinstance(value, TensorRef) and value.dtype.name in {"int64", "int32"} and file is not None:
-                value = number(file, value)
+                value = as_number(file, value)
             if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS:
                 return (Evidence("payload", where + key, value),)
     return ()
@@ -108,7 +113,7 @@ def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
     for key, value in items:
         state = value.get("state") if isinstance(value, dict) and "param_groups" in value else None
         if isinstance(state, dict):
-            counts = [number(file, entry["step"]) for entry in state.values() if isinstance(entry, dict) and "step" in entry]
+            counts = [as_number(file, entry["step"]) for entry in state.values() if isinstance(entry, dict) and "step" in entry]
             known = [count for count in counts if count is not None and math.isfinite(count)]
             if known:
                 return (Evidence("adam step", f"{key}.state.*.step", int(max(known))),)

@@ -52,7 +52,7 @@ class Weights:
         return Weights(tuple(parts), tensors, frozenset(prefix + name for name in self.rough))
 
 
-def joined(folder: Path, several: Iterable[Weights]) -> Weights:
+def as_one(folder: Path, several: Iterable[Weights]) -> Weights:
     """The weights of several models as those of one snapshot."""
     whole = Weights((), {})
     for one in several:
@@ -94,7 +94,7 @@ def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
 
 def read_weights(folder: Path, sources: Iterable[WeightFile]) -> Weights:
     """The weights of a snapshot's folder; headers only."""
-    return joined(folder, (_read_one(source.path).under(source.prefix, folder) for source in sources))
+    return as_one(folder, (_read_one(source.path).under(source.prefix, folder) for source in sources))
 
 
 def _read_one(first: Path) -> Weights:

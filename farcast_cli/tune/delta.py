@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.checkpoint.plan import ValueMap
+    from farcast_cli.checkpoint.pieces import ValueMap
     from farcast_cli.tensors import DType, TensorEntry
     from farcast_cli.tune.weight import Weight
 

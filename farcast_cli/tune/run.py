@@ -23,7 +23,7 @@ from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.one_layer import Settings, SolverName
 from farcast_cli.tune.solve import Model, Solved, solve
 from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
-from farcast_cli.tune.write import Writing, check_kept, check_moved, check_place, write_tuned
+from farcast_cli.tune.write import Writing, check_delta_place, check_kept, check_moved, check_tuned_place, write_tuned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,7 +123,7 @@ def apply_deltas(
     """
     started = time.monotonic()
     snapshot = open_snapshot(checkpoint)
-    check_place(output, snapshot)
+    check_tuned_place(output, snapshot)
     deltas = read_deltas(file)
     weights = [find_weight(snapshot, delta.layer, delta.bias) for delta in deltas]
     with unchanged([snapshot], copied=snapshot):
@@ -217,10 +217,10 @@ def _check_options(request: TuneRequest) -> None:
 
 def _check_places(request: TuneRequest, snapshot: Snapshot) -> Path:
     if request.output is not None:
-        check_place(request.output, snapshot)
+        check_tuned_place(request.output, snapshot)
         return request.output
     assert request.delta_out is not None  # noqa: S101 - _check_options has seen to it
-    check_place(request.delta_out, snapshot, option="--delta-out", ending=".safetensors")
+    check_delta_place(request.delta_out, snapshot)
     return request.delta_out
 
 

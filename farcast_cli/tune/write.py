@@ -6,21 +6,21 @@ written is read again, and the losses are computed anew.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from farcast_cli.checkpoint.plan import Rewrite, plan_outputs, with_modes
+from farcast_cli.checkpoint.pieces import Rewrite
+from farcast_cli.checkpoint.plan import plan_outputs, with_modes
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
-from farcast_cli.files.hidden import clear_left
-from farcast_cli.files.place import check_outside, check_sidecar_ours, sidecar_of
-from farcast_cli.files.staged import staging
+from farcast_cli.files.place import check_place, check_sidecar_ours, sidecar_of
+from farcast_cli.files.staged import refuse_existing, staging
 from farcast_cli.run.alignment import Alignment
 from farcast_cli.run.trajectory import open_snapshot, run_of
 from farcast_cli.sidecar import files_of, write_sidecar
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.checkpoint.plan import OutputFile, ValueMap
+    from farcast_cli.checkpoint.pieces import OutputFile, ValueMap
     from farcast_cli.results import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.delta import Delta, Rounded
@@ -54,27 +54,32 @@ class Written:
     bytes_written: int
 
 
-def check_place(place: Path, snapshot: Snapshot, *, option: str = "-o", ending: str | None = None) -> None:
-    """Never over the checkpoint, inside it, or over anything else.
+def check_tuned_place(place: Path, snapshot: Snapshot) -> None:
+    """See that a tuned checkpoint may be written at a place, and that its name ends as the checkpoint's does.
 
-    Args:
-        ending: what the name must end with; the checkpoint's own by default, where that is a file.
+    Raises:
+        UsageError: it is the checkpoint, lies inside it, or its name ends otherwise.
+        OutputError: it lies in the checkpoint's run, or something lies there.
     """
+    is_file = snapshot.path.is_file()
+    _check_place(place, snapshot, option="-o", ending=snapshot.path.suffix if is_file else "", has_sidecar_beside=is_file)
+
+
+def check_delta_place(place: Path, snapshot: Snapshot) -> None:
+    """The same of a file for the delta alone."""
+    _check_place(place, snapshot, option="--delta-out", ending=".safetensors", has_sidecar_beside=False)
+
+
+def _check_place(place: Path, snapshot: Snapshot, *, option: str, ending: str, has_sidecar_beside: bool) -> None:
     real, own = place.resolve(), snapshot.path.resolve()
     if real == own or real.is_relative_to(own):
         where = "is the checkpoint itself" if real == own else f"lies inside the checkpoint {snapshot.path}"
         raise UsageError(f"{option} {place}: {where}", hint="farcast never changes its input: choose another place")
-    run = run_of(snapshot)
-    if run is not None:
-        check_outside(place, run, option=option)
-    clear_left(place)
-    clear_left(sidecar_of(place, is_file=True))
-    if os.path.lexists(place):
-        raise OutputError(f"{place}: exists already", hint=f"choose another place with {option}")
-    wanted = ending if ending is not None else snapshot.path.suffix if snapshot.path.is_file() else ""
-    if not place.name.endswith(wanted):
+    existing = partial(refuse_existing, hint=f"choose another place with {option}")
+    check_place(place, run=run_of(snapshot), existing=existing, has_sidecar_beside=has_sidecar_beside, option=option)
+    if not place.name.endswith(ending):
         raise UsageError(
-            f"{option} {place}: expected a name that ends in {wanted}", hint=f"{option} {shell_word(f'{place}{wanted}')}"
+            f"{option} {place}: expected a name that ends in {ending}", hint=f"{option} {shell_word(f'{place}{ending}')}"
         )
 
 

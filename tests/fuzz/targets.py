@@ -21,7 +21,8 @@ from safetensors import deserialize as _deserialize
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from farcast_cli.checkpoint.plan import Rewrite, plan_outputs
+from farcast_cli.checkpoint.pieces import Rewrite
+from farcast_cli.checkpoint.plan import plan_outputs
 from farcast_cli.cli import main as call_main
 from farcast_cli.engine.reader import Reader
 from farcast_cli.errors import FarcastError

@@ -1,0 +1,136 @@
+"""Torch files as outputs: a pickle and the storages of its tensors, from the origin's records and from what is forecast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.checkpoint.pieces import Copy, Fixed, OutputFile, Piece, Planned, Rewrite, Section, Values, Zeros
+from farcast_cli.errors import UsageError
+from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
+from farcast_cli.formats.torch_zip import frame
+from farcast_cli.formats.tree import at, dotted
+from farcast_cli.state.advance import StateTree, storages_of
+from farcast_cli.tensors import DTYPES, DType, TensorEntry, row_major_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from farcast_cli.formats.torch_file import TorchFile
+
+
+@dataclass(frozen=True, slots=True)
+class Storages:
+    """What becomes of a state file's storages, by key: the stretches that are replaced, and other element types."""
+
+    overlays: Mapping[str, list[tuple[int, int, Piece]]]
+    retyped: Mapping[str, StorageRef]
+
+    def pieces(self, state: StateTree, storage: StorageRef) -> tuple[Piece, ...]:
+        """A storage's elements: the origin's, with the replaced stretches in their places."""
+        dtype = self.retyped.get(storage.key, storage).dtype
+        pieces: list[Piece] = []
+        position = 0
+        for first, count, piece in sorted(self.overlays.get(storage.key, []), key=lambda overlay: overlay[:2]):
+            if first < position:
+                continue  # a second name for the same elements
+            if first > position:
+                pieces.append(_origins(state, storage, dtype, position, first))
+            pieces.append(piece)
+            position = first + count
+        if position < storage.size:
+            pieces.append(_origins(state, storage, dtype, position, storage.size))
+        return tuple(pieces)
+
+
+def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
+    assert state.file is not None  # noqa: S101 - only torch files have storages
+    weights = at(state.tree, state.part.weights_key) if state.part.role in {"weights", "state"} else {}
+    mirror = at(state.tree, state.part.mirror_key) if rewrite.mirror and state.part.mirror_key else {}
+    retyped = {
+        ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype))
+        for tree in (weights, mirror)
+        for _, ref in iter_tensors(tree)
+    }
+    overlays = _overlays(state.file, weights, rewrite, mirror)
+    for (key, first, count), data in state.literals.items():
+        overlays.setdefault(key, []).append((first, count, Fixed(data)))
+    itemsize = {storage.key: retyped.get(storage.key, storage).dtype.itemsize for storage in storages_of(state.tree)}
+    for key, first, count in state.zeroed:
+        if count and key in itemsize:
+            overlays.setdefault(key, []).append((first, count, Zeros(count * itemsize[key])))
+    return Storages(overlays, retyped)
+
+
+def torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
+    """A torch file with a new pickle; its storages as they were, but for what is forecast, moved on or retyped."""
+    file = state.file
+    assert file is not None  # noqa: S101 - the caller's branch
+    storages = plan_storages(state, rewrite)
+    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(encode_pickle(state.tree, storages.retyped)),)}
+    named |= {
+        name: (Copy(file.path, record.offset, record.num_bytes),)
+        for name, record in file.records.items()
+        if not name.startswith(f"{file.prefix}/data/") and name not in named
+    }
+    named |= {f"{file.prefix}/data/{one.key}": storages.pieces(state, one) for one in storages_of(state.tree)}
+    return OutputFile(state.part.name, tuple(zip_records(named)))
+
+
+_BESIDE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little", "version": b"3\n"}
+"""What torch.save puts beside the pickle and the storages."""
+
+
+def new_torch_file(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> list[Section]:
+    """A torch file of a pickle (`data.pkl`) and its storages (`data/KEY`) that begins at byte `start` of its file."""
+    whole = {**named, **{name: (Fixed(data),) for name, data in _BESIDE.items()}}
+    return list(zip_records({f"archive/{name}": pieces for name, pieces in whole.items()}, start=start))
+
+
+def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> Iterator[Section]:
+    """A zip of named records that begins at byte `start` of its file."""
+    framed = frame([(name, sum(piece.num_bytes for piece in pieces)) for name, pieces in named.items()])
+    for head, pieces, places in zip(framed.heads, named.values(), framed.checksums_at, strict=True):
+        yield Section((Fixed(head),))
+        yield Section(pieces, tuple(start + place for place in places))
+    yield Section((Fixed(framed.tail),))
+
+
+def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> dict[str, list[tuple[int, int, Piece]]]:
+    """Replaced stretches of each storage: (first element, elements, piece).
+
+    Args:
+        mirror: a tree of tensors that get the forecast of the weights of the same names.
+    """
+    twins = {keys: ref for keys, ref in iter_tensors(mirror) if is_streamable(ref)}
+    found: dict[str, list[tuple[int, int, Piece]]] = {}
+    for keys, ref in iter_tensors(weights):
+        entry = file.entry(dotted(keys), ref)
+        if any(entry.name in named for named in (rewrite.index_of, rewrite.batch_counts, rewrite.mapped)):
+            (piece,) = rewrite.pieces(entry)
+            twin = twins.get(keys)
+            for place in (ref, twin) if twin and (twin.dtype, twin.stride) == (ref.dtype, ref.stride) else (ref,):
+                found.setdefault(place.storage.key, []).append((place.offset, entry.num_elements, piece))
+    return found
+
+
+def _origins(state: StateTree, storage: StorageRef, dtype: DType, begin: int, end: int) -> Piece:
+    """Elements [begin, end) of a storage as the origin has them."""
+    assert state.file is not None  # noqa: S101
+    record = state.file.storage_record(storage)
+    place = record.offset + begin * storage.dtype.itemsize
+    if dtype == storage.dtype:
+        return Copy(record.path, place, (end - begin) * storage.dtype.itemsize)
+    return Values(TensorEntry("", storage.dtype, (end - begin,), record.path, place), None, dtype)
+
+
+def ref_of(tensor: Planned, key: str) -> TensorRef:
+    """A tensor as a torch file has it, alone in a storage."""
+    if tensor.dtype.name not in DTYPES:
+        raise UsageError(f"tensor {tensor.name!r} is {tensor.dtype.name}, which torch cannot hold", hint="leave --layout out")
+    strides = tensor.strides or row_major_strides(tensor.shape)
+    is_typed = bool(tensor.dtype.storage)
+    size = prod(tensor.shape) if is_typed else tensor.num_bytes
+    storage = StorageRef(key, tensor.dtype if is_typed else UNTYPED, "cpu", size)
+    return TensorRef(storage, tensor.dtype, 0, tensor.shape, strides)

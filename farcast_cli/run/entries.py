@@ -1,0 +1,153 @@
+"""What in a folder looks like a snapshot of a run, and what looks like one and is none.
+
+Links, temporary names, what was cut off, and what farcast itself wrote. No snapshot is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import Counter
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import SnapshotError, TooFewSnapshotsError, listed, shell_word
+from farcast_cli.files.place import sidecar_of
+from farcast_cli.files.reading import file_size, read_bytes
+from farcast_cli.trainers import named, recognise
+from farcast_cli.trainers.names import find_step_in_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange
+    from farcast_cli.trainers.base import Layout
+
+    Candidate = tuple[Path, Layout]
+
+OWN_MARK = b'{"__metadata__":{"farcast":'
+"""How the header of a forecaster file begins."""
+MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
+_TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
+_NUMBERS = re.compile(r"\d+(?:\.\d+)?")
+
+
+def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | None, findings: Findings) -> list[Candidate]:
+    """The entries that have a layout; everything else is noted with its reason."""
+    if not directory.is_dir():
+        what = "a file" if directory.exists() else "nothing"
+        raise TooFewSnapshotsError(
+            f"{directory}: expected a folder of checkpoints, found {what}", hint="name the folder that holds them"
+        )
+    entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    kinds = {path: recognise(path) for path in entries if not pattern or fnmatchcase(path.name, pattern)}
+    links = _links_to_siblings(kinds)
+    found = [(p, kind) for p, kind in kinds.items() if kind and p not in links and not _TEMPORARY.search(p.name)]
+    shapes = {_shape_of(path) for path, _ in found if path.is_dir()}
+    taken = {path for path, _ in found}
+    for path in entries:
+        if path not in kinds:
+            findings.ignore(path, "does not match --pattern")
+        elif path in links:
+            findings.ignore(path, f"a link to {links[path]}")
+        elif path not in taken:
+            reason = _why_no_snapshot(path, kinds[path], shapes)
+            looks_like_one = bool(reason) and named_within(path, steps)
+            findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
+    alone = recognise(directory)
+    if alone and not any(find_step_in_name(path.name) for path, _ in found):
+        raise TooFewSnapshotsError(
+            f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
+            hint=f"name the folder above it: {shell_word(directory.resolve().parent)}",
+        )
+    if not found:
+        raise _nothing_found(directory, pattern, findings)
+    unreadable = next((path for path, _ in found if not path.name.isprintable()), None)
+    if unreadable:
+        raise SnapshotError(f"{unreadable}: its name is no printable text", hint="rename it")
+    return found
+
+
+def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewSnapshotsError:
+    half_written = [ignored for ignored in findings.ignored if ignored.is_half_written]
+    if half_written:
+        return too_few(directory, 0, 1, half_written)
+    matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
+    hint = (
+        f"farcast inspect {shell_word(directory)} shows all" if pattern else "docs/formats.md lists the layouts that are read"
+    )
+    return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
+
+
+def _links_to_siblings(entries: Iterable[Path]) -> dict[Path, str]:
+    """The entries that are links to another entry, or to what an earlier one is a link to, and that other's name."""
+    places: dict[str, Path] = {}
+    ordered = sorted(entries, key=lambda path: (path.is_symlink(), find_step_in_name(path.name) is None, path.name))
+    return {
+        path: first.name
+        for path in ordered
+        if path.exists() and (first := places.setdefault(os.path.realpath(path), path)) is not path and path.is_symlink()
+    }
+
+
+def _why_no_snapshot(path: Path, kind: Layout | None, shapes: set[str]) -> str:
+    """What keeps an entry that looks like a snapshot from being one; "" where it does not look like one."""
+    if kind is None and find_step_in_name(path.name) is None:
+        return ""
+    if _TEMPORARY.search(path.name):
+        return "a temporary name: still being saved, or cut off"
+    if path.is_symlink() and not path.exists():
+        return "a link that leads nowhere or in a circle"
+    if path.is_dir() and _shape_of(path) in shapes:
+        return "half-written: named like a snapshot, but without its weights"
+    return ""
+
+
+def _shape_of(path: Path) -> str:
+    """A name without its numbers."""
+    return _NUMBERS.sub("#", path.name)
+
+
+def too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
+    left_out = listed((f"{one.path.name} ({one.reason})" for one in half_written), most=MAX_HALF_WRITTEN)
+    hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
+    return TooFewSnapshotsError(
+        f"{directory}: expected at least {minimum} snapshots, found {count}" + (f"; left out: {left_out}" if left_out else ""),
+        hint="wait until they are saved, or save or download them again; else " + hint if left_out else hint,
+    )
+
+
+def run_entries(directory: Path, layout: str, pattern: str = "") -> Iterator[Path]:
+    """The entries of a folder that are snapshots of a layout, by their names and the names inside them."""
+    for path in directory.iterdir():
+        kind = recognise(path)
+        hidden = path.name.startswith(".") or _TEMPORARY.search(path.name)
+        if kind and kind.name == layout and not hidden and fnmatchcase(path.name, pattern or "*"):
+            yield path
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file is a forecaster that `fit` wrote."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    head = read_bytes(path, 0, min(file_size(path), len(OWN_MARK) + 8))
+    return head[8:] == OWN_MARK
+
+
+def is_output(path: Path) -> bool:
+    """Whether a checkpoint is one that farcast wrote: it has a sidecar."""
+    return sidecar_of(path, is_file=path.is_file()).is_file()
+
+
+def main_layout(candidates: Sequence[Candidate]) -> Layout:
+    """The layout of most candidates; the first in the order of the folder breaks a tie."""
+    counts = Counter(layout.name for _, layout in candidates)
+    return named(counts.most_common(1)[0][0])
+
+
+def named_within(path: Path, steps: StepRange | StepList | None) -> bool:
+    """Whether a name may belong to the asked-for steps; a snapshot left out by name is never opened."""
+    found = find_step_in_name(path.name)
+    return steps is None or found is None or int(found[1]) in steps
