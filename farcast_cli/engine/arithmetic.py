@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from farcast_cli.engine.casts import narrow, narrow_pairs, unpaired, widen, widen_pairs
+from farcast_cli.engine.casts import narrow, widen
 from farcast_cli.engine.reader import Scratch
 
 if TYPE_CHECKING:
@@ -54,21 +54,16 @@ class Arithmetic(Protocol):
     def floats(self, name: str, count: int, like: Array) -> Array:
         """Working memory (count,) of the type of `like`."""
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
-        """The values of raw bytes, which must not be changed, in the type of the arithmetic.
-
-        Args:
-            by_pairs: they are an even number of bfloat16s, which may come in another order (`casts.widen_pairs`).
-        """
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
+        """The values of raw bytes, which must not be changed, in the type of the arithmetic."""
 
     def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         """One number for each segment's elements, over all of the batch's."""
 
-    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
-        """Round values to a stored type, into its bytes."""
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8]) -> bool:
+        """Round values to a stored type, into its bytes; whether all results are finite."""
 
-    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
-        """Values in the order of the file."""
+    def to_host(self, values: Array) -> NDArray[Any]: ...
 
     def from_host(self, values: NDArray[Any]) -> Array: ...
 
@@ -151,24 +146,19 @@ class HostArithmetic:
     def floats(self, name: str, count: int, like: Array) -> Array:
         return self._scratch.named(name, count, like.dtype)
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
-        out = self._scratch.named(name, len(raw) // dtype.itemsize, work)
-        return widen_pairs(raw, out) if by_pairs else widen(raw, dtype, out)
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
+        return widen(raw, dtype, self._scratch.named(name, len(raw) // dtype.itemsize, work))
 
     def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         if len(values) == 1:
             return float(values[0])
         return np.repeat(values.astype(work), counts)
 
-    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
-        scratch = self._scratch.named("rest", len(values), np.uint32)
-        if by_pairs:
-            narrow_pairs(values, out, scratch)
-        else:
-            narrow(values, dtype, out, scratch, may_be_nan=may_be_nan)
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8]) -> bool:
+        return narrow(values, dtype, out)
 
-    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
-        return np.asarray(unpaired(values) if by_pairs else values)
+    def to_host(self, values: Array) -> NDArray[Any]:
+        return np.asarray(values)
 
     def from_host(self, values: NDArray[Any]) -> Array:
         return values

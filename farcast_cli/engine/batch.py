@@ -6,13 +6,14 @@ Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from farcast_cli.engine.arithmetic import Coefficients, forecasts
-from farcast_cli.engine.casts import MAX_FINITE, are_finite_halves, bits_of, has_negative_zeros, widen, work_type
+from farcast_cli.engine.casts import MAX_FINITE, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.engine.reader import Scratch, joined, non_finite
 from farcast_cli.errors import SnapshotError
 
@@ -97,49 +98,41 @@ class Compute:
     def compute(self, batch: Batch, rooms: Sequence[Buffer]) -> Done:
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0
-        source, by_pairs = self._read(batch, None), self._is_by_pairs(batch)
-        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype), by_pairs=by_pairs)
+        source = self._read(batch, None)
+        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype))
         is_forecast, is_retyped = piece.index is not None, piece.dtype != piece.entry.dtype
         own = self._retyped(last, batch) if is_forecast and is_retyped else source
         unchanged = []
-        for room, values in zip(rooms, self._values(batch, source, last, by_pairs=by_pairs), strict=False):
+        for room, values in zip(rooms, self._values(batch, source, last), strict=False):
             out = self._place(batch, room)
-            self._store(values, batch, out, by_pairs=by_pairs)
+            self._store(values, batch, out)
             self._deliver(batch, room, out)
             unchanged.append(self._num_equal(out, own, batch) if is_forecast else 0)
         return Done(self._bytes_read, batch.count if is_forecast else 0, unchanged)
-
-    def _is_by_pairs(self, batch: Batch) -> bool:
-        """Whether all is bfloat16, and the same is done to every element: then their order does not matter."""
-        piece, count = batch.piece, batch.count
-        if len(batch.segments) > 1 or piece.function is not None or count % 2 or batch.segments[0].at % 4:
-            return False
-        types = {self._source.entry(piece, snapshot).dtype.name for snapshot in self._source.others(piece)}
-        return types | {piece.entry.dtype.name, piece.dtype.name} == {"bfloat16"}
 
     def _num_equal(self, out: NDArray[np.uint8], own: NDArray[np.uint8], batch: Batch) -> int:
         """Elements whose bits are those of the origin."""
         dtype, equal = batch.piece.dtype, self._scratch.named("equal", batch.count, np.bool_)
         return int(np.count_nonzero(np.equal(bits_of(out, dtype), bits_of(own, dtype), out=equal)))
 
-    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array, *, by_pairs: bool) -> Iterator[Array]:
+    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array) -> Iterator[Array]:
         """The batch's values at every horizon; without end where they are the same at all."""
         piece, arithmetic = batch.piece, self._arithmetic
         if piece.function is not None:
             (segment,) = batch.segments
-            own = np.array(arithmetic.to_host(last, by_pairs=by_pairs))  # a copy, which the function may change
+            own = np.array(arithmetic.to_host(last))  # a copy, which the function may change
             made = arithmetic.from_host(np.asarray(piece.function(own, piece.begin + segment.first), dtype=own.dtype))
             yield from itertools.repeat(made)
         elif piece.index is None:
             yield from itertools.repeat(last)
         else:
-            others = (self._load(batch, snapshot, by_pairs=by_pairs) for snapshot in self._source.others(piece))
+            others = (self._load(batch, snapshot) for snapshot in self._source.others(piece))
             keep_zeros = has_negative_zeros(source, piece.entry.dtype)
             yield from forecasts(arithmetic, last, others, self._step_of(batch), keep_zeros=keep_zeros)
 
-    def _load(self, batch: Batch, snapshot: int, *, by_pairs: bool) -> Array:
+    def _load(self, batch: Batch, snapshot: int) -> Array:
         dtype, work = self._source.entry(batch.piece, snapshot).dtype, work_type(batch.piece.entry.dtype)
-        return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work, by_pairs=by_pairs)
+        return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work)
 
     def _step_of(self, batch: Batch) -> Coefficients:
         """The weights of a batch; those of a large tensor are the same from one to the next."""
@@ -202,59 +195,56 @@ class Compute:
     def _retyped(self, last: Array, batch: Batch) -> NDArray[np.uint8]:
         """The origin's values in the output's type."""
         out = self._scratch.named("retyped", batch.count * batch.piece.dtype.itemsize, np.uint8)
-        self._arithmetic.store(last, batch.piece.dtype, out, may_be_nan=True, by_pairs=False)
+        self._arithmetic.store(last, batch.piece.dtype, out)
         return out
 
     # --- what must not be published -----------------------------------------------------------------------------------
 
-    def _store(self, values: Array, batch: Batch, out: NDArray[np.uint8], *, by_pairs: bool) -> None:
+    def _store(self, values: Array, batch: Batch, out: NDArray[np.uint8]) -> None:
         """Round values into their place. Refuses NaN and infinity, but for what every snapshot has.
 
         Also keeps BatchNorm's variance from falling below zero.
         """
         piece, arithmetic, xp = batch.piece, self._arithmetic, self._arithmetic.xp
-        least = xp.where(values < 0, xp.zeros_like(values), values) if piece.non_negative else values
-        if by_pairs:  # NaN and infinity stay what they are
-            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=True)
-            if are_finite_halves(out):
-                return
-        elif self._is_within(values, MAX_FINITE[piece.dtype.name]):
-            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=False)
+        if piece.non_negative:
+            values = xp.where((values < 0) & (values > -math.inf), xp.zeros_like(values), values)
+        if arithmetic.store(values, piece.dtype, out):
             return
-        mended = self._without_infinities(batch, arithmetic.to_host(values, by_pairs=by_pairs))
-        arithmetic.store(arithmetic.from_host(mended), piece.dtype, out, may_be_nan=True, by_pairs=False)
+        host = arithmetic.to_host(values)
+        is_constant, last = self._infinities(batch)
+        if not arithmetic.store(arithmetic.from_host(np.where(is_constant, last.dtype.type(0), host)), piece.dtype, out):
+            raise self._out_of_range(batch, out)
+        arithmetic.store(arithmetic.from_host(np.where(is_constant, last, host)), piece.dtype, out)
 
-    def _is_within(self, values: Array, limit: float) -> bool:
-        """Whether no value is larger or NaN."""
-        xp = self._arithmetic.xp
-        return -limit <= float(xp.amin(values)) and float(xp.amax(values)) <= limit
-
-    def _without_infinities(self, batch: Batch, values: NDArray[Any]) -> NDArray[Any]:
-        """The values with constant infinities put back; an error that names the snapshot, or the type's range, for others.
+    def _infinities(self, batch: Batch) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        """Which elements are infinite in every snapshot, or not finite where they are copied; and the origin's values.
 
         Rare, so everything is read again.
+
+        Raises:
+            NonFiniteError: a snapshot holds another value that is not finite.
         """
         snapshots = (None, *self._source.others(batch.piece))
         last, *others = (self._again(batch, snapshot) for snapshot in snapshots)
         if batch.piece.index is None and batch.piece.function is None:
-            still = ~np.isfinite(last)  # copied: what it is
-        else:
-            still = np.isinf(last)
-            for other in others:
-                still &= other == last
-            for snapshot, found in zip(snapshots, (last, *others), strict=True):
-                if (bad := ~np.isfinite(found) & ~still).any():
-                    at = int(bad.argmax())
-                    raise non_finite(self._entry_at(batch, at, snapshot), float(found[at]))
-        limit = MAX_FINITE[batch.piece.dtype.name]
-        kept = np.where(still, last.dtype.type(0), values)
-        if not (np.abs(kept) <= limit).all():
-            entry = self._entry_at(batch, int((~(np.abs(kept) <= limit)).argmax()), None)
-            what, hint = _FORECAST if batch.piece.function is None else _TUNED
-            raise SnapshotError(
-                f"{entry.path}: {what} of tensor {entry.name!r} leaves the range of its type (+-{limit:g})", hint=hint
-            )
-        return np.asarray(np.where(still, last, values))
+            return ~np.isfinite(last), last
+        is_constant = np.isinf(last)
+        for other in others:
+            is_constant &= other == last
+        for snapshot, found in zip(snapshots, (last, *others), strict=True):
+            if (bad := ~np.isfinite(found) & ~is_constant).any():
+                at = int(bad.argmax())
+                raise non_finite(self._entry_at(batch, at, snapshot), float(found[at]))
+        return is_constant, last
+
+    def _out_of_range(self, batch: Batch, out: NDArray[np.uint8]) -> SnapshotError:
+        """The first element that rounding, or the forecast before it, left without a finite value."""
+        dtype = batch.piece.dtype
+        written = widen(out, dtype, np.empty(batch.count, work_type(dtype)))
+        entry = self._entry_at(batch, int((~np.isfinite(written)).argmax()), None)
+        what, hint = _FORECAST if batch.piece.function is None else _TUNED
+        limit = f"+-{MAX_FINITE[dtype.name]:g}"
+        return SnapshotError(f"{entry.path}: {what} of tensor {entry.name!r} leaves the range of its type ({limit})", hint=hint)
 
     def _again(self, batch: Batch, snapshot: int | None) -> NDArray[Any]:
         raw = self._read(batch, snapshot)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from farcast_cli.engine.casts import are_finite
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
@@ -65,7 +67,7 @@ class DeviceArithmetic:
             self._floats[key] = torch.empty(count, dtype=like.dtype, device=self._device)
         return self._floats[key][:count]
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:  # noqa: ARG002
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
         if not raw.flags.writeable:  # a file read in place: torch takes memory that it could write to, and that is pinned
             mapped, raw = raw, self.memory("mapped", len(raw))
             np.copyto(raw, mapped)
@@ -84,21 +86,14 @@ class DeviceArithmetic:
         numbers = torch.from_numpy(values.astype(work)).to(self._device)
         return torch.repeat_interleave(numbers, torch.tensor(counts, device=self._device))
 
-    def store(
-        self,
-        values: Array,
-        dtype: DType,
-        out: NDArray[np.uint8],
-        *,
-        may_be_nan: bool,  # noqa: ARG002
-        by_pairs: bool,  # noqa: ARG002
-    ) -> None:
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8]) -> bool:
         rounded = values.to(getattr(torch, dtype.name)).view(torch.uint8)
         pinned = self.memory("out", len(out))
         torch.from_numpy(pinned).copy_(rounded)
         np.copyto(out, pinned)
+        return are_finite(out, dtype)
 
-    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:  # noqa: ARG002
+    def to_host(self, values: Array) -> NDArray[Any]:
         return np.asarray(values.cpu().numpy())
 
     def from_host(self, values: NDArray[Any]) -> Array:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from farcast_cli.engine.casts import widen, widen_pairs
+from farcast_cli.engine.casts import widen
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading
 
@@ -238,11 +238,7 @@ def read_trajectory(reader: Reader, sections: Sequence[TensorStretches], out: Fl
     Raises:
         NonFiniteError: NaN, or an infinity that is not in every snapshot.
     """
-    for snapshot, row in enumerate(out):
-        raw = _raw(reader, [stretch for section in sections for stretch in section.at(snapshot)], scratch)
-        found = widen(raw, sections[0].entries[snapshot].dtype, row)
-        if found is not row:
-            np.copyto(row, found)
+    read_values(reader, sections, out, scratch)
     if not bool(np.isfinite(out).all()):
         end = 0
         for section in sections:
@@ -259,12 +255,11 @@ def _still_infinities(section: TensorStretches, values: Floats) -> None:
     values[~np.isfinite(values)] = 0
 
 
-def read_in_any_order(reader: Reader, section: TensorStretches, out: NDArray[np.float32], scratch: Scratch) -> None:
-    """The values of a section at all snapshots, whatever they are, in an order that is the same for all of them."""
-    by_pairs = {entry.dtype.name for entry in section.entries} == {"bfloat16"} and section.count % 2 == 0
+def read_values(reader: Reader, sections: Sequence[TensorStretches], out: Floats, scratch: Scratch) -> None:
+    """The same, but whatever the values are."""
     for snapshot, row in enumerate(out):
-        raw = _raw(reader, section.at(snapshot), scratch)
-        found = widen_pairs(raw, row) if by_pairs else widen(raw, section.entries[snapshot].dtype, row)
+        raw = _raw(reader, (stretch for section in sections for stretch in section.at(snapshot)), scratch)
+        found = widen(raw, sections[0].entries[snapshot].dtype, row)
         if found is not row:
             np.copyto(row, found)
 

@@ -26,8 +26,8 @@ from farcast_cli.engine.reader import (
     Scratch,
     Stretch,
     TensorStretches,
-    read_in_any_order,
     read_trajectory,
+    read_values,
     sample_stretches,
     stretches,
 )
@@ -201,7 +201,7 @@ class _Summer:
         """In float32 where the values are of such types and it can hold their products."""
         if all(work_type(entry.dtype) is np.float32 for entry in section.entries):
             basis = self._memory((section,), np.float32)
-            read_in_any_order(self._reader, section, basis[:-1], self._scratch)
+            read_values(self._reader, (section,), basis[:-1], self._scratch)
             with np.errstate(all="ignore"):  # what is not finite, or becomes so, is looked for afterwards
                 products = inner_products(to_basis(basis))
             if are_held(products, basis):
