@@ -99,5 +99,5 @@ def _convert_by_torch(values: NDArray[np.floating[Any]], out: NDArray[np.floatin
     import torch
 
     torch.set_num_threads(1)  # the caller is one of many workers
-    source = values if values.flags.writeable else values.copy()  # torch warns of memory that it must not write to
-    torch.from_numpy(out).copy_(torch.from_numpy(source))
+    own = values if values.flags.writeable else values.copy()  # torch warns of memory that it must not write to
+    torch.from_numpy(out).copy_(torch.from_numpy(own))
