@@ -508,7 +508,7 @@ class _Call:
         stacked = [np.tile(move, (count, 1)) for move in moves]
         linear = _over_memory(stacked, len(found.alignment.tensors[0].entries)) if found.has_moves else None
         if linear is None:
-            linear = LinearMap.from_steps(stacked, len(found.alignment.tensors[0].entries) - 1)
+            linear = LinearMap.from_updates(stacked, len(found.alignment.tensors[0].entries) - 1)
         linear = replace(linear, bare=frozenset(range(len(moves))) if bare else frozenset())
         request = self._request
         resources = Resources(request.device, request.io, request.num_threads)

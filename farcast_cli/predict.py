@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.checkpoint.convert import settle
-from farcast_cli.engine.batch import Inputs
+from farcast_cli.engine.batch import Counts, Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
-from farcast_cli.engine.write import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
+from farcast_cli.engine.write import Engine, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
 from farcast_cli.files.place import check_outside, check_place
@@ -198,7 +198,7 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
 
 def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: Sequence[NDArray[np.float64]]) -> Prepared:
     last = _origin_index(fitted, request)
-    linear = LinearMap.from_steps(steps, last)
+    linear = LinearMap.from_updates(steps, last)
     snapshots = {index: reopen(fitted, index) for index in linear.used}
     origin = snapshots[last]
     history = _history(fitted, snapshots, last)
@@ -335,9 +335,9 @@ def _write_best(
 
 def _try_strengths(
     prepared: Prepared, outcome: Outcome, request: Request, place: Path, progress: Progress
-) -> tuple[list[Trial], dict[float, tuple[Path, Tally]]]:
+) -> tuple[list[Trial], dict[float, tuple[Path, Counts]]]:
     """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
-    evaluator, written = request.evaluator, dict[float, tuple[Path, Tally]]()
+    evaluator, written = request.evaluator, dict[float, tuple[Path, Counts]]()
     assert evaluator is not None  # noqa: S101 - the caller's branch
     logs = logs_of(prepared.targets[0])
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
@@ -356,7 +356,7 @@ def _try_strengths(
         return judge.trials, written
 
 
-def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Trial], request: Request) -> None:
+def _drop_beaten(written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], request: Request) -> None:
     """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
     if not trials or request.evaluator is None:
         return
@@ -371,10 +371,10 @@ def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
     one = only(prepared, index)
     foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
     return replace(
-        finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
+        finish(prepared, outcome, Counts(), index),
         seconds=foretold.seconds,
         peak_bytes=foretold.peak_bytes,
-        bytes_read=bytes_to_read(one.plans[0], one.engine.source),
+        bytes_read=bytes_to_read(one.plans[0], one.engine.inputs),
         bytes_written=total_bytes(one.plans[0]),
     )
 

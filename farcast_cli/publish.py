@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.pieces import OutputFile
-    from farcast_cli.engine.write import Tally
+    from farcast_cli.engine.batch import Counts
     from farcast_cli.files.staged import Check, Staging
     from farcast_cli.request import Outcome, Prepared, Request
     from farcast_cli.state.advance import CountersMode
@@ -141,17 +141,17 @@ def stage(
 
 def only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
     """One horizon of several, its step scaled."""
-    source = prepared.engine.source
+    inputs = prepared.engine.inputs
     return replace(
         prepared,
-        engine=replace(prepared.engine, source=replace(source, linear=source.linear.pick([index], scale))),
+        engine=replace(prepared.engine, inputs=replace(inputs, linear=inputs.linear.pick([index], scale))),
         plans=(prepared.plans[index],),
         advanced=(prepared.advanced[index],),
         targets=(prepared.targets[index],),
     )
 
 
-def write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Tally:
+def write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Counts:
     candidate.parent.mkdir()
     told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
     return write_forecasts(one.plans, [candidate], one.engine, progress=told)
@@ -182,16 +182,16 @@ def leap_of(outcome: Outcome, run: Path, counters: CountersMode) -> Leap:
     )
 
 
-def finish(prepared: Prepared, outcome: Outcome, tally: Tally, index: int) -> Outcome:
+def finish(prepared: Prepared, outcome: Outcome, tally: Counts, index: int) -> Outcome:
     """What came of a forecast that has been written."""
-    alignment, advanced = prepared.engine.source.alignment, prepared.advanced[index]
+    alignment, advanced = prepared.engine.inputs.alignment, prepared.advanced[index]
     moved = {change.where for change in advanced.changes}
     return replace(
         outcome,
         path=prepared.targets[index],
         num_forecast=len(alignment.tensors),
         copied=tuple(copied for copied in alignment.copied if copied.name not in moved),
-        unchanged_share=tally.unchanged_share(index) if tally.num_forecast else None,
+        unchanged_share=tally.unchanged_share(index),
         bytes_read=tally.bytes_read,
         bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
         seconds=tally.seconds,

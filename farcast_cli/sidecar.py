@@ -83,7 +83,7 @@ def compose(
         origin=relative(prepared.origin.path, home),
         inputs=_inputs(prepared, prepared.targets.index(outcome.path), home),
         fitted_on=fitted_on,
-        copied=tuple(CopiedEntry(name=c.name, reason=c.reason) for c in prepared.engine.source.alignment.copied),
+        copied=tuple(CopiedEntry(name=c.name, reason=c.reason) for c in prepared.engine.inputs.alignment.copied),
         resume=ResumeEntry(changes=outcome.changes, notes=outcome.notes),
         evaluations=tuple(_evaluation(trial, home) for trial in outcome.trials),
         momentum=momentum,
@@ -106,7 +106,7 @@ def _options(request: Request) -> ForecastOptions:
 
 def _inputs(prepared: Prepared, index: int, home: Path) -> tuple[InputEntry, ...]:
     """The snapshots, with the mean of their coefficients in one of the forecasts."""
-    source = prepared.engine.source
+    source = prepared.engine.inputs
     sizes = np.array([tensor.num_elements for tensor in source.alignment.tensors], dtype=float)
     mean = (sizes @ source.linear.weights[index] / sizes.sum())[-len(prepared.snapshots) :]  # a memory is no snapshot
     return tuple(

@@ -1,4 +1,4 @@
-"""What is written is the origin plus the step, in the origin's own form, whatever the threads and the block size."""
+"""What is written is the origin plus the update, in the origin's own form, whatever the threads and the block size."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_map_over_snapshots_equals_the_coefficients_over_increments(
     arrays = {str(k): random.normal(size=(num_snapshots, 5)) for k in range(num_tensors)}
     origin = int(random.integers(num_snapshots))
     step[:, origin:-2] = 0  # increments after the origin are out of sight
-    linear = LinearMap.from_steps([step], origin)
+    linear = LinearMap.from_updates([step], origin)
     for index, (values, wanted) in enumerate(zip(arrays.values(), applied(step, arrays).values(), strict=True)):
         last = values[origin]
         moves = (linear.weights[0, index][:, None] * (values - last)).sum(axis=0)
@@ -208,8 +208,17 @@ def test_the_memory_that_is_held_does_not_grow_with_the_tensors(tmp_path: Path, 
     fitted = fit_run(write_run(tmp_path / "run", wander(2, num_snapshots=6, sizes=sizes), STEPS[:6]))
     held.clear()
     predict_run(fitted, tmp_path / "out.safetensors", horizons=[HORIZON])
-    num_buffers = 9  # source, another, last, move, term, step, bits, output, equal
-    assert 0 < sum(scratch.num_bytes for scratch in held) <= num_buffers * 4 * engine.BLOCK
+    num_blocks = 8  # origin, another, last, move, term, update, output, equal
+    assert 0 < sum(scratch.num_bytes for scratch in held) <= num_blocks * 4 * engine.BLOCK
+
+
+def test_a_horizon_that_is_written_in_a_pass_of_its_own_has_counts_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for step in range(10, 90, 10):
+        weights = {"w": torch.linspace(0, 1, 50) * step**0.5}
+        torch.save({"model": weights, "steps": {str(key): step for key in range(40)}}, tmp_path / "run" / f"step_{step}.pt")
+    outcomes = predict_run(fit_run(tmp_path / "run"), f"{tmp_path / 'all'}/", horizons=[50, 70_000, 60], method="persistence")
+    assert [outcome.unchanged_share for outcome in outcomes] == [1.0, 1.0, 1.0]
 
 
 def test_horizons_whose_counters_have_more_digits_are_written_as_alone(tmp_path: Path) -> None:

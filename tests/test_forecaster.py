@@ -202,7 +202,7 @@ def test_a_long_history_is_thinned_evenly_and_forecast_as_if_no_more_had_been_sa
     assert most is not None
     arrays = wander(19, num_snapshots=41, sizes=SIZES)
     step = plain_step(METHODS[name], make_task(arrays, range(100, 4200, 100), 2000))
-    used = LinearMap.from_steps([step], 40).used
+    used = LinearMap.from_updates([step], 40).used
     keep = np.linspace(0, 40, most).round().astype(int)
     assert set(used) <= set(keep.tolist())
     thinned = {key: values[keep] for key, values in arrays.items()}
@@ -247,7 +247,7 @@ def test_a_method_reads_few_snapshots_of_a_long_history(name: str, most: int) ->
         arrays = wander(20, num_snapshots=102, sizes={"w": 30}, roughness=roughness)
         arrays["w"] += roughness * np.random.default_rng(20).normal(size=(102, 30))
         step = forecast(METHODS[name], make_task(arrays, range(100, 10_300, 100), 900))
-        assert len(LinearMap.from_steps([step], 101).used) <= most
+        assert len(LinearMap.from_updates([step], 101).used) <= most
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.averages])

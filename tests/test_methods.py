@@ -324,7 +324,7 @@ def test_trend_goes_through_24_snapshots_of_a_longer_half_evenly_spread_and_its_
         slope, start = np.polyfit(np.array(steps)[chosen], values[chosen], 1)
         expected[key] = slope * (steps[-1] + 200) + start - values[-1]
     assert_same_steps(step_of("trend", arrays, steps, 200), expected, SQUARED)
-    used = LinearMap.from_steps([forecast(METHODS["trend"], make_task(arrays, steps, 200))], num_snapshots - 1).used
+    used = LinearMap.from_updates([forecast(METHODS["trend"], make_task(arrays, steps, 200))], num_snapshots - 1).used
     assert set(used) <= set(chosen)
 
 

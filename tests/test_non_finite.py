@@ -6,8 +6,9 @@ element, at the last one, in a small tensor that is computed together with its n
 
 from __future__ import annotations
 
+import itertools
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +223,37 @@ def test_infinities_that_every_snapshot_has_stay_and_nothing_else_becomes_one(
         for name, values in found.items():
             places = {index: -math.inf if index else math.inf for known, index in PLACES if known == name}
             assert {int(i): float(values[i]) for i in torch.nonzero(~torch.isfinite(values))[:, 0]} == places
+
+
+def with_variance(run: Path, arrays: Mapping[str, np.ndarray[Any, Any]], dtype: torch.dtype) -> Path:
+    """A run with a BatchNorm's variance beside the weights, which falls below zero on a straight line."""
+    falling = np.linspace(1.0, 0.1, len(STEPS))[:, None] * np.ones((1, 8_192))
+    return write_run(run, {**arrays, "bn.running_var": falling}, STEPS, dtype=dtype)
+
+
+@pytest.mark.parametrize("way", ["one horizon", "by the device's code"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_variance_is_refused_and_not_taken_for_one_below_zero(dtype: torch.dtype, way: str, tmp_path: Path) -> None:
+    run = with_variance(tmp_path / "run", wander(1, num_snapshots=len(STEPS), sizes={"w": 50}), dtype)
+    fitted = fit_run(run)
+    for value, step in itertools.product(BAD, (STEPS[0], STEPS[-1])):
+        refused = pytest.raises(NonFiniteError, match=rf"step_{step}\.safetensors: tensor 'bn.running_var' holds {value}")
+        with spoilt(snapshot(run, step), "bn.running_var", 1_025, value), refused:
+            predict_run(fitted, f"{tmp_path / 'out'}/", horizons=(200,), **WAYS[way])
+        assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_a_constant_infinity_no_variance_falls_below_zero_either(dtype: torch.dtype, tmp_path: Path) -> None:
+    run = with_variance(tmp_path / "run", wander(1, num_snapshots=len(STEPS), sizes={"w": 50}), dtype)
+    with ExitStack() as stack:
+        for step in STEPS:
+            stack.enter_context(spoilt(snapshot(run, step), "bn.running_var", 1_025, -math.inf))
+        (outcome,) = predict_run(fit_run(run), tmp_path / "out.safetensors", horizons=(200,), method="line")
+    assert outcome.path is not None
+    expected = torch.zeros(8_192, dtype=torch.float64)
+    expected[1_025] = -math.inf
+    assert torch.equal(read(outcome.path, "bn.running_var"), expected)
 
 
 def read(path: Path, name: str) -> torch.Tensor:

@@ -192,7 +192,7 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_takes_only_a_part_of_a_write_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
-    """Where no room could be set aside: the first call writes less than it is given, the next one nothing."""
+    """Where no space could be reserved: the first call writes less than it is given, the next one nothing."""
 
     def run() -> None:
         _limit_files(2000)

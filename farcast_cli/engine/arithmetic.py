@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from farcast_cli.engine.casts import narrow, narrow_pairs, unpaired, widen, widen_pairs
+from farcast_cli.engine.casts import narrow, widen
 from farcast_cli.engine.reader import Scratch
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Arithmetic(Protocol):
     def num_bytes(self) -> int:
         """Of the host's memory that it holds."""
 
-    def lane(self) -> AbstractContextManager[object]:
+    def context(self) -> AbstractContextManager[object]:
         """What a worker computes within."""
 
     def memory(self, name: str, num_bytes: int) -> NDArray[np.uint8]:
@@ -54,34 +54,29 @@ class Arithmetic(Protocol):
     def floats(self, name: str, count: int, like: Array) -> Array:
         """Working memory (count,) of the type of `like`."""
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
-        """The values of raw bytes, which must not be changed, in the type of the arithmetic.
-
-        Args:
-            by_pairs: they are an even number of bfloat16s, which may come in another order (`casts.widen_pairs`).
-        """
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
+        """The values of raw bytes, which must not be changed, in the type of the arithmetic."""
 
     def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         """One number for each segment's elements, over all of the batch's."""
 
-    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
-        """Round values to a stored type, into its bytes."""
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8]) -> bool:
+        """Round values to a stored type, into its bytes; whether all results are finite."""
 
-    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
-        """Values in the order of the file."""
+    def to_host(self, values: Array) -> NDArray[Any]: ...
 
     def from_host(self, values: NDArray[Any]) -> Array: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """A batch's step: what is added up, one weight for each horizon and snapshot beside the origin.
+    """A batch's update: what is added up, one weight for each horizon and each snapshot other than the origin.
 
     Args:
         weights: by horizon, by snapshot.
         gains, constants: by horizon; None where all are zero.
         moves: by snapshot, whether it holds moves and not weights; empty where none does.
-        bare: by horizon, whether the step is written alone; empty where none is.
+        bare: by horizon, whether the update is written alone; empty where none is.
     """
 
     weights: Sequence[Sequence[Factor]]
@@ -92,7 +87,7 @@ class Coefficients:
 
 
 def forecasts(
-    arithmetic: Arithmetic, last: Array, others: Iterator[Array], step: Coefficients, *, keep_zeros: bool
+    arithmetic: Arithmetic, last: Array, others: Iterator[Array], coefficients: Coefficients, *, keep_zeros: bool
 ) -> Iterator[Array]:
     """The values of every horizon, (N,) each; the memory is the arithmetic's, good until the next is asked for.
 
@@ -102,32 +97,34 @@ def forecasts(
         keep_zeros: some of the last values are -0.0, which + 0.0 would lose: an element that never moved keeps its bits.
     """
     xp, count = arithmetic.xp, len(last)
-    steps = [arithmetic.floats(f"step {horizon}", count, last) for horizon in range(len(step.weights))]
+    updates = [arithmetic.floats(f"update {horizon}", count, last) for horizon in range(len(coefficients.weights))]
     moved: Array = False
     number = -1
     for number, other in enumerate(others):
-        is_alone = number == 0 and len(steps) == 1
+        is_alone = number == 0 and len(updates) == 1
         move = other
-        if not (step.moves and step.moves[number]):
-            move = xp.subtract(other, last, out=steps[0] if is_alone else arithmetic.floats("move", count, last))
-        if step.gains is not None:
+        if not (coefficients.moves and coefficients.moves[number]):
+            move = xp.subtract(other, last, out=updates[0] if is_alone else arithmetic.floats("move", count, last))
+        if coefficients.gains is not None:
             moved = (move != 0) | moved
-        for total, weights in zip(steps, step.weights, strict=True):
+        for update, weights in zip(updates, coefficients.weights, strict=True):
             if number == 0:
-                xp.multiply(move, weights[number], out=total)
+                xp.multiply(move, weights[number], out=update)
             else:
                 term = xp.multiply(move, weights[number], out=arithmetic.floats("term", count, last))
-                xp.add(total, term, out=total)
-    for horizon, total in enumerate(steps):
+                xp.add(update, term, out=update)
+    for horizon, update in enumerate(updates):
         if number < 0:
-            total[:] = 0
-        whole = total
-        if number >= 0 and step.gains is not None and step.constants is not None:
-            whole = xp.where(moved, total + last * step.gains[horizon] + step.constants[horizon], xp.zeros_like(total))
-        if step.bare and step.bare[horizon]:
+            update[:] = 0
+        whole = update
+        if number >= 0 and coefficients.gains is not None and coefficients.constants is not None:
+            whole = xp.where(
+                moved, update + last * coefficients.gains[horizon] + coefficients.constants[horizon], xp.zeros_like(update)
+            )
+        if coefficients.bare and coefficients.bare[horizon]:
             yield whole
         else:
-            yield xp.where(whole == 0, last, last + whole) if keep_zeros else xp.add(last, whole, out=total)
+            yield xp.where(whole == 0, last, last + whole) if keep_zeros else xp.add(last, whole, out=update)
 
 
 class HostArithmetic:
@@ -142,7 +139,7 @@ class HostArithmetic:
     def num_bytes(self) -> int:
         return self._scratch.num_bytes
 
-    def lane(self) -> AbstractContextManager[object]:
+    def context(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")  # what is not finite is looked for afterwards
 
     def memory(self, name: str, num_bytes: int) -> NDArray[np.uint8]:
@@ -151,24 +148,19 @@ class HostArithmetic:
     def floats(self, name: str, count: int, like: Array) -> Array:
         return self._scratch.named(name, count, like.dtype)
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:
-        out = self._scratch.named(name, len(raw) // dtype.itemsize, work)
-        return widen_pairs(raw, out) if by_pairs else widen(raw, dtype, out)
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
+        return widen(raw, dtype, self._scratch.named(name, len(raw) // dtype.itemsize, work))
 
     def spread(self, values: NDArray[np.floating[Any]], counts: Sequence[int], work: WorkType) -> Factor:
         if len(values) == 1:
             return float(values[0])
         return np.repeat(values.astype(work), counts)
 
-    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8], *, may_be_nan: bool, by_pairs: bool) -> None:
-        scratch = self._scratch.named("rest", len(values), np.uint32)
-        if by_pairs:
-            narrow_pairs(values, out, scratch)
-        else:
-            narrow(values, dtype, out, scratch, may_be_nan=may_be_nan)
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8]) -> bool:
+        return narrow(values, dtype, out)
 
-    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:
-        return np.asarray(unpaired(values) if by_pairs else values)
+    def to_host(self, values: Array) -> NDArray[Any]:
+        return np.asarray(values)
 
     def from_host(self, values: NDArray[Any]) -> Array:
         return values

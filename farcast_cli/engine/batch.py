@@ -1,4 +1,4 @@
-"""Computes a batch of segments: reads them at every snapshot, adds the step, checks, rounds, and puts the bytes in place.
+"""Computes a batch of segments: reads them at every snapshot, adds the update, checks, rounds, and puts the bytes in place.
 
 Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
 """
@@ -6,13 +6,14 @@ Shapes: K tensors, T snapshots, H horizons, N elements of a batch.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from farcast_cli.engine.arithmetic import Coefficients, forecasts
-from farcast_cli.engine.casts import MAX_FINITE, are_finite_halves, bits_of, has_negative_zeros, widen, work_type
+from farcast_cli.engine.casts import MAX_FINITE, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.engine.reader import Scratch, joined, non_finite
 from farcast_cli.errors import SnapshotError
 
@@ -42,7 +43,7 @@ class Inputs:
     linear: LinearMap
 
     def others(self, piece: Values) -> tuple[int, ...]:
-        """The snapshots beside the origin that a piece's forecast reads."""
+        """The snapshots other than the origin that a piece's forecast reads."""
         return () if piece.index is None else self.linear.others[piece.index]
 
     def entry(self, piece: Values, snapshot: int) -> TensorEntry:
@@ -72,19 +73,53 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """What a batch took. An element that two ranges share is counted in both."""
+class Counts:
+    """What was read, written and left as it was, in a batch, a range or a whole pass; counts add up.
 
-    bytes_read: int
-    num_forecast: int
-    unchanged: Sequence[int]
+    An element that two ranges share is counted in both.
+
+    Args:
+        forecast: by horizon, elements that were forecast.
+        unchanged: by horizon, those of them with the origin's own bits.
+    """
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    forecast: tuple[int, ...] = ()
+    unchanged: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        def added(mine: tuple[int, ...], its: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(a + b for a, b in itertools.zip_longest(mine, its, fillvalue=0))
+
+        return Counts(
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+            added(self.forecast, other.forecast),
+            added(self.unchanged, other.unchanged),
+            self.seconds + other.seconds,
+        )
+
+    def of_horizons(self, horizons: Sequence[int], num_horizons: int) -> Counts:
+        """The same, where these are some of several horizons."""
+
+        def spread(numbers: tuple[int, ...]) -> tuple[int, ...]:
+            of = dict(zip(horizons, numbers, strict=False))
+            return tuple(of.get(index, 0) for index in range(num_horizons))
+
+        return replace(self, forecast=spread(self.forecast), unchanged=spread(self.unchanged))
+
+    def unchanged_share(self, index: int) -> float | None:
+        """Of a horizon's forecast elements; None where nothing was forecast."""
+        return self.unchanged[index] / self.forecast[index] if self.forecast and self.forecast[index] else None
 
 
 class Compute:
-    """Computes batches into rooms, of which there is one for each horizon; belongs to one worker."""
+    """Computes batches into buffers, of which there is one for each horizon; belongs to one worker."""
 
-    def __init__(self, source: Inputs, arithmetic: Arithmetic, reader: Reader) -> None:
-        self._source, self._arithmetic, self._reader = source, arithmetic, reader
+    def __init__(self, inputs: Inputs, arithmetic: Arithmetic, reader: Reader) -> None:
+        self._inputs, self._arithmetic, self._reader = inputs, arithmetic, reader
         self._scratch = Scratch()
         self._bytes_read = 0
         self._held: tuple[object, Coefficients] | None = None
@@ -94,65 +129,57 @@ class Compute:
         """The memory that it holds."""
         return self._scratch.num_bytes + self._arithmetic.num_bytes
 
-    def compute(self, batch: Batch, rooms: Sequence[Buffer]) -> Done:
+    def compute(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts:
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0
-        source, by_pairs = self._read(batch, None), self._is_by_pairs(batch)
-        last = arithmetic.load(source, piece.entry.dtype, "last", work_type(piece.entry.dtype), by_pairs=by_pairs)
+        origin = self._read(batch, None)
+        last = arithmetic.load(origin, piece.entry.dtype, "last", work_type(piece.entry.dtype))
         is_forecast, is_retyped = piece.index is not None, piece.dtype != piece.entry.dtype
-        own = self._retyped(last, batch) if is_forecast and is_retyped else source
-        unchanged = []
-        for room, values in zip(rooms, self._values(batch, source, last, by_pairs=by_pairs), strict=False):
-            out = self._place(batch, room)
-            self._store(values, batch, out, by_pairs=by_pairs)
-            self._deliver(batch, room, out)
+        own = self._retyped(last, batch) if is_forecast and is_retyped else origin
+        unchanged: list[int] = []
+        for buffer, values in zip(buffers, self._values(batch, origin, last), strict=False):
+            out = self._output(batch, buffer)
+            self._store(values, batch, out)
+            self._deliver(batch, buffer, out)
             unchanged.append(self._num_equal(out, own, batch) if is_forecast else 0)
-        return Done(self._bytes_read, batch.count if is_forecast else 0, unchanged)
-
-    def _is_by_pairs(self, batch: Batch) -> bool:
-        """Whether all is bfloat16, and the same is done to every element: then their order does not matter."""
-        piece, count = batch.piece, batch.count
-        if len(batch.segments) > 1 or piece.function is not None or count % 2 or batch.segments[0].at % 4:
-            return False
-        types = {self._source.entry(piece, snapshot).dtype.name for snapshot in self._source.others(piece)}
-        return types | {piece.entry.dtype.name, piece.dtype.name} == {"bfloat16"}
+        return Counts(self._bytes_read, 0, (batch.count * is_forecast,) * len(buffers), tuple(unchanged))
 
     def _num_equal(self, out: NDArray[np.uint8], own: NDArray[np.uint8], batch: Batch) -> int:
         """Elements whose bits are those of the origin."""
         dtype, equal = batch.piece.dtype, self._scratch.named("equal", batch.count, np.bool_)
         return int(np.count_nonzero(np.equal(bits_of(out, dtype), bits_of(own, dtype), out=equal)))
 
-    def _values(self, batch: Batch, source: NDArray[np.uint8], last: Array, *, by_pairs: bool) -> Iterator[Array]:
+    def _values(self, batch: Batch, origin: NDArray[np.uint8], last: Array) -> Iterator[Array]:
         """The batch's values at every horizon; without end where they are the same at all."""
         piece, arithmetic = batch.piece, self._arithmetic
         if piece.function is not None:
             (segment,) = batch.segments
-            own = np.array(arithmetic.to_host(last, by_pairs=by_pairs))  # a copy, which the function may change
+            own = np.array(arithmetic.to_host(last))  # a copy, which the function may change
             made = arithmetic.from_host(np.asarray(piece.function(own, piece.begin + segment.first), dtype=own.dtype))
             yield from itertools.repeat(made)
         elif piece.index is None:
             yield from itertools.repeat(last)
         else:
-            others = (self._load(batch, snapshot, by_pairs=by_pairs) for snapshot in self._source.others(piece))
-            keep_zeros = has_negative_zeros(source, piece.entry.dtype)
-            yield from forecasts(arithmetic, last, others, self._step_of(batch), keep_zeros=keep_zeros)
+            others = (self._load(batch, snapshot) for snapshot in self._inputs.others(piece))
+            keep_zeros = has_negative_zeros(origin, piece.entry.dtype)
+            yield from forecasts(arithmetic, last, others, self._coefficients_of(batch), keep_zeros=keep_zeros)
 
-    def _load(self, batch: Batch, snapshot: int, *, by_pairs: bool) -> Array:
-        dtype, work = self._source.entry(batch.piece, snapshot).dtype, work_type(batch.piece.entry.dtype)
-        return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work, by_pairs=by_pairs)
+    def _load(self, batch: Batch, snapshot: int) -> Array:
+        dtype, work = self._inputs.entry(batch.piece, snapshot).dtype, work_type(batch.piece.entry.dtype)
+        return self._arithmetic.load(self._read(batch, snapshot), dtype, "other", work)
 
-    def _step_of(self, batch: Batch) -> Coefficients:
+    def _coefficients_of(self, batch: Batch) -> Coefficients:
         """The weights of a batch; those of a large tensor are the same from one to the next."""
         if len(batch.segments) > 1:
-            return self._step(batch)
+            return self._coefficients(batch)
         key = batch.piece.index, batch.piece.entry.dtype
         if self._held is None or self._held[0] != key:
-            self._held = key, self._step(batch)
+            self._held = key, self._coefficients(batch)
         return self._held[1]
 
-    def _step(self, batch: Batch) -> Coefficients:
+    def _coefficients(self, batch: Batch) -> Coefficients:
         """The weights of a batch, spread over its segments' elements."""
-        linear, others, work = self._source.linear, self._source.others(batch.piece), work_type(batch.piece.entry.dtype)
+        linear, others, work = self._inputs.linear, self._inputs.others(batch.piece), work_type(batch.piece.entry.dtype)
         indices = np.array([segment.piece.index for segment in batch.segments], dtype=np.intp)
         counts = [segment.count for segment in batch.segments]
 
@@ -170,9 +197,9 @@ class Compute:
 
     def _read(self, batch: Batch, snapshot: int | None) -> NDArray[np.uint8]:
         """The batch's bytes at a snapshot, or at the origin as it lies there; neighbours in the file in one go."""
-        stretches = joined(self._source.stretch(segment, snapshot) for segment in batch.segments)
+        stretches = joined(self._inputs.stretch(segment, snapshot) for segment in batch.segments)
         total = sum(num_bytes for _, _, num_bytes in stretches)
-        memory = self._arithmetic.memory("source" if snapshot is None else "other", total)
+        memory = self._arithmetic.memory("origin" if snapshot is None else "other", total)
         self._bytes_read += total
         if len(stretches) == 1:
             path, offset, _ = stretches[0]
@@ -183,88 +210,85 @@ class Compute:
             position += num_bytes
         return memory
 
-    def _place(self, batch: Batch, room: Buffer) -> NDArray[np.uint8]:
+    def _output(self, batch: Batch, buffer: Buffer) -> NDArray[np.uint8]:
         """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
         num_bytes = batch.count * batch.piece.dtype.itemsize
         if batch.is_in_place:
-            return room.at(batch.segments[0].at, num_bytes)
+            return buffer.at(batch.segments[0].at, num_bytes)
         return self._scratch.named("out", num_bytes, np.uint8)
 
-    def _deliver(self, batch: Batch, room: Buffer, out: NDArray[np.uint8]) -> None:
+    def _deliver(self, batch: Batch, buffer: Buffer, out: NDArray[np.uint8]) -> None:
         if batch.is_in_place:
             return
         position = 0
         for segment in batch.segments:
             num_bytes = segment.end - segment.at
-            np.copyto(room.at(segment.at, num_bytes), out[position : position + num_bytes])
+            np.copyto(buffer.at(segment.at, num_bytes), out[position : position + num_bytes])
             position += num_bytes
 
     def _retyped(self, last: Array, batch: Batch) -> NDArray[np.uint8]:
         """The origin's values in the output's type."""
         out = self._scratch.named("retyped", batch.count * batch.piece.dtype.itemsize, np.uint8)
-        self._arithmetic.store(last, batch.piece.dtype, out, may_be_nan=True, by_pairs=False)
+        self._arithmetic.store(last, batch.piece.dtype, out)
         return out
 
     # --- what must not be published -----------------------------------------------------------------------------------
 
-    def _store(self, values: Array, batch: Batch, out: NDArray[np.uint8], *, by_pairs: bool) -> None:
+    def _store(self, values: Array, batch: Batch, out: NDArray[np.uint8]) -> None:
         """Round values into their place. Refuses NaN and infinity, but for what every snapshot has.
 
         Also keeps BatchNorm's variance from falling below zero.
         """
         piece, arithmetic, xp = batch.piece, self._arithmetic, self._arithmetic.xp
-        least = xp.where(values < 0, xp.zeros_like(values), values) if piece.non_negative else values
-        if by_pairs:  # NaN and infinity stay what they are
-            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=True)
-            if are_finite_halves(out):
-                return
-        elif self._is_within(values, MAX_FINITE[piece.dtype.name]):
-            arithmetic.store(least, piece.dtype, out, may_be_nan=False, by_pairs=False)
+        if piece.non_negative:
+            values = xp.where((values < 0) & (values > -math.inf), xp.zeros_like(values), values)
+        if arithmetic.store(values, piece.dtype, out):
             return
-        mended = self._without_infinities(batch, arithmetic.to_host(values, by_pairs=by_pairs))
-        arithmetic.store(arithmetic.from_host(mended), piece.dtype, out, may_be_nan=True, by_pairs=False)
+        host = arithmetic.to_host(values)
+        is_constant, last = self._infinities(batch)
+        if not arithmetic.store(arithmetic.from_host(np.where(is_constant, last.dtype.type(0), host)), piece.dtype, out):
+            raise self._out_of_range(batch, out)
+        arithmetic.store(arithmetic.from_host(np.where(is_constant, last, host)), piece.dtype, out)
 
-    def _is_within(self, values: Array, limit: float) -> bool:
-        """Whether no value is larger or NaN."""
-        xp = self._arithmetic.xp
-        return -limit <= float(xp.amin(values)) and float(xp.amax(values)) <= limit
-
-    def _without_infinities(self, batch: Batch, values: NDArray[Any]) -> NDArray[Any]:
-        """The values with constant infinities put back; an error that names the snapshot, or the type's range, for others.
+    def _infinities(self, batch: Batch) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+        """Which elements are infinite in every snapshot, or not finite where they are copied; and the origin's values.
 
         Rare, so everything is read again.
+
+        Raises:
+            NonFiniteError: a snapshot holds another value that is not finite.
         """
-        snapshots = (None, *self._source.others(batch.piece))
+        snapshots = (None, *self._inputs.others(batch.piece))
         last, *others = (self._again(batch, snapshot) for snapshot in snapshots)
         if batch.piece.index is None and batch.piece.function is None:
-            still = ~np.isfinite(last)  # copied: what it is
-        else:
-            still = np.isinf(last)
-            for other in others:
-                still &= other == last
-            for snapshot, found in zip(snapshots, (last, *others), strict=True):
-                if (bad := ~np.isfinite(found) & ~still).any():
-                    at = int(bad.argmax())
-                    raise non_finite(self._entry_at(batch, at, snapshot), float(found[at]))
-        limit = MAX_FINITE[batch.piece.dtype.name]
-        kept = np.where(still, last.dtype.type(0), values)
-        if not (np.abs(kept) <= limit).all():
-            entry = self._entry_at(batch, int((~(np.abs(kept) <= limit)).argmax()), None)
-            what, hint = _FORECAST if batch.piece.function is None else _TUNED
-            raise SnapshotError(
-                f"{entry.path}: {what} of tensor {entry.name!r} leaves the range of its type (+-{limit:g})", hint=hint
-            )
-        return np.asarray(np.where(still, last, values))
+            return ~np.isfinite(last), last
+        is_constant = np.isinf(last)
+        for other in others:
+            is_constant &= other == last
+        for snapshot, found in zip(snapshots, (last, *others), strict=True):
+            if (bad := ~np.isfinite(found) & ~is_constant).any():
+                at = int(bad.argmax())
+                raise non_finite(self._entry_at(batch, at, snapshot), float(found[at]))
+        return is_constant, last
+
+    def _out_of_range(self, batch: Batch, out: NDArray[np.uint8]) -> SnapshotError:
+        """The first element that rounding, or the forecast before it, left without a finite value."""
+        dtype = batch.piece.dtype
+        written = widen(out, dtype, np.empty(batch.count, work_type(dtype)))
+        entry = self._entry_at(batch, int((~np.isfinite(written)).argmax()), None)
+        what, hint = _FORECAST if batch.piece.function is None else _TUNED
+        limit = f"+-{MAX_FINITE[dtype.name]:g}"
+        return SnapshotError(f"{entry.path}: {what} of tensor {entry.name!r} leaves the range of its type ({limit})", hint=hint)
 
     def _again(self, batch: Batch, snapshot: int | None) -> NDArray[Any]:
         raw = self._read(batch, snapshot)
-        dtype = (batch.piece.entry if snapshot is None else self._source.entry(batch.piece, snapshot)).dtype
+        dtype = (batch.piece.entry if snapshot is None else self._inputs.entry(batch.piece, snapshot)).dtype
         return np.array(widen(raw, dtype, np.empty(batch.count, work_type(batch.piece.entry.dtype))))
 
     def _entry_at(self, batch: Batch, element: int, snapshot: int | None) -> TensorEntry:
         """The tensor that an element of a batch belongs to."""
         for segment in batch.segments:
             if element < segment.count:
-                return segment.piece.entry if snapshot is None else self._source.entry(segment.piece, snapshot)
+                return segment.piece.entry if snapshot is None else self._inputs.entry(segment.piece, snapshot)
             element -= segment.count
         raise AssertionError("an element outside of its batch")

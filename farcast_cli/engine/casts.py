@@ -1,8 +1,8 @@
-"""Stored element types to and from the types of arithmetic, in numpy, with the bits that torch's own casts give.
+"""Stored element types to and from the types of arithmetic, with the bits that torch's own casts give.
 
-numpy knows no bfloat16 and converts float16 one element at a time, and importing torch takes two seconds and 200 MiB, more
-than most forecasts. So bfloat16 is rounded by integer arithmetic here; only float16 goes through torch, on the same memory,
-where it is rounded or comes in many values at once.
+The only module that knows how numbers are rounded, and which bits are infinity and NaN. ml_dtypes teaches numpy bfloat16 and
+float8. Importing torch takes two seconds and 200 MiB, more than most forecasts, so only float16 goes through it, on the same
+memory, where it is rounded or comes in many values at once: numpy converts float16 one element at a time.
 
 Shapes: N elements of a block.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
@@ -22,24 +23,25 @@ Floats = np.ndarray[tuple[Any, ...], np.dtype[np.floating[Any]]]
 """Values in a type of arithmetic."""
 WorkType = type[np.float32] | type[np.float64]
 
-_CARRIERS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
-"""What a stored type's bytes are viewed as; bfloat16 is the upper half of a float32."""
-_BITS = {2: np.int16, 4: np.int32, 8: np.int64}
-_LEAST = {itemsize: -(1 << (8 * itemsize - 1)) for itemsize in _BITS}
-"""-0.0, as an integer."""
-_TORCH_PAYS = 1 << 16  # float16 values at once: where so many come together, the import is soon made up for
-_UPPER = np.uint32(16)
-_UPPER_BITS = np.uint32(0xFFFF0000)
-_ODD = np.uint32(1)
-_HALF = np.uint32(0x7FFF)  # and one more where the last bit that stays is set: to nearest even
-_INFINITY, _MINUS_INFINITY = 0x7F80, 0xFF80
-_QUIET_NAN = np.uint16(0x7FC0)
-MAX_FINITE = {
-    "float64": float(np.finfo(np.float64).max),
-    "float32": float(np.finfo(np.float32).max),
-    "float16": float(np.finfo(np.float16).max),
-    "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
+_STORED: dict[str, np.dtype[Any]] = {
+    **{name: np.dtype(name) for name in ("float64", "float32", "float16")},
+    **{name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")},
 }
+_SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SIGN = {itemsize: 1 << (8 * itemsize - 1) for itemsize in _SIGNED}
+"""The bits of -0.0."""
+_LARGEST = {
+    "float64": 0x7FEF_FFFF_FFFF_FFFF,
+    "float32": 0x7F7F_FFFF,
+    "float16": 0x7BFF,
+    "bfloat16": 0x7F7F,
+    "float8_e4m3fn": 0x7E,
+    "float8_e5m2": 0x7B,
+}
+"""The bits of the largest finite number; those of infinity (float8_e4m3fn has none) and NaN follow."""
+MAX_FINITE = {name: float(np.array(_LARGEST[name], f"u{of.itemsize}").view(of)) for name, of in _STORED.items()}
+_TORCH_PAYS = 1 << 16  # float16 values at once: where so many come together, the import is soon made up for
 
 
 def work_type(dtype: DType) -> WorkType:
@@ -49,102 +51,47 @@ def work_type(dtype: DType) -> WorkType:
 
 def bits_of(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.signedinteger[Any]]:
     """The elements (N,) of raw bytes as integers, to compare them bit by bit."""
-    return raw.view(_BITS[dtype.itemsize])
+    return raw.view(_SIGNED[dtype.itemsize])
 
 
 def has_negative_zeros(raw: NDArray[np.uint8], dtype: DType) -> bool:
-    return bool(np.minimum.reduce(bits_of(raw, dtype)) == _LEAST[dtype.itemsize])
+    return bool(np.minimum.reduce(bits_of(raw, dtype)) == -_SIGN[dtype.itemsize])
 
 
-def are_finite_halves(raw: NDArray[np.uint8]) -> bool:
-    """Whether all of some bfloat16s are finite: those of one sign are in the order of their bits, infinity and NaN last."""
-    greatest, least = np.maximum.reduce(raw.view(np.int16)), np.maximum.reduce(raw.view(np.uint16))
-    return bool(greatest < _INFINITY and least < _MINUS_INFINITY)
+def are_finite(raw: NDArray[np.uint8], dtype: DType) -> bool:
+    """Whether no element (N,) of raw bytes is NaN or infinity.
+
+    Numbers of one sign are in the order of their bits, and what is not finite comes last. As signed integers the largest is
+    a positive number, as unsigned ones a negative number.
+    """
+    largest, sign = _LARGEST[dtype.name], _SIGN[dtype.itemsize]
+    greatest = np.maximum.reduce(raw.view(_SIGNED[dtype.itemsize]), initial=0)
+    least = np.maximum.reduce(raw.view(_UNSIGNED[dtype.itemsize]), initial=0)
+    return bool(greatest <= largest and least <= largest | sign)
 
 
 def widen(raw: NDArray[np.uint8], dtype: DType, out: Floats) -> Floats:
     """The values of raw bytes in the type of `out` (N,); a view of the bytes where they are of that type already."""
-    stored = raw.view(_CARRIERS[dtype.name])
+    stored = raw.view(_STORED[dtype.name])
     if stored.dtype == out.dtype:
         return stored
     if dtype.name == "float16" and len(stored) >= _TORCH_PAYS:
         _convert_by_torch(stored, out)
-    elif dtype.name != "bfloat16":
-        np.copyto(out, stored, casting="same_kind")
-    elif out.dtype == np.float32:
-        _widen_halves(stored, out)
     else:
-        single = np.empty(len(stored), np.float32)
-        _widen_halves(stored, single)
-        with np.errstate(invalid="ignore"):  # signalling NaN, which whoever reads looks for
-            np.copyto(out, single)
+        with np.errstate(all="ignore"):  # signalling NaN, which whoever reads looks for
+            np.copyto(out, stored, casting="same_kind")
     return out
 
 
-def _widen_halves(upper: NDArray[np.uint16], out: Floats) -> None:
-    bits = out.view(np.uint32)
-    np.copyto(bits, upper)
-    np.left_shift(bits, _UPPER, out=bits)
-
-
-def narrow(values: Floats, dtype: DType, out: NDArray[np.uint8], scratch: NDArray[np.uint32], *, may_be_nan: bool) -> None:
-    """Round values (N,) to a stored type, to nearest even, into its bytes (N x itemsize).
-
-    Args:
-        scratch: (N,), for the bits that decide.
-        may_be_nan: look for NaN, which rounding by integers would turn into other numbers.
-    """
-    stored = out.view(_CARRIERS[dtype.name])
+def narrow(values: Floats, dtype: DType, out: NDArray[np.uint8]) -> bool:
+    """Round values (N,) to a stored type, to nearest even, into its bytes (N x itemsize); whether all results are finite."""
+    stored = out.view(_STORED[dtype.name])
     if dtype.name == "float16":
         _convert_by_torch(values, stored)
-    elif dtype.name != "bfloat16":
-        np.copyto(stored, values, casting="same_kind")
     else:
-        single = values if values.dtype == np.float32 else values.astype(np.float32)
-        _narrow_to_halves(single, stored, scratch)
-        if may_be_nan:
-            stored[np.isnan(single)] = _QUIET_NAN
-
-
-def _narrow_to_halves(values: Floats, out: NDArray[np.uint16], rest: NDArray[np.uint32]) -> None:
-    _round_to_upper(values, rest)
-    np.right_shift(rest, _UPPER, out=rest)
-    np.copyto(out, rest, casting="unsafe")
-
-
-def _round_to_upper(values: Floats, rest: NDArray[np.uint32]) -> None:
-    """The bits of float32 values, their upper halves rounded: bits + 0x7fff + the last bit that stays."""
-    bits = values.view(np.uint32)
-    np.right_shift(bits, _UPPER, out=rest)
-    np.bitwise_and(rest, _ODD, out=rest)
-    np.add(rest, _HALF, out=rest)
-    np.add(rest, bits, out=rest)
-
-
-# --- bfloat16 by pairs: what lies at even places first, then what lies at odd ones; in half the time ------------------
-
-
-def widen_pairs(raw: NDArray[np.uint8], out: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The values of an even number of bfloat16s, by pairs."""
-    pairs, bits = raw.view(np.uint32), out.view(np.uint32)
-    np.left_shift(pairs, _UPPER, out=bits[: len(pairs)])
-    np.bitwise_and(pairs, _UPPER_BITS, out=bits[len(pairs) :])
-    return out
-
-
-def narrow_pairs(values: NDArray[np.float32], out: NDArray[np.uint8], scratch: NDArray[np.uint32]) -> None:
-    """Round values by pairs to bfloat16 in the order of a file; none of them is NaN but such as bfloat16 holds."""
-    _round_to_upper(values, scratch)
-    pairs = out.view(np.uint32)
-    even, odd = scratch[: len(pairs)], scratch[len(pairs) :]
-    np.right_shift(even, _UPPER, out=pairs)
-    np.bitwise_and(odd, _UPPER_BITS, out=odd)
-    np.bitwise_or(pairs, odd, out=pairs)
-
-
-def unpaired(values: Floats) -> Floats:
-    """Values by pairs, in the order of a file."""
-    return values.reshape(2, -1).T.ravel()
+        with np.errstate(all="ignore"):  # an overflow, which the result tells
+            np.copyto(stored, values, casting="same_kind")
+    return are_finite(out, dtype)
 
 
 def _convert_by_torch(values: NDArray[np.floating[Any]], out: NDArray[np.floating[Any]]) -> None:
@@ -152,5 +99,5 @@ def _convert_by_torch(values: NDArray[np.floating[Any]], out: NDArray[np.floatin
     import torch
 
     torch.set_num_threads(1)  # the caller is one of many workers
-    source = values if values.flags.writeable else values.copy()  # torch warns of memory that it must not write to
-    torch.from_numpy(out).copy_(torch.from_numpy(source))
+    own = values if values.flags.writeable else values.copy()  # torch warns of memory that it must not write to
+    torch.from_numpy(out).copy_(torch.from_numpy(own))

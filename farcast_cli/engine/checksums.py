@@ -1,4 +1,4 @@
-"""CRC-32 of a record that is written in parts, in any order.
+"""CRC-32 of a section that is written in stretches, in any order.
 
 Source: Mark Adler's crc32_combine, zlib 1.2.12, crc32.c: appending n zero bytes multiplies a checksum, as a polynomial over
 GF(2), by x^(8n) modulo the CRC's polynomial.

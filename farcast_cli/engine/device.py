@@ -1,7 +1,7 @@
 """The forecast's arithmetic in torch, on a GPU (or, the same code, on the CPU).
 
 Each worker is a thread with a stream of its own and pinned memory: while one reads its files, another's bytes are on their
-way to the device, a third's are computed, a fourth's come back. Two buffers are read into by turns, so that a worker reads
+way to the device, a third's are computed, a fourth's come back. Two pinned blocks are read into by turns, so that a worker reads
 the next snapshot while the last one is copied.
 """
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from farcast_cli.engine.casts import are_finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from farcast_cli.tensors import DType
 
 _WORK: dict[WorkType, torch.dtype] = {np.float32: torch.float32, np.float64: torch.float64}
-_NUM_BUFFERS = 2  # of each name
+_NUM_PINNED = 2  # of each name
 
 
 class DeviceArithmetic:
@@ -43,21 +45,21 @@ class DeviceArithmetic:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.numel() for buffers in self._memory.values() for buffer in buffers)
+        return sum(block.numel() for blocks in self._memory.values() for block in blocks)
 
-    def lane(self) -> AbstractContextManager[object]:
+    def context(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def memory(self, name: str, num_bytes: int) -> NDArray[np.uint8]:
-        buffers = self._memory.setdefault(name, [])
-        turn = self._turn[name] = (self._turn.get(name, -1) + 1) % _NUM_BUFFERS
-        if turn == len(buffers):
-            buffers.append(torch.empty(0, dtype=torch.uint8))
-        if buffers[turn].numel() < num_bytes:
-            buffers[turn] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
-        if copied := self._copied.pop(buffers[turn].data_ptr(), None):
+        blocks = self._memory.setdefault(name, [])
+        turn = self._turn[name] = (self._turn.get(name, -1) + 1) % _NUM_PINNED
+        if turn == len(blocks):
+            blocks.append(torch.empty(0, dtype=torch.uint8))
+        if blocks[turn].numel() < num_bytes:
+            blocks[turn] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
+        if copied := self._copied.pop(blocks[turn].data_ptr(), None):
             copied.synchronize()
-        return np.asarray(buffers[turn][:num_bytes].numpy())
+        return np.asarray(blocks[turn][:num_bytes].numpy())
 
     def floats(self, name: str, count: int, like: Array) -> Array:
         key = name, like.dtype
@@ -65,7 +67,7 @@ class DeviceArithmetic:
             self._floats[key] = torch.empty(count, dtype=like.dtype, device=self._device)
         return self._floats[key][:count]
 
-    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType, *, by_pairs: bool) -> Array:  # noqa: ARG002
+    def load(self, raw: NDArray[np.uint8], dtype: DType, name: str, work: WorkType) -> Array:
         if not raw.flags.writeable:  # a file read in place: torch takes memory that it could write to, and that is pinned
             mapped, raw = raw, self.memory("mapped", len(raw))
             np.copyto(raw, mapped)
@@ -84,21 +86,14 @@ class DeviceArithmetic:
         numbers = torch.from_numpy(values.astype(work)).to(self._device)
         return torch.repeat_interleave(numbers, torch.tensor(counts, device=self._device))
 
-    def store(
-        self,
-        values: Array,
-        dtype: DType,
-        out: NDArray[np.uint8],
-        *,
-        may_be_nan: bool,  # noqa: ARG002
-        by_pairs: bool,  # noqa: ARG002
-    ) -> None:
+    def store(self, values: Array, dtype: DType, out: NDArray[np.uint8]) -> bool:
         rounded = values.to(getattr(torch, dtype.name)).view(torch.uint8)
         pinned = self.memory("out", len(out))
         torch.from_numpy(pinned).copy_(rounded)
         np.copyto(out, pinned)
+        return are_finite(out, dtype)
 
-    def to_host(self, values: Array, *, by_pairs: bool) -> NDArray[Any]:  # noqa: ARG002
+    def to_host(self, values: Array) -> NDArray[Any]:
         return np.asarray(values.cpu().numpy())
 
     def from_host(self, values: NDArray[Any]) -> Array:

@@ -28,7 +28,7 @@ class LinearMap:
         gain, constant: (H, K); zero for every method but lfd2.
         origin: the origin's index among the T snapshots.
         moves: snapshots that hold moves of the weights in place of weights: they count as they are, with no w_s taken off.
-        bare: forecasts that are written as the step alone, with no w_s added.
+        bare: forecasts that are written as the update alone, with no w_s added.
     """
 
     weights: NDArray[np.float64]
@@ -39,12 +39,12 @@ class LinearMap:
     bare: frozenset[int] = frozenset()
 
     @classmethod
-    def from_steps(cls, steps: Sequence[NDArray[np.float64]], origin: int) -> LinearMap:
-        """From steps (K, R) over the Gram basis, one for each horizon.
+    def from_updates(cls, updates: Sequence[NDArray[np.float64]], origin: int) -> LinearMap:
+        """From updates (K, R) over the Gram basis, one for each horizon.
 
         c_t (w_t - w_{t-1}) summed over t gives snapshot t the weight c_t - c_{t+1}.
         """
-        stacked = np.stack(steps)  # (H, K, R)
+        stacked = np.stack(updates)  # (H, K, R)
         increments = stacked[..., :-2]
         edges = np.zeros((*increments.shape[:-1], 1))
         weights = np.concatenate([edges, increments], axis=-1) - np.concatenate([increments, edges], axis=-1)
@@ -61,7 +61,7 @@ class LinearMap:
 
     @cached_property
     def others(self) -> tuple[tuple[int, ...], ...]:
-        """The snapshots beside the origin that each tensor's forecasts read, (K,); none where its step is zero."""
+        """The snapshots other than the origin that each tensor's forecasts read, (K,); none where its update is zero."""
         needed = np.any(self.weights != 0, axis=0)
         needed[:, self.origin] = False
         return tuple(tuple(np.flatnonzero(row).tolist()) for row in needed)
@@ -73,7 +73,7 @@ class LinearMap:
         return replace(self, weights=self.weights[..., kept], origin=kept.index(self.origin), moves=moves)
 
     def pick(self, horizons: Sequence[int], scale: float = 1.0) -> LinearMap:
-        """Some of the horizons, their steps scaled."""
+        """Some of the horizons, their updates scaled."""
         picked = list(horizons)
         weights, gain, constant = (part[picked] * scale for part in (self.weights, self.gain, self.constant))
         bare = frozenset(picked.index(index) for index in self.bare.intersection(picked))

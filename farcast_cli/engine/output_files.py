@@ -1,6 +1,6 @@
 """Output files that are written in ranges, at known offsets, in any order and from several processes.
 
-Room is set aside first, so that a full disk is found before a byte is written. Large files are written past the page cache
+Space is reserved first, so that a full disk is found before a byte is written. Large files are written past the page cache
 (O_DIRECT) where the filesystem allows it: a forecast is read once, much later, and copying it into the cache costs as much
 as computing it. Where it does not, writing through the cache does the same.
 
@@ -36,10 +36,10 @@ _CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def create(path: Path, num_bytes: int, *, mode: int = 0o666, folder_mode: int = 0o777) -> None:
-    """Make a file with room for so many bytes, and the folders above it that are missing.
+    """Make a file with space for so many bytes, and the folders above it that are missing.
 
     Raises:
-        OSError: it exists, or there is no room; it names the file.
+        OSError: it exists, or there is no space; it names the file.
     """
     for folder in reversed([above for above in path.parents if not above.exists()]):
         folder.mkdir(mode=folder_mode)
@@ -61,7 +61,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _reserve(fd: int, num_bytes: int) -> None:
-    """Set room aside; C's posix_fallocate would write zeros where the filesystem cannot, so the system call is made itself."""
+    """Reserve space; C's posix_fallocate would write zeros where the filesystem cannot, so the system call is made itself."""
     try:
         fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     except (OSError, AttributeError):
@@ -85,18 +85,18 @@ def finish_file(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes
 
 
 def write_rate(folder: Path, num_bytes: int = 32 << 20) -> float | None:
-    """Bytes a second that a folder's disk takes, from a file that never has a name; None where that cannot be told."""
+    """Bytes a second that a folder's disk takes, from a file that never has a name; None if that cannot be measured."""
     flags = os.O_WRONLY | getattr(os, "O_TMPFILE", 0) | getattr(os, "O_DIRECT", 0)
     if not getattr(os, "O_TMPFILE", 0):
         return None
-    room = Buffer(num_bytes)
+    buffer = Buffer(num_bytes)
     try:
         fd = os.open(folder, flags, 0o600)
     except OSError:
         return None
     try:
         started = time.monotonic()
-        _write_all(fd, room.at(0, num_bytes), 0)
+        _write_all(fd, buffer.at(0, num_bytes), 0)
         os.fsync(fd)
         return num_bytes / max(time.monotonic() - started, 1e-9)
     except OSError:
@@ -129,14 +129,14 @@ class OutputFiles:
         self._io = io
         self._open: dict[Path, tuple[int, bool]] = {}
 
-    def write(self, path: Path, offset: int, room: Buffer, num_bytes: int, *, file_bytes: int) -> None:
+    def write(self, path: Path, offset: int, buffer: Buffer, num_bytes: int, *, file_bytes: int) -> None:
         """Write the first bytes of a range; `offset` is a multiple of a page, and so is the length but at the file's end."""
         fd, is_direct = self._file(path, file_bytes)
         if is_direct:
             whole = -(-num_bytes // PAGE) * PAGE  # what lies behind the end is cut off when the file is finished
             try:
                 with _naming(path):
-                    _write_all(fd, room.at(0, whole), offset)
+                    _write_all(fd, buffer.at(0, whole), offset)
             except OSError as error:
                 if error.errno not in _NOT_DIRECT:
                     raise
@@ -144,7 +144,7 @@ class OutputFiles:
             else:
                 return
         with _naming(path):
-            _write_all(fd, room.at(0, num_bytes), offset)
+            _write_all(fd, buffer.at(0, num_bytes), offset)
         _start_writeback(fd, offset, num_bytes)
 
     def close(self) -> None:

@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The pieces of an output file by where they lie: piece i is bytes [starts[i], starts[i + 1]), of record `records[i]`."""
+    """The pieces of an output file by where they lie: piece i is bytes [starts[i], starts[i + 1]), of section `sections[i]`."""
 
     output: OutputFile
     pieces: tuple[Piece, ...]
     starts: tuple[int, ...]
-    records: tuple[int, ...]
+    sections: tuple[int, ...]
 
     @classmethod
     def of(cls, output: OutputFile) -> Placed:
-        pieces, starts, records = [], [0], []
-        for number, record in enumerate(output.records):
-            for piece in record.pieces:
+        pieces, starts, sections = [], [0], []
+        for number, section in enumerate(output.records):
+            for piece in section.pieces:
                 pieces.append(piece)
                 starts.append(starts[-1] + piece.num_bytes)
-                records.append(number)
-        return cls(output, tuple(pieces), tuple(starts), tuple(records))
+                sections.append(number)
+        return cls(output, tuple(pieces), tuple(starts), tuple(sections))
 
     @property
     def num_bytes(self) -> int:
@@ -77,8 +77,8 @@ def ranges(files: Sequence[Placed], range_bytes: int) -> list[Range]:
 class Segment:
     """Elements [first, first + count) of a piece, and where in the range their bytes begin.
 
-    Where a range cuts through an element, `at` is negative, or the last byte lies behind the range: whoever fills a range
-    has room for one element on either side.
+    Where a range cuts through an element, `at` is negative, or the last byte lies behind the range: a buffer has
+    space for one element on either side of its range.
     """
 
     piece: Values

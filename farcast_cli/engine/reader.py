@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from farcast_cli.engine.casts import widen, widen_pairs
+from farcast_cli.engine.casts import widen
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading
 
@@ -70,12 +70,12 @@ class TensorStretches:
     """Stretches of one tensor; `entries[t]` is where snapshot t holds it."""
 
     entries: Sequence[TensorEntry]
-    pieces: Sequence[Stretch]
+    stretches: Sequence[Stretch]
 
     @property
     def count(self) -> int:
         """Elements."""
-        return sum(piece.count for piece in self.pieces)
+        return sum(stretch.count for stretch in self.stretches)
 
     @property
     def num_bytes(self) -> int:
@@ -86,8 +86,8 @@ class TensorStretches:
         """Where a snapshot holds them."""
         entry = self.entries[snapshot]
         size = entry.dtype.itemsize
-        for piece in self.pieces:
-            yield entry.path, entry.offset + piece.start * size, piece.count * size
+        for stretch in self.stretches:
+            yield entry.path, entry.offset + stretch.start * size, stretch.count * size
 
 
 class Reader:
@@ -226,45 +226,40 @@ def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8) -> It
         yield Stretch(start, min(count, num_elements - start))
 
 
-def read_trajectory(reader: Reader, sections: Sequence[TensorStretches], out: Floats, scratch: Scratch) -> Floats:
+def read_trajectory(reader: Reader, tensors: Sequence[TensorStretches], out: Floats, scratch: Scratch) -> Floats:
     """Stretches of tensors at all their snapshots, one behind the other, into `out`: shape (T, N).
 
     Elements that are not finite but the same in all snapshots (an attention mask's -inf) are returned as 0: they
     never move.
 
     Args:
-        sections: of tensors with the same types.
+        tensors: with the same types.
 
     Raises:
         NonFiniteError: NaN, or an infinity that is not in every snapshot.
     """
-    for snapshot, row in enumerate(out):
-        raw = _raw(reader, [stretch for section in sections for stretch in section.at(snapshot)], scratch)
-        found = widen(raw, sections[0].entries[snapshot].dtype, row)
-        if found is not row:
-            np.copyto(row, found)
+    read_values(reader, tensors, out, scratch)
     if not bool(np.isfinite(out).all()):
         end = 0
-        for section in sections:
-            start, end = end, end + section.count
-            _still_infinities(section, out[:, start:end])
+        for tensor in tensors:
+            start, end = end, end + tensor.count
+            _still_infinities(tensor, out[:, start:end])
     return out
 
 
-def _still_infinities(section: TensorStretches, values: Floats) -> None:
+def _still_infinities(tensor: TensorStretches, values: Floats) -> None:
     """Put 0 for what is not finite but never moves; an error for anything else that is not finite."""
     bad = ~np.isfinite(values) & ~(values == values[-1]).all(axis=0)
     if bool(bad.any()):
-        raise non_finite(section.entries[int(bad.any(axis=1).argmax())], float(values[bad][0]))
+        raise non_finite(tensor.entries[int(bad.any(axis=1).argmax())], float(values[bad][0]))
     values[~np.isfinite(values)] = 0
 
 
-def read_in_any_order(reader: Reader, section: TensorStretches, out: NDArray[np.float32], scratch: Scratch) -> None:
-    """The values of a section at all snapshots, whatever they are, in an order that is the same for all of them."""
-    by_pairs = {entry.dtype.name for entry in section.entries} == {"bfloat16"} and section.count % 2 == 0
+def read_values(reader: Reader, tensors: Sequence[TensorStretches], out: Floats, scratch: Scratch) -> None:
+    """The same, but whatever the values are."""
     for snapshot, row in enumerate(out):
-        raw = _raw(reader, section.at(snapshot), scratch)
-        found = widen_pairs(raw, row) if by_pairs else widen(raw, section.entries[snapshot].dtype, row)
+        raw = _raw(reader, (stretch for tensor in tensors for stretch in tensor.at(snapshot)), scratch)
+        found = widen(raw, tensors[0].entries[snapshot].dtype, row)
         if found is not row:
             np.copyto(row, found)
 

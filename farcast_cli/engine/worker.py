@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.checkpoint.pieces import Copy, Fixed, Values
-from farcast_cli.engine.batch import Compute
+from farcast_cli.engine.batch import Compute, Counts
 from farcast_cli.engine.output_files import Buffer, OutputFiles
 from farcast_cli.engine.ranges import batches, segment_of
 from farcast_cli.engine.reader import Reader
@@ -35,7 +35,7 @@ _PREFETCHED = 64 << 10  # bytes that are worth a hint to the kernel
 
 
 Checksum = tuple[int, int, int]
-"""Of a record: the first byte in its file, bytes, CRC-32."""
+"""Of a stretch of a section: the first byte in its file, bytes, CRC-32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Work:
         ahead: how many ranges further on is read ahead; 0 for never.
     """
 
-    source: Inputs
+    inputs: Inputs
     files: Sequence[Sequence[Placed]]
     paths: Sequence[Sequence[Path]]
     ranges: Sequence[Range]
@@ -68,14 +68,11 @@ class Work:
 
 
 @dataclass(slots=True)
-class Report:
-    """What filling one range took; `checksums` are (horizon, file, record, part)."""
+class Filled:
+    """What came of a range; `checksums` are (horizon, file, section, that of a stretch)."""
 
     number: int
-    num_bytes: int
-    bytes_read: int = 0
-    num_forecast: int = 0
-    unchanged: list[int] = field(default_factory=list)
+    counts: Counts
     checksums: list[tuple[int, int, int, Checksum]] = field(default_factory=list)
 
 
@@ -84,53 +81,49 @@ class Worker:
 
     def __init__(self, work: Work, arithmetic: Arithmetic) -> None:
         self._work, self._arithmetic = work, arithmetic
-        self._reader, self._target = Reader(work.io), OutputFiles(work.io)
-        self._rooms, self._other_rooms = ([Buffer(work.range_bytes) for _ in range(work.num_horizons)] for _ in range(2))
-        self._computer = Compute(work.source, arithmetic, self._reader)
+        self._reader, self._output_files = Reader(work.io), OutputFiles(work.io)
+        self._buffers, self._other_buffers = ([Buffer(work.range_bytes) for _ in range(work.num_horizons)] for _ in range(2))
+        self._compute = Compute(work.inputs, arithmetic, self._reader)
         self._writer = ThreadPoolExecutor(1)
         self._being_written: Future[None] | None = None
 
-    def fill(self, number: int) -> Report:
+    def fill(self, number: int) -> Filled:
         """Read and compute range `number`, and begin to write it.
 
         Raises:
             OSError: the range before it could not be written; `close` tells of the last one.
         """
-        report = self.make(number)
+        filled = self.make(number)
         self._wait()
-        self._being_written = self._writer.submit(self._write, number, self._rooms)
-        self._rooms, self._other_rooms = self._other_rooms, self._rooms
-        return report
+        self._being_written = self._writer.submit(self._write, number, self._buffers)
+        self._buffers, self._other_buffers = self._other_buffers, self._buffers
+        return filled
 
-    def _write(self, number: int, rooms: Sequence[Buffer]) -> None:
+    def _write(self, number: int, buffers: Sequence[Buffer]) -> None:
         one = self._work.ranges[number]
-        for paths, files, room in zip(self._work.paths, self._work.files, rooms, strict=True):
-            self._target.write(paths[one.file], one.start, room, one.num_bytes, file_bytes=files[one.file].num_bytes)
+        for paths, files, buffer in zip(self._work.paths, self._work.files, buffers, strict=True):
+            self._output_files.write(paths[one.file], one.start, buffer, one.num_bytes, file_bytes=files[one.file].num_bytes)
 
     def _wait(self) -> None:
         if self._being_written is not None:
             being_written, self._being_written = self._being_written, None
             being_written.result()
 
-    def make(self, number: int) -> Report:
+    def make(self, number: int) -> Filled:
         """Read and compute range `number`, and leave it in memory."""
         work, one = self._work, self._work.ranges[number]
-        report = Report(number, one.num_bytes * work.num_horizons, unchanged=[0] * work.num_horizons)
         self._read_ahead(number + work.ahead)
-        with self._arithmetic.lane():
-            for batch in batches(self._segments(one, report), work.source.kind, work.block):
-                done = self._computer.compute(batch, self._rooms)
-                report.bytes_read += done.bytes_read
-                report.num_forecast += done.num_forecast
-                report.unchanged = [a + b for a, b in zip(report.unchanged, done.unchanged, strict=True)]
+        counts = Counts(self._fill_in(one), one.num_bytes * work.num_horizons)
+        with self._arithmetic.context():
+            for batch in batches(self._segments(one), work.inputs.kind, work.block):
+                counts += self._compute.compute(batch, self._buffers)
         self._reader.release()
-        self._sum_up(one, report)
-        return report
+        return Filled(number, counts, list(self._checksums(one)))
 
     @property
     def num_bytes(self) -> int:
         """The memory that it holds."""
-        return self._computer.num_bytes + sum(room.num_bytes for room in (*self._rooms, *self._other_rooms))
+        return self._compute.num_bytes + sum(buffer.num_bytes for buffer in (*self._buffers, *self._other_buffers))
 
     def close(self) -> None:
         """Wait for the last range to be written.
@@ -142,44 +135,50 @@ class Worker:
             self._wait()
         finally:
             self._writer.shutdown()
-            self._target.close()
+            self._output_files.close()
 
-    def _segments(self, one: Range, report: Report) -> Iterator[Segment]:
-        """What is to be computed in a range; everything else is put there on the way."""
-        file = self._work.files[0][one.file]
+    def _fill_in(self, one: Range) -> int:
+        """Put everything in its place that is not computed; returns the bytes that were read for it."""
+        file, bytes_read = self._work.files[0][one.file], 0
         for number, begin, end in file.within(one.start, one.stop):
             piece, at = file.pieces[number], file.starts[number] + begin - one.start
-            if isinstance(piece, Values):
-                yield segment_of(piece, begin, end, at)
-            elif isinstance(piece, Copy):
+            if isinstance(piece, Copy):
                 self._copy(piece.path, piece.offset + begin, at, end - begin)
-                report.bytes_read += end - begin
-            else:
+                bytes_read += end - begin
+            elif not isinstance(piece, Values):
                 self._put(one.file, number, begin, end, at)
+        return bytes_read
+
+    def _segments(self, one: Range) -> Iterator[Segment]:
+        """What is to be computed in a range."""
+        file = self._work.files[0][one.file]
+        for number, begin, end in file.within(one.start, one.stop):
+            if isinstance(piece := file.pieces[number], Values):
+                yield segment_of(piece, begin, end, file.starts[number] + begin - one.start)
 
     def _copy(self, path: Path, offset: int, at: int, num_bytes: int) -> None:
-        first, *others = (room.at(at, num_bytes) for room in self._rooms)
+        first, *others = (buffer.at(at, num_bytes) for buffer in self._buffers)
         self._reader.fill(path, offset, first)
         for other in others:
             np.copyto(other, first)
 
     def _put(self, file: int, number: int, begin: int, end: int, at: int) -> None:
         """Bytes that were known in advance, or zeros."""
-        for files, room in zip(self._work.files, self._rooms, strict=True):
+        for files, buffer in zip(self._work.files, self._buffers, strict=True):
             piece = files[file].pieces[number]
             known = np.frombuffer(piece.data, np.uint8)[begin:end] if isinstance(piece, Fixed) else 0
-            room.at(at, end - begin)[...] = known
+            buffer.at(at, end - begin)[...] = known
 
-    def _sum_up(self, one: Range, report: Report) -> None:
-        """The checksums of what the range holds of each record that has one."""
-        for horizon, (files, room) in enumerate(zip(self._work.files, self._rooms, strict=True)):
+    def _checksums(self, one: Range) -> Iterator[tuple[int, int, int, Checksum]]:
+        """Of what the range holds of each section that has a checksum."""
+        for horizon, (files, buffer) in enumerate(zip(self._work.files, self._buffers, strict=True)):
             file = files[one.file]
             for number, begin, end in file.within(one.start, one.stop):
-                record = file.records[number]
-                if file.output.records[record].checksums_at:
+                section = file.sections[number]
+                if file.output.records[section].checksums_at:
                     start = file.starts[number] + begin
-                    checksum = zlib.crc32(room.at(start - one.start, end - begin).data)
-                    report.checksums.append((horizon, one.file, record, (start, end - begin, checksum)))
+                    checksum = zlib.crc32(buffer.at(start - one.start, end - begin).data)
+                    yield horizon, one.file, section, (start, end - begin, checksum)
 
     def _read_ahead(self, number: int) -> None:
         """Have the kernel read what a range needs that will be filled soon, while this one is computed."""
@@ -194,5 +193,5 @@ class Worker:
             if isinstance(piece, Copy):
                 self._reader.prefetch(piece.path, piece.offset + begin, end - begin)
             elif isinstance(piece, Values):
-                for stretch in self._work.source.stretches(segment_of(piece, begin, end, 0)):
+                for stretch in self._work.inputs.stretches(segment_of(piece, begin, end, 0)):
                     self._reader.prefetch(*stretch)

@@ -26,8 +26,8 @@ from farcast_cli.engine.reader import (
     Scratch,
     Stretch,
     TensorStretches,
-    read_in_any_order,
     read_trajectory,
+    read_values,
     sample_stretches,
     stretches,
 )
@@ -75,13 +75,13 @@ def accumulate(
     seen = np.zeros(num_tensors)
     bounds = np.concatenate([[0], np.cumsum([min(n, reading.num_kept) for n in reading.counts])]).astype(np.int64)
     values = np.empty((bounds[-1], num_snapshots), np.float32)
-    for task, part in zip(reading.tasks, workers.in_order(_parts(reading)), strict=True):
-        if part.products is not None:
-            products[task.tensors] += part.products
-            seen[task.tensors] += [section.count for section in task.sections]
+    for task, sums in zip(reading.tasks, workers.in_order(_sums(reading)), strict=True):
+        if sums.products is not None:
+            products[task.tensors] += sums.products
+            seen[task.tensors] += [tensor.count for tensor in task.stretches]
             progress(task.num_bytes)
-        if part.kept is not None:
-            values[bounds[task.tensors.start] : bounds[task.tensors.stop]] = part.kept
+        if sums.kept is not None:
+            values[bounds[task.tensors.start] : bounds[task.tensors.stop]] = sums.kept
     sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
     products *= (sizes / seen)[:, None, None]
     return Gram(np.array(steps, dtype=np.int64), products), Sample(values, bounds, sizes)
@@ -98,34 +98,34 @@ class _Task:
     """Samples of some neighbouring tensors, to be kept a few of and perhaps summed up; or a part of one, to be summed up."""
 
     first: int
-    sections: list[TensorStretches]
+    stretches: list[TensorStretches]
     is_summed: bool
     is_kept: bool
     count: int = field(init=False)
     """Elements."""
 
     def __post_init__(self) -> None:
-        self.count = sum(section.count for section in self.sections)
+        self.count = sum(tensor.count for tensor in self.stretches)
 
-    def take(self, section: TensorStretches, limit: int) -> bool:
+    def take(self, tensor: TensorStretches, limit: int) -> bool:
         """Take the next tensor's sample too, if it is of the same types and all have no more than `limit` values, and products."""
-        mine, its = self.sections[0].entries, section.entries
-        num_snapshots, num_tensors = len(its), len(self.sections) + 1
-        numbers = max((self.count + section.count) * num_snapshots, num_tensors * (num_snapshots + 1) ** 2)
+        mine, its = self.stretches[0].entries, tensor.entries
+        num_snapshots, num_tensors = len(its), len(self.stretches) + 1
+        numbers = max((self.count + tensor.count) * num_snapshots, num_tensors * (num_snapshots + 1) ** 2)
         fits = self.is_kept and self.is_summed and numbers <= limit
         if not fits or any(a.dtype is not b.dtype for a, b in zip(mine, its, strict=True)):
             return False
-        self.sections.append(section)
-        self.count += section.count
+        self.stretches.append(tensor)
+        self.count += tensor.count
         return True
 
     @property
     def tensors(self) -> slice:
-        return slice(self.first, self.first + len(self.sections))
+        return slice(self.first, self.first + len(self.stretches))
 
     @property
     def num_bytes(self) -> int:
-        return sum(section.num_bytes for section in self.sections)
+        return sum(tensor.num_bytes for tensor in self.stretches)
 
 
 def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) -> tuple[_Task, ...]:
@@ -135,11 +135,11 @@ def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) 
     for index, tensor in enumerate(alignment.tensors):
         entries, size = tensor.entries, tensor.num_elements
         is_summed = num_samples is not None or size <= DEFAULT_SAMPLE
-        section = TensorStretches(
+        sampled = TensorStretches(
             entries, sample_stretches(size, num_samples or (DEFAULT_SAMPLE if is_summed else KEPT_SAMPLE))
         )
-        if not (found and is_summed and found[-1].take(section, limit)):
-            found.append(_Task(index, [section], is_summed=is_summed, is_kept=True))
+        if not (found and is_summed and found[-1].take(sampled, limit)):
+            found.append(_Task(index, [sampled], is_summed=is_summed, is_kept=True))
         if not is_summed:
             span = SPAN if is_host else MAX_STRETCH
             for start in range(0, size, span):
@@ -159,7 +159,7 @@ class _Reading:
     @property
     def counts(self) -> list[int]:
         """Of each tensor, the elements that some are kept of."""
-        return [section.count for task in self.tasks if task.is_kept for section in task.sections]
+        return [tensor.count for task in self.tasks if task.is_kept for tensor in task.stretches]
 
 
 @dataclass(slots=True)
@@ -179,39 +179,39 @@ class _Summer:
         self._reading, self._reader, self._scratch = reading, Reader(reading.resources.io), Scratch()
 
     def fill(self, number: int) -> Sums:
-        task, part = self._reading.tasks[number], Sums(number)
+        task, sums = self._reading.tasks[number], Sums(number)
         if not task.is_kept:
-            part.products = self._full_products(task.sections[0])[None]
+            sums.products = self._full_products(task.stretches[0])[None]
         else:
-            basis = self._memory(task.sections, np.float64)
-            values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
-            part.kept = _thin(values, task.sections, self._reading.num_kept)
-            part.products = _products_of_each(to_basis(basis), task.sections) if task.is_summed else None
+            basis = self._memory(task.stretches, np.float64)
+            values = read_trajectory(self._reader, task.stretches, basis[:-1], self._scratch)
+            sums.kept = _thin(values, task.stretches, self._reading.num_kept)
+            sums.products = _products_of_each(to_basis(basis), task.stretches) if task.is_summed else None
         self._reader.release()
-        return part
+        return sums
 
     def _full_products(self, span: TensorStretches) -> NDArray[np.float64]:
-        entries, (whole,) = span.entries, span.pieces
+        entries, (whole,) = span.entries, span.stretches
         products = np.zeros((len(entries) + 1, len(entries) + 1))
-        for piece in stretches(whole.count, num_snapshots=len(entries), itemsize=4):
-            products += self._products(TensorStretches(entries, (Stretch(whole.start + piece.start, piece.count),)))
+        for stretch in stretches(whole.count, num_snapshots=len(entries), itemsize=4):
+            products += self._products(TensorStretches(entries, (Stretch(whole.start + stretch.start, stretch.count),)))
         return products
 
-    def _products(self, section: TensorStretches) -> NDArray[np.float64]:
+    def _products(self, tensor: TensorStretches) -> NDArray[np.float64]:
         """In float32 where the values are of such types and it can hold their products."""
-        if all(work_type(entry.dtype) is np.float32 for entry in section.entries):
-            basis = self._memory((section,), np.float32)
-            read_in_any_order(self._reader, section, basis[:-1], self._scratch)
+        if all(work_type(entry.dtype) is np.float32 for entry in tensor.entries):
+            basis = self._memory((tensor,), np.float32)
+            read_values(self._reader, (tensor,), basis[:-1], self._scratch)
             with np.errstate(all="ignore"):  # what is not finite, or becomes so, is looked for afterwards
                 products = inner_products(to_basis(basis))
             if are_held(products, basis):
                 return products
-        basis = self._memory((section,), np.float64)
-        read_trajectory(self._reader, (section,), basis[:-1], self._scratch)
+        basis = self._memory((tensor,), np.float64)
+        read_trajectory(self._reader, (tensor,), basis[:-1], self._scratch)
         return inner_products(to_basis(basis))
 
-    def _memory(self, sections: Sequence[TensorStretches], dtype: WorkType) -> Floats:
-        num_rows, count = len(sections[0].entries) + 1, sum(section.count for section in sections)
+    def _memory(self, tensors: Sequence[TensorStretches], dtype: WorkType) -> Floats:
+        num_rows, count = len(tensors[0].entries) + 1, sum(tensor.count for tensor in tensors)
         return self._scratch.named("basis", num_rows * count, dtype).reshape(num_rows, count)
 
     def close(self) -> None:
@@ -223,20 +223,20 @@ class _Gatherer(_Summer):
 
     def fill(self, number: int) -> Sums:
         task = self._reading.tasks[number]
-        basis = np.empty((len(task.sections[0].entries) + 1, task.count))
-        values = read_trajectory(self._reader, task.sections, basis[:-1], self._scratch)
+        basis = np.empty((len(task.stretches[0].entries) + 1, task.count))
+        values = read_trajectory(self._reader, task.stretches, basis[:-1], self._scratch)
         self._reader.release()
-        kept = _thin(values, task.sections, self._reading.num_kept) if task.is_kept else None
+        kept = _thin(values, task.stretches, self._reading.num_kept) if task.is_kept else None
         return Sums(number, kept=kept, basis=to_basis(basis) if task.is_summed else None)
 
 
-def _products_of_each(basis: Floats, sections: Sequence[TensorStretches]) -> NDArray[np.float64]:
-    """(K, R, R) of the basis (R, N) of K sections, one behind the other."""
-    ends = np.cumsum([section.count for section in sections])
+def _products_of_each(basis: Floats, tensors: Sequence[TensorStretches]) -> NDArray[np.float64]:
+    """(K, R, R) of the basis (R, N) of K tensors, one behind the other."""
+    ends = np.cumsum([tensor.count for tensor in tensors])
     return in_basis_order(np.stack([rows @ rows.T for rows in np.split(basis, ends[:-1], axis=1)]))
 
 
-def _parts(reading: _Reading) -> Iterator[Sums]:
+def _sums(reading: _Reading) -> Iterator[Sums]:
     num_tasks, device, num_workers = len(reading.tasks), reading.resources.device, reading.resources.num_workers
     if device != "cpu":
         return _multiplied(workers.in_threads(num_tasks, partial(_Gatherer, reading), max(num_workers, 2)), device)
@@ -244,35 +244,35 @@ def _parts(reading: _Reading) -> Iterator[Sums]:
     return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1)
 
 
-def _multiplied(parts: Iterator[Sums], device: str) -> Iterator[Sums]:
-    """The parts with their products in place of their bases, made on a device, as many at once as it may hold."""
+def _multiplied(found: Iterator[Sums], device: str) -> Iterator[Sums]:
+    """The sums with their products in place of their bases, made on a device, as many at once as it may hold."""
     from farcast_cli.forecast.device_gram import BATCH_BYTES, products_of
 
     held: list[Sums] = []
     bases: list[Floats] = []
 
     def flush() -> Iterator[Sums]:
-        for part, products in zip(held, products_of(bases, device) if held else (), strict=True):
-            part.products = in_basis_order(products)[None]
-            yield part
+        for sums, products in zip(held, products_of(bases, device) if held else (), strict=True):
+            sums.products = in_basis_order(products)[None]
+            yield sums
         held.clear()
         bases.clear()
 
-    for part in parts:
-        if part.basis is None:
-            yield part
+    for sums in found:
+        if sums.basis is None:
+            yield sums
             continue
-        if (len(held) + 1) * max(part.basis.nbytes, *(basis.nbytes for basis in bases), 0) > BATCH_BYTES:
+        if (len(held) + 1) * max(sums.basis.nbytes, *(basis.nbytes for basis in bases), 0) > BATCH_BYTES:
             yield from flush()
-        held.append(part)
-        bases.append(part.basis)
-        part.basis = None
+        held.append(sums)
+        bases.append(sums.basis)
+        sums.basis = None
     yield from flush()
 
 
-def _thin(values: Floats, sections: Sequence[TensorStretches], num_kept: int) -> NDArray[np.float32]:
-    """At most `num_kept` elements of each section of values (T, N), evenly spread: (M, T)."""
-    counts = [section.count for section in sections]
+def _thin(values: Floats, tensors: Sequence[TensorStretches], num_kept: int) -> NDArray[np.float32]:
+    """At most `num_kept` elements of each tensor of values (T, N), evenly spread: (M, T)."""
+    counts = [tensor.count for tensor in tensors]
     starts = [0, *itertools.accumulate(counts)]
     chosen = [start + _evenly(count, num_kept) for start, count in zip(starts, counts, strict=False)]
     return np.ascontiguousarray(values[:, np.concatenate(chosen)].T.astype(np.float32))
