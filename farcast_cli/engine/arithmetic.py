@@ -39,7 +39,7 @@ class Arithmetic(Protocol):
     """Where a batch is computed. One belongs to one worker."""
 
     xp: Any
-    """numpy or torch: multiply, add, subtract, where, zeros_like, amin, amax."""
+    """numpy or torch: multiply, add, subtract, where, zeros_like."""
 
     @property
     def num_bytes(self) -> int:
