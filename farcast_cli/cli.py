@@ -13,15 +13,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from farcast_cli import __version__
+from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE, CountersMode, Io
 from farcast_cli.commands import leap as leap_command
 from farcast_cli.commands import streams
 from farcast_cli.commands import tune as tune_command
 from farcast_cli.commands.options import (
-    DEFAULT_LEDGER,
     ClockOption,
     ConfigOption,
     DeviceOption,
     DryRunOption,
+    DTypeOption,
     EvalTimeoutOption,
     ExcludeOption,
     ForecasterOption,
@@ -48,10 +49,9 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     check_horizon_options,
-    clock_of,
+    choice,
     device_name,
     env,
-    one_of,
     parse_horizons,
     parse_size,
     prepare,
@@ -146,12 +146,12 @@ def fit(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
-    ] = Path("forecaster.safetensors"),
+    ] = DEFAULT_FORECASTER,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
-    sample: SampleOption = 16384,
+    sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
     device: DeviceOption = "auto",
@@ -195,7 +195,7 @@ def backtest(
         str | None,
         typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; some shares of the history by default."),
     ] = None,
-    forecaster: ForecasterOption = Path("forecaster.safetensors"),
+    forecaster: ForecasterOption = DEFAULT_FORECASTER,
     purpose: PurposeOption = "resume",
     method: MethodOption = None,
     clock: ClockOption = None,
@@ -203,7 +203,7 @@ def backtest(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
-    sample: SampleOption = 16384,
+    sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
     device: DeviceOption = "auto",
@@ -219,14 +219,13 @@ def backtest(
     prepare(device)
     from farcast_cli.commands import render
     from farcast_cli.commands.answers import of_backtest
-    from farcast_cli.forecast.backtest import Purpose, decide, score, steadiness
+    from farcast_cli.forecast.backtest import decide, score, steadiness
     from farcast_cli.forecast.choice import choose_method, usual_horizons
     from farcast_cli.forecast.forecaster import Task
     from farcast_cli.forecast.forecaster_file import load_fitted
     from farcast_cli.forecast.methods import METHODS
     from farcast_cli.forecast.timeline import Timeline
 
-    aim: Purpose = one_of("for", purpose, Purpose)
     if directory:
         patterns = tuple(include or ()), tuple(exclude or ())
         fitted, _ = _fit(
@@ -237,13 +236,13 @@ def backtest(
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[-1]))
     gram, judged = fitted.judged()
     horizons = horizons or usual_horizons(timeline)
-    pace = fitted.provenance.pace.clocked(clock_of(clock), timeline.first, timeline.origin + max(horizons))
-    anneals = aim == "resume" and clock is None
+    pace = fitted.provenance.pace.clocked(clock, timeline.first, timeline.origin + max(horizons))
+    anneals = purpose == "resume" and clock is None
     tasks = {
         h: Task(gram, judged, timeline, float(h), device=device_name(device), pace=pace, anneals=anneals) for h in horizons
     }
-    chosen = {h: choose_method(method, task, aim) for h, task in tasks.items()}
-    decisions = {h: (chosen[h][0].name, decide(chosen[h][0], task, aim)) for h, task in tasks.items()}
+    chosen = {h: choose_method(method, task, purpose) for h, task in tasks.items()}
+    decisions = {h: (chosen[h][0].name, decide(chosen[h][0], task, purpose)) for h, task in tasks.items()}
     shown = METHODS.values() if method in {None, "auto"} else {found.name: found for found, _ in chosen.values()}.values()
     scores = score(list(shown), tasks[horizons[0]], horizons)
     steady = steadiness(gram, timeline)
@@ -273,7 +272,7 @@ def predict(
         ),
     ] = None,
     to_step: Annotated[int | None, typer.Option(envvar=env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
-    forecaster: ForecasterOption = Path("forecaster.safetensors"),
+    forecaster: ForecasterOption = DEFAULT_FORECASTER,
     output: Annotated[
         str | None,
         typer.Option(
@@ -298,16 +297,10 @@ def predict(
     ] = None,
     optimizer: OptimizerOption = "copy",
     counters: Annotated[
-        str,
-        typer.Option(
-            envvar=env("COUNTERS"),
-            metavar="advance|keep",
-            help="Move the trainer's counters and schedule, or leap the weights alone.",
-        ),
+        CountersMode,
+        choice(CountersMode, "--counters", text="Move the trainer's counters and schedule, or leap the weights alone."),
     ] = "advance",
-    dtype: Annotated[
-        str, typer.Option(envvar=env("DTYPE"), metavar="source|float32|bfloat16|float16", help="Element type of the output.")
-    ] = "source",
+    dtype: DTypeOption = "source",
     layout: LayoutOption = "same",
     max_shard_size: Annotated[
         str | None,
@@ -346,43 +339,37 @@ def predict(
     """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
     num_threads = prepare(device, threads)
-    from farcast_cli.checkpoint.convert import OutputLayout
-    from farcast_cli.checkpoint.plan import OutputDType
     from farcast_cli.commands import render
     from farcast_cli.commands.answers import of_predict
-    from farcast_cli.engine.reader import Io
     from farcast_cli.evaluation.judge import Evaluator
-    from farcast_cli.forecast.backtest import Purpose
-    from farcast_cli.forecast.forecaster import Options, Scope, StepNorm
+    from farcast_cli.forecast.forecaster import Options
     from farcast_cli.forecast.forecaster_file import load_fitted
     from farcast_cli.predict import default_notes
     from farcast_cli.predict import predict as run
     from farcast_cli.request import Request
-    from farcast_cli.state.advance import CountersMode, OptimizerMode
 
-    norm = None if step_norm is None else one_of("step-norm", step_norm, StepNorm)
-    options = Options(norm, scale, one_of("scope", scope, Scope), grad_weight)
+    options = Options(step_norm, scale, scope, grad_weight)
     fitted = load_fitted(forecaster)
     start = fitted.steps[-1] if origin is None else origin
     request = Request(
         horizons=parse_horizons(horizon) if to_step is None else (to_step - start,),
-        purpose=one_of("for", purpose, Purpose),
+        purpose=purpose,
         method=method,
         options=options,
         origin_step=origin,
-        optimizer=one_of("optimizer", optimizer, OptimizerMode),
-        counters=one_of("counters", counters, CountersMode),
-        dtype=one_of("dtype", dtype, OutputDType),
-        layout=one_of("layout", layout, OutputLayout),
+        optimizer=optimizer,
+        counters=counters,
+        dtype=dtype,
+        layout=layout,
         max_shard_bytes=parse_size(max_shard_size),
         output=output,
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
         ledger=ledger,
-        clock=clock_of(clock),
+        clock=clock,
         device=device_name(device),
-        io=one_of("io", io, Io),
+        io=io,
         num_threads=num_threads,
         evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
     )
@@ -471,7 +458,7 @@ class _Reading:
     num_samples: int | None
     ledger: Path
     device: str
-    io: str
+    io: Io
     threads: int
     quiet: bool
 
@@ -485,7 +472,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
     trajectory = discover(reading.directory, steps=wanted, pattern=reading.pattern, minimum=MIN_SNAPSHOTS)
     num_workers = prepare(reading.device, reading.threads)
     from farcast_cli.commands import render
-    from farcast_cli.engine.reader import Io, Resources
+    from farcast_cli.engine.reader import Resources
     from farcast_cli.forecast.accumulate import bytes_to_sample
     from farcast_cli.forecast.forecaster_file import fit as run
     from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
@@ -515,7 +502,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
             **chosen,
             leap=history.leap,
             num_samples=reading.num_samples,
-            resources=Resources(device_name(reading.device), one_of("io", reading.io, Io), num_workers),
+            resources=Resources(device_name(reading.device), reading.io, num_workers),
             progress=count,
         )
     return fitted, sum(done)

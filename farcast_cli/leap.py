@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.checkpoint.plan import with_modes
+from farcast_cli.choices import DEFAULT_FOLDER, DEFAULT_SAMPLE
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.reader import Resources
@@ -29,7 +30,7 @@ from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.place import check_outside, sidecar_of
 from farcast_cli.files.reading import portable, relative
 from farcast_cli.files.staged import staging
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE, accumulate
+from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.backtest import Decision
 from farcast_cli.forecast.ledger import check_ledger, read_leaps, recorded, since_last_leap
 from farcast_cli.forecast.memory import (
@@ -47,7 +48,6 @@ from farcast_cli.forecast.momentum import AGREES, Momentum, Remembered, remember
 from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.publish import (
-    DEFAULT_FOLDER,
     check_place,
     finish,
     judged_origin,
@@ -75,11 +75,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import ClockName
     from farcast_cli.files.staged import Staging
     from farcast_cli.forecast.memory import MemoryBasis
     from farcast_cli.publish import Progress
     from farcast_cli.run.alignment import Alignment
-    from farcast_cli.run.pace import ClockName
     from farcast_cli.run.steps import StepList, StepRange
     from farcast_cli.trainers.base import Snapshot
 

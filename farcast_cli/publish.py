@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.checkpoint.convert import plan_converted
 from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.choices import DEFAULT_FOLDER
 from farcast_cli.engine.write import total_bytes, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.files.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.choices import CountersMode
     from farcast_cli.engine.write import Tally
     from farcast_cli.files.staged import Staging
     from farcast_cli.request import Outcome, Prepared, Request
-    from farcast_cli.state.advance import CountersMode
     from farcast_cli.trainers.base import Snapshot
-
-DEFAULT_FOLDER = Path("forecasts")
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """Starts a phase of so many bytes; what it returns is told the bytes done.

@@ -11,15 +11,14 @@ from farcast_cli.run.pace import STEPS, Pace
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.checkpoint.convert import Container, OutputLayout
-    from farcast_cli.checkpoint.plan import OutputDType, OutputFile
-    from farcast_cli.engine.reader import Io
+    from farcast_cli.checkpoint.convert import Container
+    from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.choices import ClockName, CountersMode, Io, OptimizerMode, OutputDType, OutputLayout, Purpose
     from farcast_cli.engine.write import Engine
     from farcast_cli.evaluation.judge import Evaluator, Trial
-    from farcast_cli.forecast.backtest import Decision, Purpose
+    from farcast_cli.forecast.backtest import Decision
     from farcast_cli.run.alignment import Copied
-    from farcast_cli.run.pace import ClockName
-    from farcast_cli.state.advance import Advanced, CountersMode, OptimizerMode
+    from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Snapshot
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import UsageError
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.forecaster_file import Fitted, fit
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.advance import advance

@@ -21,6 +21,7 @@ MAX_LINES = 600
 ORDER = (
     "__init__",
     "errors",
+    "choices",
     "tensors",
     "evaluation.__init__",
     "evaluation.command",

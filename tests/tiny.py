@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, fit
 from farcast_cli.forecast.gram import Gram, Sample

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.checkpoint.contents import Leaf, dotted, keys_beside_weights, listed, tree_in, weights_in
 from farcast_cli.checkpoint.plan import (
@@ -46,10 +46,10 @@ from farcast_cli.trainers import named
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from farcast_cli.choices import OutputLayout
     from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Part, Snapshot
 
-OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
 
 DCP_FILE = "__0_0.distcp"
 _ENDINGS = {"safetensors": ".safetensors", "pt": ".pt"}

@@ -14,7 +14,7 @@ from functools import reduce
 from itertools import groupby
 from math import prod
 from operator import and_
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError
 from farcast_cli.files.json_text import UnreadList, encode_json
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    ValueMap = Callable[[NDArray[Any], int], NDArray[Any]]
+    from farcast_cli.choices import OutputDType
 
-OutputDType = Literal["source", "float32", "bfloat16", "float16"]
+    ValueMap = Callable[[NDArray[Any], int], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farcast_cli.choices import DEFAULT_LEDGER, CountersMode
 from farcast_cli.commands.options import (
-    DEFAULT_LEDGER,
     MAX_DIGITS,
     ClockOption,
     ConfigOption,
@@ -30,10 +30,9 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
-    clock_of,
+    choice,
     device_name,
     env,
-    one_of,
     prepare,
 )
 from farcast_cli.errors import NoForecastError, UsageError
@@ -85,11 +84,12 @@ def leap(
         ),
     ] = None,
     counters: Annotated[
-        str,
-        typer.Option(
-            envvar=env("LEAP_COUNTERS"),
-            metavar="keep|advance",
-            help="Leap the weights alone, or move the trainer's counters and schedule with them.",
+        CountersMode,
+        choice(
+            CountersMode,
+            "--counters",
+            env_name="LEAP_COUNTERS",
+            text="Leap the weights alone, or move the trainer's counters and schedule with them.",
         ),
     ] = "keep",
     include: IncludeOption = None,
@@ -119,17 +119,14 @@ def leap(
     whose weights are ahead. The trainer may keep one checkpoint only.
     """
     num_workers = prepare(device, threads)
-    from farcast_cli.checkpoint.convert import OutputLayout
     from farcast_cli.commands import render
     from farcast_cli.commands.answers import of_leap
-    from farcast_cli.engine.reader import Io
     from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.leap import Ask
     from farcast_cli.leap import leap as run
     from farcast_cli.publish import refuse_no_place
     from farcast_cli.request import Request
     from farcast_cli.run.steps import parse_steps
-    from farcast_cli.state.advance import CountersMode, OptimizerMode
 
     for option, number in (("gain", gain), ("max-gain", max_gain)):
         if number is not None and not 0 < number <= MAX_GAIN:
@@ -139,22 +136,22 @@ def leap(
     if output is not None:
         refuse_no_place(output)
     request = Request(
-        optimizer=one_of("optimizer", optimizer, OptimizerMode),
-        counters=one_of("counters", counters, CountersMode),
-        layout=one_of("layout", layout, OutputLayout),
+        optimizer=optimizer,
+        counters=counters,
+        layout=layout,
         output=output,
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
         ledger=ledger,
         device=device_name(device),
-        io=one_of("io", io, Io),
+        io=io,
         num_threads=num_workers,
         evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
     )
     limit = max_gain if max_gain is not None else WITH_LOSS if eval_cmd else WITHOUT_LOSS
     patterns = tuple(include or ()), tuple(exclude or ())
-    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit, clock_of(clock))
+    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit, clock)
     with render.progress(quiet=quiet) as progress:
         done = run(ask, progress)
     if not quiet:
