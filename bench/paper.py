@@ -21,8 +21,8 @@ import numpy as np
 import training
 
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.forecast.fitting import fit as fit_run
 from farcast_cli.forecast.forecaster import Options, Task, forecast
-from farcast_cli.forecast.forecaster_file import fit as fit_run
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.lfd2 import fit_lfd2
 from farcast_cli.forecast.methods import METHODS

@@ -474,7 +474,7 @@ def _fit(reading: _Reading) -> tuple[Any, int]:
     from farcast_cli.commands import render
     from farcast_cli.engine.reader import Resources
     from farcast_cli.forecast.accumulate import bytes_to_sample
-    from farcast_cli.forecast.forecaster_file import fit as run
+    from farcast_cli.forecast.fitting import fit as run
     from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
     from farcast_cli.run.alignment import since_last_change
     from farcast_cli.run.thinning import thinned

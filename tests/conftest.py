@@ -22,7 +22,8 @@ from farcast_cli.cli import main
 from farcast_cli.engine import write as engine
 from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast import lfd2
-from farcast_cli.forecast.forecaster_file import fit, save_fitted
+from farcast_cli.forecast.fitting import fit
+from farcast_cli.forecast.forecaster_file import save_fitted
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 from tests.tiny import torch_settings_kept
 

@@ -109,6 +109,7 @@ ORDER = (
     "forecast.choice",
     "forecast.ledger",
     "forecast.forecaster_file",
+    "forecast.fitting",
     "forecast.memory",
     "verify",
     "request",

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster import Options, Task, forecast
-from farcast_cli.forecast.forecaster_file import Fitted, fit
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from farcast_cli.forecast.forecaster_file import Fitted
 
     Arrays = Mapping[str, NDArray[np.float64]]  # a tensor's name -> its values (T, N)
 
