@@ -22,7 +22,6 @@ from farcast_cli.checkpoint.plan import with_modes
 from farcast_cli.choices import DEFAULT_FOLDER, DEFAULT_SAMPLE
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, total_bytes, write_forecasts
 from farcast_cli.errors import SnapshotError, UsageError, shell_word
 from farcast_cli.evaluation.judge import Judge, Trial
@@ -80,12 +79,13 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.memory import MemoryBasis
     from farcast_cli.publish import Progress
     from farcast_cli.run.alignment import Alignment
-    from farcast_cli.run.steps import StepList, StepRange
+    from farcast_cli.run.selection import Selection
     from farcast_cli.trainers.base import Snapshot
 
 MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to read in full
 LEFT_TO_TRAIN = 0.1  # of the run, after its last leap: a leap needs training after it
 LEFT_TO_SETTLE = 0.5  # of what is left of a run whose counters advance
+WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
 UNJUDGED = 1.0  # the largest gain while the loss has not been seen to change
 FIRST_CALLS = 3  # stretches, up to which the notes for a beginner are said
 WORTH = 0.1  # the smallest gain that is worth a restart
@@ -99,19 +99,22 @@ class Ask:
     """What the user asks of a leap, beside what every forecast is asked."""
 
     request: Request
-    directory: Path
-    steps: StepRange | StepList | None = None
-    pattern: str = ""
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    selection: Selection
     every: int | None = None
     """Steps until the next leap; as many as since the last one if None."""
     gain: float | None = None
     """A fixed gain, in place of the steered one."""
-    limit: float = 1.0
-    """The largest gain."""
-    clock: ClockName | None = None
-    """In what the lengths of stretches are measured; learning-rate time where it is known if None."""
+    max_gain: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """The largest gain."""
+        usual = WITHOUT_LOSS if self.request.evaluator is None else WITH_LOSS
+        return usual if self.max_gain is None else self.max_gain
+
+    @property
+    def directory(self) -> Path:
+        return self.selection.directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +143,12 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
-    trajectory = discover(ask.directory, steps=ask.steps, pattern=ask.pattern)
+    trajectory = discover(ask.directory, steps=ask.selection.steps, pattern=ask.selection.pattern)
     place = memory_of(_folder(ask.request), ask.directory)
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
         clear_left(place)
-    memory, notes = _known(place, trajectory, ask.pattern)
+    memory, notes = _known(place, trajectory, ask.selection.pattern)
     is_again = memory is not None and memory.began_at(trajectory.origin)
     if memory and is_again and (memory.forecast or not _is_forced(ask)):
         return _again(memory, ask, trajectory.origin.path)
@@ -250,7 +253,7 @@ class _Gathered:
 
 
 def _gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: list[str]) -> _Gathered:
-    chosen: dict[str, Any] = {"include": ask.include, "exclude": ask.exclude}
+    chosen: dict[str, Any] = {"include": ask.selection.include, "exclude": ask.selection.exclude}
     if memory:
         basis = basis_of(memory, trajectory.origin, **chosen)
         if isinstance(basis, str):
@@ -283,7 +286,7 @@ def _pace_since(memory: Memory, basis: MemoryBasis, ask: Ask, origin: Snapshot) 
     if not known.rates and (now := rate_at(origin) or record.rate):
         past = [(first, last, (now + (record.rate or now)) / 2)] if last > first else []
         known = Pace.of([*past, (last, last + every, now)])
-    wanted = record.clock if record.count else ask.clock  # a memory keeps the clock that it began with
+    wanted = record.clock if record.count else ask.request.clock  # a memory keeps the clock that it began with
     return known.reaching(first, last + every).clocked(wanted, first, last + every), every
 
 
@@ -291,14 +294,14 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gather
     """A first memory from the snapshots that are there, since the last leap that the run resumed from."""
     leaps = read_leaps(ask.request.ledger, trajectory.directory) if ask.request.ledger else []
     history = since_last_leap(trajectory, leaps, minimum=1).trajectory.snapshots
-    history, begins = since_last_change(history, include=ask.include, exclude=ask.exclude, minimum=1)
+    history, begins = since_last_change(history, include=ask.selection.include, exclude=ask.selection.exclude, minimum=1)
     snapshots = tuple(history[index] for index in evenly(len(history), MAX_HISTORY))
-    alignment = align(snapshots, include=ask.include, exclude=ask.exclude)
+    alignment = align(snapshots, include=ask.selection.include, exclude=ask.selection.exclude)
     products = _products(alignment, ask.request)
     first, last = snapshots[-2:][0].step, snapshots[-1].step
     every = ask.every or max(1, last - first)
     bounds = snapshots[0].step, last + every
-    pace = read_pace(snapshots, ahead=every).reaching(*bounds).clocked(ask.clock, *bounds)
+    pace = read_pace(snapshots, ahead=every).reaching(*bounds).clocked(ask.request.clock, *bounds)
     lengths = [pace.total(before.step, after.step) for before, after in itertools.pairwise(snapshots)]
     stretches = tuple((np.eye(len(products))[index], length) for index, length in enumerate(lengths) if length)
     notes += [begins] if begins else []
@@ -309,8 +312,7 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> _Gather
 def _products(alignment: Alignment, request: Request) -> NDArray[np.float64]:
     """Inner products of the basis, all tensors together but BatchNorm's statistics, whose scale is the data's."""
     count = len(alignment.tensors[0].entries)
-    resources = Resources(request.device, request.io, request.num_threads)
-    gram, _ = accumulate(alignment, range(count), num_samples=DEFAULT_SAMPLE, resources=resources)
+    gram, _ = accumulate(alignment, range(count), num_samples=DEFAULT_SAMPLE, resources=request.resources)
     judged = [not is_batch_norm_statistic(tensor.name) for tensor in alignment.tensors]
     return np.asarray(gram.matrix[np.array(judged) | (not any(judged))].sum(axis=0))
 
@@ -511,8 +513,7 @@ class _Call:
             linear = LinearMap.from_steps(stacked, len(found.alignment.tensors[0].entries) - 1)
         linear = replace(linear, bare=frozenset(range(len(moves))) if bare else frozenset())
         request = self._request
-        resources = Resources(request.device, request.io, request.num_threads)
-        engine = Engine(Inputs(found.alignment, linear), resources)
+        engine = Engine(Inputs(found.alignment, linear), request.resources)
         index_of = {tensor.name: index for index, tensor in enumerate(found.alignment.tensors)}
         history = self._trajectory.snapshots[-HISTORY:]
         planned = [] if bare else [plan_forecast(history, h, request, index_of, self._target) for h in horizons]
@@ -552,7 +553,7 @@ class _Call:
             origin=portable(origin.path.name),
             origin_step=origin.step,
             origin_digest=origin.full_digest,
-            pattern=self._ask.pattern,
+            pattern=self._ask.selection.pattern,
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
@@ -72,6 +71,8 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
+    if request.to_step is not None:
+        request = replace(request, horizons=(request.to_step - fitted.steps[_origin_index(fitted, request)],))
     steps_left = _steps_left(fitted, request)
     method, request, notes = _settle(fitted, request, steps_left)
     tasks = [_task(fitted, request, horizon) for horizon in request.horizons]
@@ -190,7 +191,7 @@ def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
     timeline = Timeline(steps, float(steps[last]))
     pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
     anneals = request.purpose == "resume" and request.clock is None
-    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device, pace, anneals)
+    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.resources.device, pace, anneals)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -219,8 +220,7 @@ def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: S
         moved, plan = plan_forecast(history, horizon, request, index_of, target)
         advanced.append(moved)
         plans.append(plan)
-    resources = Resources(request.device, request.io, request.num_threads)
-    engine = Engine(Inputs(alignment, linear.restrict(linear.used)), resources)
+    engine = Engine(Inputs(alignment, linear.restrict(linear.used)), request.resources)
     used = tuple(snapshots[index] for index in linear.used)
     return Prepared(engine, tuple(plans), tuple(advanced), target, tuple(places), used, origin)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.forecaster import Options
 from farcast_cli.run.pace import STEPS, Pace
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.plan import OutputFile
-    from farcast_cli.choices import ClockName, CountersMode, Io, OptimizerMode, OutputDType, OutputLayout, Purpose
+    from farcast_cli.choices import ClockName, CountersMode, OptimizerMode, OutputDType, OutputLayout, Purpose
     from farcast_cli.engine.write import Engine
     from farcast_cli.evaluation.judge import Evaluator, Trial
     from farcast_cli.forecast.backtest import Decision
@@ -31,6 +32,8 @@ class Request:
     method: str | None = None
     options: Options = field(default_factory=Options)
     origin_step: int | None = None
+    to_step: int | None = None
+    """The step to forecast, in place of a horizon."""
     optimizer: OptimizerMode = "copy"
     counters: CountersMode = "advance"
     dtype: OutputDType = "source"
@@ -40,9 +43,7 @@ class Request:
     even_if_worse: bool = False
     overwrite: bool = False
     dry_run: bool = False
-    device: str = "cpu"
-    io: Io = "auto"
-    num_threads: int = 1
+    resources: Resources = field(default_factory=Resources)
     evaluator: Evaluator | None = None
     ledger: Path | None = None
     clock: ClockName | None = None

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.gram import Gram, Sample
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import Io
     from farcast_cli.forecast.forecaster_file import Fitted
 
     Arrays = Mapping[str, NDArray[np.float64]]  # a tensor's name -> its values (T, N)
@@ -158,7 +160,16 @@ def fit_run(folder: Path, *, num_samples: int | None = DEFAULT_SAMPLE, exclude: 
     return fit(discover(folder), num_samples=num_samples, exclude=exclude)
 
 
-def predict_run(fitted: Fitted, output: Path | str, *, horizons: Sequence[int], **request: Any) -> list[Outcome]:
+def predict_run(
+    fitted: Fitted,
+    output: Path | str,
+    *,
+    horizons: Sequence[int],
+    device: str = "cpu",
+    io: Io = "auto",
+    num_threads: int = 1,
+    **request: Any,
+) -> list[Outcome]:
     """Forecast whatever the verdict, unless the request says otherwise."""
-    asked = {"even_if_worse": True, "output": str(output), **request}
+    asked = {"even_if_worse": True, "output": str(output), "resources": Resources(device, io, num_threads), **request}
     return predict(fitted, Request(tuple(horizons), **asked), lambda _phase, _total: lambda _done: None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,9 +31,10 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     choice,
-    device_name,
     env,
-    prepare,
+    evaluator_of,
+    resources_of,
+    selection_of,
 )
 from farcast_cli.errors import NoForecastError, UsageError
 
@@ -45,7 +46,6 @@ EXAMPLES = (
     "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
 )
 MAX_GAIN = 100
-WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
 
 
 def leap(
@@ -111,30 +111,20 @@ def leap(
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
-    config: ConfigOption = None,  # noqa: ARG001
+    config: ConfigOption = None,
 ) -> None:
     """Leap from the newest checkpoint, with a memory over leaps: for a loop. Print the path to resume from; 10 if none.
 
     Each call reads the newest checkpoint, the last leap and a memory of the run's moves, decides, and writes a checkpoint
     whose weights are ahead. The trainer may keep one checkpoint only.
     """
-    num_workers = prepare(device, threads)
-    from farcast_cli.commands import render
-    from farcast_cli.commands.answers import of_leap
-    from farcast_cli.evaluation.judge import Evaluator
+    resources = resources_of(device, io, threads)
+    from farcast_cli.commands import answers, render
     from farcast_cli.leap import Ask
     from farcast_cli.leap import leap as run
-    from farcast_cli.publish import refuse_no_place
     from farcast_cli.request import Request
-    from farcast_cli.run.steps import parse_steps
 
-    for option, number in (("gain", gain), ("max-gain", max_gain)):
-        if number is not None and not 0 < number <= MAX_GAIN:
-            raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
-    if every is not None and every >= 10**MAX_DIGITS:
-        raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
-    if output is not None:
-        refuse_no_place(output)
+    _check(every=every, gain=gain, max_gain=max_gain, output=output)
     request = Request(
         optimizer=optimizer,
         counters=counters,
@@ -144,24 +134,33 @@ def leap(
         overwrite=overwrite,
         dry_run=dry_run,
         ledger=ledger,
-        device=device_name(device),
-        io=io,
-        num_threads=num_workers,
-        evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
+        clock=clock,
+        resources=resources,
+        evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
     )
-    limit = max_gain if max_gain is not None else WITH_LOSS if eval_cmd else WITHOUT_LOSS
-    patterns = tuple(include or ()), tuple(exclude or ())
-    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit, clock)
+    selection = selection_of(directory, include, exclude, steps, pattern)
     with render.progress(quiet=quiet) as progress:
-        done = run(ask, progress)
+        done = run(Ask(request, selection, every, gain, max_gain), progress)
     if not quiet:
         _summary(done, dry_run=dry_run, verbose=verbose)
     if json_:
-        render.as_json(of_leap(done, dry_run=dry_run))
+        render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])
     if done.outcome.decision.verdict != "forecast":
         raise typer.Exit(NoForecastError.exit_code)
+
+
+def _check(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:
+    from farcast_cli.publish import refuse_no_place
+
+    for option, number in (("gain", gain), ("max-gain", max_gain)):
+        if number is not None and not 0 < number <= MAX_GAIN:
+            raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
+    if every is not None and every >= 10**MAX_DIGITS:
+        raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
+    if output is not None:
+        refuse_no_place(output)
 
 
 def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:

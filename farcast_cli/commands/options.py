@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -24,6 +24,11 @@ from farcast_cli.choices import (
     StepNorm,
 )
 from farcast_cli.errors import UsageError, shell_word
+
+if TYPE_CHECKING:
+    from farcast_cli.engine.reader import Resources
+    from farcast_cli.evaluation.judge import Evaluator
+    from farcast_cli.run.selection import Selection
 
 CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
@@ -336,6 +341,31 @@ def parse_size(text: str | None) -> int | None:
 def device_name(device: str) -> str:
     """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
     return "cpu" if device == "auto" else device
+
+
+def selection_of(
+    directory: Path, include: list[str] | None, exclude: list[str] | None, steps: str | None, pattern: str | None
+) -> Selection:
+    """The part of a run that the options name."""
+    from farcast_cli.run.selection import Selection
+    from farcast_cli.run.steps import parse_steps
+
+    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
+
+
+def evaluator_of(command: str | None, *, maximize: bool, jobs: int, timeout_s: float | None) -> Evaluator | None:
+    """The user's command that judges weights, where there is one."""
+    from farcast_cli.evaluation.judge import Evaluator
+
+    return Evaluator(command, maximize, jobs, timeout_s) if command else None
+
+
+def resources_of(device: str, io: Io, threads: int) -> Resources:
+    """What the command may compute with; called before anything that imports numpy."""
+    num_workers = prepare(device, threads)
+    from farcast_cli.engine.reader import Resources
+
+    return Resources(device_name(device), io, num_workers)
 
 
 def prepare(device: str, threads: int = 0) -> int:

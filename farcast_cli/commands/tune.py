@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, MOMENTUM
+from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, MOMENTUM, ActivationName, LossName
 from farcast_cli.commands.options import (
     ActivationsOption,
     BiasesOption,
@@ -95,8 +95,8 @@ def tune(
     threads: ThreadsOption = 0,
     json_: JsonOption = False,
     quiet: QuietOption = False,
-    verbose: VerboseOption = False,  # noqa: ARG001
-    config: ConfigOption = None,  # noqa: ARG001
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Adapt a wide layer to labelled rows at a small cost per iteration; write it if rows held out are the better for it."""
     num_threads = prepare("cpu", threads)
@@ -109,22 +109,18 @@ def tune(
     with render.progress(quiet=quiet) as progress:
         if apply is not None:
             check_given({"--layer": layer, "--data": data, "--delta-out": delta_out}, {"-o": output}, of="--apply")
-            where: Any = output
-            outcome = apply_deltas(checkpoint, apply, where, rounded, num_threads=num_threads, progress=progress)
+            outcome = apply_deltas(checkpoint, apply, cast("Path", output), rounded, num_threads=num_threads, progress=progress)
         else:
             check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
-            rows: Any = data
-            made_small: Any = loss
-            activations: Any = tuple(activation or ("none",))
             layers = tuple(layer or ())
             method = method_named(tune_method, num_layers=len(layers))
             request = TuneRequest(
                 checkpoint,
                 layers,
-                rows,
-                made_small,
+                cast("Path", data),
+                cast("LossName", loss),
                 tuple(bias or ()),
-                activations,
+                cast("tuple[ActivationName, ...]", tuple(activation or ("none",))),
                 head,
                 head_bias,
                 anchor,

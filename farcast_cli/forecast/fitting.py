@@ -1,30 +1,122 @@
-"""Learning from a run: one pass over a sample of its tensors, and whether its snapshots are those of one run."""
+"""Learning from a run: which of its snapshots, by one pass over a sample of its tensors, and whether they are those of one run."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import MixedRunsError
-from farcast_cli.forecast.accumulate import accumulate
+from farcast_cli.files.place import check_outside
+from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample
 from farcast_cli.forecast.backtest import MAX_HORIZON
-from farcast_cli.forecast.forecaster_file import CopiedRecord, Fitted, Provenance, SnapshotRecord, TensorRecord
+from farcast_cli.forecast.forecaster_file import CopiedRecord, Fitted, Provenance, SnapshotRecord, TensorRecord, save_fitted
+from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
 from farcast_cli.run.alignment import align
+from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
+    from farcast_cli.forecast.backtest import Steadiness
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.ledger import Leap
+    from farcast_cli.run.selection import Selection, Usable
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
+
+    Progress = Callable[[str, int], Callable[[int], None]]
+
+
+@dataclass(frozen=True, slots=True)
+class FitRequest:
+    """What the user asks to be fitted, by `fit` or by a back-test of a folder."""
+
+    selection: Selection
+    num_samples: int | None = DEFAULT_SAMPLE
+    """Of each tensor; None reads all values."""
+    ledger: Path | None = None
+    """The leaps that the run may have resumed from; they are looked up unless the user chose the steps."""
+    resources: Resources = field(default_factory=Resources)
+    output: Path | None = None
+    """The forecaster file to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitPlan:
+    """Which snapshots are fitted, of all that were found, and what a person should know of that."""
+
+    request: FitRequest
+    found: Trajectory
+    history: History
+    """Since the last leap that the run resumed from."""
+    usable: Usable
+    unused: tuple[Leap, ...]
+    """Leaps of the run that were not looked at, since the user chose the steps."""
+    started: float
+    """When, by the monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitOutcome:
+    """What was learned, and what it took."""
+
+    fitted: Fitted
+    steady: Steadiness
+    bytes_read: int
+    seconds: float
+
+
+def plan_fit(request: FitRequest) -> FitPlan:
+    """Choose the snapshots to learn from; reads headers, and of leaps a few values.
+
+    Raises:
+        SnapshotError, FileFormatError: no run that can be learned from.
+        OutputError: the output would lie in the run's folder.
+    """
+    started, chosen = time.monotonic(), request.selection
+    if request.output is not None:
+        check_outside(request.output, chosen.directory)
+    found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
+    leaps = read_leaps(request.ledger, found.directory) if request.ledger else []
+    history = History(found, None, 0) if chosen.steps else since_last_leap(found, leaps, minimum=MIN_SNAPSHOTS)
+    entering = usable(history.trajectory.snapshots, chosen)
+    return FitPlan(request, found, history, entering, tuple(leaps if chosen.steps else ()), started)
+
+
+def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
+    """Learn from the snapshots that were chosen, and write the forecaster file where one is asked for."""
+    request, usable = plan.request, plan.usable
+    trajectory = replace(plan.history.trajectory, snapshots=usable.snapshots, notes=(*plan.found.notes, *usable.notes))
+    bytes_done = []
+    tell = progress("fit", bytes_to_sample(trajectory.snapshots, request.num_samples))
+
+    def count(num_bytes: int) -> None:
+        bytes_done.append(num_bytes)
+        tell(num_bytes)
+
+    fitted = fit(
+        trajectory,
+        include=request.selection.include,
+        exclude=request.selection.exclude,
+        leap=plan.history.leap,
+        num_samples=request.num_samples,
+        resources=request.resources,
+        progress=count,
+    )
+    if request.output is not None:
+        save_fitted(fitted, request.output)
+    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), time.monotonic() - plan.started)
 
 
 def fit(

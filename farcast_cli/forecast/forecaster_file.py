@@ -23,8 +23,10 @@ from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_outside, open_new
 from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading
 from farcast_cli.files.staged import staged
+from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
+from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.pace import Pace
@@ -119,6 +121,15 @@ class Fitted:
         chosen = ~self._batch_norm()
         is_part = chosen.any() and not chosen.all()
         return (self.gram.select(chosen), self.sample.select(chosen)) if is_part else (self.gram, self.sample)
+
+    @property
+    def timeline(self) -> Timeline:
+        """The history as seen from its last snapshot."""
+        return Timeline(self.gram.steps, float(self.steps[-1]))
+
+    def steadiness(self) -> Steadiness:
+        """All that the history says of its drift."""
+        return steadiness(self.judged()[0], self.timeline)
 
     @property
     def copied(self) -> tuple[Copied, ...]:
