@@ -46,17 +46,8 @@ from farcast_cli.forecast.memory import (
 from farcast_cli.forecast.momentum import AGREES, Momentum, Remembered, remember, steered
 from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.timeline import evenly
-from farcast_cli.publish import (
-    check_place,
-    finish,
-    judged_origin,
-    leap_of,
-    only,
-    place_of,
-    plan_forecast,
-    stage,
-    write_candidate,
-)
+from farcast_cli.planning import check_place, place_of, plan_forecast
+from farcast_cli.publish import finish, judged_origin, leap_of, only, stage, write_candidate
 from farcast_cli.request import Outcome, Prepared, Request
 from farcast_cli.results import LeaptOn, MomentumEntry
 from farcast_cli.run.alignment import align, since_last_change

@@ -6,7 +6,6 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,38 +14,24 @@ from typing import TYPE_CHECKING
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.engine.write import Engine, Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
+from farcast_cli.engine.write import Engine
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
+from farcast_cli.evaluation.judge import logs_of
 from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.place import check_outside, sidecar_of
-from farcast_cli.files.staged import Staging, staging
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
-from farcast_cli.forecast.ledger import check_ledger, recorded
+from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.publish import (
-    Progress,
-    check_place,
-    finish,
-    judged_origin,
-    leap_of,
-    only,
-    place_of,
-    plan_forecast,
-    stage,
-    state_of,
-    write_candidate,
-)
+from farcast_cli.planning import check_place, place_of, plan_forecast, state_of
+from farcast_cli.publish import Progress, publish
 from farcast_cli.request import Outcome, Prepared, Request
-from farcast_cli.results import FittedOn
-from farcast_cli.sidecar import compose, write_sidecar
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.base import find_step_in_name, unchanged
+from farcast_cli.trainers.base import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,7 +44,6 @@ if TYPE_CHECKING:
 FALLING = 0.95  # of the rate before; a mean over the horizon below it is a decay
 REPLACED = (0.6, 1.0)  # of the skipped training, by leaps in full length (docs/method.md)
 REPLACED_LATE = (-0.1, 0.8)  # the same of later and of longer leaps
-STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
 def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcome]:
@@ -93,7 +77,7 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
         check_outside(request.ledger, fitted.directory, option="--ledger")
         check_ledger(request.ledger, fitted.directory)
-    written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
+    written = publish(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
     for index, outcome in zip(chosen, written, strict=True):
         outcomes[index] = outcome
     return outcomes
@@ -253,135 +237,3 @@ def _steps_left(fitted: Fitted, request: Request) -> int | None:
     origin = reopen(fitted, _origin_index(fitted, request))
     end = trainer_of(origin).end(origin)
     return None if end is None else end[1] - origin.step
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, progress: Progress
-) -> list[Outcome]:
-    if request.dry_run:
-        return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
-    with staging() as outputs:  # one for all horizons: what fails on the last publishes none
-        write = _write_all if request.evaluator is None else _write_judged
-        with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
-            finished = write(prepared, outcomes, request, fitted, outputs=outputs, progress=progress)
-        leaps = [leap_of(outcome, fitted.directory, request.counters) for outcome in finished if outcome.path]
-        if request.ledger is not None and request.purpose == "resume" and leaps:
-            outputs.alongside(recorded(request.ledger, leaps))
-        progress("sync to disk", 0)
-    return finished
-
-
-def _write_all(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
-) -> list[Outcome]:
-    """Write every horizon in one pass."""
-    staged = [_stage(outputs, prepared, target, request) for target in prepared.targets]
-    places = [place for place, _ in staged]
-    total = sum(total_bytes(plan) for plan in prepared.plans)
-    tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
-    finished = [finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
-    for outcome, (place, note) in zip(finished, staged, strict=True):
-        write_sidecar(place, note, compose(prepared, outcome, request, written=place, fitted_on=_fitted_on(fitted)))
-    return finished
-
-
-def _write_judged(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
-) -> list[Outcome]:
-    """Write every horizon at the strength that the user's command likes best."""
-    return [
-        _write_best(only(prepared, index), outcome, request, fitted, outputs=outputs, progress=progress)
-        for index, outcome in enumerate(outcomes)
-    ]
-
-
-def _fitted_on(fitted: Fitted) -> FittedOn:
-    """What a forecast's sidecar says of the fit."""
-    return FittedOn(
-        snapshots=len(fitted.steps),
-        first_step=fitted.steps[0],
-        last_step=fitted.steps[-1],
-        samples_per_tensor=fitted.provenance.num_samples,
-    )
-
-
-def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:
-    may_stay_empty = request.evaluator is not None
-    is_file, overwrite = prepared.target.is_file, request.overwrite
-    return stage(outputs, target, is_file=is_file, overwrite=overwrite, may_stay_empty=may_stay_empty)
-
-
-def _write_best(
-    prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
-) -> Outcome:
-    """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
-    evaluator, target = request.evaluator, prepared.targets[0]
-    assert evaluator is not None  # noqa: S101 - the caller's branch
-    place, note = _stage(outputs, prepared, target, request)
-    trials, written = _try_strengths(prepared, outcome, request, place, progress)
-    best = best_trial(trials, maximize=evaluator.maximize)
-    outcome = replace(outcome, trials=tuple(trials))
-    if best.strength == 0:
-        reason = f"no strength of the step beats the origin's {best.value:g} by the evaluation command"
-        outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
-        if not request.even_if_worse:
-            return outcome
-    kept, tally = written[best.strength or STRENGTHS[0]]
-    kept.rename(place)
-    finished = finish(prepared, outcome, tally, 0)
-    write_sidecar(place, note, compose(prepared, finished, request, written=place, fitted_on=_fitted_on(fitted)))
-    return finished
-
-
-def _try_strengths(
-    prepared: Prepared, outcome: Outcome, request: Request, place: Path, progress: Progress
-) -> tuple[list[Trial], dict[float, tuple[Path, Tally]]]:
-    """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
-    evaluator, written = request.evaluator, dict[float, tuple[Path, Tally]]()
-    assert evaluator is not None  # noqa: S101 - the caller's branch
-    logs = logs_of(prepared.targets[0])
-    variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
-    with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
-        judge.start(0.0, judged_origin(prepared, place, progress))
-        for strength in STRENGTHS:
-            judge.wait(below=evaluator.num_jobs)
-            _drop_beaten(written, judge.trials, request)
-            candidate = place.parent / f"strength-{strength:g}" / place.name
-            written[strength] = candidate, write_candidate(only(prepared, 0, strength), candidate, progress)
-            judge.start(strength, candidate)
-        judge.wait(below=1)
-        best = best_trial(judge.trials, maximize=evaluator.maximize).strength or STRENGTHS[0]
-        if best in written:
-            judge.check(best, written[best][0])
-        return judge.trials, written
-
-
-def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Trial], request: Request) -> None:
-    """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
-    if not trials or request.evaluator is None:
-        return
-    spared = {best_trial(trials, maximize=request.evaluator.maximize).strength}
-    spared |= {STRENGTHS[0]} if request.even_if_worse else set()
-    for strength in {trial.strength for trial in trials}.intersection(written) - spared:
-        candidate, _ = written.pop(strength)
-        shutil.rmtree(candidate.parent)
-
-
-def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
-    one = only(prepared, index)
-    foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
-    return replace(
-        finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
-        seconds=foretold.seconds,
-        peak_bytes=foretold.peak_bytes,
-        bytes_read=bytes_to_read(one.plans[0], one.engine.source),
-        bytes_written=total_bytes(one.plans[0]),
-    )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())

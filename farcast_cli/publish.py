@@ -1,37 +1,33 @@
-"""Putting forecasts in their places: what may stand there, where they are written first, and what came of it."""
+"""Putting forecasts in their places: written in one pass or judged first, each with its sidecar, and the leap in the ledger."""
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.checkpoint.convert import plan_converted
-from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
-from farcast_cli.choices import DEFAULT_FOLDER
-from farcast_cli.engine.write import total_bytes, write_forecasts
-from farcast_cli.errors import OutputError, UsageError, shell_word
-from farcast_cli.files.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
-from farcast_cli.files.staged import refuse_existing
-from farcast_cli.forecast.ledger import Leap
-from farcast_cli.formats.torch_file import TorchFile
-from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
-from farcast_cli.trainers import trainer_of
+from farcast_cli.engine.write import Tally, bytes_to_read, rehearse, total_bytes, write_forecasts
+from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
+from farcast_cli.files.place import check_ours, check_sidecar_ours, sidecar_of
+from farcast_cli.files.staged import Staging, refuse_existing, staging
+from farcast_cli.forecast.forecaster_file import Fitted
+from farcast_cli.forecast.ledger import Leap, recorded
+from farcast_cli.request import Outcome, Prepared, Request
+from farcast_cli.results import FittedOn
+from farcast_cli.sidecar import compose, write_sidecar
+from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from fractions import Fraction
+    from collections.abc import Sequence
 
-    from farcast_cli.checkpoint.convert import Container
-    from farcast_cli.checkpoint.plan import OutputFile
     from farcast_cli.choices import CountersMode
-    from farcast_cli.engine.write import Tally
     from farcast_cli.files.staged import Staging
     from farcast_cli.request import Outcome, Prepared, Request
-    from farcast_cli.trainers.base import Snapshot
+
+STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """Starts a phase of so many bytes; what it returns is told the bytes done.
@@ -40,93 +36,133 @@ A phase of 0 bytes is one of unknown length, such as a run of the evaluation com
 """
 
 
-def refuse_no_place(output: str) -> None:
-    """Refuse an empty text for a place.
-
-    Raises:
-        UsageError: it is one.
-    """
-    if not output:
-        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
-
-
-def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Container) -> Path:
-    """Where a forecast goes.
-
-    Args:
-        unit: what the number in the run's names counts per step.
-    """
-    name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
-    if request.counters == "advance":
-        name = trainer_of(origin).rename(name, state_of(origin), horizon)
-    name = target.renamed(name, origin)
-    if request.output is None:
-        return DEFAULT_FOLDER / name
-    refuse_no_place(request.output)
-    if len(request.horizons) > 1 or request.output.endswith(os.sep):
-        return Path(request.output) / name
-    ending = target.ending
-    if not request.output.endswith(ending):
-        why = f", as {origin.path.name} does" if target.layout == "same" else ""
-        raise OutputError(
-            f"-o {request.output}: expected a name that ends in {ending}{why}",
-            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
-        )
-    return Path(request.output)
+def publish(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, progress: Progress
+) -> list[Outcome]:
+    if request.dry_run:
+        return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
+    with staging() as outputs:  # one for all horizons: what fails on the last publishes none
+        write = _write_all if request.evaluator is None else _write_judged
+        with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
+            finished = write(prepared, outcomes, request, fitted, outputs=outputs, progress=progress)
+        leaps = [leap_of(outcome, fitted.directory, request.counters) for outcome in finished if outcome.path]
+        if request.ledger is not None and request.purpose == "resume" and leaps:
+            outputs.alongside(recorded(request.ledger, leaps))
+        progress("sync to disk", 0)
+    return finished
 
 
-def state_of(origin: Snapshot) -> object:
-    """The object tree of a checkpoint that is one torch file."""
-    content = origin.parts[0].content
-    return content.tree if isinstance(content, TorchFile) else None
+def _write_all(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
+) -> list[Outcome]:
+    """Write every horizon in one pass."""
+    staged = [_stage(outputs, prepared, target, request) for target in prepared.targets]
+    places = [place for place, _ in staged]
+    total = sum(total_bytes(plan) for plan in prepared.plans)
+    tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
+    finished = [finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
+    for outcome, (place, note) in zip(finished, staged, strict=True):
+        write_sidecar(place, note, compose(prepared, outcome, request, written=place, fitted_on=_fitted_on(fitted)))
+    return finished
 
 
-def plan_forecast(
-    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Container
-) -> tuple[Advanced, tuple[OutputFile, ...]]:
-    """The trainer's state at the later step, and the files of the forecast.
-
-    Args:
-        history: the last few snapshots up to the origin.
-        index_of: the numbers of the tensors that are forecast.
-    """
-    origin = history[-1]
-    if request.purpose == "resume":
-        check_end(origin, horizon, request)
-    counters = request.counters if horizon else "keep"
-    with told_as_damage(origin):
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
-    if target.is_weights_only:
-        moved = Advanced(moved.trees)  # what else was done is not written
-    counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
-    moved.changes.extend(counts.values())
-    step = origin.step + (horizon if counters == "advance" else 0)
-    mirror = request.purpose == "evaluation"
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
-    return moved, tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin))
+def _write_judged(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
+) -> list[Outcome]:
+    """Write every horizon at the strength that the user's command likes best."""
+    return [
+        _write_best(only(prepared, index), outcome, request, fitted, outputs=outputs, progress=progress)
+        for index, outcome in enumerate(outcomes)
+    ]
 
 
-def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
-    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid, end = origin.step + horizon, trainer_of(origin).end(origin)
-    if request.counters == "advance" and end is not None and end[1] <= valid:
-        longest = end[1] - origin.step - 1
-        raise UsageError(
-            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
-            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
-            + "--counters keep leaps the weights alone; --for evaluation does not resume",
-        )
+def _fitted_on(fitted: Fitted) -> FittedOn:
+    """What a forecast's sidecar says of the fit."""
+    return FittedOn(
+        snapshots=len(fitted.steps),
+        first_step=fitted.steps[0],
+        last_step=fitted.steps[-1],
+        samples_per_tensor=fitted.provenance.num_samples,
+    )
 
 
-def check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
-    """Never inside the run's folder, and never over something that farcast did not write."""
-    check_outside(target, run)
-    if not overwrite:
-        refuse_existing(target)
-    elif os.path.lexists(target):
-        check_ours(target, is_file=is_file)
-    if is_file and os.path.lexists(sidecar_of(target, is_file=True)):
-        check_sidecar_ours(sidecar_of(target, is_file=True))
+def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:
+    may_stay_empty = request.evaluator is not None
+    is_file, overwrite = prepared.target.is_file, request.overwrite
+    return stage(outputs, target, is_file=is_file, overwrite=overwrite, may_stay_empty=may_stay_empty)
+
+
+def _write_best(
+    prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
+) -> Outcome:
+    """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
+    evaluator, target = request.evaluator, prepared.targets[0]
+    assert evaluator is not None  # noqa: S101 - the caller's branch
+    place, note = _stage(outputs, prepared, target, request)
+    trials, written = _try_strengths(prepared, outcome, request, place, progress)
+    best = best_trial(trials, maximize=evaluator.maximize)
+    outcome = replace(outcome, trials=tuple(trials))
+    if best.strength == 0:
+        reason = f"no strength of the step beats the origin's {best.value:g} by the evaluation command"
+        outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
+        if not request.even_if_worse:
+            return outcome
+    kept, tally = written[best.strength or STRENGTHS[0]]
+    kept.rename(place)
+    finished = finish(prepared, outcome, tally, 0)
+    write_sidecar(place, note, compose(prepared, finished, request, written=place, fitted_on=_fitted_on(fitted)))
+    return finished
+
+
+def _try_strengths(
+    prepared: Prepared, outcome: Outcome, request: Request, place: Path, progress: Progress
+) -> tuple[list[Trial], dict[float, tuple[Path, Tally]]]:
+    """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
+    evaluator, written = request.evaluator, dict[float, tuple[Path, Tally]]()
+    assert evaluator is not None  # noqa: S101 - the caller's branch
+    logs = logs_of(prepared.targets[0])
+    variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
+    with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
+        judge.start(0.0, judged_origin(prepared, place, progress))
+        for strength in STRENGTHS:
+            judge.wait(below=evaluator.num_jobs)
+            _drop_beaten(written, judge.trials, request)
+            candidate = place.parent / f"strength-{strength:g}" / place.name
+            written[strength] = candidate, write_candidate(only(prepared, 0, strength), candidate, progress)
+            judge.start(strength, candidate)
+        judge.wait(below=1)
+        best = best_trial(judge.trials, maximize=evaluator.maximize).strength or STRENGTHS[0]
+        if best in written:
+            judge.check(best, written[best][0])
+        return judge.trials, written
+
+
+def _drop_beaten(written: dict[float, tuple[Path, Tally]], trials: Sequence[Trial], request: Request) -> None:
+    """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
+    if not trials or request.evaluator is None:
+        return
+    spared = {best_trial(trials, maximize=request.evaluator.maximize).strength}
+    spared |= {STRENGTHS[0]} if request.even_if_worse else set()
+    for strength in {trial.strength for trial in trials}.intersection(written) - spared:
+        candidate, _ = written.pop(strength)
+        shutil.rmtree(candidate.parent)
+
+
+def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
+    one = only(prepared, index)
+    foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
+    return replace(
+        finish(prepared, outcome, Tally(unchanged=[0] * len(prepared.plans)), index),
+        seconds=foretold.seconds,
+        peak_bytes=foretold.peak_bytes,
+        bytes_read=bytes_to_read(one.plans[0], one.engine.source),
+        bytes_written=total_bytes(one.plans[0]),
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
 def stage(

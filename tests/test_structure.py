@@ -115,6 +115,7 @@ ORDER = (
     "forecast.memory",
     "verify",
     "request",
+    "planning",
     "sidecar",
     "publish",
     "predict",

@@ -152,7 +152,7 @@ def leap(
 
 
 def _check(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:
-    from farcast_cli.publish import refuse_no_place
+    from farcast_cli.planning import refuse_no_place
 
     for option, number in (("gain", gain), ("max-gain", max_gain)):
         if number is not None and not 0 < number <= MAX_GAIN:

@@ -1,0 +1,115 @@
+"""What a request comes to before anything is written: places, the trainer's state at the later step, the files of a forecast."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farcast_cli.checkpoint.convert import plan_converted
+from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
+from farcast_cli.choices import DEFAULT_FOLDER
+from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.files.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
+from farcast_cli.files.staged import refuse_existing
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.trainers import trainer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from fractions import Fraction
+
+    from farcast_cli.checkpoint.convert import Container
+    from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.request import Request
+    from farcast_cli.trainers.base import Snapshot
+
+
+def refuse_no_place(output: str) -> None:
+    """Refuse an empty text for a place.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if not output:
+        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+
+
+def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Container) -> Path:
+    """Where a forecast goes.
+
+    Args:
+        unit: what the number in the run's names counts per step.
+    """
+    name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
+    if request.counters == "advance":
+        name = trainer_of(origin).rename(name, state_of(origin), horizon)
+    name = target.renamed(name, origin)
+    if request.output is None:
+        return DEFAULT_FOLDER / name
+    refuse_no_place(request.output)
+    if len(request.horizons) > 1 or request.output.endswith(os.sep):
+        return Path(request.output) / name
+    ending = target.ending
+    if not request.output.endswith(ending):
+        why = f", as {origin.path.name} does" if target.layout == "same" else ""
+        raise OutputError(
+            f"-o {request.output}: expected a name that ends in {ending}{why}",
+            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
+        )
+    return Path(request.output)
+
+
+def state_of(origin: Snapshot) -> object:
+    """The object tree of a checkpoint that is one torch file."""
+    content = origin.parts[0].content
+    return content.tree if isinstance(content, TorchFile) else None
+
+
+def plan_forecast(
+    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Container
+) -> tuple[Advanced, tuple[OutputFile, ...]]:
+    """The trainer's state at the later step, and the files of the forecast.
+
+    Args:
+        history: the last few snapshots up to the origin.
+        index_of: the numbers of the tensors that are forecast.
+    """
+    origin = history[-1]
+    if request.purpose == "resume":
+        check_end(origin, horizon, request)
+    counters = request.counters if horizon else "keep"
+    with told_as_damage(origin):
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+    if target.is_weights_only:
+        moved = Advanced(moved.trees)  # what else was done is not written
+    counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
+    moved.changes.extend(counts.values())
+    step = origin.step + (horizon if counters == "advance" else 0)
+    mirror = request.purpose == "evaluation"
+    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
+    return moved, tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin))
+
+
+def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
+    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
+    valid, end = origin.step + horizon, trainer_of(origin).end(origin)
+    if request.counters == "advance" and end is not None and end[1] <= valid:
+        longest = end[1] - origin.step - 1
+        raise UsageError(
+            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
+            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
+            + "--counters keep leaps the weights alone; --for evaluation does not resume",
+        )
+
+
+def check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
+    """Never inside the run's folder, and never over something that farcast did not write."""
+    check_outside(target, run)
+    if not overwrite:
+        refuse_existing(target)
+    elif os.path.lexists(target):
+        check_ours(target, is_file=is_file)
+    if is_file and os.path.lexists(sidecar_of(target, is_file=True)):
+        check_sidecar_ours(sidecar_of(target, is_file=True))
