@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 from farcast_cli.checkpoint.convert import plan_converted
 from farcast_cli.checkpoint.plan import Rewrite, forecast_name, with_modes
 from farcast_cli.choices import DEFAULT_FOLDER
+from farcast_cli.engine.write import Engine
 from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.evaluation.judge import logs_of
+from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.place import check_ours, check_outside, check_sidecar_ours, sidecar_of
 from farcast_cli.files.staged import refuse_existing
+from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.request import Prepared, Start
 from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
 from farcast_cli.trainers import trainer_of
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.plan import OutputFile
+    from farcast_cli.engine.batch import Inputs
     from farcast_cli.request import Request
     from farcast_cli.trainers.base import Snapshot
 
@@ -36,7 +42,7 @@ def refuse_no_place(output: str) -> None:
         raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
 
 
-def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Container) -> Path:
+def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, container: Container) -> Path:
     """Where a forecast goes.
 
     Args:
@@ -45,15 +51,15 @@ def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, t
     name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
     if request.counters == "advance":
         name = trainer_of(origin).rename(name, state_of(origin), horizon)
-    name = target.renamed(name, origin)
+    name = container.renamed(name, origin)
     if request.output is None:
         return DEFAULT_FOLDER / name
     refuse_no_place(request.output)
     if len(request.horizons) > 1 or request.output.endswith(os.sep):
         return Path(request.output) / name
-    ending = target.ending
+    ending = container.ending
     if not request.output.endswith(ending):
-        why = f", as {origin.path.name} does" if target.layout == "same" else ""
+        why = f", as {origin.path.name} does" if container.layout == "same" else ""
         raise OutputError(
             f"-o {request.output}: expected a name that ends in {ending}{why}",
             hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
@@ -67,36 +73,65 @@ def state_of(origin: Snapshot) -> object:
     return content.tree if isinstance(content, TorchFile) else None
 
 
-def plan_forecast(
-    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Container
-) -> tuple[Advanced, tuple[OutputFile, ...]]:
-    """The trainer's state at the later step, and the files of the forecast.
+def start_at(origin: Snapshot, index: int, request: Request) -> Start:
+    """Where the forecasts of a request begin."""
+    return Start(origin, index, trainer_of(origin).end(origin) if request.purpose == "resume" else None)
+
+
+def prepare(
+    request: Request,
+    start: Start,
+    history: Sequence[Snapshot],
+    inputs: Inputs,
+    horizons: Sequence[int],
+    *,
+    container: Container,
+    paths: Sequence[Path],
+    snapshots: Sequence[Snapshot],
+) -> Prepared:
+    """Plan the files of every horizon.
 
     Args:
         history: the last few snapshots up to the origin.
-        index_of: the numbers of the tensors that are forecast.
+        paths: where the forecasts go.
+        snapshots: those that are read.
     """
-    origin = history[-1]
-    if request.purpose == "resume":
-        check_end(origin, horizon, request)
+    index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
+    planned = [_plan(request, start, history, horizon, index_of=index_of, container=container) for horizon in horizons]
+    advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
+    engine = Engine(inputs, request.resources)
+    return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin)
+
+
+def _plan(
+    request: Request,
+    start: Start,
+    history: Sequence[Snapshot],
+    horizon: int,
+    *,
+    index_of: Mapping[str, int],
+    container: Container,
+) -> tuple[Advanced, tuple[OutputFile, ...]]:
+    """The trainer's state at the later step, and the files of the forecast."""
+    _check_end(request, start, horizon)
     counters = request.counters if horizon else "keep"
-    with told_as_damage(origin):
+    with told_as_damage(start.origin):
         moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
-    if target.is_weights_only:
+    if container.is_weights_only:
         moved = Advanced(moved.trees)  # what else was done is not written
     counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
     moved.changes.extend(counts.values())
-    step = origin.step + (horizon if counters == "advance" else 0)
+    step = start.origin.step + (horizon if counters == "advance" else 0)
     mirror = request.purpose == "evaluation"
     rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
-    return moved, tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin))
+    return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
 
 
-def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
+def _check_end(request: Request, start: Start, horizon: int) -> None:
     """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid, end = origin.step + horizon, trainer_of(origin).end(origin)
+    valid, end = start.origin.step + horizon, start.end
     if request.counters == "advance" and end is not None and end[1] <= valid:
-        longest = end[1] - origin.step - 1
+        longest = end[1] - start.origin.step - 1
         raise UsageError(
             f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
             hint=(f"--horizon {longest} or less; " if longest > 0 else "")
@@ -104,7 +139,35 @@ def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
         )
 
 
-def check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
+def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool) -> None:
+    """See that forecasts may be put there, and remove what an interrupted call left of them.
+
+    Raises:
+        OutputError: a place inside the run's folder, or what farcast did not write stands there.
+    """
+    if not request.dry_run:
+        for path in paths:
+            clear_forecast(path)
+    for path in paths:
+        _check_place(path, run, overwrite=request.overwrite, is_file=is_file)
+        if request.evaluator:
+            check_outside(logs_of(path), run)
+
+
+def clear_forecast(path: Path) -> None:
+    """Remove what an interrupted call left of a forecast and of its sidecar."""
+    clear_left(path)
+    clear_left(sidecar_of(path, is_file=True))
+
+
+def check_ledger_of(request: Request, run: Path) -> None:
+    """See that leaps can be recorded, where they will be."""
+    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
+        check_outside(request.ledger, run, option="--ledger")
+        check_ledger(request.ledger, run)
+
+
+def _check_place(target: Path, run: Path, *, overwrite: bool, is_file: bool) -> None:
     """Never inside the run's folder, and never over something that farcast did not write."""
     check_outside(target, run)
     if not overwrite:

@@ -89,13 +89,29 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """Where forecasts begin, found once for a request: the origin, and what its trainer's state says of the run."""
+
+    origin: Snapshot
+    index: int
+    """Of the origin in the history."""
+    end: tuple[str, int] | None = None
+    """What ends the run, and at which step, if the trainer's state tells and training is to go on."""
+
+    @property
+    def steps_left(self) -> int | None:
+        """To the end of the run."""
+        return None if self.end is None else self.end[1] - self.origin.step
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """All horizons planned and nothing written yet."""
 
     engine: Engine
     plans: tuple[tuple[OutputFile, ...], ...]
     advanced: tuple[Advanced, ...]
-    target: Container
-    targets: tuple[Path, ...]
+    container: Container
+    paths: tuple[Path, ...]
     snapshots: tuple[Snapshot, ...]
     origin: Snapshot

@@ -21,6 +21,7 @@ from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.predict import predict
+from farcast_cli.progress import silent
 from farcast_cli.request import Outcome, Request
 from farcast_cli.run.trajectory import discover
 
@@ -172,4 +173,4 @@ def predict_run(
 ) -> list[Outcome]:
     """Forecast whatever the verdict, unless the request says otherwise."""
     asked = {"even_if_worse": True, "output": str(output), "resources": Resources(device, io, num_threads), **request}
-    return predict(fitted, Request(tuple(horizons), **asked), lambda _phase, _total: lambda _done: None)
+    return predict(fitted, Request(tuple(horizons), **asked), silent)

@@ -39,7 +39,7 @@ from farcast_cli.commands.options import (
 from farcast_cli.errors import NoForecastError, UsageError
 
 if TYPE_CHECKING:
-    from farcast_cli.leap import Leapt
+    from farcast_cli.leap.ask import Leapt
 
 EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
@@ -120,8 +120,8 @@ def leap(
     """
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
-    from farcast_cli.leap import Ask
-    from farcast_cli.leap import leap as run
+    from farcast_cli.leap.ask import Ask
+    from farcast_cli.leap.call import leap as run
     from farcast_cli.request import Request
 
     _check(every=every, gain=gain, max_gain=max_gain, output=output)

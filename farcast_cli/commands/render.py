@@ -20,6 +20,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from farcast_cli.errors import printable, shell_word, visible
+from farcast_cli.progress import silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.significance import Significance
+    from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome
     from farcast_cli.results import Answer, VerifyAnswer
     from farcast_cli.run.alignment import Copied
@@ -105,13 +107,13 @@ def schema(content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress(*, quiet: bool) -> Iterator[Progress]:
     """A bar with bytes, rate and time left for each phase, on a terminal; silence elsewhere.
 
     A phase of no known length has its name and the time since its start, until it is told anything.
     """
     if quiet or not sys.stderr.isatty():
-        yield lambda _phase, _total: lambda _done: None
+        yield silent
         return
     from rich import progress as rich
 

@@ -31,11 +31,10 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.backtest import Steadiness
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.ledger import Leap
+    from farcast_cli.progress import Progress
     from farcast_cli.run.selection import Selection, Usable
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
-
-    Progress = Callable[[str, int], Callable[[int], None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,16 +27,16 @@ from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
 from farcast_cli.tune.write import Writing, check_kept, check_moved, check_place, write_tuned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from farcast_cli.choices import ActivationName, LossName
+    from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.data import Data, Splits
     from farcast_cli.tune.delta import Delta
     from farcast_cli.tune.weight import Weight
 
-    Progress = Callable[[str, int], Callable[[int], None]]
 
 MAX_HEAD_BYTES = 128 << 20
 """Of a head in float64, which every iteration uses whole."""
