@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import training
 
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.forecast.forecaster import Options, Scope, Task, forecast
-from farcast_cli.forecast.forecaster_file import fit as fit_run
+from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.forecast.fitting import fit as fit_run
+from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.lfd2 import fit_lfd2
 from farcast_cli.forecast.methods import METHODS
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from store import Cell
     from tasks import Spec
+
+    from farcast_cli.choices import Scope
 
     Forecaster = Callable[["Runs", float], NDArray[np.float64]]
 

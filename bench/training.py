@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from store import OUT, Cell
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.forecast.forecaster_file import fit as fit_run
+from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.forecast.fitting import fit as fit_run
 from farcast_cli.forecast.forecaster_file import load_fitted, save_fitted
 from farcast_cli.run.trajectory import discover
 

@@ -35,8 +35,7 @@ from farcast_cli.tune.weight import find_weight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from farcast_cli.tune.objective import ActivationName, LossName
-    from farcast_cli.tune.one_layer import SolverName
+    from farcast_cli.choices import ActivationName, LossName, SolverName
 
     Array = NDArray[np.float64]
 

@@ -30,7 +30,7 @@ from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.weight import find_weight
 
 if TYPE_CHECKING:
-    from farcast_cli.tune.objective import ActivationName
+    from farcast_cli.choices import ActivationName
 
 NUM_ROWS, NUM_INPUTS, ITERATIONS = 16, 256, 60
 CASES: tuple[tuple[ActivationName, float, float], ...] = (

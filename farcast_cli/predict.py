@@ -1,4 +1,4 @@
-"""From a fitted forecaster to a published checkpoint: decide, plan, write in one pass, advance the trainer, rename.
+"""From a fitted forecaster to a published checkpoint: what to forecast, whether to, and from which files.
 
 The order matters: everything that can be refused is refused before the first byte is written.
 """
@@ -6,61 +6,39 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.checkpoint.convert import settle
-from farcast_cli.engine.batch import Counts, Inputs
+from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.engine.reader import Resources
-from farcast_cli.engine.write import Engine, bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.evaluation.judge import Judge, Trial, best_trial, logs_of
-from farcast_cli.files.place import check_outside, check_place
-from farcast_cli.files.staged import Staging, staging
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
-from farcast_cli.forecast.ledger import check_ledger, recorded
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.publish import (
-    Progress,
-    existing_check,
-    finish,
-    judged_origin,
-    leap_of,
-    only,
-    place_of,
-    plan_forecast,
-    stage,
-    state_of,
-    write_candidate,
-)
-from farcast_cli.request import Outcome, Prepared, Request
+from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
+from farcast_cli.publish import publish
+from farcast_cli.request import Outcome, Prepared, Request, Start
 from farcast_cli.results import FittedOn
-from farcast_cli.sidecar import compose, write_sidecar
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.base import unchanged
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from farcast_cli.forecast.backtest import Decision
+    from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
 
 FALLING = 0.95  # of the rate before; a mean over the horizon below it is a decay
 REPLACED = (0.6, 1.0)  # of the skipped training, by leaps in full length (docs/method.md)
 REPLACED_LATE = (-0.1, 0.8)  # the same of later and of longer leaps
-STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
 def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcome]:
@@ -72,45 +50,62 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
-    steps_left = _steps_left(fitted, request)
-    method, request, notes = _settle(fitted, request, steps_left)
-    tasks = [_task(fitted, request, horizon) for horizon in request.horizons]
-    decisions = [decide(method, _judged(fitted, task), request.purpose) for task in tasks]
-    origin_step = int(tasks[0].timeline.origin)
-    if steps_left is not None and steps_left <= 1:
-        reason = f"the run ends at step {origin_step + steps_left}, and a leap needs training after it"
-        decisions = [replace(decision, verdict="abstain", reason=reason) for decision in decisions]
+    index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    if request.to_step is not None:
+        request = replace(request, horizons=(request.to_step - fitted.steps[index],))
+    start = _open(fitted, index, request) if _ends_with_the_run(request) else None
+    method, request, notes = _settle(fitted, request, index, start)
+    tasks = [_task(fitted, request, index, horizon) for horizon in request.horizons]
+    decisions = [_decide(method, _judged(fitted, task), request, start) for task in tasks]
     outcomes = [
-        Outcome(int(task.horizon), origin_step, method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes)
+        Outcome(
+            int(task.horizon), fitted.steps[index], method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes
+        )
         for task, decision in zip(tasks, decisions, strict=True)
     ]
     chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
-    if not chosen:
+    if not chosen:  # no file of the run need be there
         return outcomes
+    start = start or _open(fitted, index, request)
     steps = [forecast(method, tasks[i]) for i in chosen]
-    prepared = _prepare(fitted, request, [request.horizons[i] for i in chosen], steps)
-    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
-        check_outside(request.ledger, fitted.directory, option="--ledger")
-        check_ledger(request.ledger, fitted.directory)
-    written = _write(prepared, [outcomes[i] for i in chosen], request, fitted, progress)
-    for index, outcome in zip(chosen, written, strict=True):
-        outcomes[index] = outcome
+    prepared = _prepare(fitted, request, start, [request.horizons[i] for i in chosen], LinearMap.from_updates(steps, index))
+    check_ledger_of(request, fitted.directory)
+    supported = [outcomes[i] for i in chosen]
+    written = publish(prepared, supported, request, run=fitted.directory, on=_fitted_on(fitted), progress=progress)
+    for i, outcome in zip(chosen, written, strict=True):
+        outcomes[i] = outcome
     return outcomes
 
 
-def _settle(fitted: Fitted, request: Request, steps_left: int | None) -> tuple[Method, Request, tuple[str, ...]]:
-    """The method, the request with its horizons, and what was chosen for the user in words."""
+# --- the decision ----------------------------------------------------------------------------------------------------
+
+
+def _open(fitted: Fitted, index: int, request: Request) -> Start:
+    return start_at(reopen(fitted, index), index, request)
+
+
+def _ends_with_the_run(request: Request) -> bool:
+    """Whether a horizon is proposed, and the trainer's state limits it."""
+    return not request.horizons and request.purpose == "resume" and request.counters == "advance"
+
+
+def _settle(fitted: Fitted, request: Request, index: int, start: Start | None) -> tuple[Method, Request, tuple[str, ...]]:
+    """The method, the request with its horizons, and what was chosen for the user in words.
+
+    Args:
+        start: where a proposal must end with the run, and on an epoch's end where it can.
+    """
     notes = []
     default = default_method(request.purpose, horizon=request.horizons[0] if request.horizons else None)
-    first = _judged(fitted, _task(fitted, request, request.horizons[0] if request.horizons else 1))
-    after_leap = fitted.provenance.leap is not None
+    first = _judged(fitted, _task(fitted, request, index, request.horizons[0] if request.horizons else 1))
+    leap = fitted.provenance.leap
     if not request.horizons:
         known = find_method(request.method) if request.method not in {None, AUTO} else default
-        horizon = propose_horizon(known, first, request.purpose, after_leap=after_leap, steps_left=steps_left)
-        if request.purpose == "resume" and request.counters == "advance":
-            horizon = _whole_epochs(reopen(fitted, _origin_index(fitted, request)), horizon)
+        left = start.steps_left if start else None
+        horizon = propose_horizon(known, first, request.purpose, after_leap=leap is not None, steps_left=left)
+        horizon = _whole_epochs(start.origin, horizon) if start else horizon
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
-        since = f" since the leap to step {fitted.provenance.leap.resumes_after}" if fitted.provenance.leap else ""
+        since = f" since the leap to step {leap.resumes_after}" if leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
         notes.append(f"horizon {horizon}: {share if horizon else 'the run as it is at the origin'}")
     method, why = choose_method(request.method or default.name, first, request.purpose)
@@ -129,6 +124,77 @@ def _whole_epochs(origin: Snapshot, horizon: int) -> int:
 def _judged(fitted: Fitted, task: Task) -> Task:
     gram, sample = fitted.judged()
     return replace(task, gram=gram, sample=sample)
+
+
+def _task(fitted: Fitted, request: Request, index: int, horizon: int) -> Task:
+    if index == 0:
+        raise UsageError(f"--origin {request.origin_step}: the first snapshot has no history")
+    if not (math.isfinite(request.options.scale) and request.options.scale > 0):
+        raise UsageError(f"--scale {request.options.scale}: expected a positive number")
+    if horizon < (request.purpose == "resume"):
+        raise UsageError(f"horizon {horizon}: expected a step after the origin, {fitted.steps[index]}")
+    timeline = Timeline(fitted.gram.steps, float(fitted.steps[index]))
+    pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
+    anneals = request.purpose == "resume" and request.clock is None
+    device = request.resources.device
+    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, device, pace, anneals)
+
+
+def _decide(method: Method, task: Task, request: Request, start: Start | None) -> Decision:
+    decision = decide(method, task, request.purpose)
+    left = start.steps_left if start else None
+    if left is None or left > 1:
+        return decision
+    end = int(task.timeline.origin) + left
+    return replace(decision, verdict="abstain", reason=f"the run ends at step {end}, and a leap needs training after it")
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[int], linear: LinearMap) -> Prepared:
+    opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
+    container = settle(start.origin, request.layout)
+    paths = [place_of(request, start.origin, horizon, _name_unit(fitted), container) for horizon in horizons]
+    claim(paths, fitted.directory, request, is_file=container.is_file)
+    used = [opened[index] for index in linear.used]
+    inputs = Inputs(realign(fitted, used), linear.restrict(linear.used))
+    history = _history(fitted, opened, start.index)
+    return prepare(request, start, history, inputs, horizons, container=container, paths=paths, snapshots=used)
+
+
+def _history(fitted: Fitted, opened: Mapping[int, Snapshot], last: int) -> list[Snapshot]:
+    """The last few snapshots up to the origin; older ones that have been rotated away are not needed."""
+    found = []
+    for index in range(max(0, last - HISTORY + 1), last + 1):
+        if index in opened:
+            found.append(opened[index])
+        elif (fitted.directory / fitted.provenance.snapshots[index].path).exists():
+            found.append(reopen(fitted, index))
+    return found
+
+
+def _name_unit(fitted: Fitted) -> Fraction:
+    """What the numbers in the snapshots' names count per step: 1, or less where a name is a save index."""
+    found = [(record.step, find_step_in_name(Path(record.path).name)) for record in fitted.provenance.snapshots]
+    numbers = [(step, int(match[1])) for step, match in found if match]
+    if len(numbers) < 2 or numbers[0][0] == numbers[-1][0]:  # noqa: PLR2004 - a rate takes two
+        return Fraction(1)
+    (first, low), (last, high) = numbers[0], numbers[-1]
+    return Fraction(high - low, last - first)
+
+
+def _fitted_on(fitted: Fitted) -> FittedOn:
+    """What a forecast's sidecar says of the fit."""
+    return FittedOn(
+        snapshots=len(fitted.steps),
+        first_step=fitted.steps[0],
+        last_step=fitted.steps[-1],
+        samples_per_tensor=fitted.provenance.num_samples,
+    )
+
+
+# --- what to know of it ----------------------------------------------------------------------------------------------
 
 
 def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome]) -> list[str]:
@@ -173,212 +239,3 @@ def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
         " at the end of the schedule; the control tells how much yours does:"
         f" farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
     )
-
-
-def _origin_index(fitted: Fitted, request: Request) -> int:
-    return len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
-
-
-def _task(fitted: Fitted, request: Request, horizon: int) -> Task:
-    steps, last = fitted.gram.steps, _origin_index(fitted, request)
-    if last == 0:
-        raise UsageError(f"--origin {request.origin_step}: the first snapshot has no history")
-    if not (math.isfinite(request.options.scale) and request.options.scale > 0):
-        raise UsageError(f"--scale {request.options.scale}: expected a positive number")
-    if horizon < (request.purpose == "resume"):
-        raise UsageError(f"horizon {horizon}: expected a step after the origin, {int(steps[last])}")
-    timeline = Timeline(steps, float(steps[last]))
-    pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
-    anneals = request.purpose == "resume" and request.clock is None
-    return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, request.device, pace, anneals)
-
-
-# --- planning --------------------------------------------------------------------------------------------------------
-
-
-def _prepare(fitted: Fitted, request: Request, horizons: Sequence[int], steps: Sequence[NDArray[np.float64]]) -> Prepared:
-    last = _origin_index(fitted, request)
-    linear = LinearMap.from_updates(steps, last)
-    snapshots = {index: reopen(fitted, index) for index in linear.used}
-    origin = snapshots[last]
-    history = _history(fitted, snapshots, last)
-    target = settle(origin, request.layout)
-    places = [place_of(request, origin, horizon, _name_unit(fitted), target) for horizon in horizons]
-    existing, clears = existing_check(overwrite=request.overwrite, is_file=target.is_file), not request.dry_run
-    for place in places:
-        check_place(place, run=fitted.directory, existing=existing, has_sidecar_beside=target.is_file, clears=clears)
-        if request.evaluator:
-            check_outside(logs_of(place), fitted.directory)
-    alignment = realign(fitted, [snapshots[index] for index in linear.used])
-    index_of = {tensor.name: index for index, tensor in enumerate(alignment.tensors)}
-    advanced, plans = [], []
-    for horizon in horizons:
-        moved, plan = plan_forecast(history, horizon, request, index_of, target)
-        advanced.append(moved)
-        plans.append(plan)
-    resources = Resources(request.device, request.io, request.num_threads)
-    engine = Engine(Inputs(alignment, linear.restrict(linear.used)), resources)
-    used = tuple(snapshots[index] for index in linear.used)
-    return Prepared(engine, tuple(plans), tuple(advanced), target, tuple(places), used, origin)
-
-
-def _history(fitted: Fitted, opened: dict[int, Snapshot], last: int) -> list[Snapshot]:
-    """The last few snapshots up to the origin; older ones that have been rotated away are not needed."""
-    found = []
-    for index in range(max(0, last - HISTORY + 1), last + 1):
-        if index in opened:
-            found.append(opened[index])
-        elif (fitted.directory / fitted.provenance.snapshots[index].path).exists():
-            found.append(reopen(fitted, index))
-    return found
-
-
-def _name_unit(fitted: Fitted) -> Fraction:
-    """What the numbers in the snapshots' names count per step: 1, or less where a name is a save index."""
-    found = [(record.step, find_step_in_name(Path(record.path).name)) for record in fitted.provenance.snapshots]
-    numbers = [(step, int(match[1])) for step, match in found if match]
-    if len(numbers) < 2 or numbers[0][0] == numbers[-1][0]:  # noqa: PLR2004 - a rate takes two
-        return Fraction(1)
-    (first, low), (last, high) = numbers[0], numbers[-1]
-    return Fraction(high - low, last - first)
-
-
-def _steps_left(fitted: Fitted, request: Request) -> int | None:
-    """How many steps the run still has before it, where its trainer's state tells and a proposal needs to know."""
-    if request.horizons or request.purpose != "resume" or request.counters != "advance":
-        return None
-    origin = reopen(fitted, _origin_index(fitted, request))
-    end = trainer_of(origin).end(origin)
-    return None if end is None else end[1] - origin.step
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, progress: Progress
-) -> list[Outcome]:
-    if request.dry_run:
-        return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
-    with staging() as outputs:  # one for all horizons: what fails on the last publishes none
-        write = _write_all if request.evaluator is None else _write_judged
-        with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
-            finished = write(prepared, outcomes, request, fitted, outputs=outputs, progress=progress)
-        leaps = [leap_of(outcome, fitted.directory, request.counters) for outcome in finished if outcome.path]
-        if request.ledger is not None and request.purpose == "resume" and leaps:
-            outputs.alongside(recorded(request.ledger, leaps))
-        progress("sync to disk", 0)
-    return finished
-
-
-def _write_all(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
-) -> list[Outcome]:
-    """Write every horizon in one pass."""
-    staged = [_stage(outputs, prepared, target, request) for target in prepared.targets]
-    places = [place for place, _ in staged]
-    total = sum(total_bytes(plan) for plan in prepared.plans)
-    tally = write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", total))
-    finished = [finish(prepared, outcome, tally, index) for index, outcome in enumerate(outcomes)]
-    for outcome, (place, note) in zip(finished, staged, strict=True):
-        write_sidecar(place, note, compose(prepared, outcome, request, written=place, fitted_on=_fitted_on(fitted)))
-    return finished
-
-
-def _write_judged(
-    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
-) -> list[Outcome]:
-    """Write every horizon at the strength that the user's command likes best."""
-    return [
-        _write_best(only(prepared, index), outcome, request, fitted, outputs=outputs, progress=progress)
-        for index, outcome in enumerate(outcomes)
-    ]
-
-
-def _fitted_on(fitted: Fitted) -> FittedOn:
-    """What a forecast's sidecar says of the fit."""
-    return FittedOn(
-        snapshots=len(fitted.steps),
-        first_step=fitted.steps[0],
-        last_step=fitted.steps[-1],
-        samples_per_tensor=fitted.provenance.num_samples,
-    )
-
-
-def _stage(outputs: Staging, prepared: Prepared, target: Path, request: Request) -> tuple[Path, Path | None]:
-    may_stay_empty = request.evaluator is not None
-    is_file, overwrite = prepared.target.is_file, request.overwrite
-    return stage(outputs, target, is_file=is_file, overwrite=overwrite, may_stay_empty=may_stay_empty)
-
-
-def _write_best(
-    prepared: Prepared, outcome: Outcome, request: Request, fitted: Fitted, *, outputs: Staging, progress: Progress
-) -> Outcome:
-    """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
-    evaluator, target = request.evaluator, prepared.targets[0]
-    assert evaluator is not None  # noqa: S101 - the caller's branch
-    place, note = _stage(outputs, prepared, target, request)
-    trials, written = _try_strengths(prepared, outcome, request, place, progress)
-    best = best_trial(trials, maximize=evaluator.maximize)
-    outcome = replace(outcome, trials=tuple(trials))
-    if best.strength == 0:
-        reason = f"no strength of the step beats the origin's {best.value:g} by the evaluation command"
-        outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
-        if not request.even_if_worse:
-            return outcome
-    kept, tally = written[best.strength or STRENGTHS[0]]
-    kept.rename(place)
-    finished = finish(prepared, outcome, tally, 0)
-    write_sidecar(place, note, compose(prepared, finished, request, written=place, fitted_on=_fitted_on(fitted)))
-    return finished
-
-
-def _try_strengths(
-    prepared: Prepared, outcome: Outcome, request: Request, place: Path, progress: Progress
-) -> tuple[list[Trial], dict[float, tuple[Path, Counts]]]:
-    """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
-    evaluator, written = request.evaluator, dict[float, tuple[Path, Counts]]()
-    assert evaluator is not None  # noqa: S101 - the caller's branch
-    logs = logs_of(prepared.targets[0])
-    variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
-    with Judge(evaluator, logs, variables, lambda what: progress(f"evaluate {what}", 0)) as judge:
-        judge.start(0.0, judged_origin(prepared, place, progress))
-        for strength in STRENGTHS:
-            judge.wait(below=evaluator.num_jobs)
-            _drop_beaten(written, judge.trials, request)
-            candidate = place.parent / f"strength-{strength:g}" / place.name
-            written[strength] = candidate, write_candidate(only(prepared, 0, strength), candidate, progress)
-            judge.start(strength, candidate)
-        judge.wait(below=1)
-        best = best_trial(judge.trials, maximize=evaluator.maximize).strength or STRENGTHS[0]
-        if best in written:
-            judge.check(best, written[best][0])
-        return judge.trials, written
-
-
-def _drop_beaten(written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], request: Request) -> None:
-    """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
-    if not trials or request.evaluator is None:
-        return
-    spared = {best_trial(trials, maximize=request.evaluator.maximize).strength}
-    spared |= {STRENGTHS[0]} if request.even_if_worse else set()
-    for strength in {trial.strength for trial in trials}.intersection(written) - spared:
-        candidate, _ = written.pop(strength)
-        shutil.rmtree(candidate.parent)
-
-
-def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
-    one = only(prepared, index)
-    foretold = rehearse(one.plans[0], one.engine, _existing(one.targets[0].parent))
-    return replace(
-        finish(prepared, outcome, Counts(), index),
-        seconds=foretold.seconds,
-        peak_bytes=foretold.peak_bytes,
-        bytes_read=bytes_to_read(one.plans[0], one.engine.inputs),
-        bytes_written=total_bytes(one.plans[0]),
-    )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())

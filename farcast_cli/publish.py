@@ -1,142 +1,139 @@
-"""Putting forecasts in their places: what may stand there, where they are written first, and what came of it."""
+"""Putting forecasts in their places: written in one pass or judged first, each with its sidecar, and the leap in the ledger."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.checkpoint.convert import plan_converted
-from farcast_cli.checkpoint.pieces import Rewrite
-from farcast_cli.checkpoint.plan import forecast_name, with_modes
-from farcast_cli.engine.write import total_bytes, write_forecasts
-from farcast_cli.errors import OutputError, UsageError, shell_word
-from farcast_cli.files.place import check_ours, check_sidecar_ours, sidecar_of
-from farcast_cli.files.staged import refuse_existing
-from farcast_cli.forecast.ledger import Leap
-from farcast_cli.formats.torch_file import TorchFile
-from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
-from farcast_cli.trainers import trainer_of
+from farcast_cli.engine.batch import Counts
+from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
+from farcast_cli.evaluation.judge import Judge, best_trial, logs_of
+from farcast_cli.files.place import check_sidecar_ours, sidecar_of
+from farcast_cli.files.staged import staging
+from farcast_cli.forecast.ledger import Leap, recorded
+from farcast_cli.planning import existing_check
+from farcast_cli.sidecar import compose, write_sidecar
+from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from fractions import Fraction
+    from collections.abc import Sequence
 
-    from farcast_cli.checkpoint.convert import Container
-    from farcast_cli.checkpoint.pieces import OutputFile
-    from farcast_cli.engine.batch import Counts
-    from farcast_cli.files.staged import Check, Staging
+    from farcast_cli.evaluation.judge import Evaluator, Trial
+    from farcast_cli.files.staged import Staging
+    from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Prepared, Request
-    from farcast_cli.state.advance import CountersMode
-    from farcast_cli.trainers.base import Snapshot
+    from farcast_cli.results import FittedOn, ForecastSidecar, LeaptOn, MomentumEntry
 
-DEFAULT_FOLDER = Path("forecasts")
-
-Progress = Callable[[str, int], Callable[[int], None]]
-"""Starts a phase of so many bytes; what it returns is told the bytes done.
-
-A phase of 0 bytes is one of unknown length, such as a run of the evaluation command; it is over when anything is told.
-"""
+STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
 
-def refuse_no_place(output: str) -> None:
-    """Refuse an empty text for a place.
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What all forecasts of a request are published with: all together, or none."""
 
-    Raises:
-        UsageError: it is one.
-    """
-    if not output:
-        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+    request: Request
+    run: Path
+    on: FittedOn | LeaptOn
+    """What the forecasts were made of, as their sidecars say."""
+    outputs: Staging
+    progress: Progress
 
 
-def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, target: Container) -> Path:
-    """Where a forecast goes.
+def publish(
+    prepared: Prepared, outcomes: Sequence[Outcome], request: Request, *, run: Path, on: FittedOn, progress: Progress
+) -> list[Outcome]:
+    """Write every horizon, or say what writing it would take; publish all of them, or none."""
+    if request.dry_run:
+        return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
+    with staging() as outputs:
+        work = Publication(request, run, on, outputs, progress)
+        with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
+            if request.evaluator is None:
+                finished = [outcome for outcome, _ in write_all(work, prepared, outcomes)]
+            else:
+                finished = [
+                    _write_best(work, request.evaluator, only(prepared, index), outcome)
+                    for index, outcome in enumerate(outcomes)
+                ]
+        record_leaps(work, finished)
+        progress("sync to disk", 0)
+    return finished
 
-    Args:
-        unit: what the number in the run's names counts per step.
-    """
-    name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
-    if request.counters == "advance":
-        name = trainer_of(origin).rename(name, state_of(origin), horizon)
-    name = target.renamed(name, origin)
-    if request.output is None:
-        return DEFAULT_FOLDER / name
-    refuse_no_place(request.output)
-    if len(request.horizons) > 1 or request.output.endswith(os.sep):
-        return Path(request.output) / name
-    ending = target.ending
-    if not request.output.endswith(ending):
-        why = f", as {origin.path.name} does" if target.layout == "same" else ""
-        raise OutputError(
-            f"-o {request.output}: expected a name that ends in {ending}{why}",
-            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
+
+def write_all(
+    work: Publication,
+    prepared: Prepared,
+    outcomes: Sequence[Outcome],
+    *,
+    phase: str = "predict",
+    momentum: MomentumEntry | None = None,
+) -> list[tuple[Outcome, ForecastSidecar]]:
+    """Write every horizon in one pass, each with its sidecar."""
+    staged = [_stage(work, prepared, path) for path in prepared.paths]
+    total = sum(total_bytes(plan) for plan in prepared.plans)
+    places = [place for place, _ in staged]
+    tally = write_forecasts(prepared.plans, places, prepared.engine, progress=work.progress(phase, total))
+    written = []
+    for index, (outcome, (place, beside)) in enumerate(zip(outcomes, staged, strict=True)):
+        finished = _finish(prepared, outcome, tally, index)
+        content = compose(prepared, finished, work.request, written=place, fitted_on=work.on, momentum=momentum)
+        write_sidecar(place, beside, content)
+        written.append((finished, content))
+    return written
+
+
+def record_leaps(work: Publication, outcomes: Sequence[Outcome]) -> None:
+    """Enter what has been written to resume from into the ledger, together with its publication."""
+    request = work.request
+    leaps = [
+        Leap(
+            run=str(work.run.resolve()),
+            origin_step=outcome.origin_step,
+            valid_step=outcome.valid_step,
+            counters=request.counters,
+            forecast=str(outcome.path.resolve()),
         )
-    return Path(request.output)
+        for outcome in outcomes
+        if outcome.path
+    ]
+    if request.ledger is not None and request.purpose == "resume" and leaps:
+        work.outputs.alongside(recorded(request.ledger, leaps))
 
 
-def state_of(origin: Snapshot) -> object:
-    """The object tree of a checkpoint that is one torch file."""
-    content = origin.parts[0].content
-    return content.tree if isinstance(content, TorchFile) else None
-
-
-def plan_forecast(
-    history: Sequence[Snapshot], horizon: int, request: Request, index_of: Mapping[str, int], target: Container
-) -> tuple[Advanced, tuple[OutputFile, ...]]:
-    """The trainer's state at the later step, and the files of the forecast.
-
-    Args:
-        history: the last few snapshots up to the origin.
-        index_of: the numbers of the tensors that are forecast.
-    """
-    origin = history[-1]
-    if request.purpose == "resume":
-        check_end(origin, horizon, request)
-    counters = request.counters if horizon else "keep"
-    with told_as_damage(origin):
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
-    if target.is_weights_only:
-        moved = Advanced(moved.trees)  # what else was done is not written
-    counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
-    moved.changes.extend(counts.values())
-    step = origin.step + (horizon if counters == "advance" else 0)
-    mirror = request.purpose == "evaluation"
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
-    return moved, tuple(with_modes(plan_converted(origin, moved, rewrite, target), origin))
-
-
-def check_end(origin: Snapshot, horizon: int, request: Request) -> None:
-    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
-    valid, end = origin.step + horizon, trainer_of(origin).end(origin)
-    if request.counters == "advance" and end is not None and end[1] <= valid:
-        longest = end[1] - origin.step - 1
-        raise UsageError(
-            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
-            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
-            + "--counters keep leaps the weights alone; --for evaluation does not resume",
-        )
-
-
-def existing_check(*, overwrite: bool, is_file: bool) -> Check:
-    """What may lie where a forecast goes: nothing, or a forecast that is replaced."""
-    return partial(check_ours, is_file=is_file) if overwrite else refuse_existing
-
-
-def stage(
-    outputs: Staging, target: Path, *, is_file: bool, overwrite: bool, may_stay_empty: bool = False
-) -> tuple[Path, Path | None]:
+def _stage(work: Publication, prepared: Prepared, path: Path, *, may_stay_empty: bool = False) -> tuple[Path, Path | None]:
     """Where a forecast is written, and where its sidecar, if that lies beside it and not inside.
 
     The sidecar is added last and so published first: a forecast that can be seen has its provenance.
     """
-    place = outputs.add(target, check=existing_check(overwrite=overwrite, is_file=is_file), may_stay_empty=may_stay_empty)
+    is_file, overwrite = prepared.container.is_file, work.request.overwrite
+    place = work.outputs.add(path, check=existing_check(overwrite=overwrite, is_file=is_file), may_stay_empty=may_stay_empty)
     if not is_file:
         return place, None
-    beside = sidecar_of(target, is_file=True)
-    return place, outputs.add(beside, check=check_sidecar_ours, may_stay_empty=may_stay_empty)
+    beside = sidecar_of(path, is_file=True)
+    return place, work.outputs.add(beside, check=check_sidecar_ours, may_stay_empty=may_stay_empty)
+
+
+def _finish(prepared: Prepared, outcome: Outcome, tally: Counts, index: int) -> Outcome:
+    """What came of a forecast that has been written."""
+    alignment, advanced = prepared.engine.inputs.alignment, prepared.advanced[index]
+    moved = {change.where for change in advanced.changes}
+    return replace(
+        outcome,
+        path=prepared.paths[index],
+        num_forecast=len(alignment.tensors),
+        copied=tuple(copied for copied in alignment.copied if copied.name not in moved),
+        unchanged_share=tally.unchanged_share(index),
+        bytes_read=tally.bytes_read,
+        bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
+        seconds=tally.seconds,
+        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes),
+        notes=tuple(advanced.notes),
+    )
+
+
+# --- judged by the user's command ------------------------------------------------------------------------------------
 
 
 def only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
@@ -147,11 +144,12 @@ def only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
         engine=replace(prepared.engine, inputs=replace(inputs, linear=inputs.linear.pick([index], scale))),
         plans=(prepared.plans[index],),
         advanced=(prepared.advanced[index],),
-        targets=(prepared.targets[index],),
+        paths=(prepared.paths[index],),
     )
 
 
 def write_candidate(one: Prepared, candidate: Path, progress: Progress) -> Counts:
+    """Write a forecast where the user's command judges it, in a folder of its own."""
     candidate.parent.mkdir()
     told = progress(f"predict {candidate.parent.name}", total_bytes(one.plans[0]))
     return write_forecasts(one.plans, [candidate], one.engine, progress=told)
@@ -163,38 +161,80 @@ def judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
     Args:
         place: of the output to come. Candidates lie beside it, each in a folder of its own.
     """
-    if prepared.target.layout == "same":
+    if prepared.container.layout == "same":
         return prepared.origin.path
     copied = place.parent / "strength-0" / place.name
     write_candidate(only(prepared, 0, 0.0), copied, progress)
     return copied
 
 
-def leap_of(outcome: Outcome, run: Path, counters: CountersMode) -> Leap:
-    """What the ledger says of a written checkpoint to resume from."""
-    assert outcome.path is not None  # noqa: S101 - only written ones are resumed from
-    return Leap(
-        run=str(run.resolve()),
-        origin_step=outcome.origin_step,
-        valid_step=outcome.valid_step,
-        counters=counters,
-        forecast=str(outcome.path.resolve()),
-    )
+def _write_best(work: Publication, evaluator: Evaluator, prepared: Prepared, outcome: Outcome) -> Outcome:
+    """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
+    place, beside = _stage(work, prepared, prepared.paths[0], may_stay_empty=True)
+    trials, written = _try_strengths(work, evaluator, prepared, outcome, place)
+    best = best_trial(trials, maximize=evaluator.maximize)
+    outcome = replace(outcome, trials=tuple(trials))
+    if best.strength == 0:
+        reason = f"no strength of the step beats the origin's {best.value:g} by the evaluation command"
+        outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
+        if not work.request.even_if_worse:
+            return outcome
+    kept, tally = written[best.strength or STRENGTHS[0]]
+    kept.rename(place)
+    finished = _finish(prepared, outcome, tally, 0)
+    write_sidecar(place, beside, compose(prepared, finished, work.request, written=place, fitted_on=work.on))
+    return finished
 
 
-def finish(prepared: Prepared, outcome: Outcome, tally: Counts, index: int) -> Outcome:
-    """What came of a forecast that has been written."""
-    alignment, advanced = prepared.engine.inputs.alignment, prepared.advanced[index]
-    moved = {change.where for change in advanced.changes}
+def _try_strengths(
+    work: Publication, evaluator: Evaluator, prepared: Prepared, outcome: Outcome, place: Path
+) -> tuple[list[Trial], dict[float, tuple[Path, Counts]]]:
+    """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
+    written = dict[float, tuple[Path, Counts]]()
+    logs = logs_of(prepared.paths[0])
+    variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
+    with Judge(evaluator, logs, variables, lambda what: work.progress(f"evaluate {what}", 0)) as judge:
+        judge.start(0.0, judged_origin(prepared, place, work.progress))
+        for strength in STRENGTHS:
+            judge.wait(below=evaluator.num_jobs)
+            _drop_beaten(written, judge.trials, evaluator, keep_full=work.request.even_if_worse)
+            candidate = place.parent / f"strength-{strength:g}" / place.name
+            written[strength] = candidate, write_candidate(only(prepared, 0, strength), candidate, work.progress)
+            judge.start(strength, candidate)
+        judge.wait(below=1)
+        best = best_trial(judge.trials, maximize=evaluator.maximize).strength or STRENGTHS[0]
+        if best in written:
+            judge.check(best, written[best][0])
+        return judge.trials, written
+
+
+def _drop_beaten(
+    written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], evaluator: Evaluator, *, keep_full: bool
+) -> None:
+    """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
+    if not trials:
+        return
+    spared = {best_trial(trials, maximize=evaluator.maximize).strength, *(STRENGTHS[:1] if keep_full else ())}
+    for strength in {trial.strength for trial in trials}.intersection(written) - spared:
+        candidate, _ = written.pop(strength)
+        shutil.rmtree(candidate.parent)
+
+
+# --- a dry run -------------------------------------------------------------------------------------------------------
+
+
+def _dry(prepared: Prepared, outcome: Outcome, index: int) -> Outcome:
+    one = only(prepared, index)
+    foretold = rehearse(one.plans[0], one.engine, _existing(one.paths[0].parent))
     return replace(
-        outcome,
-        path=prepared.targets[index],
-        num_forecast=len(alignment.tensors),
-        copied=tuple(copied for copied in alignment.copied if copied.name not in moved),
-        unchanged_share=tally.unchanged_share(index),
-        bytes_read=tally.bytes_read,
-        bytes_written=tally.bytes_written // max(1, len(prepared.plans)),
-        seconds=tally.seconds,
-        changes=tuple(f"{c.where}: {c.old} -> {c.new}" for c in advanced.changes),
-        notes=tuple(advanced.notes),
+        _finish(prepared, outcome, Counts(), index),
+        seconds=foretold.seconds,
+        peak_bytes=foretold.peak_bytes,
+        bytes_read=bytes_to_read(one.plans[0], one.engine.inputs),
+        bytes_written=total_bytes(one.plans[0]),
     )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.forecaster import Options
 from farcast_cli.run.pace import STEPS, Pace
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.checkpoint.convert import Container, OutputLayout
-    from farcast_cli.checkpoint.pieces import OutputDType, OutputFile
-    from farcast_cli.engine.reader import Io
+    from farcast_cli.checkpoint.convert import Container
+    from farcast_cli.checkpoint.pieces import OutputFile
+    from farcast_cli.choices import ClockName, CountersMode, OptimizerMode, OutputDType, OutputLayout, Purpose
     from farcast_cli.engine.write import Engine
     from farcast_cli.evaluation.judge import Evaluator, Trial
-    from farcast_cli.forecast.backtest import Decision, Purpose
+    from farcast_cli.forecast.backtest import Decision
     from farcast_cli.run.alignment import Copied
-    from farcast_cli.run.pace import ClockName
-    from farcast_cli.state.advance import Advanced, CountersMode, OptimizerMode
+    from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Snapshot
 
 
@@ -32,6 +32,8 @@ class Request:
     method: str | None = None
     options: Options = field(default_factory=Options)
     origin_step: int | None = None
+    to_step: int | None = None
+    """The step to forecast, in place of a horizon."""
     optimizer: OptimizerMode = "copy"
     counters: CountersMode = "advance"
     dtype: OutputDType = "source"
@@ -41,9 +43,7 @@ class Request:
     even_if_worse: bool = False
     overwrite: bool = False
     dry_run: bool = False
-    device: str = "cpu"
-    io: Io = "auto"
-    num_threads: int = 1
+    resources: Resources = field(default_factory=Resources)
     evaluator: Evaluator | None = None
     ledger: Path | None = None
     clock: ClockName | None = None
@@ -89,13 +89,29 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """Where forecasts begin, found once for a request: the origin, and what its trainer's state says of the run."""
+
+    origin: Snapshot
+    index: int
+    """Of the origin in the history."""
+    end: tuple[str, int] | None = None
+    """What ends the run, and at which step, if the trainer's state tells and training is to go on."""
+
+    @property
+    def steps_left(self) -> int | None:
+        """To the end of the run."""
+        return None if self.end is None else self.end[1] - self.origin.step
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """All horizons planned and nothing written yet."""
 
     engine: Engine
     plans: tuple[tuple[OutputFile, ...], ...]
     advanced: tuple[Advanced, ...]
-    target: Container
-    targets: tuple[Path, ...]
+    container: Container
+    paths: tuple[Path, ...]
     snapshots: tuple[Snapshot, ...]
     origin: Snapshot

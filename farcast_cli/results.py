@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
+from farcast_cli.choices import ClockName, Verdict  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.files.reading import portable
-from farcast_cli.run.pace import ClockName  # noqa: TC001 - pydantic reads the annotations
 
 DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
-
-Verdict = Literal["forecast", "abstain", "untestable"]
 
 
 def _finite(value: float) -> float | None:

@@ -81,7 +81,7 @@ def compose(
         recent_coherence=decision.recent,
         significance=decision.significance.p,
         origin=relative(prepared.origin.path, home),
-        inputs=_inputs(prepared, prepared.targets.index(outcome.path), home),
+        inputs=_inputs(prepared, prepared.paths.index(outcome.path), home),
         fitted_on=fitted_on,
         copied=tuple(CopiedEntry(name=c.name, reason=c.reason) for c in prepared.engine.inputs.alignment.copied),
         resume=ResumeEntry(changes=outcome.changes, notes=outcome.notes),

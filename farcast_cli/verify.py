@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from farcast_cli.choices import ClockName
     from farcast_cli.run.alignment import AlignedTensor, Alignment
-    from farcast_cli.run.pace import ClockName
     from farcast_cli.trainers.base import Snapshot
 
 

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import farcast_cli.engine.output_files
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.cli import main
 from farcast_cli.engine import write as engine
 from farcast_cli.forecast import accumulate as accumulation
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.forecast.forecaster_file import fit, save_fitted
+from farcast_cli.forecast.fitting import fit
+from farcast_cli.forecast.forecaster_file import save_fitted
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 from tests.tiny import torch_settings_kept
 

@@ -13,7 +13,6 @@ from farcast_cli.forecast.backtest import (
     COHERENCE_GATE,
     RATIO_CEILING,
     RATIO_GATE,
-    Purpose,
     backtest_ratio,
     coherence,
     decide,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import Purpose
     from farcast_cli.forecast.forecaster import Task
     from tests.tiny import Arrays
 

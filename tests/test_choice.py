@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from farcast_cli.errors import UsageError
-from farcast_cli.forecast.backtest import CLEAR_COHERENCE, Purpose, decide, lowest_coherence, needed_coherence
+from farcast_cli.forecast.backtest import CLEAR_COHERENCE, decide, lowest_coherence, needed_coherence
 from farcast_cli.forecast.choice import NEXT_LEAD, choose_method, default_method, drift_cosine, propose_horizon, usual_horizons
 from farcast_cli.forecast.forecaster import forecast
 from farcast_cli.forecast.methods import METHODS
@@ -20,6 +20,7 @@ from tests.tiny import applied, make_task, wander, weights_at
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import Purpose
     from farcast_cli.forecast.forecaster import Task
 
 LENGTH = 4000

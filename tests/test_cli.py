@@ -10,17 +10,18 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
 
+from farcast_cli import choices
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.cli import app
 from farcast_cli.commands.options import FROM_ANY_FILE, PANELS
 from farcast_cli.engine.reader import sample_stretches
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
 from farcast_cli.forecast.methods import METHODS
 from tests.conftest import (
     STEPS,
@@ -551,6 +552,26 @@ def test_a_config_file_without_end_is_refused(work: Path, call_cli: CallCli) -> 
 
 def test_a_config_file_that_is_not_there_is_a_usage_error(work: Path, call_cli: CallCli) -> None:
     refused(call_cli, work, 2, ("none.toml",), "inspect", "run", "--config", "none.toml")
+
+
+@pytest.mark.parametrize("source", ["the command line", "the environment", "a file"])
+def test_a_wrong_choice_is_one_line_that_names_the_right_ones_wherever_it_comes_from(
+    work: Path, call_cli: CallCli, source: str
+) -> None:
+    (work / "own.toml").write_text("[predict]\nlayout = 'gguf'\n")
+    arguments = {"the command line": ("--layout", "gguf"), "a file": ("--config", "own.toml")}.get(source, ())
+    environment = {"FARCAST_LAYOUT": "gguf"} if source == "the environment" else None
+    done = call_cli("predict", "--horizon", 100, *arguments, cwd=work, env=environment)
+    assert (done.returncode, done.errors) == (2, ["error: --layout gguf: expected one of same, safetensors, pt, dcp"])
+
+
+def test_the_choices_that_help_shows_are_those_that_the_library_knows() -> None:
+    known = {"|".join(get_args(value)) for value in vars(choices).values() if get_origin(value) is Literal}
+    group: Any = typer.main.get_command(app)
+    shown = {str(p.metavar) for command in group.commands.values() for p in command.params if p.metavar and "|" in p.metavar}
+    others = {"A:B:K|N,N", "auto|cpu|cuda[:N]"}
+    assert shown - others <= known
+    assert known - shown == {"|".join(get_args(choices.Verdict))}  # an answer, and no option
 
 
 # --- usage errors ----------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from torch.optim import lr_scheduler
 
 from farcast_cli.forecast.backtest import backtest_ratio
 from farcast_cli.forecast.choice import propose_horizon
+from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster import Task, forecast
-from farcast_cli.forecast.forecaster_file import fit, load_fitted, save_fitted
+from farcast_cli.forecast.forecaster_file import load_fitted, save_fitted
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.run.pace import STEPS

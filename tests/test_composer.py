@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.forecast.forecaster_file import fit
+from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.forecast.fitting import fit
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.state.advance import advance
 from farcast_cli.trainers import recognise

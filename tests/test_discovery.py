@@ -26,7 +26,8 @@ from farcast_cli.errors import (
     UnsafeFileError,
     UsageError,
 )
-from farcast_cli.forecast.forecaster_file import fit, load_fitted, newer_snapshots
+from farcast_cli.forecast.fitting import fit
+from farcast_cli.forecast.forecaster_file import load_fitted, newer_snapshots
 from farcast_cli.predict import predict
 from farcast_cli.request import Request
 from farcast_cli.run import entries, trajectory

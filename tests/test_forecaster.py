@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.forecast.forecaster import MAX_MATCH, StepNorm, forecast, plain_step, set_step_norm
+from farcast_cli.forecast.forecaster import MAX_MATCH, forecast, plain_step, set_step_norm
 from farcast_cli.forecast.methods import METHODS
 from tests.tiny import applied, assert_same_steps, make_task, step_of, straight, wander, weights_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from farcast_cli.forecast.forecaster import Scope
+    from farcast_cli.choices import Scope, StepNorm
     from tests.tiny import Arrays
 
 STEPS = tuple(range(100, 1000, 100))

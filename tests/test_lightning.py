@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import UsageError
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
-from farcast_cli.forecast.forecaster_file import Fitted, fit
+from farcast_cli.forecast.fitting import fit
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.advance import advance
 from farcast_cli.state.rates import read_pace
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from farcast_cli.forecast.forecaster_file import Fitted
     from tests.conftest import CallCli
 
 pytestmark = [

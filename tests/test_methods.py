@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.forecast.forecaster import Scope
+    from farcast_cli.choices import Scope
     from tests.tiny import Arrays
 
     Vector = NDArray[np.float64]

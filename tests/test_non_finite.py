@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from farcast_cli.choices import SolverName
     from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.tune.one_layer import SolverName
 
 STEPS = tuple(range(100, 700, 100))
 SIZES = {"w": 30_001, **{f"{index}.bias": 3 + index for index in range(8)}, "even": 8_192}

@@ -21,6 +21,8 @@ MAX_LINES = 600
 ORDER = (
     "__init__",
     "errors",
+    "choices",
+    "progress",
     "tensors",
     "evaluation.__init__",
     "evaluation.command",
@@ -73,6 +75,7 @@ ORDER = (
     "run.quantised",
     "run.alignment",
     "run.thinning",
+    "run.selection",
     "run.pace",
     "results",
     "state.__init__",
@@ -116,13 +119,20 @@ ORDER = (
     "forecast.choice",
     "forecast.ledger",
     "forecast.forecaster_file",
+    "forecast.fitting",
+    "forecast.report",
     "forecast.memory",
     "verify",
     "request",
+    "planning",
     "sidecar",
     "publish",
     "predict",
-    "leap",
+    "leap.__init__",
+    "leap.ask",
+    "leap.evidence",
+    "leap.decision",
+    "leap.call",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -141,8 +151,14 @@ ORDER = (
     "commands.render",
     "commands.streams",
     "commands.options",
-    "commands.tune",
+    "commands.inspect",
+    "commands.fit",
+    "commands.backtest",
+    "commands.predict",
+    "commands.verify",
     "commands.leap",
+    "commands.tune",
+    "commands.schema",
     "cli",
     "__main__",
 )
@@ -257,6 +273,18 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     written = [line for line in lines_that_print("cli") if "print(" in line or ".write(" in line]
     assert [line for line in written if "sys.stdout" in line and not ("__version__" in line or "get_help()" in line)] == []
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
+
+
+COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema")
+MAX_STATEMENTS = 20
+
+
+def test_a_command_is_short_and_has_a_module_of_its_own() -> None:
+    for command in COMMANDS:
+        functions = [node for node in tree_of(f"commands.{command}").body if isinstance(node, ast.FunctionDef)]
+        (body,) = [node.body for node in functions if node.name == command]
+        assert sum(isinstance(node, ast.stmt) for part in body for node in ast.walk(part)) <= MAX_STATEMENTS, command
+    assert [node for node in ast.walk(tree_of("cli")) if isinstance(node, ast.FunctionDef) and node.name in COMMANDS] == []
 
 
 HEAVY = {"torch", "numpy", "transformers", "huggingface_hub"}

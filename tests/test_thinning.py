@@ -18,8 +18,9 @@ from farcast_cli.errors import SnapshotError, StepConflictError
 from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.accumulate import KEPT_BYTES, KEPT_SAMPLE, MAX_KEPT_BYTES, accumulate
 from farcast_cli.forecast.backtest import backtest_ratio, coherence, recent_coherence
+from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster import Task
-from farcast_cli.forecast.forecaster_file import fit, load_fitted, save_fitted
+from farcast_cli.forecast.forecaster_file import load_fitted, save_fitted
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.run import closed, thinning, trajectory

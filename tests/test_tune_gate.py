@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from farcast_cli.tune.gate import DEFAULT_GATE, judge
+from farcast_cli.choices import DEFAULT_GATE
+from farcast_cli.tune.gate import judge
 from farcast_cli.tune.run import TuneRequest, tune_checkpoint
 from tests.test_tune import CALL, make_rows, make_weights, quiet
 

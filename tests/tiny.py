@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.forecast.accumulate import DEFAULT_SAMPLE
+from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine.reader import Resources
+from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster import Options, Task, forecast
-from farcast_cli.forecast.forecaster_file import Fitted, fit
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.predict import predict
+from farcast_cli.progress import silent
 from farcast_cli.request import Outcome, Request
 from farcast_cli.run.trajectory import discover
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from farcast_cli.choices import Io
+    from farcast_cli.forecast.forecaster_file import Fitted
 
     Arrays = Mapping[str, NDArray[np.float64]]  # a tensor's name -> its values (T, N)
 
@@ -156,7 +161,16 @@ def fit_run(folder: Path, *, num_samples: int | None = DEFAULT_SAMPLE, exclude: 
     return fit(discover(folder), num_samples=num_samples, exclude=exclude)
 
 
-def predict_run(fitted: Fitted, output: Path | str, *, horizons: Sequence[int], **request: Any) -> list[Outcome]:
+def predict_run(
+    fitted: Fitted,
+    output: Path | str,
+    *,
+    horizons: Sequence[int],
+    device: str = "cpu",
+    io: Io = "auto",
+    num_threads: int = 1,
+    **request: Any,
+) -> list[Outcome]:
     """Forecast whatever the verdict, unless the request says otherwise."""
-    asked = {"even_if_worse": True, "output": str(output), **request}
-    return predict(fitted, Request(tuple(horizons), **asked), lambda _phase, _total: lambda _done: None)
+    asked = {"even_if_worse": True, "output": str(output), "resources": Resources(device, io, num_threads), **request}
+    return predict(fitted, Request(tuple(horizons), **asked), silent)

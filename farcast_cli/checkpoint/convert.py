@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, tree_in, weights_in
 from farcast_cli.checkpoint.dcp_output import new_folder
@@ -38,10 +38,10 @@ from farcast_cli.trainers import named
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from farcast_cli.choices import OutputLayout
     from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Part, Snapshot
 
-OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
 
 _ENDINGS = {"safetensors": ".safetensors", "pt": ".pt"}
 _SWAPPED = {"safetensors": (".bin", ".safetensors"), "pt": (".safetensors", ".bin")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry
 
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import OutputDType
     from farcast_cli.state.advance import Change
 
     ValueMap = Callable[[NDArray[Any], int], NDArray[Any]]
-
-OutputDType = Literal["source", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 from farcast_cli import results
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
-    from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.leap import Leapt
+    from farcast_cli.forecast.fitting import FitOutcome
+    from farcast_cli.forecast.report import BacktestReport
+    from farcast_cli.leap.ask import Leapt
     from farcast_cli.request import Outcome
-    from farcast_cli.run.alignment import Alignment
-    from farcast_cli.run.pace import Pace
-    from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.run import TuneOutcome as Tuning
 
 
-def of_inspect(trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str]) -> results.InspectAnswer:
+def of_inspect(found: Inspection) -> results.InspectAnswer:
+    trajectory, alignment = found.trajectory, found.alignment
     return results.InspectAnswer(
         schema_version=1,
         layout=trajectory.layout,
@@ -40,12 +39,12 @@ def of_inspect(trajectory: Trajectory, alignment: Alignment | None, problems: Se
         copied=tuple(results.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
         ignored=tuple(results.IgnoredEntry(path=i.path, reason=i.reason) for i in trajectory.ignored),
         notes=tuple(trajectory.notes),
-        problems=tuple(problems),
+        problems=found.problems,
     )
 
 
-def of_fit(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, steady: Steadiness) -> results.FitAnswer:
-    record = fitted.provenance
+def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
+    fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     return results.FitAnswer(
         schema_version=1,
         forecaster=path,
@@ -58,26 +57,21 @@ def of_fit(fitted: Fitted, path: Path, *, bytes_read: int, seconds: float, stead
         coherence=steady.coherence,
         recent_coherence=steady.recent,
         significance=steady.significance.p,
-        bytes_read=bytes_read,
-        seconds=seconds,
+        bytes_read=done.bytes_read,
+        seconds=done.seconds,
     )
 
 
-def of_backtest(
-    origin_step: int,
-    steady: Steadiness,
-    scores: Sequence[Score],
-    decisions: Mapping[int, tuple[str, Decision]],
-    pace: Pace,
-) -> results.BacktestAnswer:
+def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
+    scores, decisions = report.scores, report.decisions
     best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
     verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return results.BacktestAnswer(
         schema_version=1,
-        origin_step=origin_step,
-        coherence=steady.coherence,
-        significance=steady.significance.p,
-        clock=pace.clock,
+        origin_step=report.origin_step,
+        coherence=report.steady.coherence,
+        significance=report.steady.significance.p,
+        clock=report.pace.clock,
         scores=tuple(
             results.ScoreEntry(method=s.method, horizon=s.horizon, ratio=s.ratio, ratio_as_written=s.ratio_as_written)
             for s in scores

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farcast_cli.choices import DEFAULT_LEDGER, CountersMode
 from farcast_cli.commands.options import (
-    DEFAULT_LEDGER,
     MAX_DIGITS,
     ClockOption,
     ConfigOption,
@@ -30,23 +30,22 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
-    clock_of,
-    device_name,
+    choice,
     env,
-    one_of,
-    prepare,
+    evaluator_of,
+    resources_of,
+    selection_of,
 )
 from farcast_cli.errors import NoForecastError, UsageError
 
 if TYPE_CHECKING:
-    from farcast_cli.leap import Leapt
+    from farcast_cli.leap.ask import Leapt
 
 EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
     "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
 )
 MAX_GAIN = 100
-WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
 
 
 def leap(
@@ -85,11 +84,12 @@ def leap(
         ),
     ] = None,
     counters: Annotated[
-        str,
-        typer.Option(
-            envvar=env("LEAP_COUNTERS"),
-            metavar="keep|advance",
-            help="Leap the weights alone, or move the trainer's counters and schedule with them.",
+        CountersMode,
+        choice(
+            CountersMode,
+            "--counters",
+            env_name="LEAP_COUNTERS",
+            text="Leap the weights alone, or move the trainer's counters and schedule with them.",
         ),
     ] = "keep",
     include: IncludeOption = None,
@@ -111,25 +111,48 @@ def leap(
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
-    config: ConfigOption = None,  # noqa: ARG001
+    config: ConfigOption = None,
 ) -> None:
     """Leap from the newest checkpoint, with a memory over leaps: for a loop. Print the path to resume from; 10 if none.
 
     Each call reads the newest checkpoint, the last leap and a memory of the run's moves, decides, and writes a checkpoint
     whose weights are ahead. The trainer may keep one checkpoint only.
     """
-    num_workers = prepare(device, threads)
-    from farcast_cli.checkpoint.convert import OutputLayout
-    from farcast_cli.commands import render
-    from farcast_cli.commands.answers import of_leap
-    from farcast_cli.engine.reader import Io
-    from farcast_cli.evaluation.judge import Evaluator
-    from farcast_cli.leap import Ask
-    from farcast_cli.leap import leap as run
-    from farcast_cli.publish import refuse_no_place
+    resources = resources_of(device, io, threads)
+    from farcast_cli.commands import answers, render
+    from farcast_cli.leap.ask import Ask
+    from farcast_cli.leap.call import leap as run
     from farcast_cli.request import Request
-    from farcast_cli.run.steps import parse_steps
-    from farcast_cli.state.advance import CountersMode, OptimizerMode
+
+    _check(every=every, gain=gain, max_gain=max_gain, output=output)
+    request = Request(
+        optimizer=optimizer,
+        counters=counters,
+        layout=layout,
+        output=output,
+        even_if_worse=even_if_worse,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        ledger=ledger,
+        clock=clock,
+        resources=resources,
+        evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
+    )
+    selection = selection_of(directory, include, exclude, steps, pattern)
+    with render.progress(quiet=quiet) as progress:
+        done = run(Ask(request, selection, every, gain, max_gain), progress)
+    if not quiet:
+        _summary(done, dry_run=dry_run, verbose=verbose)
+    if json_:
+        render.as_json(answers.of_leap(done, dry_run=dry_run))
+    elif done.outcome.path and not dry_run:
+        render.paths([done.outcome.path])
+    if done.outcome.decision.verdict != "forecast":
+        raise typer.Exit(NoForecastError.exit_code)
+
+
+def _check(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:
+    from farcast_cli.planning import refuse_no_place
 
     for option, number in (("gain", gain), ("max-gain", max_gain)):
         if number is not None and not 0 < number <= MAX_GAIN:
@@ -138,33 +161,6 @@ def leap(
         raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
     if output is not None:
         refuse_no_place(output)
-    request = Request(
-        optimizer=one_of("optimizer", optimizer, OptimizerMode),
-        counters=one_of("counters", counters, CountersMode),
-        layout=one_of("layout", layout, OutputLayout),
-        output=output,
-        even_if_worse=even_if_worse,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        ledger=ledger,
-        device=device_name(device),
-        io=one_of("io", io, Io),
-        num_threads=num_workers,
-        evaluator=Evaluator(eval_cmd, maximize, jobs, eval_timeout) if eval_cmd else None,
-    )
-    limit = max_gain if max_gain is not None else WITH_LOSS if eval_cmd else WITHOUT_LOSS
-    patterns = tuple(include or ()), tuple(exclude or ())
-    ask = Ask(request, directory, parse_steps(steps), pattern or "", *patterns, every, gain, limit, clock_of(clock))
-    with render.progress(quiet=quiet) as progress:
-        done = run(ask, progress)
-    if not quiet:
-        _summary(done, dry_run=dry_run, verbose=verbose)
-    if json_:
-        render.as_json(of_leap(done, dry_run=dry_run))
-    elif done.outcome.path and not dry_run:
-        render.paths([done.outcome.path])
-    if done.outcome.decision.verdict != "forecast":
-        raise typer.Exit(NoForecastError.exit_code)
 
 
 def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
 
+from farcast_cli.choices import (
+    ActivationName,
+    ClockName,
+    Io,
+    LossName,
+    OptimizerMode,
+    OutputDType,
+    OutputLayout,
+    Purpose,
+    Rounding,
+    Scope,
+    SolverName,
+    StepNorm,
+)
 from farcast_cli.errors import UsageError, shell_word
 
 if TYPE_CHECKING:
-    from farcast_cli.run.pace import ClockName
+    from farcast_cli.engine.reader import Resources
+    from farcast_cli.evaluation.judge import Evaluator
+    from farcast_cli.run.selection import Selection
 
 CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
@@ -52,7 +68,6 @@ PANELS = {
 MAX_CONFIG_BYTES = 1 << 20
 MAX_DIGITS = 15  # of a number of steps
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
-DEFAULT_LEDGER = Path("forecasts/ledger.jsonl")
 
 
 class Grouped(TyperCommand):
@@ -143,6 +158,23 @@ def env(name: str) -> str:
     return f"FARCAST_{name}"
 
 
+def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:
+    """An option whose value is one of a Literal type: its help shows which, and another value is a usage error.
+
+    Wherever the value comes from: the command line, the environment or a file. The message is farcast's own, since those of
+    typer's versions differ.
+    """
+    names = get_args(allowed)
+
+    def parse(value: str) -> str:
+        if value not in names:
+            raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
+        return value
+
+    envvar = env(env_name or name.removeprefix("--").replace("-", "_").upper())
+    return typer.Option(name, envvar=envvar, metavar="|".join(names), parser=parse, help=text)
+
+
 JsonOption = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
@@ -153,12 +185,11 @@ ThreadsOption = Annotated[
     int, typer.Option(envvar=env("THREADS"), min=0, help="Workers that read and compute; 0: one per core, at most 8.")
 ]
 IoOption = Annotated[
-    str,
-    typer.Option(
+    Io,
+    choice(
+        Io,
         "--io",
-        envvar=env("IO"),
-        metavar="auto|pread|mmap",
-        help="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place, and a"
+        text="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place, and a"
         " file that is cut short meanwhile, or a failing disk, ends the process.",
     ),
 ]
@@ -206,45 +237,26 @@ MethodOption = Annotated[
         envvar=env("METHOD"), metavar="NAME", help="A method by its name (backtest shows them), or auto: by evidence."
     ),
 ]
-PurposeOption = Annotated[
-    str,
-    typer.Option(
-        "--for",
-        envvar=env("FOR"),
-        metavar="resume|evaluation",
-        help="Resume training from the forecast, or evaluate and ship it.",
-    ),
-]
+PurposeOption = Annotated[Purpose, choice(Purpose, "--for", text="Resume training from the forecast, or evaluate and ship it.")]
 StepNormOption = Annotated[
-    str | None,
-    typer.Option(
-        envvar=env("STEP_NORM"),
-        metavar="match|match-plain|clip|free",
-        help="How long each tensor's step is; the method's own by default.",
-    ),
+    StepNorm | None, choice(StepNorm, "--step-norm", text="How long each tensor's step is; the method's own by default.")
 ]
-ScopeOption = Annotated[
-    str,
-    typer.Option(
-        envvar=env("SCOPE"), metavar="auto|tensor|global", help="One fit per tensor or one for all (the methods that fit)."
-    ),
-]
+ScopeOption = Annotated[Scope, choice(Scope, "--scope", text="One fit per tensor or one for all (the methods that fit).")]
 ClockOption = Annotated[
-    str | None,
-    typer.Option(
+    ClockName | None,
+    choice(
+        ClockName,
         "--clock",
-        envvar=env("CLOCK"),
-        metavar="steps|rate",
-        help="What lengths and b are measured in: steps, or learning rate summed over them. By default the rate where it is known; a"
+        text="What lengths and b are measured in: steps, or learning rate summed over them. By default the rate where it is known; a"
         " step to resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]
 LayoutOption = Annotated[
-    str,
-    typer.Option(
-        envvar=env("LAYOUT"),
-        metavar="same|safetensors|pt|dcp",
-        help="Container of the output; weights only where another than the run's has no place for the rest.",
+    OutputLayout,
+    choice(
+        OutputLayout,
+        "--layout",
+        text="Container of the output; weights only where another than the run's has no place for the rest.",
     ),
 ]
 GradWeightOption = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
@@ -258,12 +270,8 @@ EvalTimeoutOption = Annotated[
 ]
 
 MaximizeOption = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")]
-OptimizerOption = Annotated[
-    str,
-    typer.Option(
-        envvar=env("OPTIMIZER"), metavar="copy|zero-momentum|reset|drop", help="What becomes of the optimiser's state."
-    ),
-]
+OptimizerOption = Annotated[OptimizerMode, choice(OptimizerMode, "--optimizer", text="What becomes of the optimiser's state.")]
+DTypeOption = Annotated[OutputDType, choice(OutputDType, "--dtype", text="Element type of the output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")]
 
@@ -282,41 +290,19 @@ BiasesOption = Annotated[
     typer.Option("--bias", envvar=env("BIAS"), metavar="KEY", help="Its bias, tuned with it; one for each layer."),
 ]
 ActivationsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--activation",
-        envvar=env("ACTIVATION"),
-        metavar="none|relu|gelu|tanh",
-        help="Behind the layer; one for all layers, or one for each.",
-    ),
+    list[str] | None, choice(ActivationName, "--activation", text="Behind the layer; one for all layers, or one for each.")
 ]
 TuneMethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
         envvar=env("TUNE_METHOD"),
-        metavar="gauss-newton|gradient-descent",
+        metavar="|".join(get_args(SolverName)),
         help="gauss-newton for one layer, gradient-descent for several.",
     ),
 ]
-RoundOption = Annotated[
-    str,
-    typer.Option("--round", envvar=env("ROUND"), metavar="nearest|stochastic", help="How values are put into the stored type."),
-]
-
-
-def one_of(option: str, value: str, allowed: Any) -> Any:
-    """A value of a Literal type."""
-    if value not in get_args(allowed):
-        raise UsageError(f"--{option} {value}: expected one of {', '.join(get_args(allowed))}")
-    return value
-
-
-def clock_of(value: str | None) -> ClockName | None:
-    """The clock asked for; None leaves it to what is known."""
-    from farcast_cli.run.pace import ClockName
-
-    return None if value is None else cast("ClockName", one_of("clock", value, ClockName))
+LossOption = Annotated[LossName | None, choice(LossName, "--loss", text="What is made small: of targets, or of labels.")]
+RoundOption = Annotated[Rounding, choice(Rounding, "--round", text="How values are put into the stored type.")]
 
 
 def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
@@ -355,6 +341,31 @@ def parse_size(text: str | None) -> int | None:
 def device_name(device: str) -> str:
     """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
     return "cpu" if device == "auto" else device
+
+
+def selection_of(
+    directory: Path, include: list[str] | None, exclude: list[str] | None, steps: str | None, pattern: str | None
+) -> Selection:
+    """The part of a run that the options name."""
+    from farcast_cli.run.selection import Selection
+    from farcast_cli.run.steps import parse_steps
+
+    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
+
+
+def evaluator_of(command: str | None, *, maximize: bool, jobs: int, timeout_s: float | None) -> Evaluator | None:
+    """The user's command that judges weights, where there is one."""
+    from farcast_cli.evaluation.judge import Evaluator
+
+    return Evaluator(command, maximize, jobs, timeout_s) if command else None
+
+
+def resources_of(device: str, io: Io, threads: int) -> Resources:
+    """What the command may compute with; called before anything that imports numpy."""
+    num_workers = prepare(device, threads)
+    from farcast_cli.engine.reader import Resources
+
+    return Resources(device_name(device), io, num_workers)
 
 
 def prepare(device: str, threads: int = 0) -> int:

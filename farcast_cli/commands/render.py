@@ -20,6 +20,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from farcast_cli.errors import listed, printable, shell_word, visible
+from farcast_cli.progress import silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from farcast_cli.errors import FarcastError
-    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
-    from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.forecast.ledger import History, Leap
+    from farcast_cli.forecast.fitting import FitOutcome, FitPlan
+    from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.significance import Significance
+    from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome
     from farcast_cli.results import Answer, VerifyAnswer
-    from farcast_cli.run.alignment import Alignment, Copied
+    from farcast_cli.run.alignment import Copied
     from farcast_cli.run.pace import Pace
+    from farcast_cli.run.selection import Inspection
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.tune.run import TuneOutcome as Tuning
 
@@ -105,13 +107,13 @@ def schema(content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress(*, quiet: bool) -> Iterator[Progress]:
     """A bar with bytes, rate and time left for each phase, on a terminal; silence elsewhere.
 
     A phase of no known length has its name and the time since its start, until it is told anything.
     """
     if quiet or not sys.stderr.isatty():
-        yield lambda _phase, _total: lambda _done: None
+        yield silent
         return
     from rich import progress as rich
 
@@ -163,10 +165,8 @@ def bar(ratio: float) -> str:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspect_table(
-    trajectory: Trajectory, alignment: Alignment | None, problems: Sequence[str], *, verbose: bool = False
-) -> None:
-    console = stdout()
+def inspection(found: Inspection, *, verbose: bool = False) -> None:
+    console, trajectory, alignment = stdout(), found.trajectory, found.alignment
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -190,9 +190,9 @@ def inspect_table(
     _grouped(console, "not part of the run", others, verbose=verbose)
     for text in trajectory.notes:
         console.print(f"note: {escape(text)}", soft_wrap=True)
-    for problem in problems:
+    for problem in found.problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
-    if not problems:
+    if not found.problems:
         console.print(f"next: {escape(_fit_command(trajectory))}", soft_wrap=True)
 
 
@@ -236,43 +236,44 @@ def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
-def fit_cautions(trajectory: Trajectory, history: History, unused: Sequence[Leap], begins: str, *, quiet: bool) -> None:
+def fit_cautions(plan: FitPlan) -> None:
     """What a person should know of the folder before its run is forecast."""
-    folder = shell_word(trajectory.directory)
-    if trajectory.ignored:
-        entries = "entry" if len(trajectory.ignored) == 1 else "entries"
-        note(f"{len(trajectory.ignored)} {entries} left out (farcast inspect {folder} lists them)", quiet=quiet)
-    for ignored in trajectory.half_written[:MAX_NAMES]:
-        note(f"caution: {ignored.path.name} left out: {ignored.reason}", quiet=quiet)
-    if len(trajectory.half_written) > MAX_NAMES:
-        note(f"caution: and {len(trajectory.half_written) - MAX_NAMES} more snapshots", quiet=quiet)
+    found, history = plan.found, plan.history
+    folder = shell_word(found.directory)
+    if found.ignored:
+        entries = "entry" if len(found.ignored) == 1 else "entries"
+        note(f"{len(found.ignored)} {entries} left out (farcast inspect {folder} lists them)")
+    for ignored in found.half_written[:MAX_NAMES]:
+        note(f"caution: {ignored.path.name} left out: {ignored.reason}")
+    if len(found.half_written) > MAX_NAMES:
+        note(f"caution: and {len(found.half_written) - MAX_NAMES} more snapshots")
     if history.leap:
         note(
             f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
             f" fitted on the {len(history.trajectory.snapshots)} snapshots since, without {history.num_before} before it"
-            " (--steps A:B chooses otherwise)",
-            quiet=quiet,
+            " (--steps A:B chooses otherwise)"
         )
-    if begins:
-        note(begins, quiet=quiet)
-    for leap in unused:
-        if trajectory.steps[0] <= leap.resumes_after < trajectory.steps[-1]:
+    if plan.usable.begins:
+        note(plan.usable.begins)
+    for leap in plan.unused:
+        if found.steps[0] <= leap.resumes_after < found.steps[-1]:
             note(
                 f"note: {Path(leap.forecast).name} was forecast from this run: if training resumed from it, the leap at step"
-                f" {leap.resumes_after} passes for movement in the steps chosen",
-                quiet=quiet,
+                f" {leap.resumes_after} passes for movement in the steps chosen"
             )
+    if plan.usable.left_out:
+        note(plan.usable.left_out)
 
 
-def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Steadiness, verbose: bool = False) -> None:
+def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
     from farcast_cli.forecast.backtest import COHERENCE_GATE
 
-    record = fitted.provenance
+    fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
         f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors forecast,"
         f" {len(record.copied)} copied,"
-        f" {what}, {size(bytes_read)} in {seconds:.1f} s"
+        f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
     note(
         f"coherence S = {shown_number(steady.coherence)}, {shown_number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
@@ -284,15 +285,13 @@ def fit_summary(fitted: Fitted, *, bytes_read: int, seconds: float, steady: Stea
     note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
 
 
-def backtest_table(
-    origin_step: int, steady: Steadiness, scores: Sequence[Score], decisions: dict[int, tuple[str, Decision]]
-) -> None:
-    console = stdout()
-    console.print(f"back-test at origin {origin_step}: error against doing nothing (0 perfect, 1 no better)")
+def backtest(report: BacktestReport, *, verbose: bool) -> None:
+    console, steady = stdout(), report.steady
+    console.print(f"back-test at origin {report.origin_step}: error against doing nothing (0 perfect, 1 no better)")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading, justify in (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for score in sorted(scores, key=lambda score: (score.horizon, score.ratio)):
+    for score in sorted(report.scores, key=lambda score: (score.horizon, score.ratio)):
         colour = "green" if score.ratio < 1 else "red"
         table.add_row(
             str(score.horizon),
@@ -302,17 +301,22 @@ def backtest_table(
             f"{score.ratio_as_written:.2f}",
         )
     console.print(table)
-    known = math.isfinite(steady.coherence)
+    has_coherence = math.isfinite(steady.coherence)
     console.print(
-        f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}" if known else "coherence S: too few snapshots"
+        f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}"
+        if has_coherence
+        else "coherence S: too few snapshots"
     )
-    for horizon, (method, decision) in decisions.items():
+    for horizon, (method, decision) in report.decisions.items():
         console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
+    console.print(escape(_clock_line(report.pace)), soft_wrap=True)
+    for why in report.reasons:
+        note(f"auto: {why}")
+    if verbose:
+        from farcast_cli.forecast.methods import METHODS
 
-
-def clock(pace: Pace) -> None:
-    """In what the lengths of a back-test are measured."""
-    stdout().print(escape(_clock_line(pace)), soft_wrap=True)
+        for known in METHODS.values():
+            note(f"{known.name}: {known.summary}")
 
 
 def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
@@ -329,7 +333,17 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
-def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, dry_run: bool, verbose: bool) -> None:
+    """What came of each horizon, what a person should know before using it, and what to do where nothing was written."""
+    for outcome in outcomes:
+        _outcome(outcome, dry_run=dry_run, verbose=verbose)
+    for text in notes:
+        note(f"note: {text}")
+    if not any(outcome.path for outcome in outcomes):
+        note("hint: keep training and fit again, try another --horizon, or write it all the same with --even-if-worse")
+
+
+def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
     decision = outcome.decision
     head = f"step {outcome.origin_step} + {outcome.horizon}"
     for text in outcome.chosen:
@@ -375,6 +389,14 @@ def outcome_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verify_note(result: VerifyAnswer) -> None:
+    """That the two checkpoints are not of one step, where they are not."""
+    if result.forecast_step != result.truth_step:
+        unit = "learning rate" if result.clock == "rate" else "steps"
+        share = "" if result.trained is None else f": trained was {result.trained:.2f} of its stretch, in {unit}"
+        note(f"note: this compares a forecast for step {result.forecast_step} with step {result.truth_step}{share}")
 
 
 def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, MOMENTUM, ActivationName, LossName
 from farcast_cli.commands.options import (
     ActivationsOption,
     BiasesOption,
     ConfigOption,
     JsonOption,
     LayersOption,
+    LossOption,
     QuietOption,
     RoundOption,
     RowsOption,
@@ -20,7 +22,6 @@ from farcast_cli.commands.options import (
     TuneMethodOption,
     VerboseOption,
     env,
-    one_of,
     prepare,
 )
 from farcast_cli.errors import NoGainError
@@ -41,10 +42,7 @@ def tune(
     layer: LayersOption = None,
     bias: BiasesOption = None,
     data: RowsOption = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(envvar=env("LOSS"), metavar="mse|cross-entropy", help="What is made small: of targets, or of labels."),
-    ] = None,
+    loss: LossOption = None,
     activation: ActivationsOption = None,
     head: Annotated[
         str | None,
@@ -63,7 +61,7 @@ def tune(
         float | None,
         typer.Option(envvar=env("RATE"), metavar="X", help="Of gradient descent; found from the curvature by default."),
     ] = None,
-    momentum: Annotated[float, typer.Option(envvar=env("MOMENTUM"), help="Of gradient descent.")] = 0.9,
+    momentum: Annotated[float, typer.Option(envvar=env("MOMENTUM"), help="Of gradient descent.")] = MOMENTUM,
     weight_decay: Annotated[
         float, typer.Option(envvar=env("WEIGHT_DECAY"), min=0, help="Pull towards 0; gradient descent.")
     ] = 0.0,
@@ -71,10 +69,10 @@ def tune(
     holdout: Annotated[
         float,
         typer.Option(envvar=env("HOLDOUT"), help="Share of the rows that judge; half as many more stop the tuning early."),
-    ] = 0.25,
+    ] = HOLDOUT,
     gate: Annotated[
         float, typer.Option(envvar=env("GATE"), help="Standard errors that the gain on the held-out rows must exceed.")
-    ] = 3.0,
+    ] = DEFAULT_GATE,
     subsample: Annotated[
         int | None, typer.Option(envvar=env("SUBSAMPLE"), min=1, metavar="N", help="Use so many rows, drawn by the seed.")
     ] = None,
@@ -97,36 +95,32 @@ def tune(
     threads: ThreadsOption = 0,
     json_: JsonOption = False,
     quiet: QuietOption = False,
-    verbose: VerboseOption = False,  # noqa: ARG001
-    config: ConfigOption = None,  # noqa: ARG001
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Adapt a wide layer to labelled rows at a small cost per iteration; write it if rows held out are the better for it."""
     num_threads = prepare("cpu", threads)
     from farcast_cli.commands import render
     from farcast_cli.tune.delta import Rounded
-    from farcast_cli.tune.numbers import Rounding
-    from farcast_cli.tune.objective import ActivationName, LossName
     from farcast_cli.tune.one_layer import Settings
     from farcast_cli.tune.run import TuneRequest, apply_deltas, check_given, method_named, tune_checkpoint
 
-    rounded = Rounded(one_of("round", round_, Rounding), seed)
+    rounded = Rounded(round_, seed)
     with render.progress(quiet=quiet) as progress:
         if apply is not None:
             check_given({"--layer": layer, "--data": data, "--delta-out": delta_out}, {"-o": output}, of="--apply")
-            where: Any = output
-            outcome = apply_deltas(checkpoint, apply, where, rounded, num_threads=num_threads, progress=progress)
+            outcome = apply_deltas(checkpoint, apply, cast("Path", output), rounded, num_threads=num_threads, progress=progress)
         else:
             check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
-            rows: Any = data
             layers = tuple(layer or ())
             method = method_named(tune_method, num_layers=len(layers))
             request = TuneRequest(
                 checkpoint,
                 layers,
-                rows,
-                one_of("loss", loss or "", LossName),
+                cast("Path", data),
+                cast("LossName", loss),
                 tuple(bias or ()),
-                tuple(one_of("activation", name, ActivationName) for name in activation or ["none"]),
+                cast("tuple[ActivationName, ...]", tuple(activation or ("none",))),
                 head,
                 head_bias,
                 anchor,

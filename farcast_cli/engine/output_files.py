@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.engine.reader import Io
+    from farcast_cli.choices import Io
+
 
 DIRECT_BYTES = 16 << 20  # of a file, from which on it is written past the cache; a small one is likely to be read soon
 _MAX_OPEN = 64

@@ -12,7 +12,7 @@ import os
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,16 +26,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import Io
     from farcast_cli.engine.casts import Floats
     from farcast_cli.tensors import TensorEntry
 
-Io = Literal["auto", "pread", "mmap"]
-"""How files are read and written.
-
-`pread` reads into memory of our own and writes through the page cache; `auto` reads likewise and writes past the page
-cache (O_DIRECT) where the filesystem allows it; `mmap` writes as `auto` does and reads the page cache in place, which
-saves a copy, but a file that is cut short while it is read, or a disk that fails, then ends the process (SIGBUS).
-"""
 FileStretch = tuple["Path", int, int]
 """Bytes of a file: path, first byte, number of bytes."""
 PAGE = 4096

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from farcast_cli.choices import Io
     from farcast_cli.engine.arithmetic import Arithmetic
     from farcast_cli.engine.batch import Inputs
     from farcast_cli.engine.ranges import Placed, Range, Segment
-    from farcast_cli.engine.reader import Io
 
 _PREFETCHED = 64 << 10  # bytes that are worth a hint to the kernel
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.engine import workers
 from farcast_cli.engine.casts import work_type
 from farcast_cli.engine.reader import (
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from farcast_cli.run.alignment import Alignment
     from farcast_cli.trainers.base import Snapshot
 
-DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 KEPT_SAMPLE = 1_024  # of those, kept for the fits that are not least squares; within .005 of a full fit
 KEPT_BYTES = 64 << 20  # for all kept samples together
 MIN_KEPT = 64

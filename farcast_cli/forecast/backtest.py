@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import Purpose, Verdict
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.timeline import Timeline
-    from farcast_cli.results import Verdict
 
     Halves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-Purpose = Literal["resume", "evaluation"]
 
 COHERENCE_GATE = 0.15  # S that a leap needs up to a quarter of the history; below it the gains were as those of chance
 SHORT_LEAD = 0.25  # of the history; what a longer leap needs grows with its root, as the noise that it carries along

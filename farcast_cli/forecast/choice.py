@@ -16,7 +16,7 @@ from farcast_cli.forecast.forecaster import ANNEALING_RATE, forecast
 from farcast_cli.forecast.methods import METHODS, find_method
 
 if TYPE_CHECKING:
-    from farcast_cli.forecast.backtest import Purpose
+    from farcast_cli.choices import Purpose
     from farcast_cli.forecast.forecaster import Method, Task
     from farcast_cli.forecast.timeline import Timeline
 

@@ -10,7 +10,7 @@ Shapes: K tensors, R = T + 1 basis vectors (see gram.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import Scope, StepNorm
     from farcast_cli.forecast.gram import Gram, Sample
 
-StepNorm = Literal["match", "match-plain", "clip", "free"]
-Scope = Literal["auto", "tensor", "global"]
 
 ANNEALING_RATE = 0.25  # of the highest: leaps that ended at a lower one replaced less of the training that they skipped
 LONGEST_IN_FULL = 0.5  # of the history; longer leaps were no better in full length, and one of 1.5 of it was worse

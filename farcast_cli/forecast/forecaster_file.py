@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -19,25 +18,22 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from farcast_cli import __version__
-from farcast_cli.engine.reader import Resources
-from farcast_cli.errors import FileFormatError, MixedRunsError, OutputError, SnapshotError, UnsafeFileError, shell_word
+from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
 from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading
 from farcast_cli.files.staged import staged
-from farcast_cli.forecast.accumulate import accumulate
-from farcast_cli.forecast.backtest import MAX_HORIZON
+from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
+from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
-from farcast_cli.run.thinning import thinned
-from farcast_cli.state.rates import read_pace
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
-from farcast_cli.trainers.base import read_snapshot, unchanged
+from farcast_cli.trainers.base import read_snapshot
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -46,7 +42,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.tensors import TensorEntry
     from farcast_cli.trainers.base import Snapshot
 
@@ -129,6 +124,15 @@ class Fitted:
         return (self.gram.select(chosen), self.sample.select(chosen)) if is_part else (self.gram, self.sample)
 
     @property
+    def timeline(self) -> Timeline:
+        """The history as seen from its last snapshot."""
+        return Timeline(self.gram.steps, float(self.steps[-1]))
+
+    def steadiness(self) -> Steadiness:
+        """All that the history says of its drift."""
+        return steadiness(self.judged()[0], self.timeline)
+
+    @property
     def copied(self) -> tuple[Copied, ...]:
         """What is taken over from the last snapshot."""
         return tuple(Copied(record.name, record.reason, record.of) for record in self.provenance.copied)
@@ -146,100 +150,6 @@ class Fitted:
         if step not in self.steps:
             raise SnapshotError(f"no snapshot of step {step}: expected one of {', '.join(map(str, self.steps))}")
         return self.steps.index(step)
-
-
-def fit(
-    trajectory: Trajectory,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    leap: Leap | None = None,
-    num_samples: int | None,
-    resources: Resources | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Fitted:
-    """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None).
-
-    Of a run with very many snapshots some enter (`thinning`): the notes say which. Peak memory: the inner products, 64 MiB or
-    little more; the sample; and an entry for each tensor of each snapshot that enters.
-    """
-    snapshots, note = thinned(trajectory.snapshots, include=include, exclude=exclude)
-    trajectory = replace(trajectory, snapshots=snapshots, notes=(*trajectory.notes, *([note] if note else [])))
-    alignment = align(trajectory.snapshots, include=include, exclude=exclude)
-    with unchanged(trajectory.snapshots):
-        gram, sample = accumulate(
-            alignment,
-            trajectory.steps,
-            num_samples=num_samples,
-            resources=resources or Resources(),
-            progress=progress,
-        )
-        pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
-        records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
-    _check_one_run(gram, trajectory)
-    last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
-    provenance = Provenance(
-        directory=str(trajectory.directory),
-        layout=trajectory.layout,
-        snapshots=records,
-        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark) for e, remark in last),
-        copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
-        num_samples=num_samples,
-        leap=leap,
-        pace=pace,
-        notes=trajectory.notes,
-        include=tuple(include),
-        exclude=tuple(exclude),
-        pattern=trajectory.pattern,
-    )
-    return Fitted(gram, sample, provenance, trajectory.directory)
-
-
-def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
-    return SnapshotRecord(
-        path=snapshot.path.relative_to(trajectory.directory).as_posix(),
-        step=snapshot.step,
-        step_source=snapshot.step_source,
-        bytes=snapshot.num_bytes,
-        digest=snapshot.digest,
-    )
-
-
-JUMP = 8.0  # times the larger of its neighbours: no optimiser moves like this, another run's weights do
-FLIP = -0.75  # cosine of neighbouring moves; two runs interleaved give -1, pure noise around a point -0.5
-
-
-def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
-    """Two runs of one model have equal names and shapes; only the path of the weights tells them apart.
-
-    Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
-    """
-    moves = gram.matrix.sum(axis=0)[:-2, :-2]
-    sizes = np.sqrt(np.maximum(np.diag(moves), 0))
-    if len(sizes) < 4 or not sizes.all():  # noqa: PLR2004 - a jump needs neighbours on both sides
-        return
-    cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
-    names = [snapshot.path.name for snapshot in trajectory.snapshots]
-    hint = "a trajectory is one run: move the other run to a folder of its own, or choose steps with --steps A:B"
-    if np.median(cosines) < FLIP:
-        raise MixedRunsError(
-            f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
-            f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
-            hint=hint,
-        )
-    spans = np.diff(trajectory.steps)
-    rates = sizes / np.sqrt(spans)  # noise grows with the root of the steps, drift with the steps: a jump is one by both
-    for index in range(1, len(rates) - 1):
-        neighbours = [index - 1, index + 1]
-        if (
-            rates[index] > JUMP * rates[neighbours].max()
-            and sizes[index] / spans[index] > JUMP * (sizes / spans)[neighbours].max()
-        ):
-            raise MixedRunsError(
-                f"{trajectory.directory}: two runs seem to meet between {names[index]} and {names[index + 1]}: the weights"
-                f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
-                hint=hint,
-            )
 
 
 def check_fitted_place(path: Path, directory: Path) -> None:

@@ -17,11 +17,12 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from farcast_cli.choices import CountersMode  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError, TooFewSnapshotsError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import file_size, local, portable, read_bytes, reading
@@ -49,7 +50,7 @@ class Leap(BaseModel):
     run: str
     origin_step: int
     valid_step: int
-    counters: Literal["advance", "keep"]
+    counters: CountersMode
     forecast: str
 
     @property

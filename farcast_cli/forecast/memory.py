@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from farcast_cli import __version__
 from farcast_cli.checkpoint.pieces import Copy, OutputFile, Planned, Values
 from farcast_cli.checkpoint.plan import safetensors_output
+from farcast_cli.choices import ClockName  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import list_files
@@ -26,7 +27,6 @@ from farcast_cli.forecast.momentum import Momentum, Remembered
 from farcast_cli.forecast.steering import LARGEST, Losses
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.run.alignment import AlignedTensor, Alignment, align
-from farcast_cli.run.pace import ClockName  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tensors import DTYPES, FLOATING
 

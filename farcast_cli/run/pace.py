@@ -9,14 +9,15 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from farcast_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ClockName = Literal["steps", "rate"]
+    from farcast_cli.choices import ClockName
+
 
 MAX_SCALE = 3.0  # as the limit of a matched norm: what a warm-up begins with tells little of what comes behind it
 

@@ -13,7 +13,7 @@ import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, listed
 from farcast_cli.files.reading import read_bytes
@@ -38,12 +38,11 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from fractions import Fraction
 
+    from farcast_cli.choices import CountersMode, OptimizerMode
     from farcast_cli.formats.torch_file import TorchFile
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.trainers.base import Clock, Part, Snapshot, Trainer
 
-OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
-CountersMode = Literal["advance", "keep"]
 
 MIN_TO_COUNT = 3  # snapshots, for what no counter's name tells to be one; any two values lie on a line
 HISTORY = 8  # snapshots that a counter's rate is measured on

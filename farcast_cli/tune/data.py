@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from farcast_cli.choices import HOLDOUT
 from farcast_cli.errors import DataError, UsageError
 from farcast_cli.tune.gate import MIN_ROWS
 from farcast_cli.tune.rows_file import open_rows
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.tune.objective import LossName
+    from farcast_cli.choices import LossName
     from farcast_cli.tune.rows_file import StoredArray
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
 
-HOLDOUT = 0.25
 EARLY_SHARE = 0.5  # of the held-out share: the early-stopping rows, a noisier choice than the gate's
 MAX_NUMBERS = 1 << 27  # of x, and of y, that are kept: 1 GiB of float64
 

@@ -21,7 +21,7 @@ from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import open_new
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.tensors import DTYPES
-from farcast_cli.tune.numbers import Rounding, round_stochastically
+from farcast_cli.tune.numbers import round_stochastically
 from farcast_cli.tune.weight import read_tensor
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.checkpoint.pieces import ValueMap
+    from farcast_cli.choices import Rounding
     from farcast_cli.tensors import DType, TensorEntry
     from farcast_cli.tune.weight import Weight
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-DEFAULT_GATE = 3.0
 MIN_ROWS = 32
 """Distinct rows; with fewer a z of 3 is not what a normal distribution says it is."""
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.tune.objective import ActivationName, Objective
+    from farcast_cli.choices import ActivationName
+    from farcast_cli.tune.objective import Objective
     from farcast_cli.tune.one_layer import Settings
     from farcast_cli.tune.weight import Weight
 

@@ -8,7 +8,7 @@ Shapes: N numbers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from farcast_cli.tensors import DType
 
-Rounding = Literal["nearest", "stochastic"]
 
 _MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}
 _LEAST_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}

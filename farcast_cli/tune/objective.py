@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import ActivationName, LossName
+
     Array = NDArray[np.float64]
     Targets = NDArray[Any]
 
-LossName = Literal["mse", "cross-entropy"]
-ActivationName = Literal["none", "relu", "gelu", "tanh"]
 
 _ERF_END = 6.5  # beyond it 1 - erf is below 4e-20
 _ERF_DEGREE = 19  # of the polynomial below; the largest error measured is 7e-16, and more terms round worse

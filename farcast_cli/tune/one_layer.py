@@ -18,25 +18,26 @@ Shapes: n rows tuned on, m outputs of the layer, k outputs of the head; X, D (n,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from farcast_cli.choices import MOMENTUM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import SolverName
     from farcast_cli.tune.objective import Objective
 
     Array = NDArray[np.float64]
 
-SolverName = Literal["gauss-newton", "gradient-descent"]
 
 ITERATIONS = {"gauss-newton": 30, "gradient-descent": 300}
 PATIENCE = {"gauss-newton": 5, "gradient-descent": 30}
 """Iterations without a better loss on the early-stopping rows, after which a method ends."""
-MOMENTUM = 0.9
 RIDGES = tuple(10.0**exponent for exponent in range(1, -9, -1))
 """Of the closed form, as shares of the mean of K's diagonal; the early-stopping rows choose."""
 DIRECT_ROWS, DIRECT_BYTES = 1024, 64 << 20  # n k, and bytes of the Jacobian, up to which its Gram matrix is solved directly

@@ -10,32 +10,33 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from farcast_cli import __version__
+from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, SolverName
 from farcast_cli.errors import OutputError, SnapshotError, UsageError
 from farcast_cli.files.reading import file_size, portable, relative
 from farcast_cli.files.staged import staged
 from farcast_cli.results import CheckpointFile, HeldOut, RowsFile, TunedOn, TuneOptions, TuneSidecar
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.trainers.base import unchanged
-from farcast_cli.tune.data import HOLDOUT, Draw, Fit, read_anchors, read_data, split
+from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data, split
 from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
-from farcast_cli.tune.gate import DEFAULT_GATE, GateResult, judge
+from farcast_cli.tune.gate import GateResult, judge
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Settings, SolverName
+from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.solve import Model, Solved, solve
 from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
 from farcast_cli.tune.write import Writing, check_delta_place, check_kept, check_moved, check_tuned_place, write_tuned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from farcast_cli.choices import ActivationName, LossName
+    from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.data import Data, Splits
     from farcast_cli.tune.delta import Delta
-    from farcast_cli.tune.objective import ActivationName, LossName
     from farcast_cli.tune.weight import Weight
 
-    Progress = Callable[[str, int], Callable[[int], None]]
 
 MAX_HEAD_BYTES = 128 << 20
 """Of a head in float64, which every iteration uses whole."""

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.choices import ActivationName
     from farcast_cli.tune.data import Data, Splits
-    from farcast_cli.tune.objective import ActivationName, Objective
+    from farcast_cli.tune.objective import Objective
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]

@@ -28,7 +28,8 @@ from farcast_cli.engine.reader import Reader
 from farcast_cli.errors import FarcastError
 from farcast_cli.evaluation.judge import last_number
 from farcast_cli.files.place import sidecar_of
-from farcast_cli.forecast.forecaster_file import fit, load_fitted, save_fitted
+from farcast_cli.forecast.fitting import fit
+from farcast_cli.forecast.forecaster_file import load_fitted, save_fitted
 from farcast_cli.forecast.ledger import read_leaps
 from farcast_cli.forecast.memory import read_memory
 from farcast_cli.formats.copied_file import refuse_code_in

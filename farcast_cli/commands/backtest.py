@@ -1,0 +1,82 @@
+"""The command `backtest`: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE
+from farcast_cli.commands.fit import learn
+from farcast_cli.commands.options import (
+    ClockOption,
+    ConfigOption,
+    DeviceOption,
+    ExcludeOption,
+    ForecasterOption,
+    FullOption,
+    IncludeOption,
+    IoOption,
+    JsonOption,
+    LedgerOption,
+    MethodOption,
+    PatternOption,
+    PurposeOption,
+    QuietOption,
+    SampleOption,
+    StepsOption,
+    ThreadsOption,
+    VerboseOption,
+    env,
+    parse_horizons,
+    resources_of,
+    selection_of,
+)
+
+EXAMPLES = "Example: farcast backtest --horizon 500,1000,2000"
+
+
+def backtest(
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
+    horizon: Annotated[
+        str | None,
+        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; some shares of the history by default."),
+    ] = None,
+    forecaster: ForecasterOption = DEFAULT_FORECASTER,
+    purpose: PurposeOption = "resume",
+    method: MethodOption = None,
+    clock: ClockOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    steps: StepsOption = None,
+    pattern: PatternOption = None,
+    sample: SampleOption = DEFAULT_SAMPLE,
+    full: FullOption = False,
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    device: DeviceOption = "auto",
+    io: IoOption = "auto",
+    threads: ThreadsOption = 0,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Show what every method would have been worth inside the run's own history, and the verdict."""
+    horizons = parse_horizons(horizon)
+    resources = resources_of(device, io, threads)
+    from farcast_cli.commands import answers, render
+    from farcast_cli.forecast.fitting import FitRequest
+    from farcast_cli.forecast.forecaster_file import load_fitted
+    from farcast_cli.forecast.report import report_backtest
+
+    if directory:
+        selection = selection_of(directory, include, exclude, steps, pattern)
+        fitted = learn(FitRequest(selection, None if full else sample, ledger, resources), quiet=quiet).fitted
+    else:
+        fitted = load_fitted(forecaster)
+    report = report_backtest(fitted, horizons, method=method, purpose=purpose, clock=clock, device=resources.device)
+    if json_:
+        render.as_json(answers.of_backtest(report))
+    else:
+        render.backtest(report, verbose=verbose)

@@ -1,0 +1,81 @@
+"""The command `fit`: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE
+from farcast_cli.commands.options import (
+    ConfigOption,
+    DeviceOption,
+    ExcludeOption,
+    FullOption,
+    IncludeOption,
+    IoOption,
+    JsonOption,
+    LedgerOption,
+    PatternOption,
+    QuietOption,
+    SampleOption,
+    StepsOption,
+    ThreadsOption,
+    VerboseOption,
+    env,
+    resources_of,
+    selection_of,
+)
+
+if TYPE_CHECKING:
+    from farcast_cli.forecast.fitting import FitOutcome, FitRequest
+
+EXAMPLES = "Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000"
+
+
+def fit(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
+    ] = DEFAULT_FORECASTER,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    steps: StepsOption = None,
+    pattern: PatternOption = None,
+    sample: SampleOption = DEFAULT_SAMPLE,
+    full: FullOption = False,
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    device: DeviceOption = "auto",
+    io: IoOption = "auto",
+    threads: ThreadsOption = 0,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
+    resources = resources_of(device, io, threads)
+    from farcast_cli.commands import answers, render
+    from farcast_cli.forecast.fitting import FitRequest
+
+    selection = selection_of(directory, include, exclude, steps, pattern)
+    done = learn(FitRequest(selection, None if full else sample, ledger, resources, output), quiet=quiet)
+    if json_:
+        render.as_json(answers.of_fit(done, output))
+    else:
+        render.paths([output])
+    if not quiet:
+        render.fit_summary(done, verbose=verbose)
+
+
+def learn(request: FitRequest, *, quiet: bool) -> FitOutcome:
+    """Learn from a run, and say first what a person should know of it."""
+    from farcast_cli.commands import render
+    from farcast_cli.forecast.fitting import fit_planned, plan_fit
+
+    plan = plan_fit(request)
+    if not quiet:
+        render.fit_cautions(plan)
+    with render.progress(quiet=quiet) as progress:
+        return fit_planned(plan, progress)

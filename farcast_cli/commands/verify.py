@@ -1,0 +1,47 @@
+"""The command `verify`: parse, one library call, render."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farcast_cli.commands.options import (
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    env,
+    prepare,
+)
+
+EXAMPLES = "Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500"
+
+
+def verify(
+    forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
+    against: Annotated[Path, typer.Option(envvar=env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(envvar=env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
+    ] = None,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Say what a forecast was worth, once training has reached its step."""
+    prepare("cpu")
+    from farcast_cli.commands import render
+    from farcast_cli.verify import find_reference
+    from farcast_cli.verify import verify as run
+
+    with render.progress(quiet=quiet) as progress:
+        result = run(forecast, against, reference or find_reference(forecast), progress=progress)
+    if not quiet:
+        render.verify_note(result)
+    if json_:
+        render.as_json(result)
+    else:
+        render.verify_table(result, verbose=verbose)

@@ -1,0 +1,219 @@
+"""Learning from a run: which of its snapshots, by one pass over a sample of its tensors, and whether they are those of one run."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine.reader import Resources
+from farcast_cli.errors import MixedRunsError
+from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample
+from farcast_cli.forecast.backtest import MAX_HORIZON
+from farcast_cli.forecast.forecaster_file import (
+    CopiedRecord,
+    Fitted,
+    Provenance,
+    SnapshotRecord,
+    TensorRecord,
+    check_fitted_place,
+    save_fitted,
+)
+from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
+from farcast_cli.run.alignment import align
+from farcast_cli.run.selection import usable
+from farcast_cli.run.thinning import thinned
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
+from farcast_cli.state.rates import read_pace
+from farcast_cli.trainers.base import unchanged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from farcast_cli.forecast.backtest import Steadiness
+    from farcast_cli.forecast.gram import Gram
+    from farcast_cli.forecast.ledger import Leap
+    from farcast_cli.progress import Progress
+    from farcast_cli.run.selection import Selection, Usable
+    from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.trainers.base import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class FitRequest:
+    """What the user asks to be fitted, by `fit` or by a back-test of a folder."""
+
+    selection: Selection
+    num_samples: int | None = DEFAULT_SAMPLE
+    """Of each tensor; None reads all values."""
+    ledger: Path | None = None
+    """The leaps that the run may have resumed from; they are looked up unless the user chose the steps."""
+    resources: Resources = field(default_factory=Resources)
+    output: Path | None = None
+    """The forecaster file to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitPlan:
+    """Which snapshots are fitted, of all that were found, and what a person should know of that."""
+
+    request: FitRequest
+    found: Trajectory
+    history: History
+    """Since the last leap that the run resumed from."""
+    usable: Usable
+    unused: tuple[Leap, ...]
+    """Leaps of the run that were not looked at, since the user chose the steps."""
+    started: float
+    """When, by the monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitOutcome:
+    """What was learned, and what it took."""
+
+    fitted: Fitted
+    steady: Steadiness
+    bytes_read: int
+    seconds: float
+
+
+def plan_fit(request: FitRequest) -> FitPlan:
+    """Choose the snapshots to learn from; reads headers, and of leaps a few values.
+
+    Raises:
+        SnapshotError, FileFormatError: no run that can be learned from.
+        OutputError: the output would lie in the run's folder.
+    """
+    started, chosen = time.monotonic(), request.selection
+    if request.output is not None:
+        check_fitted_place(request.output, chosen.directory)
+    found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
+    leaps = read_leaps(request.ledger, found.directory) if request.ledger else []
+    history = History(found, None, 0) if chosen.steps else since_last_leap(found, leaps, minimum=MIN_SNAPSHOTS)
+    entering = usable(history.trajectory.snapshots, chosen)
+    return FitPlan(request, found, history, entering, tuple(leaps if chosen.steps else ()), started)
+
+
+def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
+    """Learn from the snapshots that were chosen, and write the forecaster file where one is asked for."""
+    request, usable = plan.request, plan.usable
+    trajectory = replace(plan.history.trajectory, snapshots=usable.snapshots, notes=(*plan.found.notes, *usable.notes))
+    bytes_done = []
+    tell = progress("fit", bytes_to_sample(trajectory.snapshots, request.num_samples))
+
+    def count(num_bytes: int) -> None:
+        bytes_done.append(num_bytes)
+        tell(num_bytes)
+
+    fitted = fit(
+        trajectory,
+        include=request.selection.include,
+        exclude=request.selection.exclude,
+        leap=plan.history.leap,
+        num_samples=request.num_samples,
+        resources=request.resources,
+        progress=count,
+    )
+    if request.output is not None:
+        save_fitted(fitted, request.output)
+    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), time.monotonic() - plan.started)
+
+
+def fit(
+    trajectory: Trajectory,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    leap: Leap | None = None,
+    num_samples: int | None,
+    resources: Resources | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Fitted:
+    """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None).
+
+    Of a run with very many snapshots some enter (`thinning`): the notes say which. Peak memory: the inner products, 64 MiB or
+    little more; the sample; and an entry for each tensor of each snapshot that enters.
+    """
+    snapshots, note = thinned(trajectory.snapshots, include=include, exclude=exclude)
+    trajectory = replace(trajectory, snapshots=snapshots, notes=(*trajectory.notes, *([note] if note else [])))
+    alignment = align(trajectory.snapshots, include=include, exclude=exclude)
+    with unchanged(trajectory.snapshots):
+        gram, sample = accumulate(
+            alignment,
+            trajectory.steps,
+            num_samples=num_samples,
+            resources=resources or Resources(),
+            progress=progress,
+        )
+        pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
+        records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
+    _check_one_run(gram, trajectory)
+    last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
+    provenance = Provenance(
+        directory=str(trajectory.directory),
+        layout=trajectory.layout,
+        snapshots=records,
+        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark) for e, remark in last),
+        copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
+        num_samples=num_samples,
+        leap=leap,
+        pace=pace,
+        notes=trajectory.notes,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        pattern=trajectory.pattern,
+    )
+    return Fitted(gram, sample, provenance, trajectory.directory)
+
+
+def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
+    return SnapshotRecord(
+        path=snapshot.path.relative_to(trajectory.directory).as_posix(),
+        step=snapshot.step,
+        step_source=snapshot.step_source,
+        bytes=snapshot.num_bytes,
+        digest=snapshot.digest,
+    )
+
+
+JUMP = 8.0  # times the larger of its neighbours: no optimiser moves like this, another run's weights do
+FLIP = -0.75  # cosine of neighbouring moves; two runs interleaved give -1, pure noise around a point -0.5
+
+
+def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
+    """Two runs of one model have equal names and shapes; only the path of the weights tells them apart.
+
+    Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
+    """
+    moves = gram.matrix.sum(axis=0)[:-2, :-2]
+    sizes = np.sqrt(np.maximum(np.diag(moves), 0))
+    if len(sizes) < 4 or not sizes.all():  # noqa: PLR2004 - a jump needs neighbours on both sides
+        return
+    cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
+    names = [snapshot.path.name for snapshot in trajectory.snapshots]
+    hint = "a trajectory is one run: move the other run to a folder of its own, or choose steps with --steps A:B"
+    if np.median(cosines) < FLIP:
+        raise MixedRunsError(
+            f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
+            f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
+            hint=hint,
+        )
+    spans = np.diff(trajectory.steps)
+    rates = sizes / np.sqrt(spans)  # noise grows with the root of the steps, drift with the steps: a jump is one by both
+    for index in range(1, len(rates) - 1):
+        neighbours = [index - 1, index + 1]
+        if (
+            rates[index] > JUMP * rates[neighbours].max()
+            and sizes[index] / spans[index] > JUMP * (sizes / spans)[neighbours].max()
+        ):
+            raise MixedRunsError(
+                f"{trajectory.directory}: two runs seem to meet between {names[index]} and {names[index + 1]}: the weights"
+                f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
+                hint=hint,
+            )

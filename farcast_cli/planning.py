@@ -1,0 +1,166 @@
+"""What a request comes to before anything is written: places, the trainer's state at the later step, the files of a forecast."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farcast_cli.checkpoint.convert import plan_converted
+from farcast_cli.checkpoint.pieces import Rewrite
+from farcast_cli.checkpoint.plan import forecast_name, with_modes
+from farcast_cli.choices import DEFAULT_FOLDER
+from farcast_cli.engine.write import Engine
+from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.evaluation.judge import logs_of
+from farcast_cli.files.place import check_ours, check_outside, check_place
+from farcast_cli.files.staged import refuse_existing
+from farcast_cli.forecast.ledger import check_ledger
+from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.request import Prepared, Start
+from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.trainers import trainer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from fractions import Fraction
+
+    from farcast_cli.checkpoint.convert import Container
+    from farcast_cli.checkpoint.pieces import OutputFile
+    from farcast_cli.engine.batch import Inputs
+    from farcast_cli.files.staged import Check
+    from farcast_cli.request import Request
+    from farcast_cli.trainers.base import Snapshot
+
+
+def refuse_no_place(output: str) -> None:
+    """Refuse an empty text for a place.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if not output:
+        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+
+
+def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, container: Container) -> Path:
+    """Where a forecast goes.
+
+    Args:
+        unit: what the number in the run's names counts per step.
+    """
+    name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
+    if request.counters == "advance":
+        name = trainer_of(origin).rename(name, state_of(origin), horizon)
+    name = container.renamed(name, origin)
+    if request.output is None:
+        return DEFAULT_FOLDER / name
+    refuse_no_place(request.output)
+    if len(request.horizons) > 1 or request.output.endswith(os.sep):
+        return Path(request.output) / name
+    ending = container.ending
+    if not request.output.endswith(ending):
+        why = f", as {origin.path.name} does" if container.layout == "same" else ""
+        raise OutputError(
+            f"-o {request.output}: expected a name that ends in {ending}{why}",
+            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
+        )
+    return Path(request.output)
+
+
+def state_of(origin: Snapshot) -> object:
+    """The object tree of a checkpoint that is one torch file."""
+    content = origin.parts[0].content
+    return content.tree if isinstance(content, TorchFile) else None
+
+
+def start_at(origin: Snapshot, index: int, request: Request) -> Start:
+    """Where the forecasts of a request begin."""
+    return Start(origin, index, trainer_of(origin).end(origin) if request.purpose == "resume" else None)
+
+
+def prepare(
+    request: Request,
+    start: Start,
+    history: Sequence[Snapshot],
+    inputs: Inputs,
+    horizons: Sequence[int],
+    *,
+    container: Container,
+    paths: Sequence[Path],
+    snapshots: Sequence[Snapshot],
+) -> Prepared:
+    """Plan the files of every horizon.
+
+    Args:
+        history: the last few snapshots up to the origin.
+        paths: where the forecasts go.
+        snapshots: those that are read.
+    """
+    index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
+    planned = [_plan(request, start, history, horizon, index_of=index_of, container=container) for horizon in horizons]
+    advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
+    engine = Engine(inputs, request.resources)
+    return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin)
+
+
+def _plan(
+    request: Request,
+    start: Start,
+    history: Sequence[Snapshot],
+    horizon: int,
+    *,
+    index_of: Mapping[str, int],
+    container: Container,
+) -> tuple[Advanced, tuple[OutputFile, ...]]:
+    """The trainer's state at the later step, and the files of the forecast."""
+    _check_end(request, start, horizon)
+    counters = request.counters if horizon else "keep"
+    with told_as_damage(start.origin):
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+    if container.is_weights_only:
+        moved = Advanced(moved.trees)  # what else was done is not written
+    counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
+    moved.changes.extend(counts.values())
+    step = start.origin.step + (horizon if counters == "advance" else 0)
+    mirror = request.purpose == "evaluation"
+    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
+    return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
+
+
+def _check_end(request: Request, start: Start, horizon: int) -> None:
+    """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
+    valid, end = start.origin.step + horizon, start.end
+    if request.counters == "advance" and end is not None and end[1] <= valid:
+        longest = end[1] - start.origin.step - 1
+        raise UsageError(
+            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
+            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
+            + "--counters keep leaps the weights alone; --for evaluation does not resume",
+        )
+
+
+def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool) -> None:
+    """See that forecasts may be put there, and remove what an interrupted call left of them.
+
+    Raises:
+        OutputError: a place inside the run's folder, or what farcast did not write stands there.
+    """
+    existing = existing_check(overwrite=request.overwrite, is_file=is_file)
+    for path in paths:
+        check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
+        if request.evaluator:
+            check_outside(logs_of(path), run)
+
+
+def existing_check(*, overwrite: bool, is_file: bool) -> Check:
+    """What may lie where a forecast goes: nothing, or a forecast that is replaced."""
+    return partial(check_ours, is_file=is_file) if overwrite else refuse_existing
+
+
+def check_ledger_of(request: Request, run: Path) -> None:
+    """See that leaps can be recorded, where they will be."""
+    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
+        check_outside(request.ledger, run, option="--ledger")
+        check_ledger(request.ledger, run)

@@ -1,0 +1,92 @@
+"""What a user chose of a run: a folder, which snapshots in it, which tensors in them; and what of that can be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from farcast_cli.errors import SnapshotError
+from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.thinning import thinned
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, survey
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from farcast_cli.run.alignment import Alignment
+    from farcast_cli.run.steps import StepList, StepRange
+    from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.trainers.base import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A part of a run; `pattern`, `include` and `exclude` are globs, of entries of the folder and of tensors."""
+
+    directory: Path
+    steps: StepRange | StepList | None = None
+    pattern: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """The snapshots that a forecaster learns from, and what a person should know of how they were chosen."""
+
+    snapshots: tuple[Snapshot, ...]
+    begins: str
+    """Where they begin, if the run's tensors changed; empty otherwise."""
+    left_out: str
+    """Which did not enter, if there were very many; empty otherwise."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.begins, self.left_out)))
+
+
+def usable(snapshots: Sequence[Snapshot], selection: Selection) -> Usable:
+    """The snapshots since the tensors last changed, thinned out where they are very many.
+
+    Raises:
+        MixedRunsError: too few since then to learn from, or two models.
+    """
+    include, exclude = selection.include, selection.exclude
+    since, begins = since_last_change(snapshots, include=include, exclude=exclude, minimum=MIN_SNAPSHOTS)
+    entering, left_out = thinned(since, include=include, exclude=exclude)
+    return Usable(entering, begins, left_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a folder holds: its snapshots, how they align (None where they do not), and what stands against a forecast."""
+
+    trajectory: Trajectory
+    alignment: Alignment | None
+    problems: tuple[str, ...]
+    fatal: SnapshotError | None
+    """The problem for which `fit` would refuse the run."""
+
+
+def inspect(selection: Selection) -> Inspection:
+    """All that can be said of a run from the headers of its files.
+
+    Raises:
+        TooFewSnapshotsError: no snapshot at all.
+        FileFormatError: a snapshot that cannot be read, other than one that is half-written.
+    """
+    trajectory = survey(selection.directory, steps=selection.steps, pattern=selection.pattern)
+    found, alignment, notes = list(trajectory.conflicts), None, tuple[str, ...]()
+    fatal = next(iter(found), None)
+    try:
+        entering = usable(trajectory.snapshots, selection)
+        alignment = align(entering.snapshots, include=selection.include, exclude=selection.exclude)
+        notes = entering.notes
+    except SnapshotError as error:
+        fatal = error
+        found.append(error)
+    problems = [f"{error}; {error.hint}" if error.hint else str(error) for error in found]
+    if len(trajectory.snapshots) < MIN_SNAPSHOTS:
+        problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
+    return Inspection(replace(trajectory, notes=(*trajectory.notes, *notes)), alignment, tuple(problems), fatal)
