@@ -37,24 +37,21 @@ def rows(results: Results) -> list[list[str]]:
 def words(results: Results) -> str:
     seeds = {kind: len([cell for cell in results if cell.kind == kind]) for kind in KINDS}
     return f"""
-"Less is More: Efficient Weight Farcasting with 1-Layer Neural Network" (arXiv 2505.02714) tests its method on
-two-dimensional linear regression by SGD and on DistilBERT. Here: regressions of 400 steps in batches of 10, three rates,
-three noise levels (0.1, 0.3, 1), 40 runs of each for each seed; and the small DistilBERT above, trained from nothing.
-Seeds measured: {seeds["regression"]} of the regressions, {seeds["distilbert"]} of DistilBERT. A snapshot every 2 % of a run,
-the origin at half of it, leads from one snapshot to the length of the history (8 to 200 steps, and 24 to 600). At rate
-0.002 a third of the way is behind the run at the origin, at 0.01 nine tenths, at 0.05 only noise is left. Rates, noise and
-data are our choice: the paper's are not known to us.
+"Less is More: Efficient Weight Farcasting with 1-Layer Neural Network" (arXiv 2505.02714) tests its method on two-dimensional linear regression
+by SGD and on DistilBERT. We test it on regressions of 400 steps in batches of 10, with three rates, three noise levels (0.1, 0.3, 1) and 40
+runs of each per seed, and on the small DistilBERT above, trained from scratch. Seeds measured: {seeds["regression"]} of the regressions, {seeds["distilbert"]} of DistilBERT. Each run
+has a snapshot every 2 % and the origin at its middle. Leads go from one snapshot to the length of the history (8 to 200 steps, and 24 to
+600). At the origin, a run at rate 0.002 has gone a third of the way, at 0.01 nine tenths; at 0.05 only noise is left. Rates, noise and data are
+our choice: we do not know the paper's.
 
-`other runs`: as in the paper, one layer is fitted on the first and last weights of other runs at the origin and on what
-became of them, 200 runs of the same rate and noise, or DistilBERT's run of the other seed. That needs such runs, trained
-up to the step that is forecast. `of all settings`: 1,800 runs of all rates and noise levels together. `own history`: as
-farcast has it, from the run alone; a regression has two weights, so that this is three numbers from two rows. `L_grad`:
-its weight; 0 where none is named. The gate is not asked: every forecast counts.
+`other runs`: as in the paper, one layer is fitted on other runs: on their first weights, their weights at the origin, and their later weights.
+These are 200 runs of the same rate and noise, or DistilBERT's run of the other seed. This needs such runs, trained up to the forecast
+step. `of all settings`: 1,800 runs of all rates and noise levels together. `own history`: as in farcast, from the run alone; a regression
+has two weights, so this fits three numbers on two rows. `L_grad`: its weight; 0 if none is named. The gate is not used: every forecast counts.
 
-A figure is || w_hat - w || / || w_last - w ||, median over runs, and in brackets the mean of |w_hat - w|; of both the
-median over noise levels and seeds. 1.00 is doing nothing. CPU: milliseconds of a fit and a forecast for one run at a
-lead of 0.48, from weights in memory for the regressions and from files for farcast's own fit on DistilBERT; what other
-runs cost to train is not in it.
+A figure is || w_hat - w || / || w_last - w ||, median over runs; in brackets is the mean of |w_hat - w|. Both are medians over noise levels and
+seeds. 1.00 is the error without a forecast. CPU: milliseconds of a fit and a forecast for one run at a lead of 0.48. The weights are in memory for
+the regressions, and in files for farcast's own fit on DistilBERT. The cost of training other runs is not included.
 
 {_findings(_by_lead(results), _cpu_ms(results))}
 """
@@ -76,9 +73,9 @@ def _findings(found: Table, used: dict[str, dict[str, float]]) -> str:
     first = f"""Fitted on other runs of the same kind, the paper's layer has the lowest error of all, or one within {NEAR:g} of
         it, in {near} of {len(pairs)} pairs of run and lead: {_ranges(found, OTHERS)}. Fitted on runs of all settings together:
         {_ranges(found, MIXED)}."""
-    second = f"""Where there are no other runs, these have the lowest error or one within {NEAR:g} of it, in so many of the
+    second = f"""Without other runs, these have the lowest error or one within {NEAR:g} of it, in this number of the
         {len(pairs)} pairs: {", ".join(best)}. `lfd2` from its own history: {_ranges(found, OWN)}."""
-    third = f"""L_grad changes the error by more than {NEAR:g} in so many of the {len(pairs)} pairs. Fitted on other runs:
+    third = f"""L_grad changes the error by more than {NEAR:g} in this number of the {len(pairs)} pairs. Fitted on other runs:
         {_grad_changes(pairs, OTHERS)}. From its own history: {_grad_changes(pairs, OWN)}."""
     return "\n".join(map(_bullet, (first, second, third, f"CPU of `lfd2` in ms: {'; '.join(cost)}.")))
 

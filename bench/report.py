@@ -69,9 +69,9 @@ def _head(cells: Sequence[Cell], records: dict[Cell, dict[str, Any]]) -> str:
 Written by `bench/quality.py` (`make bench-quality`); do not edit. {len(records)} of {len(cells)} measurements are in it.
 They took {minutes:.0f} minutes of CPU time on: {"; ".join(machines) or "no machine yet"}.
 
-All runs are small. The same seeds, batches and validation data serve all that is compared. h is the horizon, L the
-history from the first snapshot to the origin, h / L the lead, N the steps of a run. [Method](method.md) has the methods
-and the gate. Where several seeds or origins are pooled, a figure is a mean with its range, `mean (min..max)`.
+All runs are small. All methods are compared with the same seeds, batches and validation data. h is the horizon, L the history from the
+first snapshot to the origin, h / L the lead, N the steps of a run. [Method](method.md) explains the methods and the gate. If several
+seeds or origins are pooled, a figure is a mean with its range, `mean (min..max)`.
 """
 
 
@@ -87,12 +87,13 @@ def _runs(results: Results) -> str:
             number(float(np.mean([p[1] for p in last])), 3), number(float(np.mean([p[2] for p in last])), 3),
         ])  # fmt: skip
     text = """
-The rates of the runs without a remark are tuned. The MLP and the convnet read scikit-learn's digits, moved by up to a
-pixel, with noise. GPT and DistilBERT read Python's manual, character by character. Fine-tuning starts from a GPT of
-1,500 steps and moves to Python source code; LoRA has rank 4; REINFORCE is rewarded for the text's own next character,
-and its loss is one minus the expected reward. Warm-up of 60 steps, clipping at 1 and weight decay 0.01 for GPT and
-DistilBERT, the last two for fine-tuning. Rates are constant where the run's name does not say otherwise. The last columns are validation losses at the end,
-mean over seeds: of the weights, and of the mean of the weights at the last ten evaluations (1 % of the run apart).
+Rates are tuned unless the name of the run says otherwise. The MLP and the convnet read scikit-learn's digits, shifted by up to a pixel, with
+noise. GPT and DistilBERT read Python's manual, character by character. Fine-tuning starts from a GPT of 1,500 steps and continues on
+Python source code. LoRA has rank 4. REINFORCE is rewarded for the text's own next character; its loss is one minus the expected
+reward. GPT and DistilBERT use a warm-up of 60 steps, clipping at 1 and weight decay 0.01; fine-tuning uses the last two. Rates are constant unless the
+run's name says otherwise.
+The last columns are validation losses at the end, mean over seeds: of the weights, and of the mean of the weights at the last ten
+evaluations (1 % of the run apart).
 """
     header = ("run", "weights", "optimiser, rate", "steps", "batch", "seeds", "loss", "loss of the average")
     return section("Runs", text, table(header, rows) if rows else "")
@@ -109,8 +110,8 @@ def _ratios(results: Results) -> str:
     ]
     leads = ", ".join(f"{lead:g}" for lead in RATIO_LEADS)
     text = f"""
-|| w_hat - w || / || w_last - w || of each method as it is written; 1.00 is doing nothing. Median over seeds, the origins
-0.2, 0.4, 0.5 and 0.7 of N, and the leads {leads}, as far as the run goes.
+|| w_hat - w || / || w_last - w || of each method as it is written; 1.00 is the error without a forecast. Median over seeds, the origins 0.2,
+0.4, 0.5 and 0.7 of N, and the leads {leads}, if the run is long enough.
 """
     return section("Error of the weights", text, table(["run", *methods], rows) if rows else "")
 
@@ -125,14 +126,14 @@ def _resuming(found: Sequence[Resumed]) -> str:
         return ""
     kept, dropped = [r for r in at_lead if r.kept], [r for r in at_lead if not r.kept]
     text = f"""
-From the origins {_origins(r.origin for r in at_lead)} of N and at a lead of 0.25 training goes on from the forecast for N / 10 steps, with
-the origin's optimiser state and the plain run's batches at the same step numbers. Over the last third of these steps the
-run is compared with the plain run. `random` has blend's norm per tensor and a random direction. The gate is that on
-`blend`; `kept` says in how many of the cells it let a forecast be written.
+Training resumes from the forecast for N / 10 steps, from the origins {_origins(r.origin for r in at_lead)} of N and at a lead of 0.25. It uses the origin's
+optimiser state and the plain run's batches at the same step numbers. It is compared with the plain run over the last third of these
+steps. `random` has blend's norm per tensor and a random direction. The gate decides on `blend`; `kept` is the number of cells in which it
+allowed a forecast.
 
-**Steps ahead** as a share of h: the paired difference of the losses over the slope of the plain run's curve, where the
-gate kept. **Gain**: by how much the loss of the weights averaged over that third is lower than the plain run's, in
-percent; less noisy than steps ahead. **At once**: the change of the loss right after the leap, in percent.
+**Steps ahead**, as a share of h: the paired difference of the losses divided by the slope of the plain run's curve, if the gate kept the
+forecast. **Gain**: by how many percent the loss of the weights averaged over that third is lower than the plain run's; it is less noisy than steps
+ahead. **At once**: the change of the loss directly after the leap, in percent.
 """
     tables = [
         f"### Steps ahead as a share of h, where the gate kept\n\n{_by_method(at_lead, _ahead_if_kept)}",
@@ -171,14 +172,13 @@ def _whole_runs(results: Results) -> str:
         rows.append([title(name), str(len(specs)), *(_shares(column) for column in columns)])
         finals.append([title(name), *(_ends(column) for column in columns)])
     text = f"""
-Ten segments of N / 10 steps, a snapshot every N / 100, and after each segment but the last `fit` and `predict` with a
-ledger and without a horizon. The counters are moved on by each leap, the optimiser's state is kept, and only trained
-steps count. The figure is the number of steps to the loss that the plain run has after 50, 75 and 100 % of its steps, as
-a share of the steps that the plain run itself needs; the mean of the three. Before the stroke for the loss of the weights
-(mean of three neighbouring evaluations), behind it for the loss of the average of the last ten evaluated weights since
-the last leap; in brackets the number of leaps, mean over seeds. A target that is never reached counts as {NEVER:g} N, and
-`!` is how many of all targets were not. `no leap` is the plain run. `random direction` leaps where `leaps, default` did,
-by the same horizon and the same norm per tensor.
+Ten segments of N / 10 steps, with a snapshot every N / 100. After each segment except the last, `fit` and `predict` run with a ledger and
+without a horizon. Each leap advances the counters and keeps the optimiser's state; only trained steps count. The figure is the number of
+steps to the loss that the plain run has after 50, 75 and 100 % of its steps, as a share of the steps that the plain run needs; the mean
+of the three. The first number is for the loss of the weights (mean of three neighbouring evaluations). The number after the slash is for the
+loss of the average of the last ten evaluated weights since the last leap. In brackets: the number of leaps, mean over seeds. A target
+that is never reached counts as {NEVER:g} N, and `!` is the number of such targets. `no leap` is the plain run. `random direction` leaps when
+`leaps, default` did, by the same horizon and the same norm per tensor.
 """
     header = ["run", "seeds", "no leap", *MODE_TITLES.values()]
     last = (
@@ -217,9 +217,9 @@ def _evaluation(results: Results) -> str:
         last = spread([found["last snapshot"] for found in losses], 3)
         rows.append([title(name), last, *(spread(change[m], 1) for m in change), verdicts])
     text = f"""
-Validation loss at once, from the origins {_origins(c.origin for c in results if c.kind == "evaluation")} of N: of the last snapshot, and by how many percent it changes
-with each method (k5 and average-extrapolate at a lead of 0.1). `default` is what `predict --for evaluation` writes
-without a horizon; where it abstains, the last snapshot counts.
+Validation loss without training, from the origins {_origins(c.origin for c in results if c.kind == "evaluation")} of N. The first column is the
+loss of the last snapshot. The others give the change of the loss in percent for each method (k5 and average-extrapolate at a lead of
+0.1). `default` is what `predict --for evaluation` writes without a horizon; if it abstains, the last snapshot counts.
 """
     header = ["run", "last snapshot", *EVALUATED, "default", "default wrote"]
     return section("To evaluate", text, table(header, rows) if rows else "")
@@ -231,9 +231,9 @@ def _gate(found: Sequence[Resumed]) -> str:
     rows = [_gate_row(f"{lead:g}", ones) for lead in GATE_LEADS if (ones := [r for r in blends if r.lead == lead])]
     rows += [_gate_row("all", blends)] if blends else []
     text = f"""
-`blend`, from all runs and origins, judged by the gain of the averaged weights after resuming. `harmful`: kept although
-the gain was under {100 * HARMFUL:g} %. `missed`: abstained although the gain was over {100 * MISSED:g} %. S is the
-coherence of the whole history, `recent S` that of its recent half. The last columns are rank correlations.
+`blend`, from all runs and origins, judged by the gain of the averaged weights after resuming. `harmful`: kept although the gain was under
+{100 * HARMFUL:g} %. `missed`: abstained although the gain was over {100 * MISSED:g} %. S is the coherence of the whole history,
+`recent S` that of its recent half. The last columns are rank correlations.
 """
     header = ["lead", "cells", "kept", "harmful", "abstained", "missed", "gain where kept", "gain where abstained",
               "S, gain", "recent S, gain", "b, gain"]  # fmt: skip
@@ -272,11 +272,11 @@ def _calibration(results: Results) -> str:
         kept = sum(row["b"] is not None and row["b"] < 0.95 for row in ones)
         lines.append([method, str(len(ones)), *map(number, columns), str(kept), str(worse)])
     text = """
-Rank correlation of the back-test ratio b with the real ratio of the forecast as it is written, by lead; and of the
-forecasts with b < 0.95 how many had a ratio over 1. b is of the clipped step; averages do not aim at later weights, so
-that b does not judge them. For `lfd2` b was only made at a lead of 0.25.
+Rank correlation of the back-test ratio b with the real ratio of the forecast as written, by lead. The last column counts the forecasts with
+b < 0.95 that had a ratio over 1. b clips the update. Averages do not aim at later weights, so b does not judge them. For `lfd2`, b was
+only computed at a lead of 0.25.
 """
-    header = ["method", "cells", *(f"lead {lead:g}" for lead in RATIO_LEADS), "b < 0.95", "of these worse than nothing"]
+    header = ["method", "cells", *(f"lead {lead:g}" for lead in RATIO_LEADS), "b < 0.95", "of these worse than no forecast"]
     return section("b and the real ratio", text, table(header, lines) if lines else "")
 
 

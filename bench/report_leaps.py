@@ -47,14 +47,13 @@ def annealing(results: Results) -> str:
         ones = [one for one in found if one.kept is kept]
         rows += [_annealed_row(label, ones)] if ones else []
     text = f"""
-The rate falls to zero by the end of the run. From an origin `predict --even-if-worse` writes a forecast with the default
-method and the counters moved on by a lead of the origin; training goes on from it to the end of the schedule. The
-control has the counters moved and the weights unchanged. R = (final loss of the control - of the forecast) / (final loss
-of the control - of the whole run): 1 where the leap replaces all of the training that it skips, 0 where it is worth
-nothing. `{NOTHING}` where the control ends less than {100 * TELLING:g} % above the whole run. Columns are origin / lead, cells the mean over
-seeds with its range. `random` is a random direction with the same norm per tensor. `kept` says how often the default
-would have written the forecast of that horizon, `own horizon` how often it writes one of its own, and its mean length as
-a share of the run.
+The rate falls to zero by the end of the run. At an origin, `predict --even-if-worse` writes a forecast with the default method and counters
+advanced by a lead of the origin. Training continues from it to the end of the schedule. The control has advanced counters and unchanged
+weights. R = (final loss of the control - of the forecast) / (final loss of the control - of the whole run): 1 if the leap replaces all of
+the training that it skips, 0 if it replaces none. `{NOTHING}` if the control ends less than {100 * TELLING:g} % above the whole run.
+Columns are origin / lead, cells the mean over seeds with its range. `random` is a random direction with the same norm per tensor. `kept`
+says how often the default would write the forecast of that horizon, `own horizon` how often it writes one of its own, and its mean length
+as a share of the run.
 """
     header = ["run", *(f"{origin:g} / {lead:g}" for origin, lead in PLACES), "mean R", "random", "kept", "own horizon"]
     return section("One leap under a schedule", text, table(header, rows) if rows else "")
@@ -89,13 +88,13 @@ def remembering(results: Results) -> str:
     shares += [line for label, names in CLASSES.items() if (line := _mean_row(label, names, found))]
     ends = [[*_key(key), *(_ends(columns.get(mode)) for mode in MODES)] for key, columns in found.items()]
     text = f"""
-`farcast leap` after each of 50, 30 or 20 stretches of a run. The counters are not moved: every mode trains the same
-steps, at the same rates, on the same batches. The loss is taken every N / {EVALUATIONS} steps, of the weights (raw, mean of three
-neighbours) and of the mean of the weights at the last {AVERAGED} of these (averaged, across leaps). The figure is the number of
-steps to the loss that the run without leaps has after 50, 75 and 100 % of its steps, as a share of the steps that it
-itself needs; raw / averaged. `!` is how many of the six targets were never reached; each counts as 1.05 N. In
-brackets the leaps made. `no leap` has the same average. `random direction` leaps where `leaps` did, by the same norm per
-tensor. `rate x2` and `x4` do not leap. The seeds are two that no choice was made by.
+`farcast leap` after each of 50, 30 or 20 stretches of a run. The counters are kept: every mode trains the same steps, at the same rates, on
+the same batches. The loss is measured every N / {EVALUATIONS} steps, of the weights (raw, mean of three neighbours) and of the mean of
+the weights at the last {AVERAGED} of these (averaged, across leaps). The figure is the number of steps to the loss that the run without
+leaps has after 50, 75 and 100 % of its steps, as a share of the steps that it needs; raw / averaged. `!` is the number of the six
+targets that were never reached; each counts as 1.05 N. In brackets: the number of leaps. `no leap` has the same average. `random
+direction` leaps when `leaps` did, by the same norm per tensor. `rate x2` and `x4` do not leap. The two seeds were not used for any
+choice.
 """
     header = ["run", "stretches", "seed", *MODES.values()]
     last = "### Loss at the end, raw / averaged\n\n" + table(header, ends) if ends else ""

@@ -28,22 +28,23 @@ def compose(trials: Sequence[Trial]) -> str:
         _leaps_row(setting, modes) for setting, modes in found.items() if {LEAPS, JUDGED} & modes.keys() or ONE not in modes
     ]
     text = """
-all-MiniLM-L6-v2 (22.7 million parameters) with a new head, fine-tuned by AdamW with batches of 32, dropout, clipping at 1
-and warm-up over the first tenth; the rate then falls to zero. Debian sections: the section of a package from its one-line
-description, some 40 classes, 400 steps. Python modules: which of twenty standard modules three lines of source are from,
-240 steps. LoRA is PEFT's, rank 8 on all linear layers. Losses and accuracies are of 640 held-out texts at the end of
-the schedule. The checkpoints are folders as the Trainer leaves them; farcast is called as its own process.
+all-MiniLM-L6-v2 (22.7 million parameters) with a new head, fine-tuned by AdamW with batches of 32, dropout, clipping at 1 and warm-up over the
+first tenth; the rate then falls to zero. Debian sections: predict the section of a package from its one-line description, some 40 classes,
+400 steps. Python modules: predict which of twenty standard modules three lines of source come from, 240 steps. LoRA is PEFT's, rank 8 on all
+linear layers. Losses and accuracies are of 640 held-out texts at the end of the schedule. The checkpoints are folders as the Trainer writes
+them; farcast runs as its own process.
 """
     leaps = f"""
-`farcast leap` after each of {STRETCHES} stretches but the last, counters kept, so that all runs train the same steps. `passes` is the
-first evaluation (every {100 // STRETCHES} % of the run) with at most the plain run's loss at the end, as a share of the plain run's
-steps; {NEVER:g} where there is none. `steered by the loss`: with `--eval-cmd`, on every other held-out text. `random` leaps where `leaps` did, by the same norm per tensor.
+`farcast leap` after each of {STRETCHES} stretches except the last, counters kept, so that all runs train the same steps. `passes` is the first
+evaluation (every {100 // STRETCHES} % of the run) with at most the plain run's final loss, as a share of the plain run's steps;
+{NEVER:g} if there is none. `steered by the loss`: with `--eval-cmd`, on every other held-out text. `random` leaps when `leaps` did, by the
+same norm per tensor.
 """
     one = f"""
-From 60 % of the run `predict --even-if-worse` looks 20 % ahead with the default method, the counters are moved on, and
-training goes on to the end. R is the share of the skipped training that the forecast replaces, against a control with the
-counters moved and the weights unchanged; `{NOTHING}` where the control lost under 1 %. `verdict` is the default's at that horizon,
-`own` the horizon that it would choose by itself.
+At 60 % of the run, `predict --even-if-worse` forecasts 20 % ahead with the default method and advances the counters; training then continues to
+the end. R is the share of the skipped training that the forecast replaces, compared with a control with advanced counters and unchanged
+weights; `{NOTHING}` if the control lost under 1 %. `verdict` is the default's at that horizon, `own` the horizon that it would choose
+itself.
 """
     header = ["run", "rate", "seed"]
     tables = []
