@@ -101,3 +101,7 @@ def test_the_navigation_of_the_site_names_every_page_once() -> None:
     named = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
     pages = [path.name for path in (ROOT / "docs").glob("*.md")]
     assert sorted(named) == sorted([*pages, "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "index.md"])
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    assert f"\nversion: {farcast_cli.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
