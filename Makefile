@@ -6,9 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SAMPLES := sample_checkpoints
 MERGEKIT := bench/.venv/bin/mergekit-yaml
+LOWEST := .venv-lowest
+LOWEST_TESTS := casts cli clock dcp discovery evaluation formats golden ledger publish results rows_file thinning timeline \
+	tune verify writer
+# The oldest safetensors is no oracle for the types that came later.
+LOWEST_BUT := not where_the_library_put_it and not by_the_safetensors_library
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune crash fuzz sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune lowest site crash fuzz sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -65,6 +70,18 @@ bench-pretrained: setup ## the same in fine-tuning a pretrained model, some seve
 bench-tune: setup ## what tuning a layer costs, against dense training and LoRA
 	$(BIN)/python bench/tune.py
 
+lowest: ## quick tests with the lowest version of every dependency that pyproject.toml allows, but torch
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/pins.txt
+	grep -E '^(torch|lightning|pytest|pytest-xdist|hypothesis)==' constraints.txt >> $(LOWEST)/pins.txt
+	$(LOWEST)/bin/pip install --quiet --editable . --requirement $(LOWEST)/pins.txt
+	$(LOWEST)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -W default::DeprecationWarning \
+		-k '$(LOWEST_BUT)' $(LOWEST_TESTS:%=tests/test_%.py)
+
+site: setup ## the documentation as a web site, in site/
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 crash: setup ## strike every system call of every writing command once, half an hour on two cores; OPTIONS="--only tune"
 	$(BIN)/python -m tests.crash $(OPTIONS)
 
@@ -75,4 +92,4 @@ sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py
 
 clean:
-	rm -rf $(VENV) build dist demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
