@@ -17,8 +17,8 @@ from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError,
 
 INTERRUPTED = 130
 EPILOG = (
-    "Exit codes: 0 done, 1 bug, 2 usage, 3 snapshots unusable, 4 unreadable or unsafe file, 5 output,"
-    " 10 no forecast better than the last checkpoint, 130 interrupted."
+    "Exit codes: 0 success, 1 bug, 2 usage error, 3 unusable snapshots, 4 unreadable or unsafe file, 5 output error,"
+    " 10 nothing is expected to be better than the last checkpoint, 130 interrupted."
 )
 
 app = typer.Typer(
@@ -29,18 +29,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Forecast the weights of a training run from the checkpoints it left on disk.
 
-Reads a folder of snapshots, learns how the weights move, and writes a checkpoint some steps ahead that training
-resumes from. Your own checkpoints are never changed.
+farcast reads a folder of checkpoints, measures how the weights move, and writes a checkpoint for a later step. You
+resume training from it. farcast never changes your own checkpoints.
 
-  farcast inspect ckpts/               what is there, and what would be forecast
-  farcast fit ckpts/                   learn from it: writes ./forecaster.safetensors
-  farcast backtest                     what a forecast would have been worth
-  farcast predict                      write it, as far ahead as the evidence supports; prints its path
-  farcast verify FORECAST --against CKPT   what it was worth, once training got there
-  farcast leap ckpts/                  all of this in one command, with a memory: for a loop
+  farcast inspect ckpts/               list the snapshots, and the tensors to forecast and to copy
+  farcast fit ckpts/                   measure the run; write ./forecaster.safetensors
+  farcast backtest                     test each method inside the run's history
+  farcast predict                      write a forecast checkpoint; print its path
+  farcast verify FORECAST --against CKPT   compare a forecast with the real later snapshot
+  farcast leap ckpts/                  fit and forecast in one command with a memory, for a loop
   farcast tune CKPT --layer KEY --data FILE --loss mse   adapt one wide layer to a few hundred labelled rows
 
-Point the trainer's resume option at the path that predict printed.""",
+Give the printed path to the trainer's resume option.""",
 )
 
 
@@ -98,7 +98,7 @@ def main() -> NoReturn:
         command = context.command_path if context else "farcast"
         _fail(UsageError(error.format_message(), hint=f"{command} --help"))
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted: what was not complete has been removed\n")
+        sys.stderr.write("interrupted: incomplete output was removed\n")
         sys.exit(INTERRUPTED)
     finally:
         gc.enable()
@@ -114,7 +114,7 @@ def _check_printed(code: int) -> None:
     if problem is not None and code in {0, NoForecastError.exit_code}:
         raise OutputError(
             f"stdout: the result cannot be printed: {problem.strerror}",
-            hint="the files that the command wrote are whole and in their places: only what it prints is lost",
+            hint="the files that the command wrote are complete; only the printed result is lost",
         )
 
 
@@ -123,9 +123,9 @@ def _of_the_system(error: Exception) -> FarcastError | None:
     from farcast_cli.files.reading import unreadable
 
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of a GPU
-        return MemoryUsedUpError("the memory does not suffice", hint="--threads 1 takes the least; --device cpu uses no GPU's")
+        return MemoryUsedUpError("not enough memory", hint="--threads 1 needs the least; --device cpu needs no GPU memory")
     if isinstance(error, UnicodeEncodeError):
-        return UsageError(f"a name cannot be spelled in this locale: {error}", hint="LC_ALL=C.UTF-8")
+        return UsageError(f"a name cannot be written in this locale: {error}", hint="LC_ALL=C.UTF-8")
     cause = error.__context__ if isinstance(error, RuntimeError) else error  # pathlib's, for a link that leads to itself
     return unreadable(Path("an input"), cause) if isinstance(cause, OSError) else None
 

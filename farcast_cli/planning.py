@@ -41,7 +41,7 @@ def refuse_no_place(output: str) -> None:
         UsageError: it is one.
     """
     if not output:
-        raise UsageError("-o: expected a place, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
+        raise UsageError("-o: expected a path, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
 
 
 def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, container: Container) -> Path:
@@ -64,7 +64,7 @@ def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, c
         why = f", as {origin.path.name} does" if container.layout == "same" else ""
         raise OutputError(
             f"-o {request.output}: expected a name that ends in {ending}{why}",
-            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} for a folder to put it in",
+            hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} to write into a folder",
         )
     return Path(request.output)
 
@@ -135,9 +135,9 @@ def _check_end(request: Request, start: Start, horizon: int) -> None:
     if request.counters == "advance" and end is not None and end[1] <= valid:
         longest = end[1] - start.origin.step - 1
         raise UsageError(
-            f"step {valid} is not before the end of the run: {end[0]} = {end[1]}",
+            f"valid step {valid}: expected a step before the end of the run, {end[0]} = {end[1]}",
             hint=(f"--horizon {longest} or less; " if longest > 0 else "")
-            + "--counters keep leaps the weights alone; --for evaluation does not resume",
+            + "--counters keep forecasts the weights only; --for evaluation does not resume",
         )
 
 

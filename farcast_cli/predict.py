@@ -107,7 +107,7 @@ def _settle(fitted: Fitted, request: Request, index: int, start: Start | None) -
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
         since = f" since the leap to step {leap.resumes_after}" if leap else ""
         share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
-        notes.append(f"horizon {horizon}: {share if horizon else 'the run as it is at the origin'}")
+        notes.append(f"horizon {horizon}: {share if horizon else 'the run at the origin, without its noise'}")
     method, why = choose_method(request.method or default.name, first, request.purpose)
     if why:
         notes.append(f"method {method.name}: {why}")
@@ -212,15 +212,15 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
             and outcome.decision.ratio > LOSS_JUMP
         ):
             notes.append(
-                f"b = {outcome.decision.ratio:.2f}: expect the loss to jump at first; judge it some hundred steps later"
+                f"b = {outcome.decision.ratio:.2f}: the loss will probably rise at first; judge it some hundred steps later"
             )
         if outcome.path and request.purpose == "resume" and request.counters == "advance":
             notes.extend(_share_note(outcome, request))
         if outcome.path and request.purpose == "evaluation":
-            notes.append(f"{outcome.path}: to evaluate or ship; do not resume from it")
+            notes.append(f"{outcome.path}: evaluate or ship it; do not resume from it")
             if fitted.has_batch_norm:
                 notes.append(
-                    "BatchNorm's statistics were carried over with the weights; torch.optim.swa_utils.update_bn, or a pass"
+                    "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"
                     " over training data in training mode, makes them exact"
                 )
     return list(dict.fromkeys(notes))
@@ -233,9 +233,9 @@ def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
     origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
     control = shell_word(Path("control") / outcome.path.name)
     low, high = REPLACED if outcome.length_factor == 1 else REPLACED_LATE
-    which = "like this" if outcome.length_factor == 1 else "that ended as late, or were as long,"
+    which = "like this" if outcome.length_factor == 1 else "that ended as late or were as long"
     yield (
-        f"the learning rate falls: on small runs leaps {which} replaced {low} to {high} of the training that they skipped, by the loss"
-        " at the end of the schedule; the control tells how much yours does:"
+        f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
+        " final loss; compare your forecast with the control:"
         f" farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
     )

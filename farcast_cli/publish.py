@@ -175,7 +175,7 @@ def _write_best(work: Publication, evaluator: Evaluator, prepared: Prepared, out
     best = best_trial(trials, maximize=evaluator.maximize)
     outcome = replace(outcome, trials=tuple(trials))
     if best.strength == 0:
-        reason = f"no strength of the step beats the origin's {best.value:g} by the evaluation command"
+        reason = f"no strength of the update scores better than the origin's {best.value:g} in the evaluation command"
         outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
         if not work.request.even_if_worse:
             return outcome

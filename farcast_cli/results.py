@@ -44,12 +44,12 @@ Seconds = Annotated[float, PlainSerializer(_milliseconds, return_type=float)]
 KnownStep = Annotated[int, PlainSerializer(_known, return_type=int | None)]
 PortablePath = Annotated[Path, PlainSerializer(portable, return_type=str)]
 
-_SIGNIFICANCE = "p of S: how often chance alone would give as much; `null` where S cannot be had"
-_COHERENCE = "coherence S of the run's drift; `null` where it cannot be had"
-_RECENT = "coherence of the recent half of the history; `null` where it holds too few snapshots"
-_CLOCK = "what b is measured in: `rate`, learning rate summed over the steps, or `steps`"
-_PACE_AHEAD = "mean learning rate over the horizon against that of the stretch before it; 1 where steps are counted"
-_LENGTH_FACTOR = "what the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length"
+_SIGNIFICANCE = "p of S: how often chance alone would give so large an S; `null` if S cannot be computed"
+_COHERENCE = "coherence S of the run's drift; `null` if it cannot be computed"
+_RECENT = "coherence of the recent half of the history; `null` if it has too few snapshots"
+_CLOCK = "unit of b: `rate` (learning rate summed over the steps) or `steps`"
+_PACE_AHEAD = "mean learning rate over the horizon, divided by the mean over the period before it; 1 if steps are counted"
+_LENGTH_FACTOR = "factor on the update's length: `pace_ahead`, or 1 if it keeps its full length"
 _UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`)"
 _DRY_RUN = "`true` with `--dry-run`; absent otherwise"
 
@@ -63,7 +63,7 @@ class _Part(BaseModel):
 class Answer(_Part):
     """One JSON object: what a command prints, or what a sidecar holds."""
 
-    schema_version: Literal[1] = Field(description="number of this form; keys may be added while it stays")
+    schema_version: Literal[1] = Field(description="version of this schema; keys may be added without a new version")
 
     def as_json(self, *, indent: int | None = None) -> str:
         return json.dumps(self.model_dump(by_alias=True, exclude_defaults=True), indent=indent)
@@ -77,20 +77,20 @@ class EvidenceEntry(_Part):
 
     source: str = Field(description="kind of evidence")
     where: str = Field(description="file or key")
-    step: int = Field(description="the step that it names")
+    step: int = Field(description="the step that it states")
 
 
 class SnapshotEntry(_Part):
     """A snapshot of the run."""
 
     path: PortablePath = Field(description="the file or folder")
-    step: KnownStep = Field(description="the step that was settled on; `null` where nothing tells it")
+    step: KnownStep = Field(description="the step of the snapshot; `null` if it is unknown")
     step_source: str = Field(
-        description="which evidence settled it: `trainer state`, `payload`, `adam step`, `name`, `metadata`, or `order` where"
-        " `--steps` listed the steps"
+        description="the evidence that decided the step: `trainer state`, `payload`, `adam step`, `name`, `metadata`, or `order` if"
+        " `--steps` assigned the steps"
     )
     bytes: int = Field(description="size of all its files")
-    evidence: tuple[EvidenceEntry, ...] = Field(description="every place that names a step, the most trusted first")
+    evidence: tuple[EvidenceEntry, ...] = Field(description="every place that states a step, the most trusted first")
 
 
 class CopiedEntry(_Part):
@@ -116,8 +116,8 @@ class InspectAnswer(Answer):
     num_parameters: int = Field(description="values in them")
     copied: tuple[CopiedEntry, ...] = Field(description="tensors that would be copied")
     ignored: tuple[IgnoredEntry, ...] = Field(description="entries of the folder that are not part of the run")
-    notes: tuple[str, ...] = Field(description="what is odd but no problem, such as names that count in a unit of their own")
-    problems: tuple[str, ...] = Field(description="what a person should look at; empty where all is well")
+    notes: tuple[str, ...] = Field(description="unusual facts that are no problem, such as names that count in another unit")
+    problems: tuple[str, ...] = Field(description="problems to look at; empty if there are none")
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
@@ -129,14 +129,12 @@ class FitAnswer(Answer):
     forecaster: PortablePath = Field(description="the file that was written")
     origin_step: int = Field(description="step of the last snapshot")
     num_snapshots: int = Field(description="snapshots that were read")
-    leap: int | None = Field(
-        description="the step of the leap after which the history begins; `null` where the run has made none"
-    )
+    leap: int | None = Field(description="the step of the leap after which the history begins; `null` if there was no leap")
     notes: tuple[str, ...] = Field(
-        description="what was said of the run, such as where its history begins because its tensors changed"
+        description="notes on the run, such as the step at which its history begins because its tensors changed"
     )
     num_tensors: int = Field(description="tensors that can be forecast")
-    sampled: int | None = Field(description="values read of each tensor at most; `null` with `--full`")
+    sampled: int | None = Field(description="maximum number of values read from each tensor; `null` with `--full`")
     coherence: Figure = Field(description=_COHERENCE)
     recent_coherence: Figure = Field(description=_RECENT)
     significance: Figure = Field(description=_SIGNIFICANCE)
@@ -149,8 +147,8 @@ class ScoreEntry(_Part):
 
     method: str = Field(description="name of the method")
     horizon: int = Field(description="steps ahead")
-    ratio: Figure = Field(description="back-test ratio b, on the clipped step")
-    ratio_as_written: Figure = Field(description="the same for the step as the method writes it by default")
+    ratio: Figure = Field(description="back-test ratio b, with the clipped update")
+    ratio_as_written: Figure = Field(description="the same for the update as the method writes it by default")
 
 
 class BestEntry(_Part):
@@ -180,9 +178,9 @@ class BacktestAnswer(Answer):
     significance: Figure = Field(description=_SIGNIFICANCE)
     clock: ClockName = Field(description=_CLOCK)
     scores: tuple[ScoreEntry, ...] = Field(description="one entry per method and horizon that the history can test")
-    best: BestEntry | None = Field(description="the score with the smallest b; `null` where nothing could be tested")
+    best: BestEntry | None = Field(description="the score with the smallest b; `null` if nothing could be tested")
     verdict: Verdict | dict[str, Verdict] = Field(
-        description="`forecast`, `abstain` or `untestable`; an object from horizon to verdict where there are several horizons"
+        description="`forecast`, `abstain` or `untestable`; with several horizons, an object from horizon to verdict"
     )
     decisions: tuple[DecisionEntry, ...] = Field(description="one entry per horizon")
 
@@ -201,7 +199,7 @@ class TrialEntry(_Part):
 class EvaluationEntry(_Part):
     """A run of the evaluation command within `predict`."""
 
-    strength: AsGiven = Field(description="factor on the step; 0 is the origin itself")
+    strength: AsGiven = Field(description="factor on the update; 0 is the origin itself")
     value: Figure = Field(description="the number that the command printed last")
     seconds: Seconds = Field(description="seconds that the command took")
     log: PortablePath | None = Field(description="the file with its output")
@@ -210,13 +208,13 @@ class EvaluationEntry(_Part):
 class Forecast(_Part):
     """One horizon's forecast."""
 
-    path: PortablePath | None = Field(description="where the forecast is; `null` where none was written")
-    origin_step: int = Field(description="step of the last snapshot that the forecast saw")
+    path: PortablePath | None = Field(description="path of the forecast; `null` if none was written")
+    origin_step: int = Field(description="step of the last snapshot that the forecast uses")
     valid_step: int = Field(description="step that the forecast is for: origin step + horizon")
     horizon: int = Field(description="steps from the origin to the forecast")
     method: str = Field(description="name of the method")
-    ratio: Figure = Field(description="back-test ratio b; `null` where it cannot be had")
-    expected_ratio: Figure = Field(description="the same back-test of the step as it is written, not clipped")
+    ratio: Figure = Field(description="back-test ratio b; `null` if it cannot be computed")
+    expected_ratio: Figure = Field(description="the same back-test of the update as written, not clipped")
     coherence: Figure = Field(description=_COHERENCE)
     recent_coherence: Figure = Field(description=_RECENT)
     clock: ClockName = Field(description=_CLOCK)
@@ -226,7 +224,7 @@ class Forecast(_Part):
     verdict: Verdict = Field(description="`forecast`, `abstain` or `untestable`")
     reason: str = Field(description="the verdict's reason, for people")
     chosen: tuple[str, ...] = Field(
-        description="what was chosen for you (horizon, method) and why, in words; empty where nothing was"
+        description="choices that farcast made (horizon, method) and their reasons; empty if there were none"
     )
     num_forecast: int = Field(description="tensors that were forecast")
     num_copied: int = Field(description="tensors that were copied from the origin")
@@ -234,8 +232,8 @@ class Forecast(_Part):
     bytes_read: int = Field(description="bytes read from the snapshots")
     bytes_written: int = Field(description="bytes written, for this horizon")
     seconds: Seconds = Field(description="seconds the pass took")
-    changes: tuple[str, ...] = Field(description="what was rewritten for resuming, as `where: old -> new`")
-    notes: tuple[str, ...] = Field(description="what could not be moved on exactly, and what was left out")
+    changes: tuple[str, ...] = Field(description="values that were rewritten for resuming, as `where: old -> new`")
+    notes: tuple[str, ...] = Field(description="values that could not be advanced exactly, and parts that were left out")
     evaluations: tuple[EvaluationEntry, ...] = Field(
         default=(), description="with `--eval-cmd`: one entry per trial; absent without"
     )
@@ -257,30 +255,30 @@ class PredictManyAnswer(Answer):
 class LeapAnswer(Answer):
     """`farcast leap --json`."""
 
-    path: PortablePath | None = Field(description="the checkpoint to resume from; `null` where there is no leap")
-    origin: PortablePath = Field(description="the newest snapshot; go on from it where there is no leap")
+    path: PortablePath | None = Field(description="the checkpoint to resume from; `null` if there is no leap")
+    origin: PortablePath = Field(description="the newest snapshot; continue from it if there is no leap")
     origin_step: int = Field(description="step of the newest snapshot, from which the leap begins")
-    horizon: int = Field(description="steps that the leap is worth at the run's own pace: gain times `every`; 0 without a leap")
+    horizon: int = Field(description="length of the leap in steps of the run: gain times `every`; 0 without a leap")
     verdict: Verdict = Field(description="`forecast` or `abstain`")
     reason: str = Field(description="the verdict's reason, for people")
     gain: Figure = Field(description="stretches that a leap goes ahead, after this call")
     share: Figure = Field(
-        description="of the move that the memory foretold, what the last stretches made; `null` where nothing was foretold yet"
+        description="part of the predicted move that the last stretches made; `null` if nothing was predicted yet"
     )
     cosine: Figure = Field(
-        description="between the last stretch's move and the one that was foretold; `null` where nothing was"
+        description="cosine between the last stretch's move and the predicted move; `null` if nothing was predicted"
     )
     loss_signal: Figure = Field(
-        description="with `--eval-cmd`: of the loss's usual change from call to call, what a stretch more would lower it by,"
-        " from -1 to 1; `null` where it is not known yet"
+        description="with `--eval-cmd`: the fall of the loss over one more stretch, relative to its usual change from call to call,"
+        " from -1 to 1; `null` if it is not known yet"
     )
-    stretches: int = Field(description="stretches that are remembered")
-    clock: ClockName = Field(description="what the lengths of stretches are measured in: `rate` or `steps`")
-    every: int = Field(description="steps until the next leap, as it was reckoned with")
-    again: bool = Field(description="`true` where no training has happened since the last call: its answer, said again")
+    stretches: int = Field(description="number of stretches in the memory")
+    clock: ClockName = Field(description="unit of the lengths of stretches: `rate` or `steps`")
+    every: int = Field(description="assumed number of steps until the next leap")
+    again: bool = Field(description="`true` if there was no training since the last call; its answer is repeated")
     unchanged_share: Figure | None = Field(description="share of the values that equal the origin's after rounding")
-    changes: tuple[str, ...] = Field(description="what was rewritten for resuming, as `where: old -> new`")
-    notes: tuple[str, ...] = Field(description="what a person should know, such as a memory that starts again, and why")
+    changes: tuple[str, ...] = Field(description="values that were rewritten for resuming, as `where: old -> new`")
+    notes: tuple[str, ...] = Field(description="notes, such as the reason for a new memory")
     evaluations: tuple[TrialEntry, ...] = Field(description="with `--eval-cmd`: one entry per run of the command")
     dry_run: bool = Field(default=False, description=_DRY_RUN)
 
@@ -293,25 +291,22 @@ class TensorRatio(_Part):
 
     name: str = Field(description="tensor name")
     num_elements: int = Field(description="values in it")
-    ratio: Figure | None = Field(description="its ratio; `null` where it did not move")
+    ratio: Figure | None = Field(description="its ratio; `null` if the tensor did not move")
 
 
 class VerifyAnswer(Answer):
     """`farcast verify --json`: a forecast against the truth."""
 
     ratio: Figure | None = Field(
-        description="error of the forecast against that of the reference: 0 perfect, 1 no better; `null` where nothing moved"
+        description="error of the forecast divided by that of the reference: 0 perfect, 1 no better; `null` if nothing moved"
     )
     mean_absolute_error: Figure = Field(description="of the forecast, over all compared values")
     reference: PortablePath = Field(description="the checkpoint that the forecast was compared with")
-    forecast_step: KnownStep = Field(description="step of the forecast; `null` where nothing tells it")
-    truth_step: KnownStep = Field(description="step of the run's own snapshot; `null` where nothing tells it")
-    clock: ClockName = Field(
-        description="what `trained` is measured in: `rate`, learning rate summed over the steps, or `steps`"
-    )
+    forecast_step: KnownStep = Field(description="step of the forecast; `null` if it is unknown")
+    truth_step: KnownStep = Field(description="step of the run's own snapshot; `null` if it is unknown")
+    clock: ClockName = Field(description="unit of `trained`: `rate` (learning rate summed over the steps) or `steps`")
     trained: Figure | None = Field(
-        description="how much of the forecast's stretch the truth was trained on; 1 where both are of one step, `null` where a"
-        " step is unknown"
+        description="part of the horizon that training has covered; 1 if both have the same step, `null` if a step is unknown"
     )
     per_tensor: tuple[TensorRatio, ...] = Field(description="one entry per tensor")
 
@@ -322,7 +317,7 @@ class VerifyAnswer(Answer):
 class TuneAnswer(Answer):
     """`farcast tune --json`."""
 
-    path: PortablePath | None = Field(description="what was written; `null` where the gate was against it")
+    path: PortablePath | None = Field(description="the written file; `null` if the gate rejected the tuning")
     layers: tuple[str, ...] = Field(description="the layers that were tuned")
     method: str = Field(description="name of the method, or `apply`")
     verdict: Literal["tuned", "no significant gain", "applied"] = Field(
@@ -330,17 +325,19 @@ class TuneAnswer(Answer):
     )
     held_out_before: Figure | None = Field(description="mean loss of the held-out rows, before; `null` with `--apply`")
     held_out_after: Figure | None = Field(description="the same, after")
-    z: Figure | None = Field(description="standard errors that the gain on them is from 0")
+    z: Figure | None = Field(description="gain on the held-out rows, in standard errors")
     tuned_before: Figure | None = Field(description="mean loss of the rows tuned on, before")
     tuned_after: Figure | None = Field(description="the same, after")
-    num_rows: tuple[int, int, int] = Field(description="rows tuned on, rows that stop it early, rows held out")
-    iterations: int = Field(description="after how many the early-stopping rows were best")
-    relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change against the layer's own")
-    passes: int = Field(description="over the weights, while tuning")
+    num_rows: tuple[int, int, int] = Field(
+        description="number of rows to tune on, of rows for early stopping, of held-out rows"
+    )
+    iterations: int = Field(description="iteration with the lowest loss on the early-stopping rows")
+    relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change, divided by the layer's norm")
+    passes: int = Field(description="passes over the weights during tuning")
     bytes_read: int = Field(description="bytes of weights read: to tune, to write, to check")
     bytes_written: int = Field(description="bytes written")
     seconds: Seconds = Field(description="seconds it took")
-    notes: tuple[str, ...] = Field(description="what is odd, such as rows that repeat, or a cache that did not pay")
+    notes: tuple[str, ...] = Field(description="unusual facts, such as repeated rows, or a cache that did not save time")
 
 
 # --- sidecars --------------------------------------------------------------------------------------------------------
@@ -349,7 +346,7 @@ class TuneAnswer(Answer):
 class FileEntry(_Part):
     """A file of an output."""
 
-    name: str = Field(description="its path within the output; the output's own name where that is one file")
+    name: str = Field(description="its path within the output; the output's own name if it is one file")
     bytes: int = Field(description="its size")
     fingerprint: str = Field(description="SHA-256 of its start, middle and end, 32 digits; empty for an empty folder")
 
@@ -370,13 +367,13 @@ class FittedOn(_Part):
     snapshots: int = Field(description="snapshots that `fit` read")
     first_step: int = Field(description="step of the first")
     last_step: int = Field(description="step of the last")
-    samples_per_tensor: int | None = Field(description="values read of each tensor at most; `null` with `--full`")
+    samples_per_tensor: int | None = Field(description="maximum number of values read from each tensor; `null` with `--full`")
 
 
 class LeaptOn(_Part):
     """What a leap learned from."""
 
-    stretches: int = Field(description="of a leap: stretches that are remembered, in place of the keys above")
+    stretches: int = Field(description="of a leap: number of stretches in the memory, in place of the keys above")
 
 
 class ForecastOptions(_Part):
@@ -395,16 +392,16 @@ class ForecastOptions(_Part):
 class ResumeEntry(_Part):
     """What was moved on."""
 
-    changes: tuple[str, ...] = Field(description="what was rewritten for resuming, as `where: old -> new`")
-    notes: tuple[str, ...] = Field(description="what could not be moved on exactly, and what was left out")
+    changes: tuple[str, ...] = Field(description="values that were rewritten for resuming, as `where: old -> new`")
+    notes: tuple[str, ...] = Field(description="values that could not be advanced exactly, and parts that were left out")
 
 
 class MomentumEntry(_Part):
     """The memory that a leap is made by."""
 
     gain: Figure = Field(description="stretches that the leap goes ahead")
-    share: Figure = Field(description="of the move that the memory foretold, what the last stretches made")
-    stretches: int = Field(description="stretches that are remembered")
+    share: Figure = Field(description="part of the predicted move that the last stretches made")
+    stretches: int = Field(description="number of stretches in the memory")
 
 
 class ForecastSidecar(Answer):
@@ -412,7 +409,7 @@ class ForecastSidecar(Answer):
 
     name: str = Field(description="the output's name")
     farcast_version: str = Field(description="version of farcast that wrote it")
-    origin_step: int = Field(description="step of the last snapshot that the forecast saw")
+    origin_step: int = Field(description="step of the last snapshot that the forecast uses")
     valid_step: int = Field(description="step that the forecast is for: origin step + horizon")
     horizon: int = Field(description="steps from the origin to the forecast")
     purpose: str = Field(serialization_alias="for", description="`resume` or `evaluation`")
@@ -422,22 +419,20 @@ class ForecastSidecar(Answer):
     pace_ahead: TenDigits = Field(description=_PACE_AHEAD)
     length_factor: TenDigits = Field(description=_LENGTH_FACTOR)
     verdict: Verdict = Field(description="`forecast`; another with `--even-if-worse`")
-    ratio: TenDigits = Field(description="back-test ratio b; `null` where it cannot be had")
-    expected_ratio: TenDigits = Field(description="the same back-test of the step as it is written, not clipped")
+    ratio: TenDigits = Field(description="back-test ratio b; `null` if it cannot be computed")
+    expected_ratio: TenDigits = Field(description="the same back-test of the update as written, not clipped")
     coherence: TenDigits = Field(description=_COHERENCE)
     recent_coherence: TenDigits = Field(description=_RECENT)
     significance: TenDigits = Field(description=_SIGNIFICANCE)
-    origin: str = Field(description="the snapshot that the forecast begins at, relative to the output's folder")
-    inputs: tuple[InputEntry, ...] = Field(description="the snapshots that the forecast is made of")
-    fitted_on: FittedOn | LeaptOn = Field(description="what the method learned from")
+    origin: str = Field(description="the origin of the forecast, relative to the output's folder")
+    inputs: tuple[InputEntry, ...] = Field(description="the snapshots from which the forecast was computed")
+    fitted_on: FittedOn | LeaptOn = Field(description="the data that the method was fitted on")
     copied: tuple[CopiedEntry, ...] = Field(description="tensors that were copied")
-    resume: ResumeEntry = Field(description="what was done for resuming")
+    resume: ResumeEntry = Field(description="the changes for resuming")
     evaluations: tuple[EvaluationEntry, ...] = Field(
         default=(), description="with `--eval-cmd`: one entry per trial; absent without"
     )
-    momentum: MomentumEntry | None = Field(
-        default=None, description="of a leap: the memory that it was made by; absent otherwise"
-    )
+    momentum: MomentumEntry | None = Field(default=None, description="of a leap: the memory that it used; absent otherwise")
     files: tuple[FileEntry, ...] = Field(description="every file of the output")
 
 
@@ -461,7 +456,7 @@ class HeldOut(_Part):
 
     before: Figure = Field(description="their mean loss, before")
     after: Figure = Field(description="the same, after")
-    z: Figure = Field(description="standard errors that the gain is from 0")
+    z: Figure = Field(description="gain, in standard errors")
     rows: int = Field(description="how many they are, each distinct one counted once")
 
 
@@ -482,7 +477,7 @@ class TuneOptions(_Part):
     head: str | None = Field(description="`--head`")
     head_bias: str | None = Field(description="`--head-bias`")
     anchor: str | None = Field(description="`--anchor`, relative to the output's folder")
-    rate: Figure | None = Field(description="`--rate`; `null` where it was found from the curvature")
+    rate: Figure | None = Field(description="`--rate`; `null` if it was computed from the curvature")
     momentum: Figure = Field(description="`--momentum`")
     weight_decay: Figure = Field(description="`--weight-decay`")
     ridge: Figure = Field(description="`--ridge`")
@@ -503,14 +498,14 @@ class TuneSidecar(Answer):
     gate: Figure | None = Field(default=None, description="`--gate`; absent with `--apply`")
     tuned: TunedOn | None = Field(default=None, description="the rows tuned on; absent with `--apply`")
     iterations: int | None = Field(
-        default=None, description="after how many the early-stopping rows were best; absent with `--apply`"
+        default=None, description="iteration with the lowest loss on the early-stopping rows; absent with `--apply`"
     )
     relative_change: tuple[Figure, ...] = Field(
-        default=(), description="norm of each layer's change against the layer's own; absent with `--apply`"
+        default=(), description="norm of each layer's change, divided by the layer's norm; absent with `--apply`"
     )
     round: str = Field(description="`--round`")
     seed: int = Field(description="`--seed`")
-    notes: tuple[str, ...] = Field(description="what is odd, such as rows that repeat, or a cache that did not pay")
+    notes: tuple[str, ...] = Field(description="unusual facts, such as repeated rows, or a cache that did not save time")
     data: RowsFile | None = Field(default=None, description="the file of labelled rows; absent with `--apply`")
     options: TuneOptions | None = Field(default=None, description="what the command was asked for; absent with `--apply`")
     delta: str | None = Field(

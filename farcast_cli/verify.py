@@ -44,13 +44,13 @@ def find_reference(forecast: Path) -> Path:
         is_there = sidecar.exists()
     if not is_there:
         raise UsageError(
-            f"{forecast}: no {sidecar.name} says what it was forecast from",
+            f"{forecast}: no {sidecar.name}, so its origin is unknown",
             hint="--reference CKPT names the last snapshot before the forecast",
         )
     try:
         origin = local(parse_json(read_bytes(sidecar, 0, file_size(sidecar)))["origin"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{sidecar}: not a forecast's provenance", hint="--reference CKPT") from error
+        raise FileFormatError(f"{sidecar}: not a forecast's sidecar", hint="--reference CKPT") from error
     return forecast.parent / origin
 
 

@@ -192,7 +192,7 @@ def test_a_dropped_optimizer_is_emptied_and_accelerate_still_loads_the_folder(tm
     """A missing file would be a FileNotFoundError."""
     _, rates = _train(tmp_path / "run", tmp_path / "truth")
     (outcome,) = predict_run(fit_run(tmp_path / "run"), tmp_path / "step_90", horizons=[10], optimizer="drop")
-    assert any("emptied, not left out" in note for note in outcome.notes)
+    assert any("emptied instead of left out" in note for note in outcome.notes)
     resumed = Loop().resume(tmp_path / "step_90", VALID)
     assert resumed.adam_steps() == set()
     assert resumed.advance(END - VALID) == rates[VALID:]
@@ -200,7 +200,7 @@ def test_a_dropped_optimizer_is_emptied_and_accelerate_still_loads_the_folder(tm
 
 def test_what_accelerate_loads_whole_is_not_sharded(tmp_path: Path) -> None:
     _train(tmp_path / "run", tmp_path / "truth")
-    with pytest.raises(UsageError, match="never read in shards"):
+    with pytest.raises(UsageError, match="whose trainer cannot read shards"):
         _predicted(tmp_path / "run", tmp_path / "out" / "step_90", max_shard_bytes=100)
 
 

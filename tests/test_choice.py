@@ -207,7 +207,7 @@ def test_auto_to_resume_takes_what_alone_has_seen_the_run_turn() -> None:
     assert sorted(cosines.values())[-2] < 0.99
     method, why = choose_method("auto", task, "resume")
     assert method.name == "line-fit"
-    assert why == f"its step points best along the drift, cosine 1.00 ({cosines['blend']:.2f} by blend)"
+    assert why == f"its update points best along the drift, cosine 1.00 ({cosines['blend']:.2f} by blend)"
 
 
 def test_auto_to_resume_stays_with_blend_where_others_point_no_better() -> None:

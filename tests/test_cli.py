@@ -166,7 +166,7 @@ def test_the_p_of_the_coherence_stands_beside_it_everywhere_and_is_said_to_be_we
     backtest = as_json(call_cli("backtest", "--horizon", 100, "--json", cwd=work))
     assert as_json(done)["significance"] == sidecar["significance"] == backtest["significance"] == 1 / 32
     for text in (done.stderr, call_cli("fit", "run", cwd=work).stderr, call_cli("backtest", "--horizon", 100, cwd=work).stdout):
-        assert "p = 0.031, 0.031 at least with so few snapshots: weak" in text
+        assert "p = 0.031 (weak: with so few snapshots p is at least 0.031)" in text
 
 
 def test_backtest_of_one_horizon_gives_one_verdict(work: Path, call_cli: CallCli) -> None:
@@ -233,7 +233,7 @@ def test_predict_by_an_average_to_resume_from_is_turned_away_with_the_reason(wor
     for name in ("average", "trend", "accelerate"):
         done = call_cli("predict", "--method", name, cwd=work)
         assert (done.returncode, done.stdout) == (10, "")
-        assert "abstain: nothing written (resuming from an average puts a run back: it is for evaluation)" in done.stderr
+        assert "abstain: nothing written (resuming from an average puts a run back: use it for evaluation only)" in done.stderr
 
 
 def test_backtest_without_a_horizon_shows_some_shares_of_the_history(work: Path, call_cli: CallCli) -> None:
@@ -269,8 +269,8 @@ def test_predict_to_evaluate_without_a_horizon_writes_the_run_as_it_is_to_be_eva
     assert (content["path"], content["method"]) == ("forecasts/step_000800.safetensors", "trend")
     assert (content["origin_step"], content["valid_step"], content["horizon"]) == (800, 800, 0)
     assert (content["verdict"], content["expected_ratio"]) == ("forecast", None)
-    assert content["chosen"] == ["horizon 0: the run as it is at the origin"]
-    assert "note: forecasts/step_000800.safetensors: to evaluate or ship; do not resume from it" in done.stderr.splitlines()
+    assert content["chosen"] == ["horizon 0: the run at the origin, without its noise"]
+    assert "note: forecasts/step_000800.safetensors: evaluate or ship it; do not resume from it" in done.stderr.splitlines()
     assert tree_digest(turning / "forecasts").keys() == {"step_000800.safetensors", "step_000800.safetensors.farcast.json"}
     snapshots = [load_file(turning / "run" / loose_name(step)) for step in STEPS[4:]]  # from 450 on
     written = load_file(turning / "forecasts" / "step_000800.safetensors")
@@ -480,7 +480,7 @@ NAMED_ONLY = {
 
 def test_a_table_for_no_command_is_an_error(work: Path, call_cli: CallCli) -> None:
     (work / "farcast.toml").write_text("[predikt]\nhorizon = 100\n")
-    refused(call_cli, work, 2, ("farcast.toml", "no command is called 'predikt'"), "fit", "run")
+    refused(call_cli, work, 2, ("farcast.toml", "expected the name of a command as table, found 'predikt'"), "fit", "run")
 
 
 def test_one_pattern_in_the_file_needs_no_list(work: Path, call_cli: CallCli) -> None:
@@ -733,7 +733,7 @@ def test_a_number_that_is_not_finite_outside_of_the_sample_is_found_by_predict(
 
 def test_a_snapshot_that_is_gone_since_the_fit_is_named_with_the_command_to_fit_again(work: Path, call_cli: CallCli) -> None:
     (work / "run" / loose_name(500)).unlink()
-    refused(call_cli, work, 3, (loose_name(500), "gone", "farcast fit run"), "predict", "--horizon", 100)
+    refused(call_cli, work, 3, (loose_name(500), "removed", "farcast fit run"), "predict", "--horizon", 100)
 
 
 def test_a_snapshot_that_changed_since_the_fit_is_named_with_the_command_to_fit_again(work: Path, call_cli: CallCli) -> None:
@@ -768,7 +768,7 @@ def test_a_missing_forecaster_is_named_with_the_command_that_writes_one(work: Pa
 
 def test_something_else_is_no_forecaster(work: Path, call_cli: CallCli) -> None:
     weights = f"run/{loose_name(800)}"
-    refused(call_cli, work, 4, (loose_name(800), "no forecaster"), "predict", "--horizon", 100, "--forecaster", weights)
+    refused(call_cli, work, 4, (loose_name(800), "not a forecaster"), "predict", "--horizon", 100, "--forecaster", weights)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 2000])
@@ -1015,7 +1015,7 @@ def test_a_run_that_has_passed_a_forecast_and_did_not_resume_from_it_is_fitted_a
     done = call_cli("fit", "run", "--json", cwd=tmp_path)
     assert (as_json(done)["num_snapshots"], as_json(done)["leap"]) == (9, None)
     assert "resumed" not in done.stderr
-    assert "was forecast from this run" not in done.stderr
+    assert "is a forecast of this run" not in done.stderr
 
 
 def test_a_forecast_that_the_run_has_passed_since_is_mentioned_when_the_steps_are_chosen_by_hand(
@@ -1023,7 +1023,7 @@ def test_a_forecast_that_the_run_has_passed_since_is_mentioned_when_the_steps_ar
 ) -> None:
     """Training may have resumed from it, and then a leap lies in the history."""
     _passed_plainly(tmp_path, call_cli)
-    said = "note: step_000800.safetensors was forecast from this run: if training resumed from it, the leap at step 800"
+    said = "note: step_000800.safetensors is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step 800"
     assert said in call_cli("fit", "run", "--steps", "0:", cwd=tmp_path).stderr
     assert said not in call_cli("fit", "run", "--steps", ":800", cwd=tmp_path).stderr  # it does not lie within
     assert said not in call_cli("fit", "run", "--steps", "0:", "-q", cwd=tmp_path).stderr
@@ -1061,7 +1061,7 @@ def test_two_snapshots_close_together_are_no_second_run(tmp_path: Path, call_cli
 
 
 def test_a_file_without_weights_is_left_out_with_the_reason(tmp_path: Path, call_cli: CallCli) -> None:
-    """Some loops save the optimizer's state in a file of its own."""
+    """Some loops save the optimizer's state in a separate file."""
     run = make_torch_run(tmp_path / "run", (100, 200, 300, 400, 500, 600))
     torch.save({"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}, run / "opt_600.pt")
     done = call_cli("inspect", "run", "--json", cwd=tmp_path)

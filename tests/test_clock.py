@@ -183,7 +183,7 @@ def test_under_a_falling_rate_predict_says_what_such_leaps_replaced_and_how_to_m
     call_cli("fit", "run", cwd=tmp_path, env=_env(tmp_path))
     done = call_cli("predict", "--horizon", horizon, "--even-if-worse", cwd=tmp_path, env=_env(tmp_path))
     (line,) = [line for line in done.stderr.splitlines() if "the learning rate falls" in line]
-    assert f"replaced {said} of the training that they skipped" in line
+    assert f"replaced {said} of the skipped training" in line
     control = line.rpartition("farcast ")[2].split()
     made = call_cli(*control, cwd=tmp_path, env=_env(tmp_path))
     assert made.returncode == 0
@@ -209,7 +209,7 @@ def test_the_clock_is_always_said(tmp_path: Path, call_cli: CallCli) -> None:
         (
             (),
             "rate",
-            "clock: learning rate, over the horizon 0.27 times that before it; the step is written 0.27 times as long for it",
+            "clock: learning rate, over the horizon 0.27 of the rate before it; the update is written at 0.27 of its length",
         ),
         (("--clock", "steps"), "steps", "clock: steps (as --clock asks)"),
     ):
@@ -229,10 +229,10 @@ def test_where_the_rates_are_not_known_steps_are_counted_and_asking_for_rates_is
         save_safetensors(tmp_path / "run" / f"step_{step}.safetensors", {"w": torch.arange(MOVED) * float(step)})
     call_cli("fit", "run", cwd=tmp_path, env=_env(tmp_path))
     done = call_cli("backtest", "--horizon", 10, cwd=tmp_path, env=_env(tmp_path))
-    assert "clock: steps (no snapshot holds its learning rate)" in done.stdout.splitlines()
+    assert "clock: steps (no snapshot contains its learning rate)" in done.stdout.splitlines()
     refused = call_cli("predict", "--horizon", 10, "--clock", "rate", cwd=tmp_path, env=_env(tmp_path))
     assert refused.returncode == 2
-    assert refused.errors == ["error: --clock rate: no snapshot holds its learning rate"]
+    assert refused.errors == ["error: --clock rate: no snapshot contains its learning rate"]
     assert refused.hints == ["hint: --clock steps, or no --clock"]
 
 
@@ -263,7 +263,7 @@ def test_a_forecast_past_the_rates_that_are_known_counts_steps_and_says_so(tmp_p
         torch.save(state, path)
     (outcome,) = predict_run(_fitted(tmp_path / "run"), tmp_path / "out.pt", horizons=[30])
     assert outcome.pace.clock == "steps"
-    assert outcome.pace.why == "the learning rates after step 100 are not known"
+    assert outcome.pace.why == "the learning rates after step 100 are unknown"
 
 
 def test_verify_says_how_much_of_the_stretch_was_trained_in_learning_rate(tmp_path: Path, call_cli: CallCli) -> None:
@@ -275,4 +275,4 @@ def test_verify_says_how_much_of_the_stretch_was_trained_in_learning_rate(tmp_pa
     pace = fitted.provenance.pace
     assert found["clock"] == "rate"
     assert found["trained"] == pytest.approx(pace.total(100, 110) / pace.total(100, 119), rel=1e-3)
-    assert "trained was 0.86 of its stretch, in learning rate" in done.stderr
+    assert "training covered 0.86 of the horizon, in learning rate" in done.stderr

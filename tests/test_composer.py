@@ -179,14 +179,14 @@ def test_samples_that_no_timestamp_explains_stay_and_are_named(tmp_path: Path) -
     found = advance(one_epoch, 7)
     assert moved(found)["batch_in_epoch"] == 7
     assert moved(found)["sample"] == 5 * 1999
-    assert any("sample" in note and "left at the origin" in note for note in found.notes)
+    assert any("sample" in note and "stay at the origin's values" in note for note in found.notes)
 
 
 def test_the_optimizer_is_emptied_and_never_left_out(tmp_path: Path) -> None:
     found = advance(snapshots(tmp_path / "run", [8, 16, 24]), 16, optimizer="drop")
     assert found.trees[""].tree["state"]["optimizers"]["AdamW"]["state"] == {}
     assert found.trees[""].tree["state"]["model"]
-    assert "optimizer state emptied, not left out: Composer loads no checkpoint without its optimizers" in found.notes
+    assert "optimizer state emptied instead of left out: Composer cannot load a checkpoint without optimizers" in found.notes
 
 
 def forecast(folder: Path, horizon: int, **request: Any) -> Path:

@@ -150,7 +150,7 @@ def test_the_weights_of_a_torch_file_become_a_safetensors_file(plain: Fitted, tm
         assert file.metadata() == {"format": "pt"}
     assert outcome.notes == (
         "weights only: not in safetensors: optimizer, scheduler, step",
-        "tied weights written one by one, each with values of its own: head.weight",
+        "tied weights are written separately, each with its own values: head.weight",
     )
     assert outcome.changes == ()
     assert json.loads((tmp_path / "step_1700.safetensors.farcast.json").read_text())["options"]["layout"] == "safetensors"
@@ -546,7 +546,7 @@ def test_tied_weights_and_views_are_written_one_by_one_with_the_values_that_they
     found = load_file(outcome.path) if layout == "safetensors" else united(outcome.path, tmp_path / "x")
     assert_same(found, expected)
     assert not torch.equal(found["part"], tied(600)["part"])  # it moved
-    assert outcome.notes == ("tied weights written one by one, each with values of its own: lm_head",)
+    assert outcome.notes == ("tied weights are written separately, each with its own values: lm_head",)
 
 
 def test_types_without_a_storage_class_of_their_own_come_into_a_torch_file(tmp_path: Path) -> None:
@@ -643,16 +643,16 @@ def test_the_order_of_dimensions_is_kept_where_the_container_can(tmp_path: Path)
 
 
 REFUSED: dict[str, tuple[Callable[[int], torch.Tensor], str, str]] = {
-    "channels_last": (lambda step: channels_last(step)["conv"], "safetensors", "in another order than row by row"),
+    "channels_last": (lambda step: channels_last(step)["conv"], "safetensors", "is not stored row by row"),
     "complex128": (lambda step: moving(step, 4).to(torch.complex128), "safetensors", "complex128, which safetensors cannot"),
     "quantised": (
         lambda step: torch.quantize_per_tensor(moving(step, 4), 0.1, 0, torch.qint8),
         "safetensors",
-        "of a kind that only torch files hold",
+        "has a type that only torch files can hold",
     ),
-    "sparse": (lambda step: moving(step, 4, 4).to_sparse(), "dcp", "of a kind that only torch files hold"),
-    "gaps": (lambda step: moving(step, 6, 4)[:, :2], "dcp", "a view with gaps"),
-    "gaps in safetensors": (lambda step: moving(step, 6, 4)[:, :2], "safetensors", "a view with gaps"),
+    "sparse": (lambda step: moving(step, 4, 4).to_sparse(), "dcp", "has a type that only torch files can hold"),
+    "gaps": (lambda step: moving(step, 6, 4)[:, :2], "dcp", "a view that is not contiguous"),
+    "gaps in safetensors": (lambda step: moving(step, 6, 4)[:, :2], "safetensors", "a view that is not contiguous"),
 }
 
 
@@ -667,7 +667,7 @@ def test_what_a_container_cannot_hold_is_refused_by_name_and_nothing_is_left(kin
 
 def test_what_is_no_tensor_among_the_weights_is_named(tmp_path: Path) -> None:
     fitted = save_run(tmp_path / "run", lambda step: {"w": moving(step, 9), "layer._extra_state": None})
-    assert outcome_of(fitted, tmp_path, "safetensors").notes == ("left out, being no tensors: layer._extra_state",)
+    assert outcome_of(fitted, tmp_path, "safetensors").notes == ("left out because they are not tensors: layer._extra_state",)
 
 
 def test_values_of_half_a_byte_stay_in_safetensors(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_the_last_number_is_the_score_and_a_part_of_a_word_is_none(printed: str,
 )
 def test_a_path_with_a_command_in_it_never_goes_between_quotes_of_the_users_own(tmp_path: Path, command: str) -> None:
     assert Evaluator(command).command_for(tmp_path / "plain") == command.replace("{ckpt}", f"{tmp_path}/plain")
-    with pytest.raises(UsageError, match="within quotes"):
+    with pytest.raises(UsageError, match="inside quotes"):
         Evaluator(command).command_for(tmp_path / "run$(touch marker)")
 
 

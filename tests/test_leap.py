@@ -399,7 +399,7 @@ def test_one_snapshot_is_remembered_and_the_second_call_has_a_stretch(loop: Loop
     loop.rotates = True
     loop.train()
     done = loop.leap(code=10)
-    assert "one snapshot to begin with: a leap needs a stretch of training to continue" in done.stderr
+    assert "one snapshot so far: a leap needs a stretch of training" in done.stderr
     assert (loop.told["path"], loop.told["verdict"], loop.told["stretches"]) == (None, "abstain", 0)
     assert {name: value.tolist() for name, value in load_file(loop.memory).items()} == {
         f"landing.{name}": value.tolist() for name, value in load(loop.newest).items()
@@ -426,7 +426,7 @@ def test_without_new_training_the_same_path_is_printed_and_nothing_is_written(lo
     path, before = loop.told["path"], state_of(loop.home)
     done = loop.leap(*options)
     assert (loop.told["path"], loop.told["again"]) == (path, True)
-    assert "no training has happened since" in done.stderr
+    assert "no training since the last call" in done.stderr
     assert state_of(loop.home) == before
     plain = loop.call("leap", "run", cwd=loop.home)
     assert (plain.returncode, plain.stdout) == (0, f"{path}\n")
@@ -437,7 +437,7 @@ def test_a_refusal_is_said_again_and_nothing_is_written(loop: Loop) -> None:
     loop.begun().train()
     loop.leap("--max-gain", 0.05, code=10)
     reason = loop.told["reason"]
-    assert reason == "the largest gain is 0.05, and under 0.1 a leap is not worth a restart"
+    assert reason == "the largest gain is 0.05: under 0.1 a leap is not worth a restart"
     before = state_of(loop.home)
     done = loop.call("leap", "run", cwd=loop.home)
     assert (done.returncode, done.stdout) == (10, "")
@@ -481,7 +481,7 @@ def test_a_memory_of_another_run_is_not_used(tmp_path: Path, call_cli: CallCli) 
         done = call_cli("leap", f"{name}/run", "-o", "out/", cwd=tmp_path)
         assert done.returncode == 10
     assert (
-        "out/run.memory.safetensors remembers another run, ../a/run, and starts again: give each run a folder of its own"
+        "out/run.memory.safetensors belongs to another run, ../a/run: a new memory starts; give each run its own folder"
         in done.stderr
     )
     assert record_of(tmp_path / "out/run.memory.safetensors")["run"] == "../b/run"
@@ -521,9 +521,9 @@ def test_a_forecast_that_is_gone_is_missed_where_no_training_has_happened(loop: 
     path = loop.told["path"]
     loop.forecast.unlink()
     done = loop.leap(code=2)
-    assert f"{path}, the last leap, is gone, and no training has happened since" in done.errors[0]
+    assert f"{path}, the last leap, was removed, and there was no training since then" in done.errors[0]
     assert done.hints == [
-        "hint: go on from step_00300.safetensors, or remove forecasts/run.memory.safetensors to start a new memory"
+        "hint: continue from step_00300.safetensors, or remove forecasts/run.memory.safetensors to start a new memory"
     ]
 
 
@@ -532,10 +532,10 @@ def test_a_forecast_that_was_changed_is_not_resumed_from(loop: Loop) -> None:
     loop.leap()
     edit_loose(loop.forecast, {"scale": torch.ones(1)})
     done = loop.leap(code=2)
-    assert "has been changed since" in done.errors[0]
+    assert "was changed since then" in done.errors[0]
 
 
-@pytest.mark.parametrize(("change", "said"), [("gone", "is gone"), ("changed", "has been changed since")])
+@pytest.mark.parametrize(("change", "said"), [("gone", "was removed"), ("changed", "was changed since then")])
 def test_without_the_landing_the_memory_starts_again_and_says_so(loop: Loop, change: str, said: str) -> None:
     loop.begun().train()
     loop.leap()
@@ -545,7 +545,7 @@ def test_without_the_landing_the_memory_starts_again_and_says_so(loop: Loop, cha
         edit_loose(loop.forecast, {"scale": torch.ones(1)})
     loop.train()
     done = loop.call("leap", "run", "--json", cwd=loop.home)
-    assert f"the last leap, {said}: the memory starts again" in done.stderr
+    assert f"the last leap, {said}: a new memory starts" in done.stderr
     assert json.loads(done.stdout)["stretches"] <= 3
 
 
@@ -555,7 +555,7 @@ def test_a_run_that_went_back_starts_its_memory_again_and_says_so(loop: Loop) ->
     loop.newest.unlink()
     save_loose(loop.run, 300, trained(load(loop.newest), 77))
     done = loop.call("leap", "run", "--json", "--overwrite", cwd=loop.home)
-    assert "the memory ends at step 300, and the newest snapshot is of step 300: it starts again" in done.stderr
+    assert "the memory ends at step 300, and the newest snapshot is of step 300: a new memory starts" in done.stderr
 
 
 def test_other_tensors_start_the_memory_again_and_say_so(loop: Loop) -> None:
@@ -564,7 +564,7 @@ def test_other_tensors_start_the_memory_again_and_say_so(loop: Loop) -> None:
     loop.weights["more"] = torch.ones(3)
     loop.train()
     done = loop.leap(code=10)
-    assert "its tensors are not those of step_00400.safetensors: the memory starts again" in done.stderr
+    assert "its tensors are not those of step_00400.safetensors: a new memory starts" in done.stderr
     assert (loop.told["stretches"], loop.told["verdict"]) == (0, "abstain")
 
 
@@ -861,7 +861,7 @@ def test_a_loss_that_never_changes_is_said_to_steer_nothing_and_the_gain_stops_a
     for _ in range(4):
         line.train()
         done = line.leap("--eval-cmd", "echo 1.0 {ckpt} 1.0")
-    assert "the loss has not been seen to change yet" in done.stderr
+    assert "the loss has not changed yet" in done.stderr
     assert (line.told["loss_signal"], line.told["gain"]) == (None, 1.0)
 
 
@@ -881,7 +881,7 @@ def test_a_leap_is_no_longer_than_the_curvature_of_the_loss_allows(line: Line) -
         line.train()
         done = line.leap("--eval-cmd", loss)
     assert line.told["gain"] == pytest.approx(math.sqrt(1 / 20))
-    assert "gain 0.22, held back by the curvature of the loss" in done.stderr
+    assert "gain 0.22, limited by the curvature of the loss" in done.stderr
     move = flat(load(line.forecast)) - flat(load(line.newest))
     np.testing.assert_allclose(move, line.told["gain"] * flat(moves_in(line.memory)), rtol=0.01)
 
@@ -1086,7 +1086,7 @@ def test_a_gain_or_a_stretch_that_makes_no_sense_is_one_clear_line(loop: Loop, o
 def test_another_pattern_is_another_run(loop: Loop) -> None:
     loop.begun().train()
     done = loop.leap("--pattern", "step_*", code=0)
-    assert "remembers the run of --pattern ''" in done.stderr
+    assert "belongs to the run of --pattern ''" in done.stderr
 
 
 def test_a_run_that_was_made_anew_in_the_same_folder_starts_again(loop: Loop) -> None:
@@ -1095,4 +1095,4 @@ def test_a_run_that_was_made_anew_in_the_same_folder_starts_again(loop: Loop) ->
     loop.train()
     save_loose(loop.run, int(newest.stem[-5:]), shaken(3))
     done = loop.call("leap", "run", cwd=loop.home)
-    assert f"{newest.name} is not what it was at the last call: the memory starts again" in done.stderr
+    assert f"{newest.name} has changed since the last call: a new memory starts" in done.stderr

@@ -169,9 +169,9 @@ def test_a_damaged_line_is_named_by_its_number(tmp_path: Path, line: str) -> Non
     with ledger.open("a") as file:
         file.write(line + "\n")
     record_leap(ledger, _leap(run, tmp_path / "y"))
-    with pytest.raises(FileFormatError, match=r"ledger\.jsonl: line 2 is no leap: ") as caught:
+    with pytest.raises(FileFormatError, match=r"ledger\.jsonl: line 2: expected a leap: ") as caught:
         read_leaps(ledger, run)
-    assert caught.value.hint == "mend or remove that line"
+    assert caught.value.hint == "correct or remove that line"
     assert "\n" not in str(caught.value)
 
 
@@ -367,7 +367,7 @@ def test_too_few_snapshots_since_a_leap_are_an_error_that_says_how_many_it_takes
     with pytest.raises(TooFewSnapshotsError, match=rf"run: {later} snapshots since the leap to step 1700 \(f.safe") as caught:
         _history(run, _leap(run, tmp_path / "f.safetensors"))
     assert str(caught.value).endswith("and fit needs 6")
-    assert caught.value.hint == "train on and fit again, or choose the history yourself with --steps A:B"
+    assert caught.value.hint == "continue training and fit again, or select the history with --steps A:B"
 
 
 def test_six_snapshots_since_a_leap_are_enough(tmp_path: Path) -> None:
@@ -413,8 +413,8 @@ def test_a_run_that_resumed_is_fitted_on_what_came_after_the_leap_and_leaps_1_4_
     content = _json(done)
     assert (content["num_snapshots"], content["leap"], content["origin_step"]) == (8, 1750, steps[-1])
     assert (
-        "the run resumed from step_1750.safetensors, a leap to step 1750: fitted on the 8 snapshots since, without 12 before it"
-        " (--steps A:B chooses otherwise)"
+        "the run resumed from step_1750.safetensors, a leap to step 1750: fit uses the 8 snapshots after it, not the 12 before it"
+        " (--steps A:B overrides this)"
     ) in done.stderr.splitlines()
     assert load_fitted(fitted / "forecaster.safetensors").steps == steps
     told = _json(call_cli("predict", "--json", cwd=fitted))
@@ -448,7 +448,7 @@ def test_steps_chosen_by_hand_override_the_ledger_and_a_leap_among_them_is_menti
     done = call_cli("fit", "run", "--steps", steps, "--json", cwd=fitted)
     content = _json(done)
     assert (content["num_snapshots"], content["leap"]) == (num_snapshots, None)
-    assert ("the leap at step 1750 passes for movement in the steps chosen" in done.stderr) == noted
+    assert ("the leap at step 1750, which the forecaster would take for training" in done.stderr) == noted
     assert "resumed from it" in done.stderr or not noted
 
 
@@ -480,7 +480,7 @@ def test_a_damaged_ledger_is_refused_with_its_line(fitted: Path, call_cli: CallC
     before = tree_digest(fitted)
     done = call_cli("fit", "run", cwd=fitted)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "forecasts/ledger.jsonl: line 1 is no leap" in done.errors[0]
+    assert "forecasts/ledger.jsonl: line 1: expected a leap" in done.errors[0]
     assert tree_digest(fitted) == before
 
 

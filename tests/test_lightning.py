@@ -401,7 +401,9 @@ def test_without_a_horizon_the_proposal_ends_with_an_epoch(tmp_path: Path, call_
 def test_a_step_past_the_end_that_the_hyper_parameters_name_is_refused(key: str, tmp_path: Path) -> None:
     Run(hyper={"optim": {key: 60}}).go(tmp_path / "run", max_steps=40)
     forecaster = fitted(tmp_path / "run", 40)
-    with pytest.raises(UsageError, match=rf"step 60 is not before the end .* hyper_parameters\.optim\.{key} = 60") as caught:
+    with pytest.raises(
+        UsageError, match=rf"valid step 60: expected a step before the end .* hyper_parameters\.optim\.{key} = 60"
+    ) as caught:
         predict_run(forecaster, f"{tmp_path}/forecast/", horizons=(20,))
     assert "--horizon 19 or less" in caught.value.hint
     (outcome,) = predict_run(forecaster, f"{tmp_path}/forecast/", horizons=(19,))
@@ -413,7 +415,7 @@ def test_a_step_past_the_last_epoch_that_the_hyper_parameters_name_is_refused(tm
     run, resumed = Run(hyper={"max_epochs": 9}), Watch()
     run.go(tmp_path / "run", max_epochs=6)
     forecaster = fitted(tmp_path / "run", 40)
-    with pytest.raises(UsageError, match=r"step 63 is not before the end .*max_epochs = 9, in steps = 63"):
+    with pytest.raises(UsageError, match=r"valid step 63: expected a step before the end .*max_epochs = 9, in steps = 63"):
         predict_run(forecaster, f"{tmp_path}/forecast/", horizons=(23,))
     (outcome,) = predict_run(forecaster, f"{tmp_path}/forecast/", horizons=(16,))
     run.go(tmp_path / "resumed", resume=outcome.path, watch=resumed, max_epochs=9)

@@ -213,7 +213,7 @@ def test_adapters_with_names_are_all_forecast_and_the_trainer_resumes_the_active
 
 
 def test_an_adapter_is_never_cut_into_shards(trained: Trained, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="never read in shards"):
+    with pytest.raises(UsageError, match="whose trainer cannot read shards"):
         _predicted(trained.run, tmp_path / "out", max_shard_bytes=100)
 
 
@@ -238,7 +238,7 @@ def test_whole_weights_in_one_file_are_what_a_trainer_loads_and_the_adapter_is_c
     fitted = fit_run(_with_whole_weights(trained, tmp_path / "run", sharded=False))
     assert [record.name for record in fitted.provenance.tensors] == ["w"]
     (copied,) = fitted.provenance.copied
-    assert (copied.name, copied.reason.split(",")[0]) == ("adapter_model.safetensors", "an adapter beside whole weights")
+    assert (copied.name, copied.reason.split(",")[0]) == ("adapter_model.safetensors", "an adapter next to the full weights")
 
 
 def test_an_adapter_is_what_a_trainer_loads_beside_whole_weights_in_shards(trained: Trained, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_where_a_leap_is_refused_the_run_is_trained_on_from_its_own_last_checkpo
 def test_one_snapshot_is_trained_on(tmp_path: Path) -> None:
     found = loop(tmp_path, "ckpts", 2, "--", *training("decay", saves=1))
     assert found.done.returncode == 0, found.done.stderr
-    assert "no leap: one snapshot to begin with" in found.done.stderr
+    assert "no leap: one snapshot so far" in found.done.stderr
     assert [(r["begin"], r["resume"]) for r in found.rounds] == [(0, None), (SAVE_EVERY, None)]
 
 
@@ -138,7 +138,7 @@ def test_a_run_that_went_back_leaps_once_more_from_a_step_that_it_leapt_from_bef
     save_file({name: 1.01 * value for name, value in load_file(oldest).items()}, oldest)
     again = loop(tmp_path, "ckpts", 2, "--", *training("walk", saves=1), FARCAST_GAIN="0.5")
     assert again.done.returncode == 0, again.done.stderr
-    assert "it starts again" in again.done.stderr
+    assert "a new memory starts" in again.done.stderr
     assert again.rounds[-1]["resume"] == f"forecasts/{leap['forecast']}"
     assert again.rounds[-1]["begin"] == leap["origin_step"] == 8 * SAVE_EVERY
 
@@ -166,7 +166,7 @@ def test_a_run_at_its_end_is_no_error_but_gets_no_leap(ended: Path, tmp_path: Pa
 def test_a_leap_over_the_end_that_was_asked_for_is_refused_without_a_horizon_that_does_not_exist(
     ended: Path, tmp_path: Path
 ) -> None:
-    with torch_settings_kept(), pytest.raises(UsageError, match="not before the end") as refused:
+    with torch_settings_kept(), pytest.raises(UsageError, match="expected a step before the end of the run") as refused:
         predict_run(fit_run(ended), tmp_path / "out", horizons=[1])
     assert "--horizon" not in refused.value.hint
 

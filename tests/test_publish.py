@@ -145,7 +145,7 @@ def write_again(folder: Path, number: int, times: int, done: Any) -> None:
                 file.write(tag[len(tag) // 2 :])
             done.put("published")
         except OutputError as error:
-            met = "another farcast is writing", "changed while it was to be replaced"  # at the start, or at the end
+            met = "another farcast is writing", "changed during its replacement"  # at the start, or at the end
             done.put("refused" if any(words in str(error) for words in met) else str(error))
     done.put(None)
 
@@ -570,7 +570,7 @@ def test_a_users_file_under_the_name_of_a_log_is_not_replaced(fitted: Path, call
     (logs / mine).write_text("mine")
     done = call_cli("predict", "--horizon", 100, "--eval-cmd", "echo 1 {ckpt}", cwd=fitted)
     assert (done.returncode, done.stdout) == (5, "")
-    assert f"{mine} is somebody else's" in done.errors[0]
+    assert f"{mine} was not written by farcast" in done.errors[0]
     assert (logs / mine).read_text() == "mine"
 
 
@@ -704,7 +704,7 @@ def test_a_file_that_was_saved_between_the_check_and_the_rename_is_kept(tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("farcast_cli.files.staged.swap", swapped)
-        with pytest.raises(OutputError, match="changed while it was to be replaced"):
+        with pytest.raises(OutputError, match="changed during its replacement"):
             write()
     assert final.read_text() == "mine"
     assert tree_digest(tmp_path).keys() == {"a"}

@@ -149,7 +149,7 @@ def test_weights_alone_count_steps_and_say_so(tmp_path: Path) -> None:
     for step in STEPS:
         save_safetensors(tmp_path / f"step_{step}.safetensors", {"w": torch.full((2,), float(step))})
     pace = _pace(tmp_path, ahead=30)
-    assert (pace.clock, pace.why) == ("steps", "no snapshot holds its learning rate")
+    assert (pace.clock, pace.why) == ("steps", "no snapshot contains its learning rate")
     assert (pace.total(3, 8.5), pace.mean(1, 2), pace.scale((0, 5), (5, 90))) == (5.5, 1.0, 1.0)
 
 

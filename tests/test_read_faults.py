@@ -167,7 +167,7 @@ def test_an_input_that_does_not_fit_the_memory_is_named_with_its_size(tmp_path: 
         ["sh", "-c", script, sys.executable], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 4, done
-    assert done.stderr.startswith("error: leaps: cannot be read: the memory does not suffice for its 68719476736 bytes")
+    assert done.stderr.startswith("error: leaps: cannot be read: not enough memory for its 68719476736 bytes")
 
 
 class _Greedy:

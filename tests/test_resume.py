@@ -205,7 +205,7 @@ def test_counters_move_and_settings_measurements_and_best_values_stay(tmp_path: 
         "done": False,
         "config": {"layers": 4, "warmup": 100, "name": "tiny", "epochs": 12},
     }
-    assert any("patience_left left at 3" in note for note in result.notes)
+    assert any("patience_left stays at 3" in note for note in result.notes)
     assert {change.where for change in result.changes} == {
         f"step_160.pt: {key}" for key in ("step", "epoch", "tokens_seen", "micro_batches")
     }
@@ -303,7 +303,7 @@ def test_a_rate_that_moves_without_a_schedule_in_the_file_is_left_and_said(falls
         _payload_run(tmp_path, {step: {"step": step, "optimizer": {"state": {}, "param_groups": [group]}}})
     result = advance(discover(tmp_path).snapshots, 10)
     assert result.trees[""].tree["optimizer"]["param_groups"] == [group]
-    expected = "step_40.pt: the learning rate stays at 2.5e-05: no schedule is saved; a loop that sets it each step is right"
+    expected = "step_40.pt: the learning rate stays at 2.5e-05: no schedule is saved; a loop that sets the rate at each step corrects it"
     assert result.notes == ([expected] if falls else [])
 
 
@@ -638,7 +638,7 @@ def test_what_starts_again_from_zero_is_left_and_said(key: str, tmp_path: Path) 
     run = _payload_run(tmp_path, {step: {"step": step, key: step // 10} for step in (10, 20, 30, 40)})
     result = advance(discover(run).snapshots, 20)
     assert result.trees[""].tree[key] == 4
-    assert any(f"{key} left at 4" in note for note in result.notes)
+    assert any(f"{key} stays at 4" in note for note in result.notes)
 
 
 def test_a_second_network_and_an_average_of_the_weights_are_listed_as_copied(tmp_path: Path) -> None:

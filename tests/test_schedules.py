@@ -546,7 +546,7 @@ def test_arguments_that_do_not_explain_the_rates_seen_are_not_believed(tmp_path:
     result = advance(discover(tmp_path, pattern="checkpoint-*").snapshots, 20)
     assert result.trees["scheduler.pt"].tree["_last_lr"] == [rates[119]]
     (note,) = result.notes
-    assert "look at the first resumed step" in note
+    assert "check the first resumed step" in note
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "inverse_sqrt of a timescale"])

@@ -101,7 +101,7 @@ def test_a_loss_that_speaks_against_a_leap_at_once_all_along_or_with_the_share_d
     growing, _ = told_by(lambda x: 10.0**x, [0.0, -1.0, -2.0, -3.0])
     assert shrinking.objection(said[-1], 0.5) == ""
     assert growing.trust == 0.0, "always against, though less and less"
-    assert "at every call of late" in growing.objection(-0.01, 0.5)
+    assert "at every recent call" in growing.objection(-0.01, 0.5)
 
 
 def test_a_loss_that_speaks_against_a_leap_takes_the_share_with_it() -> None:

@@ -150,7 +150,7 @@ def test_too_few_snapshots_since_a_change_are_counted_and_excluding_the_tensor_k
         assert done.returncode == 3
         assert "step_800.safetensors to step_900.safetensors: tensor 'embed' changed its shape from [5, 3] to [6, 3]" in said
         assert "5 snapshots since, and fit needs 6" in said
-        assert "--exclude 'embed' copies it from the last snapshot and keeps the whole history; --steps" in said
+        assert "--exclude 'embed' copies it from the last snapshot and uses the whole history; --steps" in said
     done = call_cli("fit", "run", "--exclude", "embed", cwd=tmp_path)
     assert "fitted 13 snapshots" in done.stderr
     assert "1 tensor copied: excluded (1, as embed)" in done.stderr.splitlines()
@@ -555,7 +555,7 @@ def test_fit_and_predict_say_in_one_line_what_is_copied_and_why(tmp_path: Path, 
         "belongs to another, which is quantised (2, as 0.weight_scale)",
     ]
     fitted = call_cli("fit", "run", cwd=tmp_path).stderr
-    counter = "a counter, moved on with the trainer's own (1, as bn.num_batches_tracked)"
+    counter = "a counter, advanced with the trainer's own (1, as bn.num_batches_tracked)"
     assert lines_about_copies(fitted, "8 tensors copied: ") == {*kinds, counter}
     done = call_cli("predict", "--horizon", 200, "--even-if-worse", "-o", "out.safetensors", cwd=tmp_path)
     assert lines_about_copies(done.stderr, "7 tensors copied: ") == {*kinds}

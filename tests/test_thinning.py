@@ -211,7 +211,7 @@ def test_only_two_snapshots_are_kept_open_at_once(tmp_path: Path, few_enter: Non
 
 # --- a fit of some of many -------------------------------------------------------------------------------------------
 
-NOTE = "24 of 60 snapshots enter, to bound memory (4 tensors): the last 5, and others evenly from step 10 on"
+NOTE = "24 of 60 snapshots are used, to limit memory (4 tensors): the last 5, and others at even distances from step 10"
 
 
 @pytest.mark.usefixtures("few_enter")
@@ -262,7 +262,7 @@ def test_a_long_run_that_resumed_from_a_forecast_is_fitted_on_what_came_after(tm
     done = call_cli("fit", "run", cwd=tmp_path)
     assert done.returncode == 0, done
     assert "the run resumed from step_000800" in done.stderr
-    assert "24 of 40 snapshots enter" in done.stderr
+    assert "24 of 40 snapshots are used" in done.stderr
     fitted = load_fitted(tmp_path / "forecaster.safetensors")
     assert fitted.steps[0] == 810
     assert fitted.provenance.leap is not None

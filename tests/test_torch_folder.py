@@ -228,10 +228,10 @@ def test_an_average_beside_the_weights_is_copied_and_said(tmp_path: Path) -> Non
         torch.save({"w": torch.full((5,), step - 2.0)}, folder / "ema.pt")
     fitted = fit_run(tmp_path / "run")
     assert [(record.name, record.reason.split(":")[0]) for record in fitted.provenance.copied] == [
-        ("ema_state.pt", "1 tensors beside the weights")
+        ("ema_state.pt", "1 tensors outside the weights are not forecast; they are copied from the last snapshot")
     ]
     (outcome,) = predict_run(fitted, tmp_path / "out", horizons=[10])
-    assert any(note.startswith("ema.pt is copied: it holds weights of its own") for note in outcome.notes)
+    assert any(note.startswith("ema.pt is copied: it contains other weights") for note in outcome.notes)
     assert _load(tmp_path / "out" / "ema_state.pt")["optimization_step"] == 70
     assert torch.equal(_load(tmp_path / "out" / "ema_state.pt")["shadow_params"][0], torch.full((5,), 59.0))
 

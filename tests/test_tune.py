@@ -341,7 +341,7 @@ def test_a_change_that_bfloat16_rounds_away_is_not_published_and_the_hint_says_w
     done = call_cli(*COARSE, "-o", "tuned.safetensors", cwd=coarse)
     assert done.returncode == 5, done
     assert "rows" in done.errors[0]
-    assert done.hints == ["hint: --round stochastic keeps its mean; --delta-out FILE keeps the change in a file of its own"]
+    assert done.hints == ["hint: --round stochastic keeps its mean; --delta-out FILE keeps the change in a separate file"]
     assert tree_digest(coarse) == before
 
 
@@ -363,7 +363,7 @@ def test_a_tuned_value_beyond_the_range_of_its_type_is_refused_with_a_hint_that_
     done = call_cli(*COARSE, "-o", "tuned.safetensors", cwd=tmp_path)
     assert done.returncode == 3, done
     assert "a tuned value of tensor 'fc.weight' leaves the range of its type (+-65504)" in done.errors[0]
-    assert done.hints == ["hint: --ridge keeps the change small; --delta-out FILE keeps it in a file of its own"]
+    assert done.hints == ["hint: --ridge keeps the change small; --delta-out FILE keeps it in a separate file"]
     assert tree_digest(tmp_path) == before
 
 
@@ -534,7 +534,7 @@ def test_rows_that_repeat_are_allowed_and_said(work: Path, call_cli: CallCli) ->
     np.savez(work / "rows.npz", x=np.concatenate([rows.x, rows.x[:20]]), y=np.concatenate([rows.y, rows.y[:20]]))
     done = call_cli(*CALL, "-o", "tuned.safetensors", cwd=work)
     assert done.returncode == 0
-    assert "20 of 180 rows repeat" in done.stderr
+    assert "20 of 180 rows have the x of another row" in done.stderr
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -587,10 +587,10 @@ def with_option(name: str, *values: str) -> tuple[str, ...]:
         ((*CALL, "-o", "t.safetensors", "--subsample", "60"), 3, ("15 of 60 rows", "at least 32")),
         ((*CALL, "-o", "t.safetensors", "--weight-decay", ".1"), 2, ("--weight-decay", "--ridge")),
         ((*CALL, "-o", "t.safetensors", "--layer", "out.weight"), 2, ("one --bias for each",)),
-        ((*CALL, "-o", "t.safetensors", "--anchor", "rows.npz"), 3, ("--anchor", "nothing is left to tune")),
+        ((*CALL, "-o", "t.safetensors", "--anchor", "rows.npz"), 3, ("--anchor", "no input is left to tune")),
         ((*CALL, "-o", "t.safetensors", "--apply", "d.safetensors"), 2, ("--apply takes no --layer",)),
         (("tune", "nothing.safetensors", "--apply", "rows.npz", "-o", "t.safetensors"), 3, ("nothing.safetensors",)),
-        (("tune", "step_10.safetensors", "--apply", "step_10.safetensors", "-o", "t.safetensors"), 4, ("no delta file",)),
+        (("tune", "step_10.safetensors", "--apply", "step_10.safetensors", "-o", "t.safetensors"), 4, ("not a delta file",)),
     ],
 )
 def test_a_call_that_makes_no_sense_is_refused_in_one_line(
@@ -711,7 +711,7 @@ def test_a_weight_that_its_model_ties_is_refused(
     (folder / "config.json").write_text(json.dumps(config))
     call = [{"step_10.safetensors": "checkpoint-10", "fc.weight": key}.get(word, word) for word in CALL]
     if head is None:
-        refused(call_cli, work, 3, (key, "tie_word_embeddings", "untied"), *call, "-o", "tuned")
+        refused(call_cli, work, 3, (key, "tie_word_embeddings", "without this tie"), *call, "-o", "tuned")
     else:
         assert call_cli(*call, "-o", "tuned", cwd=work).returncode in {0, 10}
 

@@ -110,7 +110,7 @@ def test_a_change_of_more_directions_than_memory_is_given_for_ends_the_tuning_wi
     make_model(tmp_path, "tanh", (12, 300, 280, 5))
     settings = Settings("gradient-descent", 40, rate=0.05, momentum=0.5)
     found, _ = lazily(tmp_path, "tanh", 1e-9, settings, max_bytes := 100 * 8 * 600)
-    assert any("ended at iteration" in note and "directions" in note for note in found.notes)
+    assert any("stopped at iteration" in note and "directions" in note for note in found.notes)
     assert len(found.losses) < 40
     assert found.losses[found.best] == min(found.losses) < found.losses[0]
     two_more = 2 * NUM_ROWS * 8 * 600  # iterations: one falls back to exact products, one ends

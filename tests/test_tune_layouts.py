@@ -190,7 +190,7 @@ def test_of_averaged_weights_the_live_ones_are_tuned_and_it_is_said_that_the_ave
     after = torch.load(tmp_path / "tuned.ckpt", weights_only=False)
     assert_tuned(before["current_model_state"], after["current_model_state"], "net.")
     assert_same_state(after["state_dict"], before["state_dict"])
-    assert any("state_dict.*" in note and "not tuned" in note for note in outcome.notes)
+    assert any("state_dict.*" in note and "copied without tuning" in note for note in outcome.notes)
 
 
 # --- accelerate and Fabric -------------------------------------------------------------------------------------------

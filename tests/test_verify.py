@@ -96,7 +96,7 @@ def test_a_forecasts_sidecar_leads_to_its_origin(tmp_path: Path) -> None:
 def test_a_checkpoint_without_sidecar_needs_to_be_told_its_reference(folder: bool, tmp_path: Path) -> None:  # noqa: FBT001
     path = tmp_path / "some" / "step_5" if folder else tmp_path / "some" / "step_5.safetensors"
     _random(path / "model.safetensors" if folder else path, 1)
-    with pytest.raises(UsageError, match=r"says what it was forecast from") as caught:
+    with pytest.raises(UsageError, match=r"its origin is unknown") as caught:
         find_reference(path)
     assert "--reference" in caught.value.hint
 

@@ -106,9 +106,9 @@ class _Source:
         """A tensor by itself, out of the storage that it may share with others."""
         name = dotted(path)
         if not isinstance(leaf, TensorRef):
-            raise UsageError(f"tensor {name!r} is of a kind that only torch files hold", hint="leave --layout out")
+            raise UsageError(f"tensor {name!r} has a type that only torch files can hold", hint="leave --layout out")
         if not is_streamable(leaf):
-            raise UsageError(f"tensor {name!r} is a view with gaps, no stretch of values", hint="leave --layout out")
+            raise UsageError(f"tensor {name!r} is a view that is not contiguous", hint="leave --layout out")
         storage = self.retyped[leaf.storage.key]
         dtype = leaf.dtype if storage.dtype == UNTYPED else storage.dtype
         begin = leaf.offset * dtype.itemsize
@@ -119,7 +119,7 @@ class _Source:
 def _state_tree_of(part: Part, advanced: Advanced) -> StateTree:
     if part.name in advanced.trees:
         return advanced.trees[part.name]
-    assert isinstance(part.content, TorchFile)  # noqa: S101 - weights in a file of their own, which no trainer's state is
+    assert isinstance(part.content, TorchFile)  # noqa: S101 - weights in a separate file, which no trainer's state is
     return StateTree(part, part.content.tree, part.content)
 
 
@@ -139,7 +139,7 @@ def _is_tensor(leaf: object) -> bool:
 
 def _not_tensors(leaves: Iterable[tuple[TreePath, Any]]) -> list[str]:
     names = [dotted(path) for path, leaf in leaves if not _is_tensor(leaf)]
-    return [f"left out, being no tensors: {listed(names)}"] if names else []
+    return [f"left out because they are not tensors: {listed(names)}"] if names else []
 
 
 def _tied(leaves: Iterable[tuple[TreePath, Any]]) -> list[str]:
@@ -151,7 +151,7 @@ def _tied(leaves: Iterable[tuple[TreePath, Any]]) -> list[str]:
             place = leaf.storage.key, leaf.offset, prod(leaf.shape)
             again += [dotted(path)] if place in seen else []
             seen.add(place)
-    return [f"tied weights written one by one, each with values of its own: {listed(again)}"] if again else []
+    return [f"tied weights are written separately, each with its own values: {listed(again)}"] if again else []
 
 
 def _tree_in_torch(source: _Source, advanced: Advanced) -> Iterator[Leaf]:
@@ -254,7 +254,9 @@ def _tree_in_dcp(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> Iterator[L
         elif one.place:
             yield Leaf(one.path, at(state.tree, one.place))
         else:
-            raise UsageError(f"{one.name!r} is an object with tensors inside, or a large one: only copied", hint=_BY_TORCH)
+            raise UsageError(
+                f"{one.name!r} is a large object, or one with tensors inside: it can only be copied", hint=_BY_TORCH
+            )
 
 
 def _whole(dcp: DcpFile, one: _Stored, state: StateTree, storages: Storages) -> Planned:

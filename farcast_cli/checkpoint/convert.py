@@ -122,7 +122,7 @@ def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, targe
         return plan_outputs(origin, advanced, rewrite)
     advanced.notes += target.notes
     if rewrite.max_shard_bytes is not None and target.layout != "safetensors":
-        raise UsageError(f"--max-shard-size: --layout {target.layout} is never in shards", hint="leave the option out")
+        raise UsageError(f"--max-shard-size: --layout {target.layout} cannot be sharded", hint="leave the option out")
     if target.layout == "dcp":
         return new_folder(list(_dcp_leaves(_weight_parts(origin), advanced, rewrite)))
     if target.layout == "pt" and target.is_file:
@@ -219,7 +219,7 @@ def _held_by_safetensors(tensors: Sequence[Planned]) -> Sequence[Planned]:
             )
         if tensor.strides:
             raise UsageError(
-                f"tensor {tensor.name!r} lies in another order than row by row (channels_last?), which safetensors cannot hold",
+                f"tensor {tensor.name!r} is not stored row by row (channels_last?), which safetensors cannot hold",
                 hint="--layout pt keeps the order",
             )
     return tensors

@@ -137,7 +137,7 @@ def _resharded(origin: Snapshot, advanced: Advanced, rewrite: Rewrite) -> list[O
 
 def never_in_shards(origin: Snapshot) -> UsageError:
     return UsageError(
-        f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint whose weights are never read in shards",
+        f"--max-shard-size: {origin.path.name} is a {origin.layout} checkpoint, whose trainer cannot read shards",
         hint="leave the option out",
     )
 

@@ -38,10 +38,13 @@ EXAMPLES = "Example: farcast backtest --horizon 500,1000,2000"
 
 
 def backtest(
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A run; the forecaster file's by default.")] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Folder with the run's checkpoints; by default the run of the forecaster file."),
+    ] = None,
     horizon: Annotated[
         str | None,
-        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; some shares of the history by default."),
+        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; by default some shares of the history."),
     ] = None,
     forecaster: ForecasterOption = DEFAULT_FORECASTER,
     purpose: PurposeOption = "resume",
@@ -62,7 +65,7 @@ def backtest(
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Show what every method would have been worth inside the run's own history, and the verdict."""
+    """Test every method inside the run's own history, and show the verdict."""
     horizons = parse_horizons(horizon)
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render

@@ -35,7 +35,7 @@ EXAMPLES = "Example: farcast fit ckpts/ --steps 2000: && farcast predict --horiz
 
 
 def fit(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the run's checkpoints.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
     ] = DEFAULT_FORECASTER,
@@ -54,7 +54,7 @@ def fit(
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Learn from a run: read a sample of every tensor at every snapshot and write the forecaster file."""
+    """Read a sample of every tensor at every snapshot, and write the forecaster file."""
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
     from farcast_cli.forecast.fitting import FitRequest

@@ -23,7 +23,7 @@ EXAMPLES = "Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'"
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the run's checkpoints.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the run's checkpoints.")],
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
@@ -33,7 +33,7 @@ def inspect(
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Show the snapshots with their steps and the evidence, and what will be forecast and what copied."""
+    """List the snapshots, the evidence for their steps, and the tensors to forecast and to copy."""
     from farcast_cli.commands import answers, render
     from farcast_cli.run.selection import inspect as run
 

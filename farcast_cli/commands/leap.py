@@ -49,29 +49,32 @@ MAX_GAIN = 100
 
 
 def leap(
-    directory: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that holds the run's checkpoints.")],
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="Folder with the run's checkpoints.")],
     every: Annotated[
         int | None,
-        typer.Option(envvar=env("EVERY"), min=1, metavar="N", help="Steps until the next leap; as many as since the last one."),
+        typer.Option(
+            envvar=env("EVERY"), min=1, metavar="N", help="Steps until the next leap; by default as many as since the last one."
+        ),
     ] = None,
     eval_cmd: Annotated[
         str | None,
         typer.Option(
             envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
-            help="Steer by the loss: the last number that this prints. It runs three times: on the newest checkpoint, and on weights a "
-            "little ahead of it and a little behind.",
+            help="Command that measures the loss: farcast reads the last number that it prints. It runs three times: on the newest "
+            "checkpoint, and on weights a little ahead of it and a little behind.",
         ),
     ] = None,
     maximize: MaximizeOption = False,
     jobs: JobsOption = 1,
     eval_timeout: EvalTimeoutOption = None,
     gain: Annotated[
-        float | None, typer.Option(envvar=env("GAIN"), min=0, metavar="X", help="Leap by X stretches, whatever the evidence.")
+        float | None,
+        typer.Option(envvar=env("GAIN"), min=0, metavar="X", help="Leap by exactly X stretches, whatever the evidence."),
     ] = None,
     max_gain: Annotated[
         float | None,
-        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="The largest gain; 4 with --eval-cmd, 1 without."),
+        typer.Option(envvar=env("MAX_GAIN"), min=0, metavar="X", help="Largest gain; default: 4 with --eval-cmd, 1 without."),
     ] = None,
     output: Annotated[
         str | None,
@@ -80,7 +83,7 @@ def leap(
             "-o",
             envvar=env("OUTPUT"),
             metavar="OUT",
-            help="The checkpoint to write, or a folder for it where it ends in /; the memory lies beside it. forecasts/ by default.",
+            help="Path of the checkpoint, or of a folder if it ends in /; the memory is written next to it. Default: forecasts/.",
         ),
     ] = None,
     counters: Annotated[
@@ -89,7 +92,7 @@ def leap(
             CountersMode,
             "--counters",
             env_name="LEAP_COUNTERS",
-            text="Leap the weights alone, or move the trainer's counters and schedule with them.",
+            text="keep the trainer's counters and schedule, or advance them with the weights.",
         ),
     ] = "keep",
     include: IncludeOption = None,
@@ -100,7 +103,7 @@ def leap(
     optimizer: OptimizerOption = "copy",
     layout: LayoutOption = "same",
     even_if_worse: Annotated[
-        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Leap whatever the evidence.")
+        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Leap even if the evidence is against it.")
     ] = False,
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
@@ -113,10 +116,10 @@ def leap(
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Leap from the newest checkpoint, with a memory over leaps: for a loop. Print the path to resume from; 10 if none.
+    """Leap from the newest checkpoint, with a memory, for a loop. Print the path to resume from; exit with 10 if none.
 
-    Each call reads the newest checkpoint, the last leap and a memory of the run's moves, decides, and writes a checkpoint
-    whose weights are ahead. The trainer may keep one checkpoint only.
+    Each call reads the newest checkpoint, the last leap and the memory of the run's moves. It decides, and writes a
+    checkpoint whose weights are ahead. The trainer may keep only one checkpoint.
     """
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
@@ -174,7 +177,7 @@ def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:
         render.note(
-            f"{head}: the leap from here was made before, and this call's options change nothing of it; no training has happened since"
+            f"{head}: no training since the last call, so its leap is given again; the options of this call have no effect"
         )
     elif dry_run:
         render.note(f"{head}: would leap {outcome.horizon} steps: {reason}")

@@ -106,7 +106,7 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
     tables = sorted(content.keys() - shared.keys() - {command.name for command in _commands(context)})
     if tables:
-        raise UsageError(f"{path}: no command is called {tables[0]!r}, as a table here is", hint="farcast --help")
+        raise UsageError(f"{path}: expected the name of a command as table, found {tables[0]!r}", hint="farcast --help")
     known = {parameter.name for parameter in context.command.params}
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
     strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
@@ -120,7 +120,7 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     refused = sorted(key for key in shared | own if _option_of(key) not in FROM_ANY_FILE)
     if value is None and refused:  # whoever made this folder would choose what is read, written or run, and what is checked
         raise UsageError(
-            f"{path}: it may not set {refused[0]!r}, since no --config names this file", hint=f"--config {shell_word(path)}"
+            f"{path}: cannot set {refused[0]!r}, because no --config names this file", hint=f"--config {shell_word(path)}"
         )
     several = {parameter.name for parameter in context.command.params if getattr(parameter, "multiple", False)}
     context.default_map = {_option_of(key): _default(key, item, several) for key, item in (shared | own).items()}
@@ -175,22 +175,22 @@ def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -
     return typer.Option(name, envvar=envvar, metavar="|".join(names), parser=parse, help=text)
 
 
-JsonOption = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="One JSON object on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Only errors on stderr.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Say more on stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="Print one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", envvar=env("QUIET"), help="Print only errors on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", envvar=env("VERBOSE"), help="Print more details on stderr.")]
 DeviceOption = Annotated[
-    str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Where to compute; auto is the CPU.")
+    str, typer.Option(envvar=env("DEVICE"), metavar="auto|cpu|cuda[:N]", help="Device that computes; auto is the CPU.")
 ]
 ThreadsOption = Annotated[
-    int, typer.Option(envvar=env("THREADS"), min=0, help="Workers that read and compute; 0: one per core, at most 8.")
+    int, typer.Option(envvar=env("THREADS"), min=0, help="Number of workers that read and compute; 0: one per core, at most 8.")
 ]
 IoOption = Annotated[
     Io,
     choice(
         Io,
         "--io",
-        text="auto writes past the page cache where the filesystem can; pread never does; mmap reads files in place, and a"
-        " file that is cut short meanwhile, or a failing disk, ends the process.",
+        text="auto writes past the page cache if the filesystem supports it; pread never does; mmap reads files in place, but"
+        " the process dies if a file is truncated meanwhile or the disk fails.",
     ),
 ]
 ConfigOption = Annotated[
@@ -200,55 +200,65 @@ ConfigOption = Annotated[
         callback=load_config,
         is_eager=True,
         metavar="FILE",
-        help="Defaults for these options. Without it ./farcast.toml if it is there, for some of them.",
+        help="TOML file with defaults for these options. Without it, ./farcast.toml may set some of them.",
     ),
 ]
-ForecasterOption = Annotated[Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="What fit wrote.")]
-IncludeOption = Annotated[
-    list[str] | None, typer.Option(envvar=env("INCLUDE"), metavar="GLOB", help="Forecast these tensors only.")
+ForecasterOption = Annotated[
+    Path, typer.Option(envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file that fit wrote.")
 ]
-ExcludeOption = Annotated[list[str] | None, typer.Option(envvar=env("EXCLUDE"), metavar="GLOB", help="Copy these tensors.")]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option(envvar=env("INCLUDE"), metavar="GLOB", help="Forecast only tensors with these names.")
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(envvar=env("EXCLUDE"), metavar="GLOB", help="Copy tensors with these names instead of forecasting them."),
+]
 StepsOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("STEPS"),
         metavar="A:B:K|N,N",
-        help="Snapshots from step A to B, multiples of K (parts may be left out), or exactly those listed."
-        " Where nothing tells the steps, the list does, in the order of saving.",
+        help="A:B:K takes the snapshots from step A to step B at multiples of K; each part is optional. A list takes exactly"
+        " these; if the files do not contain their step, the list assigns it, oldest file first.",
     ),
 ]
 PatternOption = Annotated[
     str | None,
     typer.Option(
-        envvar=env("PATTERN"), metavar="GLOB", help="Entries of the folder whose names match, where it holds several runs."
+        envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
     ),
 ]
-SampleOption = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Values to read of each tensor.")]
+SampleOption = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Number of values to read from each tensor.")]
 LedgerOption = Annotated[
     Path,
     typer.Option(
-        envvar=env("LEDGER"), metavar="FILE", help="Where predict records what may be resumed from, and fit looks it up."
+        envvar=env("LEDGER"), metavar="FILE", help="File in which predict records the checkpoints to resume from; fit reads it."
     ),
 ]
-FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values.")]
+FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values instead of a sample.")]
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        envvar=env("METHOD"), metavar="NAME", help="A method by its name (backtest shows them), or auto: by evidence."
+        envvar=env("METHOD"), metavar="NAME", help="Forecasting method (backtest lists them); auto chooses it by evidence."
     ),
 ]
-PurposeOption = Annotated[Purpose, choice(Purpose, "--for", text="Resume training from the forecast, or evaluate and ship it.")]
-StepNormOption = Annotated[
-    StepNorm | None, choice(StepNorm, "--step-norm", text="How long each tensor's step is; the method's own by default.")
+PurposeOption = Annotated[
+    Purpose, choice(Purpose, "--for", text="Purpose of the forecast: resume training from it, or evaluate and ship it.")
 ]
-ScopeOption = Annotated[Scope, choice(Scope, "--scope", text="One fit per tensor or one for all (the methods that fit).")]
+StepNormOption = Annotated[
+    StepNorm | None,
+    choice(StepNorm, "--step-norm", text="Rule for the norm of each tensor's update; by default the method's own."),
+]
+ScopeOption = Annotated[
+    Scope, choice(Scope, "--scope", text="Fit each tensor separately, or all tensors together (for methods that fit).")
+]
 ClockOption = Annotated[
     ClockName | None,
     choice(
         ClockName,
         "--clock",
-        text="What lengths and b are measured in: steps, or learning rate summed over them. By default the rate where it is known; a"
-        " step to resume from then keeps its full length while enough of the schedule is left.",
+        text="Unit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
+        " resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]
 LayoutOption = Annotated[
@@ -256,41 +266,59 @@ LayoutOption = Annotated[
     choice(
         OutputLayout,
         "--layout",
-        text="Container of the output; weights only where another than the run's has no place for the rest.",
+        text="File format of the output. A format other than the run's own may keep the weights only.",
     ),
 ]
-GradWeightOption = Annotated[float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of lfd2's L_grad.")]
+GradWeightOption = Annotated[
+    float, typer.Option(envvar=env("GRAD_WEIGHT"), min=0, help="Weight of the regulariser L_grad of lfd2.")
+]
 
 JobsOption = Annotated[
-    int, typer.Option(envvar=env("JOBS"), min=1, help="Runs of --eval-cmd at once; each has a checkpoint of its own on disk.")
+    int,
+    typer.Option(
+        envvar=env("JOBS"), min=1, help="Number of parallel runs of --eval-cmd; each needs its own checkpoint on disk."
+    ),
 ]
 EvalTimeoutOption = Annotated[
     float | None,
-    typer.Option(envvar=env("EVAL_TIMEOUT"), metavar="SECONDS", help="Kill --eval-cmd and stop if one run takes longer."),
+    typer.Option(
+        envvar=env("EVAL_TIMEOUT"),
+        metavar="SECONDS",
+        help="Time limit for one run of --eval-cmd; farcast then kills it and stops.",
+    ),
 ]
 
-MaximizeOption = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger number is better.")]
-OptimizerOption = Annotated[OptimizerMode, choice(OptimizerMode, "--optimizer", text="What becomes of the optimiser's state.")]
+MaximizeOption = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE"), help="A larger score is better.")]
+OptimizerOption = Annotated[OptimizerMode, choice(OptimizerMode, "--optimizer", text="How to write the optimiser's state.")]
 DTypeOption = Annotated[OutputDType, choice(OutputDType, "--dtype", text="Element type of the output.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Say what would be done.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast with the same name.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Write nothing; print what would be written, and its cost.")
+]
 
 RowsOption = Annotated[
     Path | None,
     typer.Option(
-        envvar=env("DATA"), metavar="FILE", help="A .safetensors or .npz with x, inputs of the layer, and y, targets or labels."
+        envvar=env("DATA"),
+        metavar="FILE",
+        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels).",
     ),
 ]
 LayersOption = Annotated[
     list[str] | None,
-    typer.Option("--layer", envvar=env("LAYER"), metavar="KEY", help="The weight to tune; several in forward order."),
+    typer.Option(
+        "--layer", envvar=env("LAYER"), metavar="KEY", help="Name of the weight to tune; give several in forward order."
+    ),
 ]
 BiasesOption = Annotated[
     list[str] | None,
-    typer.Option("--bias", envvar=env("BIAS"), metavar="KEY", help="Its bias, tuned with it; one for each layer."),
+    typer.Option("--bias", envvar=env("BIAS"), metavar="KEY", help="Name of its bias, which is tuned too; one for each layer."),
 ]
 ActivationsOption = Annotated[
-    list[str] | None, choice(ActivationName, "--activation", text="Behind the layer; one for all layers, or one for each.")
+    list[str] | None,
+    choice(ActivationName, "--activation", text="Activation after the layer; one for all layers, or one for each."),
 ]
 TuneMethodOption = Annotated[
     str | None,
@@ -298,11 +326,13 @@ TuneMethodOption = Annotated[
         "--method",
         envvar=env("TUNE_METHOD"),
         metavar="|".join(get_args(SolverName)),
-        help="gauss-newton for one layer, gradient-descent for several.",
+        help="Solver. Default: gauss-newton for one layer, gradient-descent for several.",
     ),
 ]
-LossOption = Annotated[LossName | None, choice(LossName, "--loss", text="What is made small: of targets, or of labels.")]
-RoundOption = Annotated[Rounding, choice(Rounding, "--round", text="How values are put into the stored type.")]
+LossOption = Annotated[
+    LossName | None, choice(LossName, "--loss", text="Loss to minimise: mse for targets, cross-entropy for labels.")
+]
+RoundOption = Annotated[Rounding, choice(Rounding, "--round", text="How to round values to the stored type.")]
 
 
 def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
@@ -322,9 +352,9 @@ def parse_horizons(text: str | None) -> tuple[int, ...]:
     if any(len(part) > MAX_DIGITS for part in parts):
         raise UsageError(f"--horizon {text[:40]}: expected fewer than {10**MAX_DIGITS} steps")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, as in 1000 or 500,1000")
+        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, such as 1000 or 500,1000")
     if len(set(map(int, parts))) != len(parts):
-        raise UsageError(f"--horizon {text}: a horizon is there twice")
+        raise UsageError(f"--horizon {text}: expected different horizons, found one twice")
     return tuple(int(part) for part in parts)
 
 
@@ -334,7 +364,7 @@ def parse_size(text: str | None) -> int | None:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
     if len(number) > MAX_DIGITS or unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"--max-shard-size {text}: expected a size as in 5GB or 500MB")
+        raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
     return int(float(number) * units[unit])
 
 

@@ -53,10 +53,12 @@ def predict(
         typer.Option(
             envvar=env("HORIZON"),
             metavar="N[,N...]",
-            help="Steps ahead; several are written in one pass. What the evidence supports by default.",
+            help="Steps ahead; several horizons are written in one pass. By default farcast chooses it by evidence.",
         ),
     ] = None,
-    to_step: Annotated[int | None, typer.Option(envvar=env("TO_STEP"), metavar="N", help="The step to forecast.")] = None,
+    to_step: Annotated[
+        int | None, typer.Option(envvar=env("TO_STEP"), metavar="N", help="Step to forecast, instead of --horizon.")
+    ] = None,
     forecaster: ForecasterOption = DEFAULT_FORECASTER,
     output: Annotated[
         str | None,
@@ -65,25 +67,25 @@ def predict(
             "-o",
             envvar=env("OUTPUT"),
             metavar="OUT",
-            help="The checkpoint to write; a folder for them where it ends in / or there are several horizons."
-            " forecasts/NAME by default.",
+            help="Path of the checkpoint; if it ends in / or there are several horizons, a folder for the checkpoints."
+            " Default: forecasts/NAME.",
         ),
     ] = None,
     purpose: PurposeOption = "resume",
     method: MethodOption = None,
     step_norm: StepNormOption = None,
-    scale: Annotated[float, typer.Option(envvar=env("SCALE"), help="Multiplies the step.")] = 1.0,
+    scale: Annotated[float, typer.Option(envvar=env("SCALE"), help="Factor on the update.")] = 1.0,
     scope: ScopeOption = "auto",
     clock: ClockOption = None,
     grad_weight: GradWeightOption = 0.0,
     origin: Annotated[
         int | None,
-        typer.Option(envvar=env("ORIGIN"), metavar="STEP", help="Forecast from this snapshot; the last by default."),
+        typer.Option(envvar=env("ORIGIN"), metavar="STEP", help="Step of the snapshot to forecast from; by default the last."),
     ] = None,
     optimizer: OptimizerOption = "copy",
     counters: Annotated[
         CountersMode,
-        choice(CountersMode, "--counters", text="Move the trainer's counters and schedule, or leap the weights alone."),
+        choice(CountersMode, "--counters", text="advance the trainer's counters and schedule with the weights, or keep them."),
     ] = "advance",
     dtype: DTypeOption = "source",
     layout: LayoutOption = "same",
@@ -92,7 +94,7 @@ def predict(
         typer.Option(
             envvar=env("MAX_SHARD_SIZE"),
             metavar="SIZE",
-            help="Shard the output anew, as in 5GB; the source's shards by default.",
+            help="Largest size of a shard, such as 5GB; by default the run's own shards.",
         ),
     ] = None,
     eval_cmd: Annotated[
@@ -100,15 +102,15 @@ def predict(
         typer.Option(
             envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
-            help="Judge the origin, which is your own last snapshot, and the forecast by the last number that this prints; it must"
-            " not change them. Only what is better is published.",
+            help="Command that scores a checkpoint: farcast reads the last number that it prints. It runs on your last snapshot and on"
+            " the forecast, and must not change them. The forecast is published only if its score is better.",
         ),
     ] = None,
     maximize: MaximizeOption = False,
     jobs: JobsOption = 1,
     eval_timeout: EvalTimeoutOption = None,
     even_if_worse: Annotated[
-        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write it whatever the verdict.")
+        bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write the forecast whatever the verdict.")
     ] = False,
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
@@ -121,7 +123,7 @@ def predict(
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Write the forecast checkpoint, if the run's own history supports it; print its path on stdout."""
+    """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
     resources = resources_of(device, io, threads)
     from farcast_cli import predict as library

@@ -84,7 +84,9 @@ def paths(found: Sequence[Path]) -> None:
             _write_bytes(text)
         else:
             sys.stdout.write(visible(text) + "\n")
-            note("caution: the path holds what a line cannot show, and stands here escaped: --json gives it as it is")
+            note(
+                "caution: the path contains characters that a line cannot show; it is printed escaped: --json gives it unchanged"
+            )
 
 
 def _write_bytes(text: str) -> None:
@@ -151,7 +153,7 @@ def shown_number(value: float) -> str:
 def chance(significance: Significance) -> str:
     """The p of S in words; what it cannot say where the snapshots are few."""
     p, smallest = significance.p, significance.smallest
-    weak = f", {smallest:.2g} at least with so few snapshots: weak" if significance.weak else ""
+    weak = f" (weak: with so few snapshots p is at least {smallest:.2g})" if significance.weak else ""
     return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
 
 
@@ -246,20 +248,20 @@ def fit_cautions(plan: FitPlan) -> None:
     for ignored in found.half_written[:MAX_NAMES]:
         note(f"caution: {ignored.path.name} left out: {ignored.reason}")
     if len(found.half_written) > MAX_NAMES:
-        note(f"caution: and {len(found.half_written) - MAX_NAMES} more snapshots")
+        note(f"caution: {len(found.half_written) - MAX_NAMES} more snapshots left out")
     if history.leap:
         note(
             f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
-            f" fitted on the {len(history.trajectory.snapshots)} snapshots since, without {history.num_before} before it"
-            " (--steps A:B chooses otherwise)"
+            f" fit uses the {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
+            " (--steps A:B overrides this)"
         )
     if plan.usable.begins:
         note(plan.usable.begins)
     for leap in plan.unused:
         if found.steps[0] <= leap.resumes_after < found.steps[-1]:
             note(
-                f"note: {Path(leap.forecast).name} was forecast from this run: if training resumed from it, the leap at step"
-                f" {leap.resumes_after} passes for movement in the steps chosen"
+                f"note: {Path(leap.forecast).name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
+                f" {leap.resumes_after}, which the forecaster would take for training"
             )
     if plan.usable.left_out:
         note(plan.usable.left_out)
@@ -276,18 +278,18 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
     note(
-        f"coherence S = {shown_number(steady.coherence)}, {shown_number(steady.recent)} in the recent half, {chance(steady.significance)} (does the run still move as it did; both"
-        f" above {COHERENCE_GATE:g} and a small p: a forecast is worth resuming from, up to a quarter of the history ahead)"
+        f"direction of the run: S = {shown_number(steady.coherence)}, recent half S = {shown_number(steady.recent)}, {chance(steady.significance)} (to resume from a"
+        f" forecast, both S must exceed {COHERENCE_GATE:g} with a small p, for horizons up to a quarter of the history)"
     )
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
-    note("next: farcast backtest, or farcast predict (--horizon N, or as far as the evidence supports)")
+    note("next: farcast backtest, or farcast predict (without --horizon, farcast chooses it)")
 
 
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
     console, steady = stdout(), report.steady
-    console.print(f"back-test at origin {report.origin_step}: error against doing nothing (0 perfect, 1 no better)")
+    console.print(f"back-test at origin {report.origin_step}: error relative to no forecast (0 perfect, 1 no better)")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading, justify in (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
@@ -325,9 +327,13 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
     if ahead is None:
         return "clock: learning rate"
     if ahead == 1:
-        return "clock: learning rate, the same over the horizon as before it"
-    what = "in full, as enough of the schedule is left to anneal it" if length == 1 else f"{length:.2f} times as long for it"
-    return f"clock: learning rate, over the horizon {ahead:.2f} times that before it; the step is written {what}"
+        return "clock: learning rate, constant over the horizon"
+    what = (
+        "in full length, because enough of the schedule is left to anneal it"
+        if length == 1
+        else f"at {length:.2f} of its length"
+    )
+    return f"clock: learning rate, over the horizon {ahead:.2f} of the rate before it; the update is written {what}"
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------
@@ -340,7 +346,7 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, dry_run: b
     for text in notes:
         note(f"note: {text}")
     if not any(outcome.path for outcome in outcomes):
-        note("hint: keep training and fit again, try another --horizon, or write it all the same with --even-if-worse")
+        note("hint: keep training and fit again, try another --horizon, or write it anyway with --even-if-worse")
 
 
 def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
@@ -357,7 +363,7 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
             f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
             f" {outcome.num_copied} copied"
             + (
-                f"; reads {size(outcome.bytes_read)}, takes about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)}"
+                f"; would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)}"
                 " of memory"
                 if dry_run
                 else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
@@ -366,12 +372,12 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(
             (
-                f"expected error {shown_number(decision.expected)} of doing nothing"
+                f"expected error: {shown_number(decision.expected)} of the error without a forecast"
                 if math.isfinite(decision.expected)
                 else decision.reason
             )
-            + f"; back-test b = {shown_number(decision.ratio)},"
-            f" coherence S = {shown_number(decision.coherence)}, recent {shown_number(decision.recent)},"
+            + f"; back-test b = {shown_number(decision.ratio)};"
+            f" direction S = {shown_number(decision.coherence)}, recent half {shown_number(decision.recent)},"
             f" {chance(decision.significance)}{verdict}"
         )
         copied_note(outcome.copied, verbose=verbose)
@@ -380,12 +386,12 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         for text in outcome.changes if verbose else ():
             note(f"  {text}")
         if outcome.changes and not verbose:
-            note(f"counters and rates moved on: {len(outcome.changes)} (-v lists them)")
+            note(f"{len(outcome.changes)} counters and rates advanced (-v lists them)")
     for trial in outcome.trials:
         what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
         note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))
     if outcome.trials and outcome.trials[0].log:
-        note(f"output of the evaluations: {outcome.trials[0].log.parent}{os.sep}")
+        note(f"output of --eval-cmd: {outcome.trials[0].log.parent}{os.sep}")
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -395,8 +401,10 @@ def verify_note(result: VerifyAnswer) -> None:
     """That the two checkpoints are not of one step, where they are not."""
     if result.forecast_step != result.truth_step:
         unit = "learning rate" if result.clock == "rate" else "steps"
-        share = "" if result.trained is None else f": trained was {result.trained:.2f} of its stretch, in {unit}"
-        note(f"note: this compares a forecast for step {result.forecast_step} with step {result.truth_step}{share}")
+        share = "" if result.trained is None else f"; training covered {result.trained:.2f} of the horizon, in {unit}"
+        note(
+            f"note: the steps differ: the forecast is for step {result.forecast_step}, the snapshot is of step {result.truth_step}{share}"
+        )
 
 
 def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:
@@ -418,11 +426,15 @@ def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:
     if len(rows) > MAX_ROWS and not verbose:
         console.print(f"and {len(rows) - MAX_ROWS} smaller tensors (-v shows all)")
     if result.ratio is None:
-        console.print("the truth equals the reference: there was nothing to forecast")
+        console.print("the real snapshot equals the reference: the weights did not move")
         return
-    better = f"{1 - result.ratio:.0%} closer to the truth than" if result.ratio < 1 else "no closer to the truth than"
+    better = (
+        f"{1 - result.ratio:.0%} closer to the real snapshot than"
+        if result.ratio < 1
+        else "no closer to the real snapshot than"
+    )
     console.print(
-        f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot it was made from;"
+        f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot that it was made from;"
         f" mean absolute error {result.mean_absolute_error:.3g}"
     )
 
@@ -440,7 +452,7 @@ def tune_summary(tuning: Tuning) -> None:
         return
     if not verdict.is_accepted:
         note(f"no significant gain: {verdict.reason}: nothing written")
-        note("hint: more rows, or rows that are more like what the model will see, may give one; --gate X asks for less")
+        note("hint: use more rows, or rows closer to the model's real inputs; --gate X lowers the required gain")
         return
     rows = " + ".join(map(str, tuning.num_rows))
     note(
@@ -451,4 +463,4 @@ def tune_summary(tuning: Tuning) -> None:
     note(
         f"{verdict.reason}; tuned rows {tuning.tuned_loss[0]:.4g} -> {tuning.tuned_loss[1]:.4g}; |W - W_0| / |W_0| = {changes}"
     )
-    note(f"{size(tuning.bytes_written)} written, read back and its losses recomputed, in {tuning.seconds:.1f} s")
+    note(f"{size(tuning.bytes_written)} written, read back, and its losses recomputed in {tuning.seconds:.1f} s")

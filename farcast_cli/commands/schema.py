@@ -14,11 +14,12 @@ EXAMPLES = "Example: farcast schema predict > predict.schema.json"
 
 def schema(
     command: Annotated[
-        str | None, typer.Argument(metavar="[COMMAND]", help="A command, or sidecar; an object of all of them by default.")
+        str | None,
+        typer.Argument(metavar="[COMMAND]", help="Name of a command, or sidecar; by default an object with all of them."),
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Print the JSON schema of what a command answers with --json, or of a sidecar."""
+    """Print the JSON schema of a command's --json output, or of a sidecar."""
     from farcast_cli import results
     from farcast_cli.commands import render
 

@@ -38,7 +38,7 @@ EXAMPLES = (
 
 
 def tune(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint; it is not changed.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint to tune; it is not changed.")],
     layer: LayersOption = None,
     bias: BiasesOption = None,
     data: RowsOption = None,
@@ -46,38 +46,56 @@ def tune(
     activation: ActivationsOption = None,
     head: Annotated[
         str | None,
-        typer.Option(envvar=env("HEAD"), metavar="KEY", help="The weight behind the activation, which is not tuned."),
+        typer.Option(envvar=env("HEAD"), metavar="KEY", help="Name of the weight after the activation; it is not tuned."),
     ] = None,
-    head_bias: Annotated[str | None, typer.Option(envvar=env("HEAD_BIAS"), metavar="KEY", help="Its bias.")] = None,
+    head_bias: Annotated[
+        str | None, typer.Option(envvar=env("HEAD_BIAS"), metavar="KEY", help="Name of the bias of the head.")
+    ] = None,
     anchor: Annotated[
         Path | None,
-        typer.Option(envvar=env("ANCHOR"), metavar="FILE", help="Rows x whose outputs of the layer must not change."),
+        typer.Option(envvar=env("ANCHOR"), metavar="FILE", help="File of rows x for which the layer's output must not change."),
     ] = None,
     tune_method: TuneMethodOption = None,
     iterations: Annotated[
-        int | None, typer.Option(envvar=env("ITERATIONS"), min=1, metavar="N", help="At most so many; 30 or 300 by method.")
+        int | None,
+        typer.Option(
+            envvar=env("ITERATIONS"),
+            min=1,
+            metavar="N",
+            help="Maximum number of iterations. Default: 30 for gauss-newton, 300 for gradient-descent.",
+        ),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(envvar=env("RATE"), metavar="X", help="Of gradient descent; found from the curvature by default."),
+        typer.Option(
+            envvar=env("RATE"), metavar="X", help="Learning rate of gradient descent; by default computed from the curvature."
+        ),
     ] = None,
-    momentum: Annotated[float, typer.Option(envvar=env("MOMENTUM"), help="Of gradient descent.")] = MOMENTUM,
+    momentum: Annotated[float, typer.Option(envvar=env("MOMENTUM"), help="Momentum of gradient descent.")] = MOMENTUM,
     weight_decay: Annotated[
-        float, typer.Option(envvar=env("WEIGHT_DECAY"), min=0, help="Pull towards 0; gradient descent.")
+        float, typer.Option(envvar=env("WEIGHT_DECAY"), min=0, help="Weight decay of gradient descent: a pull towards 0.")
     ] = 0.0,
-    ridge: Annotated[float, typer.Option(envvar=env("RIDGE"), min=0, help="Pull towards the checkpoint's own weights.")] = 0.0,
+    ridge: Annotated[
+        float, typer.Option(envvar=env("RIDGE"), min=0, help="Strength of the pull towards the checkpoint's own weights.")
+    ] = 0.0,
     holdout: Annotated[
         float,
-        typer.Option(envvar=env("HOLDOUT"), help="Share of the rows that judge; half as many more stop the tuning early."),
+        typer.Option(
+            envvar=env("HOLDOUT"),
+            help="Share of rows held out to accept or reject the result. Half as many again are used for early stopping.",
+        ),
     ] = HOLDOUT,
     gate: Annotated[
-        float, typer.Option(envvar=env("GATE"), help="Standard errors that the gain on the held-out rows must exceed.")
+        float, typer.Option(envvar=env("GATE"), help="Required gain on the held-out rows, in standard errors.")
     ] = DEFAULT_GATE,
     subsample: Annotated[
-        int | None, typer.Option(envvar=env("SUBSAMPLE"), min=1, metavar="N", help="Use so many rows, drawn by the seed.")
+        int | None,
+        typer.Option(envvar=env("SUBSAMPLE"), min=1, metavar="N", help="Use only N rows, drawn at random by --seed."),
     ] = None,
     round_: RoundOption = "nearest",
-    seed: Annotated[int, typer.Option(envvar=env("SEED"), min=0, help="Of the splits and of stochastic rounding.")] = 0,
+    seed: Annotated[
+        int, typer.Option(envvar=env("SEED"), min=0, help="Seed of the row splits and of stochastic rounding.")
+    ] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", envvar=env("OUTPUT"), metavar="OUT", help="The tuned checkpoint to write.")
     ] = None,
@@ -86,11 +104,12 @@ def tune(
         typer.Option(
             envvar=env("DELTA_OUT"),
             metavar="FILE",
-            help="Write the change alone, as low-rank factors, in place of a checkpoint.",
+            help="Write only the change, as low-rank factors, instead of a checkpoint.",
         ),
     ] = None,
     apply: Annotated[
-        Path | None, typer.Option(envvar=env("APPLY"), metavar="FILE", help="Add what --delta-out wrote, in place of tuning.")
+        Path | None,
+        typer.Option(envvar=env("APPLY"), metavar="FILE", help="Add a change that --delta-out wrote, instead of tuning."),
     ] = None,
     threads: ThreadsOption = 0,
     json_: JsonOption = False,
@@ -98,7 +117,7 @@ def tune(
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Adapt a wide layer to labelled rows at a small cost per iteration; write it if rows held out are the better for it."""
+    """Adapt a wide layer to labelled rows; write it only if the loss on held-out rows improves significantly."""
     num_threads = prepare("cpu", threads)
     from farcast_cli.commands import render
     from farcast_cli.tune.delta import Rounded

@@ -20,18 +20,22 @@ EXAMPLES = "Example: farcast verify forecasts/checkpoint-1500 --against ckpts/ch
 
 
 def verify(
-    forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="What predict wrote.")],
-    against: Annotated[Path, typer.Option(envvar=env("AGAINST"), metavar="CKPT", help="The run's own snapshot of that step.")],
+    forecast: Annotated[Path, typer.Argument(metavar="FORECAST", help="The forecast that predict wrote.")],
+    against: Annotated[Path, typer.Option(envvar=env("AGAINST"), metavar="CKPT", help="The run's own snapshot at that step.")],
     reference: Annotated[
         Path | None,
-        typer.Option(envvar=env("REFERENCE"), metavar="CKPT", help="What to compare with; the forecast's origin by default."),
+        typer.Option(
+            envvar=env("REFERENCE"),
+            metavar="CKPT",
+            help="Snapshot to measure the error against; by default the forecast's origin.",
+        ),
     ] = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Say what a forecast was worth, once training has reached its step."""
+    """Compare a forecast with the real snapshot, when training has reached its step."""
     prepare("cpu")
     from farcast_cli.commands import render
     from farcast_cli.verify import find_reference

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from farcast_cli.run.alignment import Alignment
     from farcast_cli.tensors import TensorEntry
 
-_FORECAST = "the forecast", "--scale .5 takes a smaller step; --dtype float32 widens the range"
-_TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keeps it in a file of its own"
+_FORECAST = "the forecast", "--scale .5 makes a smaller update; --dtype float32 has a larger range"
+_TUNED = "a tuned value", "--ridge keeps the change small; --delta-out FILE keeps it in a separate file"
 
 
 @dataclass(frozen=True, slots=True)

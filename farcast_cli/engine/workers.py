@@ -156,7 +156,7 @@ def _killed(process: ForkProcess) -> OutputError:
     process.join()
     code = process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return OutputError(f"a worker process {how}", hint="is the memory used up? --threads 1 takes the least")
+    return OutputError(f"a worker process {how}", hint="check the free memory; --threads 1 needs the least")
 
 
 def _serve(

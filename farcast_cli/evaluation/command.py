@@ -277,7 +277,8 @@ def _starting() -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"the evaluation command cannot be started: {error.strerror}", hint="end other processes, and look for /bin/sh"
+            f"the evaluation command cannot be started: {error.strerror}",
+            hint="end other processes, and check that /bin/sh exists",
         ) from error
 
 

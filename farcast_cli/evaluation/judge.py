@@ -51,7 +51,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         if PLACEHOLDER not in self.command:
             raise UsageError(
-                f"--eval-cmd {self.command!r}: expected {PLACEHOLDER} where the checkpoint's path belongs",
+                f"--eval-cmd {self.command!r}: expected {PLACEHOLDER} in place of the checkpoint's path",
                 hint="--eval-cmd 'python eval.py {ckpt}'",
             )
         if self.num_jobs < 1:
@@ -66,8 +66,8 @@ class Evaluator:
         before = self.command.split(PLACEHOLDER)[:-1]
         if word != path and any(_is_within_quotes(PLACEHOLDER.join(before[: n + 1])) for n in range(len(before))):
             raise UsageError(
-                f"--eval-cmd: {PLACEHOLDER} stands within quotes, and the path {path} needs its own",
-                hint=f"write {PLACEHOLDER} without quotes around it: farcast puts them where they are needed",
+                f"--eval-cmd: {PLACEHOLDER} is inside quotes, but the path {path} needs its own quotes",
+                hint=f"write {PLACEHOLDER} without quotes: farcast adds them if necessary",
             )
         return self.command.replace(PLACEHOLDER, word)
 
@@ -145,7 +145,7 @@ class Judge:
                 *(path for path in self._logs.glob("strength-*.log") if _OWN_LOG.fullmatch(path.name)),
             ):
                 if os.path.lexists(old) and not is_log(old):
-                    raise OSError(errno.EEXIST, f"{old.name} is somebody else's")  # noqa: TRY301 - likewise
+                    raise OSError(errno.EEXIST, f"{old.name} was not written by farcast")  # noqa: TRY301 - likewise
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
@@ -244,7 +244,7 @@ class Judge:
 def _changed(strength: float) -> UsageError:
     return UsageError(
         f"the evaluation command changed the checkpoint at {_label(strength)}, which would be published",
-        hint="let it write elsewhere, for example to a copy; nothing was published",
+        hint="change the command so that it writes to a copy; nothing was published",
     )
 
 

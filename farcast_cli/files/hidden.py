@@ -86,7 +86,7 @@ def make_hidden(final: Path) -> Hidden:
             found = _take(path, final)
             if found is not None:
                 return found
-    raise OutputError(f"{final.parent}: no hidden folder could be made in {_TRIES} tries")
+    raise OutputError(f"{final.parent}: cannot create a hidden folder, {_TRIES} tries")
 
 
 def clear_left(final: Path) -> None:

@@ -118,7 +118,7 @@ def check_outside(place: Path, run: Path, *, option: str = "-o") -> None:
     if any(place.resolve().is_relative_to(home) for home in _homes(run)):
         raise OutputError(
             f"{place}: lies inside the run's folder {run}",
-            hint=f"the trainer could take it for its own, or rotate it away: choose a place outside with {option}",
+            hint=f"the trainer could resume from it or delete it: choose a place outside with {option}",
         )
 
 

@@ -41,7 +41,7 @@ def reading(path: Path) -> Iterator[None]:
         raise unreadable(path, error) from error
     except MemoryError as error:
         raise UnreadableError(
-            f"{path}: cannot be read: the memory does not suffice{_size_of(path)}", hint="--threads 1 takes the least memory"
+            f"{path}: cannot be read: not enough memory{_size_of(path)}", hint="--threads 1 needs the least memory"
         ) from error
 
 
@@ -132,7 +132,7 @@ def open_input(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> io.Buf
 def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:
     return HalfWrittenError(
         f"{path}: file ends early: expected at least {expected} bytes, found {found}",
-        hint="the snapshot is half-written or was changed while it was read: save it again, or leave it out",
+        hint="the snapshot is incomplete or changed during reading: save it again, or leave it out",
     )
 
 

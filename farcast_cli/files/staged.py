@@ -70,7 +70,7 @@ class _Output:
                 self.has_replaced = True
                 aside = self.written.with_name(ASIDE)
                 if not is_renamed(self.checked, identity(aside if os.path.lexists(aside) else self.written)):
-                    raise OutputError(f"{self.final}: changed while it was to be replaced", hint="-o OUT writes elsewhere")
+                    raise OutputError(f"{self.final}: changed during its replacement", hint="-o OUT writes elsewhere")
             else:
                 put(self.written, self.final)
             self.is_renamed = True

@@ -167,7 +167,7 @@ def untestable(task: Task) -> str:
     """Why the history cannot test this horizon; empty where it can."""
     timeline = task.timeline
     if timeline.num_snapshots < MIN_SNAPSHOTS:
-        return f"the history holds {timeline.num_snapshots} snapshots, and a test needs {MIN_SNAPSHOTS}"
+        return f"the history has {timeline.num_snapshots} snapshots: a test needs {MIN_SNAPSHOTS}"
     if task.horizon > MAX_HORIZON * timeline.length:
         return f"{task.horizon:.0f} steps ahead is more than {MAX_HORIZON} times the history of {timeline.length:.0f} steps"
     return ""
@@ -194,7 +194,7 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         significance=significance_of(task.gram, task.timeline),
     )
     if method.name == "persistence":
-        return replace(found, verdict="forecast", ratio=1.0, reason="persistence leaves the weights as they are")
+        return replace(found, verdict="forecast", ratio=1.0, reason="persistence does not change the weights")
     if average:
         return replace(found, verdict="forecast", reason="an average of snapshots, not a forecast: b does not judge it")
     if purpose == "evaluation":
@@ -233,7 +233,7 @@ def _is_average(method: Method, task: Task) -> bool:
 def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     """The verdict on the statistics found. The coherence speaks first: b cannot make up for a run without direction."""
     if method.averages:
-        return replace(found, reason="resuming from an average puts a run back: it is for evaluation")
+        return replace(found, reason="resuming from an average puts a run back: use it for evaluation only")
     if np.isnan(found.ratio) or not task.gram.total_norm(_last_move(task.timeline)):
         return replace(found, reason="the weights have not moved since the snapshot before")
     if np.isnan(found.coherence):
@@ -244,11 +244,11 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     of_late = needed_coherence(task.lead, pace=task.pace_ahead if anneals else 1.0)
     limit = of_late if np.isnan(found.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
     coherent = f"coherence S = {found.coherence:.2f}, needed {limit:.2g}"
-    missed = f"the step as written would have missed by {found.expected:.2g} times the run's own move"
+    missed = f"the error of the update as written is {found.expected:.2g} times the run's own move"
     objections = (
         (found.recent <= of_late, f"coherence S = {found.recent:.2f} in the recent half, needed {of_late:.2g}"),
         (not found.coherence > limit, coherent),
-        (not found.significance.passes, f"{coherent}, but chance alone gives as much: p = {found.significance.p:.2g}"),
+        (not found.significance.passes, f"{coherent}, but chance alone often gives as much: p = {found.significance.p:.2g}"),
         (found.ratio > RATIO_CEILING, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_CEILING}"),
         (found.expected > EXPECTED_CEILING, f"{missed}, limit {EXPECTED_CEILING}"),
     )

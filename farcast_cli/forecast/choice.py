@@ -81,7 +81,7 @@ def choose_method(name: str | None, task: Task, purpose: Purpose) -> tuple[Metho
         return (find_method(name) if name else default), ""
     candidates = [method for method in METHODS.values() if not method.averages and method.name != "persistence"]
     if purpose == "evaluation" and not task.horizon:
-        return default, "the run as it is, for which no later weights are forecast"
+        return default, "the run at the origin, because no later weights are forecast"
     if purpose == "evaluation":
         decisions = {method.name: decide(method, task, purpose) for method in candidates}
         passed = {key: d.ratio for key, d in decisions.items() if d.verdict == "forecast" and d.expected < 1}
@@ -95,7 +95,7 @@ def choose_method(name: str | None, task: Task, purpose: Purpose) -> tuple[Metho
         return default, f"no method points better along the drift (cosine {cosines[default.name]:.2f})"
     return METHODS[
         best
-    ], f"its step points best along the drift, cosine {cosines[best]:.2f} ({cosines[default.name]:.2f} by {default.name})"
+    ], f"its update points best along the drift, cosine {cosines[best]:.2f} ({cosines[default.name]:.2f} by {default.name})"
 
 
 def default_method(purpose: Purpose, *, horizon: float | None) -> Method:

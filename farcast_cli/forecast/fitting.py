@@ -197,10 +197,10 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
         return
     cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
     names = [snapshot.path.name for snapshot in trajectory.snapshots]
-    hint = "a trajectory is one run: move the other run to a folder of its own, or choose steps with --steps A:B"
+    hint = "a trajectory is one run: move the other run to its own folder, or choose steps with --steps A:B"
     if np.median(cosines) < FLIP:
         raise MixedRunsError(
-            f"{trajectory.directory}: two runs seem to alternate: from {names[0]} to {names[1]} and on"
+            f"{trajectory.directory}: two runs probably alternate: from {names[0]} to {names[1]}"
             f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
             hint=hint,
         )
@@ -213,7 +213,7 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
             and sizes[index] / spans[index] > JUMP * (sizes / spans)[neighbours].max()
         ):
             raise MixedRunsError(
-                f"{trajectory.directory}: two runs seem to meet between {names[index]} and {names[index + 1]}: the weights"
+                f"{trajectory.directory}: two runs probably meet between {names[index]} and {names[index + 1]}: the weights"
                 f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
                 hint=hint,
             )

@@ -218,7 +218,7 @@ def load_fitted(path: Path) -> Fitted:
     with reading(path):
         is_file = path.is_file()
     if not is_file:
-        raise FileFormatError(f"{path}: no forecaster here", hint="farcast fit CKPTS writes one")
+        raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one")
     open_input(path).close()  # says why it cannot be opened, which safetensors does not
     try:
         with reading(path), safe_open(path, framework="np") as file:
@@ -259,7 +259,7 @@ def _array(entry: TensorEntry) -> NDArray[Any]:
 def _provenance_of(path: Path, metadata: dict[str, str] | None) -> Provenance:
     text = (metadata or {}).get(_METADATA_KEY)
     if text is None:
-        raise FileFormatError(f"{path}: a safetensors file, but no forecaster", hint="farcast fit CKPTS writes one")
+        raise FileFormatError(f"{path}: a safetensors file, but not a forecaster", hint="farcast fit CKPTS writes one")
     return _spelled(Provenance.model_validate(parse_json(text.encode())), local)
 
 
@@ -280,7 +280,7 @@ def _check_paths(path: Path, provenance: Provenance) -> None:
     for record in provenance.snapshots:
         named = PurePosixPath(record.path)
         if named.is_absolute() or not named.name or ".." in named.parts:
-            raise UnsafeFileError(f"{path}: a forecaster that names {record.path!r}, outside of the run's folder")
+            raise UnsafeFileError(f"{path}: a forecaster that names {record.path!r}, outside the run's folder")
 
 
 def _check_shapes(gram: Gram, sample: Sample, provenance: Provenance) -> None:
@@ -315,7 +315,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     with reading(path):
         is_there = path.exists()
     if not is_there:
-        raise SnapshotError(f"{path}: gone since the forecaster was fitted", hint=again)
+        raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
     snapshot = read_snapshot(named(fitted.provenance.layout), path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)

@@ -198,11 +198,15 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
             leap = Leap.model_validate(parse_json(line.encode()))
         except ValueError as error:
             why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise FileFormatError(f"{ledger}: line {number} is no leap: {why}", hint="mend or remove that line") from error
+            raise FileFormatError(
+                f"{ledger}: line {number}: expected a leap: {why}", hint="correct or remove that line"
+            ) from error
         try:
             its_run, forecast = (home / local(leap.run)).resolve(), (home / local(leap.forecast)).resolve()
         except (ValueError, OSError) as error:
-            raise FileFormatError(f"{ledger}: line {number} names no path: {error}", hint="mend or remove that line") from error
+            raise FileFormatError(
+                f"{ledger}: line {number}: expected a path: {error}", hint="correct or remove that line"
+            ) from error
         if its_run == run.resolve():
             found.append(leap.model_copy(update={"run": str(run), "forecast": str(forecast)}))
     return sorted(found, key=lambda leap: leap.resumes_after)
@@ -225,7 +229,7 @@ def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: i
         raise TooFewSnapshotsError(
             f"{trajectory.directory}: {len(later)} snapshots since the leap to step {last.resumes_after}"
             f" ({Path(last.forecast).name}), and fit needs {minimum}",
-            hint="train on and fit again, or choose the history yourself with --steps A:B",
+            hint="continue training and fit again, or select the history with --steps A:B",
         )
     return History(replace(trajectory, snapshots=later), last, len(trajectory.snapshots) - len(later))
 

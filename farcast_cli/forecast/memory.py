@@ -233,9 +233,9 @@ def changed(forecast: Path, record: MemoryRecord) -> str:
     """What is wrong with the last forecast; empty where it is as it was written."""
     with reading(forecast):
         if not forecast.exists():
-            return f"{forecast}, the last leap, is gone"
+            return f"{forecast}, the last leap, was removed"
         is_same = list_files(forecast) == list(record.files)
-    return "" if is_same else f"{forecast}, the last leap, has been changed since"
+    return "" if is_same else f"{forecast}, the last leap, was changed since then"
 
 
 def remembered(memory: Memory, moves: NDArray[Any]) -> Remembered | None:

@@ -72,7 +72,7 @@ class Losses:
         """Why the loss does not allow a leap; empty where it does, or tells nothing."""
         objections = (
             (told <= AGAINST, "the loss is much higher ahead than behind"),
-            (told < 0 and self.trust < DISTRUST, "the loss has been higher ahead than behind at every call of late"),
+            (told < 0 and self.trust < DISTRUST, "the loss was higher ahead than behind at every recent call"),
             (told < 0 and share < AGREES, f"share {share:.2g}, needed {AGREES}, and the loss is higher ahead than behind"),
         )
         return next((text for holds, text in objections if holds), "")

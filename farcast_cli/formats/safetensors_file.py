@@ -89,11 +89,11 @@ def _position(entry: TensorEntry) -> tuple[int, int]:
 
 
 def _damaged(path: Path, what: str) -> FileFormatError:
-    return FileFormatError(f"{path}: {what}", hint="the file is damaged or half-written: save or download it again")
+    return FileFormatError(f"{path}: {what}", hint="the file is damaged or incomplete: save or download it again")
 
 
 def _cut_short(path: Path, what: str) -> HalfWrittenError:
-    return HalfWrittenError(f"{path}: {what}", hint="the file is half-written or cut short: save or download it again")
+    return HalfWrittenError(f"{path}: {what}", hint="the file is incomplete or truncated: save or download it again")
 
 
 def _ends_in_header(head: bytes, length: int) -> bool:
@@ -131,7 +131,7 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
 def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
     if not name.isprintable() or len(name) > MAX_NAME:  # halves of a surrogate pair are not printable either
         raise _damaged(
-            path, f"a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"
+            path, f"a tensor's name is {name[:MAX_NAME]!r}, expected printable text of at most {MAX_NAME} characters"
         )
     if not isinstance(spec, dict) or not {"dtype", "shape", "data_offsets"} <= spec.keys():
         raise _damaged(path, f"tensor {name!r} lacks dtype, shape or data_offsets")

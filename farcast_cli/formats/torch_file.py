@@ -135,7 +135,7 @@ def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
         )
     return FileFormatError(
         f"{path}: not a torch file: expected a zip, found {bytes(head[:8])!r}",
-        hint="the file is damaged or something else: save or download it again, or keep it out of this folder",
+        hint="the file is damaged or not a torch file: save or download it again, or move it out of this folder",
     )
 
 

@@ -473,7 +473,7 @@ def decode_pickle(path: Path, raw: bytes, *, num_records: int = 0) -> object:
     except Exception as error:  # a damaged pickle raises anything at all; none of it is ours
         raise FileFormatError(
             f"{path}: its pickle cannot be read: {type(error).__name__}: {error}",
-            hint="the file is damaged or half-written: save or download it again",
+            hint="the file is damaged or incomplete: save or download it again",
         ) from error
     return tree
 
@@ -487,7 +487,7 @@ def _check(tree: object, *, most: int) -> None:
 def unsafe(path: Path, error: UnsafeFileError) -> UnsafeFileError:
     return UnsafeFileError(
         f"{path}: {error}, which farcast does not run",
-        hint="save plain data only (tensors, numbers, strings, lists, dicts), or keep the file out of this folder",
+        hint="save plain data only (tensors, numbers, strings, lists, dicts), or move the file out of this folder",
     )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_DIRECTORY_BYTES = 1 << 24  # 16 MiB, some 200,000 records: at most 150 MB of memory
 ZIP_MARK = b"PK\x03\x04"
-SAVE_AGAIN = "the file is damaged or half-written: save or download it again"
+SAVE_AGAIN = "the file is damaged or incomplete: save or download it again"
 _SMALL_BYTES = 1 << 16  # a stretch that is read whole: an item of a distributed checkpoint takes a dozen looks
 _LOCAL_BYTES = 30  # of a record's header, before its name
 _END_BYTES, _LOCATOR_BYTES, _END64_BYTES = 22, 20, 56

@@ -83,8 +83,8 @@ def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
         clear_left(sidecar_of(path, is_file=True))
     if path is not None and (lost := changed(path, record)):
         raise UsageError(
-            f"{lost}, and no training has happened since",
-            hint=f"go on from {shell_word(record.origin)}, or remove {shell_word(memory.path)} to start a new memory",
+            f"{lost}, and there was no training since then",
+            hint=f"continue from {shell_word(record.origin)}, or remove {shell_word(memory.path)} to start a new memory",
         )
     verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]

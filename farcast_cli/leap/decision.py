@@ -74,42 +74,42 @@ class Situation:
         against = losses.objection(signal, momentum.share)
         is_bent = not math.isnan(signal) and losses.limit <= min(momentum.gain, self.ask.limit)
         objections = (
-            (math.isnan(momentum.share), "one stretch is remembered, and a leap needs two that agree"),
-            (not self.found.time.ahead, "the learning rate is 0: no training is left to leap over"),
+            (math.isnan(momentum.share), "the memory has one stretch: a leap needs two that agree"),
+            (not self.found.time.ahead, "the learning rate is 0: there is no training to skip"),
             (not self._moved, "the weights have not moved since the last call"),
             (math.isnan(signal) and self.heard.is_worse_ahead, "the loss is higher ahead than behind"),
-            (self.found.time.is_rising, "the learning rate still rises: leaps begin one stretch after the warm-up"),
+            (self.found.time.is_rising, "the learning rate is still rising: leaps begin one stretch after the warm-up"),
             (
                 self.is_near_end,
-                f"{left} steps are left, and the last {LEFT_TO_TRAIN:.0%} of a run are for training",
+                f"{left} steps are left: the last {LEFT_TO_TRAIN:.0%} of a run are for training only",
             ),
             (bool(against), against),
             (
                 math.isnan(signal) and momentum.share < AGREES,
-                f"{share}: the last stretches made too little of the move that the memory foretold, needed {AGREES}",
+                f"{share}: the last stretches made too little of the predicted move, needed {AGREES}",
             ),
             (
                 self.ask.limit < WORTH,
-                f"the largest gain is {self.ask.limit:g}, and under {WORTH} a leap is not worth a restart",
+                f"the largest gain is {self.ask.limit:g}: under {WORTH} a leap is not worth a restart",
             ),
             (
                 gain < WORTH and is_bent,
-                f"gain {gain:.2g}: a longer leap would lift the loss by more than it usually changes",
+                f"gain {gain:.2g}: a longer leap would raise the loss by more than its usual change",
             ),
-            (gain < WORTH and not math.isnan(signal), f"gain {gain:.2g}: the loss spoke against the last leaps, {share}"),
-            (gain < WORTH, f"gain {gain:.2g}: training took back the last leaps, {share}"),
+            (gain < WORTH and not math.isnan(signal), f"gain {gain:.2g}: the loss was against the last leaps, {share}"),
+            (gain < WORTH, f"gain {gain:.2g}: training reversed the last leaps, {share}"),
         )
         objection = next((text for holds, text in objections if holds), None)
         if self.ask.request.counters == "advance":  # a leap over the end could not settle
             gain = min(gain, LEFT_TO_SETTLE * left / self.found.time.every)
-        held = ", held back by the curvature of the loss" if is_bent else ""
+        held = ", limited by the curvature of the loss" if is_bent else ""
         return (0.0, objection) if objection else (gain, f"gain {gain:.2g}{held}, {share}")
 
     def _alone(self) -> str:
         """Why there is no stretch yet."""
         before = len(self.trajectory.snapshots) - 1
-        known = f", and the {before} before it are not compared across the last leap" if before else ""
-        return f"one snapshot to begin with{known}: a leap needs a stretch of training to continue"
+        known = f" ({before} earlier ones are before the last leap and do not count)" if before else ""
+        return f"one snapshot so far{known}: a leap needs a stretch of training"
 
     @property
     def _moved(self) -> bool:
@@ -130,18 +130,18 @@ class Situation:
         said = [f"{one.path.name} left out: {one.reason}" for one in self.trajectory.half_written]
         said += self.found.notes
         if outcome.trials and math.isnan(signal):
-            said.append("the loss has not been seen to change yet, so the share steers")
+            said.append("the loss has not changed yet, so only the share changes the gain")
         if self.ask.request.dry_run and self.ask.request.evaluator is not None:
-            said.append("a dry run measures no loss: the real call may decide otherwise")
+            said.append("a dry run does not measure the loss: the real call may decide differently")
         count = self.after.momentum.count if self.after else 0
         if outcome.path and self.ask.request.evaluator is None and count <= FIRST_CALLS:  # to say it once is enough
-            said.append("no loss was measured, so nothing here can tell whether leaps lower it: --eval-cmd steers by the loss")
+            said.append("no loss was measured, so farcast cannot know whether leaps lower it: --eval-cmd measures the loss")
             if self.found.time.pace.clock == "steps":
                 said.append(
-                    "no learning rate is known, so a warm-up would not be seen: leaps in one put a run onto a worse path"
+                    "the learning rate is unknown, so farcast cannot detect a warm-up: leaps during a warm-up harm the run"
                 )
         if advice and count and not advice / 2 <= self.found.time.every <= 2 * advice:
             said.append(
-                f"stretches of {self.found.time.every} steps: leaps gained most at every 2 % of a run, here {advice} steps"
+                f"stretches of {self.found.time.every} steps: leaps gained most at every 2 % of a run, which is {advice} steps here"
             )
         return tuple(said)

@@ -43,16 +43,16 @@ def known_memory(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Mem
     run, origin = (place.parent / memory.record.run).resolve(), trajectory.origin
     if run != trajectory.directory.resolve():
         return None, [
-            f"{place} remembers another run, {memory.record.run}, and starts again: give each run a folder of its own, -o DIR/"
+            f"{place} belongs to another run, {memory.record.run}: a new memory starts; give each run its own folder, -o DIR/"
         ]
     if pattern != memory.record.pattern:
-        return None, [f"{place} remembers the run of --pattern {memory.record.pattern!r}: the memory starts again"]
+        return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
     before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)
     if before is not None and not memory.began_at(before):
-        return None, [f"{before.path.name} is not what it was at the last call: the memory starts again"]
+        return None, [f"{before.path.name} has changed since the last call: a new memory starts"]
     if origin.step <= memory.record.landing_step and not memory.began_at(origin):
         where = f"step {memory.record.landing_step}, and the newest snapshot is of step {origin.step}"
-        return None, [f"the memory ends at {where}: it starts again"]
+        return None, [f"the memory ends at {where}: a new memory starts"]
     return memory, []
 
 
@@ -103,7 +103,7 @@ def gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: lis
     if memory:
         basis = basis_of(memory, trajectory.origin, **chosen)
         if isinstance(basis, str):
-            notes.append(f"{memory.path} cannot be used: {basis}: the memory starts again")
+            notes.append(f"{memory.path} cannot be used: {basis}: a new memory starts")
         else:
             first, last = memory.record.landing_step, trajectory.origin.step
             pace, every = _pace_since(memory, basis, ask, trajectory.origin)

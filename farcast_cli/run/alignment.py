@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 MAX_NAMED = 3
 """Tensors that a message names one by one."""
-_SCATTERED = "not stored as one stretch in the same order in every snapshot"
+_SCATTERED = "not stored contiguously in the same order in every snapshot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
     copied += [Copied(name, reason) for name, reason in origin.beside]
     if not aligned:
         raise SnapshotError(
-            f"{origin.path}: nothing to forecast: all {len(copied)} tensors are copied ({copied[0].reason})"
+            f"{origin.path}: no tensor to forecast: all {len(copied)} are copied ({copied[0].reason})"
             if copied
             else f"{origin.path}: it holds no tensors",
-            hint="loosen --include and --exclude" if include or exclude else "",
+            hint="change --include and --exclude" if include or exclude else "",
         )
     return Alignment(tuple(aligned), tuple(copied))
 
@@ -167,7 +167,7 @@ def _not_floating(snapshot: Snapshot) -> dict[str, Copied]:
 
 def _reason_by_kind(entry: TensorEntry, snapshot: Snapshot, quantised: Container[str]) -> Copied | None:
     if entry.name.rpartition(".")[2] == "num_batches_tracked" and entry.dtype.name == "int64":
-        return Copied(entry.name, "a counter, moved on with the trainer's own")
+        return Copied(entry.name, "a counter, advanced with the trainer's own")
     if entry.dtype.name not in FORECASTABLE:
         return Copied(entry.name, f"{entry.dtype.name} is not forecast")
     if owner := quantised_owner(entry.name, quantised):
@@ -324,7 +324,7 @@ def _mixed_runs(
     where, told = f"{before.path} to {after.path.name}", _told([_Change(repr(c.name), c.what) for c in changes])
     if not _is_one_model(before, after, choice):
         return MixedRunsError(
-            f"{where}: two models, with less than half of the parameters in both: {told}",
+            f"{where}: two models: less than half of the parameters are in both: {told}",
             hint="keep one run in the folder, or choose its steps with --steps A:B",
         )
     names = " ".join(f"--exclude {_quoted(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
@@ -332,8 +332,8 @@ def _mixed_runs(
     )
     return MixedRunsError(
         f"{where}: tensor {told}{since}",
-        hint=f"{names} copies {'it' if len(changes) == 1 else 'them'} from the last snapshot and keeps the whole history;"
-        " --steps A:B chooses a part of the run",
+        hint=f"{names} copies {'it' if len(changes) == 1 else 'them'} from the last snapshot and uses the whole history;"
+        " --steps A:B selects a part of the run",
     )
 
 

@@ -97,11 +97,11 @@ def _why_no_snapshot(path: Path, kind: Layout | None, shapes: set[str]) -> str:
     if kind is None and find_step_in_name(path.name) is None:
         return ""
     if _TEMPORARY.search(path.name):
-        return "a temporary name: still being saved, or cut off"
+        return "a temporary name: still being saved, or interrupted"
     if path.is_symlink() and not path.exists():
         return "a link that leads nowhere or in a circle"
     if path.is_dir() and _shape_of(path) in shapes:
-        return "half-written: named like a snapshot, but without its weights"
+        return "incomplete: named like a snapshot, but without weights"
     return ""
 
 
@@ -115,7 +115,7 @@ def too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ig
     hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
     return TooFewSnapshotsError(
         f"{directory}: expected at least {minimum} snapshots, found {count}" + (f"; left out: {left_out}" if left_out else ""),
-        hint="wait until they are saved, or save or download them again; else " + hint if left_out else hint,
+        hint="wait until they are saved, or save or download them again; otherwise " + hint if left_out else hint,
     )
 
 

@@ -127,7 +127,7 @@ class Pace:
         """
         if wanted == "steps":
             return Pace(why="as --clock asks")
-        known = self if self.covers(first, last) else Pace(why=f"the learning rates after step {self.edges[-1]} are not known")
+        known = self if self.covers(first, last) else Pace(why=f"the learning rates after step {self.edges[-1]} are unknown")
         if wanted == "rate" and not known.rates:
             raise UsageError(f"--clock rate: {known.why}", hint="--clock steps, or no --clock")
         return known

@@ -72,7 +72,7 @@ class StepList:
             raise _no_steps(text)
         steps = tuple(map(int, parts))
         if any(late <= early for early, late in itertools.pairwise(steps)):
-            raise UsageError(f"--steps {text}: expected a list of steps that rises")
+            raise UsageError(f"--steps {text}: expected a list of rising steps")
         return cls(steps)
 
 
@@ -86,7 +86,7 @@ def parse_steps(text: str | None) -> StepRange | StepList | None:
 
 
 def _no_steps(text: str) -> UsageError:
-    return UsageError(f"--steps {text}: expected A:B:K, as in 1000:8000 or ::500, or a list, as in 100,200,300")
+    return UsageError(f"--steps {text}: expected A:B:K, such as 1000:8000 or ::500, or a list, such as 100,200,300")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
     kept = []
     for snapshot in snapshots:
         if not snapshot.evidence and _ALIAS.match(snapshot.path.stem):
-            findings.ignore(snapshot.path, "nothing tells its step")
+            findings.ignore(snapshot.path, "unknown step")
             continue
         kept.append(snapshot)
         if not snapshot.evidence:
@@ -151,8 +151,8 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
 
 def _nothing_tells(path: Path) -> StepConflictError:
     return StepConflictError(
-        f"{path}: nothing tells its step: expected a counter in the file or a number in the name",
-        hint="rename it with its step, as in step_1000, or move it out of this folder",
+        f"{path}: unknown step: expected a counter in the file or a number in the name",
+        hint="add its step to its name, such as step_1000, or move it out of this folder",
     )
 
 
@@ -170,17 +170,17 @@ def _in_order_of_saving(
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
         findings.conflicts.append(
             StepConflictError(
-                f"{directory}: nothing tells the steps, and --steps lists {len(wanted.steps)} for {count}: {_in_words(ordered)}",
-                hint="rename the snapshots with their steps, as in step_1000",
+                f"{directory}: unknown steps: --steps lists {len(wanted.steps)} for {count}: {_in_words(ordered)}",
+                hint="add the steps to the snapshots' names, such as step_1000",
             )
         )
         return ordered
     for snapshot in ordered:
         if snapshot not in chosen:
-            findings.ignore(snapshot.path, "nothing tells its step")
+            findings.ignore(snapshot.path, "unknown step")
     pairs = list(zip(chosen, wanted.steps, strict=True))
     told = listed(f"{snapshot.path.name} = {step}" for snapshot, step in pairs)
-    findings.notes.append(f"steps as --steps lists them, in the order in which the files were last changed: {told}")
+    findings.notes.append(f"steps as --steps lists them, oldest file first: {told}")
     return [_told(snapshot, step) for snapshot, step in pairs]
 
 
@@ -193,9 +193,8 @@ def _ask_for_steps(ordered: Sequence[Snapshot], directory: Path) -> Iterator[Ste
         yield _nothing_tells(ordered[0].path)
     elif ordered:
         yield StepConflictError(
-            f"{directory}: nothing tells the steps of its {len(ordered)} snapshots; by the time of their last change they"
-            f" come as {_in_words(ordered)}",
-            hint=f"--steps 100,200,300 gives their steps in that order, {len(ordered)} of them; or rename each with its step",
+            f"{directory}: unknown steps of its {len(ordered)} snapshots; oldest file first they are {_in_words(ordered)}",
+            hint=f"--steps 100,200,300 assigns the steps in that order, {len(ordered)} of them; or add the step to each name",
         )
 
 
@@ -215,7 +214,7 @@ def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path,
         findings.conflicts.append(
             TooFewSnapshotsError(
                 f"{directory}: no snapshot of step {listed(missing)}, which --steps lists",
-                hint=f"farcast inspect {shell_word(directory)} shows the steps that are there",
+                hint=f"farcast inspect {shell_word(directory)} lists the existing steps",
             )
         )
 
@@ -233,7 +232,7 @@ def _cross_check(settled: Sequence[Snapshot], chosen: set[Path], findings: Findi
         if odd and source == "adam step":
             odd = [late for early, late in itertools.pairwise(pairs) if late[1].step < early[1].step]
         if odd and _is_affine(numbers):
-            findings.notes.append(f"{odd[0][1].where} counts in a unit of its own: {odd[0][1].step} at step {odd[0][0].step}")
+            findings.notes.append(f"{odd[0][1].where} counts in another unit: {odd[0][1].step} at step {odd[0][0].step}")
             continue
         findings.conflicts.extend(_contradiction(s, item) for s, item in odd if s.path in chosen)
 
@@ -319,8 +318,8 @@ def _two_versions(kept: Sequence[Snapshot], directory: Path) -> Iterator[MixedRu
     for early, late in itertools.pairwise(kept):
         if _version_of(late) < _version_of(early) and _saved_at(late) <= _saved_at(early):
             yield MixedRunsError(
-                f"{directory}: two runs: {early.path.name} was saved after {late.path.name}, which is of a later step",
-                hint=f"--pattern '*-v{_version_of(early)}.*' reads the later run; or move it to a folder of its own",
+                f"{directory}: two runs: {early.path.name} was saved after {late.path.name}, which has a later step",
+                hint=f"--pattern '*-v{_version_of(early)}.*' reads the later run; or move it to its own folder",
             )
 
 
@@ -332,8 +331,8 @@ def _two_runs(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot]
     return MixedRunsError(
         f"{directory}: two snapshots of step {first[0].step}: {first[0].path.name} and {first[1].path.name}"
         + (f", and two at {num_more} more steps" if num_more else "")
-        + (f"; their names are of {len(groups)} kinds: {kinds}" if groups else ""),
-        hint=f"{choose}move the other run to a folder of its own",
+        + (f"; their names form {len(groups)} groups: {kinds}" if groups else ""),
+        hint=f"{choose}move the other run to its own folder",
     )
 
 

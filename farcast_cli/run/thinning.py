@@ -41,8 +41,8 @@ def thinned(
         return tuple(map(reopened, snapshots)), ""
     keep = chosen([snapshot.step for snapshot in snapshots], limit)
     told = (
-        f"{len(keep)} of {len(snapshots)} snapshots enter, to bound memory ({num_tensors} tensors): the last"
-        f" {_num_dense(limit)}, and others evenly from step {snapshots[0].step} on; --steps A:B chooses a part of the run"
+        f"{len(keep)} of {len(snapshots)} snapshots are used, to limit memory ({num_tensors} tensors): the last"
+        f" {_num_dense(limit)}, and others at even distances from step {snapshots[0].step}; --steps A:B selects a part of the run"
     )
     return tuple(reopened(snapshots[index]) for index in keep), told
 

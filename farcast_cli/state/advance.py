@@ -50,7 +50,7 @@ _FLOAT_COUNTERS = {"epoch", "step", "total_flos"}
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
-_OPAQUE = "bytes that its own loop alone can read, as the place in the data"
+_OPAQUE = "bytes that only its own loop can read, such as the place in the data"
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -115,7 +115,7 @@ def advance(
             _advance_counters(state, histories[name], target, result, clocks[name])
         _advance_schedules(result, histories, origin, target, clocks)
     if optimizer == "drop" and trainer.needs_optimizer:
-        result.notes.append(f"optimizer state emptied, not left out: {trainer.needs_optimizer}")
+        result.notes.append(f"optimizer state emptied instead of left out: {trainer.needs_optimizer}")
         optimizer = "reset"
     for state in result.trees.values():
         _treat_optimizers(state, optimizer, result, trainer)
@@ -130,8 +130,8 @@ def told_as_damage(origin: Snapshot) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"{origin.path}: its trainer's state cannot be moved on: {type(error).__name__}: {error}",
-            hint="the state is damaged: --counters keep leaps the weights alone, or leave the snapshot out with --steps",
+            f"{origin.path}: its trainer's state cannot be advanced: {type(error).__name__}: {error}",
+            hint="the state is damaged: --counters keep forecasts the weights only, or leave the snapshot out with --steps",
         ) from error
 
 
@@ -186,7 +186,7 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         where = f"{name}: {dotted(path)}"
         new = _moved(path, value, series, target)
         if new is None:
-            result.notes.append(f"{where} left at {series[-1][1]}: it does not rise steadily with the step")
+            result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise steadily with the step")
             continue
         if isinstance(value, TensorRef):
             state.literals[_place(value)] = _packed(value, new)
@@ -305,12 +305,12 @@ def _advance_schedules(
         new = schedule_count_at(series, target) if known is None else known
         if new is None:
             why = "last_epoch does not rise steadily with the step"
-            result.notes.append(f"{where} left as it is: {why}, and the learning rate stays behind")
+            result.notes.append(f"{where} is unchanged: {why}, and its learning rate stays at the origin's")
             continue
         plain = as_numbers(saved, holder.file)
         owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
         if owner is None and optimizers:
-            result.notes.append(f"{where}: which optimizer it belongs to cannot be told: no learning rate is moved")
+            result.notes.append(f"{where}: its optimizer is unknown: no learning rate is changed")
         groups = as_numbers(owner[1], owner[0].file) if owner else []
         before = [group["lr"] for group in groups]
         seen = [observation(tree, path, file) for _, tree, file in history.states]
@@ -325,7 +325,7 @@ def _advance_schedules(
             _write_back(owner[1], groups, owner[0])
             if set_by.setdefault(id(owner[1]), where) != where:
                 other = set_by[id(owner[1])]
-                result.notes.append(f"{where}: sets the rates that {other} sets too: the new rate is approximate")
+                result.notes.append(f"{where}: sets the same rates as {other}: the new rate is approximate")
         if note:
             result.notes.append(f"{where}: {note}")
 
@@ -341,7 +341,7 @@ def _rates_left(result: Advanced, histories: Mapping[str, StateHistory]) -> Iter
             )
             if old != new:
                 where = state.part.name or state.part.path.name
-                yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets it each step is right"
+                yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets the rate at each step corrects it"
 
 
 def _owner(
@@ -387,7 +387,7 @@ def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced, t
     for optimizer in optimizer_states(state.tree):
         if mode == "reset":
             optimizer["state"] = {}
-            result.notes.append("optimizer state reset: moments start at zero, learning rates are kept")
+            result.notes.append("optimizer state reset: moments are zero, learning rates are kept")
         elif mode == "zero-momentum":
             refs = [ref for path, ref in iter_tensors(optimizer["state"]) if _FIRST_MOMENTS.intersection(path[-2:])]
             state.zeroed |= {_place(ref) for ref in refs if is_streamable(ref)}
@@ -400,7 +400,7 @@ def _zero_optimizers(state: StateTree, result: Advanced) -> None:
     places = {_place(ref) for ref in refs}
     state.literals = {place: data for place, data in state.literals.items() if place not in places}
     state.zeroed |= places
-    result.notes.append(f"{len(places)} tensors of the optimizer set to zero, not left out: the loader expects every key")
+    result.notes.append(f"{len(places)} optimizer tensors set to zero instead of left out: the loader needs every key")
 
 
 def _drop_optimizer(state: StateTree, result: Advanced, trainer: Trainer) -> None:

@@ -231,7 +231,7 @@ def _of_log(snapshots: Sequence[Snapshot], ahead: int) -> Pace:
     points = trainer.logged_rates(snapshots[-1])
     steps = [snapshot.step for snapshot in snapshots]
     if not points:
-        return Pace(why="no snapshot holds its learning rate")
+        return Pace(why="no snapshot contains its learning rate")
     named = trainer.formula(snapshots[-1])
     for lag in trainer.log_lags:
         since, rate = _believed(named, [(step - lag, rate) for step, rate in points]) if named else (0, None)

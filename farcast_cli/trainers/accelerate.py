@@ -50,7 +50,7 @@ def _read(path: Path) -> Snapshot:
     if not sources:
         raise NoWeightsError(
             f"{path}: an accelerate save_state folder without a model's weights: expected model.safetensors",
-            hint="a save hook that writes the weights under another name cannot be followed: save them in the usual place",
+            hint="farcast does not find weights under another name (a save hook?): save them under the usual name",
         )
     weights = read_weights(path, sources)
     others, notes = side_parts(path, weights.parts)
@@ -71,5 +71,5 @@ def _evidence(path: Path, others: tuple[Part, ...]) -> tuple[Evidence, ...]:
     return by_trust(adam_steps(others), named_steps(path, glued=True)) or scheduled_steps(others) or named_steps(path)
 
 
-TRAINER = Trainer(needs_optimizer="accelerate loads no checkpoint that lacks a file", loads_shards=False)
+TRAINER = Trainer(needs_optimizer="accelerate cannot load a checkpoint with a missing file", loads_shards=False)
 LAYOUT = Layout("accelerate", _recognises, _read, names_are_steps=False, trainer=TRAINER)

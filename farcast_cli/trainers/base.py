@@ -279,7 +279,7 @@ def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], f
         name = dotted(keys)
         if not name.isprintable() or len(name) > MAX_NAME:
             raise FileFormatError(
-                f"{file.path}: a tensor's name is {name[:MAX_NAME]!r}, which is no printable text of at most {MAX_NAME} characters"
+                f"{file.path}: a tensor's name is {name[:MAX_NAME]!r}, expected printable text of at most {MAX_NAME} characters"
             )
         if name in refs:
             raise SnapshotError(f"{file.path}: two tensors are called {name!r}, one of them in a nested dict")

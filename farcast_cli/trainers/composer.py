@@ -36,7 +36,7 @@ _STAMP = ("state", "timestamp", "Timestamp")
 _DATA = ("state", "dataset_state")
 _OVER_RUN = ("epoch", "batch", "sample")
 _IN_EPOCH = ("batch_in_epoch", "sample_in_epoch")
-_WEIGHTS_ONLY = "saved with the weights alone: Composer resumes from it with load_weights_only=True only"
+_WEIGHTS_ONLY = "saved with the weights only: Composer can load it only with load_weights_only=True"
 
 
 def _recognises(path: Path) -> bool:
@@ -194,9 +194,9 @@ class TimestampClock:
                 f" {self.origin['batch'] + self.horizon}"
             )
         if left := sorted(self.origin.keys() - self.counts().keys() - {"iteration"}):
-            yield f"timestamp: {', '.join(left)} left at the origin: the snapshots do not tell how they rise"
+            yield f"timestamp: {', '.join(left)} stay at the origin's values: the snapshots do not show how they rise"
         if (tree["state"].get(_DATA[-1]) or {}).get("train"):
-            yield "dataset_state: the data loader's own state stays at the origin, and the data with it"
+            yield "dataset_state: the data loader's state stays at the origin, so the data continues from there"
 
     def schedule_count(self, _: TreePath) -> None:
         """By its own rate: Composer steps its schedules with the batches, or with the epochs."""
@@ -227,6 +227,6 @@ TRAINER = Trainer(
     wrote=_wrote,
     clock=_clock,
     rename=_rename,
-    needs_optimizer="Composer loads no checkpoint without its optimizers",
+    needs_optimizer="Composer cannot load a checkpoint without optimizers",
 )
 LAYOUT = Layout("composer", _recognises, _read, names_are_steps=False, trainer=TRAINER)

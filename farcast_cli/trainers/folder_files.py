@@ -60,8 +60,8 @@ def _check_link(path: Path, homes: tuple[Path, ...], above: tuple[Path, ...]) ->
         raise FileFormatError(f"{path}: a link that leads {where}", hint="remove it, or restore what it points to") from error
     if not any(real.is_relative_to(home) for home in homes):
         raise UnsafeFileError(
-            f"{path}: a link that leads out of the run's folder, to {real}: a forecast would copy what is there",
-            hint="put the file itself there in place of the link, if it belongs to the checkpoint",
+            f"{path}: a link to {real}, outside the run's folder: a forecast would copy that file",
+            hint="replace the link by the file itself, if it belongs to the checkpoint",
         )
     if any(place.is_relative_to(real) for place in above):
         raise FileFormatError(f"{path}: a link that leads in a circle", hint="remove it")

@@ -113,7 +113,7 @@ TRAINER = Trainer(
     formula=_formula,
     logged_rates=_logged_rates,
     log_lags=(1, 0),  # of transformers 5, and of those before
-    without_optimizer="a Hugging Face Trainer then restarts the learning rate as well",
+    without_optimizer="a Hugging Face Trainer then also restarts the learning rate",
     half_written={hub_folder.LAYOUT.name: f"no {STATE_FILE}, which the others have"},
 )
 LAYOUT = Layout("huggingface-trainer", _recognises, _read, trainer=TRAINER)

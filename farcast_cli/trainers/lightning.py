@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 EPOCHS_KEY = "max_epochs"
 WEIGHTS, LIVE = ("state_dict",), ("current_model_state",)
-_AVERAGED = "an average of the weights: stays as it is for resuming; --for evaluation puts the forecast in its place"
+_AVERAGED = "an average of the weights: copied for resuming; --for evaluation replaces it by the forecast"
 _RESUMED = {"loops", "optimizer_states", "lr_schedulers"}
-_WEIGHTS_ONLY = "saved with the weights alone: trainer.fit(ckpt_path=...) cannot resume from it, only load its weights"
+_WEIGHTS_ONLY = "saved with the weights only: trainer.fit(ckpt_path=...) cannot resume from it"
 _LOOP = "epoch_loop."
 _STEPS = (
     (f"{_LOOP}automatic_optimization.optim_progress", ("optimizer", "step", "total", "completed")),
@@ -91,7 +91,7 @@ TRAINER = Trainer(
     clock=loops_clock,
     rename=_rename,
     end=partial(end_by_settings, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
-    needs_optimizer="Lightning loads no checkpoint without its key",
+    needs_optimizer="Lightning cannot load a checkpoint without that key",
     has_own_files=True,
 )
 LAYOUT = Layout("lightning", _recognises, _read, names_are_steps=False, trainer=TRAINER)

@@ -455,13 +455,13 @@ class LoopsClock:
             ends = " or ".join(f"--horizon {horizon}" for horizon in self.epoch_ends)
             yield (
                 f"step {self.step} lies within epoch {tree.get('epoch', target.epoch)}, at batch {target.batch} of {rhythm.batches}:"
-                " Lightning's plain DataLoader begins its data anew there and repeats what the epoch has seen"
+                " Lightning's plain DataLoader starts its data again there and repeats this epoch's data"
                 + (f"; {ends} ends with an epoch" if ends else "")
             )
         if tree["loops"][_FIT].get("state_dict"):
-            yield "loops: the data loader's own state stays at the origin, and the data with it"
+            yield "loops: the data loader's state stays at the origin, so the data continues from there"
         if rhythm.per_batch is None and None in rhythm.schedules:
-            yield "loops: scheduler_progress leaves out a schedule whose rhythm the snapshots do not tell; nothing resumes from it"
+            yield "loops: scheduler_progress ignores a schedule whose pattern the snapshots do not show; nothing resumes from it"
         yield from _unexplained(self)
 
 
@@ -475,7 +475,7 @@ class StillLoops:
         return ()
 
     def notes(self, name: str, _: object) -> Iterator[str]:
-        yield f"{name}: loops left at the origin: their rhythm is not known; the trainer counts on from there"
+        yield f"{name}: loops stay at the origin: their pattern is unknown; the trainer continues counting from there"
 
     def schedule_count(self, _: TreePath) -> None:
         return None
@@ -525,9 +525,9 @@ def _unexplained(clock: LoopsClock) -> Iterator[str]:
             continue
         if name in expected and (odd := next(_differences(clock.origin.loop[name], expected[name]), None)):
             where, found, value = odd
-            yield f"loops: {name}.{where} is {found} at the origin, expected {value} by the run's rhythm: set by the rhythm"
+            yield f"loops: {name}.{where} is {found} at the origin, expected {value} by the run's pattern: set to the expected value"
     if _VALIDATION not in expected and clock.origin.loop[_VALIDATION]["current"]["ready"]:
-        yield f"loops: {_VALIDATION} left as it is: no regular spacing explains it"
+        yield f"loops: {_VALIDATION} is unchanged: no regular distance explains it"
 
 
 def _differences(found: Counts, expected: Counts, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -86,7 +86,7 @@ KINDS = (
         "torch-dcp",
         _holds_dcp,
         "a folder around a distributed checkpoint of torch's",
-        "name the folder that holds the checkpoints themselves; python -m torch.distributed.checkpoint.format_utils"
+        "give the folder that directly contains the checkpoints; python -m torch.distributed.checkpoint.format_utils"
         " dcp_to_torch makes a single file of one",
     ),
 )

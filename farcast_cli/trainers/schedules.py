@@ -41,12 +41,12 @@ MIN_FOR_A_FACTOR = 3  # observations; any two lie on a geometric curve
 MIN_ON_A_FALL = 3  # observations; any two lie on a line, and on a half wave
 
 LAMBDA_NOTE = (
-    "its formula is not in the file: the first resumed step runs at the old learning rate, later ones are right"
+    "the file does not store its formula: the first resumed step uses the old learning rate, later steps are correct"
     " (a MultiplicativeLR, whose file looks the same, stays wrong)"
 )
-NO_GROUPS_NOTE = "keeps its rates in the optimizer, which the file lacks: counters alone are moved"
-INFERRED_NOTE = "its rate at the valid step is inferred from the rates of the last snapshots: look at the first resumed step"
-PLATEAU_NOTE = "follows a metric: its learning rate stays"
+NO_GROUPS_NOTE = "keeps its rates in the optimizer, which the file lacks: only counters are advanced"
+INFERRED_NOTE = "its rate at the valid step is computed from the rates of the last snapshots: check the first resumed step"
+PLATEAU_NOTE = "depends on a metric: its learning rate does not change"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def _holds_lambda(state: dict[str, Any]) -> bool:
 def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
     stand_in = SimpleNamespace(param_groups=_stand_in_groups(state, groups), step=lambda: None)
     if count > MAX_COUNT:
-        raise UsageError(f"the learning-rate schedule would have to be stepped {count} times", hint="--counters keep")
+        raise UsageError(f"the learning-rate schedule needs {count} steps, which takes too long", hint="--counters keep")
     schedule = _rebuild(name, state, stand_in)
     try:
         for _ in _stepped(schedule, count):

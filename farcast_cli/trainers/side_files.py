@@ -45,16 +45,16 @@ def side_parts(folder: Path, known: Iterable[Part]) -> tuple[tuple[Part, ...], t
 def _read_side(path: Path, name: str) -> tuple[Part, str]:
     role = _role_of(name)
     if role == "other":
-        stays = f"{name} is copied: a resumed loop sees the batches that followed the origin" if _LOADERS.search(name) else ""
+        stays = f"{name} is copied: a resumed loop gets the batches that followed the origin" if _LOADERS.search(name) else ""
         return Part(path, name, role), stays
     try:
         file = read_torch_file(path)
     except FileFormatError as error:
         if role != "side-state" and not isinstance(error, UnsafeFileError):
             raise  # an optimiser's or a schedule's file that is damaged
-        return Part(path, name, "other"), f"{name} is copied, with the origin's counters: {error}"
+        return Part(path, name, "other"), f"{name} is copied with the origin's counters: {error}"
     if role == "side-state" and _holds_weights(file):
-        return Part(path, name, "other"), f"{name} is copied: it holds weights of its own, which stay at the origin"
+        return Part(path, name, "other"), f"{name} is copied: it contains other weights, which stay at the origin"
     return Part(path, name, role, file), ""
 
 
@@ -87,7 +87,7 @@ def beside(parts: Iterable[Part]) -> Iterator[tuple[str, str]]:
         if part.role == "side-state" and isinstance(part.content, TorchFile):
             count = _num_weights(part.content.tree)
             if count:
-                yield part.name, f"{count} tensors beside the weights: not forecast, as the last snapshot has them"
+                yield part.name, f"{count} tensors outside the weights are not forecast; they are copied from the last snapshot"
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

@@ -49,7 +49,10 @@ def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str
             continue
         refs = [ref for _, ref in iter_tensors(value) if ref.dtype.name in FORECASTABLE and ref.shape]
         if refs:
-            yield f"{key}.*", f"{len(refs)} tensors beside {weights[0]!r}: not forecast, as the last snapshot has them"
+            yield (
+                f"{key}.*",
+                f"{len(refs)} tensors outside {weights[0]!r} are not forecast; they are copied from the last snapshot",
+            )
 
 
 def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:

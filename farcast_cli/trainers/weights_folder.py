@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 1 << 27  # 128 MiB; a log of 400,000 steps takes half of it
 _WEIGHTS = re.compile(r"(?:^|/)(?!optim)[^/]*\.safetensors$|(?:model|weights|consolidated)[^/]*\.(?:bin|pth?)$")
-_SECOND_FILE = "a second file of weights: not forecast, as the last snapshot has it"
-_SECOND_ADAPTER = "an adapter beside whole weights, which are what is loaded: not forecast, as the last snapshot has it"
+_SECOND_FILE = "a second file of weights: not forecast, copied from the last snapshot"
+_SECOND_ADAPTER = "an adapter next to the full weights, which the trainer loads: not forecast, copied from the last snapshot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
     raw = read_bytes(path, 0, size) if size <= MAX_JSON_BYTES else b""
     if size > (MAX_JSON_BYTES if raw.isascii() else MAX_JSON_BYTES // 4):  # other letters take four bytes of memory
         raise FileFormatError(
-            f"{path}: {size} bytes of JSON, over the limit of {MAX_JSON_BYTES}, or of a quarter of it where it is not ASCII",
+            f"{path}: {size} bytes of JSON, expected at most {MAX_JSON_BYTES}, or a quarter of it if it is not ASCII",
             hint="shorten the log in it, or leave the snapshot out with --steps",
         )
     try:
@@ -84,9 +84,9 @@ def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
     except ValueError as error:
         if not raw.strip(b"\0 \n") or (raw.startswith(b"{") and not raw.rstrip().endswith(b"}")):
             raise HalfWrittenError(
-                f"{path}: ends before its JSON does", hint="the file is half-written: save it again"
+                f"{path}: ends before its JSON does", hint="the file is incomplete: save it again"
             ) from error
-        raise FileFormatError(f"{path}: not JSON: {error}", hint="the file is half-written or damaged") from error
+        raise FileFormatError(f"{path}: not JSON: {error}", hint="the file is incomplete or damaged") from error
     if not isinstance(value, dict):
         raise FileFormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -135,7 +135,7 @@ def _shards(folder: Path, index_path: Path, index: dict[str, Any]) -> list[Path]
         if PurePosixPath(name).name != name or name in {"", ".", ".."}:
             raise UnsafeFileError(f"{index_path}: shard {name!r} lies outside the folder")
         if not (folder / name).is_file():
-            raise HalfWrittenError(f"{folder}: shard {name} is missing", hint="the snapshot is half-written: leave it out")
+            raise HalfWrittenError(f"{folder}: shard {name} is missing", hint="the snapshot is incomplete: leave it out")
     return [folder / name for name in names]
 
 

@@ -147,9 +147,9 @@ def split(data: Data, *, holdout: float, seed: int) -> Splits:
     if len(found.gate) < MIN_ROWS or to_gate < MIN_ROWS // 2:
         need = int(np.ceil(MIN_ROWS / holdout))
         raise DataError(
-            f"{data.path}: the gate would judge on {len(found.gate)} of {data.num_rows} rows, {to_gate} of them distinct:"
-            f" expected at least {MIN_ROWS}, half of them distinct",
-            hint=f"give {need} rows or more, or hold out a larger share with --holdout",
+            f"{data.path}: the gate would use {len(found.gate)} of {data.num_rows} rows, {to_gate} of them different:"
+            f" expected at least {MIN_ROWS}, half of them different",
+            hint=f"give at least {need} rows, or hold out a larger share with --holdout",
         )
     if not len(found.tuned) or not len(found.early):
         raise UsageError(f"--holdout {holdout:g}: leaves no rows to tune on", hint=f"--holdout {HOLDOUT}")
@@ -182,7 +182,7 @@ def _check_fit(x: StoredArray, y: StoredArray, fit: Fit, *, loss: LossName, num_
     if loss == "mse" and columns != fit.num_outputs:
         raise DataError(
             f"{y.path}: y: expected {fit.num_outputs} columns, one for each output, found {columns}",
-            hint="y holds targets of the layer, or of the head where one is given",
+            hint="y contains targets of the layer, or of the head if there is one",
         )
     narrowest = min(layer.num_outputs for layer in fit.layers)
     if num_kept > 2 * narrowest:
@@ -240,7 +240,7 @@ def _check_finite(array: StoredArray, block: NDArray[Any], start: int) -> None:
         raise DataError(
             f"{array.path}: {array.name} holds {block[row, *column]} in row {start + row}, column {(*column, 0)[0]}:"
             " expected finite numbers",
-            hint="leave such rows out",
+            hint="remove such rows",
         )
 
 

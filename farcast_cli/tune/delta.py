@@ -145,7 +145,7 @@ def read_deltas(path: Path) -> list[Delta]:
     """
     found = read_safetensors(path)
     if found.metadata.get("format") != FORMAT:
-        raise FileFormatError(f"{path}: no delta file", hint="--apply takes what farcast tune --delta-out wrote")
+        raise FileFormatError(f"{path}: not a delta file", hint="--apply takes what farcast tune --delta-out wrote")
     entries = {entry.name: entry for entry in found.entries}
     try:
         layers = parse_json(found.metadata["layers"].encode())

@@ -260,7 +260,7 @@ class _Layer:
             self.seen.give_up_products()
             self.back.give_up_products()
             self.back.directions = self.back.directions[:0].copy()
-            why = "its inputs move too far for the cache to pay" if is_dear else "its basis is full"
+            why = "its inputs change too much for the cache to save time" if is_dear else "its basis is full"
             self.notes.append(f"{self.weight.name}: exact products with W_0 from iteration {iteration} on: {why}")
 
     def is_full(self, iteration: int) -> bool:
@@ -269,7 +269,7 @@ class _Layer:
         if not is_exact or self.directions.nbytes + self.state.factors.nbytes <= self.max_basis_bytes:
             return False
         self.notes.append(
-            f"{self.weight.name}: ended at iteration {iteration}: its change has come to {len(self.directions)} directions:"
+            f"{self.weight.name}: stopped at iteration {iteration}: its change has {len(self.directions)} directions:"
             " ordinary training is cheaper here"
         )
         return True

@@ -75,7 +75,7 @@ def open_rows(path: Path, names: tuple[str, ...]) -> dict[str, StoredArray]:
     found = _in_safetensors(path, names, size) if path.suffix == ".safetensors" else _in_npz(path, names)
     for name in names:
         if name not in found:
-            raise DataError(f"{path}: no array {name!r}", hint="x holds the inputs of the layer, y its targets or labels")
+            raise DataError(f"{path}: no array {name!r}", hint="x contains the inputs of the layer, y its targets or labels")
         if not found[name].shape:
             raise DataError(f"{path}: {name}: expected rows of numbers, found {found[name].dtype} of shape []")
     return found
@@ -93,7 +93,7 @@ def _in_safetensors(path: Path, names: tuple[str, ...], size: int) -> dict[str, 
     if MAX_HEADER_BYTES < length < size:
         raise FileFormatError(
             f"{path}: its header: expected at most {MAX_HEADER_BYTES} bytes, found {length}",
-            hint=f"save {' and '.join(names)} in a file of their own",
+            hint=f"save {' and '.join(names)} in a separate file",
         )
     return {entry.name: _stored(entry) for entry in read_safetensors(path).entries if entry.name in names}
 

@@ -181,9 +181,9 @@ def method_named(name: str | None, *, num_layers: int) -> SolverName:
         return "gauss-newton" if num_layers == 1 else "gradient-descent"
     if name.startswith("adam"):
         raise UsageError(
-            f"--method {name}: divides every element of the gradient by a number of its own, and the result has no low rank:"
-            " it would need the whole layer in every iteration",
-            hint="--method gauss-newton takes the curvature into account, and needs no rate",
+            f"--method {name}: divides every element of the gradient by its own number, so the change has no low rank:"
+            " every iteration would need the whole layer",
+            hint="--method gauss-newton uses the curvature and needs no rate",
         )
     found = next((method for method in get_args(SolverName) if method == name), None)
     if found is None:
@@ -211,9 +211,11 @@ def _check_options(request: TuneRequest) -> None:
     if settings.method == "gauss-newton" and settings.weight_decay:
         raise UsageError("--weight-decay needs --method gradient-descent", hint="--ridge pulls towards the checkpoint instead")
     if request.anchor and settings.weight_decay:
-        raise UsageError("--weight-decay moves what --anchor holds", hint="--ridge pulls towards the checkpoint instead")
+        raise UsageError(
+            "--weight-decay changes the rows that --anchor keeps", hint="--ridge pulls towards the checkpoint instead"
+        )
     if request.anchor and several:
-        raise UsageError("--anchor holds the outputs of one layer, found several", hint="tune one layer, or leave it out")
+        raise UsageError("--anchor works with one layer, found several", hint="tune one layer, or leave it out")
 
 
 def _check_places(request: TuneRequest, snapshot: Snapshot) -> Path:
@@ -249,11 +251,11 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
     if width != last.num_outputs:
         raise UsageError(
             f"{snapshot.path}: --head {request.head}: expected {last.num_outputs} inputs, the outputs of {last.name}, found {width}",
-            hint="the head comes right behind the (last) layer and its activation",
+            hint="the head must directly follow the (last) layer and its activation",
         )
     if 8 * rows * width > MAX_HEAD_BYTES:
         raise UsageError(
-            f"{snapshot.path}: --head {request.head} is {rows} x {width}: more than tune holds in memory",
+            f"{snapshot.path}: --head {request.head} is {rows} x {width}: too large for tune's memory",
             hint="leave the head out and give targets of the layer itself as y, with --loss mse",
         )
     head = np.concatenate([block.copy() for _, block in find_weight(snapshot, request.head).blocks()])
@@ -269,7 +271,7 @@ def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Splits, Any, tup
     notes = []
     if data.num_copies:
         notes.append(
-            f"{data.num_copies} of {data.num_rows} rows repeat the x of another: kept together, and counted once by the gate"
+            f"{data.num_copies} of {data.num_rows} rows have the x of another row: such rows stay together, and the gate counts them once"
         )
     return data, split(data, holdout=request.holdout, seed=request.rounded.seed), anchors, tuple(notes)
 
@@ -293,7 +295,7 @@ def _outcome(request: TuneRequest, solved: Solved, verdict: GateResult, splits: 
 def _left_alone(snapshot: Snapshot) -> Iterator[str]:
     """Other weights beside those that are tuned, such as their average, which may be the ones that are loaded."""
     if snapshot.beside:
-        yield f"not tuned, and copied as they are: {', '.join(name for name, _ in snapshot.beside)}"
+        yield f"copied without tuning: {', '.join(name for name, _ in snapshot.beside)}"
 
 
 def _bytes_read(model: Model) -> int:
@@ -339,7 +341,7 @@ def _publish_deltas(deltas: Sequence[Delta], place: Path, about: TuneSidecar, *,
         write_deltas(hidden, deltas, about.as_json(), like=like)
         for delta, again in zip(deltas, read_deltas(hidden), strict=True):
             if not np.array_equal(delta.factors, again.factors) or not np.array_equal(delta.directions, again.directions):
-                raise OutputError(f"{place}: reads back as something else than was written", hint="check the disk")
+                raise OutputError(f"{place}: its content differs from what was written", hint="check the disk")
         return hidden.stat().st_size
 
 

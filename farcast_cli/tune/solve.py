@@ -112,7 +112,7 @@ def _beside_anchors(inputs: Array, anchors: Array) -> Array:
     left = left - left @ basis.T @ basis
     if np.linalg.norm(left) <= ANCHORED * np.linalg.norm(inputs):
         raise DataError(
-            f"--anchor: {len(anchors)} rows span all inputs ({len(basis)} dimensions of {inputs.shape[1]}): nothing is left to tune",
+            f"--anchor: {len(anchors)} rows span all inputs ({len(basis)} dimensions of {inputs.shape[1]}): no input is left to tune",
             hint="give fewer anchor rows",
         )
     return left

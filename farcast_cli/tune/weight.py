@@ -281,8 +281,8 @@ def _check_tied(snapshot: Snapshot, entries: Sequence[TensorEntry], key: str) ->
             overlaps = other.offset < entry.offset + entry.num_bytes and entry.offset < other.offset + other.num_bytes
             if other.name not in own and other.path == entry.path and overlaps:
                 raise SnapshotError(
-                    f"{entry.path}: {key} is tied to {other.name}: tuning one would change both",
-                    hint="save the checkpoint with the two untied, or tune another layer",
+                    f"{entry.path}: {key} is tied to {other.name}: tuning would change both",
+                    hint="save the checkpoint without this tie, or tune another layer",
                 )
 
 
@@ -303,5 +303,5 @@ def _check_tied_by_config(snapshot: Snapshot, key: str) -> None:
         raise SnapshotError(
             f"{snapshot.path}: {key} is the model's input and its output layer (tie_word_embeddings): tuning one would change"
             " both",
-            hint="save the checkpoint with the two untied, or tune another layer",
+            hint="save the checkpoint without this tie, or tune another layer",
         )

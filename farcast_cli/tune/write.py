@@ -155,6 +155,6 @@ def check_moved(base: Array, expected: Array, found: Array, name: str) -> None:
 
 def _rounded_away(what: str) -> OutputError:
     return OutputError(
-        f"nothing written: the stored type cannot hold the change: {what}",
-        hint="--round stochastic keeps its mean; --delta-out FILE keeps the change in a file of its own",
+        f"nothing written: rounding to the stored type loses the change: {what}",
+        hint="--round stochastic keeps its mean; --delta-out FILE keeps the change in a separate file",
     )
