@@ -877,6 +877,12 @@ def test_a_run_that_turned_back_is_not_forecast(turning: Path, call_cli: CallCli
     assert tree_digest(turning) == before
 
 
+def test_an_abstention_needs_no_file_of_the_run(turning: Path, call_cli: CallCli) -> None:
+    shutil.rmtree(turning / "run")
+    assert call_cli("predict", "--horizon", 100, cwd=turning).returncode == 10
+    assert call_cli("predict", "--horizon", 100, "--even-if-worse", cwd=turning).returncode == 3
+
+
 def test_an_abstention_in_json_has_no_path_and_says_why(turning: Path, call_cli: CallCli) -> None:
     done = call_cli("predict", "--horizon", 100, "--json", cwd=turning)
     assert done.returncode == 10
