@@ -87,14 +87,14 @@ class OutputFile:
     """An output file; `name` is its path inside the checkpoint, "" where the checkpoint is that one file."""
 
     name: str
-    records: tuple[Section, ...]
+    sections: tuple[Section, ...]
     mode: int = 0o666
     """Its permissions, and those of the folders that are made for it, within the umask."""
     folder_mode: int = 0o777
 
     @property
     def num_bytes(self) -> int:
-        return sum(record.num_bytes for record in self.records)
+        return sum(section.num_bytes for section in self.sections)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class Placed:
     @classmethod
     def of(cls, output: OutputFile) -> Placed:
         pieces, starts, sections = [], [0], []
-        for number, section in enumerate(output.records):
+        for number, section in enumerate(output.sections):
             for piece in section.pieces:
                 pieces.append(piece)
                 starts.append(starts[-1] + piece.num_bytes)

@@ -175,7 +175,7 @@ class Worker:
             file = files[one.file]
             for number, begin, end in file.within(one.start, one.stop):
                 section = file.sections[number]
-                if file.output.records[section].checksums_at:
+                if file.output.sections[section].checksums_at:
                     start = file.starts[number] + begin
                     checksum = zlib.crc32(buffer.at(start - one.start, end - begin).data)
                     yield horizon, one.file, section, (start, end - begin, checksum)

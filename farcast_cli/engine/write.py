@@ -62,7 +62,7 @@ def total_bytes(outputs: Iterable[OutputFile]) -> int:
 def bytes_to_read(outputs: Iterable[OutputFile], inputs: Inputs) -> int:
     """What a pass over one horizon's plan reads: a forecast tensor at all its snapshots, everything else once."""
     total = 0
-    for piece in (piece for output in outputs for section in output.records for piece in section.pieces):
+    for piece in (piece for output in outputs for section in output.sections for piece in section.pieces):
         if isinstance(piece, Values):
             count = piece.entry.num_elements
             total += piece.entry.num_bytes
@@ -160,7 +160,7 @@ def _pass(
 
 def _filled_in(file: Placed, checksums: Mapping[int, Sequence[Checksum]]) -> Iterator[tuple[int, bytes]]:
     """The sections' CRC-32 at their positions."""
-    for number, section in enumerate(file.output.records):
+    for number, section in enumerate(file.output.sections):
         whole = 0
         for _, num_bytes, checksum in sorted(checksums.get(number, ())):
             whole = combine(whole, checksum, num_bytes)
