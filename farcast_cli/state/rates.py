@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FarcastError
+from farcast_cli.errors import FarcastError, UsageError
 from farcast_cli.formats.tree import find
 from farcast_cli.run.pace import Pace
 from farcast_cli.state.counters import is_steady, schedule_count_at
@@ -65,6 +65,8 @@ def read_pace(snapshots: Sequence[Snapshot], *, ahead: int = 0) -> Pace:
     """
     try:
         return _read(snapshots, ahead)
+    except UsageError as error:  # a package that is not installed
+        return Pace(why=str(error))
     except (FarcastError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         return Pace(why=f"the trainer's state cannot be read for its learning rates ({type(error).__name__})")
 

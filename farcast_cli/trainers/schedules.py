@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.tree import at
+from farcast_cli.optional import need
 from farcast_cli.trainers.formulas import FormulaInputs, constant_with_warmup, cosine, geometric, held, linear, rising
 
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> An
     if name == "LambdaLR":
         schedule: Any = _Unknown(optimizer)
     else:
+        need("torch", f"a schedule of class {name}")
         from torch.optim import lr_scheduler, swa_utils
 
         kind = getattr(swa_utils if name == "SWALR" else lr_scheduler, name)
