@@ -54,11 +54,12 @@ def test_every_command_of_the_main_job_works_without_torch(sample: str, tmp_path
     assert json.loads(verified.stdout)["forecast_step"], verified
 
 
-@pytest.mark.parametrize("sample", ["huggingface", "plain"])
-def test_a_forecast_to_resume_from_has_the_same_bytes_without_torch(sample: str, tmp_path: Path, call_cli: CallCli) -> None:
+@pytest.mark.parametrize("run_name", ["huggingface", "plain", "of AdamW and a cosine"])
+def test_a_forecast_to_resume_from_has_the_same_bytes_without_torch(run_name: str, tmp_path: Path, call_cli: CallCli) -> None:
     """Counters, schedule and optimiser state too."""
     arguments = ("--horizon", 100, "--even-if-worse")
-    assert call_cli("fit", SAMPLES / sample, cwd=tmp_path).returncode == 0
+    of_torch = run_name not in {"huggingface", "plain"}
+    assert call_cli("fit", make_torch_run(tmp_path / "run") if of_torch else SAMPLES / run_name, cwd=tmp_path).returncode == 0
     one, other = (
         run("predict", *arguments, "-o", f"{name}/", cwd=tmp_path) for run, name in ((call_cli, "with"), (without, "no"))
     )
@@ -91,14 +92,12 @@ def test_a_torch_file_is_made_of_any_run_without_torch(tmp_path: Path, call_cli:
     assert torch.load(tmp_path / "made.pt", weights_only=True).keys() == load_file(tmp_path / "run" / loose_name(800)).keys()
 
 
-def test_the_learning_rates_of_torchs_own_schedules_are_unknown_without_torch_and_it_is_said(tmp_path: Path) -> None:
+def test_the_rates_of_a_schedule_of_torchs_own_are_known_without_torch(tmp_path: Path, call_cli: CallCli) -> None:
     make_torch_run(tmp_path / "run")
-    done = without("fit", "run", cwd=tmp_path)
-    assert done.returncode == 0, done
-    assert "pip install" not in done.stdout
-    backtest = without("backtest", "--json", cwd=tmp_path)
-    assert json.loads(backtest.stdout)["clock"] == "steps"
-    assert "a schedule of class CosineAnnealingLR" in told(without("backtest", cwd=tmp_path))
+    assert without("fit", "run", cwd=tmp_path).returncode == 0
+    one, other = (run("backtest", "--json", cwd=tmp_path) for run in (call_cli, without))
+    assert json.loads(other.stdout)["clock"] == "rate"
+    assert (other.returncode, other.stdout) == (one.returncode, one.stdout)
 
 
 REFUSED = {
@@ -106,11 +105,6 @@ REFUSED = {
     "a DCP folder": (
         ("predict", "--horizon", 10, "--even-if-worse", "--counters", "keep", "--layout", "dcp"),
         "--layout dcp",
-        "torch",
-    ),
-    "a schedule of torch's own": (
-        ("predict", "--horizon", 10, "--even-if-worse"),
-        "a schedule of class CosineAnnealingLR",
         "torch",
     ),
 }
@@ -135,12 +129,6 @@ def test_sharding_anew_needs_the_hubs_package_and_says_so(tmp_path: Path) -> Non
     assert done.returncode == 2, done
     assert "--max-shard-size: expected the package huggingface_hub" in told(done)
     assert "pip install 'farcast[hub]'" in told(done)
-
-
-def test_without_its_schedule_a_run_of_torchs_own_schedules_is_forecast_to_evaluate(tmp_path: Path) -> None:
-    make_torch_run(tmp_path / "run")
-    assert without("fit", "run", cwd=tmp_path).returncode == 0
-    assert without("predict", "--for", "evaluation", "--counters", "keep", cwd=tmp_path).returncode in {0, NO_FORECAST}
 
 
 @settings(max_examples=200, deadline=None)

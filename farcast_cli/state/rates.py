@@ -13,13 +13,14 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FarcastError, UsageError
+from farcast_cli.errors import FarcastError
 from farcast_cli.formats.tree import find
 from farcast_cli.run.pace import Pace
 from farcast_cli.state.counters import is_steady, schedule_count_at
 from farcast_cli.state.files import as_numbers, load_histories, param_groups, scheduler_paths
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.schedules import counter_path, find_formula, rates_ahead, schedule_name
+from farcast_cli.trainers.schedules import counter_path, find_formula, rates_ahead
+from farcast_cli.trainers.torch_schedules import schedule_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +66,6 @@ def read_pace(snapshots: Sequence[Snapshot], *, ahead: int = 0) -> Pace:
     """
     try:
         return _read(snapshots, ahead)
-    except UsageError as error:  # a package that is not installed
-        return Pace(why=str(error))
     except (FarcastError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         return Pace(why=f"the trainer's state cannot be read for its learning rates ({type(error).__name__})")
 
