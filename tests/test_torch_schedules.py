@@ -48,7 +48,7 @@ STRATEGIES = st.sampled_from(["cos", "linear"])
 
 CLASSES: dict[str, st.SearchStrategy[Build]] = {
     "StepLR": made(lr_scheduler.StepLR, COUNTS, reals(0.1, 1.1)),
-    "MultiStepLR": made(lr_scheduler.MultiStepLR, st.lists(st.integers(0, 40), max_size=5), reals(0.1, 1.1)),
+    "MultiStepLR": made(lr_scheduler.MultiStepLR, st.lists(st.just(0) | COUNTS, max_size=5), reals(0.1, 1.1)),
     "ConstantLR": made(lr_scheduler.ConstantLR, reals(0.01, 1), st.integers(0, 30)),
     "LinearLR": made(lr_scheduler.LinearLR, reals(0.01, 1), st.just(1) | reals(0, 1), COUNTS),
     "ExponentialLR": made(lr_scheduler.ExponentialLR, reals(0.5, 1.05)),
@@ -58,8 +58,8 @@ CLASSES: dict[str, st.SearchStrategy[Build]] = {
     "OneCycleLR": made(
         lr_scheduler.OneCycleLR,
         max_lr=reals(0.01, 1),
-        total_steps=st.integers(MOST_STEPS, 200),
-        pct_start=reals(0.1, 0.45),
+        total_steps=st.just(100) | st.integers(MOST_STEPS, 200),
+        pct_start=st.sampled_from([0.1, 0.25]) | reals(0.1, 0.45),  # a phase may end on a step
         anneal_strategy=STRATEGIES,
         cycle_momentum=st.booleans(),
         three_phase=st.booleans(),
@@ -74,7 +74,7 @@ CLASSES: dict[str, st.SearchStrategy[Build]] = {
         gamma=reals(0.9, 1),
         cycle_momentum=st.booleans(),
     ),
-    "SWALR": made(swa_utils.SWALR, reals(0.001, 0.1), st.integers(0, 30), STRATEGIES),
+    "SWALR": made(swa_utils.SWALR, reals(0.001, 0.1), st.just(0) | COUNTS, STRATEGIES),
 }
 
 
@@ -100,6 +100,7 @@ def in_a_chain(members: st.SearchStrategy[Build]) -> st.SearchStrategy[Build]:
 ANY = st.one_of(*CLASSES.values())
 NESTS: dict[str, st.SearchStrategy[Build]] = {
     "SequentialLR": in_sequence(ANY, ANY),
+    **{f"SequentialLR, then {name}": in_sequence(ANY, one) for name, one in CLASSES.items()},
     "ChainedScheduler": in_a_chain(ANY),
     "both": in_sequence(in_a_chain(ANY), ANY) | in_a_chain(in_sequence(ANY, ANY) | ANY),
 }
@@ -140,12 +141,11 @@ def test_state_and_groups_are_what_torch_makes_of_them(
     schedule = data.draw((CLASSES | NESTS)[name])(optimizer)
     stepped(schedule, before)
     state, groups = saved(optimizer, schedule)
-    stepped(schedule, count)
-    last = [step_once(state, groups) for _ in range(count)][-1]
-    expected_state, expected_groups = saved(optimizer, schedule)
-    assert exactly(state) == exactly(expected_state)
-    assert exactly(groups) == exactly(expected_groups)
-    assert last == schedule.get_last_lr()
+    for _ in range(count):
+        schedule.step()
+        rates_now = step_once(state, groups)
+        assert exactly(rates_now) == exactly(schedule.get_last_lr())
+    assert exactly((state, groups)) == exactly(saved(optimizer, schedule))
 
 
 @settings(max_examples=20, deadline=None)
@@ -165,6 +165,20 @@ def test_a_schedule_that_was_set_back_is_stepped_as_torch_steps_it(
     for _ in range(count):
         step_once(state, groups)
     assert exactly((state, groups)) == exactly(saved(optimizer, schedule))
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+@pytest.mark.parametrize("max_lr", [0.3, 0.07, 0.06, 0.013, 0.9, 0.7])
+def test_the_last_step_of_a_phase_is_of_that_phase(max_lr: float, *, three_phase: bool) -> None:
+    """The next phase begins at the same rate but for rounding."""
+    optimizer = optimizer_of([0.1], is_adam=False)
+    schedule = lr_scheduler.OneCycleLR(
+        optimizer, max_lr, 100, pct_start=0.25, anneal_strategy="linear", three_phase=three_phase
+    )
+    state, groups = saved(optimizer, schedule)
+    for _ in range(100):
+        schedule.step()
+        assert exactly(step_once(state, groups)) == exactly(schedule.get_last_lr())
 
 
 NEWER_KEYS = ("_is_initial", "_get_lr_called_within_step", "_last_lr", "verbose")
