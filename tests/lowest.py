@@ -1,5 +1,6 @@
 """The lowest version of every run-time dependency that pyproject.toml allows, a pin a line: `make lowest` tests with them.
 
+The optional ones are among them.
 torch is left out: its old versions come with gigabytes of GPU libraries. `make lowest` takes the version of constraints.txt.
 """
 
@@ -33,4 +34,5 @@ def pins(dependencies: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    sys.stdout.write("\n".join(pins(project["dependencies"])) + "\n")
+    optional = project["optional-dependencies"]
+    sys.stdout.write("\n".join(pins([*project["dependencies"], *optional["hub"], *optional["torch"]])) + "\n")

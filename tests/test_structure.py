@@ -21,6 +21,7 @@ MAX_LINES = 600
 ORDER = (
     "__init__",
     "errors",
+    "optional",
     "choices",
     "progress",
     "tensors",
@@ -47,6 +48,7 @@ ORDER = (
     "formats.torch_zip",
     "formats.dcp_file",
     "trainers.formulas",
+    "trainers.torch_schedules",
     "trainers.schedules",
     "trainers.names",
     "trainers.folder_files",
@@ -308,7 +310,7 @@ def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
 
 CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
 LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
-KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.names", "trainers.schedules"}
+KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.names", "trainers.schedules", "trainers.torch_schedules"}
 
 
 def test_what_is_known_of_a_trainer_stays_in_its_layout() -> None:

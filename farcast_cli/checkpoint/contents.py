@@ -21,6 +21,7 @@ from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import UNTYPED, Made, StorageRef, TensorRef, in_collection, is_streamable
 from farcast_cli.formats.tree import at, dotted, walk
+from farcast_cli.optional import need
 from farcast_cli.state.advance import StateTree, storages_of
 from farcast_cli.tensors import is_row_major
 
@@ -155,6 +156,7 @@ def _tied(leaves: Iterable[tuple[TreePath, Any]]) -> list[str]:
 
 
 def _tree_in_torch(source: _Source, advanced: Advanced) -> Iterator[Leaf]:
+    need("torch", "--layout dcp")
     from torch.distributed.checkpoint._traverse import traverse_state_dict
 
     found: list[tuple[TreePath, Any]] = []

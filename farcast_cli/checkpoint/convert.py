@@ -31,7 +31,7 @@ from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import encode_pickle
-from farcast_cli.formats.tree import at
+from farcast_cli.formats.tree import at, grow
 from farcast_cli.state.advance import StateTree
 from farcast_cli.trainers import named
 
@@ -227,8 +227,6 @@ def _held_by_safetensors(tensors: Sequence[Planned]) -> Sequence[Planned]:
 
 def _torch_file(name: str, found: Iterable[Planned | Leaf]) -> OutputFile:
     """A torch file of a tree, or of tensors under their names."""
-    from torch.distributed.checkpoint._traverse import set_element
-
     tree: dict[Any, Any] = {}
     named: dict[str, tuple[Piece, ...]] = {}
     for one in found:
@@ -236,7 +234,7 @@ def _torch_file(name: str, found: Iterable[Planned | Leaf]) -> OutputFile:
         key = str(len(named))
         if isinstance(leaf.value, Planned):
             named[f"data/{key}"] = leaf.value.pieces
-        set_element(tree, leaf.path, ref_of(leaf.value, key) if isinstance(leaf.value, Planned) else leaf.value)
+        grow(tree, leaf.path, ref_of(leaf.value, key) if isinstance(leaf.value, Planned) else leaf.value)
     return OutputFile(name, tuple(new_torch_file({"data.pkl": (Fixed(encode_pickle(tree)),), **named})))
 
 

@@ -20,6 +20,7 @@ from farcast_cli.formats.copied_file import refuse_code_in_stretch
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, Item
 from farcast_cli.formats.torch_pickle import Made, Name, StorageRef, TensorRef, encode_pickle
 from farcast_cli.formats.tree import at, dotted
+from farcast_cli.optional import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -123,6 +124,7 @@ def _new(leaf: Leaf) -> Content:
 
 def _new_metadata(leaves: Sequence[Leaf], stretches: Sequence[tuple[int, int]]) -> bytes:
     """`.metadata` as torch's own writer pickles it."""
+    need("torch", "--layout dcp")
     import torch.distributed.checkpoint.metadata as dcp
     from torch import Size
     from torch.distributed.checkpoint.filesystem import _StorageInfo

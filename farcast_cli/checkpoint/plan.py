@@ -23,6 +23,7 @@ from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
 from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.optional import need
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
 from farcast_cli.trainers.base import ADAPTER_FILES, METADATA_STEPS, Part, Snapshot
@@ -150,6 +151,7 @@ def shards(
     Args:
         index: the index that they had before.
     """
+    need("huggingface_hub", "--max-shard-size")
     from huggingface_hub import split_state_dict_into_shards_factory
 
     named = {tensor.name: tensor for tensor in tensors}

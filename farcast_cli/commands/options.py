@@ -405,6 +405,9 @@ def prepare(device: str, threads: int = 0) -> int:
         raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     _import_numpy()
     if kind == "cuda":
+        from farcast_cli.optional import need
+
+        need("torch", f"--device {device}")
         import torch
 
         if int(number or 0) >= torch.cuda.device_count():

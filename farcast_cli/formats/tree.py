@@ -106,6 +106,26 @@ def put(tree: Any, path: TreePath, value: object) -> None:
     at(tree, path[:-1])[path[-1]] = value
 
 
+def grow(tree: Any, path: TreePath, value: object) -> None:
+    """Set what lies at a path; a list for a number and a dict for any other key are made on the way.
+
+    >>> tree = {}
+    >>> grow(tree, ("groups", 1, "lr"), 0.1)
+    >>> tree
+    {'groups': [None, {'lr': 0.1}]}
+
+    Source: torch/distributed/checkpoint/_traverse.py, set_element.
+    """
+    for key, following in zip(path, (*path[1:], None), strict=True):
+        if isinstance(tree, list):
+            tree.extend([None] * (key + 1 - len(tree)))
+        if following is None:
+            tree[key] = value
+        elif (tree[key] if isinstance(tree, list) else tree.get(key)) is None:
+            tree[key] = [] if type(following) is int else {}
+        tree = tree[key]
+
+
 def with_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of a tree with what a function makes of each leaf; an OrderedDict stays one.
 

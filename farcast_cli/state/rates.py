@@ -19,7 +19,8 @@ from farcast_cli.run.pace import Pace
 from farcast_cli.state.counters import is_steady, schedule_count_at
 from farcast_cli.state.files import as_numbers, load_histories, param_groups, scheduler_paths
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.schedules import counter_path, find_formula, rates_ahead, schedule_name
+from farcast_cli.trainers.schedules import counter_path, find_formula, rates_ahead
+from farcast_cli.trainers.torch_schedules import schedule_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

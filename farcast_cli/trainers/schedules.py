@@ -1,10 +1,10 @@
 """Learning-rate schedules, stepped on from their saved state.
 
-A schedule of torch's own is recognised by the keys of its state, rebuilt on a stand-in optimiser and stepped as often
-as training would. So what is written is to the last bit what torch would have written. Formulas are not: most of torch's
-schedules compute the next rate from the one before, and rounding adds up. After 5,000 steps StepLR is off its formula by
-4e-16 of the rate, LinearLR and ExponentialLR by 3e-15, PolynomialLR by 6e-15, CosineAnnealingLR by 3e-13. Only
-CosineAnnealingWarmRestarts, OneCycleLR and CyclicLR compute each rate from the count.
+torch_schedules.py steps a schedule of torch's own as often as training would, without torch. So what is written is to the
+last bit what torch would have written. Formulas are not: most of torch's schedules compute the next rate from the one
+before, and rounding adds up. After 5,000 steps StepLR is off its formula by 4e-16 of the rate, LinearLR and ExponentialLR by
+3e-15, PolynomialLR by 6e-15, CosineAnnealingLR by 3e-13. Only CosineAnnealingWarmRestarts, OneCycleLR and CyclicLR compute
+each rate from the count.
 
 A LambdaLR (all of transformers' schedules) holds no formula: its counters move, and its rates are worked out by finding
 the formula of formulas.py that explains every rate seen so far. What cannot be worked out is said.
@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.tree import at
 from farcast_cli.trainers.formulas import FormulaInputs, constant_with_warmup, cosine, geometric, held, linear, rising
+from farcast_cli.trainers.torch_schedules import schedule_name, step_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -57,27 +56,8 @@ class Observation:
     rates: tuple[float, ...]
 
 
-SIGNATURES = {
-    "SequentialLR": {"_schedulers", "_milestones"},
-    "ChainedScheduler": {"_schedulers"},
-    "LambdaLR": {"lr_lambdas"},
-    "ReduceLROnPlateau": {"num_bad_epochs"},
-    "OneCycleLR": {"_schedule_phases"},
-    "CyclicLR": {"step_ratio", "total_size"},
-    "SWALR": {"_anneal_strategy", "anneal_epochs"},
-    "CosineAnnealingWarmRestarts": {"T_0", "T_mult", "T_cur"},
-    "CosineAnnealingLR": {"T_max", "eta_min"},
-    "MultiStepLR": {"milestones", "gamma"},
-    "StepLR": {"step_size", "gamma"},
-    "PolynomialLR": {"total_iters", "power"},
-    "LinearLR": {"start_factor", "end_factor", "total_iters"},
-    "ConstantLR": {"factor", "total_iters"},
-    "ExponentialLR": {"gamma"},
-}
-"""torch's schedules by keys that their states hold; the first that fits is the one."""
-
-
 _RATES_IN_GROUPS = {"OneCycleLR", "SWALR"}
+_WITHOUT_FORMULA = {"LambdaLR", "ReduceLROnPlateau"}
 
 
 def is_scheduler_state(tree: object) -> bool:
@@ -129,64 +109,32 @@ def advance_scheduler(
         return NO_GROUPS_NOTE
     if name == "LambdaLR":
         return _advance_lambda(state, groups, target, _Known(observations, total_steps, named))
-    _step_on(name, state, groups, target - counter)
+    _step_on(state, groups, target - counter)
     return LAMBDA_NOTE if _holds_lambda(state) else ""
 
 
 # --- schedules that hold their formula -------------------------------------------------------------------------------
 
 
-class _Unknown:
-    """In the place of a schedule whose formula is a function: counts, and leaves the rates as they are."""
-
-    def __init__(self, optimizer: SimpleNamespace) -> None:
-        self.optimizer = optimizer
-        self.last_epoch = 0
-        self._step_count = 0
-
-    def step(self, epoch: int | None = None) -> None:
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self._step_count += 1
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def get_last_lr(self) -> list[float]:
-        return self._last_lr
-
-
-def schedule_name(state: dict[str, Any]) -> str:
-    """Which of torch's schedules a state is of; `LambdaLR` where it holds no formula that is known here."""
-    return next((name for name, keys in SIGNATURES.items() if keys <= state.keys()), "LambdaLR")
-
-
 def _holds_lambda(state: dict[str, Any]) -> bool:
-    return any(schedule_name(inner) == "LambdaLR" or _holds_lambda(inner) for inner in state.get("_schedulers", []))
+    return any(schedule_name(inner) in _WITHOUT_FORMULA or _holds_lambda(inner) for inner in state.get("_schedulers", []))
 
 
-def _step_on(name: str, state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
-    stand_in = SimpleNamespace(param_groups=_stand_in_groups(state, groups), step=lambda: None)
+def _step_on(state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> None:
     if count > MAX_COUNT:
         raise UsageError(f"the learning-rate schedule needs {count} steps, which takes too long", hint="--counters keep")
-    schedule = _rebuild(name, state, stand_in)
+    moved, own, done = copy.deepcopy(state), _own_groups(state, groups), 0
     try:
-        for _ in _stepped(schedule, count):
-            pass
+        for done in range(count):  # noqa: B007 - where the schedule ends, it tells how far it came
+            step_once(moved, own)
     except ValueError as error:
-        done = schedule.last_epoch if hasattr(schedule, "last_epoch") else 0
         raise UsageError(
             f"the learning-rate schedule ends before the valid step: {error}",
-            hint=f"a horizon that ends {max(1, count - (done - _counter(state)))} steps earlier, or --counters keep",
+            hint=f"a horizon that ends {count - done} steps earlier, or --counters keep",
         ) from error
-    state.update(_state_after(schedule, state))
-    for group, moved in zip(groups, stand_in.param_groups, strict=False):
-        group.update({key: moved[key] for key in group if key != "params" and key in moved})
-
-
-def _stepped(schedule: Any, count: int) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 'step() before optimizer.step()': there is no optimiser here
-        for _ in range(count):
-            schedule.step()
-            yield
+    state.update(moved)
+    for group, new in zip(groups, own, strict=False):
+        group.update({key: new[key] for key in group if key != "params" and key in new})
 
 
 def rates_ahead(state: dict[str, Any], groups: list[dict[str, Any]], count: int) -> list[tuple[float, ...]]:
@@ -195,18 +143,19 @@ def rates_ahead(state: dict[str, Any], groups: list[dict[str, Any]], count: int)
     Fewer where the schedule ends before; none where the state does not hold the formula.
     """
     name = schedule_name(state)
-    unknown = name in {"LambdaLR", "ReduceLROnPlateau"} or _holds_lambda(state)
+    unknown = name in _WITHOUT_FORMULA or _holds_lambda(state)
     if unknown or (name in _RATES_IN_GROUPS and not groups):
         return []
-    stand_in = SimpleNamespace(param_groups=_stand_in_groups(state, groups), step=lambda: None)
-    rates = [tuple(group["lr"] for group in stand_in.param_groups)]
+    moved, own = copy.deepcopy(state), _own_groups(state, groups)
+    rates = [tuple(group["lr"] for group in own)]
     with suppress(ValueError):  # OneCycleLR's, at its end
-        for _ in _stepped(_rebuild(name, state, stand_in), min(count, MAX_COUNT)):
-            rates.append(tuple(group["lr"] for group in stand_in.param_groups))  # noqa: PERF401 - what was had counts
+        for _ in range(min(count, MAX_COUNT)):
+            step_once(moved, own)
+            rates.append(tuple(group["lr"] for group in own))
     return rates
 
 
-def _stand_in_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _own_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Copies of the groups; where the file holds none, groups with the schedule's own rates."""
     base = _base_rates(state)
     rates = state.get("_last_lr") or base
@@ -220,35 +169,6 @@ def _base_rates(state: dict[str, Any]) -> list[float]:
     if state.get("base_lrs"):
         return list(state["base_lrs"])
     return next((rates for inner in state.get("_schedulers", []) if (rates := _base_rates(inner))), [])
-
-
-def _rebuild(name: str, state: dict[str, Any], optimizer: SimpleNamespace) -> Any:
-    if name == "LambdaLR":
-        schedule: Any = _Unknown(optimizer)
-    else:
-        from torch.optim import lr_scheduler, swa_utils
-
-        kind = getattr(swa_utils if name == "SWALR" else lr_scheduler, name)
-        schedule = kind.__new__(kind)
-        schedule.optimizer = optimizer
-    schedule.__dict__.update({key: copy.deepcopy(value) for key, value in state.items() if key != "_schedulers"})
-    if name == "CyclicLR":
-        schedule._scale_fn_custom = None  # noqa: SLF001
-        schedule._init_scale_fn()  # noqa: SLF001
-    if name == "SWALR":
-        schedule._set_anneal_func(state["_anneal_strategy"])  # noqa: SLF001
-    if "_schedulers" in state:
-        schedule._schedulers = [_rebuild(schedule_name(one), one, optimizer) for one in state["_schedulers"]]  # noqa: SLF001
-    return schedule
-
-
-def _state_after(schedule: Any, before: dict[str, Any]) -> dict[str, Any]:
-    """The schedule's state with the keys that it had."""
-    after = {key: value for key, value in schedule.__dict__.items() if key in before and key != "_schedulers"}
-    if "_schedulers" in before:
-        pairs = zip(schedule._schedulers, before["_schedulers"], strict=True)  # noqa: SLF001
-        after["_schedulers"] = [{**old, **_state_after(inner, old)} for inner, old in pairs]
-    return after
 
 
 # --- LambdaLR --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,31 @@
+"""Packages that only some requests use: they are imported then, and a missing one is one clear line.
+
+Everything else works without them, so that an installation stays small.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from farcast_cli.errors import UsageError
+
+EXTRAS = {"torch": "torch", "huggingface_hub": "hub"}
+"""The optional packages, and the extra of farcast that installs each."""
+
+
+def need(package: str, what: str) -> None:
+    """See that an optional package can be imported.
+
+    Args:
+        what: the option, or the thing in the input, that asks for it.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise UsageError(
+            f"{what}: expected the package {package}, found that it cannot be imported ({error})",
+            hint=f"pip install 'farcast[{EXTRAS[package]}]'",
+        ) from error
