@@ -487,6 +487,19 @@ def test_a_memory_of_another_run_is_not_used(tmp_path: Path, call_cli: CallCli) 
     assert record_of(tmp_path / "out/run.memory.safetensors")["run"] == "../b/run"
 
 
+@pytest.mark.parametrize("output", ["out/leap", "out/leap.pt", "/dev/null"])
+def test_a_place_that_does_not_fit_the_run_is_refused_at_the_first_call_and_no_memory_begins(
+    tmp_path: Path, call_cli: CallCli, output: str
+) -> None:
+    """Not hours later, at the first call that leaps."""
+    loop = Loop(tmp_path, call_cli)
+    loop.train(count=2)
+    done = call_cli("leap", "run", "-o", output, cwd=tmp_path)
+    assert done.returncode == 5
+    assert f"-o {output}: expected a name that ends in .safetensors" in done.stderr
+    assert not list(tmp_path.rglob("*.memory.safetensors"))
+
+
 def test_a_run_whose_name_is_no_text_keeps_its_memory(tmp_path: Path, call_cli: CallCli) -> None:
     name = "run\udcff"
     run = tmp_path / name

@@ -579,6 +579,8 @@ def with_option(name: str, *values: str) -> tuple[str, ...]:
         (with_option("-o"), 2, ("-o OUT", "--delta-out")),
         (with_option("-o", "step_10.safetensors"), 2, ("is the checkpoint itself", "never changes its input")),
         (with_option("-o", "rows.npz"), 5, ("rows.npz", "exists already")),
+        (with_option("-o", "."), 5, ("-o .: expected the path of an output", "-o OUT")),
+        (with_option("-o", "/"), 5, ("-o /: expected the path of an output", "-o OUT")),
         (with_option("-o", "tuned.pt"), 2, ("ends in .safetensors",)),
         ((*CALL, "-o", "t.safetensors", "--method", "adam"), 2, ("--method adam", "no low rank", "gauss-newton")),
         ((*CALL, "-o", "t.safetensors", "--method", "lbfgs"), 2, ("--method lbfgs", "gradient-descent")),

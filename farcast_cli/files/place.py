@@ -97,6 +97,8 @@ def check_place(
     Raises:
         OutputError: it may not, or another process writes this output.
     """
+    if not place.name:
+        raise OutputError(f"{option} {place}: expected the path of an output, found one without a name", hint=f"{option} OUT")
     beside = [sidecar_of(place, is_file=True)] if has_sidecar_beside else []
     if run is not None:
         check_outside(place, run, option=option)

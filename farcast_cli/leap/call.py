@@ -63,6 +63,7 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
     trajectory = discover(ask.directory, steps=ask.selection.steps, pattern=ask.selection.pattern)
+    place_of(ask.request, trajectory.origin, 1, Fraction(1), settle(trajectory.origin, ask.request.layout))  # refused at once
     place = memory_of(ask.folder, ask.directory)
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
