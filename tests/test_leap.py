@@ -671,6 +671,14 @@ def test_leaps_that_the_run_never_resumed_from_take_nothing_from_its_history(loo
     assert (content["num_snapshots"], content["leap"]) == (7, None)
 
 
+def test_a_leap_may_be_written_in_another_container(loop: Loop) -> None:
+    loop.train(count=3)
+    origin = load(loop.newest)
+    done = loop.call("leap", "run", "--layout", "pt", cwd=loop.home)
+    assert (done.returncode, done.stdout) == (0, "forecasts/step_00300-leap100.pt\n")
+    assert torch.load(loop.home / done.stdout.strip(), weights_only=True).keys() == origin.keys()
+
+
 @pytest.mark.parametrize("counters", ["keep", "advance"])
 def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     loop.kind = "folder"
