@@ -671,12 +671,14 @@ def test_leaps_that_the_run_never_resumed_from_take_nothing_from_its_history(loo
     assert (content["num_snapshots"], content["leap"]) == (7, None)
 
 
-def test_a_leap_may_be_written_in_another_container(loop: Loop) -> None:
+def test_a_leap_may_be_written_in_another_container_and_says_what_that_leaves_out(loop: Loop) -> None:
+    loop.kind = "payload"
     loop.train(count=3)
     origin = load(loop.newest)
-    done = loop.call("leap", "run", "--layout", "pt", cwd=loop.home)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_00300-leap100.pt\n")
-    assert torch.load(loop.home / done.stdout.strip(), weights_only=True).keys() == origin.keys()
+    done = loop.call("leap", "run", "--layout", "safetensors", cwd=loop.home)
+    assert (done.returncode, done.stdout) == (0, "forecasts/ckpt_300-leap100.safetensors\n")
+    assert "note: weights only: not in safetensors: step, note" in done.stderr.splitlines()
+    assert load(loop.home / done.stdout.strip()).keys() == origin.keys()
 
 
 @pytest.mark.parametrize("counters", ["keep", "advance"])
