@@ -700,6 +700,13 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     assert record_of(loop.memory)["landing_step"] == step
 
 
+def test_a_leap_that_advances_the_counters_leaves_half_of_the_steps_that_the_run_has_left(loop: Loop) -> None:
+    loop.kind = "folder"
+    loop.train(count=3)
+    loop.leap("--counters", "advance", "--every", 10_000)
+    assert loop.told["horizon"] == (9000 - 300) / 2
+
+
 def test_near_the_end_of_a_run_there_is_no_leap(loop: Loop) -> None:
     loop.kind = "folder"
     loop.train(count=3)
