@@ -312,6 +312,22 @@ def test_a_forecast_has_its_provenance_beside_it(work: Path, call_cli: CallCli) 
     assert [entry["step"] for entry in content["inputs"]] == list(STEPS)
 
 
+FIGURES = ("ratio", "expected_ratio", "coherence", "recent_coherence", "significance", "pace_ahead", "length_factor")
+
+
+def test_the_sidecar_has_the_numbers_of_the_answer(tmp_path: Path, call_cli: CallCli) -> None:
+    make_torch_run(tmp_path / "run", range(10, 210, 10))
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    answer = as_json(call_cli("predict", "--horizon", 50, "--method", "line", "--even-if-worse", "--json", cwd=tmp_path))
+    sidecar = json.loads((tmp_path / f"{answer['path']}.farcast.json").read_text(), parse_constant=no_constant)
+    shared = sorted((answer.keys() & sidecar.keys()) - {"schema_version"})
+    figures = [key for key in shared if isinstance(answer[key], float)]
+    assert figures == sorted(FIGURES)
+    assert len({round(answer[key], 9) for key in figures}) == len(figures), "no two are alike, so none can stand for another"
+    assert {key: sidecar[key] for key in figures} == pytest.approx({key: answer[key] for key in figures}, rel=1e-9)
+    assert {key: sidecar[key] for key in set(shared) - {*figures}} == {key: answer[key] for key in set(shared) - {*figures}}
+
+
 def test_verify_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None:
     assert call_cli("predict", "--horizon", 200, cwd=work).returncode == 0
     make_loose_run(work / "run", [1000])
@@ -382,6 +398,12 @@ def test_a_run_with_newer_snapshots_is_noted_with_the_command_to_fit_again(work:
     (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: the run")]
     assert "newer snapshots than the forecaster, up to step_001000.safetensors" in note
     assert note.endswith("farcast fit run")
+
+
+def test_of_newer_snapshots_nothing_is_said_where_the_origin_is_asked_for(work: Path, call_cli: CallCli) -> None:
+    make_loose_run(work / "run", [900])
+    assert "newer snapshots" in call_cli("predict", "--horizon", 100, cwd=work).stderr
+    assert "newer snapshots" not in call_cli("predict", "--horizon", 100, "--origin", 700, cwd=work).stderr
 
 
 def test_a_forecaster_and_its_run_may_move_together(work: Path, tmp_path: Path, call_cli: CallCli) -> None:

@@ -132,7 +132,7 @@ def test_a_pt_file_of_a_loop_of_ones_own_is_no_composer_checkpoint(tmp_path: Pat
     assert layout.name == "torch"
 
 
-@pytest.mark.parametrize("horizon", [1, 4, 16, 20, 33])
+@pytest.mark.parametrize("horizon", [1, 4, 12, 16, 20, 32, 33])
 def test_every_count_is_that_which_composer_has_at_the_later_batch(horizon: int, tmp_path: Path) -> None:
     found = advance(snapshots(tmp_path / "run", [8, 16, 24, 32, 40, 48]), horizon)
     assert moved(found) == counts(48 + horizon)

@@ -552,6 +552,20 @@ def test_predict_publishes_nothing_where_the_origin_changed_while_it_was_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_predict_publishes_nothing_where_an_older_snapshot_changed_while_it_was_read(tmp_path: Path) -> None:
+    run = make_loose_run(tmp_path / "run")
+    fitted = load_fitted(fit_run(run, tmp_path / "forecaster.safetensors"))
+    request = Request((100,), even_if_worse=True, output=str(tmp_path / "out" / "leap.safetensors"))
+
+    def progress(_: int) -> None:
+        for step in STEPS[:-1]:
+            touched(run / loose_name(step))
+
+    with pytest.raises(SnapshotError, match="changed while it was read"):
+        predict(fitted, request, lambda _phase, _total: progress)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_log_that_grows_in_an_older_snapshot_is_no_change_and_in_the_origin_it_is(tmp_path: Path) -> None:
     run = hf_run(tmp_path / "run")
     for step in STEPS:

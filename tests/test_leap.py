@@ -684,6 +684,16 @@ def test_leaps_that_the_run_never_resumed_from_take_nothing_from_its_history(loo
     assert (content["num_snapshots"], content["leap"]) == (7, None)
 
 
+def test_a_leap_may_be_written_in_another_container_and_says_what_that_leaves_out(loop: Loop) -> None:
+    loop.kind = "payload"
+    loop.train(count=3)
+    origin = load(loop.newest)
+    done = loop.call("leap", "run", "--layout", "safetensors", cwd=loop.home)
+    assert (done.returncode, done.stdout) == (0, "forecasts/ckpt_300-leap100.safetensors\n")
+    assert "note: weights only: not in safetensors: step, note" in done.stderr.splitlines()
+    assert load(loop.home / done.stdout.strip()).keys() == origin.keys()
+
+
 @pytest.mark.parametrize("counters", ["keep", "advance"])
 def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     loop.kind = "folder"
@@ -701,6 +711,13 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     same = (loop.forecast / "optimizer.pt").read_bytes() == (origin / "optimizer.pt").read_bytes()
     assert same == (counters == "keep")
     assert record_of(loop.memory)["landing_step"] == step
+
+
+def test_a_leap_that_advances_the_counters_leaves_half_of_the_steps_that_the_run_has_left(loop: Loop) -> None:
+    loop.kind = "folder"
+    loop.train(count=3)
+    loop.leap("--counters", "advance", "--every", 10_000)
+    assert loop.told["horizon"] == (9000 - 300) / 2
 
 
 def test_near_the_end_of_a_run_there_is_no_leap(loop: Loop) -> None:

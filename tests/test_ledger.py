@@ -241,6 +241,12 @@ def test_a_run_whose_steps_jump_over_a_leap_has_resumed_and_begins_after_it(tmp_
     assert (history.leap, history.num_before) == (leap, 12)
 
 
+def test_a_leap_as_long_as_the_distance_between_snapshots_can_be_told_from_training(tmp_path: Path) -> None:
+    run = _plain(tmp_path / "run")
+    _continued(run, _forecast(tmp_path / "f.safetensors", step=1300), AFTER, after=1300)
+    assert _history(run, _leap(run, tmp_path / "f.safetensors", horizon=100)).trajectory.steps == AFTER
+
+
 def test_a_run_whose_steps_jump_has_resumed_even_where_the_forecast_is_deleted(tmp_path: Path) -> None:
     run = _plain(tmp_path / "run")
     _continued(run, _forecast(tmp_path / "f.safetensors", step=1700), AFTER, after=1700)

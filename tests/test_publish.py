@@ -557,6 +557,18 @@ def test_a_folder_in_which_the_user_has_put_a_file_is_not_replaced(tmp_path: Pat
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
+def test_a_link_that_leads_to_a_forecast_is_not_replaced(tmp_path: Path, call_cli: CallCli) -> None:
+    make_torch_run(tmp_path / "run")
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    arguments = ["predict", "--horizon", 10, "--layout", "dcp", "--even-if-worse", "-o"]
+    assert call_cli(*arguments, "kept", cwd=tmp_path).returncode == 0
+    (tmp_path / "latest").symlink_to("kept")
+    done = call_cli(*arguments, "latest", "--overwrite", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "latest: exists and is not a forecast" in done.errors[0]
+    assert (tmp_path / "latest").readlink().name == "kept"
+
+
 def test_the_sidecar_lists_every_file_with_its_size(fitted: Path, call_cli: CallCli) -> None:
     assert predict_to(call_cli, fitted, "out/a.safetensors") == (0, "")
     (told,) = json.loads((fitted / "out" / "a.safetensors.farcast.json").read_text())["files"]

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 from farcast_cli.run.pace import MAX_SCALE, Pace
 from farcast_cli.run.trajectory import discover
-from farcast_cli.state.rates import read_pace
+from farcast_cli.state.rates import rate_at, read_pace
 from tests.tiny import save_safetensors
 
 if TYPE_CHECKING:
@@ -115,6 +115,12 @@ def test_groups_that_share_a_schedule_have_one_clock_and_a_frozen_one_does_not_m
     optimizer = _sgd(0.1, 0.03, 0.0)
     used = _train(tmp_path, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, LENGTH))
     assert _pace(tmp_path, ahead=20).total(10, 60) == pytest.approx(sum(used[10:60]), rel=1e-9)
+
+
+def test_the_rate_of_one_snapshot_is_the_highest_of_its_groups(tmp_path: Path) -> None:
+    optimizer = _sgd(0.03, 0.1, 0.0)
+    _train(tmp_path, optimizer, lr_scheduler.StepLR(optimizer, LENGTH))
+    assert rate_at(discover(tmp_path).origin) == 0.1
 
 
 def test_groups_with_schedules_of_their_own_count_steps_and_say_so(tmp_path: Path) -> None:

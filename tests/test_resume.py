@@ -505,6 +505,21 @@ def test_zero_momentum_empties_the_first_moments_alone(huggingface: Fitted, tmp_
     assert _same(_moments(forecast, "exp_avg_sq"), _moments(HF_ORIGIN, "exp_avg_sq"))
 
 
+def test_zero_momentum_empties_the_momentum_of_sgd(tmp_path: Path) -> None:
+    weights = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    for step in range(1, 61):
+        weights.grad = torch.arange(1.0, 5.0)
+        optimizer.step()
+        if step % 10 == 0:
+            _payload_run(tmp_path / "run", {step: {"optimizer": optimizer.state_dict(), "step": step}})
+    fitted = fit_run(tmp_path / "run")
+    for mode, is_kept in (("copy", True), ("zero-momentum", False)):
+        predict_run(fitted, tmp_path / f"{mode}.pt", horizons=[20], optimizer=mode)
+        (entry,) = _load(tmp_path / f"{mode}.pt")["optimizer"]["state"].values()
+        assert torch.equal(entry["momentum_buffer"], optimizer.state[weights]["momentum_buffer"] * is_kept)
+
+
 def test_a_reset_optimizer_starts_afresh_at_the_right_learning_rate(huggingface: Fitted, tmp_path: Path) -> None:
     forecast = _predicted(huggingface, tmp_path / "checkpoint-1300", optimizer="reset")
     saved = _load(forecast / "optimizer.pt")

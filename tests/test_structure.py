@@ -289,6 +289,19 @@ def test_a_command_is_short_and_has_a_module_of_its_own() -> None:
     assert [node for node in ast.walk(tree_of("cli")) if isinstance(node, ast.FunctionDef) and node.name in COMMANDS] == []
 
 
+UNREAD = {"inspect": {"quiet"}, "tune": {"verbose"}}
+"""Options that all commands share, where one has nothing to leave out or to add."""
+
+
+def test_every_option_of_a_command_is_read_in_its_body() -> None:
+    for command in COMMANDS:
+        functions = [node for node in tree_of(f"commands.{command}").body if isinstance(node, ast.FunctionDef)]
+        (function,) = [node for node in functions if node.name == command]
+        options = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+        read = {node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+        assert options - read == {"config"} & options | UNREAD.get(command, set()), command  # its callback reads the file
+
+
 HEAVY = {"torch", "numpy", "transformers", "huggingface_hub"}
 
 

@@ -10,10 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from farcast_cli.checkpoint.pieces import Fixed, OutputFile, Section
+from farcast_cli.engine.arithmetic import HostArithmetic
+from farcast_cli.engine.batch import Inputs
+from farcast_cli.engine.linear import LinearMap
+from farcast_cli.engine.ranges import Placed, ranges
+from farcast_cli.engine.worker import Work, Worker
 from farcast_cli.engine.workers import alone, in_order, in_processes, in_threads
 from farcast_cli.errors import OutputError, SnapshotError
+from farcast_cli.run.alignment import Alignment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,6 +84,17 @@ def test_a_killed_worker_is_an_output_error_that_says_so() -> None:
     with pytest.raises(OutputError, match="a worker process was killed by SIGKILL") as caught:
         list(in_processes(20, partial(_Worker, _killed), 3))
     assert "--threads 1" in caught.value.hint
+
+
+def test_a_range_that_cannot_be_written_is_an_error_also_if_it_is_the_last_one(tmp_path: Path) -> None:
+    file = Placed.of(OutputFile("", (Section((Fixed(b"ten bytes."),)),)))
+    nothing = np.zeros((1, 0))
+    inputs = Inputs(Alignment((), ()), LinearMap(np.zeros((1, 0, 1)), nothing, nothing, 0))
+    work = Work(inputs, [[file]], [[tmp_path / "removed"]], ranges([file], 4096), "pread", block=8)
+    worker = Worker(work, HostArithmetic())
+    worker.fill(0)
+    with pytest.raises(FileNotFoundError):
+        worker.close()
 
 
 def test_workers_are_gone_when_their_results_are_not_wanted_any_more() -> None:
