@@ -132,12 +132,13 @@ def _plan(
 def _check_end(request: Request, start: Start, horizon: int) -> None:
     """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
     valid, end = start.origin.step + horizon, start.end
-    if request.counters == "advance" and end is not None and end[1] <= valid:
+    if request.counters == "advance" and end is not None and start.ends_before(horizon):
         longest = end[1] - start.origin.step - 1
+        origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
         raise UsageError(
             f"valid step {valid}: expected a step before the end of the run, {end[0]} = {end[1]}",
-            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
-            + "--counters keep forecasts the weights only; --for evaluation does not resume",
+            hint=(f"--horizon {longest} or less; --counters keep forecasts the weights only; " if longest > 0 else "")
+            + f"farcast predict{request.source}{origin} --for evaluation writes the weights to evaluate or ship",
         )
 
 

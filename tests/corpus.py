@@ -889,8 +889,12 @@ CASES: tuple[Case, ...] = (
     Case("snapshots that are FIFOs", "loose", _fifos, code=3, says="no snapshots"),
     Case("a FIFO in the snapshots", "hf", special(os.mkfifo), says="neither a file nor a folder"),
     Case("a socket in the snapshots", "hf", special(make_socket, "wandb.sock"), says="neither a file nor a folder"),
-    Case("a device in the snapshots", "hf", special(lambda p: p.symlink_to("/dev/zero"), "rng_state.pth"), says="outside the run"),
-    Case("a link out of the run", "hf", special(lambda p: p.symlink_to("/etc/passwd"), "rng_state.pth"), says="outside the run"),
+    Case(
+        "a device in the snapshots", "hf", special(lambda p: p.symlink_to("/dev/zero"), "rng_state.pth"), says="outside the run"
+    ),
+    Case(
+        "a link out of the run", "hf", special(lambda p: p.symlink_to("/etc/passwd"), "rng_state.pth"), says="outside the run"
+    ),
     Case("links in a circle", "hf", _tied_up, says="circle"),
     Case("a snapshot with escapes in its name", "loose", _loose_name, code=3, says="printable"),
 )

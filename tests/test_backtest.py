@@ -412,7 +412,8 @@ def test_a_coherence_that_chance_alone_gives_is_turned_away_and_said_to_be() -> 
         assert decision.verdict == "abstain"
         p = f"{decision.significance.p:.2g}"
         assert (
-            decision.reason == f"coherence S = {decision.coherence:.2f}, needed 0.15, but chance alone often gives as much: p = {p}"
+            decision.reason
+            == f"coherence S = {decision.coherence:.2f}, needed 0.15, but chance alone often gives as much: p = {p}"
         )
 
 

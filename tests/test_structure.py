@@ -128,6 +128,7 @@ ORDER = (
     "sidecar",
     "publish",
     "predict",
+    "advice",
     "leap.__init__",
     "leap.ask",
     "leap.evidence",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,7 +39,13 @@ from farcast_cli.commands.options import (
     parse_size,
     resources_of,
 )
-from farcast_cli.errors import NoForecastError
+from farcast_cli.errors import NoForecastError, shell_word
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.request import Outcome, Request
 
 EXAMPLES = (
     "Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
@@ -126,10 +132,10 @@ def predict(
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
     resources = resources_of(device, io, threads)
-    from farcast_cli import predict as library
-    from farcast_cli.commands import answers, render
+    from farcast_cli.commands import render
     from farcast_cli.forecast.forecaster import Options
     from farcast_cli.forecast.forecaster_file import load_fitted
+    from farcast_cli.predict import predict as run
     from farcast_cli.request import Request
 
     fitted = load_fitted(forecaster)
@@ -151,16 +157,29 @@ def predict(
         dry_run=dry_run,
         ledger=ledger,
         clock=clock,
+        source="" if forecaster == DEFAULT_FORECASTER else f" --forecaster {shell_word(forecaster)}",
         resources=resources,
         evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
     )
     with render.progress(quiet=quiet) as progress:
-        outcomes = library.predict(fitted, request, progress)
+        outcomes = run(fitted, request, progress)
+    _tell(fitted, request, outcomes, quiet=quiet, verbose=verbose, as_json=json_)
+
+
+def _tell(fitted: Fitted, request: Request, outcomes: Sequence[Outcome], *, quiet: bool, verbose: bool, as_json: bool) -> None:
+    """What came of it; ends with an exit code of its own where nothing was written."""
+    from farcast_cli.advice import advice
+    from farcast_cli.commands import answers, render
+    from farcast_cli.predict import default_notes
+
+    is_written = any(outcome.path for outcome in outcomes)
     if not quiet:
-        render.predictions(outcomes, library.default_notes(fitted, request, outcomes), dry_run=dry_run, verbose=verbose)
-    if json_:
-        render.as_json(answers.of_predict(outcomes, dry_run=dry_run))
-    elif not dry_run:
+        hint = "" if is_written else advice(fitted, request, outcomes)
+        notes = default_notes(fitted, request, outcomes)
+        render.predictions(outcomes, notes, hint, dry_run=request.dry_run, verbose=verbose)
+    if as_json:
+        render.as_json(answers.of_predict(outcomes, dry_run=request.dry_run))
+    elif not request.dry_run:
         render.paths([outcome.path for outcome in outcomes if outcome.path])
-    if not any(outcome.path for outcome in outcomes):
+    if not is_written:
         raise typer.Exit(NoForecastError.exit_code)

@@ -339,14 +339,14 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
-def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, dry_run: bool, verbose: bool) -> None:
+def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], hint: str, *, dry_run: bool, verbose: bool) -> None:
     """What came of each horizon, what a person should know before using it, and what to do where nothing was written."""
     for outcome in outcomes:
         _outcome(outcome, dry_run=dry_run, verbose=verbose)
     for text in notes:
         note(f"note: {text}")
-    if not any(outcome.path for outcome in outcomes):
-        note("hint: keep training and fit again, try another --horizon, or write it anyway with --even-if-worse")
+    if hint:
+        note(f"hint: {hint}")
 
 
 def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
