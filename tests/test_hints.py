@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from safetensors.torch import save_file
 
-from tests.conftest import STEPS, fit_run, loose_name, make_loose_run, weights_at
+from tests.conftest import STEPS, fit_run, loose_name, make_loose_run, tree_digest, weights_at
 from tests.tiny import SAMPLES
 
 if TYPE_CHECKING:
@@ -91,3 +91,52 @@ def test_without_the_runs_files_no_command_is_proposed(turning: Path, call_cli: 
     shutil.rmtree(turning / "run")
     done = call_cli("predict", "--horizon", 100, "--forecaster", "other.safetensors", cwd=turning)
     assert (done.returncode, done.hints) == (10, ["hint: keep training and fit again"])
+
+
+# --- more paths than a command takes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inspect", "fit", "backtest", "predict", "leap"])
+def test_paths_that_a_shell_made_of_a_pattern_lead_to_their_folder(command: str, tmp_path: Path, call_cli: CallCli) -> None:
+    paths = sorted(make_loose_run(tmp_path / "my run").iterdir())
+    done = call_cli(command, *(f"my run/{path.name}" for path in paths), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.errors == ["error: expected one folder, found 8 paths in my run"]
+    assert done.hints == [f"hint: farcast {command} 'my run'"]
+    assert call_cli(*shlex.split(done.hints[0])[2:], cwd=tmp_path).returncode == 0
+
+
+def test_arguments_that_are_too_many_are_one_short_line(tmp_path: Path, call_cli: CallCli) -> None:
+    done = call_cli("verify", "a", "b", "c", "d", "--against", "x", cwd=tmp_path)
+    assert (done.returncode, done.errors) == (2, ["error: expected one FORECAST, found 4: a, b, c and 1 more"])
+
+
+# --- fit and predict in one go ---------------------------------------------------------------------------------------
+
+
+def test_predict_of_a_folder_equals_fit_and_predict(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    assert call_cli("fit", "run", "--exclude", "norm*", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", 100, "-o", "two/", cwd=tmp_path).returncode == 0
+    (tmp_path / "forecaster.safetensors").unlink()
+    done = call_cli("predict", "run", "--exclude", "norm*", "--horizon", 100, "-o", "one/", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "one/step_000900.safetensors\n")
+    assert tree_digest(tmp_path / "one") == tree_digest(tmp_path / "two")
+    assert not (tmp_path / "forecaster.safetensors").exists()
+
+
+def test_the_hints_of_predict_with_a_folder_name_the_folder(turning: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "run", "--exclude", "norm*", cwd=turning)
+    assert proposed(done) == [["predict", "run", "--exclude", "norm*", "--for", "evaluation"]]
+    assert call_cli(*proposed(done)[0], cwd=turning).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["predict", "backtest"])
+def test_a_folder_and_a_forecaster_are_too_much(command: str, turning: Path, call_cli: CallCli) -> None:
+    done = call_cli(command, "run", "--forecaster", "other.safetensors", cwd=turning)
+    assert (done.returncode, done.errors) == (2, ["error: expected a folder or --forecaster FILE, found both"])
+
+
+def test_a_choice_of_snapshots_without_a_folder_is_not_ignored(turning: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--steps", "100:", "--forecaster", "other.safetensors", cwd=turning)
+    assert (done.returncode, done.errors) == (2, ["error: --steps: chooses from a folder, and none is named"])

@@ -23,7 +23,7 @@ from farcast_cli.choices import (
     SolverName,
     StepNorm,
 )
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import UsageError, listed, shell_word
 
 if TYPE_CHECKING:
     from farcast_cli.engine.reader import Resources
@@ -80,6 +80,37 @@ class Grouped(TyperCommand):
             parameter.rich_help_panel = places[parameter.name][1]
         known.sort(key=lambda parameter: places[parameter.name][0])
         super().__init__(*args, params=[*(p for p in params if p not in known), *known], **options)
+        self.allow_extra_args = True  # what is too many, `parse_args` says itself
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            UsageError: more arguments than the command takes.
+        """
+        super().parse_args(ctx, args)
+        if ctx.args:
+            _refuse_more(ctx)
+        return args
+
+
+def _refuse_more(context: Any) -> None:
+    """Refuse arguments that are too many; those that a shell made of a pattern lead to their folder."""
+    taken = [parameter for parameter in context.command.params if parameter.param_type_name == "argument"]
+    if not taken:
+        raise UsageError(f"unexpected argument {context.args[0]}", hint=f"farcast {context.info_name} --help")
+    name, more = taken[-1].name, context.args
+    found = [Path(str(context.params[name])), *map(Path, more)]
+    kind, folders = taken[-1].metavar.strip("[]"), {path.parent for path in found}
+    if name == "directory" and len(folders) == 1 and all(os.path.lexists(path) for path in found):
+        (folder,) = folders
+        raise UsageError(
+            f"expected one folder, found {len(found)} paths in {folder}",
+            hint=f"farcast {context.info_name} {shell_word(folder)}",
+        )
+    raise UsageError(
+        f"expected one {kind}, found {len(found)}: {listed(found, most=3)}", hint=f"farcast {context.info_name} --help"
+    )
 
 
 def _commands(context: typer.Context) -> list[Any]:
@@ -371,6 +402,12 @@ def parse_size(text: str | None) -> int | None:
 def device_name(device: str) -> str:
     """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
     return "cpu" if device == "auto" else device
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line; neither the environment nor a file gave it."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def selection_of(
