@@ -142,13 +142,16 @@ def _check_end(request: Request, start: Start, horizon: int) -> None:
         )
 
 
-def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool) -> None:
+def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool, existing: Check | None = None) -> None:
     """See that forecasts may be put there, and remove what an interrupted call left of them.
+
+    Args:
+        existing: what may lie there already; by default nothing, or a forecast that is replaced.
 
     Raises:
         OutputError: a place inside the run's folder, or what farcast did not write stands there.
     """
-    existing = existing_check(overwrite=request.overwrite, is_file=is_file)
+    existing = existing or existing_check(overwrite=request.overwrite, is_file=is_file)
     for path in paths:
         check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
         if request.evaluator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
 from farcast_cli.publish import publish
+from farcast_cli.repeat import check_unchanged
 from farcast_cli.request import Outcome, Prepared, Request, Start
 from farcast_cli.results import FittedOn
 from farcast_cli.state.advance import HISTORY
@@ -194,7 +196,9 @@ def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[
     opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
     container = settle(start.origin, request.layout)
     paths = [place_of(request, start.origin, horizon, _name_unit(fitted), container) for horizon in horizons]
-    claim(paths, fitted.directory, request, is_file=container.is_file)
+    is_file = container.is_file
+    same = None if request.overwrite else partial(check_unchanged, is_file=is_file)  # publish compares how it was made
+    claim(paths, fitted.directory, request, is_file=is_file, existing=same)
     used = [opened[index] for index in linear.used]
     inputs = Inputs(realign(fitted, used), linear.restrict(linear.used))
     history = _history(fitted, opened, start.index)

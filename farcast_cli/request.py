@@ -69,6 +69,8 @@ class Outcome:
     chosen: tuple[str, ...] = ()
     """What was chosen for the user, and why."""
     path: Path | None = None
+    existed: bool = False
+    """The same request wrote it before, and nothing was written now."""
     num_forecast: int = 0
     copied: tuple[Copied, ...] = ()
     unchanged_share: float | None = None

@@ -50,7 +50,7 @@ _RECENT = "coherence of the recent half of the history; `null` if it has too few
 _CLOCK = "unit of b: `rate` (learning rate summed over the steps) or `steps`"
 _PACE_AHEAD = "mean learning rate over the horizon, divided by the mean over the period before it; 1 if steps are counted"
 _LENGTH_FACTOR = "factor on the update's length: `pace_ahead`, or 1 if it keeps its full length"
-_UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`)"
+_UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`, nor if nothing was written)"
 _DRY_RUN = "`true` with `--dry-run`; absent otherwise"
 
 
@@ -236,6 +236,10 @@ class Forecast(_Part):
     notes: tuple[str, ...] = Field(description="values that could not be advanced exactly, and parts that were left out")
     evaluations: tuple[EvaluationEntry, ...] = Field(
         default=(), description="with `--eval-cmd`: one entry per trial; absent without"
+    )
+    existed: bool = Field(
+        default=False,
+        description="`true` if the same forecast was there already, so that nothing was written; absent otherwise",
     )
 
 

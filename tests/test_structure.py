@@ -126,6 +126,7 @@ ORDER = (
     "request",
     "planning",
     "sidecar",
+    "repeat",
     "publish",
     "predict",
     "advice",

@@ -126,6 +126,7 @@ def _forecast(outcome: Outcome) -> results.Forecast:
         seconds=outcome.seconds,
         changes=outcome.changes,
         notes=outcome.notes,
+        existed=outcome.existed,
         evaluations=tuple(
             results.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
         ),

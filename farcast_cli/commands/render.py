@@ -242,6 +242,8 @@ def fit_cautions(plan: FitPlan) -> None:
     """What a person should know of the folder before its run is forecast."""
     found, history = plan.found, plan.history
     folder = shell_word(found.directory)
+    if plan.replaced:
+        note(f"note: {plan.request.output} is the forecaster of another run, {plan.replaced}: it is replaced")
     if found.ignored:
         entries = "entry" if len(found.ignored) == 1 else "entries"
         note(f"{len(found.ignored)} {entries} left out (farcast inspect {folder} lists them)")
@@ -357,6 +359,9 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
     note(_clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor))
     if outcome.path is None:
         note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
+    elif outcome.existed:
+        note(f"{head}: already there, made from the same snapshots with the same options: nothing was written")
+        return
     else:
         did = "would write" if dry_run else "wrote"
         note(
