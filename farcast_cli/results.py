@@ -518,6 +518,24 @@ class TuneSidecar(Answer):
     files: tuple[FileEntry, ...] = Field(default=(), description="every file of the output")
 
 
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class ErrorEntry(_Part):
+    """What went wrong."""
+
+    code: int = Field(description="the exit code of the command, see [the command line](cli.md#exit-codes)")
+    message: str = Field(description="what went wrong, in one line")
+    hint: str | None = Field(description="what to do about it; `null` if nothing is known")
+    path: PortablePath | None = Field(description="the file or folder that the message is about; `null` if it is about none")
+
+
+class ErrorAnswer(Answer):
+    """With `--json`, every command that ends without its own answer."""
+
+    error: ErrorEntry = Field(description="what went wrong")
+
+
 # --- the schema ------------------------------------------------------------------------------------------------------
 
 ANSWERS: dict[str, tuple[type[Answer], ...]] = {
@@ -529,8 +547,9 @@ ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "leap": (LeapAnswer,),
     "tune": (TuneAnswer,),
     "sidecar": (ForecastSidecar, TuneSidecar),
+    "error": (ErrorAnswer,),
 }
-"""The forms of each answer, by the command; `sidecar` is the file."""
+"""The forms of each answer, by the command; `sidecar` is the file, `error` what any command prints that fails."""
 
 
 class _Plain(GenerateJsonSchema):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -26,6 +28,8 @@ from farcast_cli.choices import (
 from farcast_cli.errors import UsageError, listed, shell_word
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from farcast_cli.engine.reader import Resources
     from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.run.selection import Selection
@@ -70,6 +74,24 @@ MAX_DIGITS = 15  # of a number of steps
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 
 
+@dataclass(slots=True)
+class Asked:
+    """What a command line asks for, as far as it has been read; its errors are answered in that form."""
+
+    json: bool = False
+
+    def read(self, context: Any) -> None:
+        """Follow the options of a command, or the file of defaults if they could not be read."""
+        defaults = getattr(context, "default_map", None) or {}
+        self.json = bool(context.params.get("json_", self.json or bool(defaults.get("json_"))))
+
+
+def asked_by(arguments: Sequence[str], environment: Mapping[str, str]) -> Asked:
+    """What a command line asks for by its looks, before it is read."""
+    options = itertools.takewhile(lambda word: word != "--", arguments)
+    return Asked("--json" in options or environment.get(env("JSON"), "").lower() in {"1", "true", "t", "yes", "y", "on"})
+
+
 class Grouped(TyperCommand):
     """A command whose help shows its options by `PANELS`."""
 
@@ -88,7 +110,11 @@ class Grouped(TyperCommand):
         Raises:
             UsageError: more arguments than the command takes.
         """
-        super().parse_args(ctx, args)
+        try:
+            super().parse_args(ctx, args)
+        finally:
+            if isinstance(ctx.obj, Asked):
+                ctx.obj.read(ctx)
         if ctx.args:
             _refuse_more(ctx)
         return args

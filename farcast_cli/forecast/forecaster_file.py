@@ -227,7 +227,7 @@ def load_fitted(path: Path) -> Fitted:
     with reading(path):
         is_file = path.is_file()
     if not is_file:
-        raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one")
+        raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one", path=path)
     open_input(path).close()  # says why it cannot be opened, which safetensors does not
     try:
         with reading(path), safe_open(path, framework="np") as file:
