@@ -75,7 +75,8 @@ byte plus 0xDC00), as Python spells it; so it is in the ledger, the sidecar and 
 JSON = """\
 ## JSON
 
-With `--json`, a command prints one object on stdout. [JSON](json.md) lists its keys; `farcast schema` prints their JSON schema.
+With `--json`, a command prints one object on stdout, also if it fails: then the object has the key `error`. [JSON](json.md) lists the
+keys; `farcast schema` prints their JSON schema.
 """
 
 JSON_INTRODUCTION = """\
@@ -83,8 +84,16 @@ With `--json`, a command prints one object on stdout. A forecast or a tuned chec
 sidecar: `farcast.json` inside a folder, `NAME.farcast.json` beside a file NAME. Keys may be added; none is renamed or removed
 while `schema_version` stays. A number that cannot be computed is `null`.
 
-`farcast schema COMMAND` prints the JSON schema of an answer, `farcast schema sidecar` that of the sidecars.
+A command that fails prints an object with the one key `error` beside `schema_version`; stderr has the same for people. A command that
+ends with exit code 10 prints its own answer, in which `path` is `null`; so does `inspect` for a run that cannot be used.
+
+`farcast schema COMMAND` prints the JSON schema of an answer, `farcast schema sidecar` that of the sidecars, and
+`farcast schema error` that of errors.
 """
+
+
+HEADINGS = {"sidecar": "## Sidecars\n", "error": "## Errors\n"}
+"""Of answers that are not one command's."""
 
 
 def reference() -> str:
@@ -99,7 +108,7 @@ def json_reference() -> str:
     """docs/json.md."""
     parts = ["# JSON\n", MADE, JSON_INTRODUCTION]
     for command, forms in ANSWERS.items():
-        parts.append("## Sidecars\n" if command == "sidecar" else f"## farcast {command} --json\n")
+        parts.append(HEADINGS.get(command, f"## farcast {command} --json\n"))
         content = schema(command)
         for form in content.get("anyOf", [content]):
             node = _resolved(form, content)

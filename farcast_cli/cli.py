@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 
 from farcast_cli import __version__
 from farcast_cli.commands import backtest, fit, inspect, leap, predict, schema, streams, tune, verify
-from farcast_cli.commands.options import Grouped
+from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
 
 INTERRUPTED = 130
@@ -80,26 +81,32 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
         signal.signal(signal.SIGHUP, _interrupt)
+    asked = asked_by(sys.argv[1:], os.environ)
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, obj=asked)
         if code == INTERRUPTED:  # newer versions of typer turn an interrupt into this code
             raise KeyboardInterrupt  # noqa: TRY301
         _check_printed(code or 0)
         sys.exit(code or 0)
     except FarcastError as error:
-        _fail(error)
+        _fail(error, asked)
     except (OSError, RuntimeError, UnicodeEncodeError, MemoryError) as error:
         told = _of_the_system(error)
         if told is None:
+            _answer(asked, FarcastError.exit_code, f"a bug: {error!r}")
             raise
-        _fail(told)
+        _fail(told, asked)
     except _ParsingError as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "farcast"
-        _fail(UsageError(error.format_message(), hint=f"{command} --help"))
+        _fail(UsageError(error.format_message(), hint=f"{command} --help"), asked)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted: incomplete output was removed\n")
+        _answer(asked, INTERRUPTED, "interrupted: incomplete output was removed")
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        _answer(asked, FarcastError.exit_code, f"a bug: {error!r}")
+        raise
     finally:
         gc.enable()
 
@@ -130,11 +137,22 @@ def _of_the_system(error: Exception) -> FarcastError | None:
     return unreadable(Path("an input"), cause) if isinstance(cause, OSError) else None
 
 
-def _fail(error: FarcastError) -> NoReturn:
+def _fail(error: FarcastError, asked: Asked) -> NoReturn:
     try:
         from farcast_cli.commands import render
 
         render.error(error)
+        _answer(asked, error.exit_code, str(error), hint=error.hint, path=error.path)
     except MemoryError:
         streams.say(f"error: {error}")
     sys.exit(error.exit_code)
+
+
+def _answer(asked: Asked, code: int, message: str, *, hint: str = "", path: Path | None = None) -> None:
+    """The error as the one JSON object on stdout, where that was asked for and nothing stands there yet."""
+    if not asked.json or streams.has_printed():
+        return
+    from farcast_cli.commands import answers, render
+    from farcast_cli.errors import printable
+
+    render.as_json(answers.of_error(code, printable(message), hint=hint, path=path))

@@ -30,7 +30,9 @@ A message is one line in lower case: what, where, expected against found. The hi
 
 from __future__ import annotations
 
+import os
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,17 +47,32 @@ class FarcastError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", path: Path | None = None) -> None:
         super().__init__(printable(" ".join(message.split())))
+        self._path = path
         self.hint = printable(hint) if len(hint) <= MAX_MESSAGE else ""  # cut short, its quotes would no longer match
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker's error travels to its parent with its hint."""
-        return _again, (type(self), str(self), self.hint)
+        return _again, (type(self), str(self), self.hint, self._path)
+
+    @property
+    def path(self) -> Path | None:
+        """The file or folder that it is about: the one that its message begins with, where no other is given."""
+        return self._path or _path_in(str(self))
 
 
-def _again(kind: type[FarcastError], message: str, hint: str) -> FarcastError:
-    return kind(message, hint=hint)
+def _again(kind: type[FarcastError], message: str, hint: str, path: Path | None) -> FarcastError:
+    return kind(message, hint=hint, path=path)
+
+
+def _path_in(message: str) -> Path | None:
+    """The path before the colon; an option with its value is none, nor are words."""
+    name, colon, _ = message.partition(": ")
+    if not colon or name.startswith("-"):
+        return None
+    has_form = os.sep in name and not set(name) & set(" '\"`")
+    return Path(name) if has_form or os.path.lexists(name) else None
 
 
 def printable(text: str) -> str:

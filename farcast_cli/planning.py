@@ -132,22 +132,26 @@ def _plan(
 def _check_end(request: Request, start: Start, horizon: int) -> None:
     """A Trainer that is handed a checkpoint at or past its last step trains nothing and exits happily."""
     valid, end = start.origin.step + horizon, start.end
-    if request.counters == "advance" and end is not None and end[1] <= valid:
+    if request.counters == "advance" and end is not None and start.ends_before(horizon):
         longest = end[1] - start.origin.step - 1
+        origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
         raise UsageError(
             f"valid step {valid}: expected a step before the end of the run, {end[0]} = {end[1]}",
-            hint=(f"--horizon {longest} or less; " if longest > 0 else "")
-            + "--counters keep forecasts the weights only; --for evaluation does not resume",
+            hint=(f"--horizon {longest} or less; --counters keep forecasts the weights only; " if longest > 0 else "")
+            + f"farcast predict{request.source}{origin} --for evaluation writes the weights to evaluate or ship",
         )
 
 
-def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool) -> None:
+def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool, existing: Check | None = None) -> None:
     """See that forecasts may be put there, and remove what an interrupted call left of them.
+
+    Args:
+        existing: what may lie there already; by default nothing, or a forecast that is replaced.
 
     Raises:
         OutputError: a place inside the run's folder, or what farcast did not write stands there.
     """
-    existing = existing_check(overwrite=request.overwrite, is_file=is_file)
+    existing = existing or existing_check(overwrite=request.overwrite, is_file=is_file)
     for path in paths:
         check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
         if request.evaluator:

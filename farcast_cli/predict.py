@@ -6,8 +6,9 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
 from farcast_cli.publish import publish
+from farcast_cli.repeat import check_unchanged
 from farcast_cli.request import Outcome, Prepared, Request, Start
 from farcast_cli.results import FittedOn
 from farcast_cli.state.advance import HISTORY
@@ -50,25 +52,15 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
-    index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
-    if request.to_step is not None:
-        request = replace(request, horizons=(request.to_step - fitted.steps[index],))
-    start = _open(fitted, index, request) if _ends_with_the_run(request) else None
-    method, request, notes = _settle(fitted, request, index, start)
-    tasks = [_task(fitted, request, index, horizon) for horizon in request.horizons]
-    decisions = [_decide(method, _judged(fitted, task), request, start) for task in tasks]
-    outcomes = [
-        Outcome(
-            int(task.horizon), fitted.steps[index], method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes
-        )
-        for task, decision in zip(tasks, decisions, strict=True)
-    ]
-    chosen = [i for i, d in enumerate(decisions) if d.verdict == "forecast" or request.even_if_worse]
+    judged = judge(fitted, request)
+    request, start, outcomes = judged.request, judged.start, list(judged.outcomes)
+    chosen = [i for i, o in enumerate(outcomes) if o.decision.verdict == "forecast" or request.even_if_worse]
     if not chosen:  # no file of the run need be there
         return outcomes
-    start = start or _open(fitted, index, request)
-    steps = [forecast(method, tasks[i]) for i in chosen]
-    prepared = _prepare(fitted, request, start, [request.horizons[i] for i in chosen], LinearMap.from_updates(steps, index))
+    start = start or _open(fitted, judged.index, request)
+    steps = [forecast(judged.method, judged.tasks[i]) for i in chosen]
+    linear = LinearMap.from_updates(steps, judged.index)
+    prepared = _prepare(fitted, request, start, [request.horizons[i] for i in chosen], linear)
     check_ledger_of(request, fitted.directory)
     supported = [outcomes[i] for i in chosen]
     written = publish(prepared, supported, request, run=fitted.directory, on=_fitted_on(fitted), progress=progress)
@@ -78,6 +70,54 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
 
 
 # --- the decision ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the run's history says of a request, before any tensor is read."""
+
+    request: Request
+    """With its horizons."""
+    index: int
+    """Of the origin in the history."""
+    start: Start | None
+    """Where it had to be opened."""
+    method: Method
+    tasks: tuple[Task, ...]
+    outcomes: tuple[Outcome, ...]
+    """One per horizon, with nothing written."""
+
+    @property
+    def is_supported(self) -> bool:
+        return all(outcome.decision.verdict == "forecast" for outcome in self.outcomes)
+
+
+def judge(fitted: Fitted, request: Request) -> Judged:
+    """Settle the horizons and the method, and judge each horizon by the run's own history."""
+    index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    if request.to_step is not None:
+        request = replace(request, horizons=(request.to_step - fitted.steps[index],))
+    start = _open(fitted, index, request) if _ends_with_the_run(request) else None
+    method, request, notes = _settle(fitted, request, index, start)
+    tasks = tuple(_task(fitted, request, index, horizon) for horizon in request.horizons)
+    decisions = [_decide(method, _judged(fitted, task), request, start) for task in tasks]
+    outcomes = (
+        Outcome(
+            int(task.horizon), fitted.steps[index], method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes
+        )
+        for task, decision in zip(tasks, decisions, strict=True)
+    )
+    return Judged(request, index, start, method, tasks, tuple(outcomes))
+
+
+def origin_of(fitted: Fitted, request: Request) -> Start:
+    """Where the forecasts of a request begin.
+
+    Raises:
+        SnapshotError, FileFormatError: the snapshot is gone, has changed, or cannot be read.
+    """
+    index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    return _open(fitted, index, request)
 
 
 def _open(fitted: Fitted, index: int, request: Request) -> Start:
@@ -156,7 +196,9 @@ def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[
     opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
     container = settle(start.origin, request.layout)
     paths = [place_of(request, start.origin, horizon, _name_unit(fitted), container) for horizon in horizons]
-    claim(paths, fitted.directory, request, is_file=container.is_file)
+    is_file = container.is_file
+    same = None if request.overwrite else partial(check_unchanged, is_file=is_file)  # publish compares how it was made
+    claim(paths, fitted.directory, request, is_file=is_file, existing=same)
     used = [opened[index] for index in linear.used]
     inputs = Inputs(realign(fitted, used), linear.restrict(linear.used))
     history = _history(fitted, opened, start.index)
@@ -237,5 +279,5 @@ def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
     yield (
         f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
         " final loss; compare your forecast with the control:"
-        f" farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
+        f" farcast predict{request.source} --horizon {outcome.horizon}{origin} --method persistence -o {control}"
     )

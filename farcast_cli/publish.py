@@ -14,6 +14,7 @@ from farcast_cli.files.place import check_sidecar_ours, sidecar_of
 from farcast_cli.files.staged import staging
 from farcast_cli.forecast.ledger import Leap, recorded
 from farcast_cli.planning import existing_check
+from farcast_cli.repeat import repeated
 from farcast_cli.sidecar import compose, write_sidecar
 from farcast_cli.trainers.base import unchanged
 
@@ -44,22 +45,33 @@ class Publication:
 def publish(
     prepared: Prepared, outcomes: Sequence[Outcome], request: Request, *, run: Path, on: FittedOn, progress: Progress
 ) -> list[Outcome]:
-    """Write every horizon, or say what writing it would take; publish all of them, or none."""
+    """Write every horizon that is not there yet, or say what writing it would take; publish all of them, or none."""
+    planned = [_finish(prepared, outcome, Counts(), index) for index, outcome in enumerate(outcomes)]
+    there = {
+        index: same
+        for index, outcome in enumerate(planned)
+        if (same := repeated(prepared, index, outcome, request, on)) is not None
+    }
+    missing = [index for index in range(len(outcomes)) if index not in there]
     if request.dry_run:
-        return [_dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
+        return [there.get(index) or _dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
     with staging() as outputs:
         work = Publication(request, run, on, outputs, progress)
-        with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
-            if request.evaluator is None:
-                finished = [outcome for outcome, _ in write_all(work, prepared, outcomes)]
-            else:
-                finished = [
-                    _write_best(work, request.evaluator, only(prepared, index), outcome)
-                    for index, outcome in enumerate(outcomes)
-                ]
+        written = _write(work, some(prepared, missing), [outcomes[index] for index in missing]) if missing else []
+        found = there | dict(zip(missing, written, strict=True))
+        finished = [found[index] for index in range(len(outcomes))]
         record_leaps(work, finished)
         progress("sync to disk", 0)
     return finished
+
+
+def _write(work: Publication, prepared: Prepared, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Write every horizon: in one pass, or each at the strength that the user's command prefers."""
+    evaluator = work.request.evaluator
+    with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
+        if evaluator is None:
+            return [outcome for outcome, _ in write_all(work, prepared, outcomes)]
+        return [_write_best(work, evaluator, only(prepared, i), outcome) for i, outcome in enumerate(outcomes)]
 
 
 def write_all(
@@ -138,13 +150,18 @@ def _finish(prepared: Prepared, outcome: Outcome, tally: Counts, index: int) -> 
 
 def only(prepared: Prepared, index: int, scale: float = 1.0) -> Prepared:
     """One horizon of several, its step scaled."""
+    return some(prepared, [index], scale)
+
+
+def some(prepared: Prepared, chosen: Sequence[int], scale: float = 1.0) -> Prepared:
+    """Some horizons of several, their steps scaled."""
     inputs = prepared.engine.inputs
     return replace(
         prepared,
-        engine=replace(prepared.engine, inputs=replace(inputs, linear=inputs.linear.pick([index], scale))),
-        plans=(prepared.plans[index],),
-        advanced=(prepared.advanced[index],),
-        paths=(prepared.paths[index],),
+        engine=replace(prepared.engine, inputs=replace(inputs, linear=inputs.linear.pick(chosen, scale))),
+        plans=tuple(prepared.plans[index] for index in chosen),
+        advanced=tuple(prepared.advanced[index] for index in chosen),
+        paths=tuple(prepared.paths[index] for index in chosen),
     )
 
 

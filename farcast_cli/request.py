@@ -48,6 +48,8 @@ class Request:
     ledger: Path | None = None
     clock: ClockName | None = None
     """None: learning rates where they are known."""
+    source: str = ""
+    """What a command to paste needs after `farcast predict` to read the same run, with a blank before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Outcome:
     chosen: tuple[str, ...] = ()
     """What was chosen for the user, and why."""
     path: Path | None = None
+    existed: bool = False
+    """The same request wrote it before, and nothing was written now."""
     num_forecast: int = 0
     copied: tuple[Copied, ...] = ()
     unchanged_share: float | None = None
@@ -102,6 +106,10 @@ class Start:
     def steps_left(self) -> int | None:
         """To the end of the run."""
         return None if self.end is None else self.end[1] - self.origin.step
+
+    def ends_before(self, horizon: int) -> bool:
+        """Whether the run ends at the step of a forecast, or before it."""
+        return self.steps_left is not None and self.steps_left <= horizon
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ _RECENT = "coherence of the recent half of the history; `null` if it has too few
 _CLOCK = "unit of b: `rate` (learning rate summed over the steps) or `steps`"
 _PACE_AHEAD = "mean learning rate over the horizon, divided by the mean over the period before it; 1 if steps are counted"
 _LENGTH_FACTOR = "factor on the update's length: `pace_ahead`, or 1 if it keeps its full length"
-_UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`)"
+_UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`, nor if nothing was written)"
 _DRY_RUN = "`true` with `--dry-run`; absent otherwise"
 
 
@@ -236,6 +236,10 @@ class Forecast(_Part):
     notes: tuple[str, ...] = Field(description="values that could not be advanced exactly, and parts that were left out")
     evaluations: tuple[EvaluationEntry, ...] = Field(
         default=(), description="with `--eval-cmd`: one entry per trial; absent without"
+    )
+    existed: bool = Field(
+        default=False,
+        description="`true` if the same forecast was there already, so that nothing was written; absent otherwise",
     )
 
 
@@ -514,6 +518,24 @@ class TuneSidecar(Answer):
     files: tuple[FileEntry, ...] = Field(default=(), description="every file of the output")
 
 
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class ErrorEntry(_Part):
+    """What went wrong."""
+
+    code: int = Field(description="the exit code of the command, see [the command line](cli.md#exit-codes)")
+    message: str = Field(description="what went wrong, in one line")
+    hint: str | None = Field(description="what to do about it; `null` if nothing is known")
+    path: PortablePath | None = Field(description="the file or folder that the message is about; `null` if it is about none")
+
+
+class ErrorAnswer(Answer):
+    """With `--json`, every command that ends without its own answer."""
+
+    error: ErrorEntry = Field(description="what went wrong")
+
+
 # --- the schema ------------------------------------------------------------------------------------------------------
 
 ANSWERS: dict[str, tuple[type[Answer], ...]] = {
@@ -525,8 +547,9 @@ ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "leap": (LeapAnswer,),
     "tune": (TuneAnswer,),
     "sidecar": (ForecastSidecar, TuneSidecar),
+    "error": (ErrorAnswer,),
 }
-"""The forms of each answer, by the command; `sidecar` is the file."""
+"""The forms of each answer, by the command; `sidecar` is the file, `error` what any command prints that fails."""
 
 
 class _Plain(GenerateJsonSchema):

@@ -50,7 +50,7 @@ remove_old() {
 	rm -f -- "$1"
 }
 
-# NAME COMMAND...: run a farcast command and keep its JSON object as OUT/NAME.json, if it got that far.
+# NAME COMMAND...: run a farcast command and keep its JSON object, its result or its error, as OUT/NAME.json.
 keep() {
 	file=$out/$1.json
 	shift

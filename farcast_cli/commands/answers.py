@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from farcast_cli.tune.run import TuneOutcome as Tuning
 
 
+def of_error(code: int, message: str, *, hint: str = "", path: Path | None = None) -> results.ErrorAnswer:
+    entry = results.ErrorEntry(code=code, message=message, hint=hint or None, path=path)
+    return results.ErrorAnswer(schema_version=1, error=entry)
+
+
 def of_inspect(found: Inspection) -> results.InspectAnswer:
     trajectory, alignment = found.trajectory, found.alignment
     return results.InspectAnswer(
@@ -126,6 +131,7 @@ def _forecast(outcome: Outcome) -> results.Forecast:
         seconds=outcome.seconds,
         changes=outcome.changes,
         notes=outcome.notes,
+        existed=outcome.existed,
         evaluations=tuple(
             results.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
         ),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE
-from farcast_cli.commands.fit import learn
+from farcast_cli.commands.fit import fitted_by
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -38,6 +38,7 @@ EXAMPLES = "Example: farcast backtest --horizon 500,1000,2000"
 
 
 def backtest(
+    context: typer.Context,
     directory: Annotated[
         Path | None,
         typer.Argument(metavar="[DIR]", help="Folder with the run's checkpoints; by default the run of the forecaster file."),
@@ -70,14 +71,13 @@ def backtest(
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
     from farcast_cli.forecast.fitting import FitRequest
-    from farcast_cli.forecast.forecaster_file import load_fitted
     from farcast_cli.forecast.report import report_backtest
 
+    of_folder = None
     if directory:
         selection = selection_of(directory, include, exclude, steps, pattern)
-        fitted = learn(FitRequest(selection, None if full else sample, ledger, resources), quiet=quiet).fitted
-    else:
-        fitted = load_fitted(forecaster)
+        of_folder = FitRequest(selection, None if full else sample, ledger, resources)
+    fitted = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
     report = report_backtest(fitted, horizons, method=method, purpose=purpose, clock=clock, device=resources.device)
     if json_:
         render.as_json(answers.of_backtest(report))

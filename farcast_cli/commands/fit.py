@@ -24,12 +24,17 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     env,
+    is_given,
     resources_of,
     selection_of,
 )
+from farcast_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from farcast_cli.forecast.fitting import FitOutcome, FitRequest
+    from farcast_cli.forecast.forecaster_file import Fitted
 
 EXAMPLES = "Example: farcast fit ckpts/ --steps 2000: && farcast predict --horizon 1000"
 
@@ -79,3 +84,28 @@ def learn(request: FitRequest, *, quiet: bool) -> FitOutcome:
         render.fit_cautions(plan)
     with render.progress(quiet=quiet) as progress:
         return fit_planned(plan, progress)
+
+
+def fitted_by(
+    request: FitRequest | None, forecaster: Path, *, context: typer.Context, needs: Sequence[str] = (), quiet: bool
+) -> Fitted:
+    """The forecaster of a folder, fitted in memory; the one of a file where no folder is named.
+
+    Args:
+        needs: the options that speak of a folder.
+
+    Raises:
+        UsageError: the command line names both, or chooses parts of a folder that it does not name.
+    """
+    from farcast_cli.forecast.forecaster_file import load_fitted
+
+    if request is None:
+        lost = next((name for name in needs if is_given(context, name)), None)
+        if lost:
+            raise UsageError(
+                f"--{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR --{lost} ..."
+            )
+        return load_fitted(forecaster)
+    if is_given(context, "forecaster"):
+        raise UsageError("expected a folder or --forecaster FILE, found both", hint="a folder is fitted in memory")
+    return learn(request, quiet=quiet).fitted

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -23,9 +25,11 @@ from farcast_cli.choices import (
     SolverName,
     StepNorm,
 )
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import UsageError, listed, shell_word
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from farcast_cli.engine.reader import Resources
     from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.run.selection import Selection
@@ -70,6 +74,24 @@ MAX_DIGITS = 15  # of a number of steps
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 
 
+@dataclass(slots=True)
+class Asked:
+    """What a command line asks for, as far as it has been read; its errors are answered in that form."""
+
+    json: bool = False
+
+    def read(self, context: Any) -> None:
+        """Follow the options of a command, or the file of defaults if they could not be read."""
+        defaults = getattr(context, "default_map", None) or {}
+        self.json = bool(context.params.get("json_", self.json or bool(defaults.get("json_"))))
+
+
+def asked_by(arguments: Sequence[str], environment: Mapping[str, str]) -> Asked:
+    """What a command line asks for by its looks, before it is read."""
+    options = itertools.takewhile(lambda word: word != "--", arguments)
+    return Asked("--json" in options or environment.get(env("JSON"), "").lower() in {"1", "true", "t", "yes", "y", "on"})
+
+
 class Grouped(TyperCommand):
     """A command whose help shows its options by `PANELS`."""
 
@@ -80,6 +102,41 @@ class Grouped(TyperCommand):
             parameter.rich_help_panel = places[parameter.name][1]
         known.sort(key=lambda parameter: places[parameter.name][0])
         super().__init__(*args, params=[*(p for p in params if p not in known), *known], **options)
+        self.allow_extra_args = True  # what is too many, `parse_args` says itself
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            UsageError: more arguments than the command takes.
+        """
+        try:
+            super().parse_args(ctx, args)
+        finally:
+            if isinstance(ctx.obj, Asked):
+                ctx.obj.read(ctx)
+        if ctx.args:
+            _refuse_more(ctx)
+        return args
+
+
+def _refuse_more(context: Any) -> None:
+    """Refuse arguments that are too many; those that a shell made of a pattern lead to their folder."""
+    taken = [parameter for parameter in context.command.params if parameter.param_type_name == "argument"]
+    if not taken:
+        raise UsageError(f"unexpected argument {context.args[0]}", hint=f"farcast {context.info_name} --help")
+    name, more = taken[-1].name, context.args
+    found = [Path(str(context.params[name])), *map(Path, more)]
+    kind, folders = taken[-1].metavar.strip("[]"), {path.parent for path in found}
+    if name == "directory" and len(folders) == 1 and all(os.path.lexists(path) for path in found):
+        (folder,) = folders
+        raise UsageError(
+            f"expected one folder, found {len(found)} paths in {folder}",
+            hint=f"farcast {context.info_name} {shell_word(folder)}",
+        )
+    raise UsageError(
+        f"expected one {kind}, found {len(found)}: {listed(found, most=3)}", hint=f"farcast {context.info_name} --help"
+    )
 
 
 def _commands(context: typer.Context) -> list[Any]:
@@ -371,6 +428,12 @@ def parse_size(text: str | None) -> int | None:
 def device_name(device: str) -> str:
     """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
     return "cpu" if device == "auto" else device
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line; neither the environment nor a file gave it."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def selection_of(

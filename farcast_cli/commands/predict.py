@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, CountersMode
+from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE, CountersMode
+from farcast_cli.commands.fit import fitted_by
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -14,8 +17,11 @@ from farcast_cli.commands.options import (
     DryRunOption,
     DTypeOption,
     EvalTimeoutOption,
+    ExcludeOption,
     ForecasterOption,
+    FullOption,
     GradWeightOption,
+    IncludeOption,
     IoOption,
     JobsOption,
     JsonOption,
@@ -25,10 +31,13 @@ from farcast_cli.commands.options import (
     MethodOption,
     OptimizerOption,
     OverwriteOption,
+    PatternOption,
     PurposeOption,
     QuietOption,
+    SampleOption,
     ScopeOption,
     StepNormOption,
+    StepsOption,
     ThreadsOption,
     VerboseOption,
     check_horizon_options,
@@ -38,16 +47,33 @@ from farcast_cli.commands.options import (
     parse_horizons,
     parse_size,
     resources_of,
+    selection_of,
 )
-from farcast_cli.errors import NoForecastError
+from farcast_cli.errors import NoForecastError, shell_word
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from farcast_cli.forecast.fitting import FitRequest
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.request import Outcome, Request
+
+CHOOSING = ("include", "exclude", "steps", "pattern", "sample", "full")
+"""The options that choose what is read of a folder; a forecaster file has read it already."""
 EXAMPLES = (
-    "Examples: farcast predict --horizon 1000   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
+    "Examples: farcast predict --horizon 1000   |   farcast predict ckpts/   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
     "farcast predict --to-step 20000 --eval-cmd 'python eval.py {ckpt}'"
 )
 
 
 def predict(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]", help="Folder with the run's checkpoints, to fit in memory; by default the forecaster file is read."
+        ),
+    ] = None,
     horizon: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +139,12 @@ def predict(
         bool, typer.Option("--even-if-worse", envvar=env("EVEN_IF_WORSE"), help="Write the forecast whatever the verdict.")
     ] = False,
     overwrite: OverwriteOption = False,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    steps: StepsOption = None,
+    pattern: PatternOption = None,
+    sample: SampleOption = DEFAULT_SAMPLE,
+    full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
@@ -126,13 +158,16 @@ def predict(
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
     resources = resources_of(device, io, threads)
-    from farcast_cli import predict as library
-    from farcast_cli.commands import answers, render
+    from farcast_cli.commands import render
+    from farcast_cli.forecast.fitting import FitRequest
     from farcast_cli.forecast.forecaster import Options
-    from farcast_cli.forecast.forecaster_file import load_fitted
+    from farcast_cli.predict import predict as run
     from farcast_cli.request import Request
 
-    fitted = load_fitted(forecaster)
+    of_folder = None
+    if directory:
+        selection = selection_of(directory, include, exclude, steps, pattern)
+        of_folder = FitRequest(selection, None if full else sample, ledger, resources)
     request = Request(
         horizons=parse_horizons(horizon),
         to_step=to_step,
@@ -151,16 +186,40 @@ def predict(
         dry_run=dry_run,
         ledger=ledger,
         clock=clock,
+        source=_source(of_folder, forecaster),
         resources=resources,
         evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
     )
+    fitted = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
     with render.progress(quiet=quiet) as progress:
-        outcomes = library.predict(fitted, request, progress)
+        outcomes = run(fitted, request, progress)
+    _tell(fitted, request, outcomes, quiet=quiet, verbose=verbose, as_json=json_)
+
+
+def _source(request: FitRequest | None, forecaster: Path) -> str:
+    """What a command to paste needs to read the same run, with a blank before it."""
+    if request is None:
+        return "" if forecaster == DEFAULT_FORECASTER else f" --forecaster {shell_word(forecaster)}"
+    chosen = request.selection
+    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
+    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
+    return " " + " ".join([shell_word(chosen.directory), *(f"{name} {shlex.quote(glob)}" for name, glob in options)])
+
+
+def _tell(fitted: Fitted, request: Request, outcomes: Sequence[Outcome], *, quiet: bool, verbose: bool, as_json: bool) -> None:
+    """What came of it; ends with an exit code of its own where nothing was written."""
+    from farcast_cli.advice import advice
+    from farcast_cli.commands import answers, render
+    from farcast_cli.predict import default_notes
+
+    is_written = any(outcome.path for outcome in outcomes)
     if not quiet:
-        render.predictions(outcomes, library.default_notes(fitted, request, outcomes), dry_run=dry_run, verbose=verbose)
-    if json_:
-        render.as_json(answers.of_predict(outcomes, dry_run=dry_run))
-    elif not dry_run:
+        hint = "" if is_written else advice(fitted, request, outcomes)
+        notes = default_notes(fitted, request, outcomes)
+        render.predictions(outcomes, notes, hint, dry_run=request.dry_run, verbose=verbose)
+    if as_json:
+        render.as_json(answers.of_predict(outcomes, dry_run=request.dry_run))
+    elif not request.dry_run:
         render.paths([outcome.path for outcome in outcomes if outcome.path])
-    if not any(outcome.path for outcome in outcomes):
+    if not is_written:
         raise typer.Exit(NoForecastError.exit_code)

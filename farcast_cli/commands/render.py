@@ -242,6 +242,8 @@ def fit_cautions(plan: FitPlan) -> None:
     """What a person should know of the folder before its run is forecast."""
     found, history = plan.found, plan.history
     folder = shell_word(found.directory)
+    if plan.replaced:
+        note(f"note: {plan.request.output} is the forecaster of another run, {plan.replaced}: it is replaced")
     if found.ignored:
         entries = "entry" if len(found.ignored) == 1 else "entries"
         note(f"{len(found.ignored)} {entries} left out (farcast inspect {folder} lists them)")
@@ -339,14 +341,14 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
-def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, dry_run: bool, verbose: bool) -> None:
+def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], hint: str, *, dry_run: bool, verbose: bool) -> None:
     """What came of each horizon, what a person should know before using it, and what to do where nothing was written."""
     for outcome in outcomes:
         _outcome(outcome, dry_run=dry_run, verbose=verbose)
     for text in notes:
         note(f"note: {text}")
-    if not any(outcome.path for outcome in outcomes):
-        note("hint: keep training and fit again, try another --horizon, or write it anyway with --even-if-worse")
+    if hint:
+        note(f"hint: {hint}")
 
 
 def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
@@ -357,6 +359,9 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
     note(_clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor))
     if outcome.path is None:
         note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
+    elif outcome.existed:
+        note(f"{head}: already there, made from the same snapshots with the same options: nothing was written")
+        return
     else:
         did = "would write" if dry_run else "wrote"
         note(

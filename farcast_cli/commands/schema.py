@@ -15,7 +15,7 @@ EXAMPLES = "Example: farcast schema predict > predict.schema.json"
 def schema(
     command: Annotated[
         str | None,
-        typer.Argument(metavar="[COMMAND]", help="Name of a command, or sidecar; by default an object with all of them."),
+        typer.Argument(metavar="[COMMAND]", help="Name of a command, sidecar or error; by default an object with all of them."),
     ] = None,
     config: ConfigOption = None,
 ) -> None:

@@ -24,6 +24,7 @@ class Sink(io.RawIOBase):
         super().__init__()
         self._fd = fd
         self.failure: OSError | None = None
+        self.has_taken = False
 
     def writable(self) -> bool:
         return True
@@ -37,11 +38,14 @@ class Sink(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         while self.failure is None:
             try:
-                return os.write(self._fd, data)
+                num_bytes = os.write(self._fd, data)
             except BlockingIOError:  # a pipe that was set not to wait
                 select.select([], [self._fd], [])
             except OSError as error:
                 self.failure = error
+            else:
+                self.has_taken = True
+                return num_bytes
         return memoryview(data).nbytes
 
 
@@ -81,6 +85,13 @@ def say(line: str) -> None:
     """A line on stderr with as little memory as can be."""
     with suppress(OSError):
         os.write(2, line.encode(errors="backslashreplace") + b"\n")
+
+
+def has_printed() -> bool:
+    """Whether a part of the result is on stdout."""
+    sys.stdout.flush()
+    sink = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return isinstance(sink, Sink) and sink.has_taken
 
 
 def lost() -> OSError | None:

@@ -21,6 +21,7 @@ from farcast_cli.forecast.forecaster_file import (
     SnapshotRecord,
     TensorRecord,
     check_fitted_place,
+    run_of_fitted,
     save_fitted,
 )
 from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
@@ -71,6 +72,8 @@ class FitPlan:
     """Leaps of the run that were not looked at, since the user chose the steps."""
     started: float
     """When, by the monotonic clock."""
+    replaced: Path | None = None
+    """The folder of another run, whose forecaster file is replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +93,16 @@ def plan_fit(request: FitRequest) -> FitPlan:
         SnapshotError, FileFormatError: no run that can be learned from.
         OutputError: the output would lie in the run's folder.
     """
-    started, chosen = time.monotonic(), request.selection
+    started, chosen, replaced = time.monotonic(), request.selection, None
     if request.output is not None:
         check_fitted_place(request.output, chosen.directory)
+        before = run_of_fitted(request.output)
+        replaced = before if before and before.resolve() != chosen.directory.resolve() else None
     found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
     leaps = read_leaps(request.ledger, found.directory) if request.ledger else []
     history = History(found, None, 0) if chosen.steps else since_last_leap(found, leaps, minimum=MIN_SNAPSHOTS)
     entering = usable(history.trajectory.snapshots, chosen)
-    return FitPlan(request, found, history, entering, tuple(leaps if chosen.steps else ()), started)
+    return FitPlan(request, found, history, entering, tuple(leaps if chosen.steps else ()), started, replaced)
 
 
 def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:

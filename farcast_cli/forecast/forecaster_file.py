@@ -161,6 +161,15 @@ def check_fitted_place(path: Path, directory: Path) -> None:
     check_place(path, run=directory, existing=_refuse_to_replace)
 
 
+def run_of_fitted(path: Path) -> Path | None:
+    """The run's folder by an older forecaster file; None where there is none that tells."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return path.parent / _provenance_of(path, file.metadata()).directory
+    except (FileFormatError, SafetensorError, ValueError, OSError):
+        return None
+
+
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
     home = path.parent.resolve()
@@ -218,7 +227,7 @@ def load_fitted(path: Path) -> Fitted:
     with reading(path):
         is_file = path.is_file()
     if not is_file:
-        raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one")
+        raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one", path=path)
     open_input(path).close()  # says why it cannot be opened, which safetensors does not
     try:
         with reading(path), safe_open(path, framework="np") as file:

@@ -39,7 +39,9 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
     if not directory.is_dir():
         what = "a file" if directory.exists() else "nothing"
         raise TooFewSnapshotsError(
-            f"{directory}: expected a folder of checkpoints, found {what}", hint="name the folder that holds them"
+            f"{directory}: expected a folder of checkpoints, found {what}",
+            hint="name the folder that holds them",
+            path=directory,
         )
     entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
     kinds = {path: recognise(path) for path in entries if not pattern or fnmatchcase(path.name, pattern)}

@@ -94,7 +94,8 @@ def open_snapshot(path: Path) -> Snapshot:
     """One checkpoint by itself, its step settled by its own evidence (-1 where there is none)."""
     layout = recognise(path)
     if layout is None:  # which has seen that the path can be looked at
-        raise SnapshotError(f"{path}: no checkpoint here" if path.exists() else f"{path}: no such file or folder")
+        what = "no checkpoint here" if path.exists() else "no such file or folder"
+        raise SnapshotError(f"{path}: {what}", path=path)
     snapshot = read_snapshot(layout, path)
     first = snapshot.evidence[0] if snapshot.evidence else None
     return snapshot.settle(first.step, first.source) if first else snapshot
