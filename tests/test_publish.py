@@ -658,6 +658,24 @@ def test_each_file_of_a_folder_keeps_the_permissions_of_the_origins(tmp_path: Pa
     }
 
 
+def test_a_file_that_the_origin_lacks_is_as_private_as_all_of_its_files(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "loose")
+    for path in run.iterdir():
+        folder = tmp_path / "run" / f"checkpoint-{int(path.stem[5:])}"
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").chmod(0o640)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", 100, "--layout", "pt", cwd=tmp_path).returncode == 0
+    forecast = tmp_path / "forecasts" / "checkpoint-900"
+    assert {path.name: mode(path) for path in forecast.iterdir()} == {
+        "config.json": 0o644,
+        "pytorch_model.bin": 0o640,
+        "farcast.json": 0o640,
+    }
+
+
 def test_the_umask_takes_its_part(tmp_path: Path, call_cli: CallCli) -> None:
     for path in make_loose_run(tmp_path / "run").iterdir():
         path.chmod(0o666)
