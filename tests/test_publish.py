@@ -92,6 +92,15 @@ def test_an_empty_folder_that_a_process_left_which_was_killed_before_it_made_the
     assert tree_digest(tmp_path).keys() == {"a.bin"}
 
 
+def test_a_dry_run_leaves_what_a_killed_process_left(fitted: Path, call_cli: CallCli) -> None:
+    left = fitted / "forecasts" / ".step_000900.safetensors.0123abcd.partial"
+    left.mkdir(parents=True)
+    assert call_cli("predict", "--horizon", 100, "--dry-run", cwd=fitted).returncode == 0
+    assert left.is_dir()
+    assert call_cli("predict", "--horizon", 100, cwd=fitted).returncode == 0
+    assert not left.exists()
+
+
 def test_a_hidden_folder_is_closed_to_other_users(tmp_path: Path) -> None:
     with staged(tmp_path / "a.bin") as temporary:
         assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700
