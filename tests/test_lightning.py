@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import UsageError
 from farcast_cli.forecast.fitting import fit
-from farcast_cli.run.trajectory import discover
+from farcast_cli.predict import _whole_epochs
+from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.state.advance import advance
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers import recognise
@@ -392,6 +393,13 @@ def test_without_a_horizon_the_proposal_ends_with_an_epoch(tmp_path: Path, call_
     (path,) = (tmp_path / "forecasts").glob("*.ckpt")
     assert load(path)["global_step"] % 7 == 0
     assert load(path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+
+
+def test_a_proposal_is_not_cut_to_less_than_half_for_an_epochs_end(tmp_path: Path) -> None:
+    """Forty batches an epoch: five steps after step 75 the second one ends."""
+    Run({"every_n_train_steps": 25}, num_batches=40).go(tmp_path / "run", max_steps=75)
+    origin = open_snapshot(tmp_path / "run" / "epoch=1-step=75.ckpt")
+    assert [_whole_epochs(origin, horizon) for horizon in (4, 5, 10, 11, 44, 45, 89)] == [4, 5, 5, 11, 44, 45, 85]
 
 
 # --- the end of the run, dropped state, averages ---------------------------------------------------------------------

@@ -92,6 +92,15 @@ def test_an_empty_folder_that_a_process_left_which_was_killed_before_it_made_the
     assert tree_digest(tmp_path).keys() == {"a.bin"}
 
 
+def test_a_dry_run_leaves_what_a_killed_process_left(fitted: Path, call_cli: CallCli) -> None:
+    left = fitted / "forecasts" / ".step_000900.safetensors.0123abcd.partial"
+    left.mkdir(parents=True)
+    assert call_cli("predict", "--horizon", 100, "--dry-run", cwd=fitted).returncode == 0
+    assert left.is_dir()
+    assert call_cli("predict", "--horizon", 100, cwd=fitted).returncode == 0
+    assert not left.exists()
+
+
 def test_a_hidden_folder_is_closed_to_other_users(tmp_path: Path) -> None:
     with staged(tmp_path / "a.bin") as temporary:
         assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700
@@ -655,6 +664,24 @@ def test_each_file_of_a_folder_keeps_the_permissions_of_the_origins(tmp_path: Pa
         "config.json": 0o640,
         "model.safetensors": 0o600,
         "farcast.json": 0o600,
+    }
+
+
+def test_a_file_that_the_origin_lacks_is_as_private_as_all_of_its_files(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "loose")
+    for path in run.iterdir():
+        folder = tmp_path / "run" / f"checkpoint-{int(path.stem[5:])}"
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").chmod(0o640)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    assert call_cli("predict", "--horizon", 100, "--layout", "pt", cwd=tmp_path).returncode == 0
+    forecast = tmp_path / "forecasts" / "checkpoint-900"
+    assert {path.name: mode(path) for path in forecast.iterdir()} == {
+        "config.json": 0o644,
+        "pytorch_model.bin": 0o640,
+        "farcast.json": 0o640,
     }
 
 

@@ -537,6 +537,16 @@ def test_rows_that_repeat_are_allowed_and_said(work: Path, call_cli: CallCli) ->
     assert "20 of 180 rows have the x of another row" in done.stderr
 
 
+def test_the_gate_judges_the_held_out_rows_and_each_once(work: Path, call_cli: CallCli) -> None:
+    rows = load_rows(work)
+    np.savez(work / "rows.npz", x=np.tile(rows.x[:96], (2, 1)), y=np.tile(rows.y[:96], (2, 1)))
+    done = call_cli(*CALL, "-o", "tuned.safetensors", "--holdout", 0.45, "--gate", 0, "--json", cwd=work)
+    num_rows = json.loads(done.stdout)["num_rows"]
+    assert num_rows[1] < num_rows[2]
+    sidecar = json.loads((work / "tuned.safetensors.farcast.json").read_text())
+    assert sidecar["held_out"]["rows"] == num_rows[2] / 2
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -86,15 +86,28 @@ def test_a_killed_worker_is_an_output_error_that_says_so() -> None:
     assert "--threads 1" in caught.value.hint
 
 
-def test_a_range_that_cannot_be_written_is_an_error_also_if_it_is_the_last_one(tmp_path: Path) -> None:
-    file = Placed.of(OutputFile("", (Section((Fixed(b"ten bytes."),)),)))
+def _filled_in(path: Path, content: bytes) -> None:
+    """A file whose bytes are all known in advance, written in ranges of a page."""
+    file = Placed.of(OutputFile("", (Section((Fixed(content),)),)))
     nothing = np.zeros((1, 0))
     inputs = Inputs(Alignment((), ()), LinearMap(np.zeros((1, 0, 1)), nothing, nothing, 0))
-    work = Work(inputs, [[file]], [[tmp_path / "removed"]], ranges([file], 4096), "pread", block=8)
+    work = Work(inputs, [[file]], [[path]], ranges([file], 4096), "pread", block=8)
     worker = Worker(work, HostArithmetic())
-    worker.fill(0)
+    for number in range(len(work.ranges)):
+        worker.fill(number)
+    worker.close()
+
+
+def test_known_bytes_that_a_range_cuts_are_whole_in_the_file(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(10_000)
+    (tmp_path / "file").touch()
+    _filled_in(tmp_path / "file", content)
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_a_range_that_cannot_be_written_is_an_error_also_if_it_is_the_last_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        worker.close()
+        _filled_in(tmp_path / "removed", b"ten bytes.")
 
 
 def test_workers_are_gone_when_their_results_are_not_wanted_any_more() -> None:
