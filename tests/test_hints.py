@@ -93,6 +93,14 @@ def test_without_the_runs_files_no_command_is_proposed(turning: Path, call_cli: 
     assert (done.returncode, done.hints) == (10, ["hint: keep training and fit again"])
 
 
+def test_what_could_not_be_written_is_not_proposed(turning: Path, call_cli: CallCli) -> None:
+    call = ("predict", "--forecaster", "other.safetensors", "-o", "out/")
+    taken = call_cli(*call, "--for", "evaluation", cwd=turning).stdout.strip()
+    (turning / taken).write_text("mine")
+    done = call_cli(*call, "--horizon", 100, cwd=turning)
+    assert (done.returncode, done.hints) == (10, ["hint: keep training and fit again; --even-if-worse writes it anyway"])
+
+
 # --- more paths than a command takes ---------------------------------------------------------------------------------
 
 
