@@ -35,10 +35,11 @@ CONFIG = f"""\
 ## Defaults from the environment and from a file
 
 Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`
-and `--exclude` take several patterns from one variable, separated by blanks.
+and `--exclude` take several patterns from one variable, separated by blanks. A variable `FARCAST_...` that belongs to no option is named
+on stderr with the nearest one.
 
 `--config FILE`, or a `farcast.toml` in the working directory, sets defaults too. Keys at the top hold for every command,
-a table holds for one command. The command line wins over the environment, and the environment over the file.
+a table holds for one command. A key that no command has is a usage error. The command line wins over the environment, and the environment over the file.
 
 A `farcast.toml` that merely lies there may have come with a download. It may set {", ".join(f"`{key}`" for key in KEYS)}.
 Every other key ends the command with exit code 2: it would choose what is read, written or run, or weaken a check. Name

@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+ANY_COMMAND = "farcast COMMAND "
+"""How a command to paste begins that is another one for each command: what runs it names itself there."""
 MAX_MESSAGE = 2_000  # characters
 MAX_LISTED = 8  # names in a message
 

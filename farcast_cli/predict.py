@@ -53,14 +53,10 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
     judged = judge(fitted, request)
-    request, start, outcomes = judged.request, judged.start, list(judged.outcomes)
-    chosen = [i for i, o in enumerate(outcomes) if o.decision.verdict == "forecast" or request.even_if_worse]
+    request, outcomes, chosen = judged.request, list(judged.outcomes), judged.chosen
     if not chosen:  # no file of the run need be there
         return outcomes
-    start = start or _open(fitted, judged.index, request)
-    steps = [forecast(judged.method, judged.tasks[i]) for i in chosen]
-    linear = LinearMap.from_updates(steps, judged.index)
-    prepared = _prepare(fitted, request, start, [request.horizons[i] for i in chosen], linear)
+    prepared = plan(fitted, judged)
     check_ledger_of(request, fitted.directory)
     supported = [outcomes[i] for i in chosen]
     written = publish(prepared, supported, request, run=fitted.directory, on=_fitted_on(fitted), progress=progress)
@@ -88,8 +84,10 @@ class Judged:
     """One per horizon, with nothing written."""
 
     @property
-    def is_supported(self) -> bool:
-        return all(outcome.decision.verdict == "forecast" for outcome in self.outcomes)
+    def chosen(self) -> list[int]:
+        """The horizons that are written, by their index."""
+        forced = self.request.even_if_worse
+        return [i for i, o in enumerate(self.outcomes) if forced or o.decision.verdict == "forecast"]
 
 
 def judge(fitted: Fitted, request: Request) -> Judged:
@@ -190,6 +188,19 @@ def _decide(method: Method, task: Task, request: Request, start: Start | None) -
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan(fitted: Fitted, judged: Judged) -> Prepared:
+    """Plan the horizons that are written; reads headers only.
+
+    Raises:
+        UsageError, SnapshotError, FileFormatError, OutputError: they cannot be written.
+    """
+    request = judged.request
+    start = judged.start or _open(fitted, judged.index, request)
+    steps = [forecast(judged.method, judged.tasks[i]) for i in judged.chosen]
+    linear = LinearMap.from_updates(steps, judged.index)
+    return _prepare(fitted, request, start, [request.horizons[i] for i in judged.chosen], linear)
 
 
 def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[int], linear: LinearMap) -> Prepared:

@@ -108,7 +108,7 @@ class Start:
         return None if self.end is None else self.end[1] - self.origin.step
 
     def ends_before(self, horizon: int) -> bool:
-        """Whether the run ends at the step of a forecast, or before it."""
+        """Whether the run ends so many steps later, or before that."""
         return self.steps_left is not None and self.steps_left <= horizon
 
 

@@ -294,7 +294,8 @@ def test_the_ci_script_fails_with_the_code_of_the_command_that_failed_and_leaves
     done = run_script(tools, run, 200, "out")
     assert (done.returncode, done.stdout) == (4, "")
     assert "step_000800.safetensors" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["inspect.json"]
+    assert json.loads((tmp_path / "out/inspect.json").read_text())["error"]["code"] == 4
 
 
 def test_the_ci_script_passes_on_the_code_of_a_prediction_that_failed(tmp_path: Path, tools: Path) -> None:

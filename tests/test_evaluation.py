@@ -72,6 +72,12 @@ def _arguments(command: str, *more: object) -> tuple[object, ...]:
     return ("predict", "--horizon", 200, "--method", "line", "--eval-cmd", command, *more)
 
 
+def code_told(stdout: str) -> int:
+    """The exit code in the one object that a call with --json prints where it fails."""
+    code: int = json.loads(stdout)["error"]["code"]
+    return code
+
+
 def _predict(folder: Path, command: str, call_cli: CallCli, *more: object) -> Done:
     return call_cli(*_arguments(command, "--json", *more), cwd=folder)
 
@@ -173,7 +179,7 @@ def test_a_command_that_fails_or_says_no_number_publishes_nothing_and_its_log_is
 ) -> None:
     """Whether on the origin or on the forecast."""
     done = _predict(fitted, _script(fitted, *lines), call_cli)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, code_told(done.stdout)) == (2, 2)
     assert message in done.errors[0]
     assert f"forecasts/step_1000.safetensors.eval/{run}.log; nothing was published" in done.hints[0]
     assert set(_left(fitted)) <= set(LOGS)
@@ -182,7 +188,7 @@ def test_a_command_that_fails_or_says_no_number_publishes_nothing_and_its_log_is
 
 def test_a_command_that_is_killed_by_a_signal_is_an_error_with_its_name(fitted: Path, call_cli: CallCli) -> None:
     done = _predict(fitted, "echo 1; kill -SEGV $$ # {ckpt}", call_cli)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, code_told(done.stdout)) == (2, 2)
     assert "was killed by SIGSEGV on the origin: 1" in done.errors[0]
     assert _left(fitted) == LOGS[:2]
 
@@ -349,7 +355,7 @@ def test_a_file_in_the_place_of_the_logs_is_an_output_error(fitted: Path, call_c
     (fitted / "forecasts").mkdir()
     (fitted / "forecasts" / "step_1000.safetensors.eval").write_text("mine")
     done = _predict(fitted, "echo 1 {ckpt}", call_cli)
-    assert (done.returncode, done.stdout) == (5, "")
+    assert (done.returncode, code_told(done.stdout)) == (5, 5)
     assert "forecasts/step_1000.safetensors.eval: the logs of the evaluation command cannot be written" in done.errors[0]
     assert _left(fitted) == ["step_1000.safetensors.eval"]
 
@@ -359,14 +365,14 @@ def test_logs_that_would_lie_in_the_runs_folder_are_refused(tmp_path: Path, call
     assert call_cli("fit", run, cwd=tmp_path).returncode == 0
     before = tree_digest(tmp_path)
     done = _predict(tmp_path, "echo 1 {ckpt}", call_cli, "-o", "run.safetensors")
-    assert (done.returncode, done.stdout) == (5, "")
+    assert (done.returncode, code_told(done.stdout)) == (5, 5)
     assert "run.safetensors.eval: lies inside the run's folder" in done.errors[0]
     assert tree_digest(tmp_path) == before
 
 
 def test_a_command_that_changes_the_forecast_publishes_nothing(fitted: Path, call_cli: CallCli) -> None:
     done = _predict(fitted, "test $FARCAST_STRENGTH = 0 || echo >> {ckpt}; echo 1", call_cli)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, code_told(done.stdout)) == (2, 2)
     assert "changed the checkpoint at strength 1" in done.errors[0]
     assert "step_1000.safetensors" not in _left(fitted)
 
@@ -390,7 +396,7 @@ def test_a_command_that_runs_over_its_time_is_killed_with_all_that_it_started(
 ) -> None:
     command, pids = _endless(fitted, *first)
     done = _predict(fitted, command, call_cli, "--eval-timeout", 0.5)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, code_told(done.stdout)) == (2, 2)
     assert "ran over its 0.5 s and was killed on the origin: started" in done.errors[0]
     assert "--eval-timeout" in done.hints[0]
     assert "killed for running over its time" in _log(fitted)
@@ -401,7 +407,7 @@ def test_a_command_that_runs_over_its_time_is_killed_with_all_that_it_started(
 def test_a_run_that_fails_ends_the_others(fitted: Path, call_cli: CallCli) -> None:
     command, pids = _endless(fitted, 'test "$FARCAST_STRENGTH" != 0.25 || exit 7')
     done = _predict(fitted, command, call_cli, "--jobs", 4)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, code_told(done.stdout)) == (2, 2)
     assert "exit code 7 on strength 0.25" in done.errors[0]
     assert _left(fitted) == LOGS
     assert all(_gone(path) for path in pids.iterdir())

@@ -93,6 +93,14 @@ def test_without_the_runs_files_no_command_is_proposed(turning: Path, call_cli: 
     assert (done.returncode, done.hints) == (10, ["hint: keep training and fit again"])
 
 
+def test_what_could_not_be_written_is_not_proposed(turning: Path, call_cli: CallCli) -> None:
+    call = ("predict", "--forecaster", "other.safetensors", "-o", "out/")
+    taken = call_cli(*call, "--for", "evaluation", cwd=turning).stdout.strip()
+    (turning / taken).write_text("mine")
+    done = call_cli(*call, "--horizon", 100, cwd=turning)
+    assert (done.returncode, done.hints) == (10, ["hint: keep training and fit again; --even-if-worse writes it anyway"])
+
+
 # --- more paths than a command takes ---------------------------------------------------------------------------------
 
 
@@ -140,3 +148,110 @@ def test_a_folder_and_a_forecaster_are_too_much(command: str, turning: Path, cal
 def test_a_choice_of_snapshots_without_a_folder_is_not_ignored(turning: Path, call_cli: CallCli) -> None:
     done = call_cli("predict", "--steps", "100:", "--forecaster", "other.safetensors", cwd=turning)
     assert (done.returncode, done.errors) == (2, ["error: --steps: chooses from a folder, and none is named"])
+
+
+# --- folders of runs, and addresses ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inspect", "fit", "backtest", "predict", "leap"])
+def test_a_folder_of_runs_leads_to_its_first_run(command: str, tmp_path: Path, call_cli: CallCli) -> None:
+    for number in range(10):
+        make_loose_run(tmp_path / "runs" / f"lr {number}" / "checkpoints", STEPS if number == 0 else STEPS[:2])
+    done = call_cli(command, "runs", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    names = ", ".join(f"lr {number}/checkpoints" for number in range(8))
+    assert done.errors == [f"error: runs: expected the folder of one run, found 10 runs in it: {names} and 2 more"]
+    assert done.hints == [f"hint: farcast {command} 'runs/lr 0/checkpoints'"]
+    assert call_cli(*shlex.split(done.hints[0])[2:], cwd=tmp_path).returncode == 0
+
+
+def test_runs_that_have_a_final_model_beside_their_checkpoints_are_runs(tmp_path: Path, call_cli: CallCli) -> None:
+    for name in ("a", "b"):
+        make_loose_run(tmp_path / "runs" / name)
+        shutil.copy(tmp_path / "runs" / name / loose_name(800), tmp_path / "runs" / name / "model.safetensors")
+    done = call_cli("fit", "runs", cwd=tmp_path)
+    assert done.hints == ["hint: farcast fit runs/a"]
+
+
+def test_a_folder_without_anything_says_what_is_read_and_names_no_page(tmp_path: Path, call_cli: CallCli) -> None:
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
+    done = call_cli("fit", "empty", cwd=tmp_path)
+    assert done.errors == ["error: empty: no snapshots found"]
+    assert "docs/" not in done.stderr
+    assert ".safetensors" in done.hints[0]
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("s3://bucket/my runs/a", "aws s3 sync 's3://bucket/my runs/a' a"),
+        ("gs://bucket/a", "gsutil -m cp -r gs://bucket/a ."),
+        ("hf://owner/name/ckpts", "huggingface-cli download owner/name --local-dir ckpts"),
+        ("https://host/a.tar", "curl -LO https://host/a.tar"),
+    ],
+)
+def test_an_address_is_refused_with_the_command_that_copies_it(
+    address: str, hint: str, tmp_path: Path, call_cli: CallCli
+) -> None:
+    for arguments in (("fit", address), ("leap", address), ("verify", address, "--against", "a"), ("inspect", address)):
+        done = call_cli(*arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.errors == [f"error: {address}: farcast reads and writes local files only"]
+        assert done.hints == [f"hint: {hint}"]
+    done = call_cli("predict", "-o", address, cwd=tmp_path)
+    assert (done.returncode, done.errors) == (2, [f"error: {address}: farcast reads and writes local files only"])
+
+
+# --- horizons as people write them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [("20%", [140]), ("0.1k", [100]), ("100,50%", [100, 350]), ("0.0001M", [100])],
+)
+def test_a_horizon_may_be_a_share_of_the_history_or_in_thousands(
+    written: str, steps: list[int], tmp_path: Path, call_cli: CallCli
+) -> None:
+    make_loose_run(tmp_path / "run")
+    tested = json.loads(call_cli("backtest", "run", "--horizon", written, "--json", cwd=tmp_path).stdout)
+    assert [decision["horizon"] for decision in tested["decisions"]] == steps
+    done = json.loads(call_cli("predict", "run", "--horizon", written, "--json", cwd=tmp_path).stdout)
+    assert [one["horizon"] for one in done.get("forecasts", [done])] == steps
+
+
+def test_a_share_ends_at_the_origin_that_was_asked_for(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    done = call_cli("predict", "run", "--origin", 700, "--horizon", "10%", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["horizon"] == 60
+
+
+@pytest.mark.parametrize("written", ["20%,140", "0%", "1.5", "0.0005k", "1m", "k", "%", "1e3"])
+def test_a_horizon_that_is_none_is_a_usage_error(written: str, tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    assert call_cli("backtest", "run", "--horizon", written, cwd=tmp_path).returncode == 2
+
+
+# --- misspelt names --------------------------------------------------------------------------------------------------
+
+
+def test_a_variable_of_no_option_is_named_with_the_one_that_is_meant(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    env = {"FARCAST_HORIZN": "5", "FARCAST_STRENGTH": "1", "FARCAST_GAIN": "0.5"}
+    done = call_cli("inspect", "run", cwd=tmp_path, env=env)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "caution: FARCAST_HORIZN is set, but no option has this variable; did you mean FARCAST_HORIZON?"
+    ]
+    assert call_cli("inspect", "run", "-q", cwd=tmp_path, env=env).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("horizn = 5", "horizon"), ("[predict]\nfro = 'resume'", "for"), ("[predikt]\nhorizon = 5", "predict")]
+)
+def test_a_misspelt_key_of_the_file_is_an_error_with_the_one_that_is_meant(
+    text: str, word: str, tmp_path: Path, call_cli: CallCli
+) -> None:
+    (tmp_path / "farcast.toml").write_text(text + "\n")
+    done = call_cli("predict", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.errors[0].endswith(f"; did you mean {word}?")

@@ -154,6 +154,8 @@ ORDER = (
     "commands.answers",
     "commands.render",
     "commands.streams",
+    "commands.horizons",
+    "commands.mistakes",
     "commands.options",
     "commands.inspect",
     "commands.fit",

@@ -9,6 +9,7 @@ import typer
 
 from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE
 from farcast_cli.commands.fit import fitted_by
+from farcast_cli.commands.horizons import in_steps, parse_horizons
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -29,7 +30,6 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     env,
-    parse_horizons,
     resources_of,
     selection_of,
 )
@@ -45,7 +45,11 @@ def backtest(
     ] = None,
     horizon: Annotated[
         str | None,
-        typer.Option(envvar=env("HORIZON"), metavar="N[,N...]", help="Steps ahead; by default some shares of the history."),
+        typer.Option(
+            envvar=env("HORIZON"),
+            metavar="N[,N...]",
+            help="Steps ahead, such as 500, 1k or 20% (of the history); by default some shares of the history.",
+        ),
     ] = None,
     forecaster: ForecasterOption = DEFAULT_FORECASTER,
     purpose: PurposeOption = "resume",
@@ -67,7 +71,7 @@ def backtest(
     config: ConfigOption = None,
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
-    horizons = parse_horizons(horizon)
+    parsed = parse_horizons(horizon)
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
     from farcast_cli.forecast.fitting import FitRequest
@@ -78,6 +82,7 @@ def backtest(
         selection = selection_of(directory, include, exclude, steps, pattern)
         of_folder = FitRequest(selection, None if full else sample, ledger, resources)
     fitted = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
+    horizons = in_steps(parsed, fitted)
     report = report_backtest(fitted, horizons, method=method, purpose=purpose, clock=clock, device=resources.device)
     if json_:
         render.as_json(answers.of_backtest(report))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farcast_cli.choices import DEFAULT_LEDGER, CountersMode
+from farcast_cli.commands.horizons import MAX_DIGITS
 from farcast_cli.commands.options import (
-    MAX_DIGITS,
     ClockOption,
     ConfigOption,
     DeviceOption,

@@ -25,7 +25,9 @@ from farcast_cli.choices import (
     SolverName,
     StepNorm,
 )
-from farcast_cli.errors import UsageError, listed, shell_word
+from farcast_cli.commands.horizons import MAX_DIGITS
+from farcast_cli.commands.mistakes import nearest, refuse_addresses, refuse_more, unknown_variables
+from farcast_cli.errors import ANY_COMMAND, FarcastError, UsageError, shell_word
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,7 +72,6 @@ PANELS = {
 }
 """The groups in which `--help` shows the options of a command, in this order."""
 MAX_CONFIG_BYTES = 1 << 20
-MAX_DIGITS = 15  # of a number of steps
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -108,35 +109,29 @@ class Grouped(TyperCommand):
         """Parse the command line.
 
         Raises:
-            UsageError: more arguments than the command takes.
+            UsageError: more arguments than the command takes, or an address in place of a path.
         """
         try:
             super().parse_args(ctx, args)
         finally:
             if isinstance(ctx.obj, Asked):
                 ctx.obj.read(ctx)
-        if ctx.args:
-            _refuse_more(ctx)
+        refuse_more(ctx)
+        refuse_addresses(ctx)
+        if strangers := [] if ctx.params.get("quiet") else unknown_variables(ctx):
+            from farcast_cli.commands import render
+
+            for text in strangers:
+                render.note(text)
         return args
 
-
-def _refuse_more(context: Any) -> None:
-    """Refuse arguments that are too many; those that a shell made of a pattern lead to their folder."""
-    taken = [parameter for parameter in context.command.params if parameter.param_type_name == "argument"]
-    if not taken:
-        raise UsageError(f"unexpected argument {context.args[0]}", hint=f"farcast {context.info_name} --help")
-    name, more = taken[-1].name, context.args
-    found = [Path(str(context.params[name])), *map(Path, more)]
-    kind, folders = taken[-1].metavar.strip("[]"), {path.parent for path in found}
-    if name == "directory" and len(folders) == 1 and all(os.path.lexists(path) for path in found):
-        (folder,) = folders
-        raise UsageError(
-            f"expected one folder, found {len(found)} paths in {folder}",
-            hint=f"farcast {context.info_name} {shell_word(folder)}",
-        )
-    raise UsageError(
-        f"expected one {kind}, found {len(found)}: {listed(found, most=3)}", hint=f"farcast {context.info_name} --help"
-    )
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a hint to call it with another folder names the command."""
+        try:
+            return super().invoke(ctx)
+        except FarcastError as error:
+            error.hint = error.hint.replace(ANY_COMMAND, f"farcast {ctx.info_name} ", 1)
+            raise
 
 
 def _commands(context: typer.Context) -> list[Any]:
@@ -163,16 +158,19 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     shared = {key: item for key, item in content.items() if not isinstance(item, dict)}
     tables = sorted(content.keys() - shared.keys() - {command.name for command in _commands(context)})
     if tables:
-        raise UsageError(f"{path}: expected the name of a command as table, found {tables[0]!r}", hint="farcast --help")
+        likely = nearest(tables[0], [str(command.name) for command in _commands(context)])
+        raise UsageError(f"{path}: expected the name of a command as table, found {tables[0]!r}{likely}", hint="farcast --help")
     known = {parameter.name for parameter in context.command.params}
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
     strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
     if strangers:
-        raise UsageError(f"{path}: no command has an option {strangers[0]!r}", hint="farcast --help")
+        likely = nearest(strangers[0], map(_key_of, anywhere))
+        raise UsageError(f"{path}: no command has an option {strangers[0]!r}{likely}", hint="farcast --help")
     unknown = sorted(key for key in own if _option_of(key) not in known)
     if unknown:
+        likely = nearest(unknown[0], map(_key_of, known))
         raise UsageError(
-            f"{path}: [{context.info_name}] has no option {unknown[0]!r}", hint=f"farcast {context.info_name} --help"
+            f"{path}: [{context.info_name}] has no option {unknown[0]!r}{likely}", hint=f"farcast {context.info_name} --help"
         )
     refused = sorted(key for key in shared | own if _option_of(key) not in FROM_ANY_FILE)
     if value is None and refused:  # whoever made this folder would choose what is read, written or run, and what is checked
@@ -209,6 +207,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _option_of(key: str) -> str:
     """The parameter that a key of the file stands for."""
     return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
+
+
+def _key_of(option: str) -> str:
+    """The key of the file that stands for a parameter."""
+    return {"purpose": "for", "json_": "json", "round_": "round"}.get(option, option)
 
 
 def env(name: str) -> str:
@@ -399,20 +402,6 @@ def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
         raise UsageError(
             "expected --horizon N (steps ahead) or --to-step N, found both", hint="farcast predict proposes a horizon itself"
         )
-
-
-def parse_horizons(text: str | None) -> tuple[int, ...]:
-    """The horizons of an option; none where it is not given."""
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    if any(len(part) > MAX_DIGITS for part in parts):
-        raise UsageError(f"--horizon {text[:40]}: expected fewer than {10**MAX_DIGITS} steps")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--horizon {text}: expected positive whole numbers of steps, such as 1000 or 500,1000")
-    if len(set(map(int, parts))) != len(parts):
-        raise UsageError(f"--horizon {text}: expected different horizons, found one twice")
-    return tuple(int(part) for part in parts)
 
 
 def parse_size(text: str | None) -> int | None:

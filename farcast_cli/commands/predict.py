@@ -10,6 +10,7 @@ import typer
 
 from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE, CountersMode
 from farcast_cli.commands.fit import fitted_by
+from farcast_cli.commands.horizons import in_steps, parse_horizons
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -44,7 +45,6 @@ from farcast_cli.commands.options import (
     choice,
     env,
     evaluator_of,
-    parse_horizons,
     parse_size,
     resources_of,
     selection_of,
@@ -79,7 +79,7 @@ def predict(
         typer.Option(
             envvar=env("HORIZON"),
             metavar="N[,N...]",
-            help="Steps ahead; several horizons are written in one pass. By default farcast chooses it by evidence.",
+            help="Steps ahead, such as 500, 1k or 20% (of the history). Several are written in one pass. By default farcast chooses it by evidence.",
         ),
     ] = None,
     to_step: Annotated[
@@ -157,6 +157,7 @@ def predict(
 ) -> None:
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     check_horizon_options(horizon, to_step)
+    horizons = parse_horizons(horizon)
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import render
     from farcast_cli.forecast.fitting import FitRequest
@@ -168,8 +169,9 @@ def predict(
     if directory:
         selection = selection_of(directory, include, exclude, steps, pattern)
         of_folder = FitRequest(selection, None if full else sample, ledger, resources)
+    fitted = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
     request = Request(
-        horizons=parse_horizons(horizon),
+        horizons=in_steps(horizons, fitted, origin=origin),
         to_step=to_step,
         purpose=purpose,
         method=method,
@@ -190,7 +192,6 @@ def predict(
         resources=resources,
         evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
     )
-    fitted = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
     with render.progress(quiet=quiet) as progress:
         outcomes = run(fitted, request, progress)
     _tell(fitted, request, outcomes, quiet=quiet, verbose=verbose, as_json=json_)

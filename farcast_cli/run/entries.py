@@ -10,9 +10,10 @@ import re
 import shlex
 from collections import Counter
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import SnapshotError, TooFewSnapshotsError, listed, shell_word
+from farcast_cli.errors import ANY_COMMAND, SnapshotError, TooFewSnapshotsError, listed, shell_word
 from farcast_cli.files.place import sidecar_of
 from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.trainers import named, recognise
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 OWN_MARK = b'{"__metadata__":{"farcast":'
 """How the header of a forecaster file begins."""
+READ = (
+    "farcast reads folders of Hugging Face Trainer, Lightning, Composer, accelerate, Fabric and torch.distributed.checkpoint, and"
+    " .safetensors, .pt, .pth, .ckpt and .bin files"
+)
+MAX_FOLDERS = 500  # looked into for runs
+RUN_DEPTH = 3  # as in lightning_logs/version_0/checkpoints
 MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
 _TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?")
@@ -58,6 +65,8 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
             reason = _why_no_snapshot(path, kinds[path], shapes)
             looks_like_one = bool(reason) and named_within(path, steps)
             findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
+    if not any(find_step_in_name(path.name) for path, _ in found) and not pattern:
+        _refuse_folder_of_runs(directory)
     alone = recognise(directory)
     if alone and not any(find_step_in_name(path.name) for path, _ in found):
         raise TooFewSnapshotsError(
@@ -72,14 +81,48 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
     return found
 
 
+def _refuse_folder_of_runs(directory: Path) -> None:
+    """Refuse a folder that holds runs and no snapshots of its own.
+
+    Raises:
+        TooFewSnapshotsError: it is one; the hint names its first run.
+    """
+    runs = list(_runs_below(directory))
+    if runs:
+        names = listed(path.relative_to(directory) for path in runs)
+        what = "a run in it" if len(runs) == 1 else f"{len(runs)} runs in it"
+        raise TooFewSnapshotsError(
+            f"{directory}: expected the folder of one run, found {what}: {names}",
+            hint=f"{ANY_COMMAND}{shell_word(runs[0])}",
+            path=directory,
+        )
+
+
+def _runs_below(directory: Path) -> Iterator[Path]:
+    """The folders below that hold at least two checkpoints whose names tell a step; nothing else is looked at."""
+    level, num_left = [directory], MAX_FOLDERS
+    for _ in range(RUN_DEPTH):
+        folders = [path for top in level for path in sorted(top.iterdir()) if _is_plain_folder(path)][:num_left]
+        runs = {path for path in folders if _holds_snapshots(path)}
+        yield from (path for path in folders if path in runs)
+        level, num_left = [path for path in folders if path not in runs], num_left - len(folders)
+
+
+def _is_plain_folder(path: Path) -> bool:
+    return not path.name.startswith(".") and not path.is_symlink() and path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+
+
+def _holds_snapshots(folder: Path) -> bool:
+    named_like = (path for path in sorted(folder.iterdir()) if find_step_in_name(path.name) and not path.name.startswith("."))
+    return len(list(islice((path for path in islice(named_like, MAX_FOLDERS) if recognise(path)), 2))) > 1
+
+
 def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewSnapshotsError:
     half_written = [ignored for ignored in findings.ignored if ignored.is_half_written]
     if half_written:
         return too_few(directory, 0, 1, half_written)
     matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
-    hint = (
-        f"farcast inspect {shell_word(directory)} shows all" if pattern else "docs/formats.md lists the layouts that are read"
-    )
+    hint = f"farcast inspect {shell_word(directory)} shows all" if pattern else READ
     return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
 
 

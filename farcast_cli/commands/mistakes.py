@@ -1,0 +1,103 @@
+"""What a command line may hold by mistake: more paths than a command takes, an address in place of a path, a misspelt variable."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import UsageError, listed, shell_word
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PREFIX = "FARCAST_"
+_FOR_COMMANDS = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB")}
+"""The variables that --eval-cmd gets, which may call farcast itself."""
+_ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
+"""pathlib makes one slash of two."""
+_PLACES = {
+    *("directory", "checkpoint", "forecast", "against", "reference", "forecaster"),
+    *("data", "anchor", "apply", "output", "delta_out", "ledger"),
+}
+_WRITTEN = {"output", "delta_out", "ledger"}
+_COPIES = {
+    "s3": "aws s3 sync {address} {name}",
+    "gs": "gsutil -m cp -r {address} .",
+    "hf": "huggingface-cli download {repository} --local-dir {name}",
+}
+
+
+def refuse_more(context: Any) -> None:
+    """Refuse arguments that are too many; those that a shell made of a pattern lead to their folder.
+
+    Raises:
+        UsageError: there are any.
+    """
+    if not context.args:
+        return
+    taken = [parameter for parameter in context.command.params if parameter.param_type_name == "argument"]
+    if not taken:
+        raise UsageError(f"unexpected argument {context.args[0]}", hint=f"farcast {context.info_name} --help")
+    name, more = taken[-1].name, context.args
+    found = [Path(str(context.params[name])), *map(Path, more)]
+    kind, folders = taken[-1].metavar.strip("[]"), {path.parent for path in found}
+    if name == "directory" and len(folders) == 1 and all(os.path.lexists(path) for path in found):
+        (folder,) = folders
+        raise UsageError(
+            f"expected one folder, found {len(found)} paths in {folder}",
+            hint=f"farcast {context.info_name} {shell_word(folder)}",
+        )
+    raise UsageError(
+        f"expected one {kind}, found {len(found)}: {listed(found, most=3)}", hint=f"farcast {context.info_name} --help"
+    )
+
+
+def refuse_addresses(context: Any) -> None:
+    """Refuse an address of some storage where a path is expected.
+
+    Raises:
+        UsageError: with the command that copies it here.
+    """
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        is_read = parameter.name not in _WRITTEN
+        found = _ADDRESS.fullmatch(str(value)) if isinstance(value, (str, Path)) and parameter.name in _PLACES else None
+        if found and not os.path.lexists(str(value)):
+            address = f"{found[1]}://{found[2]}"
+            hint = _copy_of(found[1], found[2].rstrip("/")) if is_read else "write to a local path, then copy it"
+            raise UsageError(f"{address}: farcast reads and writes local files only", hint=hint)
+
+
+def _copy_of(scheme: str, rest: str) -> str:
+    """The command that copies what an address names into the working directory."""
+    name, address = shell_word(rest.rsplit("/", 1)[-1]), shell_word(f"{scheme}://{rest}")
+    repository = shell_word("/".join(rest.removeprefix("datasets/").split("/")[:2]))
+    return _COPIES.get(scheme, "curl -LO {address}").format(address=address, name=name, repository=repository)
+
+
+def unknown_variables(context: Any) -> list[str]:
+    """Variables of the environment that are named like an option's, and belong to none, in words."""
+    strangers = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in _FOR_COMMANDS)
+    if not strangers:
+        return []
+    group = context.parent.command if context.parent else None
+    commands = group.commands.values() if group is not None else [context.command]
+    known = {str(parameter.envvar) for command in commands for parameter in command.params if parameter.envvar}
+    return [
+        f"caution: {name} is set, but no option has this variable{nearest(name, known)}"
+        for name in strangers
+        if name not in known
+    ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is meant, probably, in words; "" where none is like it.
+
+    >>> nearest("methd", ["method", "scale"]), nearest("x", ["method"])
+    ('; did you mean method?', '')
+    """
+    found = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
