@@ -517,6 +517,19 @@ def test_every_option_has_its_group_in_the_help_of_its_command(call_cli: CallCli
     assert places[2] < shown.find("--optimizer") < places[3]
 
 
+BOX = set("─│╭╮╰╯")
+"""What frames the groups of options."""
+HELPED = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema")
+
+
+@pytest.mark.parametrize("command", ["", *HELPED])
+def test_help_is_ascii_in_frames_and_no_word_between_colons_becomes_a_picture(
+    call_cli: CallCli, tmp_path: Path, command: str
+) -> None:
+    shown = call_cli(*filter(None, [command]), "--help", cwd=tmp_path).stdout
+    assert {character for character in shown if not character.isascii()} <= BOX
+
+
 @pytest.mark.parametrize("key", sorted(set[str]().union(*NAMED_ONLY.values()) - {"config"}))
 def test_a_file_that_nobody_named_sets_no_place_no_program_and_no_check(work: Path, call_cli: CallCli, key: str) -> None:
     group: Any = typer.main.get_command(app)
@@ -569,7 +582,7 @@ def test_the_choices_that_help_shows_are_those_that_the_library_knows() -> None:
     known = {"|".join(get_args(value)) for value in vars(choices).values() if get_origin(value) is Literal}
     group: Any = typer.main.get_command(app)
     shown = {str(p.metavar) for command in group.commands.values() for p in command.params if p.metavar and "|" in p.metavar}
-    others = {"A:B:K|N,N", "auto|cpu|cuda[:N]"}
+    others = {"FROM:TO:EVERY|N,N", "auto|cpu|cuda[:N]"}
     assert shown - others <= known
     assert known - shown == {"|".join(get_args(choices.Verdict))}  # an answer, and no option
 
@@ -603,9 +616,9 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "a size without a unit": (("predict", "--horizon", 100, "--max-shard-size", "5"), ("--max-shard-size 5", "5GB")),
     "the first snapshot as origin": (("predict", "--horizon", 100, "--origin", 100), ("--origin 100",)),
     "a command without its place": (("predict", "--horizon", 100, "--eval-cmd", "true"), ("{ckpt}",)),
-    "steps that are no range": (("fit", "run", "--steps", "5"), ("--steps 5", "A:B:K")),
-    "steps that are no numbers": (("fit", "run", "--steps", "a:b"), ("--steps a:b", "A:B:K")),
-    "steps in words that are pictures elsewhere": (("fit", "run", "--steps", "5:100:x"), ("--steps 5:100:x", "A:B:K")),
+    "steps that are no range": (("fit", "run", "--steps", "5"), ("--steps 5", "FROM:TO:EVERY")),
+    "steps that are no numbers": (("fit", "run", "--steps", "a:b"), ("--steps a:b", "FROM:TO:EVERY")),
+    "steps in words that are pictures elsewhere": (("fit", "run", "--steps", "5:100:x"), ("--steps 5:100:x", "FROM:TO:EVERY")),
     "an unknown option": (("predict", "--horizn", 100), ("--horizn",)),
     "an unknown command": (("forecast",), ("forecast",)),
     "a missing argument": (("inspect",), ("DIR",)),

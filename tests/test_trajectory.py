@@ -129,7 +129,7 @@ def test_a_range_of_steps_holds_both_ends_and_the_multiples_between(tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["5", "a:b", "1:2:3:4", "::0", "-1:5", "1.5:2", "", "1:2:x", "40:4"])
 def test_a_range_that_is_none_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="expected A:B:K"):
+    with pytest.raises(UsageError, match="expected FROM:TO:EVERY"):
         StepRange.parse(text)
 
 

@@ -217,8 +217,8 @@ StepsOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("STEPS"),
-        metavar="A:B:K|N,N",
-        help="A:B:K takes the snapshots from step A to step B at multiples of K; each part is optional. A list takes exactly"
+        metavar="FROM:TO:EVERY|N,N",
+        help="FROM:TO:EVERY takes the snapshots from step FROM to step TO at multiples of EVERY; each part is optional. A list takes exactly"
         " these; if the files do not contain their step, the list assigns it, oldest file first.",
     ),
 ]
