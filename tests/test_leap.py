@@ -676,7 +676,7 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     loop.kind = "folder"
     loop.train(count=3)
     origin = loop.newest
-    loop.leap("--counters", counters)
+    done = loop.leap("--counters", counters)
     step = 300 + (loop.told["horizon"] if counters == "advance" else 0)
     assert loop.forecast.name == (
         f"checkpoint-{step}" if counters == "advance" else f"checkpoint-300-leap{loop.told['horizon']}"
@@ -688,6 +688,8 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     same = (loop.forecast / "optimizer.pt").read_bytes() == (origin / "optimizer.pt").read_bytes()
     assert same == (counters == "keep")
     assert record_of(loop.memory)["landing_step"] == step
+    assert ("the counters stay at step 300;" in done.stderr) == (counters == "keep")
+    assert (f"the counters advance to step {step};" in done.stderr) == (counters == "advance")
 
 
 def test_near_the_end_of_a_run_there_is_no_leap(loop: Loop) -> None:
