@@ -15,7 +15,7 @@ from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.forecast.backtest import LOSS_JUMP, decide
+from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
@@ -32,6 +32,7 @@ from farcast_cli.trainers.names import find_step_in_name
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from farcast_cli.choices import Purpose
     from farcast_cli.forecast.backtest import Decision
     from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
@@ -52,7 +53,7 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     """
     index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
     if request.to_step is not None:
-        request = replace(request, horizons=(request.to_step - fitted.steps[index],))
+        request = replace(request, horizons=(_steps_to(request.to_step, fitted.steps[index], request.purpose),))
     start = _open(fitted, index, request) if _ends_with_the_run(request) else None
     method, request, notes = _settle(fitted, request, index, start)
     tasks = [_task(fitted, request, index, horizon) for horizon in request.horizons]
@@ -75,6 +76,18 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     for i, outcome in zip(chosen, written, strict=True):
         outcomes[i] = outcome
     return outcomes
+
+
+def _steps_to(step: int, origin: int, purpose: Purpose) -> int:
+    """The horizon that ends at a step.
+
+    Raises:
+        UsageError: a step that is not after the origin; to evaluate, the origin itself will do.
+    """
+    if step < origin + (purpose == "resume"):
+        which = f"after {origin}, the origin" if purpose == "resume" else f"of {origin}, the origin, or later"
+        raise UsageError(f"--to-step {step}: expected a step {which}")
+    return step - origin
 
 
 # --- the decision ----------------------------------------------------------------------------------------------------
@@ -134,7 +147,7 @@ def _task(fitted: Fitted, request: Request, index: int, horizon: int) -> Task:
     if horizon < (request.purpose == "resume"):
         raise UsageError(f"horizon {horizon}: expected a step after the origin, {fitted.steps[index]}")
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[index]))
-    pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
+    pace = pace_to(fitted.provenance.pace, timeline, horizon, wanted=request.clock)
     anneals = request.purpose == "resume" and request.clock is None
     device = request.resources.device
     return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, device, pace, anneals)

@@ -590,6 +590,36 @@ def test_the_choices_that_help_shows_are_those_that_the_library_knows() -> None:
 # --- usage errors ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("predict", "--horizon"), "farcast predict --help"),
+        (("predict", "--nothing"), "farcast predict --help"),
+        (("nothing",), "farcast --help"),
+        (("--nothing",), "farcast --help"),
+    ],
+)
+def test_a_line_that_cannot_be_parsed_names_the_help_of_its_command(
+    work: Path, call_cli: CallCli, arguments: tuple[str, ...], hint: str
+) -> None:
+    done = call_cli(*arguments, cwd=work)
+    assert (done.returncode, done.hints) == (2, [f"hint: {hint}"])
+
+
+def test_the_help_of_tune_names_its_limit_of_rows(call_cli: CallCli, tmp_path: Path) -> None:
+    shown = call_cli("tune", "--help", cwd=tmp_path, env={"COLUMNS": "200"}).stdout
+    assert "at most twice as many rows" in " ".join(shown.replace("│", " ").split())
+
+
+def test_one_counter_that_advances_is_one(call_cli: CallCli, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for number in range(1, 9):
+        torch.save({"model": {"w": torch.full((50,), float(number))}, "step": 100 * number}, tmp_path / f"run/ckpt_{number}.pt")
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    done = call_cli("predict", "--horizon", 100, "--even-if-worse", cwd=tmp_path)
+    assert "\n1 counter or rate advanced (-v lists them)\n" in done.stderr
+
+
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "both horizon and step": (("predict", "--horizon", 1, "--to-step", 900), ("--horizon", "--to-step", "both")),
     "a horizon of no steps for a back-test": (("backtest", "--horizon", 0), ("--horizon 0", "positive")),
@@ -599,8 +629,11 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "an empty horizon": (("predict", "--horizon", "100,,200"), ("100,,200",)),
     "a horizon twice": (("predict", "--horizon", "100,200,100"), ("twice",)),
     "a horizon twice in other digits": (("predict", "--horizon", "100,0100"), ("twice",)),
-    "a step that is past": (("predict", "--to-step", 800), ("800",)),
-    "a step that is past to evaluate": (("predict", "--to-step", 799, "--for", "evaluation"), ("-1", "800")),
+    "a step that is past": (("predict", "--to-step", 800), ("--to-step 800: expected a step after 800, the origin",)),
+    "a step that is past to evaluate": (
+        ("predict", "--to-step", 799, "--for", "evaluation"),
+        ("--to-step 799: expected a step of 800, the origin, or later",),
+    ),
     "an unknown method": (("predict", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
     "an unknown method to test": (("backtest", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
     "an unknown purpose": (("predict", "--horizon", 100, "--for", "fun"), ("--for fun", "resume, evaluation")),
@@ -686,7 +719,10 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "no folder": (lambda _: None, 3, ("run", "nothing")),
     "a file in the folder's place": (lambda run: run.write_text("x"), 3, ("run", "a file")),
     "an empty folder": (lambda run: run.mkdir(), 3, ("run", "no snapshots")),
-    "five snapshots": (lambda run: make_loose_run(run, STEPS[:5]), 3, ("expected at least 6 snapshots, found 5", "save_steps")),
+    "five snapshots": (
+        *(lambda run: make_loose_run(run, STEPS[:5]), 3),
+        ("expected at least 6 snapshots, found 5", "save_steps", "farcast leap needs three snapshots only"),
+    ),
     "two runs interleaved": (two_interleaved, 3, ("two runs", "alternate", "--steps")),
     "two runs one after the other": (two_in_a_row, 3, ("two runs", loose_name(40), loose_name(50), "--steps")),
     "a changed shape": (

@@ -21,6 +21,7 @@ from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.run.pace import STEPS
 from farcast_cli.run.trajectory import discover
+from tests.conftest import fit_run
 from tests.tiny import predict_run, save_safetensors
 
 if TYPE_CHECKING:
@@ -264,6 +265,14 @@ def test_a_forecast_past_the_rates_that_are_known_counts_steps_and_says_so(tmp_p
     (outcome,) = predict_run(_fitted(tmp_path / "run"), tmp_path / "out.pt", horizons=[30])
     assert outcome.pace.clock == "steps"
     assert outcome.pace.why == "the learning rates after step 100 are unknown"
+
+
+def test_a_forecast_longer_than_fit_looks_ahead_says_how_far_the_rates_are_known(tmp_path: Path, call_cli: CallCli) -> None:
+    fit_run(_train(tmp_path / "run", "cosine"), tmp_path / "forecaster.safetensors")
+    until = "235, 1.5 times the history ahead"
+    done = call_cli("predict", "--horizon", 5000, cwd=tmp_path)
+    assert f"clock: steps (the forecaster has the learning rates up to step {until})" in done.stderr
+    assert "up to step " + until in call_cli("backtest", "--horizon", 5000, cwd=tmp_path).stdout
 
 
 def test_verify_says_how_much_of_the_stretch_was_trained_in_learning_rate(tmp_path: Path, call_cli: CallCli) -> None:

@@ -427,6 +427,7 @@ def test_without_new_training_the_same_path_is_printed_and_nothing_is_written(lo
     done = loop.leap(*options)
     assert (loop.told["path"], loop.told["again"]) == (path, True)
     assert "no training since the last call" in done.stderr
+    assert "train on for a new one" in done.stderr
     assert state_of(loop.home) == before
     plain = loop.call("leap", "run", cwd=loop.home)
     assert (plain.returncode, plain.stdout) == (0, f"{path}\n")
@@ -860,10 +861,11 @@ def test_without_a_loss_a_leap_says_that_it_cannot_know_and_the_gain_stops_at_1(
 
 def test_a_loss_that_never_changes_is_said_to_steer_nothing_and_the_gain_stops_at_1(line: Line) -> None:
     line.begun()
-    for _ in range(4):
+    for number in range(4):
         line.train()
         done = line.leap("--eval-cmd", "echo 1.0 {ckpt} 1.0")
-    assert "the loss has not changed yet" in done.stderr
+        said = "the loss has not changed yet" if number else "only one loss was measured so far"
+        assert f"{said}, so only the share changes the gain" in done.stderr
     assert (line.told["loss_signal"], line.told["gain"]) == (None, 1.0)
 
 

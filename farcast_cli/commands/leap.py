@@ -179,7 +179,7 @@ def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:
         render.note(
-            f"{head}: no training since the last call, so its leap is given again; the options of this call have no effect"
+            f"{head}: no training since the last call, so its leap is given again, whatever the options; train on for a new one"
         )
     elif request.dry_run:
         render.note(f"{head}: would leap {outcome.horizon} steps: {reason}; {_counters(outcome, request)}")

@@ -303,7 +303,8 @@ RowsOption = Annotated[
     typer.Option(
         envvar=env("DATA"),
         metavar="FILE",
-        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels).",
+        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels); at most twice as many rows as the"
+        " layer has outputs.",
     ),
 ]
 LayersOption = Annotated[

@@ -386,7 +386,8 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         for text in outcome.changes if verbose else ():
             note(f"  {text}")
         if outcome.changes and not verbose:
-            note(f"{len(outcome.changes)} counters and rates advanced (-v lists them)")
+            count = len(outcome.changes)
+            note(f"{count} {'counter or rate' if count == 1 else 'counters and rates'} advanced (-v lists them)")
     for trial in outcome.trials:
         what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
         note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.choices import Purpose, Verdict
+    from farcast_cli.choices import ClockName, Purpose, Verdict
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.timeline import Timeline
+    from farcast_cli.run.pace import Pace
 
     Halves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -171,6 +172,22 @@ def untestable(task: Task) -> str:
     if task.horizon > MAX_HORIZON * timeline.length:
         return f"{task.horizon:.0f} steps ahead is more than {MAX_HORIZON} times the history of {timeline.length:.0f} steps"
     return ""
+
+
+def pace_to(known: Pace, timeline: Timeline, horizon: float, *, wanted: ClockName | None) -> Pace:
+    """The clock for a horizon; of one that is longer than `fit` looks ahead, it says so.
+
+    Raises:
+        UsageError: rates are wanted and not known.
+    """
+    found = known.clocked(wanted, timeline.first, timeline.origin + horizon)
+    longest = MAX_HORIZON * timeline.length
+    if found.rates or wanted or horizon <= longest or not known.rates:
+        return found
+    if not known.covers(timeline.first, timeline.origin + longest):
+        return found  # not even those are known
+    until = f"step {known.edges[-1]}, {MAX_HORIZON} times the history ahead"
+    return replace(found, why=f"the forecaster has the learning rates up to {until}")
 
 
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:

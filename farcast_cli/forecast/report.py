@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from farcast_cli.forecast.backtest import decide, score
+from farcast_cli.forecast.backtest import decide, pace_to, score
 from farcast_cli.forecast.choice import AUTO, choose_method, usual_horizons
 from farcast_cli.forecast.forecaster import Task
 from farcast_cli.forecast.methods import METHODS
@@ -48,7 +48,7 @@ def report_backtest(
     timeline = fitted.timeline
     gram, sample = fitted.judged()
     horizons = horizons or usual_horizons(timeline)
-    pace = fitted.provenance.pace.clocked(clock, timeline.first, timeline.origin + max(horizons))
+    pace = pace_to(fitted.provenance.pace, timeline, max(horizons), wanted=clock)
     anneals = purpose == "resume" and clock is None
     tasks = {h: Task(gram, sample, timeline, float(h), device=device, pace=pace, anneals=anneals) for h in horizons}
     chosen = {h: choose_method(method, task, purpose) for h, task in tasks.items()}

@@ -130,7 +130,8 @@ class Situation:
         said = [f"{one.path.name} left out: {one.reason}" for one in self.trajectory.half_written]
         said += self.found.notes
         if outcome.trials and math.isnan(signal):
-            said.append("the loss has not changed yet, so only the share changes the gain")
+            seen = "the loss has not changed yet" if self.heard.losses.falls_weight else "only one loss was measured so far"
+            said.append(f"{seen}, so only the share changes the gain")
         if self.ask.request.dry_run and self.ask.request.evaluator is not None:
             said.append("a dry run does not measure the loss: the real call may decide differently")
         count = self.after.momentum.count if self.after else 0
