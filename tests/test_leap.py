@@ -841,6 +841,18 @@ def test_a_command_that_fails_publishes_nothing_and_can_be_mended(line: Line, co
     assert [e["value"] for e in line.told["evaluations"]] == [1.5] * 3
 
 
+@pytest.mark.parametrize(("count", "code"), [(2, 10), (4, 0)], ids=["no leap yet", "a leap at once"])
+def test_a_first_call_and_a_repeated_one_say_that_the_command_was_not_run(line: Line, count: int, code: int) -> None:
+    done = line.train(count=count).leap("--eval-cmd", "touch {ckpt}.ran; exit 3", code=code)
+    assert (
+        "note: --eval-cmd was not run: it tests the direction of earlier calls, so it runs from the next call on" in done.stderr
+    )
+    assert ("no loss was measured, so farcast cannot know whether leaps lower it\n" in done.stderr) == (code == 0)
+    again = line.leap("--eval-cmd", "touch {ckpt}.ran; exit 3", code=code)
+    assert "note: --eval-cmd was not run: there was no training since the last call" in again.stderr
+    assert not list(line.home.rglob("*.ran"))
+
+
 def test_a_loss_as_large_as_a_number_can_be_is_a_loss(line: Line) -> None:
     line.begun()
     for number in range(3):

@@ -63,7 +63,7 @@ def leap(
             envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
             help="Command that measures the loss: farcast reads the last number that it prints. It runs three times: on the newest "
-            "checkpoint, and on weights a little ahead of it and a little behind.",
+            "checkpoint, and on weights a little ahead of it and a little behind. The first call of a run does not run it.",
         ),
     ] = None,
     maximize: MaximizeOption = False,
