@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from farcast_cli.errors import FarcastError
+    from farcast_cli.forecast.backtest import Steadiness
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
+    from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.progress import Progress
@@ -268,8 +270,6 @@ def fit_cautions(plan: FitPlan) -> None:
 
 
 def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
-    from farcast_cli.forecast.backtest import COHERENCE_GATE
-
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
@@ -277,14 +277,28 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         f" {len(record.copied)} copied,"
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
-    note(
-        f"direction of the run: S = {shown_number(steady.coherence)}, recent half S = {shown_number(steady.recent)}, {chance(steady.significance)} (to resume from a"
-        f" forecast, both S must exceed {COHERENCE_GATE:g} with a small p, for horizons up to a quarter of the history)"
-    )
+    note(_direction(fitted, steady))
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
-    note("next: farcast backtest, or farcast predict (without --horizon, farcast chooses it)")
+    note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
+
+
+def _direction(fitted: Fitted, steady: Steadiness) -> str:
+    """S and p of a run, and what they allow."""
+    from farcast_cli.forecast.report import direction_ahead
+
+    if not math.isfinite(steady.coherence):
+        return "direction of the run: S unknown: it needs two snapshots in each half of the history, and weights that move"
+    horizon, is_steady, reason = direction_ahead(fitted)
+    known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {_recent_half(steady.recent)}"
+    ahead = f"to resume from a forecast {horizon} steps ahead"
+    verdict = f"steady enough {ahead}, if its back-test passes" if is_steady else f"not steady enough {ahead} ({reason})"
+    return f"direction of the run: {known}; {verdict}"
+
+
+def _recent_half(coherence: float) -> str:
+    return f"recent half S = {coherence:.2f}" if math.isfinite(coherence) else "recent half: too few snapshots to tell"
 
 
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
@@ -377,8 +391,8 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
                 else decision.reason
             )
             + f"; back-test b = {shown_number(decision.ratio)};"
-            f" direction S = {shown_number(decision.coherence)}, recent half {shown_number(decision.recent)},"
-            f" {chance(decision.significance)}{verdict}"
+            f" direction S = {shown_number(decision.coherence)}, {chance(decision.significance)};"
+            f" {_recent_half(decision.recent)}{verdict}"
         )
         copied_note(outcome.copied, verbose=verbose)
         for text in outcome.notes:
