@@ -34,6 +34,7 @@ from tests.conftest import (
     tree_digest,
     weights_at,
 )
+from tests.tiny import wander, write_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -930,6 +931,18 @@ def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path
     assert "untestable: nothing written (5000 steps ahead is more than 1.5 times the history" in done.stderr
     assert "--even-if-worse" in done.hints[0]
     assert tree_digest(work) == before
+
+
+def test_a_number_above_1_says_what_decides_to_resume(tmp_path: Path, call_cli: CallCli) -> None:
+    """A rough run: the weights are farther away at first, and the direction is steady enough."""
+    rough = wander(2, num_snapshots=12, sizes={"a": 400, "b": 60}, roughness=2.5)
+    fit_run(write_run(tmp_path / "run", rough, range(100, 1300, 100)), tmp_path / "forecaster.safetensors")
+    said = {horizon: call_cli("predict", "--horizon", horizon, cwd=tmp_path).stderr for horizon in (100, 275)}
+    why = "of the error without a forecast (the weights are farther from the real ones at first; S and p decide whether to resume)"
+    assert f"expected error: 1.12 {why}" in said[100]
+    assert f"expected error: 1.02 {why}" in said[275]
+    other = call_cli("predict", "--horizon", 100, "--for", "evaluation", "--even-if-worse", "-o", "w/", cwd=tmp_path).stderr
+    assert "of the error without a forecast;" in other
 
 
 def test_a_run_that_turned_back_is_not_forecast(turning: Path, call_cli: CallCli) -> None:

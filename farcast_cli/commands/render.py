@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
-    from farcast_cli.forecast.backtest import Steadiness
+    from farcast_cli.forecast.backtest import Decision, Steadiness
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.report import BacktestReport
@@ -353,17 +354,24 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
-def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, dry_run: bool, verbose: bool) -> None:
+def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, purpose: Purpose, dry_run: bool, verbose: bool) -> None:
     """What came of each horizon, what a person should know before using it, and what to do where nothing was written."""
     for outcome in outcomes:
-        _outcome(outcome, dry_run=dry_run, verbose=verbose)
+        _outcome(outcome, purpose=purpose, dry_run=dry_run, verbose=verbose)
     for text in notes:
         note(f"note: {text}")
     if not any(outcome.path for outcome in outcomes):
         note("hint: keep training and fit again, try another --horizon, or write it anyway with --even-if-worse")
 
 
-def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+def _farther(decision: Decision, purpose: Purpose) -> str:
+    """Why a forecast to resume from is written although its weights are farther from the later ones than the origin's."""
+    if purpose == "resume" and decision.expected > 1:
+        return " (the weights are farther from the real ones at first; S and p decide whether to resume)"
+    return ""
+
+
+def _outcome(outcome: Outcome, *, purpose: Purpose, dry_run: bool, verbose: bool) -> None:
     decision = outcome.decision
     head = f"step {outcome.origin_step} + {outcome.horizon}"
     for text in outcome.chosen:
@@ -386,7 +394,7 @@ def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
         verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
         note(
             (
-                f"expected error: {shown_number(decision.expected)} of the error without a forecast"
+                f"expected error: {shown_number(decision.expected)} of the error without a forecast{_farther(decision, purpose)}"
                 if math.isfinite(decision.expected)
                 else decision.reason
             )
