@@ -6,6 +6,7 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -217,38 +218,40 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     if newer and request.origin_step is None:
         again = f"farcast fit {shell_word(fitted.directory)}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
-    for outcome in outcomes:
-        if (
-            outcome.path
-            and request.purpose == "resume"
-            and outcome.method != "persistence"
-            and outcome.decision.ratio > LOSS_JUMP
-        ):
+    written = [outcome for outcome in outcomes if outcome.path]
+    if request.purpose == "evaluation":
+        notes += (
+            [f"{', '.join(str(one.path) for one in written)}: evaluate or ship it; do not resume from it"] if written else []
+        )
+        if written and fitted.has_batch_norm:
             notes.append(
-                f"b = {outcome.decision.ratio:.2f}: the loss will probably rise at first; judge it some hundred steps later"
+                "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"
+                " over training data in training mode, makes them exact"
             )
-        if outcome.path and request.purpose == "resume" and request.counters == "advance":
-            notes.extend(_share_note(outcome, request))
-        if outcome.path and request.purpose == "evaluation":
-            notes.append(f"{outcome.path}: evaluate or ship it; do not resume from it")
-            if fitted.has_batch_norm:
-                notes.append(
-                    "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"
-                    " over training data in training mode, makes them exact"
-                )
-    return list(dict.fromkeys(notes))
+        return notes
+    moving = [outcome for outcome in written if outcome.method != "persistence"]
+    rising = [f"{outcome.decision.ratio:.2f}" for outcome in moving if outcome.decision.ratio > LOSS_JUMP]
+    if rising:
+        notes.append(f"b = {', '.join(rising)}: the loss will probably rise at first; judge it some hundred steps later")
+    if request.counters == "advance":
+        notes += _share_notes([outcome for outcome in moving if outcome.pace_ahead < FALLING], request)
+    return notes
 
 
-def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
+def _share_notes(outcomes: Sequence[Outcome], request: Request) -> Iterator[str]:
     """Under a falling rate, how much of the training that it skips such a leap replaced, and the control that tells of this run."""
-    if outcome.method == "persistence" or outcome.pace_ahead >= FALLING or outcome.path is None:
-        return
     origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
-    control = shell_word(Path("control") / outcome.path.name)
-    low, high = REPLACED if outcome.length_factor == 1 else REPLACED_LATE
-    which = "like this" if outcome.length_factor == 1 else "that ended as late or were as long"
-    yield (
-        f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
-        " final loss; compare your forecast with the control:"
-        f" farcast predict --horizon {outcome.horizon}{origin} --method persistence -o {control}"
-    )
+    for is_full in (True, False):
+        alike = [outcome for outcome in outcomes if (outcome.length_factor == 1) == is_full]
+        if not alike:
+            continue
+        low, high = REPLACED if is_full else REPLACED_LATE
+        which = "like this" if is_full else "that ended as late or were as long"
+        control = Path("control") / Path(str(alike[0].path)).name
+        place = shell_word(control) if len(alike) == 1 else f"control{os.sep}"
+        horizons = ",".join(str(outcome.horizon) for outcome in alike)
+        yield (
+            f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
+            " final loss; compare your forecast with the control:"
+            f" farcast predict --horizon {horizons}{origin} --method persistence -o {place}"
+        )

@@ -229,7 +229,25 @@ def test_with_many_snapshots_the_p_is_given_without_a_remark(tmp_path: Path, cal
     make_loose_run(tmp_path / "run", range(50, 900, 50))
     done = call_cli("fit", "run", "--json", cwd=tmp_path)
     assert as_json(done)["significance"] == 1 / 512
-    assert ", p = 0.002 (" in done.stderr
+    assert ", p = 0.002; " in done.stderr
+
+
+def test_predict_says_step_verdict_and_path_first_and_what_several_horizons_share_once(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    rough = wander(2, num_snapshots=12, sizes={"a": 400}, roughness=1.0)
+    for number in range(12):
+        weights = {name: torch.tensor(path[number]) for name, path in rough.items()}
+        torch.save({"model": weights, "step": 100 * (number + 1), "seen": 7.5}, run / f"ckpt_{number + 1}.pt")
+    fit_run(run, tmp_path / "forecaster.safetensors")
+    lines = call_cli("predict", "--horizon", "100,200", cwd=tmp_path).stderr.splitlines()
+    starts = [f"step 1200 + {h}: forecast: wrote forecasts/ckpt_{12 + h // 100}.pt, " for h in (100, 200)]
+    assert [lines[index].startswith(start) for index, start in zip((0, 2), starts, strict=True)] == [True, True]
+    assert len(lines) == len(set(lines))
+    assert sum("the loss will probably rise at first" in line for line in lines) == 1
+    assert sum(line.startswith("clock: ") for line in lines) == 1
 
 
 def test_predict_without_a_horizon_goes_as_far_as_the_evidence_supports_and_says_so(work: Path, call_cli: CallCli) -> None:

@@ -193,6 +193,15 @@ def test_under_a_falling_rate_predict_says_what_such_leaps_replaced_and_how_to_m
     assert "the learning rate falls" not in made.stderr
 
 
+def test_several_horizons_under_a_falling_rate_share_one_note_and_one_control(tmp_path: Path, call_cli: CallCli) -> None:
+    _train(tmp_path / "run", "cosine")
+    call_cli("fit", "run", cwd=tmp_path, env=_env(tmp_path))
+    done = call_cli("predict", "--horizon", "20,30", "--even-if-worse", cwd=tmp_path, env=_env(tmp_path))
+    (line,) = [line for line in done.stderr.splitlines() if "the learning rate falls" in line]
+    made = call_cli(*line.rpartition("farcast ")[2].split(), cwd=tmp_path, env=_env(tmp_path))
+    assert made.stdout.splitlines() == ["control/ckpt_120.pt", "control/ckpt_130.pt"]
+
+
 def test_nothing_is_said_of_a_decay_where_the_rate_stays_or_the_counters_do(tmp_path: Path, call_cli: CallCli) -> None:
     for schedule, options in (("constant", ()), ("cosine", ("--counters", "keep"))):
         _train(tmp_path / schedule, schedule)

@@ -227,15 +227,20 @@ def _tensors(count: int) -> str:
 
 
 def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
+    for text in _copied_texts(copied, verbose=verbose):
+        note(text)
+
+
+def _copied_texts(copied: Sequence[Copied], *, verbose: bool) -> Iterator[str]:
     """What is copied, by the kinds of reasons, the commonest first; one by one where asked."""
     kinds = sorted(_by_kind((c.name, c.kind) for c in copied).items(), key=lambda kind: -len(kind[1]))
     more = f", and {len(kinds) - MAX_KINDS} more reasons (-v lists all)" if len(kinds) > MAX_KINDS else ""
     if verbose:
         for one in copied:
-            note(f"  copied {one.name}: {one.reason}")
+            yield f"  copied {one.name}: {one.reason}"
     elif kinds:
         told = "; ".join(f"{kind} ({len(names)}, as {names[0]})" for kind, names in kinds[:MAX_KINDS])
-        note(f"{_tensors(len(copied))} copied: {told}{more}")
+        yield f"{_tensors(len(copied))} copied: {told}{more}"
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
@@ -355,13 +360,71 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 
 
 def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, purpose: Purpose, dry_run: bool, verbose: bool) -> None:
-    """What came of each horizon, what a person should know before using it, and what to do where nothing was written."""
+    """What came of each horizon, what a person should know before using it, and what to do where nothing was written.
+
+    The steps, verdicts and paths come first. What is true of several horizons is said once.
+    """
     for outcome in outcomes:
-        _outcome(outcome, purpose=purpose, dry_run=dry_run, verbose=verbose)
+        for text in _result(outcome, purpose=purpose, dry_run=dry_run):
+            note(text)
+    for text in dict.fromkeys(text for outcome in outcomes for text in _details(outcome, verbose=verbose)):
+        note(text)
     for text in notes:
         note(f"note: {text}")
     if not any(outcome.path for outcome in outcomes):
         note("hint: keep training and fit again, try another --horizon, or write it anyway with --even-if-worse")
+
+
+def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool) -> Iterator[str]:
+    """The step, the verdict and the path; and the numbers that decided."""
+    decision = outcome.decision
+    head = f"step {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
+    if outcome.path is None:
+        yield f"{head}: nothing written ({decision.reason})"
+    else:
+        yield f"{head}: {_written(outcome, dry_run=dry_run)}"
+        yield _expected(decision, purpose)
+
+
+def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
+    """What was chosen for the user, copied, advanced and evaluated."""
+    yield from outcome.chosen
+    yield _clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
+    if outcome.path is not None:
+        yield from _copied_texts(outcome.copied, verbose=verbose)
+        yield from (f"note: {text}" for text in outcome.notes)
+        yield from (f"  {text}" for text in outcome.changes if verbose)
+        if outcome.changes and not verbose:
+            count = len(outcome.changes)
+            yield f"{count} {'counter or rate' if count == 1 else 'counters and rates'} advanced (-v lists them)"
+    for trial in outcome.trials:
+        what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
+        yield f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else "")
+    if outcome.trials and outcome.trials[0].log:
+        yield f"output of --eval-cmd: {outcome.trials[0].log.parent}{os.sep}"
+
+
+def _written(outcome: Outcome, *, dry_run: bool) -> str:
+    cost = (
+        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)} of memory"
+        if dry_run
+        else f"{outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
+    )
+    against = "" if outcome.decision.verdict == "forecast" else " although the verdict is against it"
+    return (
+        f"{'would write' if dry_run else 'wrote'} {outcome.path}{against}, {size(outcome.bytes_written)} by {outcome.method}:"
+        f" {outcome.num_forecast} tensors forecast, {outcome.num_copied} copied; {cost}"
+    )
+
+
+def _expected(decision: Decision, purpose: Purpose) -> str:
+    error = (
+        f"expected error: {shown_number(decision.expected)} of the error without a forecast{_farther(decision, purpose)}"
+        if math.isfinite(decision.expected)
+        else decision.reason
+    )
+    direction = f"direction S = {shown_number(decision.coherence)}, {chance(decision.significance)}"
+    return f"{error}; back-test b = {shown_number(decision.ratio)}; {direction}; {_recent_half(decision.recent)}"
 
 
 def _farther(decision: Decision, purpose: Purpose) -> str:
@@ -369,52 +432,6 @@ def _farther(decision: Decision, purpose: Purpose) -> str:
     if purpose == "resume" and decision.expected > 1:
         return " (the weights are farther from the real ones at first; S and p decide whether to resume)"
     return ""
-
-
-def _outcome(outcome: Outcome, *, purpose: Purpose, dry_run: bool, verbose: bool) -> None:
-    decision = outcome.decision
-    head = f"step {outcome.origin_step} + {outcome.horizon}"
-    for text in outcome.chosen:
-        note(text)
-    note(_clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor))
-    if outcome.path is None:
-        note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
-    else:
-        did = "would write" if dry_run else "wrote"
-        note(
-            f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
-            f" {outcome.num_copied} copied"
-            + (
-                f"; would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)}"
-                " of memory"
-                if dry_run
-                else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
-            )
-        )
-        verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
-        note(
-            (
-                f"expected error: {shown_number(decision.expected)} of the error without a forecast{_farther(decision, purpose)}"
-                if math.isfinite(decision.expected)
-                else decision.reason
-            )
-            + f"; back-test b = {shown_number(decision.ratio)};"
-            f" direction S = {shown_number(decision.coherence)}, {chance(decision.significance)};"
-            f" {_recent_half(decision.recent)}{verdict}"
-        )
-        copied_note(outcome.copied, verbose=verbose)
-        for text in outcome.notes:
-            note(f"note: {text}")
-        for text in outcome.changes if verbose else ():
-            note(f"  {text}")
-        if outcome.changes and not verbose:
-            count = len(outcome.changes)
-            note(f"{count} {'counter or rate' if count == 1 else 'counters and rates'} advanced (-v lists them)")
-    for trial in outcome.trials:
-        what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
-        note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))
-    if outcome.trials and outcome.trials[0].log:
-        note(f"output of --eval-cmd: {outcome.trials[0].log.parent}{os.sep}")
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
