@@ -951,6 +951,24 @@ def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path
     assert tree_digest(work) == before
 
 
+def test_a_backtest_says_the_verdicts_first_and_shows_the_best_methods_and_the_marked_one(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    rough = wander(2, num_snapshots=12, sizes={"a": 400, "b": 60}, roughness=2.5)
+    fit_run(write_run(tmp_path / "run", rough, range(100, 1300, 100)), tmp_path / "forecaster.safetensors")
+    arguments = ("backtest", "--horizon", "100,275")
+    scores = as_json(call_cli(*arguments, "--json", cwd=tmp_path))["scores"]
+    lines = call_cli(*arguments, cwd=tmp_path).stdout.splitlines()
+    assert [line.split(" (")[0] for line in lines[1:3]] == ["horizon 100, blend: forecast", "horizon 275, blend: forecast"]
+    for horizon in (100, 275):
+        rows = [line.split() for line in lines if line.split()[:1] == [str(horizon)]]
+        best = sorted((s for s in scores if s["horizon"] == horizon), key=lambda score: float(score["ratio"]))[:3]
+        assert [row[1] for row in rows] == [*(score["method"] for score in best), "blend"]
+        assert [row[-4:] for row in rows if "<-" in row] == [["<-", "predict", "writes", "this"]]
+    everything = call_cli(*arguments, "-v", cwd=tmp_path).stdout.splitlines()
+    assert sum(line.split()[:1] in (["100"], ["275"]) for line in everything) == len(scores)
+
+
 def test_a_number_above_1_says_what_decides_to_resume(tmp_path: Path, call_cli: CallCli) -> None:
     """A rough run: the weights are farther away at first, and the direction is steady enough."""
     rough = wander(2, num_snapshots=12, sizes={"a": 400, "b": 60}, roughness=2.5)

@@ -239,7 +239,7 @@ FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Re
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        envvar=env("METHOD"), metavar="NAME", help="Forecasting method (backtest lists them); auto chooses it by evidence."
+        envvar=env("METHOD"), metavar="NAME", help="Forecasting method (backtest -v lists them); auto chooses it by evidence."
     ),
 ]
 PurposeOption = Annotated[

@@ -157,8 +157,7 @@ def predict(
     with render.progress(quiet=quiet) as progress:
         outcomes = library.predict(fitted, request, progress)
     if not quiet:
-        notes = library.default_notes(fitted, request, outcomes)
-        render.predictions(outcomes, notes, purpose=purpose, dry_run=dry_run, verbose=verbose)
+        render.predictions(outcomes, library.default_notes(fitted, request, outcomes), request, verbose=verbose)
     if json_:
         render.as_json(answers.of_predict(outcomes, dry_run=dry_run))
     elif not dry_run:

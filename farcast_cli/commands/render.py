@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
-    from farcast_cli.forecast.backtest import Decision, Steadiness
+    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.progress import Progress
-    from farcast_cli.request import Outcome
+    from farcast_cli.request import Outcome, Request
     from farcast_cli.results import Answer, VerifyAnswer
     from farcast_cli.run.alignment import Copied
     from farcast_cli.run.pace import Pace
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 20
 MAX_ROWS = 12
+MAX_METHODS = 3  # of a back-test, at each horizon
 MAX_NAMES = 10  # of what is left out or copied for one reason
 MAX_KINDS = 6
 WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
@@ -308,30 +309,20 @@ def _recent_half(coherence: float) -> str:
 
 
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
+    """The verdicts first, then the numbers of the best methods and of the chosen one."""
     console, steady = stdout(), report.steady
-    console.print(f"back-test at origin {report.origin_step}: error relative to no forecast (0 perfect, 1 no better)")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading, justify in (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for score in sorted(report.scores, key=lambda score: (score.horizon, score.ratio)):
-        colour = "green" if score.ratio < 1 else "red"
-        table.add_row(
-            str(score.horizon),
-            score.method,
-            f"{score.ratio:.2f}",
-            f"[{colour}]{bar(score.ratio)}[/]",
-            f"{score.ratio_as_written:.2f}",
-        )
-    console.print(table)
+    console.print(f"back-test at origin {report.origin_step}")
+    for horizon, (method, decision) in report.decisions.items():
+        console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
     has_coherence = math.isfinite(steady.coherence)
     console.print(
         f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}"
         if has_coherence
         else "coherence S: too few snapshots"
     )
-    for horizon, (method, decision) in report.decisions.items():
-        console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
     console.print(escape(_clock_line(report.pace)), soft_wrap=True)
+    if report.scores:
+        _scores(console, report, verbose=verbose)
     for why in report.reasons:
         note(f"auto: {why}")
     if verbose:
@@ -339,6 +330,41 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
 
         for known in METHODS.values():
             note(f"{known.name}: {known.summary}")
+
+
+def _scores(console: Console, report: BacktestReport, *, verbose: bool) -> None:
+    console.print("\nerror relative to no forecast: 0 is perfect, 1 is no better than no forecast")
+    console.print("b: of an update no longer than the run's past move; as written: of the update that predict writes")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headings = (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right"), ("", "left"))
+    for heading, justify in headings:
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for score in _shown_scores(report, most=None if verbose else MAX_METHODS):
+        colour = "green" if score.ratio < 1 else "red"
+        method, decision = report.decisions[score.horizon]
+        does = "predict writes this" if decision.verdict == "forecast" else "predict writes none"
+        table.add_row(
+            str(score.horizon),
+            score.method,
+            f"{score.ratio:.2f}",
+            f"[{colour}]{bar(score.ratio)}[/]",
+            f"{score.ratio_as_written:.2f}",
+            f"<- {does}" if score.method == method else "",
+        )
+    console.print(table)
+    num_methods = len({score.method for score in report.scores})
+    if num_methods > MAX_METHODS and not verbose:
+        console.print(f"the best {MAX_METHODS} of {num_methods} methods at each horizon, and predict's (-v shows all)")
+
+
+def _shown_scores(report: BacktestReport, *, most: int | None) -> list[Score]:
+    """By horizon, the methods with the smallest b, at most so many, and the one that the verdict is on."""
+    found = []
+    for horizon in sorted({score.horizon for score in report.scores}):
+        scores = sorted((score for score in report.scores if score.horizon == horizon), key=lambda score: score.ratio)
+        chosen = report.decisions[horizon][0]
+        found += [score for place, score in enumerate(scores) if most is None or place < most or score.method == chosen]
+    return found
 
 
 def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
@@ -359,13 +385,13 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
-def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], *, purpose: Purpose, dry_run: bool, verbose: bool) -> None:
+def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Request, *, verbose: bool) -> None:
     """What came of each horizon, what a person should know before using it, and what to do where nothing was written.
 
     The steps, verdicts and paths come first. What is true of several horizons is said once.
     """
     for outcome in outcomes:
-        for text in _result(outcome, purpose=purpose, dry_run=dry_run):
+        for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run):
             note(text)
     for text in dict.fromkeys(text for outcome in outcomes for text in _details(outcome, verbose=verbose)):
         note(text)
