@@ -97,9 +97,7 @@ def main() -> NoReturn:
             raise
         _fail(told, asked)
     except _ParsingError as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "farcast"
-        _fail(UsageError(error.format_message(), hint=f"{command} --help"), asked)
+        _fail(UsageError(error.format_message(), hint=f"{_asked()} --help"), asked)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted: incomplete output was removed\n")
         _answer(asked, INTERRUPTED, "interrupted: incomplete output was removed")
@@ -109,6 +107,12 @@ def main() -> NoReturn:
         raise
     finally:
         gc.enable()
+
+
+def _asked() -> str:
+    """The command that a wrong line was meant for: the parser's own error does not always tell."""
+    group: Any = typer.main.get_command(app)
+    return " ".join(["farcast", *(word for word in sys.argv[1:2] if word in group.commands)])
 
 
 def _check_printed(code: int) -> None:

@@ -6,6 +6,7 @@ The order matters: everything that can be refused is refused before the first by
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -16,7 +17,7 @@ from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.forecast.backtest import LOSS_JUMP, decide
+from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
@@ -34,6 +35,7 @@ from farcast_cli.trainers.names import find_step_in_name
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from farcast_cli.choices import Purpose
     from farcast_cli.forecast.backtest import Decision
     from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
@@ -65,6 +67,18 @@ def predict(fitted: Fitted, request: Request, progress: Progress) -> list[Outcom
     return outcomes
 
 
+def _steps_to(step: int, origin: int, purpose: Purpose) -> int:
+    """The horizon that ends at a step.
+
+    Raises:
+        UsageError: a step that is not after the origin; to evaluate, the origin itself will do.
+    """
+    if step < origin + (purpose == "resume"):
+        which = f"after {origin}, the origin" if purpose == "resume" else f"of {origin}, the origin, or later"
+        raise UsageError(f"--to-step {step}: expected a step {which}")
+    return step - origin
+
+
 # --- the decision ----------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +108,7 @@ def judge(fitted: Fitted, request: Request) -> Judged:
     """Settle the horizons and the method, and judge each horizon by the run's own history."""
     index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
     if request.to_step is not None:
-        request = replace(request, horizons=(request.to_step - fitted.steps[index],))
+        request = replace(request, horizons=(_steps_to(request.to_step, fitted.steps[index], request.purpose),))
     start = _open(fitted, index, request) if _ends_with_the_run(request) else None
     method, request, notes = _settle(fitted, request, index, start)
     tasks = tuple(_task(fitted, request, index, horizon) for horizon in request.horizons)
@@ -172,7 +186,7 @@ def _task(fitted: Fitted, request: Request, index: int, horizon: int) -> Task:
     if horizon < (request.purpose == "resume"):
         raise UsageError(f"horizon {horizon}: expected a step after the origin, {fitted.steps[index]}")
     timeline = Timeline(fitted.gram.steps, float(fitted.steps[index]))
-    pace = fitted.provenance.pace.clocked(request.clock, timeline.first, timeline.origin + horizon)
+    pace = pace_to(fitted.provenance.pace, timeline, horizon, wanted=request.clock)
     anneals = request.purpose == "resume" and request.clock is None
     device = request.resources.device
     return Task(fitted.gram, fitted.sample, timeline, float(horizon), request.options, device, pace, anneals)
@@ -257,38 +271,40 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     if newer and request.origin_step is None:
         again = f"farcast fit {shell_word(fitted.directory)}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
-    for outcome in outcomes:
-        if (
-            outcome.path
-            and request.purpose == "resume"
-            and outcome.method != "persistence"
-            and outcome.decision.ratio > LOSS_JUMP
-        ):
+    written = [outcome for outcome in outcomes if outcome.path]
+    if request.purpose == "evaluation":
+        notes += (
+            [f"{', '.join(str(one.path) for one in written)}: evaluate or ship it; do not resume from it"] if written else []
+        )
+        if written and fitted.has_batch_norm:
             notes.append(
-                f"b = {outcome.decision.ratio:.2f}: the loss will probably rise at first; judge it some hundred steps later"
+                "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"
+                " over training data in training mode, makes them exact"
             )
-        if outcome.path and request.purpose == "resume" and request.counters == "advance":
-            notes.extend(_share_note(outcome, request))
-        if outcome.path and request.purpose == "evaluation":
-            notes.append(f"{outcome.path}: evaluate or ship it; do not resume from it")
-            if fitted.has_batch_norm:
-                notes.append(
-                    "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"
-                    " over training data in training mode, makes them exact"
-                )
-    return list(dict.fromkeys(notes))
+        return notes
+    moving = [outcome for outcome in written if outcome.method != "persistence"]
+    rising = [f"{outcome.decision.ratio:.2f}" for outcome in moving if outcome.decision.ratio > LOSS_JUMP]
+    if rising:
+        notes.append(f"b = {', '.join(rising)}: the loss will probably rise at first; judge it some hundred steps later")
+    if request.counters == "advance":
+        notes += _share_notes([outcome for outcome in moving if outcome.pace_ahead < FALLING], request)
+    return notes
 
 
-def _share_note(outcome: Outcome, request: Request) -> Iterator[str]:
+def _share_notes(outcomes: Sequence[Outcome], request: Request) -> Iterator[str]:
     """Under a falling rate, how much of the training that it skips such a leap replaced, and the control that tells of this run."""
-    if outcome.method == "persistence" or outcome.pace_ahead >= FALLING or outcome.path is None:
-        return
     origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
-    control = shell_word(Path("control") / outcome.path.name)
-    low, high = REPLACED if outcome.length_factor == 1 else REPLACED_LATE
-    which = "like this" if outcome.length_factor == 1 else "that ended as late or were as long"
-    yield (
-        f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
-        " final loss; compare your forecast with the control:"
-        f" farcast predict{request.source} --horizon {outcome.horizon}{origin} --method persistence -o {control}"
-    )
+    for is_full in (True, False):
+        alike = [outcome for outcome in outcomes if (outcome.length_factor == 1) == is_full]
+        if not alike:
+            continue
+        low, high = REPLACED if is_full else REPLACED_LATE
+        which = "like this" if is_full else "that ended as late or were as long"
+        control = Path("control") / Path(str(alike[0].path)).name
+        place = shell_word(control) if len(alike) == 1 else f"control{os.sep}"
+        horizons = ",".join(str(outcome.horizon) for outcome in alike)
+        yield (
+            f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
+            " final loss; compare your forecast with the control:"
+            f" farcast predict{request.source} --horizon {horizons}{origin} --method persistence -o {place}"
+        )

@@ -34,6 +34,7 @@ from tests.conftest import (
     tree_digest,
     weights_at,
 )
+from tests.tiny import wander, write_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -130,6 +131,21 @@ def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, cal
     assert (work / "forecaster.safetensors").is_file()
 
 
+def test_fit_judges_the_direction_as_the_verdict_on_a_forecast_does(work: Path, call_cli: CallCli) -> None:
+    """Eight snapshots are too few for the recent half; the whole history decides, in both commands."""
+    said = call_cli("fit", "run", cwd=work).stderr
+    assert "recent half: too few snapshots to tell; steady enough to resume from a forecast 175 steps ahead" in said
+    assert "both S must exceed" not in said
+    assert "next: farcast backtest shows which horizons are supported" in said
+    assert "recent half: too few snapshots to tell" in call_cli("predict", "--horizon", 175, cwd=work).stderr
+
+
+def test_fit_says_what_speaks_against_the_direction_in_the_words_of_the_verdict(turning: Path, call_cli: CallCli) -> None:
+    said = call_cli("fit", "run", cwd=turning).stderr
+    verdict = as_json(call_cli("backtest", "--horizon", 175, "--json", cwd=turning))["decisions"][0]["reason"]
+    assert f"not steady enough to resume from a forecast 175 steps ahead ({verdict})" in said
+
+
 def test_fit_prints_the_forecasters_path_and_nothing_else_on_stdout(work: Path, call_cli: CallCli) -> None:
     done = call_cli("fit", "run", "-o", "deep/forecaster-b.safetensors", cwd=work)
     assert (done.returncode, done.stdout) == (0, "deep/forecaster-b.safetensors\n")
@@ -213,7 +229,25 @@ def test_with_many_snapshots_the_p_is_given_without_a_remark(tmp_path: Path, cal
     make_loose_run(tmp_path / "run", range(50, 900, 50))
     done = call_cli("fit", "run", "--json", cwd=tmp_path)
     assert as_json(done)["significance"] == 1 / 512
-    assert ", p = 0.002 (" in done.stderr
+    assert ", p = 0.002; " in done.stderr
+
+
+def test_predict_says_step_verdict_and_path_first_and_what_several_horizons_share_once(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    rough = wander(2, num_snapshots=12, sizes={"a": 400}, roughness=1.0)
+    for number in range(12):
+        weights = {name: torch.tensor(path[number]) for name, path in rough.items()}
+        torch.save({"model": weights, "step": 100 * (number + 1), "seen": 7.5}, run / f"ckpt_{number + 1}.pt")
+    fit_run(run, tmp_path / "forecaster.safetensors")
+    lines = call_cli("predict", "--horizon", "100,200", cwd=tmp_path).stderr.splitlines()
+    starts = [f"step 1200 + {h}: forecast: wrote forecasts/ckpt_{12 + h // 100}.pt, " for h in (100, 200)]
+    assert [lines[index].startswith(start) for index, start in zip((0, 2), starts, strict=True)] == [True, True]
+    assert len(lines) == len(set(lines))
+    assert sum("the loss will probably rise at first" in line for line in lines) == 1
+    assert sum(line.startswith("clock: ") for line in lines) == 1
 
 
 def test_predict_without_a_horizon_goes_as_far_as_the_evidence_supports_and_says_so(work: Path, call_cli: CallCli) -> None:
@@ -539,6 +573,19 @@ def test_every_option_has_its_group_in_the_help_of_its_command(call_cli: CallCli
     assert places[2] < shown.find("--optimizer") < places[3]
 
 
+BOX = set("─│╭╮╰╯")
+"""What frames the groups of options."""
+HELPED = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema")
+
+
+@pytest.mark.parametrize("command", ["", *HELPED])
+def test_help_is_ascii_in_frames_and_no_word_between_colons_becomes_a_picture(
+    call_cli: CallCli, tmp_path: Path, command: str
+) -> None:
+    shown = call_cli(*filter(None, [command]), "--help", cwd=tmp_path).stdout
+    assert {character for character in shown if not character.isascii()} <= BOX
+
+
 @pytest.mark.parametrize("key", sorted(set[str]().union(*NAMED_ONLY.values()) - {"config"}))
 def test_a_file_that_nobody_named_sets_no_place_no_program_and_no_check(work: Path, call_cli: CallCli, key: str) -> None:
     group: Any = typer.main.get_command(app)
@@ -591,12 +638,42 @@ def test_the_choices_that_help_shows_are_those_that_the_library_knows() -> None:
     known = {"|".join(get_args(value)) for value in vars(choices).values() if get_origin(value) is Literal}
     group: Any = typer.main.get_command(app)
     shown = {str(p.metavar) for command in group.commands.values() for p in command.params if p.metavar and "|" in p.metavar}
-    others = {"A:B:K|N,N", "auto|cpu|cuda[:N]"}
+    others = {"FROM:TO:EVERY|N,N", "auto|cpu|cuda[:N]"}
     assert shown - others <= known
     assert known - shown == {"|".join(get_args(choices.Verdict))}  # an answer, and no option
 
 
 # --- usage errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("predict", "--horizon"), "farcast predict --help"),
+        (("predict", "--nothing"), "farcast predict --help"),
+        (("nothing",), "farcast --help"),
+        (("--nothing",), "farcast --help"),
+    ],
+)
+def test_a_line_that_cannot_be_parsed_names_the_help_of_its_command(
+    work: Path, call_cli: CallCli, arguments: tuple[str, ...], hint: str
+) -> None:
+    done = call_cli(*arguments, cwd=work)
+    assert (done.returncode, done.hints) == (2, [f"hint: {hint}"])
+
+
+def test_the_help_of_tune_names_its_limit_of_rows(call_cli: CallCli, tmp_path: Path) -> None:
+    shown = call_cli("tune", "--help", cwd=tmp_path, env={"COLUMNS": "200"}).stdout
+    assert "at most twice as many rows" in " ".join(shown.replace("│", " ").split())
+
+
+def test_one_counter_that_advances_is_one(call_cli: CallCli, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for number in range(1, 9):
+        torch.save({"model": {"w": torch.full((50,), float(number))}, "step": 100 * number}, tmp_path / f"run/ckpt_{number}.pt")
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    done = call_cli("predict", "--horizon", 100, "--even-if-worse", cwd=tmp_path)
+    assert "\n1 counter or rate advanced (-v lists them)\n" in done.stderr
 
 
 USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
@@ -608,8 +685,11 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "an empty horizon": (("predict", "--horizon", "100,,200"), ("100,,200",)),
     "a horizon twice": (("predict", "--horizon", "100,200,100"), ("twice",)),
     "a horizon twice in other digits": (("predict", "--horizon", "100,0100"), ("twice",)),
-    "a step that is past": (("predict", "--to-step", 800), ("800",)),
-    "a step that is past to evaluate": (("predict", "--to-step", 799, "--for", "evaluation"), ("-1", "800")),
+    "a step that is past": (("predict", "--to-step", 800), ("--to-step 800: expected a step after 800, the origin",)),
+    "a step that is past to evaluate": (
+        ("predict", "--to-step", 799, "--for", "evaluation"),
+        ("--to-step 799: expected a step of 800, the origin, or later",),
+    ),
     "an unknown method": (("predict", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
     "an unknown method to test": (("backtest", "--horizon", 100, "--method", "magic"), ("--method magic", "blend")),
     "an unknown purpose": (("predict", "--horizon", 100, "--for", "fun"), ("--for fun", "resume, evaluation")),
@@ -625,9 +705,9 @@ USAGE: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "a size without a unit": (("predict", "--horizon", 100, "--max-shard-size", "5"), ("--max-shard-size 5", "5GB")),
     "the first snapshot as origin": (("predict", "--horizon", 100, "--origin", 100), ("--origin 100",)),
     "a command without its place": (("predict", "--horizon", 100, "--eval-cmd", "true"), ("{ckpt}",)),
-    "steps that are no range": (("fit", "run", "--steps", "5"), ("--steps 5", "A:B:K")),
-    "steps that are no numbers": (("fit", "run", "--steps", "a:b"), ("--steps a:b", "A:B:K")),
-    "steps in words that are pictures elsewhere": (("fit", "run", "--steps", "5:100:x"), ("--steps 5:100:x", "A:B:K")),
+    "steps that are no range": (("fit", "run", "--steps", "5"), ("--steps 5", "FROM:TO:EVERY")),
+    "steps that are no numbers": (("fit", "run", "--steps", "a:b"), ("--steps a:b", "FROM:TO:EVERY")),
+    "steps in words that are pictures elsewhere": (("fit", "run", "--steps", "5:100:x"), ("--steps 5:100:x", "FROM:TO:EVERY")),
     "an unknown option": (("predict", "--horizn", 100), ("--horizn",)),
     "an unknown command": (("forecast",), ("forecast",)),
     "a missing argument": (("inspect",), ("DIR",)),
@@ -695,7 +775,10 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "no folder": (lambda _: None, 3, ("run", "nothing")),
     "a file in the folder's place": (lambda run: run.write_text("x"), 3, ("run", "a file")),
     "an empty folder": (lambda run: run.mkdir(), 3, ("run", "no snapshots")),
-    "five snapshots": (lambda run: make_loose_run(run, STEPS[:5]), 3, ("expected at least 6 snapshots, found 5", "save_steps")),
+    "five snapshots": (
+        *(lambda run: make_loose_run(run, STEPS[:5]), 3),
+        ("expected at least 6 snapshots, found 5", "save_steps", "farcast leap needs three snapshots only"),
+    ),
     "two runs interleaved": (two_interleaved, 3, ("two runs", "alternate", "--steps")),
     "two runs one after the other": (two_in_a_row, 3, ("two runs", loose_name(40), loose_name(50), "--steps")),
     "a changed shape": (
@@ -889,6 +972,36 @@ def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path
     assert "untestable: nothing written (5000 steps ahead is more than 1.5 times the history" in done.stderr
     assert "--even-if-worse" in done.hints[0]
     assert tree_digest(work) == before
+
+
+def test_a_backtest_says_the_verdicts_first_and_shows_the_best_methods_and_the_marked_one(
+    tmp_path: Path, call_cli: CallCli
+) -> None:
+    rough = wander(2, num_snapshots=12, sizes={"a": 400, "b": 60}, roughness=2.5)
+    fit_run(write_run(tmp_path / "run", rough, range(100, 1300, 100)), tmp_path / "forecaster.safetensors")
+    arguments = ("backtest", "--horizon", "100,275")
+    scores = as_json(call_cli(*arguments, "--json", cwd=tmp_path))["scores"]
+    lines = call_cli(*arguments, cwd=tmp_path).stdout.splitlines()
+    assert [line.split(" (")[0] for line in lines[1:3]] == ["horizon 100, blend: forecast", "horizon 275, blend: forecast"]
+    for horizon in (100, 275):
+        rows = [line.split() for line in lines if line.split()[:1] == [str(horizon)]]
+        best = sorted((s for s in scores if s["horizon"] == horizon), key=lambda score: float(score["ratio"]))[:3]
+        assert [row[1] for row in rows] == [*(score["method"] for score in best), "blend"]
+        assert [row[-4:] for row in rows if "<-" in row] == [["<-", "predict", "writes", "this"]]
+    everything = call_cli(*arguments, "-v", cwd=tmp_path).stdout.splitlines()
+    assert sum(line.split()[:1] in (["100"], ["275"]) for line in everything) == len(scores)
+
+
+def test_a_number_above_1_says_what_decides_to_resume(tmp_path: Path, call_cli: CallCli) -> None:
+    """A rough run: the weights are farther away at first, and the direction is steady enough."""
+    rough = wander(2, num_snapshots=12, sizes={"a": 400, "b": 60}, roughness=2.5)
+    fit_run(write_run(tmp_path / "run", rough, range(100, 1300, 100)), tmp_path / "forecaster.safetensors")
+    said = {horizon: call_cli("predict", "--horizon", horizon, cwd=tmp_path).stderr for horizon in (100, 275)}
+    why = "of the error without a forecast (the weights are farther from the real ones at first; S and p decide whether to resume)"
+    assert f"expected error: 1.12 {why}" in said[100]
+    assert f"expected error: 1.02 {why}" in said[275]
+    other = call_cli("predict", "--horizon", 100, "--for", "evaluation", "--even-if-worse", "-o", "w/", cwd=tmp_path).stderr
+    assert "of the error without a forecast;" in other
 
 
 def test_a_run_that_turned_back_is_not_forecast(turning: Path, call_cli: CallCli) -> None:

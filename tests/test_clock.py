@@ -21,6 +21,7 @@ from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.run.pace import STEPS
 from farcast_cli.run.trajectory import discover
+from tests.conftest import fit_run
 from tests.tiny import predict_run, save_safetensors
 
 if TYPE_CHECKING:
@@ -192,6 +193,15 @@ def test_under_a_falling_rate_predict_says_what_such_leaps_replaced_and_how_to_m
     assert "the learning rate falls" not in made.stderr
 
 
+def test_several_horizons_under_a_falling_rate_share_one_note_and_one_control(tmp_path: Path, call_cli: CallCli) -> None:
+    _train(tmp_path / "run", "cosine")
+    call_cli("fit", "run", cwd=tmp_path, env=_env(tmp_path))
+    done = call_cli("predict", "--horizon", "20,30", "--even-if-worse", cwd=tmp_path, env=_env(tmp_path))
+    (line,) = [line for line in done.stderr.splitlines() if "the learning rate falls" in line]
+    made = call_cli(*line.rpartition("farcast ")[2].split(), cwd=tmp_path, env=_env(tmp_path))
+    assert made.stdout.splitlines() == ["control/ckpt_120.pt", "control/ckpt_130.pt"]
+
+
 def test_nothing_is_said_of_a_decay_where_the_rate_stays_or_the_counters_do(tmp_path: Path, call_cli: CallCli) -> None:
     for schedule, options in (("constant", ()), ("cosine", ("--counters", "keep"))):
         _train(tmp_path / schedule, schedule)
@@ -264,6 +274,14 @@ def test_a_forecast_past_the_rates_that_are_known_counts_steps_and_says_so(tmp_p
     (outcome,) = predict_run(_fitted(tmp_path / "run"), tmp_path / "out.pt", horizons=[30])
     assert outcome.pace.clock == "steps"
     assert outcome.pace.why == "the learning rates after step 100 are unknown"
+
+
+def test_a_forecast_longer_than_fit_looks_ahead_says_how_far_the_rates_are_known(tmp_path: Path, call_cli: CallCli) -> None:
+    fit_run(_train(tmp_path / "run", "cosine"), tmp_path / "forecaster.safetensors")
+    until = "235, 1.5 times the history ahead"
+    done = call_cli("predict", "--horizon", 5000, cwd=tmp_path)
+    assert f"clock: steps (the forecaster has the learning rates up to step {until})" in done.stderr
+    assert "up to step " + until in call_cli("backtest", "--horizon", 5000, cwd=tmp_path).stdout
 
 
 def test_verify_says_how_much_of_the_stretch_was_trained_in_learning_rate(tmp_path: Path, call_cli: CallCli) -> None:

@@ -29,6 +29,7 @@ TABLES = {
     "inspect-verbose": ("inspect", "run", "-v"),
     "inspect-few": ("inspect", "few"),
     "backtest": ("backtest", "--horizon", "100,550", "--forecaster", "rough.safetensors"),
+    "backtest-verbose": ("backtest", "--horizon", "100,550", "--forecaster", "rough.safetensors", "-v"),
     "backtest-untestable": ("backtest", "--horizon", "5000"),
     "verify": ("verify", "forecast.safetensors", "--against", "truth.safetensors"),
     "verify-still": ("verify", "forecast.safetensors", "--against", "truth.safetensors", "--reference", "truth.safetensors"),

@@ -427,6 +427,7 @@ def test_without_new_training_the_same_path_is_printed_and_nothing_is_written(lo
     done = loop.leap(*options)
     assert (loop.told["path"], loop.told["again"]) == (path, True)
     assert "no training since the last call" in done.stderr
+    assert "train on for a new one" in done.stderr
     assert state_of(loop.home) == before
     plain = loop.call("leap", "run", cwd=loop.home)
     assert (plain.returncode, plain.stdout) == (0, f"{path}\n")
@@ -699,7 +700,7 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     loop.kind = "folder"
     loop.train(count=3)
     origin = loop.newest
-    loop.leap("--counters", counters)
+    done = loop.leap("--counters", counters)
     step = 300 + (loop.told["horizon"] if counters == "advance" else 0)
     assert loop.forecast.name == (
         f"checkpoint-{step}" if counters == "advance" else f"checkpoint-300-leap{loop.told['horizon']}"
@@ -711,6 +712,8 @@ def test_counters_stay_or_move_as_asked(loop: Loop, counters: str) -> None:
     same = (loop.forecast / "optimizer.pt").read_bytes() == (origin / "optimizer.pt").read_bytes()
     assert same == (counters == "keep")
     assert record_of(loop.memory)["landing_step"] == step
+    assert ("the counters stay at step 300;" in done.stderr) == (counters == "keep")
+    assert (f"the counters advance to step {step};" in done.stderr) == (counters == "advance")
 
 
 def test_a_leap_that_advances_the_counters_leaves_half_of_the_steps_that_the_run_has_left(loop: Loop) -> None:
@@ -868,6 +871,18 @@ def test_a_command_that_fails_publishes_nothing_and_can_be_mended(line: Line, co
     assert [e["value"] for e in line.told["evaluations"]] == [1.5] * 3
 
 
+@pytest.mark.parametrize(("count", "code"), [(2, 10), (4, 0)], ids=["no leap yet", "a leap at once"])
+def test_a_first_call_and_a_repeated_one_say_that_the_command_was_not_run(line: Line, count: int, code: int) -> None:
+    done = line.train(count=count).leap("--eval-cmd", "touch {ckpt}.ran; exit 3", code=code)
+    assert (
+        "note: --eval-cmd was not run: it tests the direction of earlier calls, so it runs from the next call on" in done.stderr
+    )
+    assert ("no loss was measured, so farcast cannot know whether leaps lower it\n" in done.stderr) == (code == 0)
+    again = line.leap("--eval-cmd", "touch {ckpt}.ran; exit 3", code=code)
+    assert "note: --eval-cmd was not run: there was no training since the last call" in again.stderr
+    assert not list(line.home.rglob("*.ran"))
+
+
 def test_a_loss_as_large_as_a_number_can_be_is_a_loss(line: Line) -> None:
     line.begun()
     for number in range(3):
@@ -888,10 +903,11 @@ def test_without_a_loss_a_leap_says_that_it_cannot_know_and_the_gain_stops_at_1(
 
 def test_a_loss_that_never_changes_is_said_to_steer_nothing_and_the_gain_stops_at_1(line: Line) -> None:
     line.begun()
-    for _ in range(4):
+    for number in range(4):
         line.train()
         done = line.leap("--eval-cmd", "echo 1.0 {ckpt} 1.0")
-    assert "the loss has not changed yet" in done.stderr
+        said = "the loss has not changed yet" if number else "only one loss was measured so far"
+        assert f"{said}, so only the share changes the gain" in done.stderr
     assert (line.told["loss_signal"], line.told["gain"]) == (None, 1.0)
 
 

@@ -210,7 +210,7 @@ def test_a_snapshot_whose_name_is_no_text_is_refused_by_its_name(work: Path) -> 
 
 
 def test_a_locale_without_bars_gets_plain_ones(work: Path) -> None:
-    done = run_cli("backtest", "--horizon", "100", cwd=work, env=LOCALES["ASCII"])
+    done = run_cli("backtest", "--horizon", "100", "-v", cwd=work, env=LOCALES["ASCII"])
     assert done.returncode == 0
     assert "####" in done.stdout
     assert done.stdout.isascii()

@@ -198,7 +198,7 @@ def test_a_change_that_leaves_less_than_half_of_the_parameters_is_two_models(
     done = call_cli("fit", "run", cwd=tmp_path)
     assert done.returncode == 3
     assert "step_500.safetensors to step_600.safetensors: two models" in done.stderr
-    assert "hint: keep one run in the folder, or choose its steps with --steps A:B" in done.stderr
+    assert "hint: keep one run in the folder, or choose its steps with --steps FROM:TO" in done.stderr
 
 
 def test_tensors_that_are_copied_anyway_may_come_go_and_change_without_touching_the_history(tmp_path: Path) -> None:

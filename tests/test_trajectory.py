@@ -129,7 +129,7 @@ def test_a_range_of_steps_holds_both_ends_and_the_multiples_between(tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["5", "a:b", "1:2:3:4", "::0", "-1:5", "1.5:2", "", "1:2:x", "40:4"])
 def test_a_range_that_is_none_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="expected A:B:K"):
+    with pytest.raises(UsageError, match="expected FROM:TO:EVERY"):
         StepRange.parse(text)
 
 
@@ -361,6 +361,8 @@ def test_a_folder_that_is_itself_a_checkpoint_is_refused_with_the_folder_above(t
 def test_too_few_snapshots_are_counted(tmp_path: Path) -> None:
     run = make_loose_run(tmp_path / "run", (100, 200))
     assert discover(run, minimum=2).steps == (100, 200)
+    with pytest.raises(TooFewSnapshotsError, match="expected at least 1 snapshot, found 0"):
+        discover(run, steps=StepRange(300))
     with pytest.raises(TooFewSnapshotsError, match="expected at least 3 snapshots, found 2"):
         discover(run, minimum=3)
 

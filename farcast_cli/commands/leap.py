@@ -40,6 +40,7 @@ from farcast_cli.errors import NoForecastError, UsageError
 
 if TYPE_CHECKING:
     from farcast_cli.leap.ask import Leapt
+    from farcast_cli.request import Outcome, Request
 
 EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
@@ -62,7 +63,7 @@ def leap(
             envvar=env("EVAL_CMD"),
             metavar="'CMD {ckpt}'",
             help="Command that measures the loss: farcast reads the last number that it prints. It runs three times: on the newest "
-            "checkpoint, and on weights a little ahead of it and a little behind.",
+            "checkpoint, and on weights a little ahead of it and a little behind. The first call of a run does not run it.",
         ),
     ] = None,
     maximize: MaximizeOption = False,
@@ -92,7 +93,7 @@ def leap(
             CountersMode,
             "--counters",
             env_name="LEAP_COUNTERS",
-            text="keep the trainer's counters and schedule, or advance them with the weights.",
+            text="keep the trainer's counters and schedule as they are, or advance them with the weights.",
         ),
     ] = "keep",
     include: IncludeOption = None,
@@ -119,7 +120,8 @@ def leap(
     """Leap from the newest checkpoint, with a memory, for a loop. Print the path to resume from; exit with 10 if none.
 
     Each call reads the newest checkpoint, the last leap and the memory of the run's moves. It decides, and writes a
-    checkpoint whose weights are ahead. The trainer may keep only one checkpoint.
+    checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
+    steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
@@ -145,7 +147,7 @@ def leap(
     with render.progress(quiet=quiet) as progress:
         done = run(Ask(request, selection, every, gain, max_gain), progress)
     if not quiet:
-        _summary(done, dry_run=dry_run, verbose=verbose)
+        _summary(done, request, verbose=verbose)
     if json_:
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
@@ -166,7 +168,7 @@ def _check(*, every: int | None, gain: float | None, max_gain: float | None, out
         refuse_no_place(output)
 
 
-def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
+def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:
     from farcast_cli.commands import render
 
     outcome, momentum, reason = done.outcome, done.momentum, done.outcome.decision.reason
@@ -177,13 +179,14 @@ def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:
         render.note(
-            f"{head}: no training since the last call, so its leap is given again; the options of this call have no effect"
+            f"{head}: no training since the last call, so its leap is given again, whatever the options; train on for a new one"
         )
-    elif dry_run:
-        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}")
+    elif request.dry_run:
+        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}; {_counters(outcome, request)}")
     else:
         render.note(
-            f"{head}: a leap of {outcome.horizon} steps: {reason}; {render.size(outcome.bytes_written)} in {outcome.seconds:.1f} s"
+            f"{head}: a leap of {outcome.horizon} steps: {reason}; {_counters(outcome, request)};"
+            f" {render.size(outcome.bytes_written)} in {outcome.seconds:.1f} s"
         )
         render.copied_note(outcome.copied, verbose=verbose)
         for text in outcome.notes:
@@ -197,3 +200,10 @@ def _summary(done: Leapt, *, dry_run: bool, verbose: bool) -> None:
     if not done.is_again and not done.is_last:
         when = f"{done.every} more steps" if momentum.count else "the next stretch, about 2 % of the run,"
         render.note(f"call again after {when} of training")
+
+
+def _counters(outcome: Outcome, request: Request) -> str:
+    """At which step the trainer goes on."""
+    if request.counters == "advance":
+        return f"the counters advance to step {outcome.valid_step}"
+    return f"the counters stay at step {outcome.origin_step}"

@@ -277,8 +277,8 @@ StepsOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("STEPS"),
-        metavar="A:B:K|N,N",
-        help="A:B:K takes the snapshots from step A to step B at multiples of K; each part is optional. A list takes exactly"
+        metavar="FROM:TO:EVERY|N,N",
+        help="FROM:TO:EVERY takes the snapshots from step FROM to step TO at multiples of EVERY; each part is optional. A list takes exactly"
         " these; if the files do not contain their step, the list assigns it, oldest file first.",
     ),
 ]
@@ -299,7 +299,7 @@ FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Re
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        envvar=env("METHOD"), metavar="NAME", help="Forecasting method (backtest lists them); auto chooses it by evidence."
+        envvar=env("METHOD"), metavar="NAME", help="Forecasting method (backtest -v lists them); auto chooses it by evidence."
     ),
 ]
 PurposeOption = Annotated[
@@ -363,7 +363,8 @@ RowsOption = Annotated[
     typer.Option(
         envvar=env("DATA"),
         metavar="FILE",
-        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels).",
+        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels); at most twice as many rows as the"
+        " layer has outputs.",
     ),
 ]
 LayersOption = Annotated[

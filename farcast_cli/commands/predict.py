@@ -216,8 +216,7 @@ def _tell(fitted: Fitted, request: Request, outcomes: Sequence[Outcome], *, quie
     is_written = any(outcome.path for outcome in outcomes)
     if not quiet:
         hint = "" if is_written else advice(fitted, request, outcomes)
-        notes = default_notes(fitted, request, outcomes)
-        render.predictions(outcomes, notes, hint, dry_run=request.dry_run, verbose=verbose)
+        render.predictions(outcomes, default_notes(fitted, request, outcomes), request, hint=hint, verbose=verbose)
     if as_json:
         render.as_json(answers.of_predict(outcomes, dry_run=request.dry_run))
     elif not request.dry_run:

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
+    from farcast_cli.forecast.backtest import Decision, Score, Steadiness
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
+    from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.progress import Progress
-    from farcast_cli.request import Outcome
+    from farcast_cli.request import Outcome, Request
     from farcast_cli.results import Answer, VerifyAnswer
     from farcast_cli.run.alignment import Copied
     from farcast_cli.run.pace import Pace
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 20
 MAX_ROWS = 12
+MAX_METHODS = 3  # of a back-test, at each horizon
 MAX_NAMES = 10  # of what is left out or copied for one reason
 MAX_KINDS = 6
 WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
@@ -224,15 +228,20 @@ def _tensors(count: int) -> str:
 
 
 def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
+    for text in _copied_texts(copied, verbose=verbose):
+        note(text)
+
+
+def _copied_texts(copied: Sequence[Copied], *, verbose: bool) -> Iterator[str]:
     """What is copied, by the kinds of reasons, the commonest first; one by one where asked."""
     kinds = sorted(_by_kind((c.name, c.kind) for c in copied).items(), key=lambda kind: -len(kind[1]))
     more = f", and {len(kinds) - MAX_KINDS} more reasons (-v lists all)" if len(kinds) > MAX_KINDS else ""
     if verbose:
         for one in copied:
-            note(f"  copied {one.name}: {one.reason}")
+            yield f"  copied {one.name}: {one.reason}"
     elif kinds:
         told = "; ".join(f"{kind} ({len(names)}, as {names[0]})" for kind, names in kinds[:MAX_KINDS])
-        note(f"{_tensors(len(copied))} copied: {told}{more}")
+        yield f"{_tensors(len(copied))} copied: {told}{more}"
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
@@ -270,8 +279,6 @@ def fit_cautions(plan: FitPlan) -> None:
 
 
 def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
-    from farcast_cli.forecast.backtest import COHERENCE_GATE
-
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
@@ -279,41 +286,45 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         f" {len(record.copied)} copied,"
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
-    note(
-        f"direction of the run: S = {shown_number(steady.coherence)}, recent half S = {shown_number(steady.recent)}, {chance(steady.significance)} (to resume from a"
-        f" forecast, both S must exceed {COHERENCE_GATE:g} with a small p, for horizons up to a quarter of the history)"
-    )
+    note(_direction(fitted, steady))
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
-    note("next: farcast backtest, or farcast predict (without --horizon, farcast chooses it)")
+    note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
+
+
+def _direction(fitted: Fitted, steady: Steadiness) -> str:
+    """S and p of a run, and what they allow."""
+    from farcast_cli.forecast.report import direction_ahead
+
+    if not math.isfinite(steady.coherence):
+        return "direction of the run: S unknown: it needs two snapshots in each half of the history, and weights that move"
+    horizon, is_steady, reason = direction_ahead(fitted)
+    known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {_recent_half(steady.recent)}"
+    ahead = f"to resume from a forecast {horizon} steps ahead"
+    verdict = f"steady enough {ahead}, if its back-test passes" if is_steady else f"not steady enough {ahead} ({reason})"
+    return f"direction of the run: {known}; {verdict}"
+
+
+def _recent_half(coherence: float) -> str:
+    return f"recent half S = {coherence:.2f}" if math.isfinite(coherence) else "recent half: too few snapshots to tell"
 
 
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
+    """The verdicts first, then the numbers of the best methods and of the chosen one."""
     console, steady = stdout(), report.steady
-    console.print(f"back-test at origin {report.origin_step}: error relative to no forecast (0 perfect, 1 no better)")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading, justify in (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for score in sorted(report.scores, key=lambda score: (score.horizon, score.ratio)):
-        colour = "green" if score.ratio < 1 else "red"
-        table.add_row(
-            str(score.horizon),
-            score.method,
-            f"{score.ratio:.2f}",
-            f"[{colour}]{bar(score.ratio)}[/]",
-            f"{score.ratio_as_written:.2f}",
-        )
-    console.print(table)
+    console.print(f"back-test at origin {report.origin_step}")
+    for horizon, (method, decision) in report.decisions.items():
+        console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
     has_coherence = math.isfinite(steady.coherence)
     console.print(
         f"coherence S = {steady.coherence:.2f}, {chance(steady.significance)}"
         if has_coherence
         else "coherence S: too few snapshots"
     )
-    for horizon, (method, decision) in report.decisions.items():
-        console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
     console.print(escape(_clock_line(report.pace)), soft_wrap=True)
+    if report.scores:
+        _scores(console, report, verbose=verbose)
     for why in report.reasons:
         note(f"auto: {why}")
     if verbose:
@@ -321,6 +332,41 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
 
         for known in METHODS.values():
             note(f"{known.name}: {known.summary}")
+
+
+def _scores(console: Console, report: BacktestReport, *, verbose: bool) -> None:
+    console.print("\nerror relative to no forecast: 0 is perfect, 1 is no better than no forecast")
+    console.print("b: of an update no longer than the run's past move; as written: of the update that predict writes")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headings = (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right"), ("", "left"))
+    for heading, justify in headings:
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for score in _shown_scores(report, most=None if verbose else MAX_METHODS):
+        colour = "green" if score.ratio < 1 else "red"
+        method, decision = report.decisions[score.horizon]
+        does = "predict writes this" if decision.verdict == "forecast" else "predict writes none"
+        table.add_row(
+            str(score.horizon),
+            score.method,
+            f"{score.ratio:.2f}",
+            f"[{colour}]{bar(score.ratio)}[/]",
+            f"{score.ratio_as_written:.2f}",
+            f"<- {does}" if score.method == method else "",
+        )
+    console.print(table)
+    num_methods = len({score.method for score in report.scores})
+    if num_methods > MAX_METHODS and not verbose:
+        console.print(f"the best {MAX_METHODS} of {num_methods} methods at each horizon, and predict's (-v shows all)")
+
+
+def _shown_scores(report: BacktestReport, *, most: int | None) -> list[Score]:
+    """By horizon, the methods with the smallest b, at most so many, and the one that the verdict is on."""
+    found = []
+    for horizon in sorted({score.horizon for score in report.scores}):
+        scores = sorted((score for score in report.scores if score.horizon == horizon), key=lambda score: score.ratio)
+        chosen = report.decisions[horizon][0]
+        found += [score for place, score in enumerate(scores) if most is None or place < most or score.method == chosen]
+    return found
 
 
 def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
@@ -341,62 +387,81 @@ def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> 
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
-def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], hint: str, *, dry_run: bool, verbose: bool) -> None:
-    """What came of each horizon, what a person should know before using it, and what to do where nothing was written."""
+def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Request, *, hint: str, verbose: bool) -> None:
+    """What came of each horizon, what a person should know before using it, and what to do if nothing was written.
+
+    The steps, verdicts and paths come first. What is true of several horizons is said once.
+    """
     for outcome in outcomes:
-        _outcome(outcome, dry_run=dry_run, verbose=verbose)
+        for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run):
+            note(text)
+    for text in dict.fromkeys(text for outcome in outcomes for text in _details(outcome, verbose=verbose)):
+        note(text)
     for text in notes:
         note(f"note: {text}")
     if hint:
         note(f"hint: {hint}")
 
 
-def _outcome(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool) -> Iterator[str]:
+    """The step, the verdict and the path; and the numbers that decided."""
     decision = outcome.decision
-    head = f"step {outcome.origin_step} + {outcome.horizon}"
-    for text in outcome.chosen:
-        note(text)
-    note(_clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor))
+    head = f"step {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
     if outcome.path is None:
-        note(f"{head}: {decision.verdict}: nothing written ({decision.reason})")
+        yield f"{head}: nothing written ({decision.reason})"
     elif outcome.existed:
-        note(f"{head}: already there, made from the same snapshots with the same options: nothing was written")
-        return
+        yield f"{head}: already there, made from the same snapshots with the same options: nothing was written"
     else:
-        did = "would write" if dry_run else "wrote"
-        note(
-            f"{head}: {did} {size(outcome.bytes_written)} by {outcome.method}: {outcome.num_forecast} tensors forecast,"
-            f" {outcome.num_copied} copied"
-            + (
-                f"; would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)}"
-                " of memory"
-                if dry_run
-                else f", {outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
-            )
-        )
-        verdict = "" if decision.verdict == "forecast" else f"; written although the verdict is {decision.verdict}"
-        note(
-            (
-                f"expected error: {shown_number(decision.expected)} of the error without a forecast"
-                if math.isfinite(decision.expected)
-                else decision.reason
-            )
-            + f"; back-test b = {shown_number(decision.ratio)};"
-            f" direction S = {shown_number(decision.coherence)}, recent half {shown_number(decision.recent)},"
-            f" {chance(decision.significance)}{verdict}"
-        )
-        copied_note(outcome.copied, verbose=verbose)
-        for text in outcome.notes:
-            note(f"note: {text}")
-        for text in outcome.changes if verbose else ():
-            note(f"  {text}")
+        yield f"{head}: {_written(outcome, dry_run=dry_run)}"
+        yield _expected(decision, purpose)
+
+
+def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
+    """What was chosen for the user, copied, advanced and evaluated."""
+    yield from outcome.chosen
+    yield _clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
+    if outcome.path is not None and not outcome.existed:
+        yield from _copied_texts(outcome.copied, verbose=verbose)
+        yield from (f"note: {text}" for text in outcome.notes)
+        yield from (f"  {text}" for text in outcome.changes if verbose)
         if outcome.changes and not verbose:
-            note(f"{len(outcome.changes)} counters and rates advanced (-v lists them)")
+            count = len(outcome.changes)
+            yield f"{count} {'counter or rate' if count == 1 else 'counters and rates'} advanced (-v lists them)"
     for trial in outcome.trials:
         what = f"strength {trial.strength:g}: {trial.value:g}" + ("" if trial.strength else " (the origin)")
-        note(f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else ""))
+        yield f"evaluation at {what}, in {trial.seconds:.1f} s" + (f", output in {trial.log}" if trial.log and verbose else "")
     if outcome.trials and outcome.trials[0].log:
-        note(f"output of --eval-cmd: {outcome.trials[0].log.parent}{os.sep}")
+        yield f"output of --eval-cmd: {outcome.trials[0].log.parent}{os.sep}"
+
+
+def _written(outcome: Outcome, *, dry_run: bool) -> str:
+    cost = (
+        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)} of memory"
+        if dry_run
+        else f"{outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
+    )
+    against = "" if outcome.decision.verdict == "forecast" else " although the verdict is against it"
+    return (
+        f"{'would write' if dry_run else 'wrote'} {outcome.path}{against}, {size(outcome.bytes_written)} by {outcome.method}:"
+        f" {outcome.num_forecast} tensors forecast, {outcome.num_copied} copied; {cost}"
+    )
+
+
+def _expected(decision: Decision, purpose: Purpose) -> str:
+    error = (
+        f"expected error: {shown_number(decision.expected)} of the error without a forecast{_farther(decision, purpose)}"
+        if math.isfinite(decision.expected)
+        else decision.reason
+    )
+    direction = f"direction S = {shown_number(decision.coherence)}, {chance(decision.significance)}"
+    return f"{error}; back-test b = {shown_number(decision.ratio)}; {direction}; {_recent_half(decision.recent)}"
+
+
+def _farther(decision: Decision, purpose: Purpose) -> str:
+    """Why a forecast to resume from is written although its weights are farther from the later ones than the origin's."""
+    if purpose == "resume" and decision.expected > 1:
+        return " (the weights are farther from the real ones at first; S and p decide whether to resume)"
+    return ""
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.choices import Purpose, Verdict
+    from farcast_cli.choices import ClockName, Purpose, Verdict
     from farcast_cli.forecast.gram import Gram
     from farcast_cli.forecast.timeline import Timeline
+    from farcast_cli.run.pace import Pace
 
     Halves = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -173,6 +174,22 @@ def untestable(task: Task) -> str:
     return ""
 
 
+def pace_to(known: Pace, timeline: Timeline, horizon: float, *, wanted: ClockName | None) -> Pace:
+    """The clock for a horizon; of one that is longer than `fit` looks ahead, it says so.
+
+    Raises:
+        UsageError: rates are wanted and not known.
+    """
+    found = known.clocked(wanted, timeline.first, timeline.origin + horizon)
+    longest = MAX_HORIZON * timeline.length
+    if found.rates or wanted or horizon <= longest or not known.rates:
+        return found
+    if not known.covers(timeline.first, timeline.origin + longest):
+        return found  # not even those are known
+    until = f"step {known.edges[-1]}, {MAX_HORIZON} times the history ahead"
+    return replace(found, why=f"the forecaster has the learning rates up to {until}")
+
+
 def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
     """Whether the run's own history says that this forecast would help.
 
@@ -239,21 +256,32 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     if np.isnan(found.coherence):
         reason = "coherence S needs two snapshots in each half of the history"
         return replace(found, verdict="untestable", reason=reason)
-    origin, end = task.timeline.origin, task.timeline.origin + task.horizon
-    anneals = task.pace.lasts_until(origin, SPENT_RATE) >= end  # what is left of the rate takes the leap's noise away
-    of_late = needed_coherence(task.lead, pace=task.pace_ahead if anneals else 1.0)
-    limit = of_late if np.isnan(found.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
-    coherent = f"coherence S = {found.coherence:.2f}, needed {limit:.2g}"
+    steady = Steadiness(found.coherence, found.recent, found.significance)
+    is_steady, coherent = judge_direction(steady, task)
     missed = f"the error of the update as written is {found.expected:.2g} times the run's own move"
     objections = (
-        (found.recent <= of_late, f"coherence S = {found.recent:.2f} in the recent half, needed {of_late:.2g}"),
-        (not found.coherence > limit, coherent),
-        (not found.significance.passes, f"{coherent}, but chance alone often gives as much: p = {found.significance.p:.2g}"),
+        (not is_steady, coherent),
         (found.ratio > RATIO_CEILING, f"back-test ratio b = {found.ratio:.2f}, limit {RATIO_CEILING}"),
         (found.expected > EXPECTED_CEILING, f"{missed}, limit {EXPECTED_CEILING}"),
     )
     objection = next((text for holds, text in objections if holds), None)
     return _gate(found, objection is None, objection or coherent)
+
+
+def judge_direction(steady: Steadiness, task: Task) -> tuple[bool, str]:
+    """Whether S and p allow to resume from a forecast of a task's horizon, before b is asked; and the reason in words."""
+    origin, end = task.timeline.origin, task.timeline.origin + task.horizon
+    anneals = task.pace.lasts_until(origin, SPENT_RATE) >= end  # what is left of the rate takes the leap's noise away
+    of_late = needed_coherence(task.lead, pace=task.pace_ahead if anneals else 1.0)
+    limit = of_late if np.isnan(steady.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
+    coherent = f"coherence S = {steady.coherence:.2f}, needed {limit:.2g}"
+    objections = (
+        (steady.recent <= of_late, f"coherence S = {steady.recent:.2f} in the recent half, needed {of_late:.2g}"),
+        (not steady.coherence > limit, coherent),
+        (not steady.significance.passes, f"{coherent}, but chance alone often gives as much: p = {steady.significance.p:.2g}"),
+    )
+    objection = next((text for holds, text in objections if holds), None)
+    return objection is None, objection or coherent
 
 
 def _last_move(timeline: Timeline) -> NDArray[np.float64]:

@@ -202,7 +202,7 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
         return
     cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
     names = [snapshot.path.name for snapshot in trajectory.snapshots]
-    hint = "a trajectory is one run: move the other run to its own folder, or choose steps with --steps A:B"
+    hint = "a trajectory is one run: move the other run to its own folder, or choose steps with --steps FROM:TO"
     if np.median(cosines) < FLIP:
         raise MixedRunsError(
             f"{trajectory.directory}: two runs probably alternate: from {names[0]} to {names[1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from farcast_cli.forecast.backtest import decide, score
+from farcast_cli.forecast.backtest import SHORT_LEAD, decide, judge_direction, pace_to, score
 from farcast_cli.forecast.choice import AUTO, choose_method, usual_horizons
 from farcast_cli.forecast.forecaster import Task
 from farcast_cli.forecast.methods import METHODS
@@ -48,7 +48,7 @@ def report_backtest(
     timeline = fitted.timeline
     gram, sample = fitted.judged()
     horizons = horizons or usual_horizons(timeline)
-    pace = fitted.provenance.pace.clocked(clock, timeline.first, timeline.origin + max(horizons))
+    pace = pace_to(fitted.provenance.pace, timeline, max(horizons), wanted=clock)
     anneals = purpose == "resume" and clock is None
     tasks = {h: Task(gram, sample, timeline, float(h), device=device, pace=pace, anneals=anneals) for h in horizons}
     chosen = {h: choose_method(method, task, purpose) for h, task in tasks.items()}
@@ -62,3 +62,16 @@ def report_backtest(
         pace,
         tuple(dict.fromkeys(why for _, why in chosen.values() if why)),
     )
+
+
+def direction_ahead(fitted: Fitted) -> tuple[int, bool, str]:
+    """A short horizon, and whether the run's direction is steady enough to resume from a forecast of it; with the reason.
+
+    The judgement is that of the verdict on every forecast, before the back-test ratio is asked.
+    """
+    timeline = fitted.timeline
+    gram, sample = fitted.judged()
+    horizon = max(1, round(SHORT_LEAD * timeline.length))
+    pace = pace_to(fitted.provenance.pace, timeline, horizon, wanted=None)
+    task = Task(gram, sample, timeline, float(horizon), pace=pace, anneals=True)
+    return horizon, *judge_direction(fitted.steadiness(), task)

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from farcast_cli.run.trajectory import Trajectory
 
 
+UNASKED = "--eval-cmd was not run: there was no training since the last call; it runs after more training"
+
+
 def leap(ask: Ask, progress: Progress) -> Leapt:
     """Leap from the newest snapshot of a run, or say why not; the memory has one stretch more either way.
 
@@ -91,7 +94,14 @@ def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]
     outcome = Outcome(record.horizon, record.origin_step, "momentum", decision, path=path)
     return Leapt(
-        outcome, record.momentum, math.nan, is_again=True, every=ask.every or record.every, clock=record.clock, origin=origin
+        outcome,
+        record.momentum,
+        math.nan,
+        is_again=True,
+        every=ask.every or record.every,
+        clock=record.clock,
+        origin=origin,
+        notes=(UNASKED,) if ask.request.evaluator else (),
     )
 
 

@@ -130,12 +130,17 @@ class Situation:
         said = [f"{one.path.name} left out: {one.reason}" for one in self.trajectory.half_written]
         said += self.found.notes
         if outcome.trials and math.isnan(signal):
-            said.append("the loss has not changed yet, so only the share changes the gain")
-        if self.ask.request.dry_run and self.ask.request.evaluator is not None:
+            seen = "the loss has not changed yet" if self.heard.losses.falls_weight else "only one loss was measured so far"
+            said.append(f"{seen}, so only the share changes the gain")
+        has_command = self.ask.request.evaluator is not None
+        if has_command and self.ask.request.dry_run:
             said.append("a dry run does not measure the loss: the real call may decide differently")
+        elif has_command and not outcome.trials:
+            said.append("--eval-cmd was not run: it tests the direction of earlier calls, so it runs from the next call on")
         count = self.after.momentum.count if self.after else 0
-        if outcome.path and self.ask.request.evaluator is None and count <= FIRST_CALLS:  # to say it once is enough
-            said.append("no loss was measured, so farcast cannot know whether leaps lower it: --eval-cmd measures the loss")
+        if outcome.path and not outcome.trials and (has_command or count <= FIRST_CALLS):  # to say it once is enough
+            how = "" if has_command else ": --eval-cmd measures the loss"
+            said.append(f"no loss was measured, so farcast cannot know whether leaps lower it{how}")
             if self.found.time.pace.clock == "steps":
                 said.append(
                     "the learning rate is unknown, so farcast cannot detect a warm-up: leaps during a warm-up harm the run"

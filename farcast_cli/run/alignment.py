@@ -325,7 +325,7 @@ def _mixed_runs(
     if not _is_one_model(before, after, choice):
         return MixedRunsError(
             f"{where}: two models: less than half of the parameters are in both: {told}",
-            hint="keep one run in the folder, or choose its steps with --steps A:B",
+            hint="keep one run in the folder, or choose its steps with --steps FROM:TO",
         )
     names = " ".join(f"--exclude {_quoted(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
         len(changes) > MAX_NAMED
@@ -333,7 +333,7 @@ def _mixed_runs(
     return MixedRunsError(
         f"{where}: tensor {told}{since}",
         hint=f"{names} copies {'it' if len(changes) == 1 else 'them'} from the last snapshot and uses the whole history;"
-        " --steps A:B selects a part of the run",
+        " --steps FROM:TO selects a part of the run",
     )
 
 

@@ -37,6 +37,7 @@ READ = (
 MAX_FOLDERS = 500  # looked into for runs
 RUN_DEPTH = 3  # as in lightning_logs/version_0/checkpoints
 MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
+LEAP_SNAPSHOTS = 3  # two stretches that agree
 _TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 
@@ -158,8 +159,10 @@ def _shape_of(path: Path) -> str:
 def too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
     left_out = listed((f"{one.path.name} ({one.reason})" for one in half_written), most=MAX_HALF_WRITTEN)
     hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
+    hint += "; farcast leap needs three snapshots only" if minimum > LEAP_SNAPSHOTS else ""
+    wanted = f"{minimum} snapshot" + "s" * (minimum != 1)
     return TooFewSnapshotsError(
-        f"{directory}: expected at least {minimum} snapshots, found {count}" + (f"; left out: {left_out}" if left_out else ""),
+        f"{directory}: expected at least {wanted}, found {count}" + (f"; left out: {left_out}" if left_out else ""),
         hint="wait until they are saved, or save or download them again; otherwise " + hint if left_out else hint,
     )
 

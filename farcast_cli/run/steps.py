@@ -34,7 +34,7 @@ _MIN_FOR_A_RATE = 3
 
 @dataclass(frozen=True, slots=True)
 class StepRange:
-    """`A:B:K`: steps from A to B, both included, and of those only multiples of K. Parts may be left out."""
+    """`FROM:TO:EVERY`: steps from FROM to TO, both included, of those only multiples of EVERY. Parts may be left out."""
 
     first: int = 0
     last: int | None = None
@@ -48,7 +48,7 @@ class StepRange:
     @classmethod
     def parse(cls, text: str) -> StepRange:
         parts = text.split(":")
-        if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):  # noqa: PLR2004 - A:B:K
+        if len(parts) > 3 or not all(part.isdecimal() or not part for part in parts):  # noqa: PLR2004 - FROM:TO:EVERY
             raise _no_steps(text)
         first, last, every = (*parts, "", "")[:3]
         if len(parts) == 1 or every == "0" or (first and last and int(first) > int(last)):
@@ -86,7 +86,7 @@ def parse_steps(text: str | None) -> StepRange | StepList | None:
 
 
 def _no_steps(text: str) -> UsageError:
-    return UsageError(f"--steps {text}: expected A:B:K, such as 1000:8000 or ::500, or a list, such as 100,200,300")
+    return UsageError(f"--steps {text}: expected FROM:TO:EVERY, such as 1000:8000 or ::500, or a list, such as 100,200,300")
 
 
 @dataclass(frozen=True, slots=True)

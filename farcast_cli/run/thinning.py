@@ -42,7 +42,7 @@ def thinned(
     keep = chosen([snapshot.step for snapshot in snapshots], limit)
     told = (
         f"{len(keep)} of {len(snapshots)} snapshots are used, to limit memory ({num_tensors} tensors): the last"
-        f" {_num_dense(limit)}, and others at even distances from step {snapshots[0].step}; --steps A:B selects a part of the run"
+        f" {_num_dense(limit)}, and others at even distances from step {snapshots[0].step}; --steps FROM:TO selects a part of the run"
     )
     return tuple(reopened(snapshots[index]) for index in keep), told
 
