@@ -26,7 +26,7 @@ from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
 from farcast_cli.publish import publish
 from farcast_cli.repeat import check_unchanged
-from farcast_cli.request import Outcome, Prepared, Request, Start
+from farcast_cli.request import ENDED, Outcome, Prepared, Request, Start
 from farcast_cli.results import FittedOn
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
@@ -198,7 +198,8 @@ def _decide(method: Method, task: Task, request: Request, start: Start | None) -
     if left is None or left > 1:
         return decision
     end = int(task.timeline.origin) + left
-    return replace(decision, verdict="abstain", reason=f"the run ends at step {end}, and a leap needs training after it")
+    why = f"the run ends at step {end}, and a leap needs training after it" if left > 0 else ENDED.format(step=end)
+    return replace(decision, verdict="abstain", reason=why)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

@@ -92,6 +92,10 @@ class Outcome:
         return self.origin_step + self.horizon
 
 
+ENDED = "the run ended at step {step}: there is no training to skip"
+"""Why there is no leap from the last step of a run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """Where forecasts begin, found once for a request: the origin, and what its trainer's state says of the run."""

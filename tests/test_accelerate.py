@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from farcast_cli.errors import UsageError
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.rates import read_pace
+from farcast_cli.trainers import trainer_of
 from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
@@ -105,6 +106,17 @@ def _predicted(run: Path, output: Path | str, horizon: int = VALID - ORIGIN, **r
 
 def _load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
+
+
+def test_a_schedule_that_has_ended_ends_the_run(tmp_path: Path) -> None:
+    """It is stepped ten times a step, and ends at its 400th."""
+    loop = Loop(schedule_per_step=10)
+    for step in range(EVERY, 41, EVERY):
+        loop.advance(EVERY)
+        loop.save(tmp_path / f"step_{step}")
+    ends = {snapshot.step: trainer_of(snapshot).end(snapshot) for snapshot in discover(tmp_path).snapshots}
+    file = tmp_path / "step_40" / "scheduler.bin"
+    assert ends == {10: None, 20: None, 30: None, 40: (f"{file} says CosineAnnealingLR.T_max = 400, in steps", 40)}
 
 
 @pytest.mark.parametrize("schedule_per_step", [1, 2])

@@ -40,6 +40,7 @@ SCHEDULES: Build = {
     "constant": lambda o: lr_scheduler.ConstantLR(o, 1.0),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH),
     "to a floor": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH, 0.03),
+    "to the end": lambda o: lr_scheduler.CosineAnnealingLR(o, 100),
     "steep": lambda o: lr_scheduler.CosineAnnealingLR(o, 120),
 }
 
@@ -191,6 +192,28 @@ def test_under_a_falling_rate_predict_says_what_such_leaps_replaced_and_how_to_m
     assert made.stdout.strip() == f"control/ckpt_{100 + horizon:03d}.pt"
     assert torch.equal(_written(tmp_path / made.stdout.strip()), _written(tmp_path / "run" / "ckpt_100.pt"))
     assert "the learning rate falls" not in made.stderr
+
+
+def test_nothing_is_skipped_of_a_run_whose_schedule_has_ended(tmp_path: Path, call_cli: CallCli) -> None:
+    """A CosineAnnealingLR that is stepped on past T_max rises again, so that a leap would seem to skip training."""
+    _train(tmp_path / "run", "to the end")
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
+    for arguments in (("predict",), ("leap", "run"), ("leap", "run", "--counters", "advance")):
+        done = call_cli(*arguments, "--dry-run", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (10, "")
+        assert "the run ended at step 100: there is no training to skip" in done.stderr
+    done = call_cli("predict", "--horizon", 30, "--even-if-worse", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.errors[0].endswith(
+        "expected a step before the end of the run, run/ckpt_100.pt says CosineAnnealingLR.T_max = 100"
+    )
+
+
+def test_a_horizon_past_the_floor_of_a_cosine_says_that_the_rate_rises_again(tmp_path: Path, call_cli: CallCli) -> None:
+    fit_run(_train(tmp_path / "run", "steep"), tmp_path / "forecaster.safetensors")
+    said = {h: call_cli("predict", "--horizon", h, "--even-if-worse", cwd=tmp_path).stderr for h in (20, 21)}
+    note = "ckpt_100.pt.scheduler: the learning rate rises again after step 120, T_max of CosineAnnealingLR"
+    assert [f"note: {note}" in said[h].splitlines() for h in (20, 21)] == [False, True]
 
 
 def test_several_horizons_under_a_falling_rate_share_one_note_and_one_control(tmp_path: Path, call_cli: CallCli) -> None:

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.advance import advance
-from farcast_cli.trainers.schedules import Observation, advance_scheduler, infer_rate
+from farcast_cli.trainers.schedules import Observation, advance_scheduler, ended_at, infer_rate
 from tests.tiny import save_safetensors
 
 if TYPE_CHECKING:
@@ -558,3 +558,64 @@ def test_a_run_that_was_resumed_with_another_length_has_the_rates_of_the_new_one
     state = result.trees["trainer_state.json"].tree
     assert (state["global_step"], state["max_steps"]) == (120, TOTAL)
     assert result.notes == []
+
+
+# --- where a schedule ends -------------------------------------------------------------------------------------------
+
+ENDS: dict[str, tuple[Build, int, str]] = {
+    "a cosine to 0": (lambda o: lr_scheduler.CosineAnnealingLR(o, 20), 20, "CosineAnnealingLR.T_max"),
+    "one cycle": (lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20), 19, "OneCycleLR.total_steps"),
+    "a line to 0": (lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, 20), 20, "LinearLR.total_iters"),
+    "a power": (lambda o: lr_scheduler.PolynomialLR(o, 20, 2.0), 20, "PolynomialLR.total_iters"),
+    "a warm-up before a cosine": (
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.CosineAnnealingLR(o, 15)], [5]
+        ),
+        20,
+        "CosineAnnealingLR.T_max",
+    ),
+    "a chain": (
+        lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o, 1.0, 0.0, 20), lr_scheduler.ExponentialLR(o, 0.9)]),
+        20,
+        "LinearLR.total_iters",
+    ),
+}
+ENDLESS: dict[str, Build] = {
+    "a cosine to a floor": lambda o: lr_scheduler.CosineAnnealingLR(o, 20, 0.01),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 20),
+    "cycles": lambda o: lr_scheduler.CyclicLR(o, 0.0, 0.1, step_size_up=10, cycle_momentum=False),
+    "a warm-up": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 20),
+    "a formula of one's own": lambda o: lr_scheduler.LambdaLR(o, lambda count: max(0.0, 1 - count / 20)),
+    "a cosine before a constant": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.CosineAnnealingLR(o, 20), lr_scheduler.ConstantLR(o, 1.0)], [25]
+    ),
+}
+
+
+def _states(build: Build, count: int) -> list[dict[str, Any]]:
+    """The states of a schedule at each count, from 1 on."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule, states = build(optimizer), []
+    for _ in range(count):
+        optimizer.step()
+        schedule.step()
+        states.append(copy.deepcopy(schedule.state_dict()))
+    return states
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_schedule_ends_where_its_rate_does_and_not_before(name: str) -> None:
+    build, end, said = ENDS[name]
+    *before, last = map(ended_at, _states(build, end))
+    assert set(before) == {None}
+    assert last is not None
+    assert last[0] == said
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_schedule_that_goes_on_has_no_end(name: str) -> None:
+    assert set(map(ended_at, _states(ENDLESS[name], 24))) == {None}
+
+
+def test_a_run_that_has_passed_the_floor_of_its_cosine_cycles_on_purpose() -> None:
+    assert ended_at(_states(lambda o: lr_scheduler.CosineAnnealingLR(o, 20), 21)[-1]) is None

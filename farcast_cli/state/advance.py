@@ -32,7 +32,7 @@ from farcast_cli.state.files import (
     scheduler_paths,
 )
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state
+from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -315,6 +315,10 @@ def _advance_schedules(
         before = [group["lr"] for group in groups]
         seen = [observation(tree, path, file) for _, tree, file in history.states]
         observations = [item for item in seen if item is not None]
+        turn, old = rises_after(plain, int(new)), int(series[-1][1])
+        if turn is not None:
+            last = origin.step + (target - origin.step) * (turn - old) // (int(new) - old)
+            result.notes.append(f"{where}: the learning rate rises again after step {last}, T_max of CosineAnnealingLR")
         note = advance_scheduler(plain, groups, int(new), total_steps=total, observations=observations, named=named)
         result.changes.append(Change(f"{where}: last_epoch", series[-1][1], int(new)))
         result.changes.extend(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
+from farcast_cli.trainers.run_end import end_by_schedules
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
 from farcast_cli.trainers.weights_folder import WeightFile, read_weights
 
@@ -71,5 +72,7 @@ def _evidence(path: Path, others: tuple[Part, ...]) -> tuple[Evidence, ...]:
     return by_trust(adam_steps(others), named_steps(path, glued=True)) or scheduled_steps(others) or named_steps(path)
 
 
-TRAINER = Trainer(needs_optimizer="accelerate cannot load a checkpoint with a missing file", loads_shards=False)
+TRAINER = Trainer(
+    end=end_by_schedules, needs_optimizer="accelerate cannot load a checkpoint with a missing file", loads_shards=False
+)
 LAYOUT = Layout("accelerate", _recognises, _read, names_are_steps=False, trainer=TRAINER)

@@ -19,7 +19,7 @@ from farcast_cli.formats.tree import find
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS
-from farcast_cli.trainers.run_end import end_by_settings
+from farcast_cli.trainers.run_end import end_of
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights, payload_evidence
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ TRAINER = Trainer(
     wrote=is_lightning,
     clock=loops_clock,
     rename=_rename,
-    end=partial(end_by_settings, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
+    end=partial(end_of, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
     needs_optimizer="Lightning cannot load a checkpoint without that key",
     has_own_files=True,
 )

@@ -1,4 +1,4 @@
-"""The step at which a run ends, where the settings in its checkpoint say so."""
+"""The step at which a run ends, where the settings or the schedules in its checkpoint say so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import Made
 from farcast_cli.formats.tree import dotted, walk
+from farcast_cli.trainers.schedules import ended_at, is_scheduler_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
 LAST_STEP_KEYS = ("max_steps", "max_iters", "total_steps", "num_training_steps", "max_train_steps")
 SETTINGS_KEYS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "args", "config", "cfg", "train_config")
 """Where a payload keeps its settings: Lightning's first, then what hand-written loops call them."""
+_SCHEDULE_ROLES = frozenset({"state", "side-state", "scheduler"})
 _MAX_DEPTH = 4
 _STATE = object()  # no key, and in no name
 
 
-def end_by_settings(
+def end_of(
     origin: Snapshot, *, epochs_key: str = "", steps_left: Callable[[Any, int], int | None] | None = None
 ) -> tuple[str, int] | None:
     """Where the settings say that the run ends, as in `step_900.pt says args.max_steps`, and the step.
+
+    The origin's own step where its schedules have ended.
 
     A number counts only if it is larger than the origin's step: a smaller one is of something else.
 
@@ -32,6 +36,9 @@ def end_by_settings(
         steps_left: from a tree to the end of so many epochs; None where the tree does not tell.
     """
     keys = (*LAST_STEP_KEYS, *([epochs_key] if epochs_key else []))
+    ended = end_by_schedules(origin)
+    if ended:
+        return ended
     for part in origin.parts:
         if part.role == "state" and isinstance(part.content, TorchFile) and isinstance(part.content.tree, dict):
             tree, ends = part.content.tree, []
@@ -45,6 +52,27 @@ def end_by_settings(
                 where, total = min(later, key=lambda end: end[1])
                 return f"{part.path} says {where}", total
     return None
+
+
+def end_by_schedules(origin: Snapshot) -> tuple[str, int] | None:
+    """The origin's own step, and what says so, if every schedule of torch's own in the checkpoint has ended; else None."""
+    found = []
+    for part in origin.parts:
+        if part.role in _SCHEDULE_ROLES and isinstance(part.content, TorchFile):
+            nodes = walk(part.content.tree, enters=lambda _, node: not is_scheduler_state(node))
+            found += [(part.path, _ended(node)) for _, node in nodes if is_scheduler_state(node)]
+    ends = [(path, end) for path, end in found if end]
+    if not found or len(ends) < len(found):
+        return None
+    path, (key, value) = ends[0]
+    return f"{path} says {key}" + ("" if value == origin.step else f" = {value}, in steps"), origin.step
+
+
+def _ended(state: Any) -> tuple[str, int] | None:
+    try:
+        return ended_at(state)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return None  # damaged: said where it is advanced
 
 
 def _settings(tree: dict[Any, Any], keys: Sequence[str]) -> Iterator[tuple[str, int]]:

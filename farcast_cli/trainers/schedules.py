@@ -113,6 +113,46 @@ def advance_scheduler(
     return LAMBDA_NOTE if _holds_lambda(state) else ""
 
 
+# --- where a schedule ends -------------------------------------------------------------------------------------------
+
+_ENDS: dict[str, tuple[str, Callable[[dict[str, Any], int, int], bool]]] = {
+    "CosineAnnealingLR": ("T_max", lambda state, count, end: count == end and state["eta_min"] == 0),
+    "OneCycleLR": ("total_steps", lambda _, count, end: count >= end - 1),
+    "LinearLR": ("total_iters", lambda state, count, end: count >= end and state["end_factor"] == 0),
+    "PolynomialLR": ("total_iters", lambda _, count, end: count >= end),
+}
+"""By class of torch: the key of its last count, and whether it has ended: at a rate of 0, or where it has no more steps.
+
+A CosineAnnealingLR that is stepped beyond T_max rises again. A run whose count is past T_max does so on purpose.
+"""
+
+
+def ended_at(state: dict[str, Any]) -> tuple[str, int] | None:
+    """What says that a schedule has ended at its present count, as `CosineAnnealingLR.T_max`, and its value; None if it goes on."""
+    name, members = schedule_name(state), state.get("_schedulers") or []
+    if name == "SequentialLR":
+        milestones = state["_milestones"]
+        return ended_at(members[-1]) if milestones and _counter(state) >= milestones[-1] else None
+    if name == "ChainedScheduler":
+        return next(filter(None, map(ended_at, members)), None)
+    if name not in _ENDS:
+        return None
+    key, has_ended = _ENDS[name]
+    end = state[key]
+    return (f"{name}.{key}", end) if has_ended(state, state["last_epoch"], end) else None
+
+
+def rises_after(state: dict[str, Any], target: int) -> int | None:
+    """The count at T_max of a CosineAnnealingLR, after which its rate rises, if a schedule at `target` is the first past it."""
+    before, begin, member = _counter(state), 0, state
+    if schedule_name(state) == "SequentialLR" and state["_milestones"]:
+        begin, member = state["_milestones"][-1], state["_schedulers"][-1]
+    if schedule_name(member) != "CosineAnnealingLR":
+        return None
+    turn: int = begin + member["T_max"]
+    return turn if before <= turn < target else None
+
+
 # --- schedules that hold their formula -------------------------------------------------------------------------------
 
 

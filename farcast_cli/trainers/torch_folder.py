@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.trainers import torch_payload
 from farcast_cli.trainers.base import Layout, Snapshot, Trainer
-from farcast_cli.trainers.run_end import end_by_settings
+from farcast_cli.trainers.run_end import end_of
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, counted_steps, named_steps, side_parts
 from farcast_cli.trainers.weights_folder import Weights, as_one
 
@@ -74,4 +74,4 @@ def _of(source: EvidenceKind, payload: Snapshot) -> tuple[Evidence, ...]:
     return tuple(item for item in payload.evidence if item.source == source)
 
 
-LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_by_settings))
+LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of))

@@ -15,7 +15,7 @@ from farcast_cli.formats.tree import dotted, find, walk
 from farcast_cli.tensors import FORECASTABLE
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
 from farcast_cli.trainers.names import MAX_DIGITS
-from farcast_cli.trainers.run_end import end_by_settings
+from farcast_cli.trainers.run_end import end_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,4 +123,4 @@ def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
     return ()
 
 
-LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_by_settings))
+LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of))
