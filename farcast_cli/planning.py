@@ -161,6 +161,6 @@ def existing_check(*, overwrite: bool, is_file: bool) -> Check:
 
 def check_ledger_of(request: Request, run: Path) -> None:
     """See that leaps can be recorded, where they will be."""
-    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
-        check_outside(request.ledger, run, option="--ledger")
-        check_ledger(request.ledger, run)
+    if request.ledgers is not None and request.purpose == "resume" and not request.dry_run:
+        check_outside(request.ledgers.file, run, option="--ledger")
+        check_ledger(request.ledgers.file, run)

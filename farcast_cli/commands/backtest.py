@@ -29,6 +29,7 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     env,
+    ledgers_of,
     parse_horizons,
     resources_of,
     selection_of,
@@ -75,7 +76,7 @@ def backtest(
 
     if directory:
         selection = selection_of(directory, include, exclude, steps, pattern)
-        fitted = learn(FitRequest(selection, None if full else sample, ledger, resources), quiet=quiet).fitted
+        fitted = learn(FitRequest(selection, None if full else sample, ledgers_of(ledger), resources), quiet=quiet).fitted
     else:
         fitted = load_fitted(forecaster)
     report = report_backtest(fitted, horizons, method=method, purpose=purpose, clock=clock, device=resources.device)
