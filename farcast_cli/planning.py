@@ -118,7 +118,8 @@ def _plan(
     _check_end(request, start, horizon)
     counters = request.counters if horizon else "keep"
     with told_as_damage(start.origin):
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+        is_leap = bool(horizon) and request.purpose == "resume"
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters, is_marked=is_leap)
     if container.is_weights_only:
         moved = Advanced(moved.trees)  # what else was done is not written
     counts = advance_batch_counts(history, horizon) if counters == "advance" else {}

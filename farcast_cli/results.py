@@ -113,7 +113,9 @@ class LeapEntry(_Part):
     origin_step: int = Field(description="step of the snapshot that the forecast was made from")
     valid_step: int = Field(description="step that the forecast is for")
     counters: CountersMode = Field(description="`advance` or `keep`: whether the trainer's counters moved with the weights")
-    forecast: PortablePath = Field(description="the checkpoint that was written")
+    forecast: PortablePath | None = Field(
+        description="the checkpoint that was written; `null` if only the newest snapshot tells of the leap"
+    )
 
 
 class InspectAnswer(Answer):
@@ -127,7 +129,9 @@ class InspectAnswer(Answer):
     ignored: tuple[IgnoredEntry, ...] = Field(description="entries of the folder that are not part of the run")
     notes: tuple[str, ...] = Field(description="unusual facts that are no problem, such as names that count in another unit")
     problems: tuple[str, ...] = Field(description="problems to look at; empty if there are none")
-    leaps: tuple[LeapEntry, ...] = Field(default=(), description="leaps of this run in the ledgers; absent if there are none")
+    leaps: tuple[LeapEntry, ...] = Field(
+        default=(), description="leaps of this run, by the ledgers and its newest snapshot; absent if there are none"
+    )
     leap: int | None = Field(
         default=None, description="the step of the leap after which `fit` begins; absent if the run resumed from none"
     )

@@ -21,6 +21,8 @@ from farcast_cli.results import TensorRatio, VerifyAnswer
 from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.state.rates import read_pace
+from farcast_cli.trainers import trainer_of
+from farcast_cli.trainers.base import LeapMark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,10 +70,13 @@ def _leap_of(forecast: Path, run: Path) -> Leap | None:
 
 
 def _descends(forecast: Path, reference: Snapshot, truth: Snapshot) -> bool:
-    """Whether the truth comes from a run that resumed from the forecast, as the snapshots before it tell."""
+    """Whether the truth comes from a run that resumed from the forecast, as its mark or the snapshots before it tell."""
     leap = _leap_of(forecast, truth.path.parent)
     if leap is None or truth.step <= leap.resumes_after:
         return False
+    mark = LeapMark(leap.resumes_after, leap.origin_step, leap.valid_step)
+    if mark in trainer_of(truth).marks(truth):
+        return True
     try:
         found = discover(truth.path.absolute().parent)
     except FarcastError:  # a folder that is no run tells nothing

@@ -44,7 +44,10 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
         problems=(*found.problems, *([f"{problem}; {problem.hint}"] if problem else [])),
         leaps=tuple(
             results.LeapEntry(
-                origin_step=one.origin_step, valid_step=one.valid_step, counters=one.counters, forecast=Path(one.forecast)
+                origin_step=one.origin_step,
+                valid_step=one.valid_step,
+                counters=one.counters,
+                forecast=Path(one.forecast) if one.forecast else None,
             )
             for one in (past.leaps if past else ())
         ),

@@ -205,7 +205,7 @@ def _of_leaps(console: Console, past: Past) -> list[str]:
     history = past.history
     count = f"all {len(history.trajectory.snapshots)} snapshots"
     if history.leap:
-        used = f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}: fit uses the"
+        used = f"the run resumed from {history.leap.name}, a leap to step {history.leap.resumes_after}: fit uses the"
         used += f" {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
     elif past.unused:
         used = f"--steps overrides the ledger: fit uses {count}"
@@ -271,7 +271,7 @@ def fit_cautions(plan: FitPlan) -> None:
         note(f"caution: {len(found.half_written) - MAX_NAMES} more snapshots left out")
     if history.leap:
         note(
-            f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
+            f"the run resumed from {history.leap.name}, a leap to step {history.leap.resumes_after}:"
             f" fit uses the {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
             " (--steps A:B overrides this)"
         )
@@ -280,7 +280,7 @@ def fit_cautions(plan: FitPlan) -> None:
     for leap in plan.past.unused:
         if found.steps[0] <= leap.resumes_after < found.steps[-1]:
             note(
-                f"note: {Path(leap.forecast).name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
+                f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
                 f" {leap.resumes_after}, which the forecaster would take for training"
             )
     for text in filter(None, (*plan.past.cautions, plan.usable.left_out)):

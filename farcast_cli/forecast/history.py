@@ -51,7 +51,7 @@ def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: i
     """
     last: Leap | None = None
     for leap in leaps:
-        if resumed_from(leap, trajectory, landed=last.resumes_after if last else -1):
+        if _is_known_by_mark(leap, trajectory) or resumed_from(leap, trajectory, landed=last.resumes_after if last else -1):
             last = leap
     if last is None:
         return History(trajectory, None, 0)
@@ -61,10 +61,14 @@ def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: i
     return History(replace(trajectory, snapshots=later), last, len(trajectory.snapshots) - len(later))
 
 
+def _is_known_by_mark(leap: Leap, trajectory: Trajectory) -> bool:
+    return leap.is_certain and trajectory.steps[-1] > leap.resumes_after
+
+
 def _too_few_since(trajectory: Trajectory, leap: Leap, num_later: int, minimum: int) -> TooFewSnapshotsError:
     return TooFewSnapshotsError(
         f"{trajectory.directory}: {num_later} snapshots since the leap to step {leap.resumes_after}"
-        f" ({Path(leap.forecast).name}), and fit needs {minimum}",
+        f" ({leap.name}), and fit needs {minimum}",
         hint="continue training and fit again, or select the history with --steps A:B",
     )
 

@@ -42,8 +42,17 @@ class Leap(BaseModel):
     valid_step: int
     counters: CountersMode
     forecast: str
+    """Empty where only the mark in a snapshot tells of the leap."""
     origin_digest: str = Field(default="", exclude=True)
     """Of the origin, where the ledger says it: an origin that has changed is another run's."""
+
+    is_certain: bool = Field(default=False, exclude=True)
+    """Whether the run's own newest snapshot says that it resumed from it."""
+
+    @property
+    def name(self) -> str:
+        """Of the forecast, for people."""
+        return os.path.basename(self.forecast) or "a forecast"  # noqa: PTH119 - of a text, which may be empty
 
     @property
     def resumes_after(self) -> int:
@@ -54,8 +63,9 @@ class Leap(BaseModel):
         return self.model_copy(
             update={
                 "run": os.path.relpath(self.run, home),
-                "forecast": os.path.relpath(self.forecast, home),
+                "forecast": self.forecast and os.path.relpath(self.forecast, home),
                 "origin_digest": "",
+                "is_certain": False,
             }
         )
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FarcastError, OutputError
-from farcast_cli.forecast.ledger import read_leaps, recorded
+from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
+from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from farcast_cli.forecast.ledger import Leap
+    from farcast_cli.choices import CountersMode
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
 
@@ -78,7 +79,7 @@ class Known:
 
 
 def known_leaps(ledgers: Ledgers | None, trajectory: Trajectory) -> Known:
-    """The leaps of both ledgers, each once, in the order of the steps that training resumes at.
+    """The leaps of both ledgers and those that the newest snapshot is marked with, each once, in the order of resuming.
 
     The state folder outlives a run. So a leap in it does not count where the snapshot that it began at has other weights now:
     a run that was started again in the same folder.
@@ -87,7 +88,7 @@ def known_leaps(ledgers: Ledgers | None, trajectory: Trajectory) -> Known:
         FileFormatError: the first ledger cannot be read.
     """
     if ledgers is None:
-        return Known()
+        return Known(_marked([], trajectory))
     run, notes = trajectory.directory, list[str]()
     first, second = read_leaps(ledgers.file, run), ledgers.second(run)
     others = [leap for leap in _read_gently(second, run, notes) if _key(leap) not in {_key(one) for one in first}]
@@ -98,7 +99,22 @@ def known_leaps(ledgers: Ledgers | None, trajectory: Trajectory) -> Known:
             f"{second} tells of leaps from snapshots that have changed since, as in a run that was started again:"
             f" {len(others) - len(current)} left out"
         )
-    return Known(tuple(sorted([*first, *current], key=lambda leap: leap.resumes_after)), tuple(notes))
+    return Known(_marked([*first, *current], trajectory), tuple(notes))
+
+
+def _marked(recorded_leaps: Sequence[Leap], trajectory: Trajectory) -> tuple[Leap, ...]:
+    """Leaps with those of the newest snapshot's marks, which are certain."""
+    newest, found = trajectory.origin, list(recorded_leaps)
+    for mark in trainer_of(newest).marks(newest):
+        counters: CountersMode = "advance" if mark.step == mark.valid_step else "keep"
+        steps = (mark.origin_step, mark.valid_step, counters)
+        known = [index for index, leap in enumerate(found) if (leap.origin_step, leap.valid_step, leap.counters) == steps]
+        for index in known:
+            found[index] = found[index].model_copy(update={"is_certain": True})
+        if not known:
+            run, (origin, valid, _) = str(trajectory.directory), steps
+            found.append(Leap(run=run, origin_step=origin, valid_step=valid, counters=counters, forecast="", is_certain=True))
+    return tuple(sorted(found, key=lambda leap: leap.resumes_after))
 
 
 def _read_gently(second: Path | None, run: Path, notes: list[str]) -> list[Leap]:
