@@ -45,6 +45,9 @@ A `farcast.toml` that merely lies there may have come with a download. It may se
 Every other key ends the command with exit code 2: it would choose what is read, written or run, or weaken a check. Name
 the file to have it obeyed as a whole: `--config farcast.toml`, or `FARCAST_CONFIG=farcast.toml`.
 
+`FARCAST_STATE_DIR` names the folder of the second ledgers, by default `$XDG_STATE_HOME/farcast` or `~/.local/state/farcast`.
+An empty value switches them off. See [what is written where](guarantees.md#what-is-written-where).
+
 ```toml
 threads = 4
 

@@ -118,7 +118,8 @@ def _plan(
     _check_end(request, start, horizon)
     counters = request.counters if horizon else "keep"
     with told_as_damage(start.origin):
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters)
+        is_leap = bool(horizon) and request.purpose == "resume"
+        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters, is_marked=is_leap)
     if container.is_weights_only:
         moved = Advanced(moved.trees)  # what else was done is not written
     counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
@@ -165,6 +166,6 @@ def existing_check(*, overwrite: bool, is_file: bool) -> Check:
 
 def check_ledger_of(request: Request, run: Path) -> None:
     """See that leaps can be recorded, where they will be."""
-    if request.ledger is not None and request.purpose == "resume" and not request.dry_run:
-        check_outside(request.ledger, run, option="--ledger")
-        check_ledger(request.ledger, run)
+    if request.ledgers is not None and request.purpose == "resume" and not request.dry_run:
+        check_outside(request.ledgers.file, run, option="--ledger")
+        check_ledger(request.ledgers.file, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write
 from farcast_cli.evaluation.judge import Judge, best_trial, logs_of
 from farcast_cli.files.place import check_sidecar_ours, sidecar_of
 from farcast_cli.files.staged import staging
-from farcast_cli.forecast.ledger import Leap, recorded
+from farcast_cli.forecast.ledger import Leap
+from farcast_cli.forecast.state_ledger import recorded_in_both
 from farcast_cli.planning import existing_check
 from farcast_cli.repeat import repeated
 from farcast_cli.sidecar import compose, write_sidecar
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Prepared, Request
     from farcast_cli.results import FittedOn, ForecastSidecar, LeaptOn, MomentumEntry
+    from farcast_cli.trainers.base import Snapshot
 
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command
 
@@ -40,6 +42,8 @@ class Publication:
     """What the forecasts were made of, as their sidecars say."""
     outputs: Staging
     progress: Progress
+    told: list[str] = field(default_factory=list)
+    """What a person should know of the publication itself, once it is done."""
 
 
 def publish(
@@ -60,9 +64,9 @@ def publish(
         written = _write(work, some(prepared, missing), [outcomes[index] for index in missing]) if missing else []
         found = there | dict(zip(missing, written, strict=True))
         finished = [found[index] for index in range(len(outcomes))]
-        record_leaps(work, finished)
+        record_leaps(work, finished, prepared.origin)
         progress("sync to disk", 0)
-    return finished
+    return [replace(finished[0], notes=(*finished[0].notes, *work.told)), *finished[1:]]
 
 
 def _write(work: Publication, prepared: Prepared, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -96,8 +100,8 @@ def write_all(
     return written
 
 
-def record_leaps(work: Publication, outcomes: Sequence[Outcome]) -> None:
-    """Enter what has been written to resume from into the ledger, together with its publication."""
+def record_leaps(work: Publication, outcomes: Sequence[Outcome], origin: Snapshot) -> None:
+    """Enter what has been written to resume from into the ledgers, together with its publication."""
     request = work.request
     leaps = [
         Leap(
@@ -106,12 +110,13 @@ def record_leaps(work: Publication, outcomes: Sequence[Outcome]) -> None:
             valid_step=outcome.valid_step,
             counters=request.counters,
             forecast=str(outcome.path.resolve()),
+            origin_digest=origin.full_digest,
         )
         for outcome in outcomes
         if outcome.path
     ]
-    if request.ledger is not None and request.purpose == "resume" and leaps:
-        work.outputs.alongside(recorded(request.ledger, leaps))
+    if request.ledgers is not None and request.purpose == "resume" and leaps:
+        work.outputs.alongside(recorded_in_both(request.ledgers, work.run, leaps, work.told.append))
 
 
 def _stage(work: Publication, prepared: Prepared, path: Path, *, may_stay_empty: bool = False) -> tuple[Path, Path | None]:

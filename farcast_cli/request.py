@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from farcast_cli.engine.write import Engine
     from farcast_cli.evaluation.judge import Evaluator, Trial
     from farcast_cli.forecast.backtest import Decision
+    from farcast_cli.forecast.state_ledger import Ledgers
     from farcast_cli.run.alignment import Copied
     from farcast_cli.state.advance import Advanced
     from farcast_cli.trainers.base import Snapshot
@@ -45,7 +46,7 @@ class Request:
     dry_run: bool = False
     resources: Resources = field(default_factory=Resources)
     evaluator: Evaluator | None = None
-    ledger: Path | None = None
+    ledgers: Ledgers | None = None
     clock: ClockName | None = None
     """None: learning rates where they are known."""
     source: str = ""

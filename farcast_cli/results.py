@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from farcast_cli.choices import ClockName, Verdict  # noqa: TC001 - pydantic reads the annotations
+from farcast_cli.choices import ClockName, CountersMode, Verdict  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.files.reading import portable
 
 DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
@@ -107,6 +107,17 @@ class IgnoredEntry(_Part):
     reason: str = Field(description="why it is left out")
 
 
+class LeapEntry(_Part):
+    """A forecast of the run to resume from, as a ledger records it."""
+
+    origin_step: int = Field(description="step of the snapshot that the forecast was made from")
+    valid_step: int = Field(description="step that the forecast is for")
+    counters: CountersMode = Field(description="`advance` or `keep`: whether the trainer's counters moved with the weights")
+    forecast: PortablePath | None = Field(
+        description="the checkpoint that was written; `null` if only the newest snapshot tells of the leap"
+    )
+
+
 class InspectAnswer(Answer):
     """`farcast inspect --json`."""
 
@@ -118,6 +129,12 @@ class InspectAnswer(Answer):
     ignored: tuple[IgnoredEntry, ...] = Field(description="entries of the folder that are not part of the run")
     notes: tuple[str, ...] = Field(description="unusual facts that are no problem, such as names that count in another unit")
     problems: tuple[str, ...] = Field(description="problems to look at; empty if there are none")
+    leaps: tuple[LeapEntry, ...] = Field(
+        default=(), description="leaps of this run, by the ledgers and its newest snapshot; absent if there are none"
+    )
+    leap: int | None = Field(
+        default=None, description="the step of the leap after which `fit` begins; absent if the run resumed from none"
+    )
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
@@ -313,6 +330,11 @@ class VerifyAnswer(Answer):
         description="part of the horizon that training has covered; 1 if both have the same step, `null` if a step is unknown"
     )
     per_tensor: tuple[TensorRatio, ...] = Field(description="one entry per tensor")
+    descends: bool = Field(
+        default=False,
+        description="`true` if the snapshot seems to come from a run that resumed from this forecast, which makes the comparison"
+        " unfair; absent otherwise",
+    )
 
 
 # --- tune ------------------------------------------------------------------------------------------------------------

@@ -5,20 +5,24 @@ One pass over three checkpoints; memory is one stretch of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from farcast_cli.engine.reader import Reader, Scratch, TensorStretches, read_trajectory, stretches
-from farcast_cli.errors import FileFormatError, SnapshotError, UsageError
+from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UsageError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import sidecar_of
 from farcast_cli.files.reading import file_size, local, read_bytes, reading
+from farcast_cli.forecast.history import resumed_from
+from farcast_cli.forecast.ledger import Leap
 from farcast_cli.results import TensorRatio, VerifyAnswer
 from farcast_cli.run.alignment import align
-from farcast_cli.run.trajectory import open_snapshot
+from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.state.rates import read_pace
+from farcast_cli.trainers import trainer_of
+from farcast_cli.trainers.base import LeapMark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +58,34 @@ def find_reference(forecast: Path) -> Path:
     return forecast.parent / origin
 
 
+def _leap_of(forecast: Path, run: Path) -> Leap | None:
+    """The leap that a run makes which resumes from a forecast; None where no sidecar tells."""
+    sidecar = sidecar_of(forecast, is_file=forecast.is_file())
+    try:
+        told = parse_json(read_bytes(sidecar, 0, file_size(sidecar)))
+        steps = {"origin_step": told["origin_step"], "valid_step": told["valid_step"]}
+        return Leap(run=str(run), forecast=str(forecast), counters=told["options"]["counters"], **steps)
+    except (FarcastError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _descends(forecast: Path, reference: Snapshot, truth: Snapshot) -> bool:
+    """Whether the truth comes from a run that resumed from the forecast, as its mark or the snapshots before it tell."""
+    leap = _leap_of(forecast, truth.path.parent)
+    if leap is None or truth.step <= leap.resumes_after:
+        return False
+    mark = LeapMark(leap.resumes_after, leap.origin_step, leap.valid_step)
+    if mark in trainer_of(truth).marks(truth):
+        return True
+    try:
+        found = discover(truth.path.absolute().parent)
+    except FarcastError:  # a folder that is no run tells nothing
+        return False
+    earlier = [one for one in found.snapshots if one.step < truth.step]
+    begins = () if any(one.step <= leap.origin_step for one in earlier) else (reference,)  # a run that resumed in a new folder
+    return resumed_from(leap, replace(found, snapshots=(*begins, *earlier, truth)))
+
+
 def verify(
     forecast: Path, truth: Path, reference: Path, *, progress: Callable[[str, int], Callable[[int], None]]
 ) -> VerifyAnswer:
@@ -84,6 +116,7 @@ def verify(
         clock=clock,
         trained=trained,
         per_tensor=tuple(per_tensor),
+        descends=_descends(forecast, snapshots[0], snapshots[2]),
     )
 
 

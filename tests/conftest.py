@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,6 +44,13 @@ NOISE = 1e-3  # of a weight, per snapshot
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the tables of tests/golden anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test writes into the user's own state folder, nor does what is set up before any test."""
+    home = tempfile.TemporaryDirectory(prefix="farcast-state-", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    os.environ["XDG_STATE_HOME"] = home.name
 
 
 def weights_at(
@@ -154,7 +163,7 @@ class CallCli(Protocol):
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would change the command's defaults or colours."""
+    """This process's environment without what would change the command's defaults or colours; it keeps the tests' state folder."""
     unwanted = {"FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TTY_COMPATIBLE"}
     return {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_") and key not in unwanted}
 
@@ -197,8 +206,15 @@ def _torch_settings() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's state folder, each test's own; not in `tmp_path`, whose files tests list. farcast makes it."""
+    return tmp_path_factory.getbasetemp() / "state" / uuid.uuid4().hex
+
+
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, state_home: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(state_home))
     kept = clean_environment()
     for key in set(os.environ) - set(kept):
         monkeypatch.delenv(key)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
-from farcast_cli.files.json_text import UnreadList, encode_json, parse_json
+from farcast_cli.files.json_text import UnreadList, encode_json, parse_json, with_entry
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
@@ -89,6 +89,23 @@ def test_a_log_that_is_left_in_its_file_is_written_as_it_was(
     assert json.loads(again) == whole | {"step": 7}
     if indent:
         assert again.decode() == json.dumps(whole | {"step": 7}, indent=2, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("log", [[], [7], ["a]  "], [{"loss": 1.5, "step": 1}, {"loss": 0.5, "step": 2}], ["y" * 9000, []]])
+def test_an_entry_is_added_to_a_log_that_is_left_in_its_file(tmp_path: Path, log: list[Any], indent: int | None) -> None:
+    tree, entry = {"a": 1, "log": log, "z": {"log": []}}, {"step": 3, "other": 4}
+    (tmp_path / "state.json").write_text(json.dumps(tree, indent=indent))
+    read = read_json(tmp_path / "state.json", log="log")
+    longer = with_entry(read["log"], entry)
+    again = b"".join(
+        part.path.read_bytes()[part.offset : part.offset + part.num_bytes] if isinstance(part, UnreadList) else part
+        for part in encode_json(read | {"log": longer})
+    )
+    expected = tree | {"log": [*log, entry]}
+    assert json.loads(again) == expected
+    if indent:
+        assert again.decode() == json.dumps(expected, indent=2, sort_keys=True) + "\n"
 
 
 @pytest.mark.parametrize("entry", [7, None, "a},b", [1, [2]], {"a": [1, {"b": "},"}]}, "y" * 70_000])

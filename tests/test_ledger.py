@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from farcast_cli.errors import FileFormatError, OutputError, TooFewSnapshotsError
 from farcast_cli.forecast.forecaster_file import load_fitted
-from farcast_cli.forecast.ledger import History, Leap, read_leaps, recorded, since_last_leap
+from farcast_cli.forecast.history import History, since_last_leap
+from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
 from tests.conftest import clean_environment, tree_digest
 from tests.tiny import write_run
@@ -470,7 +471,8 @@ def test_a_ledger_in_a_place_of_its_own_is_written_and_read_there(fitted: Path, 
     assert _json(call_cli("fit", "run", "--ledger", "own/leaps.jsonl", "--json", cwd=fitted))["num_snapshots"] == 8
     by_variable = call_cli("fit", "run", "--json", cwd=fitted, env={"FARCAST_LEDGER": "own/leaps.jsonl"})
     assert _json(by_variable)["num_snapshots"] == 8
-    assert _json(call_cli("fit", "run", "--json", cwd=fitted))["leap"] is None  # it is not looked for elsewhere
+    alone = call_cli("fit", "run", "--json", cwd=fitted, env={"FARCAST_STATE_DIR": ""})
+    assert _json(alone)["leap"] is None  # but for the state folder, it is not looked for elsewhere
 
 
 def test_everything_may_move_together_after_a_leap(fitted: Path, call_cli: CallCli) -> None:

@@ -443,7 +443,8 @@ def test_all_of_a_trainers_state_but_its_log_is_what_the_uninterrupted_run_saved
     forecast = _predicted(huggingface, tmp_path / "checkpoint-1300")
     state, truth = (json.loads((path / "trainer_state.json").read_text()) for path in (forecast, HF_TRUTH))
     origin = json.loads((HF_ORIGIN / "trainer_state.json").read_text())
-    assert state.pop("log_history") == origin["log_history"]
+    mark = {"step": 1300, "farcast_leap_from": 1200, "farcast_leap_to": 1300}
+    assert state.pop("log_history") == [*origin["log_history"], mark]
     assert truth.pop("log_history")
     assert state.pop("epoch") == pytest.approx(truth.pop("epoch"), rel=1e-11)  # extrapolated to 12 digits
     assert state.pop("total_flos") == pytest.approx(truth.pop("total_flos"), rel=1e-3)  # an epoch's last batch is smaller
@@ -477,11 +478,14 @@ def test_files_that_hold_no_step_are_taken_over_byte_by_byte(huggingface: Fitted
     assert {path.name for path in forecast.iterdir()} == {path.name for path in HF_ORIGIN.iterdir()} | {"farcast.json"}
 
 
-def test_kept_counters_leave_every_number_of_the_trainer(huggingface: Fitted, tmp_path: Path) -> None:
+def test_kept_counters_leave_every_number_of_the_trainer_and_the_leap_is_marked_in_its_log(
+    huggingface: Fitted, tmp_path: Path
+) -> None:
     forecast = _predicted(huggingface, tmp_path / "checkpoint-1300", counters="keep")
     for name in ("optimizer.pt", "scheduler.pt"):
         assert _same(_load(forecast / name), _load(HF_ORIGIN / name))
     states = [json.loads((path / "trainer_state.json").read_text()) for path in (forecast, HF_ORIGIN)]
+    assert states[0]["log_history"].pop() == {"step": 1200, "farcast_leap_from": 1200, "farcast_leap_to": 1300}
     assert states[0] == states[1]
     assert not _same(load_file(forecast / "model.safetensors"), load_file(HF_ORIGIN / "model.safetensors"))
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli import results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from farcast_cli.forecast.fitting import FitOutcome
+    from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.leap.ask import Leapt
     from farcast_cli.request import Outcome
@@ -24,8 +25,9 @@ def of_error(code: int, message: str, *, hint: str = "", path: Path | None = Non
     return results.ErrorAnswer(schema_version=1, error=entry)
 
 
-def of_inspect(found: Inspection) -> results.InspectAnswer:
+def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
     trajectory, alignment = found.trajectory, found.alignment
+    leap, problem = (past.history.leap, past.problem) if past else (None, None)
     return results.InspectAnswer(
         schema_version=1,
         layout=trajectory.layout,
@@ -43,8 +45,18 @@ def of_inspect(found: Inspection) -> results.InspectAnswer:
         num_parameters=alignment.num_parameters if alignment else 0,
         copied=tuple(results.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
         ignored=tuple(results.IgnoredEntry(path=i.path, reason=i.reason) for i in trajectory.ignored),
-        notes=tuple(trajectory.notes),
-        problems=found.problems,
+        notes=(*trajectory.notes, *(past.cautions if past else ())),
+        problems=(*found.problems, *([f"{problem}; {problem.hint}"] if problem else [])),
+        leaps=tuple(
+            results.LeapEntry(
+                origin_step=one.origin_step,
+                valid_step=one.valid_step,
+                counters=one.counters,
+                forecast=Path(one.forecast) if one.forecast else None,
+            )
+            for one in (past.leaps if past else ())
+        ),
+        leap=leap.resumes_after if leap else None,
     )
 
 
@@ -56,7 +68,7 @@ def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
         origin_step=fitted.steps[-1],
         num_snapshots=len(fitted.steps),
         leap=record.leap.resumes_after if record.leap else None,
-        notes=record.notes,
+        notes=(*record.notes, *done.cautions, *done.jumps),
         num_tensors=len(record.tensors),
         sampled=record.num_samples,
         coherence=steady.coherence,

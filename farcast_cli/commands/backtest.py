@@ -30,6 +30,7 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     env,
+    ledgers_of,
     resources_of,
     selection_of,
 )
@@ -80,7 +81,7 @@ def backtest(
     of_folder = None
     if directory:
         selection = selection_of(directory, include, exclude, steps, pattern)
-        of_folder = FitRequest(selection, None if full else sample, ledger, resources)
+        of_folder = FitRequest(selection, None if full else sample, ledgers_of(ledger), resources)
     fitted = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
     horizons = in_steps(parsed, fitted)
     report = report_backtest(fitted, horizons, method=method, purpose=purpose, clock=clock, device=resources.device)

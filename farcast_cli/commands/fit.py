@@ -25,6 +25,7 @@ from farcast_cli.commands.options import (
     VerboseOption,
     env,
     is_given,
+    ledgers_of,
     resources_of,
     selection_of,
 )
@@ -65,7 +66,7 @@ def fit(
     from farcast_cli.forecast.fitting import FitRequest
 
     selection = selection_of(directory, include, exclude, steps, pattern)
-    done = learn(FitRequest(selection, None if full else sample, ledger, resources, output), quiet=quiet)
+    done = learn(FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output), quiet=quiet)
     if json_:
         render.as_json(answers.of_fit(done, output))
     else:

@@ -7,15 +7,19 @@ from typing import Annotated
 
 import typer
 
+from farcast_cli.choices import DEFAULT_LEDGER
 from farcast_cli.commands.options import (
     ConfigOption,
     ExcludeOption,
     IncludeOption,
     JsonOption,
+    LedgerOption,
     PatternOption,
     QuietOption,
     StepsOption,
     VerboseOption,
+    ledgers_of,
+    prepare,
     selection_of,
 )
 
@@ -28,19 +32,24 @@ def inspect(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    ledger: LedgerOption = DEFAULT_LEDGER,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """List the snapshots, the evidence for their steps, and the tensors to forecast and to copy."""
+    """List the snapshots, the evidence for their steps, the tensors to forecast and to copy, and the leaps of the run."""
+    prepare("cpu")
     from farcast_cli.commands import answers, render
+    from farcast_cli.forecast.history import past_of
     from farcast_cli.run.selection import inspect as run
 
-    found = run(selection_of(directory, include, exclude, steps, pattern))
+    selection = selection_of(directory, include, exclude, steps, pattern)
+    found = run(selection)
+    past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     if json_:
-        render.as_json(answers.of_inspect(found))
+        render.as_json(answers.of_inspect(found, past))
     else:
-        render.inspection(found, verbose=verbose)
+        render.inspection(found, past, verbose=verbose)
     if found.fatal:
         raise typer.Exit(found.fatal.exit_code)

@@ -33,6 +33,7 @@ from farcast_cli.commands.options import (
     choice,
     env,
     evaluator_of,
+    ledgers_of,
     resources_of,
     selection_of,
 )
@@ -138,7 +139,7 @@ def leap(
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
-        ledger=ledger,
+        ledgers=ledgers_of(ledger),
         clock=clock,
         resources=resources,
         evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
@@ -174,7 +175,7 @@ def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:
     outcome, momentum, reason = done.outcome, done.momentum, done.outcome.decision.reason
     head = f"step {outcome.origin_step}"
     for text in done.notes:
-        render.note(f"note: {text}")
+        render.note(text if text.startswith("caution: ") else f"note: {text}")
     if outcome.decision.verdict != "forecast":
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:

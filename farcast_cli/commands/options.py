@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.engine.reader import Resources
     from farcast_cli.evaluation.judge import Evaluator
+    from farcast_cli.forecast.state_ledger import Ledgers
     from farcast_cli.run.selection import Selection
 
 CONFIG_FILE = Path("farcast.toml")
@@ -434,6 +435,21 @@ def selection_of(
     from farcast_cli.run.steps import parse_steps
 
     return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
+
+
+def ledgers_of(ledger: Path) -> Ledgers:
+    """Where leaps are recorded: the ledger that the options name, and the user's state folder, which an empty variable switches off."""
+    from farcast_cli.forecast.state_ledger import Ledgers
+
+    chosen = os.environ.get(env("STATE_DIR"))
+    if chosen is not None:
+        return Ledgers(ledger, Path(chosen) if chosen else None)
+    home = os.environ.get("XDG_STATE_HOME", "")
+    try:  # the standard has relative paths ignored
+        state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"  # noqa: PTH117 - of a text
+    except RuntimeError:  # a user without a home
+        return Ledgers(ledger)
+    return Ledgers(ledger, state / "farcast")
 
 
 def evaluator_of(command: str | None, *, maximize: bool, jobs: int, timeout_s: float | None) -> Evaluator | None:

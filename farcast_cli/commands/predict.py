@@ -45,6 +45,7 @@ from farcast_cli.commands.options import (
     choice,
     env,
     evaluator_of,
+    ledgers_of,
     parse_size,
     resources_of,
     selection_of,
@@ -168,7 +169,7 @@ def predict(
     of_folder = None
     if directory:
         selection = selection_of(directory, include, exclude, steps, pattern)
-        of_folder = FitRequest(selection, None if full else sample, ledger, resources)
+        of_folder = FitRequest(selection, None if full else sample, ledgers_of(ledger), resources)
     fitted = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
     request = Request(
         horizons=in_steps(horizons, fitted, origin=origin),
@@ -186,7 +187,7 @@ def predict(
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
-        ledger=ledger,
+        ledgers=ledgers_of(ledger),
         clock=clock,
         source=_source(of_folder, forecaster),
         resources=resources,

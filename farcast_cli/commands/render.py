@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.backtest import Decision, Score, Steadiness
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
     from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.progress import Progress
@@ -171,7 +172,7 @@ def bar(ratio: float) -> str:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspection(found: Inspection, *, verbose: bool = False) -> None:
+def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -> None:
     console, trajectory, alignment = stdout(), found.trajectory, found.alignment
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
@@ -196,10 +197,29 @@ def inspection(found: Inspection, *, verbose: bool = False) -> None:
     _grouped(console, "not part of the run", others, verbose=verbose)
     for text in trajectory.notes:
         console.print(f"note: {escape(text)}", soft_wrap=True)
-    for problem in found.problems:
+    problems = [*found.problems, *(_of_leaps(console, past) if past else ())]
+    for problem in problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
-    if not found.problems:
+    if not problems:
         console.print(f"next: {escape(_fit_command(trajectory))}", soft_wrap=True)
+
+
+def _of_leaps(console: Console, past: Past) -> list[str]:
+    """The leaps of the run and what `fit` makes of them; returns the problem with that, if there is one."""
+    history = past.history
+    count = f"all {len(history.trajectory.snapshots)} snapshots"
+    if history.leap:
+        used = f"the run resumed from {history.leap.name}, a leap to step {history.leap.resumes_after}: fit uses the"
+        used += f" {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
+    elif past.unused:
+        used = f"--steps overrides the ledger: fit uses {count}"
+    else:
+        used = f"the snapshots do not show that the run resumed from one: fit uses {count}"
+    if past.leaps:
+        console.print(f"leaps in the ledger: {len(past.leaps)}; {escape(used)}", soft_wrap=True)
+    for text in past.cautions:
+        console.print(escape(text), soft_wrap=True)
+    return [f"{past.problem}; {past.problem.hint}"] if past.problem else []
 
 
 def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, verbose: bool = False) -> None:
@@ -249,7 +269,7 @@ def _copied_texts(copied: Sequence[Copied], *, verbose: bool) -> Iterator[str]:
 
 def fit_cautions(plan: FitPlan) -> None:
     """What a person should know of the folder before its run is forecast."""
-    found, history = plan.found, plan.history
+    found, history = plan.found, plan.past.history
     folder = shell_word(found.directory)
     if plan.replaced:
         note(f"note: {plan.request.output} is the forecaster of another run, {plan.replaced}: it is replaced")
@@ -262,20 +282,20 @@ def fit_cautions(plan: FitPlan) -> None:
         note(f"caution: {len(found.half_written) - MAX_NAMES} more snapshots left out")
     if history.leap:
         note(
-            f"the run resumed from {Path(history.leap.forecast).name}, a leap to step {history.leap.resumes_after}:"
+            f"the run resumed from {history.leap.name}, a leap to step {history.leap.resumes_after}:"
             f" fit uses the {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
             " (--steps A:B overrides this)"
         )
     if plan.usable.begins:
         note(plan.usable.begins)
-    for leap in plan.unused:
+    for leap in plan.past.unused:
         if found.steps[0] <= leap.resumes_after < found.steps[-1]:
             note(
-                f"note: {Path(leap.forecast).name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
+                f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
                 f" {leap.resumes_after}, which the forecaster would take for training"
             )
-    if plan.usable.left_out:
-        note(plan.usable.left_out)
+    for text in filter(None, (*plan.past.cautions, plan.usable.left_out)):
+        note(text)
 
 
 def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
@@ -290,6 +310,8 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
+    for text in done.jumps:
+        note(text)
     note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
 
 
@@ -468,7 +490,12 @@ def _farther(decision: Decision, purpose: Purpose) -> str:
 
 
 def verify_note(result: VerifyAnswer) -> None:
-    """That the two checkpoints are not of one step, where they are not."""
+    """That the snapshot cannot judge the forecast, or that the two are not of one step."""
+    if result.descends:
+        note(
+            "caution: the snapshot seems to come from a run that resumed from this forecast, so it cannot show what the forecast"
+            " was worth: compare with a run that continued without the forecast"
+        )
     if result.forecast_step != result.truth_step:
         unit = "learning rate" if result.clock == "rate" else "steps"
         share = "" if result.trained is None else f"; training covered {result.trained:.2f} of the horizon, in {unit}"
@@ -498,11 +525,8 @@ def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:
     if result.ratio is None:
         console.print("the real snapshot equals the reference: the weights did not move")
         return
-    better = (
-        f"{1 - result.ratio:.0%} closer to the real snapshot than"
-        if result.ratio < 1
-        else "no closer to the real snapshot than"
-    )
+    truth = "this snapshot, which descends from it," if result.descends else "the real snapshot"
+    better = f"{1 - result.ratio:.0%} closer to {truth} than" if result.ratio < 1 else f"no closer to {truth} than"
     console.print(
         f"[bold]ratio {result.ratio:.3f}[/]: the forecast is {better} the snapshot that it was made from;"
         f" mean absolute error {result.mean_absolute_error:.3g}"

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json.decoder import JSONDecoder
 from typing import TYPE_CHECKING, Any
+
+from farcast_cli.files.reading import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,7 @@ MAX_CONTAINERS = 1_500_000  # half a million tensors in a safetensors header
 MAX_ITEMS = 4_000_000  # eight for each of them
 MAX_KEYS = 2_500_000
 _BATCH_CHARS = 1 << 16
+_TAIL_BYTES = 1 << 12  # of a list, to find its last entry's end
 _ENTRY_CHARS = (_BATCH_CHARS, 1 << 20)  # of one entry of a log: as most are, and at most
 _DECODER = JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -36,6 +39,33 @@ class UnreadList:
     path: Path
     offset: int
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LongerList:
+    """A list that was left in its file, with one entry more."""
+
+    kept: UnreadList
+    """The text of the list up to its last entry."""
+    added: bytes
+    """The rest: the new entry and the end of the list."""
+
+
+def with_entry(log: UnreadList, entry: dict[str, Any]) -> LongerList:
+    """A list in its file with an entry at its end, as a Trainer indents it.
+
+    Raises:
+        ValueError: what lies at its place does not end as a list does.
+    """
+    num_tail = min(log.num_bytes, _TAIL_BYTES)
+    tail = read_bytes(log.path, log.offset + log.num_bytes - num_tail, num_tail).decode()
+    kept = tail.removesuffix("]").rstrip(" \t\n\r")
+    if kept == tail or not kept:
+        raise ValueError("a list that does not end")
+    text = json.dumps(entry, indent=2, sort_keys=True).replace("\n", "\n    ")
+    separator = "" if kept == "[" and num_tail == log.num_bytes else ","
+    left_out = len(tail) - len(kept)
+    return LongerList(replace(log, num_bytes=log.num_bytes - left_out), f"{separator}\n    {text}\n  ]".encode())
 
 
 def parse_json(raw: bytes, *, made_of: Callable[[Pairs], dict[str, Any]] | None = None) -> Any:
@@ -82,13 +112,14 @@ def parse_json_beside(raw: bytes, log: str, path: Path) -> Any:
 
 def encode_json(tree: dict[str, Any]) -> list[bytes | UnreadList]:
     """The text of an object as a Trainer writes it: stretches of it, and the lists between them that were left unread."""
-    unread = {key: value for key, value in tree.items() if isinstance(value, UnreadList)}
+    unread = {key: value for key, value in tree.items() if isinstance(value, (UnreadList, LongerList))}
     rest = json.dumps(tree | {key: [] for key in unread}, indent=2, sort_keys=True) + "\n"
     made: list[bytes | UnreadList] = []
     for key in sorted(unread):
         place = f"\n  {json.dumps(key)}: "  # with this indent at the top alone: a string holds no line breaks
         before, _, rest = rest.partition(f"{place}[]")
-        made += [f"{before}{place}".encode(), unread[key]]
+        log = unread[key]
+        made += [f"{before}{place}".encode(), *((log.kept, log.added) if isinstance(log, LongerList) else (log,))]
     return [*made, rest.encode()]
 
 

@@ -24,7 +24,7 @@ from farcast_cli.forecast.forecaster_file import (
     run_of_fitted,
     save_fitted,
 )
-from farcast_cli.forecast.ledger import History, read_leaps, since_last_leap
+from farcast_cli.forecast.history import past_of
 from farcast_cli.run.alignment import align
 from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
@@ -33,12 +33,16 @@ from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from farcast_cli.forecast.backtest import Steadiness
     from farcast_cli.forecast.gram import Gram
+    from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.ledger import Leap
+    from farcast_cli.forecast.state_ledger import Ledgers
     from farcast_cli.progress import Progress
     from farcast_cli.run.selection import Selection, Usable
     from farcast_cli.run.trajectory import Trajectory
@@ -52,7 +56,7 @@ class FitRequest:
     selection: Selection
     num_samples: int | None = DEFAULT_SAMPLE
     """Of each tensor; None reads all values."""
-    ledger: Path | None = None
+    ledgers: Ledgers | None = None
     """The leaps that the run may have resumed from; they are looked up unless the user chose the steps."""
     resources: Resources = field(default_factory=Resources)
     output: Path | None = None
@@ -65,11 +69,9 @@ class FitPlan:
 
     request: FitRequest
     found: Trajectory
-    history: History
-    """Since the last leap that the run resumed from."""
+    past: Past
+    """The run since the last leap that it resumed from."""
     usable: Usable
-    unused: tuple[Leap, ...]
-    """Leaps of the run that were not looked at, since the user chose the steps."""
     started: float
     """When, by the monotonic clock."""
     replaced: Path | None = None
@@ -84,6 +86,10 @@ class FitOutcome:
     steady: Steadiness
     bytes_read: int
     seconds: float
+    cautions: tuple[str, ...] = ()
+    """Of leaps that the history may contain, by the steps of its snapshots and by the ledgers."""
+    jumps: tuple[str, ...] = ()
+    """The same, by the weights."""
 
 
 def plan_fit(request: FitRequest) -> FitPlan:
@@ -99,16 +105,15 @@ def plan_fit(request: FitRequest) -> FitPlan:
         before = run_of_fitted(request.output)
         replaced = before if before and before.resolve() != chosen.directory.resolve() else None
     found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
-    leaps = read_leaps(request.ledger, found.directory) if request.ledger else []
-    history = History(found, None, 0) if chosen.steps else since_last_leap(found, leaps, minimum=MIN_SNAPSHOTS)
-    entering = usable(history.trajectory.snapshots, chosen)
-    return FitPlan(request, found, history, entering, tuple(leaps if chosen.steps else ()), started, replaced)
+    past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
+    entering = usable(past.history.trajectory.snapshots, chosen)
+    return FitPlan(request, found, past, entering, started, replaced)
 
 
 def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
     """Learn from the snapshots that were chosen, and write the forecaster file where one is asked for."""
     request, usable = plan.request, plan.usable
-    trajectory = replace(plan.history.trajectory, snapshots=usable.snapshots, notes=(*plan.found.notes, *usable.notes))
+    trajectory = replace(plan.past.history.trajectory, snapshots=usable.snapshots, notes=(*plan.found.notes, *usable.notes))
     bytes_done = []
     tell = progress("fit", bytes_to_sample(trajectory.snapshots, request.num_samples))
 
@@ -120,14 +125,16 @@ def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
         trajectory,
         include=request.selection.include,
         exclude=request.selection.exclude,
-        leap=plan.history.leap,
+        leap=plan.past.history.leap,
         num_samples=request.num_samples,
         resources=request.resources,
         progress=count,
     )
     if request.output is not None:
         save_fitted(fitted, request.output)
-    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), time.monotonic() - plan.started)
+    seconds = time.monotonic() - plan.started
+    jumps = tuple(_cautions_of_jumps(fitted))
+    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps)
 
 
 def fit(
@@ -187,7 +194,9 @@ def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
     )
 
 
+SUSPICIOUS = 2.0  # times the larger of its neighbours: a leap of a stretch between two snapshots doubles the move
 JUMP = 8.0  # times the larger of its neighbours: no optimiser moves like this, another run's weights do
+MIN_MOVES = 4  # a jump needs neighbours on both sides
 FLIP = -0.75  # cosine of neighbouring moves; two runs interleaved give -1, pure noise around a point -0.5
 
 
@@ -196,9 +205,9 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
 
     Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
     """
-    moves = gram.matrix.sum(axis=0)[:-2, :-2]
-    sizes = np.sqrt(np.maximum(np.diag(moves), 0))
-    if len(sizes) < 4 or not sizes.all():  # noqa: PLR2004 - a jump needs neighbours on both sides
+    moves = _moves_of(gram)
+    sizes = _sizes(moves)
+    if len(sizes) < MIN_MOVES or not sizes.all():
         return
     cosines = np.diag(moves, 1) / (sizes[1:] * sizes[:-1])
     names = [snapshot.path.name for snapshot in trajectory.snapshots]
@@ -209,16 +218,44 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
             f" to {names[2]} the weights go back and forth (cosine {cosines[0]:.2f})",
             hint=hint,
         )
-    spans = np.diff(trajectory.steps)
-    rates = sizes / np.sqrt(spans)  # noise grows with the root of the steps, drift with the steps: a jump is one by both
-    for index in range(1, len(rates) - 1):
+    for index, times in _jumps(sizes, trajectory.steps, above=JUMP):
+        raise MixedRunsError(
+            f"{trajectory.directory}: two runs probably meet between {names[index]} and {names[index + 1]}: the weights"
+            f" move {times:.0f} times as fast as before and after",
+            hint=hint,
+        )
+
+
+def _moves_of(gram: Gram) -> NDArray[np.float64]:
+    """Inner products of the moves between neighbouring snapshots, all tensors together, (T - 1, T - 1)."""
+    return np.asarray(gram.matrix.sum(axis=0)[:-2, :-2])
+
+
+def _sizes(moves: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt(np.maximum(np.diag(moves), 0))
+
+
+def _jumps(sizes: NDArray[np.float64], steps: Sequence[int], *, above: float) -> Iterator[tuple[int, float]]:
+    """The moves that are so many times as fast as both their neighbours, and how many times that is.
+
+    Noise grows with the root of the steps, drift with the steps: a jump is one by both.
+    """
+    spans = np.diff(steps)
+    rates, speeds = sizes / np.sqrt(spans), sizes / spans
+    for index in range(1, len(sizes) - 1):
         neighbours = [index - 1, index + 1]
-        if (
-            rates[index] > JUMP * rates[neighbours].max()
-            and sizes[index] / spans[index] > JUMP * (sizes / spans)[neighbours].max()
-        ):
-            raise MixedRunsError(
-                f"{trajectory.directory}: two runs probably meet between {names[index]} and {names[index + 1]}: the weights"
-                f" move {rates[index] / max(rates[index - 1], rates[index + 1]):.0f} times as fast as before and after",
-                hint=hint,
-            )
+        if rates[index] > above * rates[neighbours].max() and speeds[index] > above * speeds[neighbours].max():
+            yield index, float(rates[index] / rates[neighbours].max())
+
+
+def _cautions_of_jumps(fitted: Fitted) -> Iterator[str]:
+    """Of single moves that a leap may have made: the run's own are about as long as their neighbours."""
+    sizes, steps = _sizes(_moves_of(fitted.judged()[0])), fitted.steps
+    if len(sizes) < MIN_MOVES or not sizes.all():
+        return
+    for index, times in _jumps(sizes, steps, above=SUSPICIOUS):
+        yield (
+            f"caution: steps {steps[index]} -> {steps[index + 1]}: the weights move {times:.1f} times as fast as before and after:"
+            " did the run resume from a forecast there? If it did, the leap counts as training: use --steps"
+            f" {steps[index + 1]}:, or name the ledger of that leap with --ledger"
+        )

@@ -111,6 +111,7 @@ class _Call:
     def __init__(self, ask: Ask, trajectory: Trajectory, place: Path, found: Gathered, progress: Progress) -> None:
         self._ask, self._request, self._place, self._found = ask, ask.request, place, found
         self._trajectory, self._progress = trajectory, progress
+        self._told: list[str] = []
         self._container = settle(trajectory.origin, ask.request.layout)
         self._start = start_at(trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
         self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
@@ -141,7 +142,7 @@ class _Call:
             clock=self._found.time.pace.clock,
             origin=self._start.origin.path,
             is_last=situation.is_near_end,
-            notes=situation.notes(outcome),
+            notes=(*situation.notes(outcome), *self._told),
             signal=said.signal,
         )
 
@@ -210,10 +211,10 @@ class _Call:
         prepared = self._prepared([gain * self._found.time.ahead * self._after.mean], [outcome.horizon])
         claim(prepared.paths, run, request, is_file=self._container.is_file)
         count, share = self._after.momentum.count, self._after.momentum.share
-        work = Publication(request, run, LeaptOn(stretches=count), outputs, self._progress)
+        work = Publication(request, run, LeaptOn(stretches=count), outputs, self._progress, self._told)
         momentum = MomentumEntry(gain=gain, share=share, stretches=count)
         ((finished, content),) = write_all(work, prepared, [outcome], phase="leap", momentum=momentum)
-        record_leaps(work, [finished])
+        record_leaps(work, [finished], prepared.origin)
         return finished, tuple(dict(file) for file in content.files)
 
     def _remember(

@@ -10,7 +10,7 @@ import numpy as np
 
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.forecast.accumulate import accumulate
-from farcast_cli.forecast.ledger import read_leaps, since_last_leap
+from farcast_cli.forecast.history import past_of
 from farcast_cli.forecast.memory import basis_of, read_memory, remembered
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.run.alignment import align, since_last_change
@@ -138,8 +138,9 @@ def _pace_since(memory: Memory, basis: MemoryBasis, ask: Ask, origin: Snapshot) 
 
 def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> Gathered:
     """A first memory from the snapshots that are there, since the last leap that the run resumed from."""
-    leaps = read_leaps(ask.request.ledger, trajectory.directory) if ask.request.ledger else []
-    history = since_last_leap(trajectory, leaps, minimum=1).trajectory.snapshots
+    past = past_of(trajectory, ask.request.ledgers, minimum=1)
+    notes += past.cautions
+    history = past.history.trajectory.snapshots
     history, begins = since_last_change(history, include=ask.selection.include, exclude=ask.selection.exclude, minimum=1)
     snapshots = tuple(history[index] for index in evenly(len(history), MAX_HISTORY))
     alignment = align(snapshots, include=ask.selection.include, exclude=ask.selection.exclude)

@@ -32,6 +32,7 @@ from farcast_cli.state.files import (
     scheduler_paths,
 )
 from farcast_cli.trainers import trainer_of
+from farcast_cli.trainers.base import LeapMark
 from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
 
 if TYPE_CHECKING:
@@ -91,12 +92,18 @@ class Advanced:
 
 
 def advance(
-    snapshots: Sequence[Snapshot], horizon: int, *, optimizer: OptimizerMode = "copy", counters: CountersMode = "advance"
+    snapshots: Sequence[Snapshot],
+    horizon: int,
+    *,
+    optimizer: OptimizerMode = "copy",
+    counters: CountersMode = "advance",
+    is_marked: bool = False,
 ) -> Advanced:
     """The state of the last snapshot as it should be `horizon` steps later.
 
     Args:
         snapshots: the last few up to the origin, in order; rates are measured on them.
+        is_marked: the trainer's own state bears a mark of the leap, if the trainer carries such a mark on.
     """
     origin = snapshots[-1]
     trainer = trainer_of(origin)
@@ -119,6 +126,12 @@ def advance(
         optimizer = "reset"
     for state in result.trees.values():
         _treat_optimizers(state, optimizer, result, trainer)
+    if is_marked:
+        target = origin.step + horizon
+        mark = LeapMark(target if counters == "advance" else origin.step, origin.step, target)
+        for state in result.trees.values():
+            if state.part.role == "trainer-state":
+                trainer.mark(state.tree, mark)
     result.trees = {name: state for name, state in result.trees.items() if _is_rewritten(state, histories[name])}
     return result
 

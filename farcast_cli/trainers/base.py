@@ -45,6 +45,16 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class LeapMark:
+    """What a checkpoint says of a leap that it descends from, and its trainer carries on."""
+
+    step: int
+    """Which the trainer's counters are at when it resumes."""
+    origin_step: int
+    valid_step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One file of a snapshot. `name` is its path inside the snapshot, "" where the snapshot is that one file."""
 
@@ -156,6 +166,14 @@ def _no_log(_: Snapshot) -> list[tuple[int, float]]:
     return []
 
 
+def _no_marks(_: Snapshot) -> list[LeapMark]:
+    return []
+
+
+def _not_marked(_: Any, __: LeapMark) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Trainer:
     """What a trainer asks of a checkpoint that it resumes from. The defaults are those of a loop of one's own."""
@@ -176,6 +194,10 @@ class Trainer:
     """The learning rates of the run's log by step, in order."""
     log_lags: tuple[int, ...] = (0,)
     """By how many steps the log's entries may lag behind the rate of the next step."""
+    mark: Callable[[Any, LeapMark], None] = _not_marked
+    """Adds a leap to the tree of its own state file, in place, where it carries that on to its later checkpoints."""
+    marks: Callable[[Snapshot], list[LeapMark]] = _no_marks
+    """The leaps that a checkpoint descends from, in order."""
     needs_optimizer: str = ""
     """Why a checkpoint without its optimiser's state cannot be loaded; "" where it can."""
     without_optimizer: str = ""

@@ -5,13 +5,13 @@ Source: transformers/trainer.py, `_save_checkpoint`, `_load_from_checkpoint` and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from farcast_cli.errors import FileFormatError
-from farcast_cli.files.json_text import UnreadList, parse_json
+from farcast_cli.files.json_text import UnreadList, parse_json, with_entry
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.trainers import hub_folder
-from farcast_cli.trainers.base import Evidence, Layout, Part, Role, Snapshot, Trainer, find_weights, name_evidence
+from farcast_cli.trainers.base import Evidence, Layout, LeapMark, Part, Role, Snapshot, Trainer, find_weights, name_evidence
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.refused import refuse
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STATE_FILE = "trainer_state.json"
 _LOG = "log_history"
+_MARK = ("step", "farcast_leap_from", "farcast_leap_to")
 MAX_LOG_BYTES = 1 << 24
 _TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
 
@@ -55,7 +56,7 @@ def _read(path: Path) -> Snapshot:
     state = read_json(path / STATE_FILE, log=_LOG)
     others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
     step = state.get("global_step")
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**MAX_DIGITS:
+    if not _is_step(step):
         raise FileFormatError(f"{path / STATE_FILE}: expected a global_step, found {str(step)[:40]}")
     evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
     missing = [name for name in _TORCH_ROLES if not (path / name).is_file()]
@@ -99,12 +100,39 @@ def _formula(snapshot: Snapshot) -> Callable[[int], float] | None:
     return named_formula(snapshot.parts, _num_steps(snapshot))
 
 
-def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
+def _logged(snapshot: Snapshot, *keys: str) -> list[dict[str, Any]]:
+    """The entries of the log that have certain keys."""
     log = _state(snapshot).get(_LOG)
     if isinstance(log, UnreadList):
         log = parse_json(read_bytes(log.path, log.offset, log.num_bytes)) if log.num_bytes <= MAX_LOG_BYTES else None
-    entries = [entry for entry in log or () if isinstance(entry, dict) and {"step", "learning_rate"} <= entry.keys()]
+    return [entry for entry in log or () if isinstance(entry, dict) and entry.keys() >= set(keys)]
+
+
+def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
+    entries = _logged(snapshot, "step", "learning_rate")
     return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
+
+
+# The Trainer reads the log with its state and appends to it: so an entry is in all checkpoints of a run that resumed.
+
+
+def _mark(tree: Any, mark: LeapMark) -> None:
+    log = tree.get(_LOG) if isinstance(tree, dict) else None
+    entry = dict(zip(_MARK, (mark.step, mark.origin_step, mark.valid_step), strict=True))
+    if isinstance(log, UnreadList):
+        tree[_LOG] = with_entry(log, entry)
+    elif isinstance(log, list):
+        log.append(entry)
+
+
+def _marks(snapshot: Snapshot) -> list[LeapMark]:
+    found = ([entry[key] for key in _MARK] for entry in _logged(snapshot, *_MARK))
+    marks = (LeapMark(*numbers) for numbers in found if all(_is_step(number) for number in numbers))
+    return [mark for mark in marks if mark.origin_step < mark.valid_step and mark.step in {mark.origin_step, mark.valid_step}]
+
+
+def _is_step(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS
 
 
 TRAINER = Trainer(
@@ -112,6 +140,8 @@ TRAINER = Trainer(
     num_steps=_num_steps,
     formula=_formula,
     logged_rates=_logged_rates,
+    mark=_mark,
+    marks=_marks,
     log_lags=(1, 0),  # of transformers 5, and of those before
     without_optimizer="a Hugging Face Trainer then also restarts the learning rate",
     half_written={hub_folder.LAYOUT.name: f"no {STATE_FILE}, which the others have"},
