@@ -374,7 +374,7 @@ def test_too_few_snapshots_since_a_leap_are_an_error_that_says_how_many_it_takes
     with pytest.raises(TooFewSnapshotsError, match=rf"run: {later} snapshots since the leap to step 1700 \(f.safe") as caught:
         _history(run, _leap(run, tmp_path / "f.safetensors"))
     assert str(caught.value).endswith("and fit needs 6")
-    assert caught.value.hint == "continue training and fit again, or select the history with --steps A:B"
+    assert caught.value.hint == "continue training and fit again, or select the history with --steps FROM:TO"
 
 
 def test_six_snapshots_since_a_leap_are_enough(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_a_run_that_resumed_is_fitted_on_what_came_after_the_leap_and_leaps_1_4_
     assert (content["num_snapshots"], content["leap"], content["origin_step"]) == (8, 1750, steps[-1])
     assert (
         "the run resumed from step_1750.safetensors, a leap to step 1750: fit uses the 8 snapshots after it, not the 12 before it"
-        " (--steps A:B overrides this)"
+        " (--steps FROM:TO overrides this)"
     ) in done.stderr.splitlines()
     assert load_fitted(fitted / "forecaster.safetensors").steps == steps
     told = _json(call_cli("predict", "--json", cwd=fitted))

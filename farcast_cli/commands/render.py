@@ -284,7 +284,7 @@ def fit_cautions(plan: FitPlan) -> None:
         note(
             f"the run resumed from {history.leap.name}, a leap to step {history.leap.resumes_after}:"
             f" fit uses the {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
-            " (--steps A:B overrides this)"
+            " (--steps FROM:TO overrides this)"
         )
     if plan.usable.begins:
         note(plan.usable.begins)

@@ -69,7 +69,7 @@ def _too_few_since(trajectory: Trajectory, leap: Leap, num_later: int, minimum: 
     return TooFewSnapshotsError(
         f"{trajectory.directory}: {num_later} snapshots since the leap to step {leap.resumes_after}"
         f" ({leap.name}), and fit needs {minimum}",
-        hint="continue training and fit again, or select the history with --steps A:B",
+        hint="continue training and fit again, or select the history with --steps FROM:TO",
     )
 
 
