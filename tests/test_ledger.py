@@ -439,7 +439,7 @@ def test_a_run_that_has_only_just_resumed_is_not_fitted_and_keeps_its_forecaster
     done = call_cli("fit", "run", cwd=fitted)
     assert (done.returncode, done.stdout) == (3, "")
     assert "5 snapshots since the leap to step 1750 (step_1750.safetensors), and fit needs 6" in done.errors[0]
-    assert "--steps A:B" in done.hints[0]
+    assert "--steps FROM:TO" in done.hints[0]
     assert tree_digest(fitted) == before
 
 
