@@ -44,8 +44,8 @@ def farcast(*arguments: object) -> tuple[int, str]:
 
 
 def _environment() -> dict[str, str]:
-    """Without what a user may have set for farcast."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_")}
+    """Without what a user may have set for farcast, and without a second ledger in the user's home."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_")} | {"FARCAST_STATE_DIR": ""}
 
 
 def _result(code: Any, words: list[str], complained: str) -> int:

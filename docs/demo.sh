@@ -1,7 +1,7 @@
 #!/bin/sh
 # The main job on real training runs: forecast each from its visible snapshots, then compare with what training reached.
 set -eu
-export FARCAST_LEDGER=demo/ledger.jsonl
+export FARCAST_LEDGER=demo/ledger.jsonl FARCAST_STATE_DIR=
 cd "$(dirname "$0")/.."
 samples=sample_checkpoints
 rm -rf demo
