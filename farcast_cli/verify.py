@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.engine.reader import Reader, Scratch, TensorStretches, read_trajectory, stretches
-from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UsageError
+from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UsageError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import sidecar_of
 from farcast_cli.files.reading import file_size, local, read_bytes, reading
@@ -61,11 +61,15 @@ def find_reference(forecast: Path) -> Path:
 def _leap_of(forecast: Path, run: Path) -> Leap | None:
     """The leap that a run makes which resumes from a forecast; None where no sidecar tells."""
     sidecar = sidecar_of(forecast, is_file=forecast.is_file())
+    if not sidecar.exists():
+        return None
     try:
         told = parse_json(read_bytes(sidecar, 0, file_size(sidecar)))
         steps = {"origin_step": told["origin_step"], "valid_step": told["valid_step"]}
         return Leap(run=str(run), forecast=str(forecast), counters=told["options"]["counters"], **steps)
-    except (FarcastError, ValueError, KeyError, TypeError):
+    except UnreadableError:
+        raise
+    except (FileFormatError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -79,6 +83,8 @@ def _descends(forecast: Path, reference: Snapshot, truth: Snapshot) -> bool:
         return True
     try:
         found = discover(truth.path.absolute().parent)
+    except UnreadableError:
+        raise
     except FarcastError:  # a folder that is no run tells nothing
         return False
     earlier = [one for one in found.snapshots if one.step < truth.step]

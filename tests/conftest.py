@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,11 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the tables of tests/golden anew")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """No test writes into the user's own state folder, nor does what is set up before any test."""
-    home = tempfile.TemporaryDirectory(prefix="farcast-state-", ignore_cleanup_errors=True)
-    config.add_cleanup(home.cleanup)
-    os.environ["XDG_STATE_HOME"] = home.name
+    home = tempfile.mkdtemp(prefix="farcast-state-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)  # pytest-xdist's workers end without pytest's own clean-up
+    os.environ["XDG_STATE_HOME"] = home
 
 
 def weights_at(

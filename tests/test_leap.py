@@ -951,8 +951,11 @@ def test_a_trainer_that_keeps_one_checkpoint_leaps_at_every_round_and_trains_its
             resume = str(loop.forecast) if number > 2 else ""
         if number < 8 and resume:
             landing, origin = flat(load(loop.forecast)), end
-            for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
                 assert (loop.forecast / name).read_bytes() == (newest / name).read_bytes(), name
+            state, own = (json.loads((place / "trainer_state.json").read_text()) for place in (loop.forecast, newest))
+            assert state["log_history"].pop()["farcast_leap_from"] == number * SAVE_EVERY
+            assert state == own
     assert began == [number * SAVE_EVERY for number in range(8)]
     assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == steps
 

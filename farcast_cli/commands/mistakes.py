@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PREFIX = "FARCAST_"
-_FOR_COMMANDS = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB")}
-"""The variables that --eval-cmd gets, which may call farcast itself."""
+_WITHOUT_OPTION = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB", "STATE_DIR")}
+"""The variables that --eval-cmd gets, which may call farcast itself; and the place of the second ledgers."""
 _ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
 _PLACES = {
@@ -80,7 +80,7 @@ def _copy_of(scheme: str, rest: str) -> str:
 
 def unknown_variables(context: Any) -> list[str]:
     """Variables of the environment that are named like an option's, and belong to none, in words."""
-    strangers = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in _FOR_COMMANDS)
+    strangers = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in _WITHOUT_OPTION)
     if not strangers:
         return []
     group = context.parent.command if context.parent else None
