@@ -49,7 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """No test writes into the user's own state folder, nor does what is set up before any test."""
+    """No test writes into the user's own state folder, nor does what is set up before any test.
+
+    A shell's background job ignores interrupts, and so would every command that a test interrupts.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     home = tempfile.mkdtemp(prefix="farcast-state-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)  # pytest-xdist's workers end without pytest's own clean-up
     os.environ["XDG_STATE_HOME"] = home
