@@ -75,7 +75,6 @@ def _planned(fitted: Fitted, request: Request) -> Judged | None:
 
 def _command(request: Request, more: str) -> str:
     """A command to paste: with the place if that is a folder, as another horizon has another name."""
-    origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
     counters = " --counters keep" if request.counters == "keep" and request.purpose == "resume" else ""
     place = f" -o {shell_word(request.output)}" if request.output and request.output.endswith(os.sep) else ""
-    return f"farcast predict{request.source}{origin}{more}{counters}{place}"
+    return f"farcast predict{request.source}{request.origin_option}{more}{counters}{place}"

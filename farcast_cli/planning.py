@@ -135,11 +135,10 @@ def _check_end(request: Request, start: Start, horizon: int) -> None:
     valid, end = start.origin.step + horizon, start.end
     if request.counters == "advance" and end is not None and start.ends_before(horizon):
         longest = end[1] - start.origin.step - 1
-        origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
         raise UsageError(
             f"valid step {valid}: expected a step before the end of the run, {end[0]} = {end[1]}",
             hint=(f"--horizon {longest} or less; --counters keep forecasts the weights only; " if longest > 0 else "")
-            + f"farcast predict{request.source}{origin} --for evaluation writes the weights to evaluate or ship",
+            + f"farcast predict{request.source}{request.origin_option} --for evaluation writes the weights to evaluate or ship",
         )
 
 

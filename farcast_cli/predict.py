@@ -106,7 +106,7 @@ class Judged:
 
 def judge(fitted: Fitted, request: Request) -> Judged:
     """Settle the horizons and the method, and judge each horizon by the run's own history."""
-    index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
+    index = _index_of(fitted, request)
     if request.to_step is not None:
         request = replace(request, horizons=(_steps_to(request.to_step, fitted.steps[index], request.purpose),))
     start = _open(fitted, index, request) if _ends_with_the_run(request) else None
@@ -128,8 +128,12 @@ def origin_of(fitted: Fitted, request: Request) -> Start:
     Raises:
         SnapshotError, FileFormatError: the snapshot is gone, has changed, or cannot be read.
     """
-    index = len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
-    return _open(fitted, index, request)
+    return _open(fitted, _index_of(fitted, request), request)
+
+
+def _index_of(fitted: Fitted, request: Request) -> int:
+    """Of the origin in the history."""
+    return len(fitted.steps) - 1 if request.origin_step is None else fitted.index_of(request.origin_step)
 
 
 def _open(fitted: Fitted, index: int, request: Request) -> Start:
@@ -294,7 +298,6 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
 
 def _share_notes(outcomes: Sequence[Outcome], request: Request) -> Iterator[str]:
     """Under a falling rate, how much of the training that it skips such a leap replaced, and the control that tells of this run."""
-    origin = "" if request.origin_step is None else f" --origin {request.origin_step}"
     for is_full in (True, False):
         alike = [outcome for outcome in outcomes if (outcome.length_factor == 1) == is_full]
         if not alike:
@@ -307,5 +310,5 @@ def _share_notes(outcomes: Sequence[Outcome], request: Request) -> Iterator[str]
         yield (
             f"the learning rate falls: on small runs, leaps {which} replaced {low} to {high} of the skipped training, measured by the"
             " final loss; compare your forecast with the control:"
-            f" farcast predict{request.source} --horizon {horizons}{origin} --method persistence -o {place}"
+            f" farcast predict{request.source} --horizon {horizons}{request.origin_option} --method persistence -o {place}"
         )

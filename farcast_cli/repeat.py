@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from farcast_cli.choices import Verdict
 from farcast_cli.errors import OutputError, visible
 from farcast_cli.evaluation.judge import Trial
-from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.place import SIDECAR, check_ours, sidecar_of
-from farcast_cli.files.reading import file_size, local, portable, read_bytes
+from farcast_cli.files.place import SIDECAR, check_ours, read_sidecar, sidecar_of
+from farcast_cli.files.reading import local, portable
 from farcast_cli.files.staged import refuse_existing
 from farcast_cli.sidecar import compose
 
@@ -57,7 +56,7 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
         return None
     check_unchanged(place, is_file=is_file)
     sidecar = sidecar_of(place, is_file=is_file)
-    found: Any = parse_json(read_bytes(sidecar, 0, file_size(sidecar)))
+    found: Any = read_sidecar(sidecar)
     wanted = json.loads(compose(prepared, finished, request, written=place, fitted_on=on).as_json())
     planned = {portable(file.name or place.name): file.num_bytes for file in prepared.plans[index]}
     try:

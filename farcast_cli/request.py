@@ -52,6 +52,11 @@ class Request:
     source: str = ""
     """What a command to paste needs after `farcast predict` to read the same run, with a blank before it."""
 
+    @property
+    def origin_option(self) -> str:
+        """The same of the origin."""
+        return "" if self.origin_step is None else f" --origin {self.origin_step}"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -217,6 +218,32 @@ def _torch_settings() -> Iterator[None]:
 def state_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The user's state folder, each test's own; not in `tmp_path`, whose files tests list. farcast makes it."""
     return tmp_path_factory.getbasetemp() / "state" / uuid.uuid4().hex
+
+
+@pytest.fixture(scope="session")
+def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    fit_run(make_loose_run(folder / "run"), folder / "forecaster.safetensors")
+    return folder
+
+
+@pytest.fixture
+def work(fitted_once: Path, tmp_path: Path) -> Path:
+    """A working directory with a run of eight snapshots in `run/` and a forecaster fitted on it."""
+    return Path(shutil.copytree(fitted_once, tmp_path / "work"))
+
+
+@pytest.fixture
+def turning(tmp_path: Path) -> Path:
+    """A run that turns back halfway, so that a forecast would not help."""
+    (tmp_path / "run").mkdir()
+    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
+    for step in STEPS:
+        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
+        moved = {name: base[name] + share * away[name] for name in base}
+        save_file(moved, tmp_path / "run" / loose_name(step), metadata={"format": "pt"})
+    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

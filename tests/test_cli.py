@@ -44,19 +44,6 @@ if TYPE_CHECKING:
 WIDE = {"wide.weight": (200, 200), "bias": (16,)}  # the first is larger than the sample
 
 
-@pytest.fixture(scope="module")
-def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fitted")
-    fit_run(make_loose_run(folder / "run"), folder / "forecaster.safetensors")
-    return folder
-
-
-@pytest.fixture
-def work(fitted_once: Path, tmp_path: Path) -> Path:
-    """A working directory with a run of eight snapshots in `run/` and a forecaster fitted on it."""
-    return Path(shutil.copytree(fitted_once, tmp_path / "work"))
-
-
 def refused(
     call_cli: CallCli, folder: Path, code: int, words: tuple[str, ...], *args: object, env: Mapping[str, str] | None = None
 ) -> Done:
@@ -950,19 +937,6 @@ def test_a_single_file_under_a_name_without_its_ending_is_written_or_refused_wit
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def turning(tmp_path: Path) -> Path:
-    """A run that turns back halfway, so that a forecast would not help."""
-    (tmp_path / "run").mkdir()
-    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
-    for step in STEPS:
-        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
-        moved = {name: base[name] + share * away[name] for name in base}
-        save_file(moved, tmp_path / "run" / loose_name(step), metadata={"format": "pt"})
-    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
-    return tmp_path
 
 
 def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path, call_cli: CallCli) -> None:

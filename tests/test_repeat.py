@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import fit_run, loose_name, make_loose_run, tree_digest
+from tests.conftest import loose_name, make_loose_run, tree_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.conftest import CallCli
 
 OUT = "forecasts/step_000900.safetensors"
-
-
-@pytest.fixture(scope="module")
-def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fitted")
-    fit_run(make_loose_run(folder / "run"), folder / "forecaster.safetensors")
-    return folder
-
-
-@pytest.fixture
-def work(fitted_once: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(fitted_once, tmp_path / "work"))
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -78,7 +66,7 @@ def test_of_several_horizons_only_the_missing_ones_are_written(work: Path, call_
 
 
 def test_the_evaluation_is_not_run_again(work: Path, call_cli: CallCli) -> None:
-    (work / "count.sh").write_text('echo x >> "$1"; case "$2" in */work/run/*) echo 2;; *) echo 1;; esac\n')
+    (work / "count.sh").write_text('echo x >> "$1"; case "$2" in */run/*) echo 2;; *) echo 1;; esac\n')
     options = ("--horizon", 100, "--eval-cmd", f"sh {work}/count.sh {work}/calls {{ckpt}}", "--json")
     first = json.loads(call_cli("predict", *options, cwd=work).stdout)
     calls = (work / "calls").read_text()

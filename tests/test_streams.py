@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from farcast_cli.forecast.ledger import read_leaps
-from tests.conftest import clean_environment, fit_run, make_loose_run, make_torch_run, run_cli
+from tests.conftest import clean_environment, make_torch_run, run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,18 +29,6 @@ LOCALES: dict[str, dict[str, str]] = {
 }
 NAMES = {"no UTF-8": b"run\xff", "UTF-8": "rün🙂".encode()}
 TO_900 = ("predict", "--horizon", "100", "-q")
-
-
-@pytest.fixture(scope="module")
-def fitted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fitted")
-    fit_run(make_loose_run(folder / "run"), folder / "forecaster.safetensors")
-    return folder
-
-
-@pytest.fixture
-def work(fitted_once: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(fitted_once, tmp_path / "work"))
 
 
 def through_shell(

@@ -138,7 +138,7 @@ def check_ours(place: Path, *, is_file: bool) -> None:
     """
     hint = "farcast replaces only what it wrote itself, unchanged: -o OUT writes elsewhere"
     sidecar = sidecar_of(place, is_file=is_file)
-    content = _read_sidecar(sidecar)
+    content = read_sidecar(sidecar)
     if content is None or (is_file and content.get("name") != portable(place.name)) or place.is_symlink():
         raise OutputError(f"{place}: exists and is not a forecast", hint=hint)
     told, found = content.get("files"), _list_or_none(place)
@@ -156,7 +156,7 @@ def check_sidecar_ours(sidecar: Path) -> None:
     Raises:
         OutputError: it is something else.
     """
-    content = None if sidecar.is_symlink() else _read_sidecar(sidecar)
+    content = None if sidecar.is_symlink() else read_sidecar(sidecar)
     if content is None or content.get("name") != portable(sidecar.name.removesuffix(f".{SIDECAR}")):
         raise OutputError(
             f"{sidecar}: exists and is not a forecast's sidecar", hint="move it away, or choose another place with -o"
@@ -176,7 +176,7 @@ def _list_or_none(place: Path) -> list[dict[str, Any]] | None:
         return None
 
 
-def _read_sidecar(sidecar: Path) -> dict[str, Any] | None:
+def read_sidecar(sidecar: Path) -> dict[str, Any] | None:
     """What a sidecar says; None where there is none, or something else."""
     try:
         size = file_size(sidecar)
