@@ -450,6 +450,7 @@ class ForecastSidecar(Answer):
     coherence: TenDigits = Field(description=_COHERENCE)
     recent_coherence: TenDigits = Field(description=_RECENT)
     significance: TenDigits = Field(description=_SIGNIFICANCE)
+    run: str = Field(description="the run's folder, relative to the output's folder")
     origin: str = Field(description="the origin of the forecast, relative to the output's folder")
     inputs: tuple[InputEntry, ...] = Field(description="the snapshots from which the forecast was computed")
     fitted_on: FittedOn | LeaptOn = Field(description="the data that the method was fitted on")

@@ -334,8 +334,8 @@ def test_a_plain_loop_resumes_at_the_valid_step_with_the_learning_rates_of_the_u
     """With the real commands; equal to the last bit at every later step."""
     assert call_cli("fit", SAMPLES / "plain", cwd=tmp_path).returncode == 0
     done = call_cli("predict", "--horizon", HORIZON, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_1700.pt\n")
-    log = sample_maker().resume_plain(tmp_path / "forecasts" / "step_1700.pt", num_steps=RESUMED)
+    assert (done.returncode, done.stdout) == (0, "forecasts/plain/step_1700.pt\n")
+    log = sample_maker().resume_plain(tmp_path / "forecasts" / "plain" / "step_1700.pt", num_steps=RESUMED)
     original = sample_maker().resume_plain(PLAIN_ORIGIN, num_steps=HORIZON + RESUMED)[HORIZON:]
     assert [(step, rate) for step, rate, _ in log] == [(step, rate) for step, rate, _ in original]
 

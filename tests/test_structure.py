@@ -127,6 +127,7 @@ ORDER = (
     "forecast.fitting",
     "forecast.report",
     "forecast.memory",
+    "folder",
     "verify",
     "request",
     "planning",
