@@ -991,6 +991,10 @@ def test_a_plain_loop_resumes_from_every_leap_with_its_own_optimiser(loop: Loop)
         if done.returncode == 0:
             leapt, was = (torch.load(path, weights_only=True) for path in (resume, own))
             assert leapt["step"] == was["step"] == 20 * number
+            mark = leapt["optimizer"]["param_groups"][0]["farcast_leaps"].pop()
+            assert mark[:2] == [20 * number] * 2
+            if not leapt["optimizer"]["param_groups"][0]["farcast_leaps"]:
+                del leapt["optimizer"]["param_groups"][0]["farcast_leaps"]
             assert leapt["optimizer"]["param_groups"] == was["optimizer"]["param_groups"]
             for key, moments in was["optimizer"]["state"].items():
                 assert all(torch.equal(leapt["optimizer"]["state"][key][name], value) for name, value in moments.items())

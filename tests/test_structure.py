@@ -53,6 +53,7 @@ ORDER = (
     "trainers.names",
     "trainers.folder_files",
     "trainers.base",
+    "trainers.group_marks",
     "trainers.weights_folder",
     "trainers.run_end",
     "trainers.loose_safetensors",
