@@ -513,7 +513,7 @@ def test_a_config_file_that_makes_no_sense_is_a_usage_error(
 NAMED_ONLY = {
     "a place to read": {"forecaster", "ledger", "data", "anchor", "apply", "against", "reference", "config"},
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast"},
-    "an argument that is nobody else's to give": {"command"},
+    "an argument that is nobody else's to give": {"command", "topic", "script"},
     "a place to write": {"output", "delta_out"},
     "a program": {"eval_cmd"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},

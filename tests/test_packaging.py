@@ -74,7 +74,7 @@ def test_the_source_distribution_holds_every_file_that_the_tests_and_the_makefil
 
 
 def test_scripts_of_the_source_distribution_can_be_run(distributions: Distributions) -> None:
-    assert (distributions.source / "docs/ci/periodic.sh").stat().st_mode & 0o111
+    assert (distributions.source / "farcast_cli/scripts/periodic.sh").stat().st_mode & 0o111
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(distributions: Distributions) -> None:
