@@ -24,7 +24,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="farcast",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

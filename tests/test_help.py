@@ -90,6 +90,12 @@ def test_no_message_or_topic_names_a_file_of_the_documentation() -> None:
     assert [name for name in TOPICS if pages.search(read_text("topics", name))] == []
 
 
+@pytest.mark.parametrize("command", ["help", "ci"])
+def test_a_wrong_file_of_defaults_stops_no_explanation(command: str, tmp_path: Path, call_cli: CallCli) -> None:
+    (tmp_path / "farcast.toml").write_text("not TOML")
+    assert call_cli(command, cwd=tmp_path).returncode == 0
+
+
 @pytest.mark.parametrize("name", names_of("scripts"))
 def test_ci_prints_a_script_byte_for_byte(name: str, call_cli: CallCli) -> None:
     done = call_cli("ci", name)

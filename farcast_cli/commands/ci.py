@@ -15,7 +15,11 @@ EXAMPLES = "Example: farcast ci periodic.sh > periodic.sh"
 def ci(
     script: Annotated[
         str | None,
-        typer.Argument(metavar="[SCRIPT]", help="forecast.sh or periodic.sh; by default the names of the scripts are printed."),
+        typer.Argument(
+            metavar="[SCRIPT]",
+            autocompletion=lambda: names_of("scripts"),
+            help="forecast.sh or periodic.sh; by default the names of the scripts are printed.",
+        ),
     ] = None,
 ) -> None:
     """Print a shell script to forecast a run in a CI job, or to train and leap in a loop."""

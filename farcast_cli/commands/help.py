@@ -15,7 +15,10 @@ EXAMPLES = "Example: farcast help resume"
 def help(  # noqa: A001 - a command is called as its function
     context: typer.Context,
     topic: Annotated[
-        str | None, typer.Argument(metavar="[TOPIC]", help="What to explain; by default the list of topics.")
+        str | None,
+        typer.Argument(
+            metavar="[TOPIC]", autocompletion=lambda: names_of("topics"), help="What to explain; by default the list of topics."
+        ),
     ] = None,
 ) -> None:
     """Explain a topic: resume, leaps, formats, convert, ci, exit-codes or evaluation."""
