@@ -17,6 +17,7 @@ from farcast_cli.commands.options import (
     IoOption,
     JsonOption,
     LedgerOption,
+    LossesOption,
     PatternOption,
     QuietOption,
     SampleOption,
@@ -52,6 +53,7 @@ def fit(
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
@@ -66,7 +68,8 @@ def fit(
     from farcast_cli.forecast.fitting import FitRequest
 
     selection = selection_of(directory, include, exclude, steps, pattern)
-    done = learn(FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output), quiet=quiet)
+    request = FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
+    done = learn(request, quiet=quiet)
     if json_:
         render.as_json(answers.of_fit(done, output))
     else:

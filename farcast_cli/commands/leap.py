@@ -22,6 +22,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LossesOption,
     MaximizeOption,
     OptimizerOption,
     OverwriteOption,
@@ -109,6 +110,7 @@ def leap(
     ] = False,
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -146,7 +148,7 @@ def leap(
     )
     selection = selection_of(directory, include, exclude, steps, pattern)
     with render.progress(quiet=quiet) as progress:
-        done = run(Ask(request, selection, every, gain, max_gain), progress)
+        done = run(Ask(request, selection, every, gain, max_gain, losses), progress)
     if not quiet:
         _summary(done, request, verbose=verbose)
     if json_:
@@ -176,6 +178,8 @@ def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:
     head = f"step {outcome.origin_step}"
     for text in done.notes:
         render.note(text if text.startswith("caution: ") else f"note: {text}")
+    if done.worth:
+        render.note(done.worth.told())
     if outcome.decision.verdict != "forecast":
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:
