@@ -131,19 +131,19 @@ ORDER = (
     "forecast.fitting",
     "forecast.report",
     "forecast.memory",
-    "verify",
+    "verification",
     "request",
     "planning",
     "sidecar",
     "repeat",
     "publish",
-    "predict",
+    "prediction",
     "advice",
-    "leap.__init__",
-    "leap.ask",
-    "leap.evidence",
-    "leap.decision",
-    "leap.call",
+    "leaps.__init__",
+    "leaps.ask",
+    "leaps.evidence",
+    "leaps.decision",
+    "leaps.call",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -157,11 +157,13 @@ ORDER = (
     "tune.solve",
     "tune.write",
     "tune.run",
+    "horizons",
+    "settings",
+    "api",
     "commands.__init__",
     "commands.answers",
     "commands.render",
     "commands.streams",
-    "commands.horizons",
     "commands.mistakes",
     "commands.options",
     "commands.inspect",
@@ -220,7 +222,8 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 
 def test_a_module_imports_only_modules_before_it() -> None:
-    assert wrong(lambda module: imports_of(module) - set(ORDER[: ORDER.index(module)])) == {}
+    """The package itself, which comes first, only names where its public names are: it imports none of them by itself."""
+    assert wrong(lambda module: imports_of(module) - set(ORDER[: ORDER.index(module)])) == {"__init__": {"api", "errors"}}
 
 
 def lines_of_unclear_imports(module: str) -> list[int]:

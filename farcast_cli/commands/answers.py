@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.report import BacktestReport
     from farcast_cli.forecast.worth import Worth
-    from farcast_cli.leap.ask import Leapt
+    from farcast_cli.leaps.ask import Leapt
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.run import TuneOutcome as Tuning

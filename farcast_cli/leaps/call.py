@@ -31,9 +31,9 @@ from farcast_cli.forecast.momentum import remember
 from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.steering import PROBE, Losses, heard
 from farcast_cli.forecast.worth import span_of, worth_of
-from farcast_cli.leap.ask import Leapt
-from farcast_cli.leap.decision import Heard, Situation
-from farcast_cli.leap.evidence import gathered, known_memory
+from farcast_cli.leaps.ask import Leapt
+from farcast_cli.leaps.decision import Heard, Situation
+from farcast_cli.leaps.evidence import gathered, known_memory
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at
 from farcast_cli.publish import Publication, judged_origin, only, record_leaps, write_all, write_candidate
 from farcast_cli.records import LeaptOn, MomentumEntry
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.memory import Memory
     from farcast_cli.forecast.momentum import Momentum
     from farcast_cli.forecast.worth import Worth
-    from farcast_cli.leap.ask import Ask
-    from farcast_cli.leap.evidence import Gathered
+    from farcast_cli.leaps.ask import Ask
+    from farcast_cli.leaps.evidence import Gathered
     from farcast_cli.progress import Progress
     from farcast_cli.request import Prepared
     from farcast_cli.run.trajectory import Trajectory
