@@ -99,6 +99,7 @@ def fit(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    losses: Place | None = None,
     progress: Progress = silent,
 ) -> FitOutcome:
     """Read a sample of every tensor at every snapshot.
@@ -106,6 +107,7 @@ def fit(
     Args:
         output: the forecaster file to write; unlike the command, none by default.
         sample: values of each tensor, 1000 or more.
+        losses: the run's log of losses; by default where its trainer keeps it.
 
     Returns:
         The outcome: `fitted`, the forecaster; `steady`, with the coherence S in -1..1 and its significance; `cautions`.
@@ -128,6 +130,7 @@ def fit(
         device=device,
         io=io,
         threads=threads,
+        losses=None if losses is None else Path(losses),
     )
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
@@ -309,6 +312,7 @@ def leap(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    losses: Place | None = None,
     progress: Progress = silent,
 ) -> Leapt:
     """Leap from the newest checkpoint of a run, with a memory, for a loop.
@@ -344,7 +348,7 @@ def leap(
         evaluator=evaluator,
     )
     selection = selection_of(Path(directory), include, exclude, steps, pattern)
-    return call(Ask(request, selection, every, gain, max_gain), progress)
+    return call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
 
 
 def verify(forecast: Place, *, against: Place, reference: Place | None = None, progress: Progress = silent) -> VerifyAnswer:

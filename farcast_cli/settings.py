@@ -175,6 +175,7 @@ def fit_request(
     device: str,
     io: Io,
     threads: int,
+    losses: Path | None = None,
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
@@ -183,4 +184,4 @@ def fit_request(
     from farcast_cli.forecast.fitting import FitRequest
 
     selection = selection_of(directory, include, exclude, steps, pattern)
-    return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output)
+    return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)

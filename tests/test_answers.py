@@ -20,7 +20,7 @@ from farcast_cli.tune.gate import GateResult
 from farcast_cli.tune.run import TuneOutcome
 
 if TYPE_CHECKING:
-    from farcast_cli.results import Answer
+    from farcast_cli.answer import Answer
 
 RATES = Pace((0, 900), (0.25,))
 CHANCE = Significance(0.0301, 0.0302)

@@ -17,6 +17,7 @@ from farcast_cli.commands.options import (
     IoOption,
     JsonOption,
     LedgerOption,
+    LossesOption,
     PatternOption,
     QuietOption,
     SampleOption,
@@ -49,6 +50,7 @@ def fit(
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
@@ -71,6 +73,7 @@ def fit(
         device=device,
         io=io,
         threads=threads,
+        losses=losses,
     )
     from farcast_cli.commands import answers, render
 

@@ -22,6 +22,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LossesOption,
     MaximizeOption,
     OptimizerOption,
     OverwriteOption,
@@ -104,6 +105,7 @@ def leap(
     ] = False,
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -147,6 +149,7 @@ def leap(
             device=device,
             io=io,
             threads=threads,
+            losses=losses,
             progress=progress,
         )
     if not quiet:
@@ -166,6 +169,8 @@ def _summary(done: Leapt, *, counters: CountersMode, dry_run: bool, verbose: boo
     head = f"step {outcome.origin_step}"
     for text in done.notes:
         render.note(text if text.startswith("caution: ") else f"note: {text}")
+    if done.worth:
+        render.note(done.worth.told())
     if outcome.decision.verdict != "forecast":
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:

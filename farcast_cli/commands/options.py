@@ -51,7 +51,7 @@ and `counters` skip the ledger or the run's end, `scale` and `step_norm` write a
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
-    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "against", "reference"),
+    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "losses", "against", "reference"),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
@@ -288,6 +288,15 @@ LedgerOption = Annotated[
     Path,
     typer.Option(
         envvar=env("LEDGER"), metavar="FILE", help="File in which predict records the checkpoints to resume from; fit reads it."
+    ),
+]
+LossesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--losses",
+        envvar=env("LOSSES"),
+        metavar="FILE",
+        help="The run's log of losses: CSV, JSON lines or TensorBoard; by default where its trainer keeps it.",
     ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values instead of a sample.")]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from farcast_cli.answer import Answer
     from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
     from farcast_cli.forecast.backtest import Decision, Score, Steadiness
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
-    from farcast_cli.results import Answer, VerifyAnswer
+    from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.alignment import Copied
     from farcast_cli.run.pace import Pace
     from farcast_cli.run.selection import Inspection
@@ -312,7 +313,7 @@ def fit_cautions(plan: FitPlan) -> None:
                 f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
                 f" {leap.resumes_after}, which the forecaster would take for training"
             )
-    for text in filter(None, (*plan.past.cautions, plan.usable.left_out)):
+    for text in filter(None, (*plan.past.cautions, plan.usable.left_out, plan.unread)):
         note(text)
 
 
@@ -330,6 +331,8 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
     copied_note(fitted.copied, verbose=verbose)
     for text in done.jumps:
         note(text)
+    if done.worth:
+        note(done.worth.told())
     note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
 
 
