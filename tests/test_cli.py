@@ -511,7 +511,7 @@ def test_a_config_file_that_makes_no_sense_is_a_usage_error(
 
 
 NAMED_ONLY = {
-    "a place to read": {"forecaster", "ledger", "data", "anchor", "apply", "against", "reference", "config"},
+    "a place to read": {"forecaster", "ledger", "losses", "data", "anchor", "apply", "against", "reference", "config"},
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast"},
     "an argument that is nobody else's to give": {"command"},
     "a place to write": {"output", "delta_out"},
