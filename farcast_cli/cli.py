@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from farcast_cli import __version__
-from farcast_cli.commands import backtest, fit, inspect, leap, predict, schema, streams, tune, verify
+from farcast_cli.commands import backtest, ci, fit, help, inspect, leap, predict, schema, streams, tune, verify  # noqa: A004
 from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
 
@@ -24,7 +24,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="farcast",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -41,7 +41,8 @@ resume training from it. farcast never changes your own checkpoints.
   farcast leap ckpts/                  fit and forecast in one command with a memory, for a loop
   farcast tune CKPT --layer KEY --data FILE --loss mse   adapt one wide layer to a few hundred labelled rows
 
-Give the printed path to the trainer's resume option.""",
+Give the printed path to the trainer's resume option; `farcast help resume` shows it for each trainer. `farcast help`
+lists the other topics.""",
 )
 
 
@@ -64,6 +65,8 @@ app.command(cls=Grouped, epilog=verify.EXAMPLES)(verify.verify)
 app.command(cls=Grouped, epilog=leap.EXAMPLES)(leap.leap)
 app.command(cls=Grouped, epilog=tune.EXAMPLES)(tune.tune)
 app.command(cls=Grouped, epilog=schema.EXAMPLES)(schema.schema)
+app.command(cls=Grouped, epilog=help.EXAMPLES)(help.help)
+app.command(cls=Grouped, epilog=ci.EXAMPLES)(ci.ci)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:

@@ -159,6 +159,7 @@ ORDER = (
     "tune.run",
     "horizons",
     "settings",
+    "texts",
     "api",
     "commands.__init__",
     "commands.answers",
@@ -175,6 +176,8 @@ ORDER = (
     "commands.leap",
     "commands.tune",
     "commands.schema",
+    "commands.help",
+    "commands.ci",
     "cli",
     "__main__",
 )
@@ -292,7 +295,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema")
+COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema", "help", "ci")
 MAX_STATEMENTS = 20
 
 
