@@ -20,6 +20,7 @@ MAX_LINES = 600
 
 ORDER = (
     "__init__",
+    "system",
     "errors",
     "optional",
     "choices",

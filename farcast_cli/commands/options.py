@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand
 
+from farcast_cli import system
 from farcast_cli.choices import (
     ActivationName,
     ClockName,
@@ -483,7 +484,7 @@ def prepare(device: str, threads: int = 0) -> int:
             raise UsageError(
                 f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
             )
-    return threads or min(8, len(os.sched_getaffinity(0)))
+    return threads or min(8, system.num_cores())
 
 
 def _import_numpy() -> None:
