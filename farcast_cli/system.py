@@ -221,7 +221,7 @@ def sync(path: Path) -> None:
     if not _OPENS_FOLDERS and path.is_dir():
         return
     try:
-        fd = os.open(path, os.O_RDONLY if _OPENS_FOLDERS else os.O_RDWR)  # Windows syncs only what may be written
+        fd = open_file(path, os.O_RDONLY if _OPENS_FOLDERS else os.O_RDWR)  # Windows syncs only what may be written
     except PermissionError:
         if path.is_dir():  # a folder that may be written but not read cannot be synced
             return

@@ -52,7 +52,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         if not system.HAS_GROUPS:
             raise UsageError(
-                "--eval-cmd: expected Linux or macOS, where farcast can end the command with all that it started, found another system",
+                "--eval-cmd: expected a system that can end a command with all that it started (Linux, macOS), found another one",
                 hint="leave --eval-cmd out, and compare the forecast with the last checkpoint yourself",
             )
         if PLACEHOLDER not in self.command:
