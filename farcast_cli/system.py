@@ -118,7 +118,7 @@ if hasattr(os, "preadv"):
         """Read bytes from a place in a file; returns how many, 0 at its end. One thread uses a descriptor at a time."""
         return os.preadv(fd, [buffer], offset)
 
-else:  # pragma: no cover - other systems
+else:
 
     def read_at(fd: int, buffer: memoryview, offset: int) -> int:
         """The same in two calls."""
@@ -234,6 +234,12 @@ def sync(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
+
+
+def is_console(stream: Any) -> bool:
+    """Whether a stream is a console of Windows, which takes text and no bytes."""
+    kind = getattr(io, "_WindowsConsoleIO", None)
+    return kind is not None and isinstance(getattr(stream.buffer, "raw", None), kind)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -24,9 +23,7 @@ from tests.crash.commands import COMMANDS, EVEN, make_bases
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-imitated = pytest.mark.skipif(
-    not hasattr(os, "O_DIRECT") or importlib.util.find_spec("fcntl") is None, reason="other systems are imitated on Linux"
-)
+imitated = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="other systems are imitated on Linux")
 LARGE = {"embed.weight": (200, 64), "head.weight": (64, 64)}  # some ranges of a file, for as many workers
 CHOSEN = {
     *("fit, replacing", "predict, safetensors", "predict, torch", "predict, Trainer", "predict, Lightning"),
@@ -195,6 +192,7 @@ def test_on_windows_a_hidden_folder_is_cleared_unless_its_process_lives(
 # --- what other systems do, in this process --------------------------------------------------------------------------
 
 
+@imitated
 def test_where_no_space_can_be_reserved_a_full_disk_is_found_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +203,7 @@ def test_where_no_space_can_be_reserved_a_full_disk_is_found_all_the_same(
             system.reserve(file.fileno(), tmp_path / "a", 1 << 60)
 
 
+@imitated
 def test_without_a_flag_for_it_a_link_is_not_opened_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("file")
@@ -214,6 +213,7 @@ def test_without_a_flag_for_it_a_link_is_not_opened_either(tmp_path: Path, monke
     os.close(system.open_file(tmp_path / "link", os.O_RDONLY))
 
 
+@imitated
 def test_where_folders_cannot_be_opened_a_link_to_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
@@ -233,6 +233,7 @@ def test_a_path_on_another_drive_stays_absolute(monkeypatch: pytest.MonkeyPatch)
     assert seen_from("D:\\runs\\a", Path("C:\\work")) == "D:\\runs\\a"
 
 
+@imitated
 def test_memory_is_counted_in_bytes() -> None:
     peak: Any = system.peak_bytes()
     assert 10 << 20 < peak < 1 << 40

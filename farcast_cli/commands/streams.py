@@ -66,7 +66,7 @@ def take_over() -> None:
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
             setattr(sys, name, _text_to(system.open_file(os.devnull, os.O_WRONLY), "utf-8"))
-        elif _descriptor_of(stream) == fd:
+        elif _descriptor_of(stream) == fd and not system.is_console(stream):
             stream.flush()
             setattr(sys, name, _text_to(fd, stream.encoding))
 

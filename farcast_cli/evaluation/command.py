@@ -1,4 +1,7 @@
-"""One run of a command: a shell in a process group of its own, which ends as a whole, and the log of what it said."""
+"""One run of a command: a shell in a process group of its own, which ends as a whole, and the log of what it said.
+
+Only for systems that have such groups: whoever asks for an evaluation on another one is told so before.
+"""
 
 from __future__ import annotations
 
