@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from farcast_cli import __version__
+from farcast_cli import __version__, system
 from farcast_cli.commands import backtest, ci, fit, help, inspect, leap, predict, schema, streams, tune, verify  # noqa: A004
 from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
@@ -81,9 +80,7 @@ def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
     streams.take_over()
     gc.disable()  # a command is over before cycles matter, and looking for them among 100,000 tensors takes its time
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
-        signal.signal(signal.SIGHUP, _interrupt)
+    system.on_endings(_interrupt)
     asked = asked_by(sys.argv[1:], os.environ)
     try:
         code = app(standalone_mode=False, obj=asked)

@@ -482,8 +482,9 @@ def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
 
 
 def _written(outcome: Outcome, *, dry_run: bool) -> str:
+    memory = "an unknown amount" if outcome.peak_bytes is None else size(outcome.peak_bytes)
     cost = (
-        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)} of memory"
+        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {memory} of memory"
         if dry_run
         else f"{outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
     )
