@@ -62,7 +62,7 @@ def place_of(request: Request, start: Start, horizon: int, container: Container,
     if request.output is None:
         return folder_of(start.run) / name
     refuse_no_place(request.output)
-    if len(request.horizons) > 1 or request.output.endswith(os.sep):
+    if len(request.horizons) > 1 or request.output.endswith(("/", os.sep)):
         return Path(request.output) / name
     ending = container.ending
     if not request.output.endswith(ending):
