@@ -322,7 +322,12 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     path = fitted.directory / record.path
     again = f"farcast fit {shell_word(fitted.directory)}"
     with reading(path):
-        is_there = path.exists()
+        is_there, has_run = path.exists(), fitted.directory.exists()
+    if not has_run:
+        raise SnapshotError(
+            f"{fitted.directory}: the run's folder was moved, renamed or removed since the forecaster was fitted",
+            hint="if it was moved, name its new place: farcast fit NEWPATH, or farcast predict NEWPATH without a forecaster file",
+        )
     if not is_there:
         raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
     snapshot = read_snapshot(named(fitted.provenance.layout), path).settle(record.step, record.step_source)
