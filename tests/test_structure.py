@@ -118,6 +118,7 @@ ORDER = (
     "forecast.momentum",
     "forecast.steering",
     "forecast.significance",
+    "forecast.words",
     "forecast.backtest",
     "forecast.choice",
     "forecast.ledger",
@@ -125,7 +126,7 @@ ORDER = (
     "forecast.history",
     "forecast.forecaster_file",
     "forecast.fitting",
-    "forecast.report",
+    "forecast.judgement",
     "forecast.memory",
     "verify",
     "request",
@@ -135,6 +136,14 @@ ORDER = (
     "publish",
     "predict",
     "advice",
+    "report.__init__",
+    "report.story",
+    "report.panels",
+    "report.text",
+    "report.figures",
+    "report.svg",
+    "report.page",
+    "report.output",
     "leap.__init__",
     "leap.ask",
     "leap.evidence",
@@ -164,6 +173,7 @@ ORDER = (
     "commands.fit",
     "commands.backtest",
     "commands.predict",
+    "commands.report",
     "commands.verify",
     "commands.leap",
     "commands.tune",
@@ -284,7 +294,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema")
+COMMANDS = ("inspect", "fit", "backtest", "report", "predict", "verify", "leap", "tune", "schema")
 MAX_STATEMENTS = 20
 
 

@@ -76,7 +76,7 @@ def backtest(
     resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
     from farcast_cli.forecast.fitting import FitRequest
-    from farcast_cli.forecast.report import report_backtest
+    from farcast_cli.forecast.judgement import report_backtest
 
     of_folder = None
     if directory:

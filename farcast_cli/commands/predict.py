@@ -189,7 +189,7 @@ def predict(
         dry_run=dry_run,
         ledgers=ledgers_of(ledger),
         clock=clock,
-        source=_source(of_folder, forecaster),
+        source=source_of(of_folder, forecaster),
         resources=resources,
         evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
     )
@@ -198,7 +198,7 @@ def predict(
     _tell(fitted, request, outcomes, quiet=quiet, verbose=verbose, as_json=json_)
 
 
-def _source(request: FitRequest | None, forecaster: Path) -> str:
+def source_of(request: FitRequest | None, forecaster: Path) -> str:
     """What a command to paste needs to read the same run, with a blank before it."""
     if request is None:
         return "" if forecaster == DEFAULT_FORECASTER else f" --forecaster {shell_word(forecaster)}"

@@ -113,6 +113,11 @@ def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
     return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
 
 
+def _logged_losses(snapshot: Snapshot) -> list[tuple[int, float]]:
+    entries = [(entry["step"], entry["loss"]) for entry in _logged(snapshot, "step", "loss")]
+    return sorted({step: float(loss) for step, loss in entries if _is_step(step) and isinstance(loss, (int, float))}.items())
+
+
 # The Trainer reads the log with its state and appends to it: so an entry is in all checkpoints of a run that resumed.
 
 
@@ -140,6 +145,7 @@ TRAINER = Trainer(
     num_steps=_num_steps,
     formula=_formula,
     logged_rates=_logged_rates,
+    logged_losses=_logged_losses,
     mark=_mark,
     marks=_marks,
     log_lags=(1, 0),  # of transformers 5, and of those before
