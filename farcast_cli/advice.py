@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FarcastError, shell_word
-from farcast_cli.predict import Judged, judge, origin_of, plan
+from farcast_cli.prediction import Judged, judge, origin_of, plan
 from farcast_cli.request import Request
 
 if TYPE_CHECKING:

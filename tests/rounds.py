@@ -32,12 +32,13 @@ def step_of(path: Path) -> int:
 
 
 def train_by_trainer(
-    run: Path, resume: str | None, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000
+    run: Path, resume: str | None, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000, log_every: int = 0
 ) -> int:
     """A small regression with AdamW at a constant rate, stopped after some saves; the step that it began at.
 
     Args:
         keep: how many checkpoints the trainer leaves in the folder.
+        log_every: how many steps lie between two logged losses; 0 logs none.
     """
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -79,7 +80,8 @@ def train_by_trainer(
         save_strategy="steps",
         save_steps=SAVE_EVERY,
         save_total_limit=keep,
-        logging_strategy="no",
+        logging_strategy="steps" if log_every else "no",
+        logging_steps=log_every or 500,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,

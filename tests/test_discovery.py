@@ -28,7 +28,7 @@ from farcast_cli.errors import (
 )
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import load_fitted, newer_snapshots
-from farcast_cli.predict import predict
+from farcast_cli.prediction import predict
 from farcast_cli.request import Request
 from farcast_cli.run import entries, trajectory
 from farcast_cli.run.steps import Findings, StepList, parse_steps

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.forecast.significance import Significance
-from farcast_cli.report.page import page
-from farcast_cli.report.panels import headline, panels, sureness
-from farcast_cli.report.story import Course, Story, tell
-from farcast_cli.report.text import COLUMNS
+from farcast_cli.reports.page import page
+from farcast_cli.reports.panels import headline, panels, sureness
+from farcast_cli.reports.story import Course, Story, course_of, tell
+from farcast_cli.reports.text import COLUMNS
 from farcast_cli.request import Request
+from farcast_cli.run.losses import LossLog
 from farcast_cli.run.trajectory import discover
 from tests.conftest import STEPS, loose_name, make_loose_run, tree_digest, weights_at
 
@@ -52,7 +54,8 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sample_story() -> Story:
-    return tell(fit(discover(SAMPLE), num_samples=None), Request())
+    fitted = fit(discover(SAMPLE), num_samples=None)
+    return tell(fitted, Request(), course_of(fitted, losses=None, ledgers=None))
 
 
 def answer(call_cli: CallCli, *arguments: object, cwd: Path) -> Any:
@@ -137,7 +140,8 @@ def test_a_long_history_is_drawn_by_some_of_its_snapshots(tmp_path: Path, call_c
 
 def test_the_losses_are_those_of_the_trainers_log(sample_story: Story) -> None:
     log = json.loads((SAMPLE / "checkpoint-1200" / "trainer_state.json").read_text())["log_history"]
-    assert list(sample_story.course.losses) == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert list(sample_story.course.points("training")) == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert sample_story.course.points("evaluation") == ()
 
 
 def test_an_entry_of_the_log_that_is_no_number_is_no_loss(tmp_path: Path, call_cli: CallCli) -> None:
@@ -146,16 +150,40 @@ def test_an_entry_of_the_log_that_is_no_number_is_no_loss(tmp_path: Path, call_c
     content = json.loads(state.read_text())
     content["log_history"] = [{"step": 50, "loss": "low"}, {"step": 100, "loss": None}, {"step": 150, "loss": 0.5}]
     state.write_text(json.dumps(content))
-    assert answer(call_cli, "report", "run", cwd=tmp_path)["losses"] == [{"step": 150, "loss": 0.5}]
+    assert answer(call_cli, "report", "run", cwd=tmp_path)["losses"] == [{"kind": "training", "step": 150, "loss": 0.5}]
 
 
-def test_a_report_of_losses_from_elsewhere_shows_them_and_the_leaps(work: Path) -> None:
-    course = Course(((100, 2.0), (200, 1.5), (300, 1.0)), ((200, 70),))
+def test_a_report_shows_the_losses_of_a_log_that_the_user_names(work: Path, call_cli: CallCli) -> None:
+    (work / "log.csv").write_text("step,loss,val_loss\n100,2.0,\n200,1.5,1.6\n300,1.0,\n")
+    told = answer(call_cli, "report", "--losses", "log.csv", cwd=work)
+    assert [tuple(one.values()) for one in told["losses"]] == [
+        ("training", 100, 2.0),
+        ("training", 200, 1.5),
+        ("training", 300, 1.0),
+        ("evaluation", 200, 1.6),
+    ]
+    text = call_cli("report", "--losses", "log.csv", "--format", "markdown", cwd=work).stdout
+    assert "The training loss goes from 2 at step 100 to 1 at step 300. The evaluation loss" in text
+
+
+def test_a_report_shows_the_leaps_that_the_run_resumed_from(work: Path) -> None:
+    course = Course(LossLog(Path("log.csv"), ((100, 2.0), (200, 1.5), (300, 1.0))), ((200, 70),))
     told = tell(load_fitted(work / "forecaster.safetensors"), Request(), course)
     (panel,) = [panel for panel in panels(told) if panel.name == "course"]
-    assert panel.message == "The training loss goes from 2 at step 100 to 1 at step 300; 1 leaps, at steps 200."
-    assert panel.table.rows == (("100", "2", ""), ("200", "1.5", "70 steps"), ("300", "1", ""))
-    assert 'aria-labelledby="course-title course-text"' in page(told, "run")
+    assert panel.message.endswith("The run made 1 leap, at step 200.")
+    assert [row[-1] for row in panel.table.rows] == ["", "70 steps", ""]
+    assert 'aria-labelledby="course-title course-text"' in page(told)
+
+
+def test_the_leaps_of_a_report_are_those_of_the_ledger_that_the_run_resumed_from(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run", STEPS)
+    for horizon in (200, 400):  # the run resumes from the second one only
+        done = call_cli("predict", "run", "--horizon", horizon, "--even-if-worse", "--overwrite", cwd=tmp_path)
+        assert done.returncode == 0, done
+    make_loose_run(tmp_path / "run", range(1300, 2000, 100))
+    told = answer(call_cli, "report", "run", cwd=tmp_path)
+    assert told["facts"]["leap before"] == "the history begins after the leap to step 1200"
+    assert told["leaps"] == [{"step": 1200, "horizon": 400}]
 
 
 def test_a_report_says_why_it_has_no_losses(work: Path, call_cli: CallCli) -> None:
@@ -249,7 +277,7 @@ class Parsed(HTMLParser):
 
 
 def test_a_page_is_well_formed_and_has_its_headings_in_the_order_that_decides(sample_story: Story) -> None:
-    parsed = Parsed(page(sample_story, "ckpts"))
+    parsed = Parsed(page(sample_story))
     assert parsed.open == []
     assert parsed.texts["h1"] == [headline(sample_story).title]
     assert parsed.texts["h2"] == HEADINGS
@@ -258,7 +286,7 @@ def test_a_page_is_well_formed_and_has_its_headings_in_the_order_that_decides(sa
 
 
 def test_every_figure_has_its_message_as_text_and_a_table_of_its_numbers(sample_story: Story) -> None:
-    parsed = Parsed(page(sample_story, "ckpts"))
+    parsed = Parsed(page(sample_story))
     pictures = [one for one in parsed.named("svg") if one.get("role") == "img"]
     assert [one["aria-labelledby"] for one in pictures] == [
         f"{panel.name}-title {panel.name}-text" for panel in panels(sample_story)
@@ -270,7 +298,7 @@ def test_every_figure_has_its_message_as_text_and_a_table_of_its_numbers(sample_
 
 
 def test_every_reference_of_a_page_is_to_a_part_of_itself(sample_story: Story) -> None:
-    text = page(sample_story, "ckpts")
+    text = page(sample_story)
     parsed = Parsed(text)
     ids = {attributes.get("id") for _, attributes in parsed.elements}
     links = [
@@ -284,7 +312,7 @@ def test_every_reference_of_a_page_is_to_a_part_of_itself(sample_story: Story) -
 
 
 def test_a_page_is_light_or_dark_as_the_reader_has_it(sample_story: Story) -> None:
-    text = page(sample_story, "ckpts")
+    text = page(sample_story)
     assert text.count("prefers-color-scheme: dark") == 1
     drawn = text[text.index("<body>") :]
     assert re.findall(r"#[0-9a-f]{6}\b", drawn) == []  # every colour is one of the page's variables
@@ -456,13 +484,18 @@ onload = () => {{
 </script>"""
 
 
+def in_a_long_folder(story: Story) -> Story:
+    record = story.fitted.provenance.model_copy(update={"directory": f"{'a-folder/' * 30}{'run' * 30}"})
+    return replace(story, fitted=replace(story.fitted, provenance=record))
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: no chromium on PATH")
 @pytest.mark.parametrize("width", [380, 1400])
 def test_a_browser_shows_a_page_without_overflow_and_with_text_that_can_be_read(
     width: int, tmp_path: Path, sample_story: Story
 ) -> None:
     framed = tmp_path / "framed.html"
-    framed.write_text(MEASURE.format(width=width, page=html.escape(page(sample_story, "a-folder/" * 30))))
+    framed.write_text(MEASURE.format(width=width, page=html.escape(page(in_a_long_folder(sample_story)))))
     command = ["chromium", *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", framed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     found = re.search(r"<title>(\d+) (\d+) ([\d.]+) (\d+)</title>", done.stdout)

@@ -6,17 +6,19 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli import results
-from farcast_cli.report.panels import facts, headline
+from farcast_cli import records, results
+from farcast_cli.reports.panels import facts, headline
+from farcast_cli.run.losses import LOSS_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from farcast_cli.api import Report
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.judgement import BacktestReport, Direction
-    from farcast_cli.leap.ask import Leapt
-    from farcast_cli.report.story import Story
+    from farcast_cli.forecast.worth import Worth
+    from farcast_cli.leaps.ask import Leapt
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.run import TuneOutcome as Tuning
@@ -45,7 +47,7 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
         ),
         num_tensors=len(alignment.tensors) if alignment else 0,
         num_parameters=alignment.num_parameters if alignment else 0,
-        copied=tuple(results.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
+        copied=tuple(records.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
         ignored=tuple(results.IgnoredEntry(path=i.path, reason=i.reason) for i in trajectory.ignored),
         notes=(*trajectory.notes, *(past.cautions if past else ())),
         problems=(*found.problems, *([f"{problem}; {problem.hint}"] if problem else [])),
@@ -59,6 +61,22 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
             for one in (past.leaps if past else ())
         ),
         leap=leap.resumes_after if leap else None,
+    )
+
+
+def _worth(worth: Worth | None) -> results.WorthEntry | None:
+    if worth is None:
+        return None
+    return results.WorthEntry(
+        origin_step=worth.origin_step,
+        kind=worth.kind,
+        trained=worth.trained,
+        loss_before=worth.before,
+        loss_after=worth.after,
+        loss_of_line=worth.line,
+        standard_error=worth.error,
+        steps_sooner=worth.sooner,
+        is_limit=worth.is_limit,
     )
 
 
@@ -78,6 +96,7 @@ def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
         significance=steady.significance.p,
         bytes_read=done.bytes_read,
         seconds=done.seconds,
+        worth=_worth(done.worth),
     )
 
 
@@ -108,11 +127,12 @@ def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
     )
 
 
-def of_report(story: Story, run: str, path: Path | None) -> results.ReportAnswer:
+def of_report(done: Report) -> results.ReportAnswer:
+    story = done.story
     said, (horizon, method) = headline(story), story.tested
     return results.ReportAnswer(
         schema_version=1,
-        path=path,
+        path=done.path,
         title=said.title,
         why=said.why,
         sure=said.sure,
@@ -128,9 +148,13 @@ def of_report(story: Story, run: str, path: Path | None) -> results.ReportAnswer
                 results.TensorErrorEntry(name=one.name, num_elements=one.num_elements, ratio=one.ratio) for one in story.tensors
             ),
         ),
-        losses=tuple(results.LossEntry(step=step, loss=loss) for step, loss in story.course.losses),
+        losses=tuple(
+            results.LossEntry(kind=kind, step=step, loss=loss)
+            for kind in LOSS_KINDS
+            for step, loss in story.course.points(kind)
+        ),
         leaps=tuple(results.MadeLeapEntry(step=step, horizon=length) for step, length in story.course.leaps),
-        facts=dict(facts(story, run)),
+        facts=dict(facts(story)),
     )
 
 
@@ -191,7 +215,7 @@ def _forecast(outcome: Outcome) -> results.Forecast:
         notes=outcome.notes,
         existed=outcome.existed,
         evaluations=tuple(
-            results.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
+            records.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
         ),
     )
 
@@ -218,6 +242,7 @@ def of_leap(done: Leapt, *, dry_run: bool) -> results.LeapAnswer:
         changes=outcome.changes,
         notes=(*done.notes, *outcome.notes),
         evaluations=tuple(results.TrialEntry(strength=t.strength, value=t.value, seconds=t.seconds) for t in outcome.trials),
+        worth=_worth(done.worth),
         dry_run=dry_run,
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farcast_cli import api
 from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_REPORT, DEFAULT_SAMPLE, PrintedForm
 from farcast_cli.commands.fit import fitted_by
 from farcast_cli.commands.options import (
@@ -19,6 +20,7 @@ from farcast_cli.commands.options import (
     IoOption,
     JsonOption,
     LedgerOption,
+    LossesOption,
     PatternOption,
     PurposeOption,
     QuietOption,
@@ -26,17 +28,14 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     choice,
-    env,
     is_given,
-    ledgers_of,
-    resources_of,
-    selection_of,
 )
-from farcast_cli.commands.predict import CHOOSING, source_of
+from farcast_cli.commands.predict import CHOOSING
 from farcast_cli.errors import UsageError
+from farcast_cli.settings import env, fit_request
 
 if TYPE_CHECKING:
-    from farcast_cli.report.story import Story
+    from farcast_cli.api import Report
 
 EXAMPLES = (
     "Examples: farcast report   |   farcast report ckpts/ -o run.png   |   farcast report --format markdown >> summary.md"
@@ -80,6 +79,7 @@ def report(
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
@@ -91,35 +91,50 @@ def report(
     form = "text" if text else form
     place = _place(output, form=form, as_json=json_)
     directory, forecaster = _source(target, forecaster, context)
-    resources = resources_of(device, io, threads)
-    from farcast_cli.forecast.fitting import FitRequest
-    from farcast_cli.report.output import check_form, check_output, write_report
-    from farcast_cli.report.story import tell
-    from farcast_cli.request import Request
-
     of_folder = None
     if directory:
-        selection = selection_of(directory, include, exclude, steps, pattern)
-        of_folder = FitRequest(selection, None if full else sample, ledgers_of(ledger), resources)
-    check_form(place)
-    fitted = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
-    run = str(directory or fitted.provenance.directory)
-    check_output(place, fitted.directory, overwrite=overwrite)
-    request = Request(purpose=purpose, source=source_of(of_folder, forecaster), resources=resources)
-    story = tell(fitted, request)
-    write_report(story, place, run, overwrite=overwrite)
-    _tell(story, run, place, form=form, as_json=json_)
+        of_folder = fit_request(
+            directory,
+            include=include,
+            exclude=exclude,
+            steps=steps,
+            pattern=pattern,
+            sample=sample,
+            full=full,
+            ledger=ledger,
+            device=device,
+            io=io,
+            threads=threads,
+            losses=losses,
+        )
+    run = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
+    done = api.report(
+        run,
+        output=place,
+        overwrite=overwrite,
+        purpose=purpose,
+        ledger=ledger,
+        losses=losses,
+        device=device,
+        io=io,
+        threads=threads,
+    )
+    _tell(done, form=form, as_json=json_)
 
 
 def _place(output: Path | None, *, form: PrintedForm | None, as_json: bool) -> Path | None:
     """The file to write, if one is.
 
     Raises:
-        UsageError: a file and a form to print are asked for, which are two reports.
+        UsageError: a file and a form to print are asked for, which are two reports; or no file of such a name can be made.
     """
     if output and form:
         raise UsageError(f"expected -o FILE or --format {form}, found both", hint="-o report.md writes Markdown into a file")
-    return output or (None if form or as_json else DEFAULT_REPORT)
+    from farcast_cli.reports.output import check_form
+
+    place = output or (None if form or as_json else DEFAULT_REPORT)
+    check_form(place)  # before the run is read
+    return place
 
 
 def _source(target: Path | None, forecaster: Path, context: typer.Context) -> tuple[Path | None, Path]:
@@ -135,16 +150,13 @@ def _source(target: Path | None, forecaster: Path, context: typer.Context) -> tu
     return None, target
 
 
-def _tell(story: Story, run: str, place: Path | None, *, form: PrintedForm | None, as_json: bool) -> None:
+def _tell(done: Report, *, form: PrintedForm | None, as_json: bool) -> None:
     """The path, or the report itself."""
     from farcast_cli.commands import answers, render
-    from farcast_cli.report.text import markdown, terminal
 
     if as_json:
-        render.as_json(answers.of_report(story, run, place))
-    elif form == "markdown":
-        render.text(markdown(story, run))
-    elif form == "text":
-        render.text(terminal(story, run, is_plain=not render.has_blocks()))
-    elif place:
-        render.paths([place])
+        render.as_json(answers.of_report(done))
+    elif form:
+        render.text(done.markdown() if form == "markdown" else done.text(is_plain=not render.has_blocks()))
+    elif done.path:
+        render.paths([done.path])

@@ -113,9 +113,16 @@ def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
     return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
 
 
-def _logged_losses(snapshot: Snapshot) -> list[tuple[int, float]]:
-    entries = [(entry["step"], entry["loss"]) for entry in _logged(snapshot, "step", "loss")]
-    return sorted({step: float(loss) for step, loss in entries if _is_step(step) and isinstance(loss, (int, float))}.items())
+def _logged_losses(snapshot: Snapshot) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    training, evaluation = (
+        [(entry["step"], float(entry[key])) for entry in _logged(snapshot, "step", key) if _is_loss(entry, key)]
+        for key in ("loss", "eval_loss")
+    )
+    return training, evaluation
+
+
+def _is_loss(entry: dict[str, Any], key: str) -> bool:
+    return _is_step(entry["step"]) and isinstance(entry[key], (int, float))
 
 
 # The Trainer reads the log with its state and appends to it: so an entry is in all checkpoints of a run that resumed.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from farcast_cli import __version__
 from farcast_cli.errors import visible
 from farcast_cli.forecast.timeline import evenly
-from farcast_cli.report.panels import facts, headline, panels, short_name
+from farcast_cli.reports.panels import facts, headline, panels, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from farcast_cli.report.panels import Numbers, Panel
-    from farcast_cli.report.story import Story
+    from farcast_cli.reports.panels import Numbers, Panel
+    from farcast_cli.reports.story import Story
 
 COLUMNS = 44
 MAX_ROWS = 12  # of a table on a terminal
@@ -30,20 +30,19 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!&$])")
 # --- a terminal ------------------------------------------------------------------------------------------------------
 
 
-def terminal(story: Story, run: str, *, is_plain: bool = False) -> str:
+def terminal(story: Story, *, is_plain: bool = False) -> str:
     """The report in lines of at most 44 columns.
 
     Args:
-        run: the run's folder, as the user named it.
         is_plain: in ASCII, for a stream that takes no other characters.
     """
-    text = "\n".join(_terminal(story, run, is_plain=is_plain)) + "\n"
+    text = "\n".join(_terminal(story, is_plain=is_plain)) + "\n"
     return text.encode("ascii", "replace").decode() if is_plain else text
 
 
-def _terminal(story: Story, run: str, *, is_plain: bool) -> Iterator[str]:
+def _terminal(story: Story, *, is_plain: bool) -> Iterator[str]:
     said = headline(story)
-    yield from _filled(f"farcast report: {short_name(run)}, step {story.fitted.steps[-1]}")
+    yield from _filled(f"farcast report: {short_name(story)}, step {story.fitted.steps[-1]}")
     yield ""
     yield from _filled(said.title.upper())
     yield from _filled(said.why)
@@ -59,7 +58,7 @@ def _terminal(story: Story, run: str, *, is_plain: bool) -> Iterator[str]:
             yield from _filled(panel.reading)
             yield from _columns(panel.table)
     yield from ("", "THE RUN IN FACTS")
-    for name, value in facts(story, run):
+    for name, value in facts(story):
         yield from _filled(f"{name}: {value}", indent="  ")
 
 
@@ -108,7 +107,7 @@ def _cut(text: str, width: int) -> str:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def markdown(story: Story, run: str) -> str:
+def markdown(story: Story) -> str:
     """The report without pictures, for a CI job's summary."""
     said = headline(story)
     parts = [
@@ -118,8 +117,8 @@ def markdown(story: Story, run: str) -> str:
         f"Next: {_inert(said.next_step)}",
         *(part for panel in panels(story) for part in _panel(panel)),
         "## The run in facts",
-        _rows(("what", "value"), facts(story, run)),
-        f"farcast {__version__}, run {_inert(short_name(run))}, step {story.fitted.steps[-1]}",
+        _rows(("what", "value"), facts(story)),
+        f"farcast {__version__}, run {_inert(short_name(story))}, step {story.fitted.steps[-1]}",
     ]
     return "\n\n".join(parts) + "\n"
 

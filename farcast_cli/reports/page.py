@@ -8,30 +8,26 @@ from typing import TYPE_CHECKING
 
 from farcast_cli import __version__
 from farcast_cli.errors import visible
-from farcast_cli.report.figures import DARK, LIGHT, figures
-from farcast_cli.report.panels import CASES, facts, headline, panels, short_name
-from farcast_cli.report.svg import inlined
+from farcast_cli.reports.figures import DARK, LIGHT, figures
+from farcast_cli.reports.panels import CASES, facts, headline, panels, short_name
+from farcast_cli.reports.svg import inlined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.report.panels import Numbers, Panel
-    from farcast_cli.report.story import Story
+    from farcast_cli.reports.panels import Numbers, Panel
+    from farcast_cli.reports.story import Story
 
 _COMMAND = re.compile(r"(farcast .*?)( writes the .*| is supported .*)?")
 OPACITIES = ((0.9, 0.75, 0.65), (0.9, 0.15, 0.05), (0.08, 0.05, 0.08))
 """Of small heat maps that show each of `CASES`: cells that lie one, two and three moves apart."""
 
 
-def page(story: Story, run: str) -> str:
-    """The whole file.
-
-    Args:
-        run: the run's folder, as the user named it.
-    """
+def page(story: Story) -> str:
+    """The whole file."""
     drawn = figures(story)
     said = headline(story)
-    body = "\n".join([_head(story, run), *(_section(panel, drawn) for panel in panels(story)), _facts(story, run)])
+    body = "\n".join([_head(story), *(_section(panel, drawn) for panel in panels(story)), _facts(story)])
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -40,7 +36,7 @@ def page(story: Story, run: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="generator" content="farcast {__version__}">
-<title>{_text(said.title)} · {_text(short_name(run))}</title>
+<title>{_text(said.title)} · {_text(short_name(story))}</title>
 <style>{_variables()}{STYLE}</style>
 </head>
 <body>
@@ -57,7 +53,7 @@ def _text(text: str) -> str:
     return html.escape(visible(text))
 
 
-def _head(story: Story, run: str) -> str:
+def _head(story: Story) -> str:
     said = headline(story)
     sure = f'<p class="sure">{_text(said.sure)}</p>' if said.sure else ""
     numbers = "".join(
@@ -65,7 +61,7 @@ def _head(story: Story, run: str) -> str:
         for name, value, remark in said.figures
     )
     return f"""<header>
-<p class="kicker">farcast report · <span>{_text(short_name(run))}</span> · step {story.fitted.steps[-1]}</p>
+<p class="kicker">farcast report · <span>{_text(short_name(story))}</span> · step {story.fitted.steps[-1]}</p>
 <h1>{_text(said.title)}</h1>
 <p class="why">{_text(said.why)}</p>
 {sure}
@@ -126,8 +122,8 @@ def _table(table: Numbers) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _facts(story: Story, run: str) -> str:
-    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts(story, run))
+def _facts(story: Story) -> str:
+    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts(story))
     return f"""<section id="facts">
 <h2>The run in facts</h2>
 <dl class="facts">{rows}</dl>

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from farcast_cli import __version__
 from farcast_cli.errors import listed, visible
 from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.run.losses import LOSS_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.backtest import Score
     from farcast_cli.forecast.judgement import BacktestReport, TensorError
     from farcast_cli.forecast.significance import Significance
-    from farcast_cli.report.story import Proposal, Story
+    from farcast_cli.reports.story import Proposal, Story
+    from farcast_cli.run.losses import LossKind, Points
 
 MAX_METHODS = 3  # of a back-test, besides the one that predict uses
 MAX_EACH = 10  # of the most exact tensors, and of the least exact ones
@@ -258,24 +260,35 @@ def shown_tensors(story: Story) -> tuple[list[TensorError], list[TensorError]]:
 
 
 def _course(story: Story) -> Panel:
-    losses, leaps = story.course.losses, story.course.leaps
-    message = f"No losses are known: {story.course.why_none}."
-    if losses:
-        told = (
-            f"{len(leaps)} leaps, at steps {listed(step for step, _ in leaps)}"
-            if leaps
-            else "the run made no leap that its log tells of"
-        )
-        message = f"The training loss goes from {losses[0][1]:.3g} at step {losses[0][0]} to {losses[-1][1]:.3g} at step {losses[-1][0]}; {told}."
-    rows = tuple((str(step), f"{loss:.4g}", _leap_at(leaps, step)) for step, loss in losses)
+    course = story.course
+    found = [(kind, course.points(kind)) for kind in LOSS_KINDS if course.points(kind)]
+    message = " ".join(_losses(kind, points) for kind, points in found) or f"No losses are known: {course.why_none}."
+    if found:
+        message += f" {_leaps(story)}"
+    rows = tuple(
+        (kind, str(step), f"{loss:.4g}", _leap_at(course.leaps, step)) for kind, points in found for step, loss in points
+    )
     return Panel(
         "course",
         "Loss and leaps",
         message,
-        "The training loss in the trainer's log.",
+        "The losses that the run logged.",
         "At a dashed line, training resumed from a forecast; the shaded time after it is as long as the leap.",
-        Numbers(("step", "loss", "leap"), rows),
+        Numbers(("loss", "step", "value", "leap"), rows),
     )
+
+
+def _losses(kind: LossKind, points: Points) -> str:
+    (first, before), (last, after) = points[0], points[-1]
+    return f"The {kind} loss goes from {before:.3g} at step {first} to {after:.3g} at step {last}."
+
+
+def _leaps(story: Story) -> str:
+    leaps, worth = story.course.leaps, story.course.worth
+    if not leaps:
+        return "No leap is known."
+    many = f"The run made {len(leaps)} leap{'s' * (len(leaps) > 1)}, at step {listed(step for step, _ in leaps)}."
+    return f"{many} {worth.told().capitalize()}." if worth else many
 
 
 def _leap_at(leaps: tuple[tuple[int, int], ...], step: int) -> str:
@@ -285,19 +298,19 @@ def _leap_at(leaps: tuple[tuple[int, int], ...], step: int) -> str:
 # --- the facts -------------------------------------------------------------------------------------------------------
 
 
-def facts(story: Story, run: str) -> tuple[tuple[str, str], ...]:
+def facts(story: Story) -> tuple[tuple[str, str], ...]:
     """The run in facts.
 
     Args:
         run: its folder, as the user named it.
     """
-    return tuple((name, visible(value)) for name, value in _facts(story, run) if value)
+    return tuple((name, visible(value)) for name, value in _facts(story) if value)
 
 
-def _facts(story: Story, run: str) -> Iterator[tuple[str, str]]:
+def _facts(story: Story) -> Iterator[tuple[str, str]]:
     record, steps = story.fitted.provenance, story.fitted.steps
     num_values = sum(math.prod(tensor.shape) for tensor in record.tensors)
-    yield "run", run
+    yield "run", record.directory
     yield "layout", record.layout
     yield "snapshots", f"{len(steps)}, steps {steps[0]} to {steps[-1]}"
     yield "parameters", f"{num_values:,} in {len(record.tensors)} tensors"
@@ -325,13 +338,10 @@ def _counted(kinds: Iterator[str]) -> str:
     return ", ".join(f"{kind} ({count})" for kind, count in Counter(kinds).most_common())
 
 
-def short_name(run: str) -> str:
-    """The last part of a path, which people know a run by.
-
-    >>> short_name("../runs/gpt/"), short_name(".")
-    ('gpt', '.')
-    """
-    return PurePath(run).name or run
+def short_name(story: Story) -> str:
+    """The name of the run's folder, which people know a run by."""
+    place = story.fitted.provenance.directory
+    return PurePath(place).name or place
 
 
 def number(value: float, *, digits: int = 2) -> str:

@@ -11,14 +11,18 @@ import numpy as np
 from farcast_cli.advice import advice
 from farcast_cli.errors import FarcastError
 from farcast_cli.forecast.backtest import judge_direction, needed_direction
-from farcast_cli.forecast.forecaster_file import reopen
+from farcast_cli.forecast.history import made_leaps
 from farcast_cli.forecast.judgement import directions, report_backtest, tensor_errors
+from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.timeline import evenly
-from farcast_cli.predict import judge
-from farcast_cli.trainers import trainer_of
+from farcast_cli.forecast.worth import span_of, worth_of
+from farcast_cli.prediction import judge
+from farcast_cli.run.losses import losses_of
+from farcast_cli.run.trajectory import discover
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -26,7 +30,11 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.backtest import Needed
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.judgement import BacktestReport, Direction, TensorError
+    from farcast_cli.forecast.ledger import Leap
+    from farcast_cli.forecast.state_ledger import Ledgers
+    from farcast_cli.forecast.worth import Worth
     from farcast_cli.request import Outcome, Request
+    from farcast_cli.run.losses import LossKind, LossLog, Points
 
 MAX_MOVES = 32  # of a heat map: more cells are smaller than a reader can tell apart, and make a page of megabytes
 
@@ -72,12 +80,18 @@ class Moves:
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """The losses of the run as (step, loss), and its leaps as (step at which training resumed, horizon)."""
+    """The losses of the run, and its leaps as (step at which training resumed, horizon)."""
 
-    losses: tuple[tuple[int, float], ...] = ()
+    losses: LossLog | None = None
     leaps: tuple[tuple[int, int], ...] = ()
+    worth: Worth | None = None
+    """What the losses say of the last leap."""
     why_none: str = ""
     """Why there are no losses."""
+
+    def points(self, kind: LossKind) -> Points:
+        """The losses of a kind by step."""
+        return self.losses.of(kind) if self.losses else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +111,11 @@ class Story:
 
 
 def tell(fitted: Fitted, request: Request, course: Course | None = None) -> Story:
-    """The story of a run. Reads no tensor; of the run's files only the newest snapshot's headers, if it is still there.
+    """The story of a run. Reads no tensor; of the run's files only headers, if they are still there.
 
     Args:
         request: what `predict` would be asked for; its horizons are not given.
-        course: the losses and leaps; the ones in the trainer's own log by default.
+        course: the losses and leaps; by default there are none.
     """
     proposal = propose(fitted, request)
     device = request.resources.device
@@ -117,7 +131,7 @@ def tell(fitted: Fitted, request: Request, course: Course | None = None) -> Stor
         backtest,
         (horizon, method),
         tuple(sorted(tensors, key=lambda one: (math.isnan(one.ratio), one.ratio, one.name))),
-        course_of(fitted) if course is None else course,
+        course or Course(why_none="nobody looked for them"),
     )
 
 
@@ -150,18 +164,35 @@ def moves_of(fitted: Fitted, *, most: int = MAX_MOVES) -> Moves:
     return Moves(tuple(int(step) for step in chosen.steps), chosen.move_cosines(), gram.num_snapshots)
 
 
-def course_of(fitted: Fitted) -> Course:
-    """The losses in the trainer's log, and the leaps that its newest snapshot is marked with."""
+def course_of(fitted: Fitted, *, losses: Path | None, ledgers: Ledgers | None) -> Course:
+    """The losses that the run logged, and the leaps that it resumed from.
+
+    Args:
+        losses: the log that the user names; by default it is looked for where trainers keep it.
+
+    Raises:
+        FarcastError: the named log cannot be read.
+    """
     try:
-        newest = reopen(fitted, len(fitted.steps) - 1)
-        trainer = trainer_of(newest)
-        losses = tuple((step, loss) for step, loss in trainer.logged_losses(newest) if math.isfinite(loss))
-        leaps = tuple((mark.step, mark.valid_step - mark.origin_step) for mark in trainer.marks(newest))
+        trajectory = discover(fitted.directory, pattern=fitted.provenance.pattern)
+        known = known_leaps(ledgers, trajectory).leaps
+        made = _in_turn(made_leaps(trajectory, known))
     except FarcastError as error:
         return Course(why_none=str(error))
-    return Course(
-        losses, leaps, "" if losses else "the snapshots contain no losses; only a Hugging Face Trainer's log has them"
-    )
+    log = losses_of(trajectory, losses)
+    leaps = tuple((leap.resumes_after, leap.valid_step - leap.origin_step) for leap in made)
+    worth = worth_of(log, span_of(known, made[-1].origin_step, made[-1].resumes_after)) if made else None
+    why_none = log.unread if log is not None and log.unread else "farcast found no log of them (--losses FILE names one)"
+    return Course(log or None, leaps, worth, "" if log else why_none)
+
+
+def _in_turn(leaps: Sequence[Leap]) -> list[Leap]:
+    """The leaps that a run can have made one after another: of several from one snapshot, the last."""
+    return [
+        leap
+        for number, leap in enumerate(leaps, 1)
+        if all(later.origin_step >= max(leap.resumes_after, leap.origin_step + 1) for later in leaps[number:])
+    ]
 
 
 def _mean(values: NDArray[np.float64] | Sequence[float]) -> float:

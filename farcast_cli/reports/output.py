@@ -12,13 +12,12 @@ from farcast_cli.files.place import check_place, open_new
 from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.files.staged import staged
 from farcast_cli.optional import need
-from farcast_cli.report.text import markdown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.files.staged import Check
-    from farcast_cli.report.story import Story
+    from farcast_cli.reports.story import Story
 
 ENDINGS = (".html", ".png", ".md")
 MAX_BYTES = 1 << 26  # of a file that can be a report
@@ -51,32 +50,31 @@ def check_output(place: Path | None, run: Path, *, overwrite: bool) -> None:
         check_place(place, run=run, existing=_existing(overwrite=overwrite))
 
 
-def write_report(story: Story, place: Path | None, run: str, *, overwrite: bool) -> None:
+def write_report(story: Story, place: Path | None, *, overwrite: bool) -> None:
     """Write the report, completely or not at all. It is as private as the run's newest snapshot, if that is still there.
-
-    Args:
-        run: the run's folder, as the user named it.
 
     Raises:
         OutputError: it cannot be written.
     """
     if place is None:
         return
-    raw, newest = _content(story, place, run), story.fitted.directory / story.fitted.provenance.snapshots[-1].path
+    raw, newest = _content(story, place), story.fitted.directory / story.fitted.provenance.snapshots[-1].path
     with staged(place, check=_existing(overwrite=overwrite)) as temporary, open_new(temporary, like=newest) as file:
         file.write(raw)
 
 
-def _content(story: Story, place: Path, run: str) -> bytes:
+def _content(story: Story, place: Path) -> bytes:
     if place.suffix == ".md":
-        return _marked(markdown(story, run))
+        from farcast_cli.reports.text import markdown
+
+        return _marked(markdown(story))
     if place.suffix == ".png":
-        from farcast_cli.report.figures import picture
+        from farcast_cli.reports.figures import picture
 
-        return picture(story, run, software=f"{SOFTWARE} {__version__}")
-    from farcast_cli.report.page import page
+        return picture(story, software=f"{SOFTWARE} {__version__}")
+    from farcast_cli.reports.page import page
 
-    return _marked(page(story, run))
+    return _marked(page(story))
 
 
 def _marked(text: str) -> bytes:

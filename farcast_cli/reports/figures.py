@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from farcast_cli.errors import visible
 from farcast_cli.forecast.timeline import evenly
-from farcast_cli.report.panels import CASES, NO_VALUE, headline, panels, short_name, shown_methods, shown_tensors
+from farcast_cli.reports.panels import CASES, NO_VALUE, headline, panels, short_name, shown_methods, shown_tensors
+from farcast_cli.run.losses import LOSS_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.forecast.judgement import TensorError
-    from farcast_cli.report.panels import Panel
-    from farcast_cli.report.story import Story
+    from farcast_cli.reports.panels import Panel
+    from farcast_cli.reports.story import Story
 
 
 LIGHT = {
@@ -62,6 +64,7 @@ COLUMNS = (("moves", "backtest", "course"), ("directions", "tensors"))
 MARGIN, HEAD, TITLE = 40.0, 258.0, 84.0  # of the picture: between its parts, of the headline, of a panel's title and message
 MAX_LINE = 64  # characters of a panel's message
 DPI = 108
+MAX_MARKED = 40  # losses: more markers would touch
 LEFT, RIGHT = 52.0, 14.0
 TEXT, SMALL = 12.5, 12.0
 ROW = 33.0  # of a bar with its name above it
@@ -127,7 +130,7 @@ def figures(story: Story) -> dict[str, str]:
     """The SVG of each panel that has something to draw, by the panel's name."""
     found = {}
     for panel in _drawn(story):
-        with mpl.rc_context(STYLE):
+        with _styled():
             height = _height(panel.name, story)
             figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
             DRAW[panel.name](Sheet(figure, height), story)
@@ -137,25 +140,33 @@ def figures(story: Story) -> dict[str, str]:
     return found
 
 
-def picture(story: Story, run: str, *, software: str) -> bytes:
+def picture(story: Story, *, software: str) -> bytes:
     """All panels in two columns under the headline, as a PNG.
 
     Args:
-        run: the run's folder, as the user named it.
         software: what the file says of who wrote it.
     """
     known = {panel.name: panel for panel in _drawn(story)}
     columns = [[known[name] for name in names if name in known] for names in COLUMNS]
     height = HEAD + max(sum(_placed_height(panel, story) for panel in column) for column in columns)
-    with mpl.rc_context({**STYLE, "figure.facecolor": LIGHT["ground"]}):
-        figure = Figure(figsize=((2 * WIDTH + 3 * MARGIN) / 72, height / 72), dpi=DPI)
-        _draw_head(Sheet(figure, HEAD, MARGIN), story, run)
+    with _styled():
+        figure = Figure(figsize=((2 * WIDTH + 3 * MARGIN) / 72, height / 72), dpi=DPI, facecolor=LIGHT["ground"])
+        _draw_head(Sheet(figure, HEAD, MARGIN), story)
         for place, column in enumerate(columns):
             top = HEAD
             for panel in column:
                 _draw_panel(Sheet(figure, TITLE, MARGIN + place * (WIDTH + MARGIN), top), panel, story)
                 top += _placed_height(panel, story)
         return _png(figure, software)
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """Matplotlib's own defaults and our style, whatever the user's settings are: a report looks the same everywhere."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        yield
 
 
 def _png(figure: Figure, software: str) -> bytes:
@@ -190,9 +201,9 @@ def _drawn(story: Story) -> list[Panel]:
     return [panel for panel in panels(story) if panel.table.rows]
 
 
-def _draw_head(sheet: Sheet, story: Story, run: str) -> None:
+def _draw_head(sheet: Sheet, story: Story) -> None:
     said = headline(story)
-    kicker = f"farcast report · {short_name(run)} · step {story.fitted.steps[-1]}"
+    kicker = f"farcast report · {short_name(story)} · step {story.fitted.steps[-1]}"
     sheet.write(0, 36, kicker, fontsize=TEXT, color=LIGHT["muted"])
     sheet.write(0, 78, said.title, fontsize=40, weight="bold")
     for line, (text, colour) in enumerate(((said.why, "ink"), (said.sure, "muted"))):
@@ -380,14 +391,19 @@ def _number(ratio: float) -> str:
 
 
 def _draw_course(sheet: Sheet, story: Story) -> None:
-    axes = sheet.axes(LEFT, 38, RIGHT, 12)
-    steps, losses = zip(*story.course.losses, strict=True)
-    for start, horizon in story.course.leaps:
+    course = story.course
+    kinds = [kind for kind in LOSS_KINDS if course.points(kind)]
+    axes = sheet.axes(LEFT, 38, RIGHT, 26)
+    for start, horizon in course.leaps:
         axes.axvspan(start, start + horizon, color=LIGHT["zone"], linewidth=0, zorder=0)
-        axes.axvline(start, color=LIGHT["warm"], linewidth=1.2, linestyle="--")
-    axes.plot(steps, losses, color=LIGHT["blue"], marker="o" if len(steps) < 40 else "", markersize=3.5)  # noqa: PLR2004
+        axes.axvline(start, color=LIGHT["ink"], linewidth=1, linestyle="--")
+    for kind in kinds:
+        colour, dash, marker = LINES[LOSS_KINDS.index(kind)]
+        steps, losses = zip(*course.points(kind), strict=True)
+        shown = marker if len(steps) <= MAX_MARKED else ""
+        axes.plot(steps, losses, color=LIGHT[colour], linestyle=dash, marker=shown, markersize=3.5, label=f"{kind} loss")
+    _legend(axes, 2)
     axes.set_xlabel("step", labelpad=2)
-    axes.set_ylabel("training loss", labelpad=4)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -13,6 +13,7 @@ from farcast_cli.choices import DEFAULT_FOLDER
 if TYPE_CHECKING:
     from farcast_cli.choices import ClockName
     from farcast_cli.forecast.momentum import Momentum
+    from farcast_cli.forecast.worth import Worth
     from farcast_cli.request import Outcome, Request
     from farcast_cli.run.selection import Selection
 
@@ -30,6 +31,8 @@ class Ask:
     gain: float | None = None
     """A fixed gain, in place of the steered one."""
     max_gain: float | None = None
+    losses: Path | None = None
+    """The run's log of losses, if it is not where it is looked for."""
 
     @property
     def limit(self) -> float:
@@ -73,3 +76,5 @@ class Leapt:
     notes: tuple[str, ...] = ()
     signal: float = math.nan
     """Of the loss: the share of its usual fall that a stretch more in the remembered direction gives."""
+    worth: Worth | None = None
+    """What the losses that the run logged say of the last leap."""
