@@ -280,7 +280,7 @@ class LeapAnswer(Answer):
 class MovesEntry(AnswerPart):
     """The moves between neighbouring snapshots."""
 
-    steps: tuple[int, ...] = Field(description="the snapshots' steps; of a long history some, evenly chosen")
+    steps: tuple[int, ...] = Field(description="the snapshots' steps; of a long history every second or third, and so on")
     cosines: tuple[tuple[Figure, ...], ...] = Field(description="cosines between the moves, row by row")
 
 

@@ -130,12 +130,14 @@ def test_a_tensors_error_is_that_of_a_back_test_of_this_tensor_alone(work: Path,
     assert ratios == sorted(ratios)
 
 
-def test_a_long_history_is_drawn_by_some_of_its_snapshots(tmp_path: Path, call_cli: CallCli) -> None:
-    make_loose_run(tmp_path / "run", range(10, 510, 10))
-    told = answer(call_cli, "report", "run", cwd=tmp_path)
-    assert len(told["moves"]["steps"]) == 33
-    assert (told["moves"]["steps"][0], told["moves"]["steps"][-1]) == (10, 500)
-    assert "33 of 50 snapshots" in call_cli("report", "run", "--format", "markdown", cwd=tmp_path).stdout
+@pytest.mark.parametrize(("last", "steps"), [(330, range(10, 340, 10)), (340, range(20, 350, 20)), (650, range(10, 660, 20))])
+def test_of_a_long_history_every_second_snapshot_is_drawn_up_to_the_last(
+    last: int, steps: range, tmp_path: Path, call_cli: CallCli
+) -> None:
+    make_loose_run(tmp_path / "run", range(10, last + 10, 10), shapes={"w": (8, 8)})
+    assert answer(call_cli, "report", "run", cwd=tmp_path)["moves"]["steps"] == list(steps)
+    told = call_cli("report", "run", "--format", "markdown", cwd=tmp_path).stdout
+    assert ("Each move spans 2 distances" in told) == (steps.step == 20)
 
 
 def test_the_losses_are_those_of_the_trainers_log(sample_story: Story) -> None:
@@ -217,7 +219,7 @@ def test_a_run_that_is_over_is_not_told_to_keep_training(tmp_path: Path, call_cl
 
 def test_a_report_for_evaluation_names_the_step_to_evaluate(work: Path, call_cli: CallCli) -> None:
     told = answer(call_cli, "report", "--for", "evaluation", cwd=work)
-    assert told["title"] == f"Evaluate step {told['forecast']['valid_step']}"
+    assert told["title"] == f"Evaluate the trend at step {told['forecast']['valid_step']}"
     assert told["next"] == "farcast predict --for evaluation"
 
 

@@ -212,12 +212,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _option_of(key: str) -> str:
     """The parameter that a key of the file stands for."""
-    return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
+    return {"for": "purpose", "format": "form", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
 def _key_of(option: str) -> str:
     """The key of the file that stands for a parameter."""
-    return {"purpose": "for", "json_": "json", "round_": "round"}.get(option, option)
+    return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 
 
 def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:

@@ -57,7 +57,7 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            envvar=env("OUTPUT"),
+            envvar=env("REPORT"),
             metavar="FILE.html|.png|.md",
             help="The file to write: a page, a picture or Markdown. Default: report.html, or no file with --format, --text or --json.",
         ),

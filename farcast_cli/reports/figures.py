@@ -170,17 +170,8 @@ def _styled() -> Iterator[None]:
 
 
 def _png(figure: Figure, software: str) -> bytes:
-    """A figure with few colours, which make a file of a fifth of the size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    canvas, raw, info = FigureCanvasAgg(figure), io.BytesIO(), PngInfo()
-    canvas.draw()  # type: ignore[no-untyped-call]
-    info.add_text("Software", software)
-    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-    image = Image.fromarray(pixels).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(raw, "PNG", optimize=True, pnginfo=info)
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", metadata={"Software": software}, pil_kwargs={"optimize": True})
     return raw.getvalue()
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from farcast_cli.reports.story import Story
 
 _COMMAND = re.compile(r"(farcast .*?)( writes the .*| is supported .*)?")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 OPACITIES = ((0.9, 0.75, 0.65), (0.9, 0.15, 0.05), (0.08, 0.05, 0.08))
 """Of small heat maps that show each of `CASES`: cells that lie one, two and three moves apart."""
 
@@ -53,19 +54,25 @@ def _text(text: str) -> str:
     return html.escape(visible(text))
 
 
+def _prose(text: str) -> str:
+    """The same, with options that no line break cuts."""
+    return _OPTION.sub(r'<span class="option">\g<0></span>', _text(text))
+
+
 def _head(story: Story) -> str:
     said = headline(story)
     sure = f'<p class="sure">{_text(said.sure)}</p>' if said.sure else ""
-    numbers = "".join(
+    cells = "".join(
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)} <small>{_text(remark)}</small></dd></div>"
         for name, value, remark in said.figures
     )
+    numbers = f'<dl class="numbers">{cells}</dl>' if cells else ""
     return f"""<header>
 <p class="kicker">farcast report · <span>{_text(short_name(story))}</span> · step {story.fitted.steps[-1]}</p>
 <h1>{_text(said.title)}</h1>
-<p class="why">{_text(said.why)}</p>
+<p class="why">{_prose(said.why)}</p>
 {sure}
-<dl class="numbers">{numbers}</dl>
+{numbers}
 <div class="next"><span>Next</span> {_next(said.next_step)}</div>
 </header>"""
 
@@ -79,7 +86,7 @@ def _next(text: str) -> str:
 def _way(text: str) -> str:
     """A way to go on, with its command set apart."""
     match = _COMMAND.fullmatch(text)
-    return f"<code>{_text(match[1])}</code>{_text(match[2] or '')}" if match else _text(text)
+    return f"<code>{_text(match[1])}</code>{_prose(match[2] or '')}" if match else _prose(text)
 
 
 def _section(panel: Panel, drawn: dict[str, str]) -> str:
@@ -94,7 +101,7 @@ def _section(panel: Panel, drawn: dict[str, str]) -> str:
 <details><summary>Table of the numbers</summary>{_table(panel.table)}</details>"""
     return f"""<section id="{panel.name}">
 <h2>{_text(panel.title)}</h2>
-<p>{_text(panel.message)}</p>
+<p>{_prose(panel.message)}</p>
 {figure}
 </section>"""
 
@@ -167,6 +174,8 @@ code { font: 15px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; backg
 h2 { font-size: 19px; line-height: 1.3; margin-bottom: 6px; }
 section p { margin-bottom: 14px; }
 figure > svg { display: block; width: 100%; max-width: 460px; height: auto; overflow: visible; }
+.option { white-space: nowrap; }
+#moves figure > svg path { shape-rendering: crispEdges; }
 figure > svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { color: var(--muted); font-size: 14px; margin-top: 8px; }
 .key { list-style: none; padding: 0; margin-top: 10px; display: grid; gap: 6px; font-size: 14px; }
@@ -185,6 +194,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .facts dt { color: var(--muted); }
 @media (min-width: 860px) { main { grid-template-columns: repeat(2, minmax(0, 1fr)); padding-top: 56px; }
   main { grid-template-rows: auto auto auto 1fr; } #tensors { grid-row: span 2; } }
-@media print { main { padding: 0; gap: 24px 40px; } details { display: none; } section, .numbers { break-inside: avoid; }
-  body { font-size: 12px; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+@media print { main { padding: 0; gap: 26px 36px; grid-template-columns: repeat(2, minmax(0, 1fr)); } details { display: none; }
+  section, .numbers { break-inside: avoid; } body { font-size: 12px; } h1 { font-size: 40px; } h2 { font-size: 14px; }
+  .why, .sure { font-size: 14px; } .numbers dd { font-size: 18px; } figcaption, .key, .facts, .kicker { font-size: 11px; }
+  .facts div { padding: 2px 0; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

@@ -98,8 +98,11 @@ def _evaluation(found: Proposal) -> tuple[str, str]:
     outcome, decision = found.outcome, found.outcome.decision
     if decision.verdict != "forecast":
         return "Evaluate the last snapshot", f"No forecast is expected to be nearer to later weights: {decision.reason}."
-    what = "the weights without their noise" if not outcome.horizon else f"a forecast {outcome.horizon} steps ahead"
-    return f"Evaluate step {outcome.valid_step}", f"farcast writes {what}: {decision.reason}."
+    if found.is_average:
+        return f"Evaluate the {outcome.method} at step {outcome.valid_step}", (
+            "It combines the last snapshots, so that the weights lose their noise. Do not resume from it."
+        )
+    return f"Evaluate a forecast of step {outcome.valid_step}", f"{decision.reason.capitalize()}. Do not resume from it."
 
 
 def sureness(significance: Significance) -> str:
@@ -121,15 +124,21 @@ def _of_100(share: float) -> str:
 
 def _deciding(found: Proposal) -> Iterator[tuple[str, str, str]]:
     decision = found.outcome.decision
+    if found.purpose == "resume":
+        yield from _of_direction(found)
+    if math.isfinite(decision.ratio) and not found.is_average:
+        yield "back-test b", shown_number(decision.ratio), "1: no better"
+    if math.isfinite(decision.expected):
+        yield "expected error", shown_number(decision.expected), "1: no forecast"
+
+
+def _of_direction(found: Proposal) -> Iterator[tuple[str, str, str]]:
+    decision = found.outcome.decision
     yield "direction S", shown_number(decision.coherence), f"needed {found.needed.whole:.2g}"
     if math.isfinite(decision.recent):
         yield "recent S", shown_number(decision.recent), f"needed {found.needed.recent:.2g}"
     if math.isfinite(decision.significance.p):
         yield "chance p", f"{decision.significance.p:.2g}", f"at most {decision.significance.limit:.2g}"
-    if math.isfinite(decision.ratio):
-        yield "back-test b", shown_number(decision.ratio), "1: no better"
-    if math.isfinite(decision.expected):
-        yield "expected error", shown_number(decision.expected), "1: no forecast"
 
 
 # --- the panels ------------------------------------------------------------------------------------------------------
@@ -137,11 +146,11 @@ def _deciding(found: Proposal) -> Iterator[tuple[str, str, str]]:
 
 def _moves(story: Story) -> Panel:
     moves = story.moves
-    few = f" The picture shows {len(moves.steps)} of {moves.num_snapshots} snapshots, evenly chosen."
+    few = f" Each move spans {moves.every} distances between snapshots." if moves.every > 1 else ""
     message = (
         f"Mean cosine of a move and the next one: {shown_number(moves.next_mean)};"
         f" of moves at least half the history apart: {shown_number(moves.far_mean)}."
-        f"{few if len(moves.steps) < moves.num_snapshots else ''}"
+        f"{few}"
     )
     spans = list(zip(moves.steps, moves.steps[1:], strict=False))
     cosines = [float("nan"), *(float(moves.cosines[i, i + 1]) for i in range(len(spans) - 1))]
@@ -237,7 +246,7 @@ def _tensors(story: Story) -> Panel:
     message = "The history is too short to test the tensors."
     if moved:
         message = (
-            f"{worse} of {len(moved)} tensors are worse than no forecast: b is {number(moved[0].ratio)} to"
+            f"{worse} of {len(moved)} tensors {'is' if worse == 1 else 'are'} worse than no forecast: b is {number(moved[0].ratio)} to"
             f" {number(moved[-1].ratio)}."
         )
     rows = tuple((one.name, f"{one.num_elements:,}", number(one.ratio)) for one in shown)

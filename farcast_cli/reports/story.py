@@ -14,7 +14,6 @@ from farcast_cli.forecast.backtest import judge_direction, needed_direction
 from farcast_cli.forecast.history import made_leaps
 from farcast_cli.forecast.judgement import directions, report_backtest, tensor_errors
 from farcast_cli.forecast.state_ledger import known_leaps
-from farcast_cli.forecast.timeline import evenly
 from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.prediction import judge
 from farcast_cli.run.losses import losses_of
@@ -49,6 +48,8 @@ class Proposal:
     """What S must exceed at this horizon."""
     is_steady: bool
     """Whether S and p allow it, before the back-test ratio is asked."""
+    is_average: bool
+    """Whether it is an average of snapshots, to evaluate, which the back-test does not judge."""
     is_over: bool
     """Whether the run has no step left to leap over."""
     next_step: str
@@ -63,8 +64,8 @@ class Moves:
 
     steps: tuple[int, ...]
     cosines: NDArray[np.float64]
-    num_snapshots: int
-    """Of the history. Of a long one some enter, evenly chosen."""
+    every: int
+    """How many of the history's moves one of these spans."""
 
     @property
     def next_mean(self) -> float:
@@ -150,6 +151,7 @@ def propose(fitted: Fitted, request: Request) -> Proposal:
         outcome,
         needed_direction(steady, task),
         judge_direction(steady, task)[0],
+        judged.method.averages and not math.isfinite(outcome.decision.expected),
         judged.start is not None and judged.start.ends_before(1),
         f"farcast predict{request.source}{option}" if is_written else advice(fitted, request, [outcome]),
         note,
@@ -157,11 +159,11 @@ def propose(fitted: Fitted, request: Request) -> Proposal:
 
 
 def moves_of(fitted: Fitted, *, most: int = MAX_MOVES) -> Moves:
-    """The moves of a history, at most so many."""
+    """The moves of a history; of many snapshots every second one enters, or every third, so that there are at most so many."""
     gram = fitted.judged()[0]
-    keep = evenly(gram.num_snapshots, most + 1)
-    chosen = gram if len(keep) == gram.num_snapshots else gram.restrict(keep)
-    return Moves(tuple(int(step) for step in chosen.steps), chosen.move_cosines(), gram.num_snapshots)
+    every = -(-(gram.num_snapshots - 1) // most)
+    chosen = gram if every == 1 else gram.restrict(range((gram.num_snapshots - 1) % every, gram.num_snapshots, every))
+    return Moves(tuple(int(step) for step in chosen.steps), chosen.move_cosines(), every)
 
 
 def course_of(fitted: Fitted, *, losses: Path | None, ledgers: Ledgers | None) -> Course:

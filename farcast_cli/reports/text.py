@@ -113,7 +113,7 @@ def markdown(story: Story) -> str:
     parts = [
         f"# {_inert(said.title)}",
         f"{_inert(said.why)} {_inert(said.sure)}".strip(),
-        _rows(("number", "value", "limit"), said.figures),
+        *([_rows(("number", "value", "limit"), said.figures)] if said.figures else []),
         f"Next: {_inert(said.next_step)}",
         *(part for panel in panels(story) for part in _panel(panel)),
         "## The run in facts",
