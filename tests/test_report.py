@@ -208,6 +208,18 @@ def test_a_run_that_turns_back_is_told_to_keep_training(turning: Path, call_cli:
     assert told["next"].startswith("keep training and fit again")
 
 
+def test_weights_that_do_not_move_are_said_and_drawn(tmp_path: Path, call_cli: CallCli) -> None:
+    (tmp_path / "run").mkdir()
+    for step in STEPS:
+        save_file(weights_at(0), tmp_path / "run" / loose_name(step))
+    told = answer(call_cli, "report", "run", cwd=tmp_path)
+    assert told["title"] == "Keep training"
+    assert told["why"] == "There is no direction to follow: the weights have not moved since the snapshot before."
+    for form in (".html", ".png", ".md"):
+        assert call_cli("report", "run", "-o", f"out{form}", cwd=tmp_path).returncode == 0
+    assert "No tensor moved." in (tmp_path / "out.md").read_text()
+
+
 def test_a_run_that_is_over_is_not_told_to_keep_training(tmp_path: Path, call_cli: CallCli) -> None:
     run = shutil.copytree(SAMPLE, tmp_path / "run")
     state = run / "checkpoint-1200" / "trainer_state.json"

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from farcast_cli.errors import visible
-from farcast_cli.forecast.timeline import evenly
 from farcast_cli.reports.panels import CASES, NO_VALUE, headline, panels, short_name, shown_methods, shown_tensors
 from farcast_cli.run.losses import LOSS_KINDS
 
@@ -64,7 +63,7 @@ COLUMNS = (("moves", "backtest", "course"), ("directions", "tensors"))
 MARGIN, HEAD, TITLE = 40.0, 258.0, 84.0  # of the picture: between its parts, of the headline, of a panel's title and message
 MAX_LINE = 64  # characters of a panel's message
 DPI = 108
-MAX_MARKED = 40  # losses: more markers would touch
+MAX_MARKED = 40  # points of a line: more markers would touch
 LEFT, RIGHT = 52.0, 14.0
 TEXT, SMALL = 12.5, 12.0
 ROW = 33.0  # of a bar with its name above it
@@ -224,10 +223,11 @@ def _draw_moves(sheet: Sheet, story: Story) -> None:
         array=None, facecolors=_shades(moves.cosines).reshape(-1, 4), edgecolors="none"
     )
     axes.invert_yaxis()
-    ticks = evenly(len(edges), 5)
-    labels = [str(moves.steps[tick]) for tick in ticks]
+    ticks = list(range(0, len(edges), max(1, round(len(moves.cosines) / 4))))
+    labels = [short_step(moves.steps[tick], moves.steps[-1]) for tick in ticks]
     axes.set_xticks(ticks, labels)
-    axes.set_yticks(ticks, [*labels[:-1], ""])  # the last one would stand on the first one of the other axis
+    low = len(moves.cosines)  # a label there would stand on the other axis's first one
+    axes.set_yticks(ticks, ["" if tick == low else label for tick, label in zip(ticks, labels, strict=True)])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xlabel("step", labelpad=2)
@@ -271,20 +271,22 @@ def _draw_directions(sheet: Sheet, story: Story) -> None:
     _zone(upper, steps, [max(bottom, -1)] * len(steps), [one.needed.whole for one in found])
     for row, (colour, dash, marker), label in zip(values, LINES, ("S", "recent S"), strict=False):
         if any(map(math.isfinite, row)):
-            upper.plot(steps, row, color=LIGHT[colour], linestyle=dash, marker=marker, label=label, clip_on=False)
+            upper.plot(
+                steps, row, color=LIGHT[colour], linestyle=dash, marker=_marker(marker, len(steps)), label=label, clip_on=False
+            )
     _legend(upper, 2)
     ps = [one.steady.significance.p for one in found]
     lower.set_yscale("log")
     lower.set_ylim(MIN_P, 1)
     _zone(lower, steps, [one.steady.significance.limit for one in found], [1.0] * len(steps))
-    lower.plot(steps, ps, color=LIGHT["ink"], marker="o", clip_on=False)
+    lower.plot(steps, ps, color=LIGHT["ink"], marker=_marker("o", len(steps)), clip_on=False)
     lower.set_yticks([0.001, 0.01, 0.1, 1], ["0.001", "0.01", "0.1", "1"], minor=False)
     lower.minorticks_off()
     upper.set_ylabel("S", rotation=0, labelpad=10)
     lower.set_ylabel("p", rotation=0, labelpad=-2)
     for axes in (upper, lower):
         axes.set_xlim(*_padded(steps))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _step_axis(axes, steps[-1])
     upper.tick_params(labelbottom=False)
     lower.set_xlabel("asked at step", labelpad=2)
     upper.text(0.99, 0.03, "no leap", transform=upper.transAxes, ha="right", fontsize=SMALL, color=LIGHT["muted"])
@@ -305,7 +307,29 @@ def _padded(steps: Sequence[int]) -> tuple[float, float]:
 
 
 def _legend(axes: Axes, columns: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncol=columns)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncol=columns)
+
+
+def _marker(marker: str, count: int) -> str:
+    """None on a line of many points."""
+    return marker if count <= MAX_MARKED else ""
+
+
+def _step_axis(axes: Axes, last: int) -> None:
+    """Steps as few and as short as they fit."""
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: short_step(step, last)))
+
+
+def short_step(step: float, last: float) -> str:
+    """A step of an axis, in thousands or millions if the last one is so large.
+
+    >>> short_step(1200, 1200), short_step(150_000, 600_000), short_step(1_500_000, 3_000_000)
+    ('1200', '150k', '1.5M')
+    """
+    unit, name = (1e6, "M") if last >= 1e6 else (1e3, "k") if last >= 1e5 else (1.0, "")  # noqa: PLR2004 - two units
+    return f"{step / unit:.6g}{name}"
 
 
 # --- the back-test ---------------------------------------------------------------------------------------------------
@@ -317,7 +341,7 @@ def _draw_backtest(sheet: Sheet, story: Story) -> None:
     axes = sheet.axes(LEFT, 38, RIGHT, 26 + 18 * (len(methods) > 2))  # noqa: PLR2004 - two in a row of the legend
     horizons = sorted({score.horizon for score in report.scores})
     seen = [value for score in report.scores if score.method in methods for value in (score.ratio, score.ratio_as_written)]
-    top = min(MAX_RATIO, max(1.3, *(1.08 * value for value in seen if math.isfinite(value))))
+    top = min(MAX_RATIO, max([1.3, *(1.08 * value for value in seen if math.isfinite(value))]))
     axes.axhspan(1, top, color=LIGHT["zone"], linewidth=0, zorder=0)
     for method, (colour, dash, marker) in zip(methods, LINES, strict=False):
         scores = {score.horizon: score for score in report.scores if score.method == method}
@@ -327,7 +351,7 @@ def _draw_backtest(sheet: Sheet, story: Story) -> None:
         axes.plot(horizons, row, color=LIGHT[colour], linestyle=dash, marker=marker, label=method)
     axes.set_ylim(0, top)
     axes.set_xlim(0, horizons[-1] * 1.04)
-    axes.set_xticks(horizons if len(horizons) < 5 else horizons[::2])  # noqa: PLR2004 - more labels than these would touch
+    axes.set_xticks(horizons, [short_step(horizon, horizons[-1]) for horizon in horizons])
     axes.set_xlabel("steps ahead", labelpad=2)
     axes.set_ylabel("error / error of no forecast", labelpad=4)
     axes.text(0.99, 1 - 8 / 250, "worse than no forecast", transform=axes.transAxes, ha="right", va="top", **_remark())
@@ -391,11 +415,18 @@ def _draw_course(sheet: Sheet, story: Story) -> None:
     for kind in kinds:
         colour, dash, marker = LINES[LOSS_KINDS.index(kind)]
         steps, losses = zip(*course.points(kind), strict=True)
-        shown = marker if len(steps) <= MAX_MARKED else ""
-        axes.plot(steps, losses, color=LIGHT[colour], linestyle=dash, marker=shown, markersize=3.5, label=f"{kind} loss")
+        axes.plot(
+            steps,
+            losses,
+            color=LIGHT[colour],
+            linestyle=dash,
+            marker=_marker(marker, len(steps)),
+            markersize=3.5,
+            label=f"{kind} loss",
+        )
     _legend(axes, 2)
     axes.set_xlabel("step", labelpad=2)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _step_axis(axes, max(course.points(kind)[-1][0] for kind in kinds))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -89,6 +89,8 @@ def _resume(found: Proposal) -> tuple[str, str]:
         return "Do not leap", f"Nothing is left to skip: {decision.reason}."
     if decision.verdict == "untestable":
         return "Keep training", f"It is too early to tell: {decision.reason}."
+    if not math.isfinite(decision.coherence):
+        return "Keep training", f"There is no direction to follow: {decision.reason}."
     if found.is_steady:
         return "Keep training", f"The run keeps its direction, but a leap failed its test: {decision.reason}."
     return "Keep training", f"The run's direction is too weak for a leap: {decision.reason}."
@@ -201,9 +203,9 @@ def _directions(story: Story) -> Panel:
 def _backtest(story: Story) -> Panel:
     report, (horizon, method) = story.backtest, story.tested
     tested = {(score.horizon, score.method): score for score in report.scores}
-    message = "The history is too short to test a method."
-    if (horizon, method) in tested:
-        chosen = tested[horizon, method]
+    chosen = tested.get((horizon, method))
+    message = "The weights did not move." if chosen else "The history is too short to test a method."
+    if chosen and math.isfinite(chosen.ratio):
         message = (
             f"{method}, which predict uses, had {number(chosen.ratio)} of the error of no forecast, {horizon} steps ahead;"
             f" as written, {number(chosen.ratio_as_written)}."
@@ -243,7 +245,7 @@ def _tensors(story: Story) -> Panel:
     moved = [one for one in story.tensors if math.isfinite(one.ratio)]
     worse = sum(one.ratio > 1 for one in moved)
     shown = [one for group in shown_tensors(story) for one in group]
-    message = "The history is too short to test the tensors."
+    message = "No tensor moved." if story.tensors else "The history is too short to test the tensors."
     if moved:
         message = (
             f"{worse} of {len(moved)} tensors {'is' if worse == 1 else 'are'} worse than no forecast: b is {number(moved[0].ratio)} to"
