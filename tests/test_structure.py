@@ -123,6 +123,7 @@ ORDER = (
     "forecast.momentum",
     "forecast.steering",
     "forecast.significance",
+    "forecast.words",
     "forecast.backtest",
     "forecast.choice",
     "forecast.ledger",
@@ -131,7 +132,7 @@ ORDER = (
     "forecast.worth",
     "forecast.forecaster_file",
     "forecast.fitting",
-    "forecast.report",
+    "forecast.judgement",
     "forecast.memory",
     "folder",
     "verification",
@@ -147,6 +148,14 @@ ORDER = (
     "leaps.evidence",
     "leaps.decision",
     "leaps.call",
+    "reports.__init__",
+    "reports.story",
+    "reports.panels",
+    "reports.text",
+    "reports.figures",
+    "reports.svg",
+    "reports.page",
+    "reports.output",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -175,6 +184,7 @@ ORDER = (
     "commands.fit",
     "commands.backtest",
     "commands.predict",
+    "commands.report",
     "commands.verify",
     "commands.leap",
     "commands.tune",
@@ -298,7 +308,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema", "help", "ci")
+COMMANDS = ("inspect", "fit", "backtest", "report", "predict", "verify", "leap", "tune", "schema", "help", "ci")
 MAX_STATEMENTS = 20
 
 
