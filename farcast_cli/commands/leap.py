@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farcast_cli.choices import DEFAULT_LEDGER, CountersMode
-from farcast_cli.commands.horizons import MAX_DIGITS
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -37,7 +36,7 @@ from farcast_cli.commands.options import (
     resources_of,
     selection_of,
 )
-from farcast_cli.errors import NoForecastError, UsageError
+from farcast_cli.errors import NoForecastError
 
 if TYPE_CHECKING:
     from farcast_cli.leap.ask import Leapt
@@ -47,7 +46,6 @@ EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
     "next=$(farcast leap ckpts/) || [ $? -eq 10 ]"
 )
-MAX_GAIN = 100
 
 
 def leap(
@@ -130,7 +128,6 @@ def leap(
     from farcast_cli.leap.call import leap as run
     from farcast_cli.request import Request
 
-    _check(every=every, gain=gain, max_gain=max_gain, output=output)
     request = Request(
         optimizer=optimizer,
         counters=counters,
@@ -145,8 +142,9 @@ def leap(
         evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
     )
     selection = selection_of(directory, include, exclude, steps, pattern)
+    ask = Ask(request, selection, every, gain, max_gain)
     with render.progress(quiet=quiet) as progress:
-        done = run(Ask(request, selection, every, gain, max_gain), progress)
+        done = run(ask, progress)
     if not quiet:
         _summary(done, request, verbose=verbose)
     if json_:
@@ -155,18 +153,6 @@ def leap(
         render.paths([done.outcome.path])
     if done.outcome.decision.verdict != "forecast":
         raise typer.Exit(NoForecastError.exit_code)
-
-
-def _check(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:
-    from farcast_cli.planning import refuse_no_place
-
-    for option, number in (("gain", gain), ("max-gain", max_gain)):
-        if number is not None and not 0 < number <= MAX_GAIN:
-            raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
-    if every is not None and every >= 10**MAX_DIGITS:
-        raise UsageError(f"--every {every}: expected fewer than {10**MAX_DIGITS} steps")
-    if output is not None:
-        refuse_no_place(output)
 
 
 def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:

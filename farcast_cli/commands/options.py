@@ -438,18 +438,10 @@ def selection_of(
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
-    """Where leaps are recorded: the ledger that the options name, and the user's state folder, which an empty variable switches off."""
-    from farcast_cli.forecast.state_ledger import Ledgers
+    """Where leaps are recorded: the ledger that the options name, and the user's state folder."""
+    from farcast_cli.forecast.state_ledger import ledgers_in
 
-    chosen = os.environ.get(env("STATE_DIR"))
-    if chosen is not None:
-        return Ledgers(ledger, Path(chosen) if chosen else None)
-    home = os.environ.get("XDG_STATE_HOME", "")
-    try:  # the standard has relative paths ignored
-        state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"  # noqa: PTH117 - of a text
-    except RuntimeError:  # a user without a home
-        return Ledgers(ledger)
-    return Ledgers(ledger, state / "farcast")
+    return ledgers_in(os.environ, ledger)
 
 
 def evaluator_of(command: str | None, *, maximize: bool, jobs: int, timeout_s: float | None) -> Evaluator | None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_FOLDER
+from farcast_cli.errors import UsageError
+from farcast_cli.planning import refuse_no_place
+from farcast_cli.trainers.names import MAX_DIGITS
 
 if TYPE_CHECKING:
     from farcast_cli.choices import ClockName
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from farcast_cli.run.selection import Selection
 
 WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
+MAX_GAIN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,15 @@ class Ask:
     gain: float | None = None
     """A fixed gain, in place of the steered one."""
     max_gain: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, number in (("gain", self.gain), ("max-gain", self.max_gain)):
+            if number is not None and not 0 < number <= MAX_GAIN:
+                raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
+        if self.every is not None and not 0 < self.every < 10**MAX_DIGITS:
+            raise UsageError(f"--every {self.every}: expected at least one step, and fewer than {10**MAX_DIGITS}")
+        if self.request.output is not None:
+            refuse_no_place(self.request.output)
 
     @property
     def limit(self) -> float:

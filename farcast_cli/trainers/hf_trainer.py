@@ -19,12 +19,12 @@ from farcast_cli.trainers.transformers_rates import named_formula
 from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_json, read_weights, second_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 STATE_FILE = "trainer_state.json"
 _LOG = "log_history"
-_MARK = ("step", "farcast_leap_from", "farcast_leap_to")
+MARK = ("step", "farcast_leap_from", "farcast_leap_to")
 MAX_LOG_BYTES = 1 << 24
 _TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
 
@@ -118,17 +118,23 @@ def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
 
 def _mark(tree: Any, mark: LeapMark) -> None:
     log = tree.get(_LOG) if isinstance(tree, dict) else None
-    entry = dict(zip(_MARK, (mark.step, mark.origin_step, mark.valid_step), strict=True))
+    entry = dict(zip(MARK, (mark.step, mark.origin_step, mark.valid_step), strict=True))
     if isinstance(log, UnreadList):
         tree[_LOG] = with_entry(log, entry)
     elif isinstance(log, list):
         log.append(entry)
 
 
-def _marks(snapshot: Snapshot) -> list[LeapMark]:
-    found = ([entry[key] for key in _MARK] for entry in _logged(snapshot, *_MARK))
+def marks_in(log: Iterable[Any]) -> list[LeapMark]:
+    """The leaps that a Trainer's log has marks of."""
+    entries = (entry for entry in log if isinstance(entry, dict) and entry.keys() >= set(MARK))
+    found = ([entry[key] for key in MARK] for entry in entries)
     marks = (LeapMark(*numbers) for numbers in found if all(_is_step(number) for number in numbers))
     return [mark for mark in marks if mark.origin_step < mark.valid_step and mark.step in {mark.origin_step, mark.valid_step}]
+
+
+def _marks(snapshot: Snapshot) -> list[LeapMark]:
+    return marks_in(_logged(snapshot))
 
 
 def _is_step(value: object) -> TypeGuard[int]:
