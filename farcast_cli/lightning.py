@@ -54,10 +54,9 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
         self._saved_at = trainer.global_step  # the file is whole before the next batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        live, run, step = self._now(trainer, pl_module)
-        if self._saved_at == step and self._leaps.is_due(step):
-            self._saved_at = -1
-            end = trainer.estimated_stepping_batches
+        if self._saved_at == trainer.global_step and self._leaps.is_due(trainer.global_step):
+            self._saved_at, end = -1, trainer.estimated_stepping_batches
+            live, run, step = self._now(trainer, pl_module)
             known = int(end) if math.isfinite(end) and end > 0 else None
             self._log(trainer, self._leaps.after_save(live, run, step, num_steps=known))
 

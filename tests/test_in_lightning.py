@@ -87,6 +87,13 @@ class Compare(Look):
         self.seen[-1] += (torch.load(found, weights_only=True) if found else None,)
 
 
+def data() -> torch.utils.data.DataLoader[Any]:
+    """Five batches: each save ends an epoch, from which Lightning resumes its data exactly."""
+    inputs = torch.randn(80, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    rows = torch.utils.data.TensorDataset(inputs, inputs.mean((2, 3)).repeat(1, 2) * 2)
+    return torch.utils.data.DataLoader(rows, batch_size=16)
+
+
 def fit(
     tmp_path: Path,
     *callbacks: Callback,
@@ -98,8 +105,6 @@ def fit(
     """Train some of 100 steps, a save at every tenth; the trainer and the module."""
     torch.manual_seed(0)
     module = module or Tied()
-    inputs = torch.randn(80, 2, 4, 4)  # five batches: each save ends an epoch, at which Lightning resumes its data exactly
-    rows = torch.utils.data.TensorDataset(inputs, inputs.mean((2, 3)).repeat(1, 2) * 2)
     trainer: Any = lightning.Trainer(
         accelerator="cpu",
         logger=logger,
@@ -109,7 +114,7 @@ def fit(
         callbacks=[*callbacks, ModelCheckpoint(tmp_path / "run", every_n_train_steps=EVERY, save_top_k=1)],
     )
     trainer.runs, trainer.forecasts = tmp_path / "run", tmp_path / "forecasts"
-    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=16), ckpt_path=resume, weights_only=False)
+    trainer.fit(module, data(), ckpt_path=resume, weights_only=False)
     return trainer, module
 
 

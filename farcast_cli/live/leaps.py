@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_FOLDER, DEFAULT_LEDGER
+from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import FarcastError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.files.place import check_ours, read_sidecar, sidecar_of
 from farcast_cli.forecast.memory import check_memory_ours, memory_of, read_memory
@@ -24,7 +25,7 @@ from farcast_cli.leap.ask import Ask
 from farcast_cli.leap.call import leap
 from farcast_cli.leap.decision import LEFT_TO_TRAIN
 from farcast_cli.live.loss import LiveLoss
-from farcast_cli.live.processes import by_the_first, share
+from farcast_cli.live.processes import by_the_first, is_first, share
 from farcast_cli.progress import silent
 from farcast_cli.request import Request
 from farcast_cli.run.selection import Selection
@@ -58,6 +59,12 @@ class Landed:
     notes: tuple[str, ...] = ()
 
     @property
+    def text(self) -> str:
+        """In words."""
+        what = f"a leap of {self.horizon} steps" if self.horizon else "no leap"
+        return f"step {self.step}: {what}: {'; '.join((self.reason, *self.notes))}"
+
+    @property
     def mark(self) -> LeapMark | None:
         """Of the leap, for the trainer to carry on."""
         return LeapMark(self.step, self.step, self.step + self.horizon) if self.horizon else None
@@ -77,6 +84,7 @@ class Leaps:
         every: steps between two leaps; by default each save is followed by a call.
         loss: takes the model and returns its loss on a small data set, always the same one.
         output: the folder of the leaps and the memory, outside the run's.
+        threads: worker processes that read and compute, made by fork as those of a DataLoader; 1: none.
         strict: raise an error, which otherwise is a warning.
     """
 
@@ -91,6 +99,7 @@ class Leaps:
     exclude: tuple[str, ...] = ()
     pattern: str = ""
     layout: OutputLayout = "same"
+    threads: int = 1
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -128,13 +137,14 @@ class Leaps:
         except FarcastError as error:
             if self.strict:
                 raise
-            _log.warning("step %d: no leap, and training goes on: %s", step, f"{error} ({error.hint})" if error.hint else error)
+            _tell(
+                logging.WARNING, f"step {step}: no leap, and training goes on: {error}" + f" ({error.hint})" * bool(error.hint)
+            )
             return None
-        if landed:
-            what = f"a leap of {landed.horizon} steps" if landed.horizon else "no leap"
-            _log.info("step %d: %s: %s", step, what, "; ".join((landed.reason, *landed.notes)))
         if landed and landed.horizon:
             share(live.tensors[name] for name in sorted(live.tensors))
+        if landed:
+            _tell(logging.INFO, landed.text)
         return landed
 
     def _ask(self, run: Path, scorer: LiveLoss | None, step: int | None = None) -> Ask:
@@ -145,6 +155,7 @@ class Leaps:
             output=os.path.join(self.output, ""),  # noqa: PTH118 - the separator at the end says that it is a folder
             overwrite=True,
             ledgers=ledgers_in(os.environ, Path(self.ledger)),
+            resources=Resources(num_workers=self.threads),
             evaluator=scorer,
         )
         selection = Selection(run, StepRange(last=step), self.pattern, tuple(self.include), tuple(self.exclude))
@@ -233,4 +244,10 @@ def _remove(forecast: Path) -> None:
         else:
             shutil.rmtree(forecast)
     except (FarcastError, OSError) as error:  # the leap itself is done
-        _log.warning("the leap before the last stays on disk: %s", error)
+        _tell(logging.WARNING, f"the leap before the last stays on disk: {error}")
+
+
+def _tell(level: int, text: str) -> None:
+    """Log a line, once for all processes."""
+    if is_first():
+        _log.log(level, "%s", text)

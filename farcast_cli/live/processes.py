@@ -21,8 +21,7 @@ def by_the_first(work: Callable[[], Told]) -> Told:
     Raises:
         FarcastError: it failed, in all processes alike.
     """
-    is_first = not _are_several() or distributed.get_rank() == 0
-    told: list[Any] = [_done(work) if is_first else None]
+    told: list[Any] = [_done(work) if is_first() else None]
     if _are_several():
         distributed.broadcast_object_list(told, src=0)
     if isinstance(told[0], FarcastError):
@@ -52,6 +51,11 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
             sent = tensor.detach().contiguous()
             distributed.broadcast(sent, src=0)
             tensor.copy_(sent)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that works, or the only one."""
+    return not _are_several() or distributed.get_rank() == 0
 
 
 def _are_several() -> bool:
