@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
@@ -13,6 +15,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.live.leaps import Leaps
 from farcast_cli.live.weights import LiveModel, refuse_shards, sharded
 from farcast_cli.trainers.base import LeapMark
+from farcast_cli.trainers.lightning import CALLBACK, LEAPS
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -55,16 +58,19 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         if self._saved_at == trainer.global_step and self._leaps.is_due(trainer.global_step):
-            self._saved_at, end = -1, trainer.estimated_stepping_batches
+            self._saved_at = -1
             live, run, step = self._now(trainer, pl_module)
-            known = int(end) if math.isfinite(end) and end > 0 else None
-            self._log(trainer, self._leaps.after_save(live, run, step, num_steps=known))
+            self._log(trainer, self._leaps.after_save(live, run, step, num_steps=_num_steps(trainer, pl_module)))
+
+    @property
+    def state_key(self) -> str:
+        return CALLBACK
 
     def state_dict(self) -> dict[str, Any]:
-        return {"leaps": [(mark.step, mark.origin_step, mark.valid_step) for mark in self._marks]}
+        return {LEAPS: [(mark.step, mark.origin_step, mark.valid_step) for mark in self._marks]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._marks = [LeapMark(*numbers) for numbers in state_dict["leaps"]]
+        self._marks = [LeapMark(*numbers) for numbers in state_dict[LEAPS]]
 
     def _now(self, trainer: Trainer, pl_module: LightningModule) -> tuple[LiveModel, Path, int]:
         """The live model by the names of its checkpoints, the folder of the run, and its step."""
@@ -79,3 +85,11 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
             self._marks.append(landed.mark)
         for logger in trainer.loggers:
             logger.log_metrics(landed.numbers, step=landed.step)
+
+
+def _num_steps(trainer: Trainer, pl_module: LightningModule) -> int | None:
+    """The steps of the whole run, where Lightning knows them: not of several optimizers, whose steps it all counts."""
+    with suppress(MisconfigurationException):  # accumulation that changes
+        end = trainer.estimated_stepping_batches if pl_module.automatic_optimization else math.inf
+        return int(end) if math.isfinite(end) and end > 0 else None
+    return None

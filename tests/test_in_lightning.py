@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import torch
 from farcast_cli.errors import UsageError
 from farcast_cli.forecast.memory import read_memory
 from farcast_cli.live.leaps import Leaps
+from farcast_cli.run.trajectory import discover
+from farcast_cli.trainers import trainer_of
 from tests.test_in_trainer import equal, same_tree, weights
 
 with warnings.catch_warnings():
@@ -25,6 +28,8 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.conftest import CallCli
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_lightning"),
@@ -98,6 +103,7 @@ def fit(
     tmp_path: Path,
     *callbacks: Callback,
     steps: int = 100,
+    epochs: int | None = None,
     resume: Path | None = None,
     logger: Any = False,
     module: lightning.LightningModule | None = None,
@@ -111,6 +117,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         max_steps=steps,
+        max_epochs=epochs,
         callbacks=[*callbacks, ModelCheckpoint(tmp_path / "run", every_n_train_steps=EVERY, save_top_k=1)],
     )
     trainer.runs, trainer.forecasts = tmp_path / "run", tmp_path / "forecasts"
@@ -137,9 +144,49 @@ def test_the_live_module_has_the_forecasts_weights_and_everything_else_is_as_bef
     assert module.one.weight.data_ptr() == module.other.weight.data_ptr()
     assert module.first.weight.is_contiguous(memory_format=torch.channels_last)
     assert trainer.global_step == 100
-    stored = torch.load(newest(tmp_path), weights_only=False)["callbacks"]
-    (own,) = [state for name, state in stored.items() if "LeapCallback" in name]
-    assert own == {"leaps": marks}
+    assert torch.load(newest(tmp_path), weights_only=False)["callbacks"]["farcast leaps"] == {"leaps": marks}
+
+
+def test_every_reader_knows_the_leaps_from_a_later_checkpoint(tmp_path: Path, call_cli: CallCli) -> None:
+    leaps = LeapCallback()
+    fit(tmp_path, leaps)
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
+    told = json.loads(call_cli("inspect", "run", "--json", cwd=tmp_path / "elsewhere", env={"FARCAST_STATE_DIR": ""}).stdout)
+    found = [(one["origin_step"], one["origin_step"], one["valid_step"]) for one in told["leaps"]]
+    assert found == leaps.state_dict()["leaps"]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "leaps", [3], [(1, 2)], [(1, 1, "2")], [(20, 20, 20)], {"a": (1, 1, 2)}])
+def test_marks_that_are_none_are_not_read(wrong: object, tmp_path: Path) -> None:
+    fit(tmp_path, steps=10)
+    saved = torch.load(newest(tmp_path), weights_only=False)
+    saved["callbacks"]["farcast leaps"] = {"leaps": wrong}
+    torch.save(saved, newest(tmp_path))
+    origin = discover(tmp_path / "run").origin
+    assert trainer_of(origin).marks(origin) == []
+
+
+class Players(Tied):
+    """Manual optimization, of which Lightning counts the steps of each optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(self.first.parameters(), lr=1e-3), torch.optim.AdamW(self.one.parameters(), lr=1e-3)]
+
+
+def test_of_two_optimizers_the_steps_of_both_count(tmp_path: Path) -> None:
+    leaps = LeapCallback()
+    fit(tmp_path, leaps, module=Players(), steps=-1, epochs=10)
+    assert [step for step, _, _ in leaps.state_dict()["leaps"]] == [30, 40, 50, 60, 70, 80, 90]
 
 
 def test_every_logger_gets_the_figures(tmp_path: Path) -> None:

@@ -78,10 +78,11 @@ def _measured(loss: Loss, module: torch.nn.Module) -> float:
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Evaluation leaves no trace: not in the modes of the modules, nor in torch's random states."""
+    devices = sorted({weight.device.index for weight in module.parameters() if weight.device.type == "cuda"})
     modes = [(one, one.training) for one in module.modules()]
     module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for one, mode in modes:
