@@ -16,7 +16,7 @@ from farcast_cli.forecast.backtest import backtest_ratio, decide
 from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.predict import predict
+from farcast_cli.prediction import predict
 from farcast_cli.request import Request
 
 if TYPE_CHECKING:

@@ -1,15 +1,59 @@
-"""farcast: forecast the weights of a training run from the snapshots it left on disk.
+"""farcast: forecast the weights of a training run from the snapshots that it left on disk.
 
-    formats    what the bytes of one file mean, and what in them would do harm
-    layouts    which files make up one snapshot, and what tells its step
-    trajectory, alignment    which snapshots are one run, and which tensors they share
-    forecast   how the weights move, forecasters, and the evidence for or against them
-    trainer    counters and learning-rate schedules at the later step
-    output     the checkpoint that is written: planned, streamed, published by one rename
-    predict    from a fitted forecaster to a published checkpoint
-    cli        the commands
+The commands as functions, see `farcast_cli.api`; each name is imported when it is first used:
 
-Data flow downwards only; tests/test_structure.py holds the order.
+    open_run    find the snapshots of a run
+    fit         measure how the weights move
+    backtest    test the methods inside the run's history
+    predict     write a checkpoint for a later step
+    leap        the same with a memory, for a loop
+    verify      compare a forecast with the real snapshot
+
+Whatever a caller can cause is a `FarcastError`; `farcast_cli.errors` has its subclasses.
 """
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from farcast_cli.api import Prediction, backtest, fit, leap, open_run, predict, verify
+    from farcast_cli.errors import (
+        FarcastError,
+        FileFormatError,
+        NoForecastError,
+        OutputError,
+        SnapshotError,
+        UsageError,
+    )
+
+__version__ = "0.2.0"
+__all__ = [
+    "FarcastError",
+    "FileFormatError",
+    "NoForecastError",
+    "OutputError",
+    "Prediction",
+    "SnapshotError",
+    "UsageError",
+    "backtest",
+    "fit",
+    "leap",
+    "open_run",
+    "predict",
+    "verify",
+]
+
+if not TYPE_CHECKING:  # else every misspelt name would have a type
+
+    def __getattr__(name: str) -> object:
+        """A public name, imported when it is first used (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        home = "errors" if name.endswith("Error") else "api"
+        return getattr(import_module(f"{__name__}.{home}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from farcast_cli.errors import UsageError
 
-EXTRAS = {"torch": "torch", "huggingface_hub": "hub"}
+EXTRAS = {"torch": "torch", "huggingface_hub": "hub", "tensorboard": "logs"}
 """The optional packages, and the extra of farcast that installs each."""
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from farcast_cli.evaluation.judge import Scorer, Trial
     from farcast_cli.files.staged import Staging
     from farcast_cli.progress import Progress
+    from farcast_cli.records import FittedOn, ForecastSidecar, LeaptOn, MomentumEntry
     from farcast_cli.request import Outcome, Prepared, Request
-    from farcast_cli.results import FittedOn, ForecastSidecar, LeaptOn, MomentumEntry
     from farcast_cli.trainers.base import Snapshot
 
 STRENGTHS = (1.0, 0.5, 0.25)  # of the step, tried with an evaluation command

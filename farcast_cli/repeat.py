@@ -23,8 +23,8 @@ from farcast_cli.sidecar import compose
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from farcast_cli.records import FittedOn
     from farcast_cli.request import Outcome, Prepared, Request
-    from farcast_cli.results import FittedOn
 
 _NOT_COMPARED = ("evaluations", "files", "verdict")  # compared each in its own way
 _OPTIONS = {"horizon": "--horizon", "for": "--for", "method": "--method", "clock": "--clock", "origin_step": "--origin"}

@@ -6,73 +6,35 @@ with a default is absent where it has that value. JSON has no NaN: a number that
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, TypeAdapter
+from pydantic import Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
+from farcast_cli.answer import (
+    CLOCK,
+    COHERENCE,
+    DRY_RUN,
+    LENGTH_FACTOR,
+    PACE_AHEAD,
+    RECENT,
+    SIGNIFICANCE,
+    UNCHANGED,
+    Answer,
+    AnswerPart,
+    AsGiven,
+    Figure,
+    KnownStep,
+    PortablePath,
+    Seconds,
+)
 from farcast_cli.choices import ClockName, CountersMode, Verdict  # noqa: TC001 - pydantic reads the annotations
-from farcast_cli.files.reading import portable
-
-DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _ten_digits(value: float) -> float | None:
-    """A figure to ten digits: the last ones of a float64 depend on the processor, by whose type numpy's products are summed."""
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-
-def _milliseconds(value: float) -> float:
-    return round(value, 3)
-
-
-def _known(step: int) -> int | None:
-    return step if step >= 0 else None
-
-
-Figure = Annotated[float, PlainSerializer(_finite, return_type=float | None)]
-AsGiven = SkipValidation[Figure]  # a whole number stays one: 0 is not written as 0.0
-TenDigits = Annotated[float, PlainSerializer(_ten_digits, return_type=float | None)]
-Seconds = Annotated[float, PlainSerializer(_milliseconds, return_type=float)]
-KnownStep = Annotated[int, PlainSerializer(_known, return_type=int | None)]
-PortablePath = Annotated[Path, PlainSerializer(portable, return_type=str)]
-
-_SIGNIFICANCE = "p of S: how often chance alone would give so large an S; `null` if S cannot be computed"
-_COHERENCE = "coherence S of the run's drift; `null` if it cannot be computed"
-_RECENT = "coherence of the recent half of the history; `null` if it has too few snapshots"
-_CLOCK = "unit of b: `rate` (learning rate summed over the steps) or `steps`"
-_PACE_AHEAD = "mean learning rate over the horizon, divided by the mean over the period before it; 1 if steps are counted"
-_LENGTH_FACTOR = "factor on the update's length: `pace_ahead`, or 1 if it keeps its full length"
-_UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`, nor if nothing was written)"
-_DRY_RUN = "`true` with `--dry-run`; absent otherwise"
-
-
-class _Part(BaseModel):
-    """An object within an answer."""
-
-    model_config = ConfigDict(frozen=True)
-
-
-class Answer(_Part):
-    """One JSON object: what a command prints, or what a sidecar holds."""
-
-    schema_version: Literal[1] = Field(description="version of this schema; keys may be added without a new version")
-
-    def as_json(self, *, indent: int | None = None) -> str:
-        return json.dumps(self.model_dump(by_alias=True, exclude_defaults=True), indent=indent)
-
+from farcast_cli.records import CopiedEntry, EvaluationEntry, ForecastSidecar, TuneSidecar
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-class EvidenceEntry(_Part):
+class EvidenceEntry(AnswerPart):
     """A place that names a snapshot's step."""
 
     source: str = Field(description="kind of evidence")
@@ -80,7 +42,7 @@ class EvidenceEntry(_Part):
     step: int = Field(description="the step that it states")
 
 
-class SnapshotEntry(_Part):
+class SnapshotEntry(AnswerPart):
     """A snapshot of the run."""
 
     path: PortablePath = Field(description="the file or folder")
@@ -93,21 +55,14 @@ class SnapshotEntry(_Part):
     evidence: tuple[EvidenceEntry, ...] = Field(description="every place that states a step, the most trusted first")
 
 
-class CopiedEntry(_Part):
-    """A tensor that is copied."""
-
-    name: str = Field(description="tensor name")
-    reason: str = Field(description="why it is copied")
-
-
-class IgnoredEntry(_Part):
+class IgnoredEntry(AnswerPart):
     """An entry of the folder that is no part of the run."""
 
     path: PortablePath = Field(description="the file or folder")
     reason: str = Field(description="why it is left out")
 
 
-class LeapEntry(_Part):
+class LeapEntry(AnswerPart):
     """A forecast of the run to resume from, as a ledger records it."""
 
     origin_step: int = Field(description="step of the snapshot that the forecast was made from")
@@ -121,7 +76,7 @@ class LeapEntry(_Part):
 class InspectAnswer(Answer):
     """`farcast inspect --json`."""
 
-    layout: str = Field(description="name of the layout, see [formats](formats.md)")
+    layout: str = Field(description="name of the layout, see `farcast help formats`")
     snapshots: tuple[SnapshotEntry, ...] = Field(description="one entry per snapshot, in the order of their steps")
     num_tensors: int = Field(description="tensors that would be forecast")
     num_parameters: int = Field(description="values in them")
@@ -140,6 +95,24 @@ class InspectAnswer(Answer):
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
+class WorthEntry(AnswerPart):
+    """What the run's own losses say of its last leap."""
+
+    origin_step: int = Field(description="step of the snapshot that the leap began at")
+    kind: Literal["training", "evaluation"] = Field(description="which losses")
+    trained: int = Field(description="steps of training since the leap")
+    loss_before: Figure = Field(description="mean of the last losses before the leap")
+    loss_after: Figure = Field(description="mean of as many losses, the newest")
+    loss_of_line: Figure | None = Field(
+        description="the straight line through the losses before the leap, at as many steps after it; `null` if they are too few"
+    )
+    standard_error: Figure = Field(description="of the difference between `loss_after` and `loss_of_line`")
+    steps_sooner: Figure | None = Field(
+        description="steps by which training reached `loss_after` before the line does; `null` if the line does not fall clearly"
+    )
+    is_limit: bool = Field(description="`true` if the line is too short to tell more steps than `steps_sooner`")
+
+
 class FitAnswer(Answer):
     """`farcast fit --json`."""
 
@@ -152,14 +125,17 @@ class FitAnswer(Answer):
     )
     num_tensors: int = Field(description="tensors that can be forecast")
     sampled: int | None = Field(description="maximum number of values read from each tensor; `null` with `--full`")
-    coherence: Figure = Field(description=_COHERENCE)
-    recent_coherence: Figure = Field(description=_RECENT)
-    significance: Figure = Field(description=_SIGNIFICANCE)
+    coherence: Figure = Field(description=COHERENCE)
+    recent_coherence: Figure = Field(description=RECENT)
+    significance: Figure = Field(description=SIGNIFICANCE)
     bytes_read: int = Field(description="bytes read")
     seconds: Seconds = Field(description="seconds it took")
+    worth: WorthEntry | None = Field(
+        default=None, description="what the run's losses say of its last leap; absent if it made none or logged none"
+    )
 
 
-class ScoreEntry(_Part):
+class ScoreEntry(AnswerPart):
     """A method at a horizon."""
 
     method: str = Field(description="name of the method")
@@ -168,7 +144,7 @@ class ScoreEntry(_Part):
     ratio_as_written: Figure = Field(description="the same for the update as the method writes it by default")
 
 
-class BestEntry(_Part):
+class BestEntry(AnswerPart):
     """The method and horizon with the smallest ratio."""
 
     method: str = Field(description="name of the method")
@@ -176,7 +152,7 @@ class BestEntry(_Part):
     ratio: Figure = Field(description="back-test ratio b")
 
 
-class DecisionEntry(_Part):
+class DecisionEntry(AnswerPart):
     """The verdict on one horizon."""
 
     horizon: int = Field(description="steps ahead")
@@ -191,9 +167,9 @@ class BacktestAnswer(Answer):
     """`farcast backtest --json`."""
 
     origin_step: int = Field(description="step of the last snapshot")
-    coherence: Figure = Field(description=_COHERENCE)
-    significance: Figure = Field(description=_SIGNIFICANCE)
-    clock: ClockName = Field(description=_CLOCK)
+    coherence: Figure = Field(description=COHERENCE)
+    significance: Figure = Field(description=SIGNIFICANCE)
+    clock: ClockName = Field(description=CLOCK)
     scores: tuple[ScoreEntry, ...] = Field(description="one entry per method and horizon that the history can test")
     best: BestEntry | None = Field(description="the score with the smallest b; `null` if nothing could be tested")
     verdict: Verdict | dict[str, Verdict] = Field(
@@ -205,7 +181,7 @@ class BacktestAnswer(Answer):
 # --- predict and leap ------------------------------------------------------------------------------------------------
 
 
-class TrialEntry(_Part):
+class TrialEntry(AnswerPart):
     """A run of the evaluation command within `leap`."""
 
     strength: AsGiven = Field(description="how far ahead the weights were, in stretches; below 0 it is behind")
@@ -213,16 +189,7 @@ class TrialEntry(_Part):
     seconds: Seconds = Field(description="seconds that the command took")
 
 
-class EvaluationEntry(_Part):
-    """A run of the evaluation command within `predict`."""
-
-    strength: AsGiven = Field(description="factor on the update; 0 is the origin itself")
-    value: Figure = Field(description="the number that the command printed last")
-    seconds: Seconds = Field(description="seconds that the command took")
-    log: PortablePath | None = Field(description="the file with its output")
-
-
-class Forecast(_Part):
+class Forecast(AnswerPart):
     """One horizon's forecast."""
 
     path: PortablePath | None = Field(description="path of the forecast; `null` if none was written")
@@ -232,12 +199,12 @@ class Forecast(_Part):
     method: str = Field(description="name of the method")
     ratio: Figure = Field(description="back-test ratio b; `null` if it cannot be computed")
     expected_ratio: Figure = Field(description="the same back-test of the update as written, not clipped")
-    coherence: Figure = Field(description=_COHERENCE)
-    recent_coherence: Figure = Field(description=_RECENT)
-    clock: ClockName = Field(description=_CLOCK)
-    pace_ahead: Figure = Field(description=_PACE_AHEAD)
-    length_factor: Figure = Field(description=_LENGTH_FACTOR)
-    significance: Figure = Field(description=_SIGNIFICANCE)
+    coherence: Figure = Field(description=COHERENCE)
+    recent_coherence: Figure = Field(description=RECENT)
+    clock: ClockName = Field(description=CLOCK)
+    pace_ahead: Figure = Field(description=PACE_AHEAD)
+    length_factor: Figure = Field(description=LENGTH_FACTOR)
+    significance: Figure = Field(description=SIGNIFICANCE)
     verdict: Verdict = Field(description="`forecast`, `abstain` or `untestable`")
     reason: str = Field(description="the verdict's reason, for people")
     chosen: tuple[str, ...] = Field(
@@ -245,7 +212,7 @@ class Forecast(_Part):
     )
     num_forecast: int = Field(description="tensors that were forecast")
     num_copied: int = Field(description="tensors that were copied from the origin")
-    unchanged_share: float | None = Field(description=_UNCHANGED)
+    unchanged_share: float | None = Field(description=UNCHANGED)
     bytes_read: int = Field(description="bytes read from the snapshots")
     bytes_written: int = Field(description="bytes written, for this horizon")
     seconds: Seconds = Field(description="seconds the pass took")
@@ -263,14 +230,14 @@ class Forecast(_Part):
 class PredictAnswer(Forecast, Answer):
     """`farcast predict --json` for one horizon."""
 
-    dry_run: bool = Field(default=False, description=_DRY_RUN)
+    dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
 class PredictManyAnswer(Answer):
     """`farcast predict --json` for several horizons."""
 
     forecasts: tuple[Forecast, ...] = Field(description="one entry per horizon")
-    dry_run: bool = Field(default=False, description=_DRY_RUN)
+    dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
 class LeapAnswer(Answer):
@@ -301,13 +268,16 @@ class LeapAnswer(Answer):
     changes: tuple[str, ...] = Field(description="values that were rewritten for resuming, as `where: old -> new`")
     notes: tuple[str, ...] = Field(description="notes, such as the reason for a new memory")
     evaluations: tuple[TrialEntry, ...] = Field(description="with `--eval-cmd`: one entry per run of the command")
-    dry_run: bool = Field(default=False, description=_DRY_RUN)
+    worth: WorthEntry | None = Field(
+        default=None, description="what the run's losses say of its last leap; absent if it made none or logged none"
+    )
+    dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
-class TensorRatio(_Part):
+class TensorRatio(AnswerPart):
     """One tensor against the truth."""
 
     name: str = Field(description="tensor name")
@@ -366,187 +336,13 @@ class TuneAnswer(Answer):
     notes: tuple[str, ...] = Field(description="unusual facts, such as repeated rows, or a cache that did not save time")
 
 
-# --- sidecars --------------------------------------------------------------------------------------------------------
-
-
-class FileEntry(_Part):
-    """A file of an output."""
-
-    name: str = Field(description="its path within the output; the output's own name if it is one file")
-    bytes: int = Field(description="its size")
-    fingerprint: str = Field(description="SHA-256 of its start, middle and end, 32 digits; empty for an empty folder")
-
-
-class InputEntry(_Part):
-    """A snapshot that a forecast is made of."""
-
-    path: str = Field(description="the file or folder, relative to the sidecar's output")
-    step: int = Field(description="its step")
-    bytes: int = Field(description="size of all its files")
-    digest: str = Field(description="of its tensors' names, shapes, types and places")
-    mean_weight: TenDigits = Field(description="its mean coefficient in the forecast, over all values")
-
-
-class FittedOn(_Part):
-    """What the method learned from."""
-
-    snapshots: int = Field(description="snapshots that `fit` read")
-    first_step: int = Field(description="step of the first")
-    last_step: int = Field(description="step of the last")
-    samples_per_tensor: int | None = Field(description="maximum number of values read from each tensor; `null` with `--full`")
-
-
-class LeaptOn(_Part):
-    """What a leap learned from."""
-
-    stretches: int = Field(description="of a leap: number of stretches in the memory, in place of the keys above")
-
-
-class ForecastOptions(_Part):
-    """The options of a forecast."""
-
-    step_norm: str | None = Field(description="`--step-norm`; `null` for the method's own")
-    scale: float = Field(description="`--scale`")
-    scope: str = Field(description="`--scope`")
-    grad_weight: float = Field(description="`--grad-weight`")
-    optimizer: str = Field(description="`--optimizer`")
-    counters: str = Field(description="`--counters`")
-    dtype: str = Field(description="`--dtype`")
-    layout: str = Field(description="`--layout`")
-
-
-class ResumeEntry(_Part):
-    """What was moved on."""
-
-    changes: tuple[str, ...] = Field(description="values that were rewritten for resuming, as `where: old -> new`")
-    notes: tuple[str, ...] = Field(description="values that could not be advanced exactly, and parts that were left out")
-
-
-class MomentumEntry(_Part):
-    """The memory that a leap is made by."""
-
-    gain: Figure = Field(description="stretches that the leap goes ahead")
-    share: Figure = Field(description="part of the predicted move that the last stretches made")
-    stretches: int = Field(description="number of stretches in the memory")
-
-
-class ForecastSidecar(Answer):
-    """The sidecar of what `predict` or `leap` wrote."""
-
-    name: str = Field(description="the output's name")
-    farcast_version: str = Field(description="version of farcast that wrote it")
-    origin_step: int = Field(description="step of the last snapshot that the forecast uses")
-    valid_step: int = Field(description="step that the forecast is for: origin step + horizon")
-    horizon: int = Field(description="steps from the origin to the forecast")
-    purpose: str = Field(serialization_alias="for", description="`resume` or `evaluation`")
-    method: str = Field(description="name of the method; `momentum` for a leap")
-    options: ForecastOptions = Field(description="what the command was asked for")
-    clock: ClockName = Field(description=_CLOCK)
-    pace_ahead: TenDigits = Field(description=_PACE_AHEAD)
-    length_factor: TenDigits = Field(description=_LENGTH_FACTOR)
-    verdict: Verdict = Field(description="`forecast`; another with `--even-if-worse`")
-    ratio: TenDigits = Field(description="back-test ratio b; `null` if it cannot be computed")
-    expected_ratio: TenDigits = Field(description="the same back-test of the update as written, not clipped")
-    coherence: TenDigits = Field(description=_COHERENCE)
-    recent_coherence: TenDigits = Field(description=_RECENT)
-    significance: TenDigits = Field(description=_SIGNIFICANCE)
-    origin: str = Field(description="the origin of the forecast, relative to the output's folder")
-    inputs: tuple[InputEntry, ...] = Field(description="the snapshots from which the forecast was computed")
-    fitted_on: FittedOn | LeaptOn = Field(description="the data that the method was fitted on")
-    copied: tuple[CopiedEntry, ...] = Field(description="tensors that were copied")
-    resume: ResumeEntry = Field(description="the changes for resuming")
-    evaluations: tuple[EvaluationEntry, ...] = Field(
-        default=(), description="with `--eval-cmd`: one entry per trial; absent without"
-    )
-    momentum: MomentumEntry | None = Field(default=None, description="of a leap: the memory that it used; absent otherwise")
-    files: tuple[FileEntry, ...] = Field(description="every file of the output")
-
-
-class CheckpointFile(_Part):
-    """The checkpoint that was tuned."""
-
-    path: str = Field(description="the file or folder, relative to the output's folder")
-    bytes: int = Field(description="size of all its files")
-    digest: str = Field(description="of its tensors' names, shapes, types and places")
-
-
-class RowsFile(_Part):
-    """The file of labelled rows."""
-
-    path: str = Field(description="the file, relative to the output's folder")
-    bytes: int = Field(description="its size")
-
-
-class HeldOut(_Part):
-    """The rows that judge."""
-
-    before: Figure = Field(description="their mean loss, before")
-    after: Figure = Field(description="the same, after")
-    z: Figure = Field(description="gain, in standard errors")
-    rows: int = Field(description="how many they are, each distinct one counted once")
-
-
-class TunedOn(_Part):
-    """The rows that a layer is tuned on."""
-
-    before: Figure = Field(description="their mean loss, before")
-    after: Figure = Field(description="the same, after")
-    rows: int = Field(description="how many they are")
-
-
-class TuneOptions(_Part):
-    """The options of a tuning."""
-
-    loss: str = Field(description="`--loss`")
-    activation: tuple[str, ...] = Field(description="`--activation`")
-    bias: tuple[str, ...] = Field(description="`--bias`")
-    head: str | None = Field(description="`--head`")
-    head_bias: str | None = Field(description="`--head-bias`")
-    anchor: str | None = Field(description="`--anchor`, relative to the output's folder")
-    rate: Figure | None = Field(description="`--rate`; `null` if it was computed from the curvature")
-    momentum: Figure = Field(description="`--momentum`")
-    weight_decay: Figure = Field(description="`--weight-decay`")
-    ridge: Figure = Field(description="`--ridge`")
-    holdout: Figure = Field(description="`--holdout`")
-    subsample: int | None = Field(description="`--subsample`")
-
-
-class TuneSidecar(Answer):
-    """The sidecar of what `tune` wrote; without `files`, it is in the metadata of a delta file."""
-
-    command: Literal["tune"] = Field(description="always `tune`")
-    name: str = Field(description="the output's name")
-    farcast_version: str = Field(description="version of farcast that wrote it")
-    layers: tuple[str, ...] = Field(description="the layers that were tuned")
-    method: str = Field(description="name of the method, or `apply`")
-    input: CheckpointFile = Field(description="the checkpoint that was tuned")
-    held_out: HeldOut | None = Field(default=None, description="the rows that judge; absent with `--apply`")
-    gate: Figure | None = Field(default=None, description="`--gate`; absent with `--apply`")
-    tuned: TunedOn | None = Field(default=None, description="the rows tuned on; absent with `--apply`")
-    iterations: int | None = Field(
-        default=None, description="iteration with the lowest loss on the early-stopping rows; absent with `--apply`"
-    )
-    relative_change: tuple[Figure, ...] = Field(
-        default=(), description="norm of each layer's change, divided by the layer's norm; absent with `--apply`"
-    )
-    round: str = Field(description="`--round`")
-    seed: int = Field(description="`--seed`")
-    notes: tuple[str, ...] = Field(description="unusual facts, such as repeated rows, or a cache that did not save time")
-    data: RowsFile | None = Field(default=None, description="the file of labelled rows; absent with `--apply`")
-    options: TuneOptions | None = Field(default=None, description="what the command was asked for; absent with `--apply`")
-    delta: str | None = Field(
-        default=None, description="with `--apply`: the delta file, relative to the output's folder; else absent"
-    )
-    files: tuple[FileEntry, ...] = Field(default=(), description="every file of the output")
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-class ErrorEntry(_Part):
+class ErrorEntry(AnswerPart):
     """What went wrong."""
 
-    code: int = Field(description="the exit code of the command, see [the command line](cli.md#exit-codes)")
+    code: int = Field(description="the exit code of the command, see `farcast help exit-codes`")
     message: str = Field(description="what went wrong, in one line")
     hint: str | None = Field(description="what to do about it; `null` if nothing is known")
     path: PortablePath | None = Field(description="the file or folder that the message is about; `null` if it is about none")

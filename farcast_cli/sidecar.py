@@ -11,7 +11,7 @@ import numpy as np
 from farcast_cli import __version__
 from farcast_cli.files.place import SIDECAR, list_files, open_new
 from farcast_cli.files.reading import portable, relative
-from farcast_cli.results import (
+from farcast_cli.records import (
     CopiedEntry,
     EvaluationEntry,
     FileEntry,
@@ -23,8 +23,8 @@ from farcast_cli.results import (
 
 if TYPE_CHECKING:
     from farcast_cli.evaluation.judge import Trial
+    from farcast_cli.records import FittedOn, LeaptOn, MomentumEntry, TuneSidecar
     from farcast_cli.request import Outcome, Prepared, Request
-    from farcast_cli.results import FittedOn, LeaptOn, MomentumEntry, TuneSidecar
 
 
 def write_sidecar(written: Path, beside: Path | None, content: ForecastSidecar | TuneSidecar) -> None:

@@ -1,4 +1,4 @@
-"""Two training commands for docs/ci/periodic.sh: each trains one stretch of a run and notes how it was called.
+"""Two training commands for farcast ci periodic.sh: each trains one stretch of a run and notes how it was called.
 
 python -m tests.rounds trainer RUN [--resume PATH]         a real Trainer
 python -m tests.rounds decay|walk RUN [--resume PATH]      files alone: weights that decay smoothly, or that only diffuse
@@ -32,23 +32,24 @@ def step_of(path: Path) -> int:
 
 
 def train_by_trainer(
-    run: Path, resume: str | None, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000
+    run: Path, resume: str | None, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000, log_every: int = 0
 ) -> int:
     """A small regression with AdamW at a constant rate, stopped after some saves; the step that it began at.
 
     Args:
         keep: how many checkpoints the trainer leaves in the folder.
+        log_every: how many steps lie between two logged losses; 0 logs none.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    trainer, began = regression_trainer(run, num_saves, keep=keep, max_steps=max_steps)
+    trainer, began = regression_trainer(run, num_saves, keep=keep, max_steps=max_steps, log_every=log_every)
     own_last = get_last_checkpoint(str(run)) if run.exists() else None  # type: ignore[no-untyped-call, unused-ignore]
     trainer.train(resume_from_checkpoint=resume or own_last)
     return began[0]
 
 
 def regression_trainer(
-    run: Path, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000
+    run: Path, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000, log_every: int = 0
 ) -> tuple[Any, list[int]]:
     """A Trainer that stops after some saves, and a list to which it adds the step that it begins at."""
     import torch
@@ -90,7 +91,8 @@ def regression_trainer(
         save_strategy="steps",
         save_steps=SAVE_EVERY,
         save_total_limit=keep,
-        logging_strategy="no",
+        logging_strategy="steps" if log_every else "no",
+        logging_steps=log_every or 500,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,

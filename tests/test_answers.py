@@ -12,7 +12,7 @@ from farcast_cli.forecast.backtest import Decision, Score, Steadiness
 from farcast_cli.forecast.momentum import Momentum
 from farcast_cli.forecast.report import BacktestReport
 from farcast_cli.forecast.significance import Significance
-from farcast_cli.leap.ask import Leapt
+from farcast_cli.leaps.ask import Leapt
 from farcast_cli.request import Outcome
 from farcast_cli.run.alignment import Copied
 from farcast_cli.run.pace import Pace
@@ -20,7 +20,7 @@ from farcast_cli.tune.gate import GateResult
 from farcast_cli.tune.run import TuneOutcome
 
 if TYPE_CHECKING:
-    from farcast_cli.results import Answer
+    from farcast_cli.answer import Answer
 
 RATES = Pace((0, 900), (0.25,))
 CHANCE = Significance(0.0301, 0.0302)

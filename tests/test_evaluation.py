@@ -23,7 +23,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.evaluation.command import LOG_BYTES, Command, Log, Stop, Watch
 from farcast_cli.evaluation.judge import Evaluator, Trial, best_trial, last_number
 from farcast_cli.forecast.forecaster_file import load_fitted
-from farcast_cli.predict import predict
+from farcast_cli.prediction import predict
 from farcast_cli.request import Request
 from tests.conftest import clean_environment, make_loose_run, popen_cli, tree_digest
 from tests.tiny import predict_run, write_run

@@ -5,22 +5,32 @@ Each is what a pipe of a fixed width gets. A change of words, columns or roundin
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 from safetensors.torch import save_file
 
 from farcast_cli.commands import render
+from farcast_cli.commands.tables import Column, bar, cut_in_the_middle, fitted_table
 from farcast_cli.forecast.forecaster_file import load_fitted
 from tests.conftest import STEPS, edit_loose, fit_run, make_loose_run, weights_at
 from tests.tiny import predict_run, wander, write_run
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tests.conftest import CallCli
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 WIDTH = 100
+NARROW = 44  # columns of half a small screen
 
 MANY = ("verify", "many/b.safetensors", "--against", "many/c.safetensors", "--reference", "many/a.safetensors")
 
@@ -35,7 +45,11 @@ TABLES = {
     "verify-still": ("verify", "forecast.safetensors", "--against", "truth.safetensors", "--reference", "truth.safetensors"),
     "verify-many": MANY,
     "verify-many-verbose": (*MANY, "-v"),
+    "inspect-disagreeing": ("inspect", "disagreeing"),
 }
+
+
+WIDTHS = dict.fromkeys(TABLES, WIDTH) | {f"{name}-narrow": NARROW for name in TABLES}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +65,9 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     edit_loose(top / "truth.safetensors", {"norm.weight": weights_at(800)["norm.weight"]})
     make_loose_run(top / "few", STEPS[:3])
     (top / "few" / "notes.txt").write_text("not a checkpoint")
+    renamed = make_loose_run(top / "disagreeing", STEPS[:6]) / "step_000600.safetensors"
+    save_file(weights_at(600), renamed.with_name("checkpoint-of-the-run-step_000900.safetensors"), metadata={"step": "600"})
+    renamed.unlink()
     many = {f"layers.{number:02d}.weight": (20 - number, 8) for number in range(15)}
     (top / "many").mkdir()
     for name, step in {"a": 100, "b": 190, "c": 200}.items():
@@ -58,13 +75,13 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_a_table_is_as_it_was(
     name: str, shown: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(render, "WIDE", WIDTH)
-    done = call_cli(*TABLES[name], cwd=shown)
-    assert done.returncode == 0, done
+    monkeypatch.setattr(render, "WIDE", WIDTHS[name])
+    done = call_cli(*TABLES[name.removesuffix("-narrow")], cwd=shown)
+    assert done.returncode == (3 if "disagreeing" in name else 0), done
     kept = GOLDEN / f"{name}.txt"
     if request.config.getoption("--update-golden"):
         kept.write_text(done.stdout, encoding="utf-8")
@@ -72,4 +89,77 @@ def test_a_table_is_as_it_was(
 
 
 def test_every_file_belongs_to_a_table() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.txt" for name in TABLES}
+    assert {path.name for path in GOLDEN.iterdir()} == {f"{name}.txt" for name in WIDTHS}
+
+
+@pytest.mark.parametrize("name", [name for name in WIDTHS if name.endswith("-narrow")])
+def test_a_narrow_terminal_cuts_no_table_at_its_end(name: str) -> None:
+    """Where names differ; a note is one long line, which a terminal folds."""
+    lines = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    assert not any("…" in line for line in lines)
+    table = [line for line in lines if line.startswith((" ", "step", "layers", "embed", "norm"))]
+    assert [line for line in table if len(line) > NARROW] == []
+
+
+def column(heading: str, *cells: str, **options: Any) -> Column:
+    return Column(heading, tuple(Text(cell) for cell in cells), **options)
+
+
+def headings(columns: Sequence[Column], width: int) -> list[object]:
+    return [shown.header for shown in fitted_table(columns, width).columns]
+
+
+def test_columns_give_way_by_their_rank_and_names_are_cut_no_shorter_than_they_may() -> None:
+    columns = (
+        column("name", "model.layers.0.weight", least=10),
+        column("bar", "######", rank=1),
+        column("as written", "0.43", rank=2, instead=(column("written", "0.43"),)),
+    )
+    assert headings(columns, 41) == ["name", "bar", "as written"]
+    assert headings(columns, 30) == ["name", "bar", "as written"]
+    assert headings(columns, 29) == ["name", "as written"]
+    assert headings(columns, 21) == ["name", "written"]
+    assert [str(cell) for cell in fitted_table(columns, 29).columns[0].cells] == ["model.l....weight"]
+    assert [str(cell) for cell in fitted_table(columns, 22).columns[0].cells] == ["mode...ght"]
+
+
+def test_names_that_would_look_the_same_are_folded_and_not_cut() -> None:
+    names = [f"model.transformer.layers.{number}.mlp.weight" for number in (1, 2)]
+    console = Console(width=24, file=io.StringIO())
+    console.print(fitted_table([column("tensor", *names, least=10), column("ratio", "0.10", "0.20", justify="right")], 24))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.rstrip() for line in lines[1:]] == [
+        "model.transformer   0.10",
+        ".layers.1.mlp.wei",
+        "ght",
+        "model.transformer   0.20",
+        ".layers.2.mlp.wei",
+        "ght",
+    ]
+
+
+@given(text=st.text(st.sampled_from("abc層重")), width=st.integers(5, 30))
+def test_a_cut_name_is_never_wider_and_keeps_both_its_ends(text: str, width: int) -> None:
+    cut = cut_in_the_middle(text, width)
+    assert cell_len(cut) <= width
+    assert cut == text or (
+        cell_len(text) > width and text.startswith(cut.split("...")[0]) and text.endswith(cut.split("...")[-1])
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [
+        (-1.0, ".............|......"),
+        (0.0, ".............|......"),
+        (0.5, "######.......|......"),
+        (1.0, "#############|......"),
+        (1.01, "#############|#....."),
+        (1.4, "#############|#####>"),
+        (99.0, "#############|#####>"),
+        (float("nan"), ".............|......"),
+        (float("inf"), "#############|#####>"),
+    ],
+)
+def test_a_bar_has_a_mark_at_one_and_shows_what_is_above_it(ratio: float, shown: str) -> None:
+    assert bar(ratio, is_utf=False) == shown

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import UsageError
 from farcast_cli.forecast.fitting import fit
-from farcast_cli.predict import _whole_epochs
+from farcast_cli.prediction import _whole_epochs
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.state.advance import advance
 from farcast_cli.state.rates import read_pace

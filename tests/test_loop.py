@@ -158,8 +158,8 @@ def test_a_leap_that_somebody_changed_stays_on_disk(tmp_path: Path, caplog: pyte
 
 def test_a_leap_that_the_command_wrote_stays_on_disk(tmp_path: Path) -> None:
     """With its optimizer it is a checkpoint of the user's."""
-    from farcast_cli.leap.ask import Ask
-    from farcast_cli.leap.call import leap
+    from farcast_cli.leaps.ask import Ask
+    from farcast_cli.leaps.call import leap
     from farcast_cli.progress import silent
     from farcast_cli.request import Request
     from farcast_cli.run.selection import Selection

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from farcast_cli.results import ANSWERS, FitAnswer, InputEntry, schema
+from farcast_cli.records import InputEntry
+from farcast_cli.results import ANSWERS, FitAnswer, schema
 from tests.conftest import make_loose_run
 from tests.test_tune import CALL, save_work
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from farcast_cli.verify import find_reference, verify
+from farcast_cli.verification import find_reference, verify
 from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import farcast_cli.engine.reader
 from farcast_cli.errors import FarcastError, FileFormatError, MixedRunsError, UsageError
-from farcast_cli.verify import find_reference, verify
+from farcast_cli.verification import find_reference, verify
 from tests.tiny import fit_run, predict_run, save_safetensors, wander, write_run
 
 if TYPE_CHECKING:

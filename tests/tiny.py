@@ -20,7 +20,7 @@ from farcast_cli.forecast.forecaster import Options, Task, forecast
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.methods import METHODS
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.predict import predict
+from farcast_cli.prediction import predict
 from farcast_cli.progress import silent
 from farcast_cli.request import Outcome, Request
 from farcast_cli.run.trajectory import discover

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli import results
+from farcast_cli import records, results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.report import BacktestReport
-    from farcast_cli.leap.ask import Leapt
+    from farcast_cli.forecast.worth import Worth
+    from farcast_cli.leaps.ask import Leapt
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.run import TuneOutcome as Tuning
@@ -43,7 +44,7 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
         ),
         num_tensors=len(alignment.tensors) if alignment else 0,
         num_parameters=alignment.num_parameters if alignment else 0,
-        copied=tuple(results.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
+        copied=tuple(records.CopiedEntry(name=c.name, reason=c.reason) for c in alignment.copied) if alignment else (),
         ignored=tuple(results.IgnoredEntry(path=i.path, reason=i.reason) for i in trajectory.ignored),
         notes=(*trajectory.notes, *(past.cautions if past else ())),
         problems=(*found.problems, *([f"{problem}; {problem.hint}"] if problem else [])),
@@ -57,6 +58,22 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
             for one in (past.leaps if past else ())
         ),
         leap=leap.resumes_after if leap else None,
+    )
+
+
+def _worth(worth: Worth | None) -> results.WorthEntry | None:
+    if worth is None:
+        return None
+    return results.WorthEntry(
+        origin_step=worth.origin_step,
+        kind=worth.kind,
+        trained=worth.trained,
+        loss_before=worth.before,
+        loss_after=worth.after,
+        loss_of_line=worth.line,
+        standard_error=worth.error,
+        steps_sooner=worth.sooner,
+        is_limit=worth.is_limit,
     )
 
 
@@ -76,6 +93,7 @@ def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
         significance=steady.significance.p,
         bytes_read=done.bytes_read,
         seconds=done.seconds,
+        worth=_worth(done.worth),
     )
 
 
@@ -145,7 +163,7 @@ def _forecast(outcome: Outcome) -> results.Forecast:
         notes=outcome.notes,
         existed=outcome.existed,
         evaluations=tuple(
-            results.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
+            records.EvaluationEntry(strength=t.strength, value=t.value, seconds=t.seconds, log=t.log) for t in outcome.trials
         ),
     )
 
@@ -172,6 +190,7 @@ def of_leap(done: Leapt, *, dry_run: bool) -> results.LeapAnswer:
         changes=outcome.changes,
         notes=(*done.notes, *outcome.notes),
         evaluations=tuple(results.TrialEntry(strength=t.strength, value=t.value, seconds=t.seconds) for t in outcome.trials),
+        worth=_worth(done.worth),
         dry_run=dry_run,
     )
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from farcast_cli import api
 from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE
 from farcast_cli.commands.fit import fitted_by
-from farcast_cli.commands.horizons import in_steps, parse_horizons
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -29,11 +29,9 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
-    env,
-    ledgers_of,
-    resources_of,
-    selection_of,
 )
+from farcast_cli.horizons import parse_horizons
+from farcast_cli.settings import env, fit_request
 
 EXAMPLES = "Example: farcast backtest --horizon 500,1000,2000"
 
@@ -72,19 +70,26 @@ def backtest(
     config: ConfigOption = None,
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
-    parsed = parse_horizons(horizon)
-    resources = resources_of(device, io, threads)
+    parse_horizons(horizon)  # what cannot be is refused before the folder is read
     from farcast_cli.commands import answers, render
-    from farcast_cli.forecast.fitting import FitRequest
-    from farcast_cli.forecast.report import report_backtest
 
     of_folder = None
     if directory:
-        selection = selection_of(directory, include, exclude, steps, pattern)
-        of_folder = FitRequest(selection, None if full else sample, ledgers_of(ledger), resources)
-    fitted = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
-    horizons = in_steps(parsed, fitted)
-    report = report_backtest(fitted, horizons, method=method, purpose=purpose, clock=clock, device=resources.device)
+        of_folder = fit_request(
+            directory,
+            include=include,
+            exclude=exclude,
+            steps=steps,
+            pattern=pattern,
+            sample=sample,
+            full=full,
+            ledger=ledger,
+            device=device,
+            io=io,
+            threads=threads,
+        )
+    run = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
+    report = api.backtest(run, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
     if json_:
         render.as_json(answers.of_backtest(report))
     else:

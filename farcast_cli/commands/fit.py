@@ -17,19 +17,17 @@ from farcast_cli.commands.options import (
     IoOption,
     JsonOption,
     LedgerOption,
+    LossesOption,
     PatternOption,
     QuietOption,
     SampleOption,
     StepsOption,
     ThreadsOption,
     VerboseOption,
-    env,
     is_given,
-    ledgers_of,
-    resources_of,
-    selection_of,
 )
 from farcast_cli.errors import UsageError
+from farcast_cli.settings import env, fit_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +50,7 @@ def fit(
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
@@ -61,12 +60,24 @@ def fit(
     config: ConfigOption = None,
 ) -> None:
     """Read a sample of every tensor at every snapshot, and write the forecaster file."""
-    resources = resources_of(device, io, threads)
+    request = fit_request(
+        directory,
+        output=output,
+        include=include,
+        exclude=exclude,
+        steps=steps,
+        pattern=pattern,
+        sample=sample,
+        full=full,
+        ledger=ledger,
+        device=device,
+        io=io,
+        threads=threads,
+        losses=losses,
+    )
     from farcast_cli.commands import answers, render
-    from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern)
-    done = learn(FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output), quiet=quiet)
+    done = learn(request, quiet=quiet)
     if json_:
         render.as_json(answers.of_fit(done, output))
     else:
@@ -89,8 +100,8 @@ def learn(request: FitRequest, *, quiet: bool) -> FitOutcome:
 
 def fitted_by(
     request: FitRequest | None, forecaster: Path, *, context: typer.Context, needs: Sequence[str] = (), quiet: bool
-) -> Fitted:
-    """The forecaster of a folder, fitted in memory; the one of a file where no folder is named.
+) -> Fitted | Path:
+    """The forecaster of a folder, fitted in memory; its file where no folder is named.
 
     Args:
         needs: the options that speak of a folder.
@@ -98,15 +109,13 @@ def fitted_by(
     Raises:
         UsageError: the command line names both, or chooses parts of a folder that it does not name.
     """
-    from farcast_cli.forecast.forecaster_file import load_fitted
-
     if request is None:
         lost = next((name for name in needs if is_given(context, name)), None)
         if lost:
             raise UsageError(
                 f"--{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR --{lost} ..."
             )
-        return load_fitted(forecaster)
+        return forecaster
     if is_given(context, "forecaster"):
         raise UsageError("expected a folder or --forecaster FILE, found both", hint="a folder is fitted in memory")
     return learn(request, quiet=quiet).fitted

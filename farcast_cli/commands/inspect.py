@@ -18,10 +18,8 @@ from farcast_cli.commands.options import (
     QuietOption,
     StepsOption,
     VerboseOption,
-    ledgers_of,
-    prepare,
-    selection_of,
 )
+from farcast_cli.settings import ledgers_of, prepare, selection_of
 
 EXAMPLES = "Example: farcast inspect ckpts/ --json | jq '.snapshots[].step'"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farcast_cli import api
 from farcast_cli.choices import DEFAULT_LEDGER, CountersMode
 from farcast_cli.commands.options import (
     ClockOption,
@@ -21,6 +22,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LossesOption,
     MaximizeOption,
     OptimizerOption,
     OverwriteOption,
@@ -30,17 +32,13 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     VerboseOption,
     choice,
-    env,
-    evaluator_of,
-    ledgers_of,
-    resources_of,
-    selection_of,
 )
 from farcast_cli.errors import NoForecastError
+from farcast_cli.settings import env
 
 if TYPE_CHECKING:
-    from farcast_cli.leap.ask import Leapt
-    from farcast_cli.request import Outcome, Request
+    from farcast_cli.leaps.ask import Leapt
+    from farcast_cli.request import Outcome
 
 EXAMPLES = (
     "Examples: farcast leap ckpts/   |   farcast leap ckpts/ --eval-cmd 'python eval.py {ckpt}'   |   "
@@ -107,6 +105,7 @@ def leap(
     ] = False,
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    losses: LossesOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -122,31 +121,39 @@ def leap(
     checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
     steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
-    resources = resources_of(device, io, threads)
     from farcast_cli.commands import answers, render
-    from farcast_cli.leap.ask import Ask
-    from farcast_cli.leap.call import leap as run
-    from farcast_cli.request import Request
 
-    request = Request(
-        optimizer=optimizer,
-        counters=counters,
-        layout=layout,
-        output=output,
-        even_if_worse=even_if_worse,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        ledgers=ledgers_of(ledger),
-        clock=clock,
-        resources=resources,
-        evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
-    )
-    selection = selection_of(directory, include, exclude, steps, pattern)
-    ask = Ask(request, selection, every, gain, max_gain)
     with render.progress(quiet=quiet) as progress:
-        done = run(ask, progress)
+        done = api.leap(
+            directory,
+            every=every,
+            eval_cmd=eval_cmd,
+            maximize=maximize,
+            jobs=jobs,
+            eval_timeout=eval_timeout,
+            gain=gain,
+            max_gain=max_gain,
+            output=output,
+            counters=counters,
+            include=include,
+            exclude=exclude,
+            steps=steps,
+            pattern=pattern,
+            clock=clock,
+            optimizer=optimizer,
+            layout=layout,
+            even_if_worse=even_if_worse,
+            overwrite=overwrite,
+            ledger=ledger,
+            dry_run=dry_run,
+            device=device,
+            io=io,
+            threads=threads,
+            losses=losses,
+            progress=progress,
+        )
     if not quiet:
-        _summary(done, request, verbose=verbose)
+        _summary(done, counters=counters, dry_run=dry_run, verbose=verbose)
     if json_:
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
@@ -155,24 +162,26 @@ def leap(
         raise typer.Exit(NoForecastError.exit_code)
 
 
-def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:
+def _summary(done: Leapt, *, counters: CountersMode, dry_run: bool, verbose: bool) -> None:
     from farcast_cli.commands import render
 
     outcome, momentum, reason = done.outcome, done.momentum, done.outcome.decision.reason
     head = f"step {outcome.origin_step}"
     for text in done.notes:
         render.note(text if text.startswith("caution: ") else f"note: {text}")
+    if done.worth:
+        render.note(done.worth.told())
     if outcome.decision.verdict != "forecast":
         render.note(f"{head}: no leap: {reason}")
     elif done.is_again:
         render.note(
             f"{head}: no training since the last call, so its leap is given again, whatever the options; train on for a new one"
         )
-    elif request.dry_run:
-        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}; {_counters(outcome, request)}")
+    elif dry_run:
+        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}; {_counters(outcome, counters)}")
     else:
         render.note(
-            f"{head}: a leap of {outcome.horizon} steps: {reason}; {_counters(outcome, request)};"
+            f"{head}: a leap of {outcome.horizon} steps: {reason}; {_counters(outcome, counters)};"
             f" {render.size(outcome.bytes_written)} in {outcome.seconds:.1f} s"
         )
         render.copied_note(outcome.copied, verbose=verbose)
@@ -189,8 +198,8 @@ def _summary(done: Leapt, request: Request, *, verbose: bool) -> None:
         render.note(f"call again after {when} of training")
 
 
-def _counters(outcome: Outcome, request: Request) -> str:
+def _counters(outcome: Outcome, counters: CountersMode) -> str:
     """At which step the trainer goes on."""
-    if request.counters == "advance":
+    if counters == "advance":
         return f"the counters advance to step {outcome.valid_step}"
     return f"the counters stay at step {outcome.origin_step}"

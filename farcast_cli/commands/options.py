@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -25,17 +24,12 @@ from farcast_cli.choices import (
     SolverName,
     StepNorm,
 )
-from farcast_cli.commands.horizons import MAX_DIGITS
 from farcast_cli.commands.mistakes import nearest, refuse_addresses, refuse_more, unknown_variables
 from farcast_cli.errors import ANY_COMMAND, FarcastError, UsageError, shell_word
+from farcast_cli.settings import MIN_SAMPLE, check_choice, env
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from farcast_cli.engine.reader import Resources
-    from farcast_cli.evaluation.judge import Evaluator
-    from farcast_cli.forecast.state_ledger import Ledgers
-    from farcast_cli.run.selection import Selection
 
 CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
@@ -57,7 +51,7 @@ and `counters` skip the ledger or the run's end, `scale` and `step_norm` write a
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
-    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "against", "reference"),
+    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "losses", "against", "reference"),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
@@ -73,7 +67,6 @@ PANELS = {
 }
 """The groups in which `--help` shows the options of a command, in this order."""
 MAX_CONFIG_BYTES = 1 << 20
-_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
 
 
 @dataclass(slots=True)
@@ -117,6 +110,8 @@ class Grouped(TyperCommand):
         finally:
             if isinstance(ctx.obj, Asked):
                 ctx.obj.read(ctx)
+        if ctx.resilient_parsing:  # for the completion of a line that is not finished
+            return args
         refuse_more(ctx)
         refuse_addresses(ctx)
         if strangers := [] if ctx.params.get("quiet") else unknown_variables(ctx):
@@ -215,10 +210,6 @@ def _key_of(option: str) -> str:
     return {"purpose": "for", "json_": "json", "round_": "round"}.get(option, option)
 
 
-def env(name: str) -> str:
-    return f"FARCAST_{name}"
-
-
 def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:
     """An option whose value is one of a Literal type: its help shows which, and another value is a usage error.
 
@@ -228,12 +219,13 @@ def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -
     names = get_args(allowed)
 
     def parse(value: str) -> str:
-        if value not in names:
-            raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
+        check_choice(name, value, allowed)
         return value
 
     envvar = env(env_name or name.removeprefix("--").replace("-", "_").upper())
-    return typer.Option(name, envvar=envvar, metavar="|".join(names), parser=parse, help=text)
+    return typer.Option(
+        name, envvar=envvar, metavar="|".join(names), parser=parse, autocompletion=lambda: list(names), help=text
+    )
 
 
 JsonOption = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="Print one JSON object on stdout.")]
@@ -289,11 +281,22 @@ PatternOption = Annotated[
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
     ),
 ]
-SampleOption = Annotated[int, typer.Option(envvar=env("SAMPLE"), min=1000, help="Number of values to read from each tensor.")]
+SampleOption = Annotated[
+    int, typer.Option(envvar=env("SAMPLE"), min=MIN_SAMPLE, help="Number of values to read from each tensor.")
+]
 LedgerOption = Annotated[
     Path,
     typer.Option(
         envvar=env("LEDGER"), metavar="FILE", help="File in which predict records the checkpoints to resume from; fit reads it."
+    ),
+]
+LossesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--losses",
+        envvar=env("LOSSES"),
+        metavar="FILE",
+        help="The run's log of losses: CSV, JSON lines or TensorBoard; by default where its trainer keeps it.",
     ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values instead of a sample.")]
@@ -388,6 +391,7 @@ TuneMethodOption = Annotated[
         "--method",
         envvar=env("TUNE_METHOD"),
         metavar="|".join(get_args(SolverName)),
+        autocompletion=lambda: list(get_args(SolverName)),
         help="Solver. Default: gauss-newton for one layer, gradient-descent for several.",
     ),
 ]
@@ -397,95 +401,7 @@ LossOption = Annotated[
 RoundOption = Annotated[Rounding, choice(Rounding, "--round", text="How to round values to the stored type.")]
 
 
-def check_horizon_options(horizon: str | None, to_step: int | None) -> None:
-    if to_step is not None and to_step >= 10**MAX_DIGITS:
-        raise UsageError(f"--to-step {to_step}: expected fewer than {10**MAX_DIGITS} steps")
-    if horizon is not None and to_step is not None:
-        raise UsageError(
-            "expected --horizon N (steps ahead) or --to-step N, found both", hint="farcast predict proposes a horizon itself"
-        )
-
-
-def parse_size(text: str | None) -> int | None:
-    if text is None:
-        return None
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number, unit = text[:-2], text[-2:].upper()
-    if len(number) > MAX_DIGITS or unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
-    return int(float(number) * units[unit])
-
-
-def device_name(device: str) -> str:
-    """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
-    return "cpu" if device == "auto" else device
-
-
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether an option stands on the command line; neither the environment nor a file gave it."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def selection_of(
-    directory: Path, include: list[str] | None, exclude: list[str] | None, steps: str | None, pattern: str | None
-) -> Selection:
-    """The part of a run that the options name."""
-    from farcast_cli.run.selection import Selection
-    from farcast_cli.run.steps import parse_steps
-
-    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
-
-
-def ledgers_of(ledger: Path) -> Ledgers:
-    """Where leaps are recorded: the ledger that the options name, and the user's state folder."""
-    from farcast_cli.forecast.state_ledger import ledgers_in
-
-    return ledgers_in(os.environ, ledger)
-
-
-def evaluator_of(command: str | None, *, maximize: bool, jobs: int, timeout_s: float | None) -> Evaluator | None:
-    """The user's command that judges weights, where there is one."""
-    from farcast_cli.evaluation.judge import Evaluator
-
-    return Evaluator(command, maximize, jobs, timeout_s) if command else None
-
-
-def resources_of(device: str, io: Io, threads: int) -> Resources:
-    """What the command may compute with; called before anything that imports numpy."""
-    num_workers = prepare(device, threads)
-    from farcast_cli.engine.reader import Resources
-
-    return Resources(device_name(device), io, num_workers)
-
-
-def prepare(device: str, threads: int = 0) -> int:
-    """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
-    kind, _, number = device.partition(":")
-    if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
-        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    _import_numpy()
-    if kind == "cuda":
-        from farcast_cli.optional import need
-
-        need("torch", f"--device {device}")
-        import torch
-
-        if int(number or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
-            )
-    return threads or min(8, len(os.sched_getaffinity(0)))
-
-
-def _import_numpy() -> None:
-    """Import numpy with one thread for its matrix products, which it asks the environment for at import, and only then."""
-    known = {name: os.environ.get(name) for name in _BLAS_THREADS}
-    os.environ.update(dict.fromkeys(_BLAS_THREADS, "1"))
-    import numpy as np  # noqa: F401
-
-    for name, value in known.items():  # the user's own --eval-cmd has the environment as it was
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farcast_cli import api
 from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE, CountersMode
 from farcast_cli.commands.fit import fitted_by
-from farcast_cli.commands.horizons import in_steps, parse_horizons
 from farcast_cli.commands.options import (
     ClockOption,
     ConfigOption,
@@ -41,23 +40,13 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
-    check_horizon_options,
     choice,
-    env,
-    evaluator_of,
-    ledgers_of,
-    parse_size,
-    resources_of,
-    selection_of,
 )
-from farcast_cli.errors import NoForecastError, shell_word
+from farcast_cli.errors import NoForecastError
+from farcast_cli.settings import env, fit_request, horizons_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from farcast_cli.forecast.fitting import FitRequest
-    from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.request import Outcome, Request
+    from farcast_cli.api import Prediction
 
 CHOOSING = ("include", "exclude", "steps", "pattern", "sample", "full")
 """The options that choose what is read of a folder; a forecaster file has read it already."""
@@ -157,70 +146,69 @@ def predict(
     config: ConfigOption = None,
 ) -> None:
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
-    check_horizon_options(horizon, to_step)
-    horizons = parse_horizons(horizon)
-    resources = resources_of(device, io, threads)
+    horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
     from farcast_cli.commands import render
-    from farcast_cli.forecast.fitting import FitRequest
-    from farcast_cli.forecast.forecaster import Options
-    from farcast_cli.predict import predict as run
-    from farcast_cli.request import Request
 
     of_folder = None
     if directory:
-        selection = selection_of(directory, include, exclude, steps, pattern)
-        of_folder = FitRequest(selection, None if full else sample, ledgers_of(ledger), resources)
-    fitted = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
-    request = Request(
-        horizons=in_steps(horizons, fitted, origin=origin),
-        to_step=to_step,
-        purpose=purpose,
-        method=method,
-        options=Options(step_norm, scale, scope, grad_weight),
-        origin_step=origin,
-        optimizer=optimizer,
-        counters=counters,
-        dtype=dtype,
-        layout=layout,
-        max_shard_bytes=parse_size(max_shard_size),
-        output=output,
-        even_if_worse=even_if_worse,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        ledgers=ledgers_of(ledger),
-        clock=clock,
-        source=_source(of_folder, forecaster),
-        resources=resources,
-        evaluator=evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout),
-    )
+        of_folder = fit_request(
+            directory,
+            include=include,
+            exclude=exclude,
+            steps=steps,
+            pattern=pattern,
+            sample=sample,
+            full=full,
+            ledger=ledger,
+            device=device,
+            io=io,
+            threads=threads,
+        )
+    run = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
     with render.progress(quiet=quiet) as progress:
-        outcomes = run(fitted, request, progress)
-    _tell(fitted, request, outcomes, quiet=quiet, verbose=verbose, as_json=json_)
+        done = api.predict(
+            run,
+            horizon=horizon,
+            to_step=to_step,
+            output=output,
+            purpose=purpose,
+            method=method,
+            step_norm=step_norm,
+            scale=scale,
+            scope=scope,
+            clock=clock,
+            grad_weight=grad_weight,
+            origin=origin,
+            optimizer=optimizer,
+            counters=counters,
+            dtype=dtype,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            eval_cmd=eval_cmd,
+            maximize=maximize,
+            jobs=jobs,
+            eval_timeout=eval_timeout,
+            even_if_worse=even_if_worse,
+            overwrite=overwrite,
+            ledger=ledger,
+            dry_run=dry_run,
+            device=device,
+            io=io,
+            threads=threads,
+            progress=progress,
+        )
+    _tell(done, quiet=quiet, verbose=verbose, as_json=json_)
 
 
-def _source(request: FitRequest | None, forecaster: Path) -> str:
-    """What a command to paste needs to read the same run, with a blank before it."""
-    if request is None:
-        return "" if forecaster == DEFAULT_FORECASTER else f" --forecaster {shell_word(forecaster)}"
-    chosen = request.selection
-    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
-    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return " " + " ".join([shell_word(chosen.directory), *(f"{name} {shlex.quote(glob)}" for name, glob in options)])
-
-
-def _tell(fitted: Fitted, request: Request, outcomes: Sequence[Outcome], *, quiet: bool, verbose: bool, as_json: bool) -> None:
+def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     """What came of it; ends with an exit code of its own where nothing was written."""
-    from farcast_cli.advice import advice
     from farcast_cli.commands import answers, render
-    from farcast_cli.predict import default_notes
 
-    is_written = any(outcome.path for outcome in outcomes)
     if not quiet:
-        hint = "" if is_written else advice(fitted, request, outcomes)
-        render.predictions(outcomes, default_notes(fitted, request, outcomes), request, hint=hint, verbose=verbose)
+        render.predictions(done.outcomes, done.notes(), done.request, hint=done.advice(), verbose=verbose)
     if as_json:
-        render.as_json(answers.of_predict(outcomes, dry_run=request.dry_run))
-    elif not request.dry_run:
-        render.paths([outcome.path for outcome in outcomes if outcome.path])
-    if not is_written:
+        render.as_json(answers.of_predict(done.outcomes, dry_run=done.request.dry_run))
+    elif not done.request.dry_run:
+        render.paths(done.paths)
+    if not done.paths:
         raise typer.Exit(NoForecastError.exit_code)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape as escape_markup
-from rich.table import Table
+from rich.text import Text
 
+from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
 from farcast_cli.errors import listed, printable, shell_word, visible
 from farcast_cli.progress import silent
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from farcast_cli.answer import Answer
     from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
     from farcast_cli.forecast.backtest import Decision, Score, Steadiness
@@ -37,14 +39,15 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
-    from farcast_cli.results import Answer, VerifyAnswer
+    from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.alignment import Copied
     from farcast_cli.run.pace import Pace
     from farcast_cli.run.selection import Inspection
     from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.run import TuneOutcome as Tuning
 
-BAR_WIDTH = 20
+LEAST_METHOD = 16  # columns of a method, on a narrow terminal
 MAX_ROWS = 12
 MAX_METHODS = 3  # of a back-test, at each horizon
 MAX_NAMES = 10  # of what is left out or copied for one reason
@@ -109,6 +112,10 @@ def as_json(answer: Answer) -> None:
     sys.stdout.write(answer.as_json() + "\n")
 
 
+def text(content: str) -> None:
+    sys.stdout.write(content)
+
+
 def schema(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
@@ -162,11 +169,14 @@ def chance(significance: Significance) -> str:
     return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
 
 
-def bar(ratio: float) -> str:
-    """A ratio from 0 to 1 as a bar, full at 'no better than nothing'."""
-    filled = round(min(max(ratio, 0.0), 1.0) * BAR_WIDTH) if math.isfinite(ratio) else 0
-    full, empty = ("█", "·") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
-    return full * filled + empty * (BAR_WIDTH - filled)
+def _bars(ratios: Iterable[float]) -> tuple[Text, ...]:
+    is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
+    return tuple(Text(bar(ratio, is_utf=is_utf), style="green" if ratio < 1 else "red") for ratio in ratios)
+
+
+def _texts(words: Iterable[object]) -> tuple[Text, ...]:
+    """Cells of a table: names from files may hold what a terminal would obey."""
+    return tuple(Text(printable(str(word))) for word in words)
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
@@ -176,15 +186,9 @@ def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -
     console, trajectory, alignment = stdout(), found.trajectory, found.alignment
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    headings = (("step", "right"), ("source", "left"), ("snapshot", "left"), ("size", "right"), ("all evidence", "left"))
-    for heading, justify in headings:
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for s in trajectory.snapshots:
-        evidence = ", ".join(f"{e.where}" + ("" if e.step == s.step else f" = {e.step}") for e in s.evidence)
-        step = str(s.step) if s.step >= 0 else "?"
-        table.add_row(step, s.step_source, escape(s.path.name), size(s.num_bytes), escape(evidence or "none"))
-    console.print(table)
+    console.print(fitted_table(_snapshot_columns(trajectory.snapshots), console.width))
+    for text in _evidence(trajectory.snapshots, verbose=verbose):
+        console.print(escape(text), soft_wrap=True)
     if alignment:
         console.print(f"forecast: {len(alignment.tensors)} tensors, {alignment.num_parameters:,} parameters")
         for tensor in alignment.tensors if verbose else ():
@@ -202,6 +206,21 @@ def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
         console.print(f"next: {escape(_fit_command(trajectory))}", soft_wrap=True)
+
+
+def _snapshot_columns(snapshots: Sequence[Snapshot]) -> Iterator[Column]:
+    yield Column("step", _texts(s.step if s.step >= 0 else "?" for s in snapshots), "right")
+    yield Column("source", _texts(s.step_source for s in snapshots), rank=1)
+    yield Column("snapshot", _texts(s.path.name for s in snapshots), least=LEAST_NAME)
+    yield Column("size", _texts(size(s.num_bytes) for s in snapshots), "right")
+
+
+def _evidence(snapshots: Sequence[Snapshot], *, verbose: bool) -> Iterator[str]:
+    """Where it disagrees or there is none, a line for each snapshot; all of it where asked for."""
+    for s in snapshots:
+        if verbose or s.step < 0 or any(e.step != s.step for e in s.evidence):
+            told = ", ".join(e.where + ("" if e.step == s.step else f" = {e.step}") for e in s.evidence)
+            yield f"evidence for step {s.step if s.step >= 0 else '?'} of {s.path.name}: {told or 'none'}"
 
 
 def _of_leaps(console: Console, past: Past) -> list[str]:
@@ -294,7 +313,7 @@ def fit_cautions(plan: FitPlan) -> None:
                 f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
                 f" {leap.resumes_after}, which the forecaster would take for training"
             )
-    for text in filter(None, (*plan.past.cautions, plan.usable.left_out)):
+    for text in filter(None, (*plan.past.cautions, plan.usable.left_out, plan.unread)):
         note(text)
 
 
@@ -312,6 +331,8 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
     copied_note(fitted.copied, verbose=verbose)
     for text in done.jumps:
         note(text)
+    if done.worth:
+        note(done.worth.told())
     note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
 
 
@@ -357,28 +378,32 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
 
 
 def _scores(console: Console, report: BacktestReport, *, verbose: bool) -> None:
-    console.print("\nerror relative to no forecast: 0 is perfect, 1 is no better than no forecast")
+    console.print("\nerror relative to no forecast: 0 is perfect, 1 (the mark in a bar) is no better than no forecast")
     console.print("b: of an update no longer than the run's past move; as written: of the update that predict writes")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    headings = (("horizon", "right"), ("method", "left"), ("b", "right"), ("", "left"), ("as written", "right"), ("", "left"))
-    for heading, justify in headings:
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for score in _shown_scores(report, most=None if verbose else MAX_METHODS):
-        colour = "green" if score.ratio < 1 else "red"
-        method, decision = report.decisions[score.horizon]
-        does = "predict writes this" if decision.verdict == "forecast" else "predict writes none"
-        table.add_row(
-            str(score.horizon),
-            score.method,
-            f"{score.ratio:.2f}",
-            f"[{colour}]{bar(score.ratio)}[/]",
-            f"{score.ratio_as_written:.2f}",
-            f"<- {does}" if score.method == method else "",
-        )
-    console.print(table)
+    console.print(fitted_table(_score_columns(report, verbose=verbose), console.width))
     num_methods = len({score.method for score in report.scores})
     if num_methods > MAX_METHODS and not verbose:
         console.print(f"the best {MAX_METHODS} of {num_methods} methods at each horizon, and predict's (-v shows all)")
+
+
+def _score_columns(report: BacktestReport, *, verbose: bool) -> Iterator[Column]:
+    scores = _shown_scores(report, most=None if verbose else MAX_METHODS)
+    written = _texts(f"{score.ratio_as_written:.2f}" for score in scores)
+    yield Column("horizon", _texts(score.horizon for score in scores), "right")
+    yield Column("method", _texts(score.method for score in scores), least=LEAST_METHOD)
+    yield Column("b", _texts(f"{score.ratio:.2f}" for score in scores), "right")
+    yield Column("", _bars(score.ratio for score in scores), rank=1)
+    yield Column("as written", written, "right", rank=3, instead=(Column("written", written, "right"),))
+    does = [_does(report, score) for score in scores]
+    yield Column("", _texts(does), rank=2, instead=(Column("", _texts("<-" if text else "" for text in does)),))
+
+
+def _does(report: BacktestReport, score: Score) -> str:
+    """What predict does with the method of a row, if it is the one that the verdict is on."""
+    method, decision = report.decisions[score.horizon]
+    if score.method != method:
+        return ""
+    return "<- predict writes this" if decision.verdict == "forecast" else "<- predict writes none"
 
 
 def _shown_scores(report: BacktestReport, *, most: int | None) -> list[Score]:
@@ -457,8 +482,9 @@ def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
 
 
 def _written(outcome: Outcome, *, dry_run: bool) -> str:
+    memory = "an unknown amount" if outcome.peak_bytes is None else size(outcome.peak_bytes)
     cost = (
-        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)} of memory"
+        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {memory} of memory"
         if dry_run
         else f"{outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
     )
@@ -506,20 +532,16 @@ def verify_note(result: VerifyAnswer) -> None:
 
 def verify_table(result: VerifyAnswer, *, verbose: bool) -> None:
     console = stdout()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading, justify in (("tensor", "left"), ("values", "right"), ("ratio", "right"), ("", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     rows = sorted(result.per_tensor, key=lambda t: -t.num_elements)
-    for tensor in rows if verbose else rows[:MAX_ROWS]:
-        ratio = math.nan if tensor.ratio is None else tensor.ratio
-        colour = "green" if ratio < 1 else "red"
-        table.add_row(
-            escape(tensor.name),
-            f"{tensor.num_elements:,}",
-            "-" if tensor.ratio is None else f"{ratio:.2f}",
-            f"[{colour}]{bar(ratio)}[/]",
-        )
-    console.print(table)
+    shown = rows if verbose else rows[:MAX_ROWS]
+    ratios = [math.nan if tensor.ratio is None else tensor.ratio for tensor in shown]
+    columns = (
+        Column("tensor", _texts(tensor.name for tensor in shown), least=LEAST_NAME),
+        Column("values", _texts(f"{tensor.num_elements:,}" for tensor in shown), "right"),
+        Column("ratio", _texts(f"{ratio:.2f}" if math.isfinite(ratio) else "-" for ratio in ratios), "right"),
+        Column("", _bars(ratios), rank=1),
+    )
+    console.print(fitted_table(columns, console.width))
     if len(rows) > MAX_ROWS and not verbose:
         console.print(f"and {len(rows) - MAX_ROWS} smaller tensors (-v shows all)")
     if result.ratio is None:

@@ -21,10 +21,9 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     TuneMethodOption,
     VerboseOption,
-    env,
-    prepare,
 )
 from farcast_cli.errors import NoGainError
+from farcast_cli.settings import env, prepare
 
 if TYPE_CHECKING:
     from farcast_cli.tune.run import TuneOutcome

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
+from farcast_cli import api
 from farcast_cli.commands.options import (
     ConfigOption,
     JsonOption,
     QuietOption,
     VerboseOption,
-    env,
-    prepare,
 )
+from farcast_cli.settings import env
 
 EXAMPLES = "Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500"
 
@@ -36,13 +36,10 @@ def verify(
     config: ConfigOption = None,
 ) -> None:
     """Compare a forecast with the real snapshot, when training has reached its step."""
-    prepare("cpu")
     from farcast_cli.commands import render
-    from farcast_cli.verify import find_reference
-    from farcast_cli.verify import verify as run
 
     with render.progress(quiet=quiet) as progress:
-        result = run(forecast, against, reference or find_reference(forecast), progress=progress)
+        result = api.verify(forecast, against=against, reference=reference, progress=progress)
     if not quiet:
         render.verify_note(result)
     if json_:

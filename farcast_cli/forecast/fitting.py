@@ -25,7 +25,9 @@ from farcast_cli.forecast.forecaster_file import (
     save_fitted,
 )
 from farcast_cli.forecast.history import past_of
+from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.run.alignment import align
+from farcast_cli.run.losses import losses_of
 from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.ledger import Leap
     from farcast_cli.forecast.state_ledger import Ledgers
+    from farcast_cli.forecast.worth import Worth
     from farcast_cli.progress import Progress
+    from farcast_cli.run.losses import LossLog
     from farcast_cli.run.selection import Selection, Usable
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
@@ -61,6 +65,8 @@ class FitRequest:
     resources: Resources = field(default_factory=Resources)
     output: Path | None = None
     """The forecaster file to write."""
+    losses: Path | None = None
+    """The run's log of losses, if it is not where it is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,23 @@ class FitPlan:
     """When, by the monotonic clock."""
     replaced: Path | None = None
     """The folder of another run, whose forecaster file is replaced."""
+    losses: LossLog | None = None
+    """What the run logged of its losses."""
+
+    @property
+    def unread(self) -> str:
+        """Why a log of losses could not be read; empty where it could."""
+        return (
+            f"note: the run's losses are not known: {self.losses.unread}"
+            if self.losses is not None and self.losses.unread
+            else ""
+        )
+
+    @property
+    def worth(self) -> Worth | None:
+        """What the losses say of the last leap that the run resumed from."""
+        leap = self.past.history.leap
+        return worth_of(self.losses, span_of(self.past.leaps, leap.origin_step, leap.resumes_after)) if leap else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +113,8 @@ class FitOutcome:
     """Of leaps that the history may contain, by the steps of its snapshots and by the ledgers."""
     jumps: tuple[str, ...] = ()
     """The same, by the weights."""
+    worth: Worth | None = None
+    """What the run's losses say of its last leap."""
 
 
 def plan_fit(request: FitRequest) -> FitPlan:
@@ -107,7 +132,7 @@ def plan_fit(request: FitRequest) -> FitPlan:
     found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
     past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
     entering = usable(past.history.trajectory.snapshots, chosen)
-    return FitPlan(request, found, past, entering, started, replaced)
+    return FitPlan(request, found, past, entering, started, replaced, losses_of(found, request.losses))
 
 
 def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
@@ -134,7 +159,7 @@ def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
         save_fitted(fitted, request.output)
     seconds = time.monotonic() - plan.started
     jumps = tuple(_cautions_of_jumps(fitted))
-    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps)
+    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps, plan.worth)
 
 
 def fit(

@@ -18,7 +18,7 @@ from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
 from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from farcast_cli.choices import CountersMode
     from farcast_cli.run.trajectory import Trajectory
@@ -38,19 +38,6 @@ class Ledgers:
         """A run's ledger in the state folder."""
         name = hashlib.sha256(os.fsencode(run.resolve())).hexdigest()
         return None if self.state is None else self.state.absolute() / "ledgers" / f"{name}.jsonl"
-
-
-def ledgers_in(environment: Mapping[str, str], ledger: Path) -> Ledgers:
-    """A ledger, and beside it the user's state folder, which an empty variable switches off."""
-    chosen = environment.get("FARCAST_STATE_DIR")
-    if chosen is not None:
-        return Ledgers(ledger, Path(chosen) if chosen else None)
-    home = environment.get("XDG_STATE_HOME", "")
-    try:  # the standard has relative paths ignored
-        state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"  # noqa: PTH117 - of a text
-    except RuntimeError:  # a user without a home
-        return Ledgers(ledger)
-    return Ledgers(ledger, state / "farcast")
 
 
 @contextmanager

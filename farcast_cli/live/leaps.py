@@ -20,10 +20,9 @@ from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import FarcastError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.files.place import check_ours, read_sidecar, sidecar_of
 from farcast_cli.forecast.memory import check_memory_ours, memory_of, read_memory
-from farcast_cli.forecast.state_ledger import ledgers_in
-from farcast_cli.leap.ask import Ask
-from farcast_cli.leap.call import leap
-from farcast_cli.leap.decision import LEFT_TO_TRAIN
+from farcast_cli.leaps.ask import Ask
+from farcast_cli.leaps.call import leap
+from farcast_cli.leaps.decision import LEFT_TO_TRAIN
 from farcast_cli.live.loss import LiveLoss
 from farcast_cli.live.processes import by_the_first, is_first, share
 from farcast_cli.progress import silent
@@ -31,13 +30,14 @@ from farcast_cli.request import Request
 from farcast_cli.run.selection import Selection
 from farcast_cli.run.steps import StepRange
 from farcast_cli.run.trajectory import discover, open_snapshot
+from farcast_cli.settings import check_leap_options, ledgers_of
 from farcast_cli.trainers.base import LeapMark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from farcast_cli.choices import OutputLayout
-    from farcast_cli.leap.ask import Leapt
+    from farcast_cli.leaps.ask import Leapt
     from farcast_cli.live.loss import Loss
     from farcast_cli.live.weights import LiveModel
     from farcast_cli.trainers.base import Snapshot
@@ -103,7 +103,7 @@ class Leaps:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        self._ask(Path(), None)  # refuses what makes no sense at once
+        check_leap_options(every=self.every, gain=self.gain, max_gain=self.max_gain, output=os.fspath(self.output))
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
@@ -154,7 +154,7 @@ class Leaps:
             layout=self.layout,
             output=os.path.join(self.output, ""),  # noqa: PTH118 - the separator at the end says that it is a folder
             overwrite=True,
-            ledgers=ledgers_in(os.environ, Path(self.ledger)),
+            ledgers=ledgers_of(Path(self.ledger)),
             resources=Resources(num_workers=self.threads),
             evaluator=scorer,
         )
@@ -226,7 +226,8 @@ def _landed(found: Leapt, step: int) -> Landed:
     outcome, momentum = found.outcome, found.momentum
     reason = "made again after an interruption" if found.is_again and outcome.path else outcome.decision.reason
     horizon = outcome.horizon if outcome.path else 0
-    return Landed(step, horizon, reason, momentum.gain, momentum.share, found.cosine, found.notes)
+    notes = (*found.notes, *([found.worth.told()] if found.worth else []))
+    return Landed(step, horizon, reason, momentum.gain, momentum.share, found.cosine, notes)
 
 
 def _remove(forecast: Path) -> None:

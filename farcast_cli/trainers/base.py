@@ -178,6 +178,10 @@ def _no_log(_: Snapshot) -> list[tuple[int, float]]:
     return []
 
 
+def _no_losses(_: Snapshot) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    return [], []
+
+
 def _no_marks(_: Snapshot) -> list[LeapMark]:
     return []
 
@@ -204,6 +208,8 @@ class Trainer:
     """The learning rate that the run's arguments name, as a factor by the count of steps."""
     logged_rates: Callable[[Snapshot], list[tuple[int, float]]] = _no_log
     """The learning rates of the run's log by step, in order."""
+    logged_losses: Callable[[Snapshot], tuple[list[tuple[int, float]], list[tuple[int, float]]]] = _no_losses
+    """The losses of the run's log by step: those of training, those of evaluation."""
     log_lags: tuple[int, ...] = (0,)
     """By how many steps the log's entries may lag behind the rate of the next step."""
     mark: Callable[[Any, LeapMark], None] = _not_marked

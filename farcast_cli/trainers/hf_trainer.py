@@ -124,6 +124,18 @@ def _logged_rates(snapshot: Snapshot) -> list[tuple[int, float]]:
     return sorted({int(entry["step"]): float(entry["learning_rate"]) for entry in entries}.items())
 
 
+def _logged_losses(snapshot: Snapshot) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    training, evaluation = (
+        [(entry["step"], float(entry[key])) for entry in _logged(snapshot, "step", key) if _is_loss(entry, key)]
+        for key in ("loss", "eval_loss")
+    )
+    return training, evaluation
+
+
+def _is_loss(entry: dict[str, Any], key: str) -> bool:
+    return is_step(entry["step"]) and isinstance(entry[key], (int, float))
+
+
 # The Trainer reads the log with its state and appends to it: so an entry is in all checkpoints of a run that resumed.
 
 
@@ -151,6 +163,7 @@ TRAINER = Trainer(
     num_steps=_num_steps,
     formula=_formula,
     logged_rates=_logged_rates,
+    logged_losses=_logged_losses,
     mark=_mark,
     marks=_marks,
     log_lags=(1, 0),  # of transformers 5, and of those before

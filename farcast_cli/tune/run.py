@@ -14,7 +14,7 @@ from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, SolverName
 from farcast_cli.errors import OutputError, SnapshotError, UsageError
 from farcast_cli.files.reading import file_size, portable, relative
 from farcast_cli.files.staged import staged
-from farcast_cli.results import CheckpointFile, HeldOut, RowsFile, TunedOn, TuneOptions, TuneSidecar
+from farcast_cli.records import CheckpointFile, HeldOut, RowsFile, TunedOn, TuneOptions, TuneSidecar
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.trainers.base import unchanged
 from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data, split

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.checkpoint.pieces import OutputFile, ValueMap
-    from farcast_cli.results import TuneSidecar
+    from farcast_cli.records import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.delta import Delta, Rounded
     from farcast_cli.tune.weight import Weight

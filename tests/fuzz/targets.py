@@ -39,7 +39,7 @@ from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.state.advance import advance, told_as_damage
 from farcast_cli.tune.data import read_data
 from farcast_cli.tune.delta import Delta, read_deltas, write_deltas
-from farcast_cli.verify import find_reference
+from farcast_cli.verification import find_reference
 from tests import corpus
 from tests.conftest import make_loose_run
 from tests.crash.commands import make_sharded_run

@@ -27,14 +27,17 @@ from farcast_cli.files.staged import staging
 from farcast_cli.forecast.backtest import Decision
 from farcast_cli.forecast.memory import MemoryRecord, changed, check_memory_ours, memory_of, plan_memory
 from farcast_cli.forecast.momentum import remember
+from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.steering import PROBE, Losses, heard
-from farcast_cli.leap.ask import Leapt
-from farcast_cli.leap.decision import Heard, Situation
-from farcast_cli.leap.evidence import gathered, known_memory
+from farcast_cli.forecast.worth import span_of, worth_of
+from farcast_cli.leaps.ask import Leapt
+from farcast_cli.leaps.decision import Heard, Situation
+from farcast_cli.leaps.evidence import gathered, known_memory
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at
 from farcast_cli.publish import Publication, judged_origin, only, record_leaps, write_all, write_candidate
+from farcast_cli.records import LeaptOn, MomentumEntry
 from farcast_cli.request import Outcome
-from farcast_cli.results import LeaptOn, MomentumEntry
+from farcast_cli.run.losses import losses_of
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers.base import unchanged
@@ -48,8 +51,9 @@ if TYPE_CHECKING:
     from farcast_cli.files.staged import Staging
     from farcast_cli.forecast.memory import Memory
     from farcast_cli.forecast.momentum import Momentum
-    from farcast_cli.leap.ask import Ask
-    from farcast_cli.leap.evidence import Gathered
+    from farcast_cli.forecast.worth import Worth
+    from farcast_cli.leaps.ask import Ask
+    from farcast_cli.leaps.evidence import Gathered
     from farcast_cli.progress import Progress
     from farcast_cli.request import Prepared
     from farcast_cli.run.trajectory import Trajectory
@@ -143,7 +147,17 @@ class _Call:
             is_last=situation.is_near_end,
             notes=(*situation.notes(outcome), *self._told),
             signal=said.signal,
+            worth=self._worth(),
         )
+
+    def _worth(self) -> Worth | None:
+        """What the losses that the run logged say of the last leap."""
+        memory = self._found.memory
+        if memory is None or memory.forecast is None:
+            return None
+        last, known = memory.record, known_leaps(self._request.ledgers, self._trajectory).leaps
+        span = span_of(known, last.origin_step, last.landing_step)
+        return worth_of(losses_of(self._trajectory, self._ask.losses), span)
 
     def _probe(self, written: Path) -> Heard:
         """What the user's command says of the weights ahead and behind, in the direction remembered before the last stretch.

@@ -12,8 +12,8 @@ from farcast_cli.request import ENDED
 if TYPE_CHECKING:
     from farcast_cli.evaluation.judge import Trial
     from farcast_cli.forecast.steering import Losses
-    from farcast_cli.leap.ask import Ask
-    from farcast_cli.leap.evidence import Gathered
+    from farcast_cli.leaps.ask import Ask
+    from farcast_cli.leaps.evidence import Gathered
     from farcast_cli.request import Outcome, Start
     from farcast_cli.run.trajectory import Trajectory
 

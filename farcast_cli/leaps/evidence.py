@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.memory import Memory, MemoryBasis
     from farcast_cli.forecast.momentum import Remembered
-    from farcast_cli.leap.ask import Ask
+    from farcast_cli.leaps.ask import Ask
     from farcast_cli.request import Request
     from farcast_cli.run.alignment import Alignment
     from farcast_cli.run.trajectory import Trajectory

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_FOLDER
-from farcast_cli.errors import UsageError
-from farcast_cli.planning import refuse_no_place
-from farcast_cli.trainers.names import MAX_DIGITS
 
 if TYPE_CHECKING:
     from farcast_cli.choices import ClockName
     from farcast_cli.forecast.momentum import Momentum
+    from farcast_cli.forecast.worth import Worth
     from farcast_cli.request import Outcome, Request
     from farcast_cli.run.selection import Selection
 
 WITH_LOSS, WITHOUT_LOSS = 4.0, 1.0  # the largest gain: without a loss, nothing can tell a leap that harms
-MAX_GAIN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +31,8 @@ class Ask:
     gain: float | None = None
     """A fixed gain, in place of the steered one."""
     max_gain: float | None = None
-
-    def __post_init__(self) -> None:
-        for option, number in (("gain", self.gain), ("max-gain", self.max_gain)):
-            if number is not None and not 0 < number <= MAX_GAIN:
-                raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
-        if self.every is not None and not 0 < self.every < 10**MAX_DIGITS:
-            raise UsageError(f"--every {self.every}: expected at least one step, and fewer than {10**MAX_DIGITS}")
-        if self.request.output is not None:
-            refuse_no_place(self.request.output)
+    losses: Path | None = None
+    """The run's log of losses, if it is not where it is looked for."""
 
     @property
     def limit(self) -> float:
@@ -61,7 +51,7 @@ class Ask:
         output = self.request.output
         if output is None:
             return DEFAULT_FOLDER
-        return Path(output) if output.endswith(os.sep) else Path(output).parent
+        return Path(output) if output.endswith(("/", os.sep)) else Path(output).parent
 
     @property
     def directory(self) -> Path:
@@ -86,3 +76,5 @@ class Leapt:
     notes: tuple[str, ...] = ()
     signal: float = math.nan
     """Of the loss: the share of its usual fall that a stretch more in the remembered direction gives."""
+    worth: Worth | None = None
+    """What the losses that the run logged say of the last leap."""

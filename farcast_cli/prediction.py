@@ -25,9 +25,9 @@ from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
 from farcast_cli.publish import publish
+from farcast_cli.records import FittedOn
 from farcast_cli.repeat import check_unchanged
 from farcast_cli.request import ENDED, Outcome, Prepared, Request, Start
-from farcast_cli.results import FittedOn
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.names import find_step_in_name

@@ -1,0 +1,419 @@
+"""The Python API: each function is one command, with the command's options as keywords; the commands call it themselves.
+
+    import farcast_cli
+
+    fitted = farcast_cli.fit("ckpts")
+    done = farcast_cli.predict(fitted, horizon=500)
+    print(done.path or done.reason)
+
+Nothing is printed. `progress` (farcast_cli.progress.Progress) is told how far the work is. Whatever a caller can cause is a
+FarcastError with `exit_code` and `hint`; its text names the option, as on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from farcast_cli.choices import (
+    DEFAULT_FORECASTER,
+    DEFAULT_LEDGER,
+    DEFAULT_SAMPLE,
+    ClockName,
+    CountersMode,
+    Io,
+    OptimizerMode,
+    OutputDType,
+    OutputLayout,
+    Purpose,
+    Scope,
+    StepNorm,
+)
+from farcast_cli.errors import shell_word
+from farcast_cli.horizons import in_steps, parse_horizons
+from farcast_cli.progress import silent
+from farcast_cli.settings import (
+    check_choice,
+    check_leap_options,
+    evaluator_of,
+    fit_request,
+    horizons_of,
+    ledgers_of,
+    parse_size,
+    prepare,
+    resources_of,
+    selection_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from farcast_cli.forecast.fitting import FitOutcome
+    from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.forecast.report import BacktestReport
+    from farcast_cli.leaps.ask import Leapt
+    from farcast_cli.progress import Progress
+    from farcast_cli.request import Outcome, Request
+    from farcast_cli.results import VerifyAnswer
+    from farcast_cli.run.trajectory import Trajectory
+
+    Place = str | os.PathLike[str]
+    Run = Place | FitOutcome | Fitted
+    """What `fit` returned, a forecaster file, or the folder of a run, which is then fitted in memory."""
+    Horizon = int | str | Sequence[int | str]
+    """Steps ahead, or a text as on the command line: "1k", "20%"; or several."""
+
+
+def open_run(directory: Place, *, steps: str | None = None, pattern: str | None = None) -> Trajectory:
+    """Find the snapshots of a run and read their headers; no tensor is read.
+
+    Returns:
+        The trajectory: `snapshots` in the order of their `steps`, each with `path`, `step` and `num_bytes`; the `layout`; what
+        was `ignored`; `notes` for a person.
+
+    Raises:
+        SnapshotError: no snapshot, or steps that contradict each other.
+        FileFormatError: a snapshot that cannot be read.
+    """
+    prepare("cpu")
+    from farcast_cli.run.trajectory import discover
+
+    selection = selection_of(Path(directory), None, None, steps, pattern)
+    return discover(selection.directory, steps=selection.steps, pattern=selection.pattern)
+
+
+def fit(
+    directory: Place,
+    *,
+    output: Place | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    steps: str | None = None,
+    pattern: str | None = None,
+    sample: int = DEFAULT_SAMPLE,
+    full: bool = False,
+    ledger: Place = DEFAULT_LEDGER,
+    device: str = "auto",
+    io: Io = "auto",
+    threads: int = 0,
+    losses: Place | None = None,
+    progress: Progress = silent,
+) -> FitOutcome:
+    """Read a sample of every tensor at every snapshot.
+
+    Args:
+        output: the forecaster file to write; unlike the command, none by default.
+        sample: values of each tensor, 1000 or more.
+        losses: the run's log of losses; by default where its trainer keeps it.
+
+    Returns:
+        The outcome: `fitted`, the forecaster; `steady`, with the coherence S in -1..1 and its significance; `cautions`.
+
+    Raises:
+        SnapshotError: fewer than six snapshots, or not those of one run.
+        FileFormatError, OutputError: a file cannot be read or written.
+    """
+    check_choice("--io", io, Io)
+    request = fit_request(
+        Path(directory),
+        output=None if output is None else Path(output),
+        include=include,
+        exclude=exclude,
+        steps=steps,
+        pattern=pattern,
+        sample=sample,
+        full=full,
+        ledger=Path(ledger),
+        device=device,
+        io=io,
+        threads=threads,
+        losses=None if losses is None else Path(losses),
+    )
+    from farcast_cli.forecast.fitting import fit_planned, plan_fit
+
+    return fit_planned(plan_fit(request), progress)
+
+
+def backtest(
+    run: Run = DEFAULT_FORECASTER,
+    *,
+    horizon: Horizon | None = None,
+    purpose: Purpose = "resume",
+    method: str | None = None,
+    clock: ClockName | None = None,
+    device: str = "auto",
+) -> BacktestReport:
+    """Test every method inside the run's own history, and judge each horizon.
+
+    Returns:
+        The report: `scores`, with the ratio of each method at each horizon (0 is perfect, 1 no better than no forecast);
+        `decisions`, by horizon the method and its decision with `verdict` and `reason`; `steady`, as `fit` has it.
+
+    Raises:
+        UsageError: no such method, or a horizon that cannot be.
+        SnapshotError, FileFormatError: the run or the forecaster file cannot be used.
+    """
+    horizons = parse_horizons(_text(horizon))
+    check_choice("--for", purpose, Purpose)
+    check_choice("--clock", clock, ClockName)
+    fitted = _fitted(run, device, "auto", 0)
+    from farcast_cli.forecast.report import report_backtest
+    from farcast_cli.settings import device_name
+
+    where = device_name(device)
+    return report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What came of a call of `predict`: one outcome for each horizon."""
+
+    fitted: Fitted
+    request: Request
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The checkpoints that are there now."""
+        return tuple(outcome.path for outcome in self.outcomes if outcome.path)
+
+    @property
+    def path(self) -> Path | None:
+        """The first of them; None if the history does not support a forecast."""
+        return next(iter(self.paths), None)
+
+    @property
+    def reason(self) -> str:
+        """Why the first horizon's verdict is what it is."""
+        return self.outcomes[0].decision.reason
+
+    def notes(self) -> list[str]:
+        """What a person should know before using the forecasts. Looks for newer snapshots."""
+        from farcast_cli.prediction import default_notes
+
+        return default_notes(self.fitted, self.request, self.outcomes)
+
+    def advice(self) -> str:
+        """What to do if nothing was written, in one line; empty otherwise. Reads headers at most."""
+        from farcast_cli.advice import advice
+
+        return "" if self.paths else advice(self.fitted, self.request, self.outcomes)
+
+
+def predict(
+    run: Run = DEFAULT_FORECASTER,
+    *,
+    horizon: Horizon | None = None,
+    to_step: int | None = None,
+    output: Place | None = None,
+    purpose: Purpose = "resume",
+    method: str | None = None,
+    step_norm: StepNorm | None = None,
+    scale: float = 1.0,
+    scope: Scope = "auto",
+    clock: ClockName | None = None,
+    grad_weight: float = 0.0,
+    origin: int | None = None,
+    optimizer: OptimizerMode = "copy",
+    counters: CountersMode = "advance",
+    dtype: OutputDType = "source",
+    layout: OutputLayout = "same",
+    max_shard_size: str | None = None,
+    eval_cmd: str | None = None,
+    maximize: bool = False,
+    jobs: int = 1,
+    eval_timeout: float | None = None,
+    even_if_worse: bool = False,
+    overwrite: bool = False,
+    ledger: Place = DEFAULT_LEDGER,
+    dry_run: bool = False,
+    device: str = "auto",
+    io: Io = "auto",
+    threads: int = 0,
+    progress: Progress = silent,
+) -> Prediction:
+    """Write the forecast checkpoint if the run's own history supports it.
+
+    Args:
+        horizon: steps after the origin; chosen by evidence if neither it nor `to_step` is given.
+        output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+
+    Returns:
+        The prediction: its `path` is None if the verdict is against a forecast (exit code 10 of the command). That is an
+        answer and no error.
+
+    Raises:
+        UsageError: options that make no sense.
+        SnapshotError, FileFormatError, OutputError: nothing was written.
+    """
+    horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
+    _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
+        check_choice(name, value, allowed)
+    check_choice("--dtype", dtype, OutputDType)
+    evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
+    resources = resources_of(device, io, threads)
+    fitted = _fitted(run, device, io, threads)
+    from farcast_cli.forecast.forecaster import Options
+    from farcast_cli.prediction import predict as forecast
+    from farcast_cli.request import Request
+
+    request = Request(
+        horizons=in_steps(horizons, fitted, origin=origin),
+        to_step=to_step,
+        purpose=purpose,
+        method=method,
+        options=Options(step_norm, scale, scope, grad_weight),
+        origin_step=origin,
+        optimizer=optimizer,
+        counters=counters,
+        dtype=dtype,
+        layout=layout,
+        max_shard_bytes=shard_bytes,
+        output=None if output is None else os.fspath(output),
+        even_if_worse=even_if_worse,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        ledgers=ledgers_of(Path(ledger)),
+        clock=clock,
+        source=_source(run, fitted),
+        resources=resources,
+        evaluator=evaluator,
+    )
+    return Prediction(fitted, request, tuple(forecast(fitted, request, progress)))
+
+
+def leap(
+    directory: Place,
+    *,
+    every: int | None = None,
+    eval_cmd: str | None = None,
+    maximize: bool = False,
+    jobs: int = 1,
+    eval_timeout: float | None = None,
+    gain: float | None = None,
+    max_gain: float | None = None,
+    output: Place | None = None,
+    counters: CountersMode = "keep",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    steps: str | None = None,
+    pattern: str | None = None,
+    clock: ClockName | None = None,
+    optimizer: OptimizerMode = "copy",
+    layout: OutputLayout = "same",
+    even_if_worse: bool = False,
+    overwrite: bool = False,
+    ledger: Place = DEFAULT_LEDGER,
+    dry_run: bool = False,
+    device: str = "auto",
+    io: Io = "auto",
+    threads: int = 0,
+    losses: Place | None = None,
+    progress: Progress = silent,
+) -> Leapt:
+    """Leap from the newest checkpoint of a run, with a memory, for a loop.
+
+    Returns:
+        The call's result: `outcome.path` is the checkpoint to resume from; None means: go on from `origin`, the run's newest
+        checkpoint, for the reason in `outcome.decision.reason`.
+
+    Raises:
+        UsageError: options that make no sense.
+        SnapshotError, FileFormatError, OutputError: nothing was written.
+    """
+    evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
+    _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    place = None if output is None else os.fspath(output)
+    resources = resources_of(device, io, threads)
+    check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
+    from farcast_cli.leaps.ask import Ask
+    from farcast_cli.leaps.call import leap as call
+    from farcast_cli.request import Request
+
+    request = Request(
+        optimizer=optimizer,
+        counters=counters,
+        layout=layout,
+        output=place,
+        even_if_worse=even_if_worse,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        ledgers=ledgers_of(Path(ledger)),
+        clock=clock,
+        resources=resources,
+        evaluator=evaluator,
+    )
+    selection = selection_of(Path(directory), include, exclude, steps, pattern)
+    return call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+
+
+def verify(forecast: Place, *, against: Place, reference: Place | None = None, progress: Progress = silent) -> VerifyAnswer:
+    """Compare a forecast with the real snapshot, when training has reached its step.
+
+    Args:
+        reference: the snapshot that the error is measured against; by default the forecast's origin, by its sidecar.
+
+    Returns:
+        The answer: `ratio` (0 is perfect, 1 no better than no forecast; None if the weights did not move) and `per_tensor`.
+
+    Raises:
+        UsageError: no sidecar, and no reference.
+        SnapshotError, FileFormatError: the three cannot be compared.
+    """
+    prepare("cpu")
+    from farcast_cli.verification import find_reference
+    from farcast_cli.verification import verify as compare
+
+    start = find_reference(Path(forecast)) if reference is None else Path(reference)
+    return compare(Path(forecast), Path(against), start, progress=progress)
+
+
+def _check_choices(
+    *, clock: ClockName | None, optimizer: OptimizerMode, counters: CountersMode, layout: OutputLayout, io: Io
+) -> None:
+    """The choices that `predict` and `leap` share."""
+    check_choice("--clock", clock, ClockName)
+    check_choice("--optimizer", optimizer, OptimizerMode)
+    check_choice("--counters", counters, CountersMode)
+    check_choice("--layout", layout, OutputLayout)
+    check_choice("--io", io, Io)
+
+
+def _text(horizon: Horizon | None) -> str | None:
+    """A horizon as the command line has it.
+
+    >>> _text(500), _text(["1k", 20]), _text(None)
+    ('500', '1k,20', None)
+    """
+    if horizon is None or isinstance(horizon, str):
+        return horizon
+    return ",".join(map(str, [horizon] if isinstance(horizon, int) else horizon))
+
+
+def _fitted(run: Run, device: str, io: Io, threads: int) -> Fitted:
+    """The forecaster of a run."""
+    prepare(device, threads)
+    from farcast_cli.forecast.fitting import FitOutcome
+    from farcast_cli.forecast.forecaster_file import Fitted, load_fitted
+
+    if isinstance(run, FitOutcome):
+        return run.fitted
+    if isinstance(run, Fitted):
+        return run
+    if Path(run).is_dir():
+        return fit(run, device=device, io=io, threads=threads).fitted
+    return load_fitted(Path(run))
+
+
+def _source(run: Run, fitted: Fitted) -> str:
+    """What a command to paste needs to read the same run, with a blank before it."""
+    if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
+        return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
+    chosen = fitted.provenance
+    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
+    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
+    return " " + " ".join([shell_word(fitted.directory), *(f"{name} {shlex.quote(glob)}" for name, glob in options)])

@@ -1,0 +1,188 @@
+"""What the values of options mean, to the commands and to the Python API alike: texts become the library's own objects."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from farcast_cli import system
+from farcast_cli.errors import UsageError
+from farcast_cli.horizons import MAX_DIGITS, parse_horizons
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from farcast_cli.choices import Io
+    from farcast_cli.engine.reader import Resources
+    from farcast_cli.evaluation.judge import Evaluator
+    from farcast_cli.forecast.fitting import FitRequest
+    from farcast_cli.forecast.state_ledger import Ledgers
+    from farcast_cli.horizons import Horizon
+    from farcast_cli.run.selection import Selection
+
+MAX_GAIN = 100
+MIN_SAMPLE = 1000
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "OMP_NUM_THREADS")
+
+
+def env(name: str) -> str:
+    return f"FARCAST_{name}"
+
+
+def parse_size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2], text[-2:].upper()
+    if len(number) > MAX_DIGITS or unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
+        raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
+    return int(float(number) * units[unit])
+
+
+def selection_of(
+    directory: Path, include: Sequence[str] | None, exclude: Sequence[str] | None, steps: str | None, pattern: str | None
+) -> Selection:
+    """The part of a run that the options name."""
+    from farcast_cli.run.selection import Selection
+    from farcast_cli.run.steps import parse_steps
+
+    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
+
+
+def ledgers_of(ledger: Path) -> Ledgers:
+    """Where leaps are recorded: the ledger that the options name, and the user's state folder, which an empty variable switches off."""
+    from farcast_cli.forecast.state_ledger import Ledgers
+
+    chosen = os.environ.get(env("STATE_DIR"))
+    if chosen is not None:
+        return Ledgers(ledger, Path(chosen) if chosen else None)
+    home = os.environ.get("XDG_STATE_HOME", "")
+    try:  # the standard has relative paths ignored
+        state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"  # noqa: PTH117 - of a text
+    except RuntimeError:  # a user without a home
+        return Ledgers(ledger)
+    return Ledgers(ledger, state / "farcast")
+
+
+def evaluator_of(command: str | None, *, maximize: bool, jobs: int, timeout_s: float | None) -> Evaluator | None:
+    """The user's command that judges weights, where there is one."""
+    from farcast_cli.evaluation.judge import Evaluator
+
+    return Evaluator(command, maximize, jobs, timeout_s) if command else None
+
+
+def resources_of(device: str, io: Io, threads: int) -> Resources:
+    """What the command may compute with; called before anything that imports numpy."""
+    num_workers = prepare(device, threads)
+    from farcast_cli.engine.reader import Resources
+
+    return Resources(device_name(device), io, num_workers)
+
+
+def prepare(device: str, threads: int = 0) -> int:
+    """Check the device; returns the number of workers. Each works on one core, so that no result depends on how many."""
+    if threads < 0:
+        raise UsageError(f"--threads {threads}: expected 0 or more")
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    _import_numpy()
+    if kind == "cuda":
+        from farcast_cli.optional import need
+
+        need("torch", f"--device {device}")
+        import torch
+
+        if int(number or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
+            )
+    return threads or min(8, system.num_cores())
+
+
+def _import_numpy() -> None:
+    """Import numpy with one thread for its matrix products, which it asks the environment for at import, and only then."""
+    known = {name: os.environ.get(name) for name in _BLAS_THREADS}
+    os.environ.update(dict.fromkeys(_BLAS_THREADS, "1"))
+    import numpy as np  # noqa: F401
+
+    for name, value in known.items():  # the user's own --eval-cmd has the environment as it was
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def device_name(device: str) -> str:
+    """The device by torch's name. The CPU keeps up with most storage, and needs no torch: a GPU is used on request."""
+    return "cpu" if device == "auto" else device
+
+
+def horizons_of(horizon: str | None, to_step: int | None) -> tuple[Horizon, ...]:
+    """The horizons of an option; none where it is not given.
+
+    Raises:
+        UsageError: they cannot be, or a step is given too.
+    """
+    if to_step is not None and to_step >= 10**MAX_DIGITS:
+        raise UsageError(f"--to-step {to_step}: expected fewer than {10**MAX_DIGITS} steps")
+    if horizon is not None and to_step is not None:
+        raise UsageError(
+            "expected --horizon N (steps ahead) or --to-step N, found both", hint="farcast predict proposes a horizon itself"
+        )
+    return parse_horizons(horizon)
+
+
+def check_choice(name: str, value: str | None, allowed: Any) -> None:
+    """That a value, if there is one, is one of a Literal type.
+
+    Raises:
+        UsageError: it is another.
+    """
+    names = get_args(allowed)
+    if value is not None and value not in names:
+        raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
+
+
+def check_leap_options(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:
+    """The numbers of a leap and its place, before anything is read.
+
+    Raises:
+        UsageError: one of them cannot be.
+    """
+    from farcast_cli.planning import refuse_no_place
+
+    for option, number in (("gain", gain), ("max-gain", max_gain)):
+        if number is not None and not 0 < number <= MAX_GAIN:
+            raise UsageError(f"--{option} {number:g}: expected more than 0 and at most {MAX_GAIN}")
+    if every is not None and not 1 <= every < 10**MAX_DIGITS:
+        raise UsageError(f"--every {every}: expected a number of steps from 1 to {10**MAX_DIGITS - 1}")
+    if output is not None:
+        refuse_no_place(output)
+
+
+def fit_request(
+    directory: Path,
+    *,
+    output: Path | None = None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    steps: str | None,
+    pattern: str | None,
+    sample: int,
+    full: bool,
+    ledger: Path,
+    device: str,
+    io: Io,
+    threads: int,
+    losses: Path | None = None,
+) -> FitRequest:
+    """What is read of a run's folder; no forecaster file is written if `output` is None."""
+    if sample < MIN_SAMPLE:
+        raise UsageError(f"--sample {sample}: expected {MIN_SAMPLE} or more")
+    resources = resources_of(device, io, threads)
+    from farcast_cli.forecast.fitting import FitRequest
+
+    selection = selection_of(directory, include, exclude, steps, pattern)
+    return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
