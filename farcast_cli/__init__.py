@@ -3,6 +3,7 @@
 The commands as functions, see `farcast_cli.api`; each name is imported when it is first used:
 
     open_run    find the snapshots of a run
+    keep        copy the weights of checkpoints before the trainer deletes them
     fit         measure how the weights move
     backtest    test the methods inside the run's history
     predict     write a checkpoint for a later step
@@ -17,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Prediction, backtest, fit, leap, open_run, predict, verify
+    from farcast_cli.api import Prediction, backtest, fit, keep, leap, open_run, predict, verify
     from farcast_cli.errors import (
         FarcastError,
         FileFormatError,
@@ -38,6 +39,7 @@ __all__ = [
     "UsageError",
     "backtest",
     "fit",
+    "keep",
     "leap",
     "open_run",
     "predict",

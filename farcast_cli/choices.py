@@ -37,4 +37,5 @@ HOLDOUT = 0.25
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")
 DEFAULT_FOLDER = Path("forecasts")
+DEFAULT_KEPT = Path("kept")
 DEFAULT_LEDGER = DEFAULT_FOLDER / "ledger.jsonl"

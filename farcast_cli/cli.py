@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from farcast_cli import __version__
-from farcast_cli.commands import backtest, fit, inspect, leap, predict, schema, streams, tune, verify
+from farcast_cli.commands import backtest, fit, inspect, keep, leap, predict, schema, streams, tune, verify
 from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
 
@@ -35,6 +35,7 @@ resume training from it. farcast never changes your own checkpoints.
 
   farcast inspect ckpts/               list the snapshots, and the tensors to forecast and to copy
   farcast fit ckpts/                   measure the run; write ./forecaster.safetensors
+  farcast keep ckpts/                  copy the weights before the trainer deletes its old checkpoints
   farcast backtest                     test each method inside the run's history
   farcast predict                      write a forecast checkpoint; print its path
   farcast verify FORECAST --against CKPT   compare a forecast with the real later snapshot
@@ -58,6 +59,7 @@ def _root(
 
 app.command(cls=Grouped, epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(cls=Grouped, epilog=fit.EXAMPLES)(fit.fit)
+app.command(cls=Grouped, epilog=keep.EXAMPLES)(keep.keep)
 app.command(cls=Grouped, epilog=backtest.EXAMPLES)(backtest.backtest)
 app.command(cls=Grouped, epilog=predict.EXAMPLES)(predict.predict)
 app.command(cls=Grouped, epilog=verify.EXAMPLES)(verify.verify)

@@ -241,7 +241,7 @@ def _history(fitted: Fitted, opened: Mapping[int, Snapshot], last: int) -> list[
     for index in range(max(0, last - HISTORY + 1), last + 1):
         if index in opened:
             found.append(opened[index])
-        elif (fitted.directory / fitted.provenance.snapshots[index].path).exists():
+        elif fitted.path_of(fitted.provenance.snapshots[index]).exists():
             found.append(reopen(fitted, index))
     return found
 
@@ -274,7 +274,7 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     notes = []
     newer = newer_snapshots(fitted)
     if newer and request.origin_step is None:
-        again = f"farcast fit {shell_word(fitted.directory)}"
+        again = f"farcast fit {fitted.source}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     written = [outcome for outcome in outcomes if outcome.path]
     if request.purpose == "evaluation":

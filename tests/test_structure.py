@@ -55,6 +55,7 @@ ORDER = (
     "trainers.base",
     "trainers.weights_folder",
     "trainers.run_end",
+    "trainers.kept",
     "trainers.loose_safetensors",
     "trainers.torch_payload",
     "trainers.dcp",
@@ -75,6 +76,7 @@ ORDER = (
     "run.entries",
     "run.intervals",
     "run.trajectory",
+    "run.kept",
     "run.losses",
     "run.quantised",
     "run.alignment",
@@ -131,6 +133,7 @@ ORDER = (
     "forecast.fitting",
     "forecast.report",
     "forecast.memory",
+    "keeping",
     "verification",
     "request",
     "planning",
@@ -168,6 +171,7 @@ ORDER = (
     "commands.mistakes",
     "commands.options",
     "commands.inspect",
+    "commands.keep",
     "commands.fit",
     "commands.backtest",
     "commands.predict",
@@ -339,7 +343,14 @@ def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
 
 CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
 LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
-KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.names", "trainers.schedules", "trainers.torch_schedules"}
+KNOWN_OUTSIDE = {
+    "trainers.__init__",
+    "trainers.base",
+    "trainers.kept",
+    "trainers.names",
+    "trainers.schedules",
+    "trainers.torch_schedules",
+}
 
 
 def test_what_is_known_of_a_trainer_stays_in_its_layout() -> None:

@@ -35,6 +35,10 @@ class Trajectory:
     notes: tuple[str, ...]
     conflicts: tuple[SnapshotError, ...] = ()
     pattern: str = ""
+    kept: Path | None = None
+    """The folder of kept snapshots, if some of the snapshots lie there."""
+    kept_notes: tuple[str, ...] = ()
+    """What a person should know of the kept snapshots."""
 
     @property
     def steps(self) -> tuple[int, ...]:

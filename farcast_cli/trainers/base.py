@@ -30,6 +30,9 @@ DIGEST_BYTES = 4096
 METADATA_STEPS = ("step", "ss_steps", "global_step")
 """Metadata keys of safetensors files that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
 
+KEPT_KEY = "farcast_kept"
+"""The key of the metadata that a kept snapshot is recognised by."""
+
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
@@ -70,6 +73,31 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class StateNumbers:
+    """The numbers of a trainer's state file: its tree without tensors, under the file's name in the snapshot."""
+
+    name: str
+    role: Role
+    tree: Any
+    is_read: bool
+    """Whether the file is read with its snapshot; others are read where they are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFrom:
+    """The checkpoint that a kept snapshot was copied from: what a kept snapshot says of it."""
+
+    run: Path
+    """The run's folder."""
+    pattern: str
+    digest: str
+    """Its `full_digest`."""
+    num_bytes: int
+    states: tuple[StateNumbers, ...]
+    marks: tuple[LeapMark, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """One saved state of the run. `step` is settled when the whole trajectory is known; -1 until then."""
 
@@ -87,6 +115,8 @@ class Snapshot:
     """What a person should know before resuming from it."""
     marks: Mapping[Path, Mark] = field(default_factory=dict)
     """Every file as it was before any of it was read."""
+    source: KeptFrom | None = None
+    """Of a kept snapshot, the checkpoint that it was copied from."""
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +137,12 @@ class Snapshot:
 
     @property
     def full_digest(self) -> str:
-        """The same with a block from the middle of every tensor: another fingerprint wherever any tensor has been trained."""
+        """The same with a block from the middle of every tensor: another fingerprint wherever any tensor has been trained.
+
+        A kept snapshot has that of the checkpoint that it was copied from.
+        """
+        if self.source is not None:
+            return self.source.digest
         whole = hashlib.sha256(self.digest.encode())
         for name, entry in sorted(self.tensors.items()):
             if name not in self.not_streamable:
@@ -120,6 +155,14 @@ class Snapshot:
         return [(e.name, e.dtype, e.shape) for e in mine.values()] == [
             (e.name, e.dtype, e.shape) for e in others.values()
         ] and all(_middle_of(mine[name]) == _middle_of(others[name]) for name in mine)
+
+    def includes(self, other: Snapshot) -> bool:
+        """Whether every tensor of another snapshot is here with the same values, by a block from its middle."""
+        pairs = [(self.tensors.get(name), entry) for name, entry in other.tensors.items()]
+        return all(
+            mine is not None and (mine.dtype, mine.shape) == (its.dtype, its.shape) and _middle_of(mine) == _middle_of(its)
+            for mine, its in pairs
+        )
 
     def settle(self, step: int, source: str) -> Snapshot:
         return replace(self, step=step, step_source=source)
