@@ -145,6 +145,7 @@ def keep(
     directory: Place,
     *,
     into: Place | None = None,
+    sampled: bool = False,
     last: int | None = None,
     steps: str | None = None,
     pattern: str | None = None,
@@ -154,6 +155,7 @@ def keep(
 
     Args:
         into: the folder; by default kept/NAME.
+        sampled: keep only the values that `fit` reads; `predict` needs all values of the snapshots that its method reads.
         last: how many kept snapshots stay; None for all.
 
     Returns:
@@ -164,10 +166,11 @@ def keep(
         FileFormatError, OutputError: a file cannot be read or written.
     """
     prepare("cpu")
+    from farcast_cli.keeping import KeepRequest
     from farcast_cli.keeping import keep as copy
 
     selection = selection_of(Path(directory), None, None, steps, pattern)
-    return copy(selection, None if into is None else Path(into), last, progress)
+    return copy(KeepRequest(selection, None if into is None else Path(into), last, sampled), progress)
 
 
 def backtest(

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError, SnapshotError, UsageError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_outside, open_new
@@ -21,7 +22,7 @@ from farcast_cli.run.closed import reopened
 from farcast_cli.run.kept import conflicts_of, default_folder, is_of, kept_in
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.files import STATE_ROLES, load_histories
-from farcast_cli.tensors import DTYPES, DType, TensorEntry
+from farcast_cli.tensors import DType, Stretch, TensorEntry, sample_stretches
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import unchanged
 from farcast_cli.trainers.kept import KeptRecord, StateRecord, ViewRecord, encoded
@@ -39,6 +40,19 @@ if TYPE_CHECKING:
 TRIES = 5  # to list a folder from which the trainer deletes checkpoints meanwhile
 COPY_BYTES = 8 << 20  # at once
 MAX_STATE_CHARS = 16 << 20  # of the numbers of one checkpoint's state; more is no state of counters
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRequest:
+    """What the user asks to be kept."""
+
+    selection: Selection
+    into: Path | None = None
+    """The folder; by default kept/NAME in the working directory."""
+    last: int | None = None
+    """How many kept snapshots stay; None for all."""
+    sampled: bool = False
+    """Keep only the values that `fit` reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,39 +77,40 @@ class Keeping:
         return sum(snapshot.source.num_bytes for snapshot in self.snapshots if snapshot.source)
 
 
-def keep(selection: Selection, into: Path | None, last: int | None, progress: Progress) -> Keeping:
+def keep(request: KeepRequest, progress: Progress) -> Keeping:
     """Copy what is not kept yet of a run's checkpoints; remove the oldest kept ones beyond the last few.
 
     A checkpoint that the trainer is writing, or deletes meanwhile, is left out with a caution. Each file appears when it is
     whole. Memory: a few megabytes, and the headers.
-
-    Args:
-        into: the folder; by default kept/NAME in the working directory.
-        last: how many kept snapshots stay; None for all.
 
     Raises:
         SnapshotError: no snapshot; steps that contradict each other; a kept snapshot that has other weights at its step.
         FileFormatError: a checkpoint or a kept snapshot that cannot be read.
         OutputError: the folder lies in the run's, holds another run's kept snapshots, or cannot be written.
     """
+    run, last = request.selection.directory, request.last
+    folder = request.into or default_folder(run)
     if last is not None and last < 1:
         raise UsageError(f"--last {last}: expected 1 or more")
-    run, folder = selection.directory, into or default_folder(selection.directory)
-    found, before = _found(selection), kept_in(folder)
-    _check_folder(folder, selection, before)
-    conflict = next(iter(conflicts_of(found.snapshots, before, folder)), None)
-    if conflict:
+    found, before = _found(request.selection), kept_in(folder)
+    _check_folder(folder, request.selection, before)
+    for conflict in conflicts_of(found.snapshots, before, folder):
         raise conflict
     known = {snapshot.step for snapshot in before}
-    staying = sorted(known | set(found.steps))[-(last or 0) :]
+    staying = set(sorted(known | set(found.steps))[-(last or 0) :])
+    missing = [snapshot for snapshot in found.snapshots if snapshot.step in staying - known]
     cautions = [f"{one.path.name} left out: {one.reason}" for one in found.half_written]
-    missing = [snapshot for snapshot in found.snapshots if snapshot.step in staying and snapshot.step not in known]
-    advance = progress("keep", sum(_num_bytes(snapshot) for snapshot in missing))
-    added = [path for snapshot in missing if (path := _kept(snapshot, folder, selection, cautions, advance))]
+    advance = progress("keep", sum(_size_of(snapshot, request) for snapshot in missing))
+    added = [path for snapshot in missing if (path := _kept(snapshot, folder, request, cautions, advance))]
     removed = [snapshot.path for snapshot in before if snapshot.step not in staying]
     for path in removed:
         _remove(path)
     return Keeping(run, folder, kept_in(folder), tuple(added), tuple(removed), tuple(cautions))
+
+
+def _size_of(snapshot: Snapshot, request: KeepRequest) -> int:
+    """The bytes to copy."""
+    return sum(tensor.num_bytes for tensor in _chosen(snapshot, sampled=request.sampled)[0])
 
 
 def _remove(path: Path) -> None:
@@ -136,13 +151,13 @@ def _check_folder(folder: Path, selection: Selection, before: Sequence[Snapshot]
 
 
 def _kept(
-    snapshot: Snapshot, folder: Path, selection: Selection, cautions: list[str], advance: Callable[[int], None]
+    snapshot: Snapshot, folder: Path, request: KeepRequest, cautions: list[str], advance: Callable[[int], None]
 ) -> Path | None:
     """Copy a checkpoint; returns the file, or None (and a caution) if the checkpoint changed or vanished meanwhile."""
     place = folder / _name_of(snapshot)
     try:
         with staged(place, check=_refuse) as temporary, unchanged([snapshot]):
-            _write(reopened(snapshot), temporary, selection, home=folder, cautions=cautions, advance=advance)
+            _write(reopened(snapshot), temporary, request, home=folder, cautions=cautions, advance=advance)
     except (SnapshotError, FileFormatError) as error:
         if isinstance(error, FileFormatError) and snapshot.path.exists():
             raise
@@ -162,66 +177,73 @@ def _name_of(snapshot: Snapshot) -> str:
     return f"{name}.safetensors" if is_told else f"{name}-step_{snapshot.step}.safetensors"
 
 
-def _chosen(snapshot: Snapshot) -> tuple[list[TensorEntry], Counter[str]]:
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor that is copied: which of its values, and how the file describes them."""
+
+    entry: TensorEntry
+    """In real numbers."""
+    stretches: Sequence[Stretch]
+    dtype: DType
+    shape: tuple[int, ...]
+    view: ViewRecord | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(stretch.count for stretch in self.stretches) * self.entry.dtype.itemsize
+
+
+def _stored(entry: TensorEntry, *, sampled: bool) -> _Stored:
+    """A tensor's values row by row, in a type of safetensors; or a sample of them, if there are more."""
+    real = entry.as_real()
+    if sampled and real.num_elements > DEFAULT_SAMPLE:
+        stretches = sample_stretches(real.num_elements, DEFAULT_SAMPLE)
+        view = ViewRecord(dtype=entry.dtype.name, shape=entry.shape, strides=entry.strides, sample=DEFAULT_SAMPLE)
+        return _Stored(real, stretches, real.dtype, (sum(stretch.count for stretch in stretches),), view)
+    whole = (Stretch(0, real.num_elements),)
+    if entry.dtype.code and not entry.strides:
+        return _Stored(real, whole, entry.dtype, entry.shape, None)
+    order = sorted(range(len(real.shape)), key=lambda axis: -real.strides[axis]) if real.strides else range(len(real.shape))
+    view = ViewRecord(dtype=entry.dtype.name, shape=entry.shape, strides=entry.strides)
+    return _Stored(real, whole, real.dtype, tuple(real.shape[axis] for axis in order), view)
+
+
+def _chosen(snapshot: Snapshot, *, sampled: bool) -> tuple[list[_Stored], Counter[str]]:
     """The tensors to copy, and how many are not, by the reason."""
     alignment = align([snapshot])
     names = {tensor.name for tensor in alignment.tensors} | {name for name, e in snapshot.tensors.items() if _is_counter(e)}
     entries = sorted((snapshot.tensors[name] for name in names), key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    return entries, Counter(copied.kind for copied in alignment.copied if copied.name not in names)
+    left_out = Counter(copied.kind for copied in alignment.copied if copied.name not in names)
+    return [_stored(entry, sampled=sampled) for entry in entries], left_out
 
 
 def _is_counter(entry: TensorEntry) -> bool:
     return entry.dtype.name == "int64" and entry.num_elements == 1 and not entry.strides
 
 
-def _num_bytes(snapshot: Snapshot) -> int:
-    return sum(entry.num_bytes for entry in _chosen(snapshot)[0])
-
-
 def _write(
-    snapshot: Snapshot,
-    path: Path,
-    selection: Selection,
-    *,
-    home: Path,
-    cautions: list[str],
-    advance: Callable[[int], None],
+    snapshot: Snapshot, path: Path, request: KeepRequest, *, home: Path, cautions: list[str], advance: Callable[[int], None]
 ) -> None:
-    entries, left_out = _chosen(snapshot)
+    tensors, left_out = _chosen(snapshot, sampled=request.sampled)
     record = KeptRecord(
         name=portable(snapshot.path.name),
         step=snapshot.step,
         evidence=f"{snapshot.step_source} of {portable(snapshot.path.name)}",
         layout=snapshot.layout,
-        run=relative(selection.directory, home),
-        pattern=selection.pattern,
+        run=relative(request.selection.directory, home),
+        pattern=request.selection.pattern,
         bytes=snapshot.num_bytes,
         digest=snapshot.full_digest,
-        views={entry.name: view for entry in entries if (view := _view_of(entry))},
+        views={tensor.entry.name: tensor.view for tensor in tensors if tensor.view},
         left_out=dict(left_out),
         marks=tuple((mark.step, mark.origin_step, mark.valid_step) for mark in trainer_of(snapshot).marks(snapshot)),
         states=tuple(_states_of(snapshot, cautions)),
     )
-    stored = [(entry.name, *_stored_as(entry)) for entry in entries]
+    stored = [(tensor.entry.name, tensor.dtype, tensor.shape) for tensor in tensors]
     with open_new(path, like=snapshot.path) as file:
         file.write(encode_header(stored, record.metadata))
-        for entry in entries:
-            _copy(entry, file, advance)
-
-
-def _stored_as(entry: TensorEntry) -> tuple[DType, tuple[int, ...]]:
-    """The type and the shape of a tensor in the file, whose values lie row by row in it."""
-    order = sorted(range(len(entry.shape)), key=lambda axis: -entry.strides[axis]) if entry.strides else range(len(entry.shape))
-    shape = tuple(entry.shape[axis] for axis in order)
-    if entry.dtype.code:
-        return entry.dtype, shape
-    return DTYPES["float64"], (*shape, 2)  # complex128
-
-
-def _view_of(entry: TensorEntry) -> ViewRecord | None:
-    if entry.dtype.code and not entry.strides:
-        return None
-    return ViewRecord(dtype=entry.dtype.name, shape=entry.shape, strides=entry.strides)
+        for tensor in tensors:
+            _copy(tensor, file, advance)
 
 
 def _states_of(snapshot: Snapshot, cautions: list[str]) -> Iterator[StateRecord]:
@@ -256,14 +278,17 @@ def _is_held(state: StateRecord) -> bool:
     return True
 
 
-def _copy(entry: TensorEntry, file: BinaryIO, advance: Callable[[int], None]) -> None:
+def _copy(tensor: _Stored, file: BinaryIO, advance: Callable[[int], None]) -> None:
+    entry, size = tensor.entry, tensor.entry.dtype.itemsize
+    buffer = memoryview(bytearray(min(tensor.num_bytes, COPY_BYTES)))
     fd = open_read_only(entry.path)
     try:
-        buffer = memoryview(bytearray(min(entry.num_bytes, COPY_BYTES)))
-        for start in range(0, entry.num_bytes, COPY_BYTES):
-            chunk = buffer[: min(COPY_BYTES, entry.num_bytes - start)]
-            read_into(fd, chunk, entry.offset + start, entry.path)
-            file.write(chunk)
-            advance(len(chunk))
+        for stretch in tensor.stretches:
+            begin, end = stretch.start * size, (stretch.start + stretch.count) * size
+            for start in range(begin, end, COPY_BYTES):
+                chunk = buffer[: min(COPY_BYTES, end - start)]
+                read_into(fd, chunk, entry.offset + start, entry.path)
+                file.write(chunk)
+                advance(len(chunk))
     finally:
         os.close(fd)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import SnapshotError, UsageError, listed, shell_word
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
@@ -28,6 +28,7 @@ from farcast_cli.publish import publish
 from farcast_cli.records import FittedOn
 from farcast_cli.repeat import check_unchanged
 from farcast_cli.request import ENDED, Outcome, Prepared, Request, Start
+from farcast_cli.run.trajectory import WHOLE
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.names import find_step_in_name
@@ -224,6 +225,7 @@ def plan(fitted: Fitted, judged: Judged) -> Prepared:
 
 def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[int], linear: LinearMap) -> Prepared:
     opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
+    _refuse_samples([opened[index] for index in linear.used] + [start.origin])
     container = settle(start.origin, request.layout)
     paths = [place_of(request, start.origin, horizon, _name_unit(fitted), container) for horizon in horizons]
     is_file = container.is_file
@@ -233,6 +235,21 @@ def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[
     inputs = Inputs(realign(fitted, used), linear.restrict(linear.used))
     history = _history(fitted, opened, start.index)
     return prepare(request, start, history, inputs, horizons, container=container, paths=paths, snapshots=used)
+
+
+def _refuse_samples(snapshots: Sequence[Snapshot]) -> None:
+    """Refuse snapshots of which only a sample was kept.
+
+    Raises:
+        SnapshotError: some are such.
+    """
+    found = [snapshot.path for snapshot in snapshots if snapshot.is_sample]
+    if found:
+        raise SnapshotError(
+            f"{found[0].parent}: this forecast needs all weights, and only a sample was kept in"
+            f" {listed(dict.fromkeys(path.name for path in found))}",
+            hint=f"choose a --method that reads fewer snapshots (farcast backtest -v lists them); {WHOLE}",
+        )
 
 
 def _history(fitted: Fitted, opened: Mapping[int, Snapshot], last: int) -> list[Snapshot]:

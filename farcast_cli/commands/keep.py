@@ -20,6 +20,14 @@ def keep(
         Path | None,
         typer.Option(envvar=env("INTO"), metavar="FOLDER", help="Folder for the kept snapshots. Default: kept/NAME."),
     ] = None,
+    sampled: Annotated[
+        bool,
+        typer.Option(
+            "--sampled",
+            envvar=env("SAMPLED"),
+            help="Keep only the values that fit reads: a few MB for any model, enough to judge; predict needs whole weights.",
+        ),
+    ] = False,
     last: Annotated[
         int | None,
         typer.Option(envvar=env("LAST"), metavar="N", help="Keep the newest N; remove the older ones that farcast kept."),
@@ -37,7 +45,7 @@ def keep(
     from farcast_cli.commands import answers, render
 
     with render.progress(quiet=quiet) as progress:
-        done = api.keep(directory, into=into, last=last, steps=steps, pattern=pattern, progress=progress)
+        done = api.keep(directory, into=into, sampled=sampled, last=last, steps=steps, pattern=pattern, progress=progress)
     if not quiet:
         render.keeping(done)
     if json_:

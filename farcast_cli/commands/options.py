@@ -58,6 +58,7 @@ PANELS = {
         "steps",
         "pattern",
         "history",
+        "sampled",
         "last",
         "sample",
         "full",

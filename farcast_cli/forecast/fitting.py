@@ -11,7 +11,7 @@ import numpy as np
 
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.engine.reader import Resources
-from farcast_cli.errors import MixedRunsError
+from farcast_cli.errors import MixedRunsError, UsageError
 from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample
 from farcast_cli.forecast.backtest import MAX_HORIZON
 from farcast_cli.forecast.forecaster_file import (
@@ -31,7 +31,7 @@ from farcast_cli.run.kept import discover_all
 from farcast_cli.run.losses import losses_of
 from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
-from farcast_cli.run.trajectory import MIN_SNAPSHOTS
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, WHOLE
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers.base import unchanged
 
@@ -135,7 +135,23 @@ def plan_fit(request: FitRequest) -> FitPlan:
     )
     past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
     entering = usable(past.history.trajectory.snapshots, chosen)
+    _check_samples(entering.snapshots, request.num_samples)
     return FitPlan(request, found, past, entering, started, replaced, losses_of(found, request.losses))
+
+
+def _check_samples(snapshots: Sequence[Snapshot], num_samples: int | None) -> None:
+    """Refuse to read other values than those that kept samples hold.
+
+    Raises:
+        UsageError: some snapshots are samples, and --sample or --full asks for other values.
+    """
+    sample = next((snapshot for snapshot in snapshots if snapshot.is_sample), None)
+    if sample is not None and num_samples != DEFAULT_SAMPLE:
+        asked = "--full" if num_samples is None else f"--sample {num_samples}"
+        raise UsageError(
+            f"{asked}: {sample.path} holds a sample of {DEFAULT_SAMPLE} values of each tensor, and no others",
+            hint=f"leave it out; {WHOLE}",
+        )
 
 
 def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:

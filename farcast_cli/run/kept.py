@@ -74,7 +74,7 @@ def survey_all(
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
     folder = default_folder(directory) if history is None else history
-    kept = kept_in(folder)
+    kept = () if folder.resolve() == directory.resolve() else kept_in(folder)
     if history is not None and not kept:
         raise TooFewSnapshotsError(
             f"{history}: expected kept snapshots, found none",

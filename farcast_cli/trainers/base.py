@@ -14,6 +14,7 @@ from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted
+from farcast_cli.tensors import sample_stretches
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import find_step_in_name
 
@@ -160,9 +161,16 @@ class Snapshot:
         """Whether every tensor of another snapshot is here with the same values, by a block from its middle."""
         pairs = [(self.tensors.get(name), entry) for name, entry in other.tensors.items()]
         return all(
-            mine is not None and (mine.dtype, mine.shape) == (its.dtype, its.shape) and _middle_of(mine) == _middle_of(its)
+            mine is not None
+            and (mine.dtype, mine.shape) == (its.dtype, its.shape)
+            and _are_alike(mine.as_real(), its.as_real())
             for mine, its in pairs
         )
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it holds only a sample of some tensor's values."""
+        return any(entry.sample for entry in self.tensors.values())
 
     def settle(self, step: int, source: str) -> Snapshot:
         return replace(self, step=step, step_source=source)
@@ -274,6 +282,16 @@ class Layout:
 def _middle_of(entry: TensorEntry) -> bytes:
     count = min(entry.num_bytes, DIGEST_BYTES)
     return read_bytes(entry.path, entry.offset + (entry.num_bytes - count) // 2, count)
+
+
+def _are_alike(mine: TensorEntry, its: TensorEntry) -> bool:
+    """Whether two tensors have the same values in a block from the middle, or from the middle of the second one's sample."""
+    if not its.sample:
+        return _middle_of(mine) == _middle_of(its)
+    held = sample_stretches(its.num_elements, its.sample)
+    stretch = held[len(held) // 2]
+    blocks = [read_bytes(e.path, e.offset_of(stretch), stretch.count * e.dtype.itemsize) for e in (mine, its)]
+    return blocks[0] == blocks[1]
 
 
 def read_snapshot(layout: Layout, path: Path) -> Snapshot:

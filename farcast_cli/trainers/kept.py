@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -62,12 +61,16 @@ class StateRecord(BaseModel):
 
 
 class ViewRecord(BaseModel):
-    """How a tensor's values lie in the file, where that is not row by row in a type of safetensors."""
+    """How a tensor's values lie in the file, where that is not row by row in a type of safetensors.
+
+    With `sample`, only so many values lie there, as `sample_stretches` places them.
+    """
 
     model_config = ConfigDict(frozen=True)
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    sample: int = 0
 
 
 class KeptRecord(BaseModel):
@@ -194,11 +197,12 @@ def _viewed(entry: TensorEntry, views: Mapping[str, ViewRecord]) -> TensorEntry:
     if view is None:
         return entry
     dtype = DTYPES.get(view.dtype)
-    fits = dtype is not None and min(view.shape, default=0) >= 0 and dtype.bytes_of(prod(view.shape)) == entry.num_bytes
     is_ordered = not view.strides or (len(view.strides) == len(view.shape) and is_dense(view.shape, view.strides))
-    if dtype is None or not fits or not is_ordered:
-        raise FileFormatError(f"{entry.path}: a kept snapshot whose tensor {entry.name!r} does not fit its record", hint=_HINT)
-    return replace(entry, dtype=dtype, shape=view.shape, strides=view.strides)
+    if dtype is not None and is_ordered and min(view.shape, default=0) >= 0 <= view.sample:
+        found = replace(entry, dtype=dtype, shape=view.shape, strides=view.strides, sample=view.sample)
+        if found.num_bytes == entry.num_bytes:
+            return found
+    raise FileFormatError(f"{entry.path}: a kept snapshot whose tensor {entry.name!r} does not fit its record", hint=_HINT)
 
 
 def _notes(record: KeptRecord) -> tuple[str, ...]:
