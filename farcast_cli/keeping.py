@@ -5,9 +5,10 @@ Copied are the tensors that can be forecast, and the counters among the weights;
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from farcast_cli.choices import DEFAULT_SAMPLE
@@ -25,7 +26,7 @@ from farcast_cli.state.files import STATE_ROLES, load_histories
 from farcast_cli.tensors import DType, Stretch, TensorEntry, sample_stretches
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import unchanged
-from farcast_cli.trainers.kept import KeptRecord, StateRecord, ViewRecord, encoded
+from farcast_cli.trainers.kept import ENDING, KeptRecord, StateRecord, ViewRecord, encoded
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from farcast_cli.progress import Progress
     from farcast_cli.run.selection import Selection
     from farcast_cli.run.trajectory import Trajectory
-    from farcast_cli.trainers.base import Snapshot
+    from farcast_cli.trainers.base import Part, Snapshot
 
 TRIES = 5  # to list a folder from which the trainer deletes checkpoints meanwhile
 COPY_BYTES = 8 << 20  # at once
@@ -173,8 +174,8 @@ def _refuse(place: Path) -> None:
 def _name_of(snapshot: Snapshot) -> str:
     """The checkpoint's own name, with its step if it has none: a loop may save all its checkpoints under one name."""
     name = snapshot.path.name.removesuffix(".safetensors")
-    is_told = find_step_in_name(snapshot.path.name) is not None
-    return f"{name}.safetensors" if is_told else f"{name}-step_{snapshot.step}.safetensors"
+    step = "" if find_step_in_name(snapshot.path.name) else f"-step_{snapshot.step}"
+    return f"{name}{step}{ENDING}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,27 +249,30 @@ def _write(
 
 def _states_of(snapshot: Snapshot, cautions: list[str]) -> Iterator[StateRecord]:
     """The numbers of a checkpoint's state files."""
-    try:
-        histories = load_histories([snapshot])
-    except FarcastError as error:
-        cautions.append(f"{snapshot.path.name}: its counters and learning rate are not kept: {error}")
-        return
     for part in snapshot.parts:
-        if part.role not in STATE_ROLES:
-            continue
-        _, tree, file = histories[part.name].states[0]
-        numbers = encoded(tree, file, without=[key for key in (part.weights_key, part.mirror_key) if key])
-        state = StateRecord(name=part.name, role=part.role, is_read=part.content is not None, tree=numbers)
-        if _is_held(state):
-            yield state
-        else:
+        if part.role in STATE_ROLES:
             what = f"the numbers in {part.name}" if part.name else "its counters and learning rate"
-            cautions.append(f"{snapshot.path.name}: {what} are not kept: too many, or nested too deep")
+            try:
+                state = _state_of(snapshot, part)
+            except FarcastError as error:
+                cautions.append(f"{snapshot.path.name}: {what} are not kept: {error}")
+                continue
+            if _is_held(state):
+                yield state
+            else:
+                cautions.append(f"{snapshot.path.name}: {what} are not kept: too many, or nested too deep")
+
+
+def _state_of(snapshot: Snapshot, part: Part) -> StateRecord:
+    (history,) = load_histories([replace(snapshot, parts=(part,))]).values()
+    _, tree, file = history.states[0]
+    numbers = encoded(tree, file, without=[key for key in (part.weights_key, part.mirror_key) if key])
+    return StateRecord(name=part.name, role=part.role, is_read=part.content is not None, tree=numbers)
 
 
 def _is_held(state: StateRecord) -> bool:
     """Whether a kept snapshot can hold the numbers of a state file, and give them back."""
-    text = state.model_dump_json()
+    text = json.dumps(state.tree)
     if len(text) > MAX_STATE_CHARS:
         return False
     try:

@@ -86,6 +86,10 @@ def loose(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def kept_name(step: int) -> str:
+    return loose_name(step).replace(".safetensors", ".kept.safetensors")
+
+
 def rotate(run: Path, *, left: int = 1) -> None:
     """Delete all checkpoints but the newest few, as a trainer does."""
     for snapshot in discover(run).snapshots[:-left]:
@@ -143,14 +147,14 @@ def names_in(folder: Path) -> list[str]:
 def test_keep_copies_what_is_not_kept_yet_and_changes_nothing_else(loose: Path, call_cli: CallCli) -> None:
     before = tree_digest(loose / "run")
     done = ok(call_cli("keep", "run", cwd=loose))
-    assert done.stdout.splitlines() == [str(Path("kept/run") / loose_name(step)) for step in STEPS]
+    assert done.stdout.splitlines() == [str(Path("kept/run") / kept_name(step)) for step in STEPS]
     kept = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (loose / "kept" / "run").iterdir()}
     again = ok(call_cli("keep", "run", cwd=loose))
     assert again.stdout == ""
     assert "8 kept snapshots in kept/run (0 new)" in again.stderr
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (loose / "kept" / "run").iterdir()} == kept
     assert tree_digest(loose / "run") == before
-    one = load_file(loose / "kept" / "run" / loose_name(300))
+    one = load_file(loose / "kept" / "run" / kept_name(300))
     assert all(torch.equal(one[name], value) for name, value in weights_at(300).items())
 
 
@@ -172,7 +176,7 @@ def test_a_loop_that_saves_under_one_name_is_kept_step_by_step(tmp_path: Path, c
     for step in range(10, 90, 10):
         shutil.copy(tmp_path / "all" / f"ckpt_{step}.pt", tmp_path / "run" / "newest.pt")
         ok(call_cli("keep", "run", cwd=tmp_path))
-    assert names_in(tmp_path / "kept" / "run") == [f"newest.pt-step_{step}.safetensors" for step in range(10, 90, 10)]
+    assert names_in(tmp_path / "kept" / "run") == [f"newest.pt-step_{step}.kept.safetensors" for step in range(10, 90, 10)]
     done = ok(call_cli("fit", "run", cwd=tmp_path))
     assert "7 kept snapshots from kept/run: steps 10 to 70" in done.stderr
     assert load_fitted(tmp_path / "forecaster.safetensors").steps == tuple(range(10, 90, 10))
@@ -181,12 +185,12 @@ def test_a_loop_that_saves_under_one_name_is_kept_step_by_step(tmp_path: Path, c
 def test_last_removes_the_oldest_kept_snapshots_and_nothing_else(loose: Path, call_cli: CallCli) -> None:
     ok(call_cli("keep", "run", "--steps", ":400", cwd=loose))
     (loose / "kept" / "run" / "notes.txt").write_text("mine")
-    save_file(weights_at(1), loose / "kept" / "run" / loose_name(1), metadata={"format": "pt"})
+    save_file(weights_at(1), loose / "kept" / "run" / kept_name(1), metadata={"format": "pt"})
     answer = json.loads(ok(call_cli("keep", "run", "--last", 3, "--json", cwd=loose)).stdout)
     assert [one["step"] for one in answer["snapshots"]] == [600, 700, 800]
-    assert sorted(Path(path).name for path in answer["removed"]) == [loose_name(step) for step in (100, 200, 300, 400)]
-    assert sorted(Path(path).name for path in answer["added"]) == [loose_name(step) for step in (600, 700, 800)]
-    assert names_in(loose / "kept" / "run") == ["notes.txt", loose_name(1), *map(loose_name, (600, 700, 800))]
+    assert sorted(Path(path).name for path in answer["removed"]) == [kept_name(step) for step in (100, 200, 300, 400)]
+    assert sorted(Path(path).name for path in answer["added"]) == [kept_name(step) for step in (600, 700, 800)]
+    assert names_in(loose / "kept" / "run") == ["notes.txt", kept_name(1), *map(kept_name, (600, 700, 800))]
     assert call_cli("keep", "run", "--last", 0, cwd=loose).returncode == 2
 
 
@@ -207,7 +211,7 @@ def test_a_checkpoint_that_is_half_written_is_left_out_with_a_caution(loose: Pat
     done = ok(call_cli("keep", "run", cwd=loose))
     assert f"caution: {loose_name(800)} left out: half-written" in done.stderr
     path.write_bytes(whole)
-    assert ok(call_cli("keep", "run", cwd=loose)).stdout.split() == [str(Path("kept/run") / loose_name(800))]
+    assert ok(call_cli("keep", "run", cwd=loose)).stdout.split() == [str(Path("kept/run") / kept_name(800))]
 
 
 @pytest.mark.parametrize("what", ["vanishes", "changes"])
@@ -227,7 +231,7 @@ def test_a_checkpoint_that_goes_away_while_it_is_copied_is_left_out_with_a_cauti
     monkeypatch.chdir(loose)
     done = farcast_cli.keep("run", progress=lambda _phase, _total: trainer)
     assert done.cautions == (f"{loose_name(300)} left out: it changed or was deleted while it was copied",)
-    assert names_in(loose / "kept" / "run") == [loose_name(step) for step in STEPS if step != 300]
+    assert names_in(loose / "kept" / "run") == [kept_name(step) for step in STEPS if step != 300]
 
 
 def test_a_kept_snapshot_appears_whole_or_not_at_all(loose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +273,7 @@ def test_what_keep_cannot_use_is_refused(loose: Path, call_cli: CallCli) -> None
     (loose / "file").write_text("")
     assert call_cli("keep", "run", "--into", "file", cwd=loose).returncode == 5
     assert call_cli("keep", "nowhere", cwd=loose).returncode == 3
-    place = loose / "kept" / "run" / loose_name(100)
+    place = loose / "kept" / "run" / kept_name(100)
     place.write_bytes(place.read_bytes()[:-1])
     assert call_cli("keep", "run", cwd=loose).returncode == 4
 
@@ -297,7 +301,7 @@ def test_the_runs_own_snapshots_go_first_and_later_kept_ones_are_not_used(loose:
     ok(call_cli("keep", "run", cwd=loose))
     (loose / "run" / loose_name(800)).unlink()
     done = ok(call_cli("fit", "run", cwd=loose))
-    assert f"kept snapshots after step 700, the newest of the run, are not used: {loose_name(800)}" in done.stderr
+    assert f"kept snapshots after step 700, the newest of the run, are not used: {kept_name(800)}" in done.stderr
     fitted = load_fitted(loose / "forecaster.safetensors")
     assert [record.is_kept for record in fitted.provenance.snapshots] == [False] * 7
 
@@ -399,7 +403,7 @@ def sampled(tmp_path: Path, call_cli: CallCli) -> Path:
 
 
 def test_samples_are_all_that_fit_reads(sampled: Path, call_cli: CallCli) -> None:
-    assert (sampled / "kept" / "run" / loose_name(100)).stat().st_size < 4 * (2 * 16_384 + 160) + 2_000
+    assert (sampled / "kept" / "run" / kept_name(100)).stat().st_size < 4 * (2 * 16_384 + 160) + 2_000
     ok(call_cli("fit", "run", cwd=sampled))
     whole, thin = (load_fitted(sampled / name) for name in ("whole.safetensors", "forecaster.safetensors"))
     assert (thin.gram.matrix == whole.gram.matrix).all()
@@ -436,6 +440,6 @@ def test_a_sample_is_no_checkpoint_to_compare_with(sampled: Path, call_cli: Call
             "predict", "run", "--horizon", 100, "--even-if-worse", "--method", "persistence", "-o", "f.safetensors", cwd=sampled
         )
     )
-    done = call_cli("verify", "f.safetensors", "--against", Path("kept/run") / loose_name(100), cwd=sampled)
+    done = call_cli("verify", "f.safetensors", "--against", Path("kept/run") / kept_name(100), cwd=sampled)
     assert done.returncode == 3
     assert "found a kept sample" in done.errors[0]

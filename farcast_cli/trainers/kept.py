@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from farcast_cli import __version__
 from farcast_cli.errors import FileFormatError
@@ -20,7 +20,8 @@ from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import file_size, local, read_bytes
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, as_number
-from farcast_cli.formats.torch_pickle import TensorRef
+from farcast_cli.formats.torch_pickle import TensorRef, in_collection
+from farcast_cli.formats.tree import walk
 from farcast_cli.tensors import DTYPES, is_dense
 from farcast_cli.trainers.base import (
     KEPT_KEY,
@@ -34,6 +35,7 @@ from farcast_cli.trainers.base import (
     StateNumbers,
     Trainer,
 )
+from farcast_cli.trainers.names import MAX_DIGITS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -43,11 +45,14 @@ if TYPE_CHECKING:
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import TensorEntry
 
+ENDING = ".kept.safetensors"
 MAX_TEXT = 1_000  # characters of a text in a trainer's state
 _MARK = f'{{"__metadata__":{{"{KEPT_KEY}":'.encode()
 """How the header of a kept snapshot begins."""
 _HINT = "remove the file, and run farcast keep again"
 _LEFT_OUT = object()
+
+Count = Annotated[int, Field(ge=0, lt=10**MAX_DIGITS)]
 
 
 class StateRecord(BaseModel):
@@ -80,17 +85,17 @@ class KeptRecord(BaseModel):
     schema_version: Literal[1] = 1
     farcast_version: str = __version__
     name: str
-    step: int
+    step: Count
     evidence: str
     layout: str
     run: str
     pattern: str
-    bytes: int
+    bytes: Count
     digest: str
     views: dict[str, ViewRecord]
     left_out: dict[str, int]
     """How many tensors were not copied, by the reason."""
-    marks: tuple[tuple[int, int, int], ...]
+    marks: tuple[tuple[Count, Count, Count], ...]
     states: tuple[StateRecord, ...]
 
     @property
@@ -106,7 +111,12 @@ def encoded(tree: Any, file: TorchFile | None, without: Collection[TreePath] = (
 
     Args:
         without: paths that are left out, such as that of the weights.
+
+    Raises:
+        UnsafeFileError: a tree that is nested too deep, as one that holds itself is, or too large.
     """
+    for _ in walk(tree, below=in_collection):
+        pass
     found = _encoded(tree, file, frozenset(without), ())
     return None if found is _LEFT_OUT else found
 
@@ -149,7 +159,7 @@ def decoded(tree: Any) -> Any:
 
 
 def _recognises(path: Path) -> bool:
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.name.endswith(ENDING) or not path.is_file():
         return False
     try:
         head = read_bytes(path, 0, min(file_size(path), len(_MARK) + 8))
@@ -178,10 +188,13 @@ def _read(path: Path) -> Snapshot:
 
 def _record_of(file: SafetensorsFile) -> KeptRecord:
     try:
-        return KeptRecord.model_validate(parse_json(file.metadata[KEPT_KEY].encode()))
+        record = KeptRecord.model_validate(parse_json(file.metadata[KEPT_KEY].encode()))
+        if "\0" in local(record.run):
+            raise ValueError(record.run)  # noqa: TRY301 - no path
     except (KeyError, ValueError) as error:  # pydantic's own error is a ValueError
         what = "of another version of farcast, or damaged" if isinstance(error, ValidationError) else "damaged"
         raise FileFormatError(f"{file.path}: a kept snapshot whose record is {what}", hint=_HINT) from error
+    return record
 
 
 def _tree_of(path: Path, state: StateRecord) -> Any:
@@ -214,4 +227,9 @@ def _marks(snapshot: Snapshot) -> list[LeapMark]:
     return list(snapshot.source.marks) if snapshot.source else []
 
 
-LAYOUT = Layout("kept-snapshot", _recognises, _read, names_are_steps=False, trainer=Trainer(marks=_marks))
+def _rename(name: str, _: object, __: int) -> str:
+    """A forecast from kept snapshots alone is a plain safetensors file."""
+    return name.replace(ENDING, ".safetensors")
+
+
+LAYOUT = Layout("kept-snapshot", _recognises, _read, names_are_steps=False, trainer=Trainer(rename=_rename, marks=_marks))
