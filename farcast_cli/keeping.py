@@ -90,7 +90,7 @@ def keep(request: KeepRequest, progress: Progress) -> Keeping:
         OutputError: the folder lies in the run's, holds another run's kept snapshots, or cannot be written.
     """
     run, last = request.selection.directory, request.last
-    folder = request.into or default_folder(run)
+    folder = request.into or default_folder(run, request.selection.pattern)
     if last is not None and last < 1:
         raise UsageError(f"--last {last}: expected 1 or more")
     found, before = _found(request.selection), kept_in(folder)

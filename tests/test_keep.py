@@ -244,15 +244,18 @@ def test_a_kept_snapshot_appears_whole_or_not_at_all(loose: Path, monkeypatch: p
     assert not (loose / "kept").exists()
 
 
-def test_the_folder_of_another_run_is_refused(loose: Path, call_cli: CallCli) -> None:
+def test_each_run_has_a_folder_of_its_own(loose: Path, call_cli: CallCli) -> None:
     ok(call_cli("keep", "run", cwd=loose))
     make_loose_run(loose / "other" / "run", seed=1)
-    done = call_cli("keep", "other/run", cwd=loose)
+    fitted = ok(call_cli("fit", "other/run", cwd=loose))
+    assert "kept/run has kept snapshots of another run: they are not used (--history kept/run uses them)" in fitted.stderr
+    assert not load_fitted(loose / "forecaster.safetensors").kept
+    done = call_cli("keep", "other/run", "--into", "kept/run", cwd=loose)
     assert done.returncode == 5
     assert "holds kept snapshots of another run" in done.errors[0]
-    fitted = ok(call_cli("fit", "other/run", cwd=loose))
-    assert "kept/run has kept snapshots of another run: they are not used" in fitted.stderr
-    assert not load_fitted(loose / "forecaster.safetensors").kept
+    ok(call_cli("keep", "other/run", cwd=loose))
+    rotate(loose / "other" / "run")
+    assert "7 kept snapshots from kept/other-run: steps 100 to 700" in ok(call_cli("fit", "other/run", cwd=loose)).stderr
 
 
 def test_another_run_in_the_same_folder_is_refused(loose: Path, call_cli: CallCli) -> None:

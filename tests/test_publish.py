@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file
 
+from farcast_cli import system as system_calls
 from farcast_cli.errors import OutputError
 from farcast_cli.files import renames
 from farcast_cli.files.hidden import MARK, make_hidden
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import CallCli
 
-FORECAST = "forecasts/step_000900.safetensors"
+FORECAST = "forecasts/run/step_000900.safetensors"
 
 
 def anything(_: Path) -> None:
@@ -93,7 +94,7 @@ def test_an_empty_folder_that_a_process_left_which_was_killed_before_it_made_the
 
 
 def test_a_dry_run_leaves_what_a_killed_process_left(fitted: Path, call_cli: CallCli) -> None:
-    left = fitted / "forecasts" / ".step_000900.safetensors.0123abcd.partial"
+    left = fitted / "forecasts" / "run" / ".step_000900.safetensors.0123abcd.partial"
     left.mkdir(parents=True)
     assert call_cli("predict", "--horizon", 100, "--dry-run", cwd=fitted).returncode == 0
     assert left.is_dir()
@@ -120,7 +121,7 @@ def test_an_output_with_the_longest_name_that_there_may_be_is_written(tmp_path: 
 def test_a_link_that_came_with_a_download_does_not_lead_a_command_to_the_users_files(
     fitted: Path, call_cli: CallCli, command: str
 ) -> None:
-    (fitted / "forecasts").mkdir()
+    (fitted / "forecasts" / "run").mkdir(parents=True)
     for place in (fitted / "forecaster.safetensors", fitted / FORECAST):
         (place.parent / f".{place.name}.partial").symlink_to(fitted / "run")
         (place.parent / f".{place.name}.0123abcd.partial").symlink_to(fitted / "run")
@@ -132,7 +133,7 @@ def test_a_link_that_came_with_a_download_does_not_lead_a_command_to_the_users_f
 
 def test_a_ledger_that_is_a_link_is_not_written_through(fitted: Path, call_cli: CallCli) -> None:
     (fitted / "profile").write_text("")
-    (fitted / "forecasts").mkdir()
+    (fitted / "forecasts" / "run").mkdir(parents=True)
     (fitted / "forecasts" / "ledger.jsonl").symlink_to(fitted / "profile")
     done = call_cli("predict", "--horizon", 100, cwd=fitted)
     assert (done.returncode, done.stdout) == (5, "")
@@ -200,7 +201,7 @@ def test_of_two_that_write_one_new_output_side_by_side_the_first_one_keeps_it(tm
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A filesystem that can exchange two names in one call, and one that cannot (as NFS)."""
     if request.param == "two renames":
-        monkeypatch.setattr(renames, "_rename", lambda *_: False)
+        monkeypatch.setattr(system_calls, "rename_at_once", lambda *_, **__: False)
     return str(request.param)
 
 
@@ -300,8 +301,8 @@ def killing(rename: Callable[..., Any], *, at: int = 1) -> Callable[..., Any]:
     """The process is killed right after its n-th rename."""
     count = itertools.count(1)
 
-    def counted(*arguments: Any) -> Any:
-        done = rename(*arguments)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        done = rename(*arguments, **options)
         if next(count) == at:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
@@ -318,7 +319,7 @@ def test_a_kill_between_two_renames_loses_nothing_and_the_next_start_gives_the_n
     make(final, kind, "old")
 
     def write() -> None:
-        monkeypatch.setattr(renames, "_rename", lambda *_: False)
+        monkeypatch.setattr(system_calls, "rename_at_once", lambda *_, **__: False)
         monkeypatch.setattr(renames, "_link", lambda *_: False)
         monkeypatch.setattr(type(final), "rename", killing(type(final).rename))
         with staged(final, check=anything) as temporary:
@@ -345,7 +346,7 @@ def test_what_a_kill_left_of_several_outputs_is_completed_by_the_next_start(
         (tmp_path / name).write_text("old")
 
     def write() -> None:
-        monkeypatch.setattr(renames, "_rename", killing(renames._rename, at=at))
+        monkeypatch.setattr(system_calls, "rename_at_once", killing(system_calls.rename_at_once, at=at))
         with staging() as outputs:
             for name in names:
                 outputs.add(tmp_path / name, check=anything).write_text("new")
@@ -363,7 +364,7 @@ def test_a_file_that_the_user_put_there_after_a_kill_is_not_replaced_by_what_was
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write() -> None:
-        monkeypatch.setattr(renames, "_rename", killing(renames._rename))
+        monkeypatch.setattr(system_calls, "rename_at_once", killing(system_calls.rename_at_once))
         with staging() as outputs:
             for name in ("first", "second"):
                 outputs.add(tmp_path / name).write_text("forecast")
@@ -464,10 +465,10 @@ def test_a_leap_that_is_recorded_again_after_a_kill_stands_there_once(tmp_path: 
 def test_a_forecast_that_cannot_be_published_leaves_no_line_in_the_ledger(fitted: Path, call_cli: CallCli) -> None:
     assert call_cli("predict", "--horizon", 100, cwd=fitted).returncode == 0
     before = tree_digest(fitted)
-    (fitted / "forecasts" / "step_001000.safetensors.farcast.json").write_text("mine")
+    (fitted / "forecasts" / "run" / "step_001000.safetensors.farcast.json").write_text("mine")
     done = call_cli("predict", "--horizon", "150,200", cwd=fitted)
     assert (done.returncode, done.stdout) == (5, "")
-    (fitted / "forecasts" / "step_001000.safetensors.farcast.json").unlink()
+    (fitted / "forecasts" / "run" / "step_001000.safetensors.farcast.json").unlink()
     assert tree_digest(fitted) == before
 
 
@@ -516,7 +517,7 @@ def test_a_users_file_under_a_sidecars_name_is_not_replaced(
 
 
 def test_a_place_inside_the_run_is_refused_before_anything_there_is_cleared_away(fitted: Path, call_cli: CallCli) -> None:
-    os.close(make_hidden(fitted / "run" / "a.safetensors").fd)
+    make_hidden(fitted / "run" / "a.safetensors").folder.close()
     before = tree_digest(fitted)
     code, error = predict_to(call_cli, fitted, "run/a.safetensors")
     assert code == 5
@@ -586,7 +587,7 @@ def test_the_sidecar_lists_every_file_with_its_size(fitted: Path, call_cli: Call
 
 @pytest.mark.parametrize("mine", ["origin.log", "strength-1.log"])
 def test_a_users_file_under_the_name_of_a_log_is_not_replaced(fitted: Path, call_cli: CallCli, mine: str) -> None:
-    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs = fitted / "forecasts" / "run" / "step_000900.safetensors.eval"
     logs.mkdir(parents=True)
     (logs / mine).write_text("mine")
     done = call_cli("predict", "--horizon", 100, "--eval-cmd", "echo 1 {ckpt}", cwd=fitted)
@@ -637,7 +638,7 @@ def test_what_is_made_of_a_private_run_is_private(tmp_path: Path, call_cli: Call
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, "--layout", "pt", cwd=tmp_path).returncode == 0
-    assert {path.name: mode(path) for path in (tmp_path / "forecasts").iterdir() if path.name != "ledger.jsonl"} == {
+    assert {path.name: mode(path) for path in (tmp_path / "forecasts" / "run").iterdir()} == {
         "step_000900.safetensors": 0o600,
         "step_000900.safetensors.farcast.json": 0o600,
         "step_000900.pt": 0o600,
@@ -658,7 +659,7 @@ def test_each_file_of_a_folder_keeps_the_permissions_of_the_origins(tmp_path: Pa
         folder.chmod(0o750)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, cwd=tmp_path).returncode == 0
-    forecast = tmp_path / "forecasts" / "checkpoint-900"
+    forecast = tmp_path / "forecasts" / "run" / "checkpoint-900"
     assert {path.name: mode(path) for path in (forecast, *forecast.iterdir())} == {
         "checkpoint-900": 0o750,
         "config.json": 0o640,
@@ -677,7 +678,7 @@ def test_a_file_that_the_origin_lacks_is_as_private_as_all_of_its_files(tmp_path
         (folder / "model.safetensors").chmod(0o640)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, "--layout", "pt", cwd=tmp_path).returncode == 0
-    forecast = tmp_path / "forecasts" / "checkpoint-900"
+    forecast = tmp_path / "forecasts" / "run" / "checkpoint-900"
     assert {path.name: mode(path) for path in forecast.iterdir()} == {
         "config.json": 0o644,
         "pytorch_model.bin": 0o640,
@@ -786,7 +787,7 @@ def test_a_sidecar_that_lies_about_its_files_lets_nothing_be_replaced(fitted: Pa
 
 
 def test_a_log_of_the_users_own_name_is_kept(fitted: Path, call_cli: CallCli) -> None:
-    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs = fitted / "forecasts" / "run" / "step_000900.safetensors.eval"
     logs.mkdir(parents=True)
     (logs / "strength-mine.log").write_text("$ my own notes\n")
     assert call_cli("predict", "--horizon", 100, "--eval-cmd", "echo $FARCAST_STRENGTH {ckpt}", "--maximize", cwd=fitted)
@@ -794,7 +795,7 @@ def test_a_log_of_the_users_own_name_is_kept(fitted: Path, call_cli: CallCli) ->
 
 
 def test_a_pipe_under_the_name_of_a_log_is_not_waited_for(fitted: Path, call_cli: CallCli) -> None:
-    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs = fitted / "forecasts" / "run" / "step_000900.safetensors.eval"
     logs.mkdir(parents=True)
     os.mkfifo(logs / "origin.log")
     done = call_cli("predict", "--horizon", 100, "--eval-cmd", "echo 1 {ckpt}", cwd=fitted)

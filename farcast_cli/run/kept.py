@@ -29,12 +29,9 @@ def kept_in(folder: Path) -> tuple[Snapshot, ...]:
         FileFormatError: one of them is damaged.
         MixedRunsError: two of the same step.
     """
-    with reading(folder):
-        names = sorted(folder.iterdir()) if folder.is_dir() else []
-        paths = [path for path in names if not path.name.startswith(".") and recognise(path) is LAYOUT]
     found: list[Snapshot] = []
     num_open, shelf = 0, Shelf(LAYOUT)
-    for path in paths:
+    for path in _paths_in(folder):
         snapshot = read_snapshot(LAYOUT, path)
         found.append(snapshot.settle(snapshot.evidence[0].step, snapshot.evidence[0].source))
         num_open += len(snapshot.tensors)
@@ -50,9 +47,26 @@ def kept_in(folder: Path) -> tuple[Snapshot, ...]:
     return tuple(found)
 
 
-def default_folder(run: Path) -> Path:
-    """Where the kept snapshots of a run lie unless an option says otherwise."""
-    return DEFAULT_KEPT / run.resolve().name
+def _paths_in(folder: Path) -> list[Path]:
+    with reading(folder):
+        names = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in names if not path.name.startswith(".") and recognise(path) is LAYOUT]
+
+
+def default_folder(run: Path, pattern: str = "") -> Path:
+    """Where the kept snapshots of a run lie unless an option says otherwise.
+
+    In `kept/`, under the name of the run's folder; if another run's lie there, the names of the folders above come before it.
+    """
+    parts = run.resolve().parts[1:] or ("run",)
+    names = ("-".join(parts[start:]) for start in reversed(range(len(parts))))
+    free = (DEFAULT_KEPT / name for name in names if not _of_another(DEFAULT_KEPT / name, run, pattern))
+    return next(free, DEFAULT_KEPT / parts[-1])
+
+
+def _of_another(folder: Path, run: Path, pattern: str) -> bool:
+    first = next(iter(_paths_in(folder)), None)
+    return first is not None and not is_of(read_snapshot(LAYOUT, first), run, pattern)
 
 
 def is_of(kept: Snapshot, run: Path, pattern: str) -> bool:
@@ -73,18 +87,18 @@ def survey_all(
         TooFewSnapshotsError: no snapshot in the run's folder, or no kept one in a folder that was named.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    folder = default_folder(directory) if history is None else history
+    folder = default_folder(directory, pattern) if history is None else history
     kept = () if folder.resolve() == directory.resolve() else kept_in(folder)
     if history is not None and not kept:
         raise TooFewSnapshotsError(
             f"{history}: expected kept snapshots, found none",
             hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
         )
-    strangers = history is None and kept and not all(is_of(one, directory, pattern) for one in kept)
-    if strangers or not kept:
+    if not kept:
+        usual = DEFAULT_KEPT / directory.resolve().name
+        note = f"{usual} has kept snapshots of another run: they are not used (--history {shell_word(usual)} uses them)"
         found = survey(directory, steps=steps, pattern=pattern)
-        note = f"{folder} has kept snapshots of another run: they are not used (--history {shell_word(folder)} uses them)"
-        return replace(found, kept_notes=(note,)) if strangers else found
+        return found if folder.resolve() in {directory.resolve(), usual.resolve()} else replace(found, kept_notes=(note,))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
     return _joined(survey(directory, steps=some, pattern=pattern), kept, folder, steps)
 

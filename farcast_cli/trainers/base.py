@@ -16,7 +16,7 @@ from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tens
 from farcast_cli.formats.tree import dotted
 from farcast_cli.tensors import sample_stretches
 from farcast_cli.trainers.folder_files import files_below
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +56,15 @@ class LeapMark:
     """Which the trainer's counters are at when it resumes."""
     origin_step: int
     valid_step: int
+
+    @classmethod
+    def of(cls, numbers: Any) -> LeapMark | None:
+        """The mark that three numbers of a file are; None where they are none."""
+        if not (isinstance(numbers, (list, tuple)) and [*map(type, numbers)] == [int] * 3):
+            return None
+        mark = cls(*numbers)
+        is_leap = 0 <= mark.origin_step < mark.valid_step < 10**MAX_DIGITS
+        return mark if is_leap and mark.step in {mark.origin_step, mark.valid_step} else None
 
 
 @dataclass(frozen=True, slots=True)

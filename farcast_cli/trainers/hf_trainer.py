@@ -138,9 +138,8 @@ def _mark(tree: Any, mark: LeapMark) -> None:
 
 
 def _marks(snapshot: Snapshot) -> list[LeapMark]:
-    found = ([entry[key] for key in _MARK] for entry in _logged(snapshot, *_MARK))
-    marks = (LeapMark(*numbers) for numbers in found if all(_is_step(number) for number in numbers))
-    return [mark for mark in marks if mark.origin_step < mark.valid_step and mark.step in {mark.origin_step, mark.valid_step}]
+    found = (LeapMark.of([entry[key] for key in _MARK]) for entry in _logged(snapshot, *_MARK))
+    return [mark for mark in found if mark]
 
 
 def _is_step(value: object) -> TypeGuard[int]:

@@ -17,6 +17,7 @@ from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import find
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
+from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_of
@@ -92,6 +93,8 @@ TRAINER = Trainer(
     rename=_rename,
     end=partial(end_of, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
     needs_optimizer="Lightning cannot load a checkpoint without that key",
+    mark=mark_group,
+    marks=marks_in_group,
     has_own_files=True,
 )
 LAYOUT = Layout("lightning", _recognises, _read, names_are_steps=False, trainer=TRAINER)
