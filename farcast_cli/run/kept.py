@@ -95,12 +95,17 @@ def survey_all(
             hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
         )
     if not kept:
-        usual = DEFAULT_KEPT / directory.resolve().name
-        note = f"{usual} has kept snapshots of another run: they are not used (--history {shell_word(usual)} uses them)"
-        found = survey(directory, steps=steps, pattern=pattern)
-        return found if folder.resolve() in {directory.resolve(), usual.resolve()} else replace(found, kept_notes=(note,))
+        return replace(survey(directory, steps=steps, pattern=pattern), kept_notes=_unused(directory, folder))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
     return _joined(survey(directory, steps=some, pattern=pattern), kept, folder, steps)
+
+
+def _unused(directory: Path, folder: Path) -> tuple[str, ...]:
+    """That another run's kept snapshots have the usual place, if they do and this run has none."""
+    usual = DEFAULT_KEPT / directory.resolve().name
+    if usual.resolve() in {directory.resolve(), folder.resolve()}:
+        return ()
+    return (f"{usual} has kept snapshots of another run: they are not used (--history {shell_word(usual)} uses them)",)
 
 
 def discover_all(
