@@ -6,6 +6,7 @@ The commands as functions, see `farcast_cli.api`; each name is imported when it 
     keep        copy the weights of checkpoints before the trainer deletes them
     fit         measure how the weights move
     backtest    test the methods inside the run's history
+    report      tell the verdict on a run and its evidence, as a page, a picture or text
     predict     write a checkpoint for a later step
     leap        the same with a memory, for a loop
     verify      compare a forecast with the real snapshot
@@ -18,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Prediction, backtest, fit, keep, leap, open_run, predict, verify
+    from farcast_cli.api import Prediction, Report, backtest, fit, keep, leap, open_run, predict, report, verify
     from farcast_cli.errors import (
         FarcastError,
         FileFormatError,
@@ -35,6 +36,7 @@ __all__ = [
     "NoForecastError",
     "OutputError",
     "Prediction",
+    "Report",
     "SnapshotError",
     "UsageError",
     "backtest",
@@ -43,6 +45,7 @@ __all__ = [
     "leap",
     "open_run",
     "predict",
+    "report",
     "verify",
 ]
 

@@ -125,6 +125,7 @@ ORDER = (
     "forecast.momentum",
     "forecast.steering",
     "forecast.significance",
+    "forecast.words",
     "forecast.backtest",
     "forecast.choice",
     "forecast.ledger",
@@ -133,7 +134,7 @@ ORDER = (
     "forecast.worth",
     "forecast.forecaster_file",
     "forecast.fitting",
-    "forecast.report",
+    "forecast.judgement",
     "forecast.memory",
     "keeping",
     "folder",
@@ -150,6 +151,14 @@ ORDER = (
     "leaps.evidence",
     "leaps.decision",
     "leaps.call",
+    "reports.__init__",
+    "reports.story",
+    "reports.panels",
+    "reports.text",
+    "reports.figures",
+    "reports.svg",
+    "reports.page",
+    "reports.output",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -179,6 +188,7 @@ ORDER = (
     "commands.fit",
     "commands.backtest",
     "commands.predict",
+    "commands.report",
     "commands.verify",
     "commands.leap",
     "commands.tune",
@@ -302,7 +312,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema", "help", "ci")
+COMMANDS = ("inspect", "fit", "backtest", "report", "predict", "verify", "leap", "tune", "schema", "help", "ci")
 MAX_STATEMENTS = 20
 
 

@@ -135,9 +135,13 @@ class Fitted:
 
     def judged(self) -> tuple[Gram, Sample]:
         """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
-        chosen = ~self._batch_norm()
-        is_part = chosen.any() and not chosen.all()
-        return (self.gram.select(chosen), self.sample.select(chosen)) if is_part else (self.gram, self.sample)
+        chosen = self._is_judged()
+        return (self.gram, self.sample) if chosen.all() else (self.gram.select(chosen), self.sample.select(chosen))
+
+    @property
+    def judged_tensors(self) -> tuple[TensorRecord, ...]:
+        """The tensors of `judged`, in its order."""
+        return tuple(record for record, chosen in zip(self.provenance.tensors, self._is_judged(), strict=True) if chosen)
 
     @property
     def timeline(self) -> Timeline:
@@ -156,6 +160,11 @@ class Fitted:
     @property
     def has_batch_norm(self) -> bool:
         return bool(self._batch_norm().any())
+
+    def _is_judged(self) -> NDArray[np.bool_]:
+        """Which tensors forecasts are judged by, (K,): all where there are BatchNorm's statistics only."""
+        others = ~self._batch_norm()
+        return others if others.any() else ~others
 
     def _batch_norm(self) -> NDArray[np.bool_]:
         """Which tensors are BatchNorm's running statistics, (K,)."""
