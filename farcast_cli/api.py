@@ -37,6 +37,7 @@ from farcast_cli.horizons import in_steps, parse_horizons
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
+    check_layout,
     check_leap_options,
     evaluator_of,
     fit_request,
@@ -251,6 +252,7 @@ def predict(
     """
     horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_layout(layout, purpose)
     for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
         check_choice(name, value, allowed)
     check_choice("--dtype", dtype, OutputDType)
@@ -280,6 +282,7 @@ def predict(
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
         source=_source(run, fitted),
+        narrowed=_narrowed(fitted),
         resources=resources,
         evaluator=evaluator,
     )
@@ -327,6 +330,7 @@ def leap(
     """
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_layout(layout, "resume")
     place = None if output is None else os.fspath(output)
     resources = resources_of(device, io, threads)
     check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
@@ -413,7 +417,12 @@ def _source(run: Run, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it."""
     if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
+    return f" {shell_word(fitted.directory)}{_narrowed(fitted)}"
+
+
+def _narrowed(fitted: Fitted) -> str:
+    """The options that chose what was read of a run, each with a blank before it."""
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return " " + " ".join([shell_word(fitted.directory), *(f"{name} {shlex.quote(glob)}" for name, glob in options)])
+    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)

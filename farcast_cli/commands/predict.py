@@ -43,7 +43,7 @@ from farcast_cli.commands.options import (
     choice,
 )
 from farcast_cli.errors import NoForecastError
-from farcast_cli.settings import env, fit_request, horizons_of
+from farcast_cli.settings import check_layout, env, fit_request, horizons_of
 
 if TYPE_CHECKING:
     from farcast_cli.api import Prediction
@@ -147,6 +147,7 @@ def predict(
 ) -> None:
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
+    check_layout(layout, purpose)
     from farcast_cli.commands import render
 
     of_folder = None
