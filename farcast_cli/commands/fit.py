@@ -75,7 +75,8 @@ def fit(
         threads=threads,
         losses=losses,
     )
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     done = learn(request, quiet=quiet)
     if json_:

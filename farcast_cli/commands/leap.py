@@ -121,7 +121,8 @@ def leap(
     checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
     steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
         done = api.leap(

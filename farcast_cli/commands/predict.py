@@ -203,7 +203,8 @@ def predict(
 
 def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     """What came of it; ends with an exit code of its own where nothing was written."""
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     if not quiet:
         render.predictions(done.outcomes, done.notes(), done.request, hint=done.advice(), verbose=verbose)
