@@ -148,7 +148,8 @@ def _command(name: str, command: Any) -> str:
     if arguments:
         rows = [(_code(_argument_name(p)), p.help or "") for p in arguments]
         parts.append(_table(("argument", "meaning"), rows))
-    parts += [_options(options), _examples(command.epilog or "")]
+    parts += [_options(options)] if options else []
+    parts.append(_examples(command.epilog or ""))
     return "\n".join(parts)
 
 

@@ -46,7 +46,7 @@ def _is_finished(fitted: Fitted, request: Request) -> bool:
 
 def _supported(fitted: Fitted, request: Request) -> Iterator[str]:
     """The commands by which the run's history supports a forecast."""
-    place = request.output if request.output and request.output.endswith(os.sep) else None
+    place = request.output if request.output and request.output.endswith(("/", os.sep)) else None
     bare = Request(
         purpose=request.purpose,
         origin_step=request.origin_step,
@@ -76,5 +76,5 @@ def _planned(fitted: Fitted, request: Request) -> Judged | None:
 def _command(request: Request, more: str) -> str:
     """A command to paste: with the place if that is a folder, as another horizon has another name."""
     counters = " --counters keep" if request.counters == "keep" and request.purpose == "resume" else ""
-    place = f" -o {shell_word(request.output)}" if request.output and request.output.endswith(os.sep) else ""
+    place = f" -o {shell_word(request.output)}" if request.output and request.output.endswith(("/", os.sep)) else ""
     return f"farcast predict{request.source}{request.origin_option}{more}{counters}{place}"

@@ -22,7 +22,7 @@ Io = Literal["auto", "pread", "mmap"]
 """How files are read and written.
 
 `pread` reads into memory of our own and writes through the page cache; `auto` reads likewise and writes past the page
-cache (O_DIRECT) where the filesystem allows it; `mmap` writes as `auto` does and reads the page cache in place, which
+cache where the system allows it; `mmap` writes as `auto` does and reads the page cache in place, which
 saves a copy, but a file that is cut short while it is read, or a disk that fails, then ends the process (SIGBUS).
 """
 

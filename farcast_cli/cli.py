@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from farcast_cli import __version__
-from farcast_cli.commands import backtest, fit, inspect, leap, predict, schema, streams, tune, verify
+from farcast_cli import __version__, system
+from farcast_cli.commands import backtest, ci, fit, help, inspect, leap, predict, schema, streams, tune, verify  # noqa: A004
 from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
 
@@ -24,7 +23,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="farcast",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -41,7 +40,8 @@ resume training from it. farcast never changes your own checkpoints.
   farcast leap ckpts/                  fit and forecast in one command with a memory, for a loop
   farcast tune CKPT --layer KEY --data FILE --loss mse   adapt one wide layer to a few hundred labelled rows
 
-Give the printed path to the trainer's resume option.""",
+Give the printed path to the trainer's resume option; `farcast help resume` shows it for each trainer. `farcast help`
+lists the other topics.""",
 )
 
 
@@ -64,6 +64,8 @@ app.command(cls=Grouped, epilog=verify.EXAMPLES)(verify.verify)
 app.command(cls=Grouped, epilog=leap.EXAMPLES)(leap.leap)
 app.command(cls=Grouped, epilog=tune.EXAMPLES)(tune.tune)
 app.command(cls=Grouped, epilog=schema.EXAMPLES)(schema.schema)
+app.command(cls=Grouped, epilog=help.EXAMPLES)(help.help)
+app.command(cls=Grouped, epilog=ci.EXAMPLES)(ci.ci)
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -78,9 +80,7 @@ def main() -> NoReturn:
     """The console script: every error becomes one line, a hint and an exit code."""
     streams.take_over()
     gc.disable()  # a command is over before cycles matter, and looking for them among 100,000 tensors takes its time
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and so do we then
-        signal.signal(signal.SIGHUP, _interrupt)
+    system.on_endings(_interrupt)
     asked = asked_by(sys.argv[1:], os.environ)
     try:
         code = app(standalone_mode=False, obj=asked)

@@ -57,7 +57,7 @@ def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, c
     if request.output is None:
         return DEFAULT_FOLDER / name
     refuse_no_place(request.output)
-    if len(request.horizons) > 1 or request.output.endswith(os.sep):
+    if len(request.horizons) > 1 or request.output.endswith(("/", os.sep)):
         return Path(request.output) / name
     ending = container.ending
     if not request.output.endswith(ending):

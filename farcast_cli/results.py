@@ -76,7 +76,7 @@ class LeapEntry(AnswerPart):
 class InspectAnswer(Answer):
     """`farcast inspect --json`."""
 
-    layout: str = Field(description="name of the layout, see [formats](formats.md)")
+    layout: str = Field(description="name of the layout, see `farcast help formats`")
     snapshots: tuple[SnapshotEntry, ...] = Field(description="one entry per snapshot, in the order of their steps")
     num_tensors: int = Field(description="tensors that would be forecast")
     num_parameters: int = Field(description="values in them")
@@ -342,7 +342,7 @@ class TuneAnswer(Answer):
 class ErrorEntry(AnswerPart):
     """What went wrong."""
 
-    code: int = Field(description="the exit code of the command, see [the command line](cli.md#exit-codes)")
+    code: int = Field(description="the exit code of the command, see `farcast help exit-codes`")
     message: str = Field(description="what went wrong, in one line")
     hint: str | None = Field(description="what to do about it; `null` if nothing is known")
     path: PortablePath | None = Field(description="the file or folder that the message is about; `null` if it is about none")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from farcast_cli import system
 from farcast_cli.errors import UsageError
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 
@@ -97,7 +98,7 @@ def prepare(device: str, threads: int = 0) -> int:
             raise UsageError(
                 f"--device {device}: expected a CUDA device, found {torch.cuda.device_count()}", hint="--device cpu"
             )
-    return threads or min(8, len(os.sched_getaffinity(0)))
+    return threads or min(8, system.num_cores())
 
 
 def _import_numpy() -> None:

@@ -1,4 +1,4 @@
-"""Two training commands for docs/ci/periodic.sh: each trains one stretch of a run and notes how it was called.
+"""Two training commands for farcast ci periodic.sh: each trains one stretch of a run and notes how it was called.
 
 python -m tests.rounds trainer RUN [--resume PATH]         a real Trainer
 python -m tests.rounds decay|walk RUN [--resume PATH]      files alone: weights that decay smoothly, or that only diffuse

@@ -746,7 +746,8 @@ def test_inspect_shows_every_conflict_and_fit_the_first_with_their_number(tmp_pa
     for step, wrong in ((200, 210), (500, 540), (700, 790)):
         row = next(line for line in done.stdout.splitlines() if f" checkpoint-{wrong} " in line and "problem" not in line)
         assert row.split()[:3] == [str(step), "trainer", "state"]
-        assert f"trainer_state.json global_step, checkpoint-{wrong} = {wrong}" in row
+        told = f"evidence for step {step} of checkpoint-{wrong}: trainer_state.json global_step, checkpoint-{wrong} = {wrong}"
+        assert told in done.stdout.splitlines()
         assert f"checkpoint-{wrong}: trainer_state.json global_step says step {step}, but name" in done.stdout
     content = json.loads(call_cli("inspect", "run", "--json", cwd=tmp_path).stdout)
     assert len(content["problems"]) == 3
@@ -772,7 +773,7 @@ def test_inspect_shows_a_snapshot_whose_step_nothing_tells(tmp_path: Path, call_
     assert done.returncode == 3
     row = next(line for line in done.stdout.splitlines() if "other[1].safetensors" in line)
     assert row.split()[0] == "?"
-    assert row.split()[-1] == "none"
+    assert "evidence for step ? of other[1].safetensors: none" in done.stdout.splitlines()
     content = json.loads(call_cli("inspect", "run", "--json", cwd=tmp_path).stdout)
     assert [s["step"] for s in content["snapshots"]] == [None, *STEPS]
     assert "unknown step" in content["problems"][0]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-CI_SCRIPT = DOCS / "ci" / "forecast.sh"
+CI_SCRIPT = ROOT / "farcast_cli" / "scripts" / "forecast.sh"
 NOT_SHELL = {"python", "toml", "json", "text", "yaml"}
 LONG_RUN = tuple(range(100, 1100, 100))
 
@@ -230,7 +230,7 @@ def tools(tmp_path: Path) -> Path:
 
 
 def run_script(tools: Path, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
-    """Run docs/ci/forecast.sh in the folder above `tools`."""
+    """Run forecast.sh in the folder above `tools`."""
     environment = clean_environment() | {key: str(value) for key, value in variables.items()}
     environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return subprocess.run(

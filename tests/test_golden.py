@@ -5,6 +5,7 @@ Each is what a pipe of a fixed width gets. A change of words, columns or roundin
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 from rich.text import Text
 from safetensors.torch import save_file
 
@@ -119,6 +121,21 @@ def test_columns_give_way_by_their_rank_and_names_are_cut_no_shorter_than_they_m
     assert headings(columns, 21) == ["name", "written"]
     assert [str(cell) for cell in fitted_table(columns, 29).columns[0].cells] == ["model.l....weight"]
     assert [str(cell) for cell in fitted_table(columns, 22).columns[0].cells] == ["mode...ght"]
+
+
+def test_names_that_would_look_the_same_are_folded_and_not_cut() -> None:
+    names = [f"model.transformer.layers.{number}.mlp.weight" for number in (1, 2)]
+    console = Console(width=24, file=io.StringIO())
+    console.print(fitted_table([column("tensor", *names, least=10), column("ratio", "0.10", "0.20", justify="right")], 24))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.rstrip() for line in lines[1:]] == [
+        "model.transformer   0.10",
+        ".layers.1.mlp.wei",
+        "ght",
+        "model.transformer   0.20",
+        ".layers.2.mlp.wei",
+        "ght",
+    ]
 
 
 @given(text=st.text(st.sampled_from("abc層重")), width=st.integers(5, 30))

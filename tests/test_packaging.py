@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("bench", "docs", "farcast_cli", "sample_checkpoints", "tests")
 FILES = (
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Containerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
-    *("SECURITY.md", "constraints.txt", "mkdocs.yml", "pyproject.toml"),
+    *("SECURITY.md", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py"),
 )
 NOT_SOURCE = shutil.ignore_patterns(".*", "*.egg-info", "*.py[cod]", "__pycache__", "build", "demo", "dist", "out", "site")
 STEM = f"farcast-{farcast_cli.__version__}"
@@ -74,7 +74,7 @@ def test_the_source_distribution_holds_every_file_that_the_tests_and_the_makefil
 
 
 def test_scripts_of_the_source_distribution_can_be_run(distributions: Distributions) -> None:
-    assert (distributions.source / "docs/ci/periodic.sh").stat().st_mode & 0o111
+    assert (distributions.source / "farcast_cli/scripts/periodic.sh").stat().st_mode & 0o111
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(distributions: Distributions) -> None:
@@ -90,6 +90,25 @@ def test_the_wheel_says_that_the_package_is_typed_and_under_which_licence(distri
     metadata = distributions.metadata()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+
+
+def test_the_description_of_the_wheel_is_the_readme_without_links_that_lead_nowhere(distributions: Distributions) -> None:
+    metadata, readme = distributions.metadata(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    described = metadata.get_payload()
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", str(described)) if not link.startswith("https://")] == []
+    assert re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", readme).strip() == str(described).strip()
+
+
+def test_the_wheel_has_the_topics_and_scripts(distributions: Distributions) -> None:
+    assert {"farcast_cli/topics/resume.md", "farcast_cli/scripts/periodic.sh"} <= set(distributions.names_in_wheel())
+
+
+def test_the_newest_release_in_the_changelog_is_the_version_of_the_package() -> None:
+    headings = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert headings[0] == ("Unreleased", "")
+    assert headings[1][0] == farcast_cli.__version__
+    assert re.fullmatch(r" - \d{4}-\d\d-\d\d", headings[1][1])
 
 
 def test_the_wheel_installs_the_command(distributions: Distributions) -> None:

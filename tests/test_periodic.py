@@ -1,4 +1,4 @@
-"""docs/ci/periodic.sh: a run is trained, leaps, is resumed from the leap, and so on, without anybody looking."""
+"""The script of `farcast ci periodic.sh`: a run is trained, leaps, is resumed from the leap, and so on, without anybody looking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.rounds import SAVE_EVERY, step_of
 from tests.tiny import SAMPLES, fit_run, predict_run, torch_settings_kept
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "docs" / "ci" / "periodic.sh"
+SCRIPT = ROOT / "farcast_cli" / "scripts" / "periodic.sh"
 
 
 class Loop(NamedTuple):

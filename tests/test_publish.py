@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file
 
+from farcast_cli import system as system_calls
 from farcast_cli.errors import OutputError
 from farcast_cli.files import renames
 from farcast_cli.files.hidden import MARK, make_hidden
@@ -200,7 +201,7 @@ def test_of_two_that_write_one_new_output_side_by_side_the_first_one_keeps_it(tm
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A filesystem that can exchange two names in one call, and one that cannot (as NFS)."""
     if request.param == "two renames":
-        monkeypatch.setattr(renames, "_rename", lambda *_: False)
+        monkeypatch.setattr(system_calls, "rename_at_once", lambda *_, **__: False)
     return str(request.param)
 
 
@@ -300,8 +301,8 @@ def killing(rename: Callable[..., Any], *, at: int = 1) -> Callable[..., Any]:
     """The process is killed right after its n-th rename."""
     count = itertools.count(1)
 
-    def counted(*arguments: Any) -> Any:
-        done = rename(*arguments)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        done = rename(*arguments, **options)
         if next(count) == at:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
@@ -318,7 +319,7 @@ def test_a_kill_between_two_renames_loses_nothing_and_the_next_start_gives_the_n
     make(final, kind, "old")
 
     def write() -> None:
-        monkeypatch.setattr(renames, "_rename", lambda *_: False)
+        monkeypatch.setattr(system_calls, "rename_at_once", lambda *_, **__: False)
         monkeypatch.setattr(renames, "_link", lambda *_: False)
         monkeypatch.setattr(type(final), "rename", killing(type(final).rename))
         with staged(final, check=anything) as temporary:
@@ -345,7 +346,7 @@ def test_what_a_kill_left_of_several_outputs_is_completed_by_the_next_start(
         (tmp_path / name).write_text("old")
 
     def write() -> None:
-        monkeypatch.setattr(renames, "_rename", killing(renames._rename, at=at))
+        monkeypatch.setattr(system_calls, "rename_at_once", killing(system_calls.rename_at_once, at=at))
         with staging() as outputs:
             for name in names:
                 outputs.add(tmp_path / name, check=anything).write_text("new")
@@ -363,7 +364,7 @@ def test_a_file_that_the_user_put_there_after_a_kill_is_not_replaced_by_what_was
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write() -> None:
-        monkeypatch.setattr(renames, "_rename", killing(renames._rename))
+        monkeypatch.setattr(system_calls, "rename_at_once", killing(system_calls.rename_at_once))
         with staging() as outputs:
             for name in ("first", "second"):
                 outputs.add(tmp_path / name).write_text("forecast")
@@ -516,7 +517,7 @@ def test_a_users_file_under_a_sidecars_name_is_not_replaced(
 
 
 def test_a_place_inside_the_run_is_refused_before_anything_there_is_cleared_away(fitted: Path, call_cli: CallCli) -> None:
-    os.close(make_hidden(fitted / "run" / "a.safetensors").fd)
+    make_hidden(fitted / "run" / "a.safetensors").folder.close()
     before = tree_digest(fitted)
     code, error = predict_to(call_cli, fitted, "run/a.safetensors")
     assert code == 5

@@ -20,6 +20,7 @@ MAX_LINES = 600
 
 ORDER = (
     "__init__",
+    "system",
     "errors",
     "optional",
     "choices",
@@ -162,6 +163,7 @@ ORDER = (
     "answers",
     "horizons",
     "settings",
+    "texts",
     "api",
     "commands.__init__",
     "commands.tables",
@@ -177,6 +179,8 @@ ORDER = (
     "commands.leap",
     "commands.tune",
     "commands.schema",
+    "commands.help",
+    "commands.ci",
     "cli",
     "__main__",
 )
@@ -294,7 +298,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema")
+COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema", "help", "ci")
 MAX_STATEMENTS = 20
 
 
@@ -337,6 +341,53 @@ def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
         *(module for module in MODULES if module.startswith(("files.", "formats.", "trainers."))),
     ]
     assert wrong(heavy_imports_at_its_top, needed) == {}
+
+
+OF_SOME_SYSTEMS = {"ctypes", "fcntl", "grp", "msvcrt", "pwd", "resource", "termios", "winreg"}
+EVERYWHERE = {
+    "O_RDONLY",
+    "O_WRONLY",
+    "O_RDWR",
+    "O_APPEND",
+    "O_CREAT",
+    "O_EXCL",
+    "O_TRUNC",
+    "SIGINT",
+    "SIGTERM",
+    "SIG_IGN",
+    "SIG_DFL",
+}
+ASKED_IN_SYSTEM = {
+    "os": {
+        *("chmod", "chown", "fchmod", "fork", "fsync", "geteuid", "getuid", "killpg", "link", "name", "open", "posix_fadvise"),
+        *("posix_fallocate", "pread", "preadv", "pwrite", "pwritev", "sched_getaffinity", "setsid", "statvfs", "sync", "uname"),
+    },
+    "sys": {"platform", "getwindowsversion"},
+    "mmap": {"MADV_DONTNEED", "MAP_SHARED", "PAGESIZE", "PROT_READ", "PROT_WRITE"},
+    "signal": {"SIGHUP", "SIGKILL", "SIGQUIT", "SIGBREAK", "alarm", "setitimer"},
+}
+
+
+def asked_of_the_system(module: str) -> list[str]:
+    """What only some systems have, or have in another way: modules, names of modules, /proc, and descriptors of folders."""
+    found = sorted(packages_of(module) & OF_SOME_SYSTEMS)
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ASKED_IN_SYSTEM:
+            of_some = node.attr.startswith(("O_", "SIG")) and node.attr not in EVERYWHERE
+            if of_some or node.attr in ASKED_IN_SYSTEM[node.value.id]:
+                found.append(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.ImportFrom) and node.module in ASKED_IN_SYSTEM:
+            found += [f"from {node.module} import {alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/proc"):
+            found.append(node.value)
+        elif isinstance(node, ast.keyword) and node.arg is not None and node.arg.endswith("dir_fd"):
+            found.append(node.arg)
+    return found
+
+
+def test_only_one_module_asks_what_differs_between_systems() -> None:
+    assert wrong(asked_of_the_system, [module for module in MODULES if module != "system"]) == {}
+    assert {"ctypes", "os.open", "sys.platform", "signal.SIGKILL", "/proc", "dir_fd"} <= set(asked_of_the_system("system"))
 
 
 CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts

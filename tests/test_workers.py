@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -25,6 +26,9 @@ from farcast_cli.run.alignment import Alignment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass
@@ -64,7 +68,7 @@ def _refused(number: int) -> None:
 WAYS: dict[str, Callable[[Callable[[int], None]], Iterator[_Done]]] = {
     "alone": lambda fails: alone(20, partial(_Worker, fails)),
     "threads": lambda fails: in_threads(20, partial(_Worker, fails), 3),
-    "processes": lambda fails: in_processes(20, partial(_Worker, fails), 3),
+    "processes": lambda fails: in_processes(20, partial(_Worker, fails), 3, FORK),
 }
 
 
@@ -82,7 +86,7 @@ def test_an_error_of_a_worker_arrives_with_its_hint(way: str) -> None:
 
 def test_a_killed_worker_is_an_output_error_that_says_so() -> None:
     with pytest.raises(OutputError, match="a worker process was killed by SIGKILL") as caught:
-        list(in_processes(20, partial(_Worker, _killed), 3))
+        list(in_processes(20, partial(_Worker, _killed), 3, FORK))
     assert "--threads 1" in caught.value.hint
 
 
@@ -111,7 +115,7 @@ def test_a_range_that_cannot_be_written_is_an_error_also_if_it_is_the_last_one(t
 
 
 def test_workers_are_gone_when_their_results_are_not_wanted_any_more() -> None:
-    results = in_processes(1000, partial(_Worker, _well), 2)
+    results = in_processes(1000, partial(_Worker, _well), 2, FORK)
     process = next(results).process
     results.close()  # type: ignore[attr-defined]
     assert not Path(f"/proc/{process}").exists()
@@ -126,7 +130,7 @@ def test_workers_die_with_a_parent_that_is_killed() -> None:
             os.write(writing, os.getpid().to_bytes(4, "little"))
             time.sleep(60)
 
-        list(in_processes(1, partial(_Worker, sleep), 1))
+        list(in_processes(1, partial(_Worker, sleep), 1, FORK))
         os._exit(0)
     worker = int.from_bytes(os.read(reading, 4), "little")
     os.kill(parent, signal.SIGKILL)

@@ -110,6 +110,8 @@ class Grouped(TyperCommand):
         finally:
             if isinstance(ctx.obj, Asked):
                 ctx.obj.read(ctx)
+        if ctx.resilient_parsing:  # for the completion of a line that is not finished
+            return args
         refuse_more(ctx)
         refuse_addresses(ctx)
         if strangers := [] if ctx.params.get("quiet") else unknown_variables(ctx):
@@ -221,7 +223,9 @@ def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -
         return value
 
     envvar = env(env_name or name.removeprefix("--").replace("-", "_").upper())
-    return typer.Option(name, envvar=envvar, metavar="|".join(names), parser=parse, help=text)
+    return typer.Option(
+        name, envvar=envvar, metavar="|".join(names), parser=parse, autocompletion=lambda: list(names), help=text
+    )
 
 
 JsonOption = Annotated[bool, typer.Option("--json", envvar=env("JSON"), help="Print one JSON object on stdout.")]
@@ -387,6 +391,7 @@ TuneMethodOption = Annotated[
         "--method",
         envvar=env("TUNE_METHOD"),
         metavar="|".join(get_args(SolverName)),
+        autocompletion=lambda: list(get_args(SolverName)),
         help="Solver. Default: gauss-newton for one layer, gradient-descent for several.",
     ),
 ]

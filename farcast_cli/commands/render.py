@@ -112,6 +112,10 @@ def as_json(answer: Answer) -> None:
     sys.stdout.write(answer.as_json() + "\n")
 
 
+def text(content: str) -> None:
+    sys.stdout.write(content)
+
+
 def schema(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
@@ -212,9 +216,9 @@ def _snapshot_columns(snapshots: Sequence[Snapshot]) -> Iterator[Column]:
 
 
 def _evidence(snapshots: Sequence[Snapshot], *, verbose: bool) -> Iterator[str]:
-    """Where it disagrees, a line for each snapshot; all of it where asked for."""
+    """Where it disagrees or there is none, a line for each snapshot; all of it where asked for."""
     for s in snapshots:
-        if verbose or any(e.step != s.step for e in s.evidence):
+        if verbose or s.step < 0 or any(e.step != s.step for e in s.evidence):
             told = ", ".join(e.where + ("" if e.step == s.step else f" = {e.step}") for e in s.evidence)
             yield f"evidence for step {s.step if s.step >= 0 else '?'} of {s.path.name}: {told or 'none'}"
 
@@ -478,8 +482,9 @@ def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
 
 
 def _written(outcome: Outcome, *, dry_run: bool) -> str:
+    memory = "an unknown amount" if outcome.peak_bytes is None else size(outcome.peak_bytes)
     cost = (
-        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {size(outcome.peak_bytes or 0)} of memory"
+        f"would read {size(outcome.bytes_read)} and take about {outcome.seconds:.1f} s and {memory} of memory"
         if dry_run
         else f"{outcome.unchanged_share or 0:.1%} of the values unchanged, in {outcome.seconds:.1f} s"
     )

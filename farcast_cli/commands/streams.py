@@ -14,6 +14,8 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
+from farcast_cli import system
+
 _STANDARD = (0, 1, 2)
 
 
@@ -59,12 +61,12 @@ def take_over() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            system.open_file(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
     for fd, name in ((1, "stdout"), (2, "stderr")):
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, _text_to(os.open(os.devnull, os.O_WRONLY), "utf-8"))
-        elif _descriptor_of(stream) == fd:
+            setattr(sys, name, _text_to(system.open_file(os.devnull, os.O_WRONLY), "utf-8"))
+        elif _descriptor_of(stream) == fd and not system.is_console(stream):
             stream.flush()
             setattr(sys, name, _text_to(fd, stream.encoding))
 

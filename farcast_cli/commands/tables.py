@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: on a narrow one, columns are left out or replaced, and long names are cut in the middle."""
+"""Tables that fit the terminal: on a narrow one, columns are left out or replaced, and long names are cut or take two lines."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Column:
     """What stands in its place where it does not fit: a shorter column, or none."""
     rank: int = 0
     """The columns of the lowest rank above 0 give way first; those of rank 0 stay."""
+    folds_at: int | None = None
+    """The width of a line of its texts, where they take several."""
 
     @property
     def width(self) -> int:
@@ -45,20 +47,23 @@ class Column:
 
 def fitted_table(columns: Iterable[Column], width: int) -> Table:
     """A table no wider than the terminal, if that can be."""
-    shown = _cut(_fitting(tuple(columns), width), width)
+    shown = _fitting(tuple(columns), width)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in shown:
-        table.add_column(column.heading, justify=column.justify, no_wrap=True)
+        folds = column.folds_at is not None
+        table.add_column(column.heading, justify=column.justify, width=column.folds_at, no_wrap=not folds, overflow="fold")
     for row in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*row)
     return table
 
 
-def _fitting(columns: tuple[Column, ...], width: int) -> tuple[Column, ...]:
-    """The columns that fit if names are cut."""
+def _fitting(columns: tuple[Column, ...], width: int) -> Sequence[Column]:
+    """As many of the columns as fit, with their names cut; a column gives way before a name is folded."""
     ranks = sorted({column.rank for column in columns if column.rank})
-    if not ranks or sum(column.least_width for column in columns) + GAP * (len(columns) - 1) <= width:
-        return columns
+    least = sum(column.least_width for column in columns) + GAP * (len(columns) - 1)
+    shown = _cut(columns, width)
+    if not ranks or (least <= width and all(column.folds_at is None for column in shown)):
+        return shown
     kept = [column.instead if column.rank == ranks[0] else (column,) for column in columns]
     return _fitting(tuple(column for some in kept for column in some), width)
 
@@ -70,13 +75,16 @@ def _cut(columns: Sequence[Column], width: int) -> list[Column]:
     for column in columns:
         less = max(0, min(over, column.width - column.least_width))
         over -= less
-        cells = tuple(_shortened(cell, column.width - less) for cell in column.cells) if less else column.cells
-        found.append(replace(column, cells=cells))
+        found.append(_narrowed(column, column.width - less) if less else column)
     return found
 
 
-def _shortened(cell: Text, width: int) -> Text:
-    return Text(cut_in_the_middle(cell.plain, width), style=cell.style)
+def _narrowed(column: Column, width: int) -> Column:
+    """Its texts cut; folded where cutting takes away what they differ in, as layers do by a number in their names."""
+    cells = tuple(Text(cut_in_the_middle(cell.plain, width), style=cell.style) for cell in column.cells)
+    if len({cell.plain for cell in cells}) < len({cell.plain for cell in column.cells}):
+        return replace(column, folds_at=width)
+    return replace(column, cells=cells)
 
 
 def cut_in_the_middle(text: str, width: int) -> str:

@@ -1,24 +1,22 @@
 """Output files that are written in ranges, at known offsets, in any order and from several processes.
 
 Space is reserved first, so that a full disk is found before a byte is written. Large files are written past the page cache
-(O_DIRECT) where the filesystem allows it: a forecast is read once, much later, and copying it into the cache costs as much
+where the system allows it: a forecast is read once, much later, and copying it into the cache costs as much
 as computing it. Where it does not, writing through the cache does the same.
-
-Source: open(2), fallocate(2).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from farcast_cli import system
 from farcast_cli.engine.reader import PAGE
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 DIRECT_BYTES = 16 << 20  # of a file, from which on it is written past the cache; a small one is likely to be read soon
 _MAX_OPEN = 64
 _NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def create(path: Path, num_bytes: int, *, mode: int = 0o666, folder_mode: int = 0o777) -> None:
@@ -44,10 +41,10 @@ def create(path: Path, num_bytes: int, *, mode: int = 0o666, folder_mode: int = 
     """
     for folder in reversed([above for above in path.parents if not above.exists()]):
         folder.mkdir(mode=folder_mode)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    fd = system.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with _naming(path):
-            _reserve(fd, num_bytes)
+            system.reserve(fd, path, num_bytes)
     finally:
         os.close(fd)
 
@@ -61,21 +58,9 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _reserve(fd: int, num_bytes: int) -> None:
-    """Reserve space; C's posix_fallocate would write zeros where the filesystem cannot, so the system call is made itself."""
-    try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    except (OSError, AttributeError):
-        return
-    if num_bytes and fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)):
-        number = ctypes.get_errno()
-        if number not in _CANNOT_RESERVE:
-            raise OSError(number, os.strerror(number))
-
-
 def finish_file(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes]]) -> None:
     """Cut a file to its size and fill in what was not known before the rest was written, (position, bytes)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    fd = system.open_file(path, os.O_WRONLY)
     try:
         with _naming(path):
             for position, data in filled_in:
@@ -87,18 +72,14 @@ def finish_file(path: Path, num_bytes: int, filled_in: Iterable[tuple[int, bytes
 
 def write_rate(folder: Path, num_bytes: int = 32 << 20) -> float | None:
     """Bytes a second that a folder's disk takes, from a file that never has a name; None if that cannot be measured."""
-    flags = os.O_WRONLY | getattr(os, "O_TMPFILE", 0) | getattr(os, "O_DIRECT", 0)
-    if not getattr(os, "O_TMPFILE", 0):
+    fd = system.open_nameless(folder)
+    if fd is None:
         return None
     buffer = Buffer(num_bytes)
     try:
-        fd = os.open(folder, flags, 0o600)
-    except OSError:
-        return None
-    try:
         started = time.monotonic()
         _write_all(fd, buffer.at(0, num_bytes), 0)
-        os.fsync(fd)
+        system.flush(fd)
         return num_bytes / max(time.monotonic() - started, 1e-9)
     except OSError:
         return None
@@ -146,7 +127,7 @@ class OutputFiles:
                 return
         with _naming(path):
             _write_all(fd, buffer.at(0, num_bytes), offset)
-        _start_writeback(fd, offset, num_bytes)
+        system.write_soon(fd, offset, num_bytes)
 
     def close(self) -> None:
         for fd, _ in self._open.values():
@@ -161,17 +142,16 @@ class OutputFiles:
         return self._open[path]
 
     def _open_for(self, path: Path, file_bytes: int) -> tuple[int, bool]:
-        flags = os.O_WRONLY | os.O_CLOEXEC
-        direct = getattr(os, "O_DIRECT", 0)
-        if direct and self._io != "pread" and file_bytes >= DIRECT_BYTES:
-            with suppress(OSError):  # some filesystems refuse to open such a file, others to write to it
-                return os.open(path, flags | direct), True
-        return os.open(path, flags), False
+        if self._io != "pread" and file_bytes >= DIRECT_BYTES:
+            fd = system.open_past_cache(path)  # some filesystems refuse to open such a file, others to write to it
+            if fd is not None:
+                return fd, True
+        return system.open_file(path, os.O_WRONLY), False
 
     def _reopen(self, path: Path) -> int:
         """The same file through the page cache from now on."""
         os.close(self._open.pop(path)[0])
-        self._open[path] = os.open(path, os.O_WRONLY | os.O_CLOEXEC), False
+        self._open[path] = system.open_file(path, os.O_WRONLY), False
         return self._open[path][0]
 
 
@@ -179,13 +159,7 @@ def _write_all(fd: int, data: NDArray[np.uint8], offset: int) -> None:
     """One call may write less than it is given; a direct write that cannot go on from there is refused (EINVAL)."""
     done = 0
     while done < len(data):
-        count = os.pwrite(fd, data[done:].data, offset + done)
+        count = system.write_at(fd, data[done:].data, offset + done)
         if not count:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         done += count
-
-
-def _start_writeback(fd: int, offset: int, num_bytes: int) -> None:
-    """Let the kernel start writing what is complete, so that the last sync has little left to do."""
-    with suppress(OSError, AttributeError):
-        os.posix_fadvise(fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)

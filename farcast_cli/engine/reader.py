@@ -10,12 +10,12 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from farcast_cli import system
 from farcast_cli.engine.casts import widen
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading
@@ -108,8 +108,7 @@ class Reader:
 
     def prefetch(self, path: Path, offset: int, num_bytes: int) -> None:
         """Let the kernel start reading what will be asked for soon."""
-        with suppress(OSError, AttributeError):  # a hint: not every filesystem or system knows it
-            os.posix_fadvise(self._file(path).fd, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+        system.read_soon(self._file(path).fd, offset, num_bytes)
 
     def release(self) -> None:
         """Let go of what was read in place, so that what is resident does not grow with it."""
@@ -146,7 +145,7 @@ class _OpenFile:
             with reading(self.path):
                 if os.fstat(self.fd).st_size == 0:
                     raise ends_early(self.path, expected=offset + num_bytes, found=0)
-                self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+                self._map = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
         if offset + num_bytes > len(self._map):
             raise ends_early(self.path, expected=offset + num_bytes, found=len(self._map))
         self._seen.append((offset, num_bytes))
@@ -155,9 +154,8 @@ class _OpenFile:
     def release(self) -> None:
         """Drop the pages that were seen; whoever still looks at them has them read again."""
         for offset, num_bytes in self._seen:
-            first = offset // PAGE * PAGE
             if self._map is not None:
-                self._map.madvise(mmap.MADV_DONTNEED, first, offset + num_bytes - first)
+                system.forget(self._map, offset, num_bytes)
         self._seen.clear()
 
     def __del__(self) -> None:

@@ -1,35 +1,31 @@
-"""Workers that take tasks by number: processes on the CPU, threads for a GPU, or none.
+"""Workers that take tasks by number: processes on the CPU, threads for a GPU or where the system cannot fork, or none.
 
-Processes, because Python holds its interpreter lock between two numpy operations: two threads on two cores get no more done
-than one. They are forked, so that they share what was planned, and die with the process that made them.
-
-Source: fork(2), prctl(2) PR_SET_PDEATHSIG.
+Processes, because Python holds its interpreter lock between two numpy operations: two threads on two cores get little more
+done than one. They are forked, so that they share what was planned, and die with the process that made them.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
 import signal
 import threading
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as futures_wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from farcast_cli import system
 from farcast_cli.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
-    from multiprocessing.context import ForkProcess
+    from multiprocessing.context import ForkContext, ForkProcess
     from multiprocessing.sharedctypes import Synchronized
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
-_PR_SET_PDEATHSIG = 1
 
 
 class _Numbered(Protocol):
@@ -51,9 +47,12 @@ class TaskWorker(Protocol[Result_co]):
 
 
 def on_cores(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int) -> Iterator[Result]:
-    """In so many processes, as far as there are tasks for them; in this one, where one is enough."""
+    """In so many processes or threads, as far as there are tasks for them; in this one, where one is enough."""
     needed = min(num_workers, num_tasks)
-    return in_processes(num_tasks, make, needed) if needed > 1 else alone(num_tasks, make)
+    if needed <= 1:
+        return alone(num_tasks, make)
+    context = system.fork_context()
+    return in_processes(num_tasks, make, needed, context) if context else in_threads(num_tasks, make, needed)
 
 
 def alone(num_tasks: int, make: Callable[[], TaskWorker[Result]]) -> Iterator[Result]:
@@ -88,8 +87,9 @@ def in_threads(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_worke
                 yield from (future.result() for future in done)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        for worker in made:
-            worker.close()
+        with ExitStack() as stack:  # each is closed, also if another one fails
+            for worker in made:
+                stack.callback(worker.close)
 
 
 def in_order(results: Iterator[Numbered]) -> Iterator[Numbered]:
@@ -103,14 +103,15 @@ def in_order(results: Iterator[Numbered]) -> Iterator[Numbered]:
             due += 1
 
 
-def in_processes(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int) -> Iterator[Result]:
+def in_processes(
+    num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int, context: ForkContext
+) -> Iterator[Result]:
     """In forked processes with a worker each, in any order.
 
     Raises:
         OutputError: a worker was killed.
         whatever a worker raised.
     """
-    context = multiprocessing.get_context("fork")
     taken = context.Value("q", 0)
     processes: dict[Connection, ForkProcess] = {}
     try:
@@ -165,7 +166,7 @@ def _serve(
     """A worker's life: take the next number, do it, send what came of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(parent)
+    system.die_with(parent)
     try:
         worker = make()
         while (number := _next(taken)) < num_tasks:
@@ -182,11 +183,3 @@ def _next(taken: Synchronized[int]) -> int:
         number = taken.value
         taken.value = number + 1
         return number
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies, which might be killed without a chance to do so itself."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -7,8 +7,6 @@ Shapes: K tensors, T snapshots read, H horizons forecast in the same pass.
 
 from __future__ import annotations
 
-import os
-import resource
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from farcast_cli import system
 from farcast_cli.checkpoint.pieces import Copy, Values
 from farcast_cli.engine import workers
 from farcast_cli.engine.arithmetic import HostArithmetic
@@ -102,10 +101,10 @@ def write_forecasts(
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a pass will take: seconds, and bytes of memory of all its processes at their peak."""
+    """What a pass will take: seconds, and bytes of memory of all its processes at their peak, if the system tells."""
 
     seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 def rehearse(outputs: Sequence[OutputFile], engine: Engine, folder: Path) -> Rehearsal:
@@ -123,11 +122,11 @@ def rehearse(outputs: Sequence[OutputFile], engine: Engine, folder: Path) -> Reh
     made = sum(worker.make(number).counts.bytes_written for number in chosen)
     elapsed = time.monotonic() - started
     total, num_workers = total_bytes(outputs), _num_workers(work, engine)
-    making = elapsed * total / max(made, 1) / min(num_workers, len(os.sched_getaffinity(0)))
+    making = elapsed * total / max(made, 1) / min(num_workers, system.num_cores())
     rate = write_rate(folder)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with one worker's memory
+    own = system.peak_bytes()  # with one worker's memory
     others = num_workers * (FORKED_BYTES + worker.num_bytes) if num_workers > 1 else 0
-    return Rehearsal(max(making, total / rate if rate else 0.0), own + others)
+    return Rehearsal(max(making, total / rate if rate else 0.0), None if own is None else own + others)
 
 
 def _path(checkpoint: Path, output: OutputFile) -> Path:

@@ -1,4 +1,7 @@
-"""One run of a command: a shell in a process group of its own, which ends as a whole, and the log of what it said."""
+"""One run of a command: a shell in a process group of its own, which ends as a whole, and the log of what it said.
+
+Only for systems that have such groups: whoever asks for an evaluation on another one is told so before.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from farcast_cli import system
 from farcast_cli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 LOG_BYTES = 1 << 20  # of the start of a run's output, and as many of its end, are kept in its log
 SAID_BYTES = 1 << 16  # of the end of each stream, in which the number and the last line are looked for
@@ -199,7 +203,7 @@ class Command:
             with _starting():
                 self._watcher = Watch(self._process.pid)
         except BaseException:
-            self._signal(signal.SIGKILL)
+            system.end_group(self._process.pid, at_once=True)
             self._process.communicate()
             raise
         self._tails = {"stdout": Tail(SAID_BYTES), "stderr": Tail(SAID_BYTES)}
@@ -217,10 +221,10 @@ class Command:
             seconds = time.monotonic() - started
             if cause == "itself":
                 self._read_until_gone(LINGER_S, stop.asked)
-            self._signal(signal.SIGTERM)
+            system.end_group(self._process.pid, at_once=False)
             self._read_until_gone(GRACE_S, stop.hurry)
         finally:
-            self._signal(signal.SIGKILL)
+            system.end_group(self._process.pid, at_once=True)
             self._watcher.close()  # while the group's number cannot be another's: its shell has not been waited for
             code = self._process.wait()
         self._read(0)  # what the pipes still hold; they are smaller than one read
@@ -255,20 +259,10 @@ class Command:
             key.data.add(data)
             self._log.add(data)
 
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
-
     def _alive(self) -> bool:
-        """Whether any process of the group runs. Ended ones that nobody waits for, as in some containers, do not count."""
+        """Whether any process of the group runs."""
         self._process.poll()
-        try:
-            os.killpg(self._process.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return _any_runs(self._process.pid)
+        return system.group_runs(self._process.pid)
 
 
 @contextmanager
@@ -280,19 +274,6 @@ def _starting() -> Iterator[None]:
             f"the evaluation command cannot be started: {error.strerror}",
             hint="end other processes, and check that /bin/sh exists",
         ) from error
-
-
-def _any_runs(group: int) -> bool:
-    """Whether a group has a process that is no zombie; True where there is no /proc to see it."""
-    proc = Path("/proc")
-    if not (proc / "self" / "stat").exists():
-        return True
-    for process in proc.glob("[0-9]*"):
-        with suppress(OSError):  # it ended while we looked
-            state, _, its_group = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in {"Z", "X"}:
-                return True
-    return False
 
 
 def failure(code: int) -> str:

@@ -14,6 +14,7 @@ from concurrent import futures
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from farcast_cli import system
 from farcast_cli.errors import OutputError, UsageError
 from farcast_cli.evaluation.command import ESCAPES, Command, Ended, Log, Stop, failure, is_log
 
@@ -49,6 +50,11 @@ class Evaluator:
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
+        if not system.HAS_GROUPS:
+            raise UsageError(
+                "--eval-cmd: expected a system that can end a command with all that it started (Linux, macOS), found another one",
+                hint="leave --eval-cmd out, and compare the forecast with the last checkpoint yourself",
+            )
         if PLACEHOLDER not in self.command:
             raise UsageError(
                 f"--eval-cmd {self.command!r}: expected {PLACEHOLDER} in place of the checkpoint's path",

@@ -5,12 +5,11 @@ nothing is emptied. A folder that a killed process left is removed by the next o
 a real folder, belong to this user, carry the mark for that output, and be locked by nobody. If the process was killed when
 everything was written and synced, and only names were to be given, that is done first.
 
-Source: open(2) O_NOFOLLOW and O_DIRECTORY, flock(2), mkdtemp(3).
+Source: mkdtemp(3).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,14 +17,14 @@ import re
 import secrets
 import shutil
 import stat
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import OutputError
 from farcast_cli.files.renames import ASIDE, put, put_back, swap
+from farcast_cli.system import NO_WAIT, Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,14 +42,17 @@ _TRIES = 100
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """A hidden folder of this process. Its lock ends with the descriptor, or with the process."""
+    """A hidden folder of this process. Its lock ends when it is closed, or with the process."""
 
-    path: Path
-    fd: int
+    folder: Folder
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
 
     def join(self, leader: Path) -> None:
         """Say that another hidden folder, or this one, holds the decision on this output."""
-        with open(_GROUP, "xb", opener=partial(os.open, mode=0o600, dir_fd=self.fd)) as file:
+        with open(_GROUP, "xb", opener=self.folder.open) as file:
             file.write(os.fsencode(leader.absolute()))
 
     def decide(self, outputs: Iterable[tuple[Path, Path]]) -> None:
@@ -60,17 +62,17 @@ class Hidden:
             for folder, final in outputs
         ]
         draft = f"{_READY}.draft"
-        with open(draft, "x", encoding="ascii", opener=partial(os.open, mode=0o600, dir_fd=self.fd)) as file:
+        with open(draft, "x", encoding="ascii", opener=self.folder.open) as file:
             file.write(json.dumps(moves))
-        os.rename(draft, _READY, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self.folder.rename(draft, _READY)
 
     def withdraw(self) -> None:
         with suppress(FileNotFoundError):
-            os.unlink(_READY, dir_fd=self.fd)
+            self.folder.unlink(_READY)
 
     def remove(self) -> None:
-        _remove(self.path)
-        os.close(self.fd)
+        _remove(self.folder)
+        self.folder.close()
 
 
 def make_hidden(final: Path) -> Hidden:
@@ -96,22 +98,19 @@ def clear_left(final: Path) -> None:
         OutputError: another process writes this output.
     """
     for path in list(_others(final)):
-        with suppress(OSError):  # not ours, not a folder, or gone
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                _clear_one(path, fd, final)
-            finally:
-                os.close(fd)
+        with suppress(OSError), closing(Folder(path)) as folder:  # not ours, not a folder, or gone
+            _clear_one(folder, final)
 
 
-def _clear_one(path: Path, fd: int, final: Path) -> None:
-    if os.fstat(fd).st_uid != os.geteuid():
+def _clear_one(folder: Folder, final: Path) -> None:
+    if not folder.is_own():
         return
-    leader = Path(os.fsdecode(_read_small(_GROUP, fd) or os.fsencode(path)))
+    path = folder.path
+    leader = Path(os.fsdecode(_read_small(_GROUP, folder) or os.fsencode(path)))
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.lock(waits=False)
     except BlockingIOError:
-        if _mark_of(fd) == os.fsencode(final.name):
+        if _mark_of(folder) == os.fsencode(final.name):
             raise OutputError(
                 f"{final}: another farcast is writing this output (in {path})", hint="wait for it to end"
             ) from None
@@ -119,26 +118,24 @@ def _clear_one(path: Path, fd: int, final: Path) -> None:
     except OSError:  # a filesystem without locks: nobody knows whether its process lives, but an old output is never left aside
         _put_back(leader, path, final)
         return
-    if _mark_of(fd) == os.fsencode(final.name):
+    if _mark_of(folder) == os.fsencode(final.name):
         for move in _decided(leader):
             with suppress(OSError, TypeError):
                 _move(*move)
         _put_back(leader, path, final)
-        _remove(path)
+        _remove(folder)
         return
-    if _mark_of(fd) == b"":  # a process was killed while it made the mark, or before
-        os.unlink(MARK, dir_fd=fd)
+    if _mark_of(folder) == b"":  # a process was killed while it made the mark, or before
+        folder.unlink(MARK)
+    folder.let_go()
     path.rmdir()  # fails, as it should, if anything else is in it
 
 
 def _decided(leader: Path) -> list[tuple[Path, Path, Any, Any]]:
     """What a killed process had decided: hidden folder, final place, what tells the new file and the old one of each output."""
     with suppress(OSError, ValueError, TypeError, RecursionError):  # there is no decision, or no readable one
-        fd = os.open(leader, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            moves = json.loads(_read_small(_READY, fd) or b"[]") if os.fstat(fd).st_uid == os.geteuid() else []
-        finally:
-            os.close(fd)
+        with closing(Folder(leader)) as opened:
+            moves = json.loads(_read_small(_READY, opened) or b"[]") if opened.is_own() else []
         return [(Path(folder), Path(final), new, old) for folder, final, new, old in moves]
     return []
 
@@ -167,8 +164,10 @@ def _put_back(leader: Path, folder: Path, final: Path) -> None:
             put_back(folder, final)
 
 
-def _remove(folder: Path) -> None:
+def _remove(opened: Folder) -> None:
     """Remove a hidden folder, its mark last: what cannot be removed now is still known as ours."""
+    folder = opened.path
+    opened.let_go()
     with suppress(OSError):
         for entry in list(folder.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
@@ -198,26 +197,21 @@ def is_renamed(before: Any, after: list[int] | None) -> bool:
 
 def _take(path: Path, final: Path) -> Hidden | None:
     """Lock and mark a new folder; None where another process took it for a leftover first."""
-    fd = -1
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        with suppress(OSError):  # a filesystem without locks: no other process clears this folder then
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd)
+    with ExitStack() as stack:
         try:
-            os.write(mark, os.fsencode(final.name))
-        finally:
-            os.close(mark)
-    except FileNotFoundError:
-        if fd >= 0:
-            os.close(fd)
-        return None
-    except BaseException:
-        if fd >= 0:
-            os.close(fd)
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    return Hidden(path, fd)
+            folder = stack.enter_context(closing(Folder(path)))
+            with suppress(OSError):  # a filesystem without locks: no other process clears this folder then
+                folder.lock()
+            with open(MARK, "xb", opener=folder.open) as mark:
+                mark.write(os.fsencode(final.name))
+        except FileNotFoundError:
+            return None
+        except BaseException:
+            stack.close()
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        stack.pop_all()
+    return Hidden(folder)
 
 
 def _others(final: Path) -> Iterator[Path]:
@@ -234,15 +228,15 @@ def _beginning(final: Path) -> str:
     return f".{final.name if len(raw) <= _MAX_NAME else hashlib.sha256(raw).hexdigest()}."
 
 
-def _mark_of(folder: int) -> bytes | None:
+def _mark_of(folder: Folder) -> bytes | None:
     """What the mark in a folder says; None where there is none."""
     return _read_small(MARK, folder)
 
 
-def _read_small(name: str, folder: int) -> bytes | None:
+def _read_small(name: str, folder: Folder) -> bytes | None:
     """A small file in a folder that is open; None where there is none."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        fd = folder.open(name, os.O_RDONLY | NO_WAIT)
     except OSError:
         return None
     try:

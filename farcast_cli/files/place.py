@@ -12,6 +12,7 @@ from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from farcast_cli import system
 from farcast_cli.errors import FarcastError, OutputError
 from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.json_text import parse_json
@@ -40,7 +41,7 @@ def open_new(path: Path, *, like: Path) -> BinaryIO:
     """
     files = [like] if like.is_file() else [file for file in like.rglob("*") if file.is_file()]
     mode = reduce(and_, map(mode_of, files), 0o666) | 0o600
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+    return os.fdopen(system.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
 
 
 def list_files(place: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from farcast_cli import system
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnreadableError, shell_word
 
 if TYPE_CHECKING:
@@ -59,13 +60,21 @@ def _size_of(path: Path) -> str:
 
 
 def portable(name: str | Path) -> str:
-    """A path as a file of ours holds it, whatever the locale: its bytes as UTF-8, those that are none as surrogates."""
-    return os.fsencode(name).decode("utf-8", "surrogateescape")
+    """A path as a file of ours holds it, on each system: with slashes, its bytes as UTF-8, those that are none as surrogates."""
+    return os.fsencode(os.fspath(name).replace(os.sep, "/")).decode("utf-8", "surrogateescape")
 
 
 def relative(path: Path, home: Path) -> str:
     """A path as a file of ours in the folder `home` holds it."""
-    return portable(os.path.relpath(path.resolve(), home.resolve()))
+    return portable(seen_from(path.resolve(), home.resolve()))
+
+
+def seen_from(path: str | Path, home: Path) -> str:
+    """A path relative to a folder; as it is, where none leads there (from one drive of Windows to another)."""
+    try:
+        return os.path.relpath(path, home)
+    except ValueError:
+        return os.fspath(path)
 
 
 def local(name: str) -> str:
@@ -83,7 +92,7 @@ def open_read_only(path: Path) -> int:
     Opening a FIFO would wait for a writer, and a device has no end: only regular files are read.
     """
     with reading(path):
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        fd = system.open_file(path, os.O_RDONLY | system.NO_WAIT)
         is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
     if not is_regular:
         os.close(fd)
@@ -96,7 +105,7 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(buffer):
         try:  # not `reading`, whose block costs some microseconds, a good part of a short read
-            count = os.preadv(fd, [buffer[done : done + _MAX_READ]], offset + done)
+            count = system.read_at(fd, buffer[done : done + _MAX_READ], offset + done)
         except OSError as error:
             raise unreadable(path, error) from error
         if count == 0:

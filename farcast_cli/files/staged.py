@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import OutputError, UnreadableError
 from farcast_cli.files.hidden import Hidden, clear_left, identity, is_renamed, make_hidden
 from farcast_cli.files.renames import ASIDE, put, swap, swap_back
+from farcast_cli.system import ENDINGS, sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Check = Callable[[Path], None]
 """Raises an OutputError if what lies at a place must stay."""
@@ -230,7 +229,7 @@ def _uninterrupted(*, is_too_late: Callable[[], bool] = lambda: False) -> Iterat
         yield
         return
     came: list[tuple[int, Any]] = []
-    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    former = {number: signal.getsignal(number) for number in ENDINGS}
     try:
         for number, handler in former.items():
             if callable(handler):
@@ -259,21 +258,3 @@ def _sync_tree(top: Path) -> None:
         for name in names:
             sync(Path(root) / name)
         sync(Path(root))
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder's entries, on the disk."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        if path.is_dir():  # a folder that may be written but not read cannot be synced
-            return
-        raise
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if path.is_dir() and error.errno in {errno.EINVAL, errno.ENOTSUP}:  # some filesystems cannot sync a folder
-            return
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(fd)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from farcast_cli import __version__
 from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
-from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading
+from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading, seen_from
 from farcast_cli.files.staged import staged
 from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
@@ -173,7 +173,7 @@ def run_of_fitted(path: Path) -> Path | None:
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
     home = path.parent.resolve()
-    provenance = fitted.provenance.model_copy(update={"directory": os.path.relpath(fitted.directory.resolve(), home)})
+    provenance = fitted.provenance.model_copy(update={"directory": seen_from(fitted.directory.resolve(), home)})
     if provenance.leap:
         provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
     check_fitted_place(path, fitted.directory)
@@ -287,8 +287,8 @@ def _spelled(provenance: Provenance, spell: Callable[[str], str]) -> Provenance:
 def _check_paths(path: Path, provenance: Provenance) -> None:
     """That it names entries of the run's folder only: what is read for a forecast is what was fitted on."""
     for record in provenance.snapshots:
-        named = PurePosixPath(record.path)
-        if named.is_absolute() or not named.name or ".." in named.parts:
+        named = PurePath(record.path)
+        if named.anchor or not named.name or ".." in named.parts:
             raise UnsafeFileError(f"{path}: a forecaster that names {record.path!r}, outside the run's folder")
 
 

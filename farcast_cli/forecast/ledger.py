@@ -9,7 +9,6 @@ directory (`state_ledger`); its paths are absolute.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from farcast_cli import system
 from farcast_cli.choices import CountersMode  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.errors import FileFormatError, OutputError
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import file_size, local, portable, read_bytes, reading
-from farcast_cli.files.staged import sync
+from farcast_cli.files.reading import file_size, local, portable, read_bytes, reading, seen_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,8 +61,8 @@ class Leap(BaseModel):
     def relative_to(self, home: Path) -> Leap:
         return self.model_copy(
             update={
-                "run": os.path.relpath(self.run, home),
-                "forecast": self.forecast and os.path.relpath(self.forecast, home),
+                "run": seen_from(self.run, home),
+                "forecast": self.forecast and seen_from(self.forecast, home),
                 "origin_digest": "",
                 "is_certain": False,
             }
@@ -114,7 +113,7 @@ def recorded(ledger: Path, leaps: Sequence[Leap], *, is_private: bool = False) -
 
 def _open_locked(ledger: Path, *, is_private: bool) -> tuple[int, bool]:
     """The ledger, locked where the filesystem has locks, and whether it is new."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_RDWR | os.O_APPEND | system.NO_WAIT
     if is_private:
         for folder in reversed([ledger.parent, *ledger.parent.parents]):
             folder.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
@@ -122,12 +121,13 @@ def _open_locked(ledger: Path, *, is_private: bool) -> tuple[int, bool]:
     while True:
         is_new = not os.path.lexists(ledger)
         try:
-            fd = os.open(ledger, flags | (os.O_CREAT | os.O_EXCL) * is_new, PRIVATE_FILE if is_private else 0o666)
+            mode = PRIVATE_FILE if is_private else 0o666
+            fd = system.open_file(ledger, flags | (os.O_CREAT | os.O_EXCL) * is_new, mode, follows=False)
         except (FileExistsError, FileNotFoundError):  # made or removed by another process since
             continue
         try:
             with suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                system.lock(fd)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), ledger.stat(follow_symlinks=False)):
                     return fd, is_new
@@ -139,24 +139,26 @@ def _open_locked(ledger: Path, *, is_private: bool) -> tuple[int, bool]:
 
 def _append(fd: int, ledger: Path, lines: Sequence[str]) -> int:
     """Write the lines that are missing; returns the size of the ledger afterwards."""
-    content = os.pread(fd, os.fstat(fd).st_size, 0)
+    content = bytearray(os.fstat(fd).st_size)
+    del content[system.read_at(fd, memoryview(content), 0) :]
     missing = [line for line in dict.fromkeys(lines) if line.encode() not in content.split(b"\n")]
     # on a line of its own even if a killed process left half a line
     text = "\n" * bool(content and not content.endswith(b"\n")) + "".join(f"{line}\n" for line in missing)
     raw = text.encode() if missing else b""
     while raw:
         raw = raw[os.write(fd, raw) :]
-    os.fsync(fd)
-    sync(ledger.parent)
+    system.flush(fd)
+    system.sync(ledger.parent)
     return os.fstat(fd).st_size
 
 
 def _take_back(ledger: Path, fd: int, size: int, *, is_new: bool) -> None:
-    with suppress(OSError):
-        if is_new:
+    if is_new:
+        with suppress(OSError):  # Windows removes no file that is open: an empty one stays
             ledger.unlink()
-        else:
-            os.ftruncate(fd, size)
+            return
+    with suppress(OSError):
+        os.ftruncate(fd, size)
 
 
 def _cannot_be_written(ledger: Path, error: OSError) -> OutputError:

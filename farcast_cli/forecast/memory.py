@@ -106,7 +106,7 @@ class MemoryRecord(BaseModel):
     @field_validator("forecast")
     @classmethod
     def _lies_beside(cls, name: str) -> str:
-        if "/" in name or name in {".", ".."}:
+        if {"/", os.sep} & set(name) or name in {".", ".."}:
             raise ValueError("the last leap lies elsewhere")
         return name
 

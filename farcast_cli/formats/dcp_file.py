@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import PurePosixPath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
@@ -184,7 +184,7 @@ def _checked_item(folder: Path, name: str, info: object, place: TreePath, *, siz
     """An item, seen to lie inside its file; `sizes` are those of the folder's files."""
     stretch = _fields(info, "_StorageInfo", folder)
     file, offset, length = stretch["relative_path"], stretch["offset"], stretch["length"]
-    if not isinstance(file, str) or PurePosixPath(file).name != file or file in {"", ".", ".."}:
+    if not isinstance(file, str) or PurePath(file).name != file or file in {"", ".", ".."}:
         raise UnsafeFileError(f"{folder / METADATA}: {str(file)[:80]!r} lies outside the folder")
     if stretch.get("transform_descriptors"):
         raise FileFormatError(f"{folder}: {name!r} is compressed or encrypted", hint="save it without extensions")

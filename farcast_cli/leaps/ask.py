@@ -51,7 +51,7 @@ class Ask:
         output = self.request.output
         if output is None:
             return DEFAULT_FOLDER
-        return Path(output) if output.endswith(os.sep) else Path(output).parent
+        return Path(output) if output.endswith(("/", os.sep)) else Path(output).parent
 
     @property
     def directory(self) -> Path:

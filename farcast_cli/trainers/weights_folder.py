@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, SnapshotError, UnsafeFileError
@@ -132,7 +132,7 @@ def _shards(folder: Path, index_path: Path, index: dict[str, Any]) -> list[Path]
         raise FileFormatError(f"{index_path}: no weight_map from tensor names to files")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if PurePosixPath(name).name != name or name in {"", ".", ".."}:
+        if PurePath(name).name != name or name in {"", ".", ".."}:
             raise UnsafeFileError(f"{index_path}: shard {name!r} lies outside the folder")
         if not (folder / name).is_file():
             raise HalfWrittenError(f"{folder}: shard {name} is missing", hint="the snapshot is incomplete: leave it out")
