@@ -77,7 +77,7 @@ def _worth(worth: Worth | None) -> results.WorthEntry | None:
     )
 
 
-def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
+def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     return results.FitAnswer(
         schema_version=1,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from farcast_cli.choices import (
 )
 from farcast_cli.errors import shell_word
 from farcast_cli.horizons import in_steps, parse_horizons
+from farcast_cli.log_to import check_apart, log_answer, parse_targets
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
@@ -101,6 +102,7 @@ def fit(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> FitOutcome:
     """Read a sample of every tensor at every snapshot.
@@ -109,6 +111,7 @@ def fit(
         output: the forecaster file to write; unlike the command, none by default.
         sample: values of each tensor, 1000 or more.
         losses: the run's log of losses; by default where its trainer keeps it.
+        log_to: places to log the numbers to, such as "jsonl:PATH"; `unlogged` of the result says which failed.
 
     Returns:
         The outcome: `fitted`, the forecaster; `steady`, with the coherence S in -1..1 and its significance; `cautions`.
@@ -118,6 +121,8 @@ def fit(
         FileFormatError, OutputError: a file cannot be read or written.
     """
     check_choice("--io", io, Io)
+    targets = parse_targets(log_to)
+    check_apart(targets, Path(directory))
     request = fit_request(
         Path(directory),
         output=None if output is None else Path(output),
@@ -133,9 +138,11 @@ def fit(
         threads=threads,
         losses=None if losses is None else Path(losses),
     )
+    from farcast_cli.answers import of_fit
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
-    return fit_planned(plan_fit(request), progress)
+    done = fit_planned(plan_fit(request), progress)
+    return replace(done, unlogged=log_answer(targets, "fit", of_fit(done, request.output), request.selection.directory))
 
 
 def backtest(
@@ -175,6 +182,8 @@ class Prediction:
     fitted: Fitted
     request: Request
     outcomes: tuple[Outcome, ...]
+    unlogged: tuple[str, ...] = ()
+    """Where the numbers could not be logged, and why."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -234,6 +243,7 @@ def predict(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Prediction:
     """Write the forecast checkpoint if the run's own history supports it.
@@ -241,6 +251,7 @@ def predict(
     Args:
         horizon: steps after the origin; chosen by evidence if neither it nor `to_step` is given.
         output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+        log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
         The prediction: its `path` is None if the verdict is against a forecast (exit code 10 of the command). That is an
@@ -253,12 +264,15 @@ def predict(
     horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, purpose)
+    targets = parse_targets(log_to)
     for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
         check_choice(name, value, allowed)
     check_choice("--dtype", dtype, OutputDType)
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     resources = resources_of(device, io, threads)
     fitted = _fitted(run, device, io, threads)
+    check_apart(targets, fitted.directory)
+    from farcast_cli.answers import of_predict
     from farcast_cli.forecast.forecaster import Options
     from farcast_cli.prediction import predict as forecast
     from farcast_cli.request import Request
@@ -286,7 +300,10 @@ def predict(
         resources=resources,
         evaluator=evaluator,
     )
-    return Prediction(fitted, request, tuple(forecast(fitted, request, progress)))
+    outcomes = tuple(forecast(fitted, request, progress))
+    answer = of_predict(outcomes, dry_run=dry_run)
+    unlogged = () if dry_run else log_answer(targets, "predict", answer, fitted.directory)
+    return Prediction(fitted, request, outcomes, unlogged)
 
 
 def leap(
@@ -316,9 +333,13 @@ def leap(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Leapt:
     """Leap from the newest checkpoint of a run, with a memory, for a loop.
+
+    Args:
+        log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
         The call's result: `outcome.path` is the checkpoint to resume from; None means: go on from `origin`, the run's newest
@@ -331,9 +352,12 @@ def leap(
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, "resume")
+    targets = parse_targets(log_to)
+    check_apart(targets, Path(directory))
     place = None if output is None else os.fspath(output)
     resources = resources_of(device, io, threads)
     check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
+    from farcast_cli.answers import of_leap
     from farcast_cli.leaps.ask import Ask
     from farcast_cli.leaps.call import leap as call
     from farcast_cli.request import Request
@@ -352,7 +376,9 @@ def leap(
         evaluator=evaluator,
     )
     selection = selection_of(Path(directory), include, exclude, steps, pattern)
-    return call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+    done = call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+    answer = of_leap(done, dry_run=dry_run)
+    return done if dry_run else replace(done, unlogged=log_answer(targets, "leap", answer, Path(directory)))
 
 
 def verify(forecast: Place, *, against: Place, reference: Place | None = None, progress: Progress = silent) -> VerifyAnswer:

@@ -161,6 +161,7 @@ ORDER = (
     "tune.write",
     "tune.run",
     "answers",
+    "log_to",
     "horizons",
     "settings",
     "texts",

@@ -22,6 +22,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LogToOption,
     LossesOption,
     MaximizeOption,
     OptimizerOption,
@@ -106,6 +107,7 @@ def leap(
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
     losses: LossesOption = None,
+    log_to: LogToOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -151,10 +153,12 @@ def leap(
             io=io,
             threads=threads,
             losses=losses,
+            log_to=log_to,
             progress=progress,
         )
     if not quiet:
         _summary(done, counters=counters, dry_run=dry_run, verbose=verbose)
+    render.unlogged(done.unlogged)
     if json_:
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
