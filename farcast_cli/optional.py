@@ -10,7 +10,14 @@ from importlib.util import find_spec
 
 from farcast_cli.errors import UsageError
 
-EXTRAS = {"torch": "torch", "huggingface_hub": "hub", "tensorboard": "logs", "wandb": "wandb", "mlflow": "mlflow"}
+EXTRAS = {
+    "torch": "torch",
+    "huggingface_hub": "hub",
+    "tensorboard": "logs",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "matplotlib": "report",
+}
 """The optional packages, and the extra of farcast that installs each."""
 
 

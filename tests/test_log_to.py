@@ -231,7 +231,7 @@ def test_wandb_logs_offline(work: Path) -> None:
     pytest.importorskip("wandb")
     environment = {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = run_cli("predict", "--horizon", 100, "--log-to", "wandb:tried", cwd=work, env=environment)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/step_000900.safetensors\n")
     assert "caution" not in done.stderr
     (written,) = (work / "wandb").glob("offline-run-*/run-farcast-*.wandb")
     raw = written.read_bytes()

@@ -79,9 +79,9 @@ class Container:
         """The file that is written after the weights, because it tells of them; "" where there is none."""
         return CARD if self.layout == "hub" else ""
 
-    def renamed(self, name: str, origin: Snapshot) -> str:
-        """A name of the origin's kind with the container's ending."""
-        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + self.ending
+    def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
+        """A name of the origin's kind, with a mark, and with the container's ending."""
+        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
 
     @property
     def notes(self) -> list[str]:

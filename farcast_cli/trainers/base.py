@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
@@ -15,7 +15,7 @@ from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted
 from farcast_cli.trainers.folder_files import files_below
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +52,18 @@ class LeapMark:
     """Which the trainer's counters are at when it resumes."""
     origin_step: int
     valid_step: int
+
+
+def marks_of(rows: Iterable[Any]) -> list[LeapMark]:
+    """The marks among rows of three values that a file tells: those that are steps and can be a leap."""
+    steps = (row for row in rows if len(row) == len(fields(LeapMark)) and all(map(is_step, row)))
+    marks = (LeapMark(*row) for row in steps)
+    return [mark for mark in marks if mark.origin_step < mark.valid_step and mark.step in {mark.origin_step, mark.valid_step}]
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Whether a value of a file can be a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
