@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,11 @@ from farcast_cli.choices import (
 )
 from farcast_cli.errors import shell_word
 from farcast_cli.horizons import in_steps, parse_horizons
+from farcast_cli.log_to import check_apart, log_answer, parse_targets
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
+    check_layout,
     check_leap_options,
     evaluator_of,
     fit_request,
@@ -103,6 +105,7 @@ def fit(
     threads: int = 0,
     losses: Place | None = None,
     history: Place | None = None,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> FitOutcome:
     """Read a sample of every tensor at every snapshot.
@@ -112,6 +115,7 @@ def fit(
         sample: values of each tensor, 1000 or more.
         losses: the run's log of losses; by default where its trainer keeps it.
         history: the folder of kept snapshots; by default kept/NAME, if it has those of this run.
+        log_to: places to log the numbers to, such as "jsonl:PATH"; `unlogged` of the result says which failed.
 
     Returns:
         The outcome: `fitted`, the forecaster; `steady`, with the coherence S in -1..1 and its significance; `cautions`.
@@ -121,6 +125,8 @@ def fit(
         FileFormatError, OutputError: a file cannot be read or written.
     """
     check_choice("--io", io, Io)
+    targets = parse_targets(log_to)
+    check_apart(targets, Path(directory))
     request = fit_request(
         Path(directory),
         output=None if output is None else Path(output),
@@ -137,9 +143,11 @@ def fit(
         losses=None if losses is None else Path(losses),
         history=None if history is None else Path(history),
     )
+    from farcast_cli.answers import of_fit
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
-    return fit_planned(plan_fit(request), progress)
+    done = fit_planned(plan_fit(request), progress)
+    return replace(done, unlogged=log_answer(targets, "fit", of_fit(done, request.output), request.selection.directory))
 
 
 def keep(
@@ -274,6 +282,8 @@ class Prediction:
     fitted: Fitted
     request: Request
     outcomes: tuple[Outcome, ...]
+    unlogged: tuple[str, ...] = ()
+    """Where the numbers could not be logged, and why."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -333,6 +343,7 @@ def predict(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Prediction:
     """Write the forecast checkpoint if the run's own history supports it.
@@ -340,6 +351,7 @@ def predict(
     Args:
         horizon: steps after the origin; chosen by evidence if neither it nor `to_step` is given.
         output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+        log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
         The prediction: its `path` is None if the verdict is against a forecast (exit code 10 of the command). That is an
@@ -351,12 +363,16 @@ def predict(
     """
     horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_layout(layout, purpose)
+    targets = parse_targets(log_to)
     for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
         check_choice(name, value, allowed)
     check_choice("--dtype", dtype, OutputDType)
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     resources = resources_of(device, io, threads)
     fitted = _fitted(run, device, io, threads)
+    check_apart(targets, fitted.directory)
+    from farcast_cli.answers import of_predict
     from farcast_cli.forecast.forecaster import Options
     from farcast_cli.prediction import predict as forecast
     from farcast_cli.request import Request
@@ -380,10 +396,14 @@ def predict(
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
         source=_source(run, fitted),
+        narrowed=_narrowed(fitted),
         resources=resources,
         evaluator=evaluator,
     )
-    return Prediction(fitted, request, tuple(forecast(fitted, request, progress)))
+    outcomes = tuple(forecast(fitted, request, progress))
+    answer = of_predict(outcomes, dry_run=dry_run)
+    unlogged = () if dry_run else log_answer(targets, "predict", answer, fitted.directory)
+    return Prediction(fitted, request, outcomes, unlogged)
 
 
 def leap(
@@ -413,9 +433,13 @@ def leap(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Leapt:
     """Leap from the newest checkpoint of a run, with a memory, for a loop.
+
+    Args:
+        log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
         The call's result: `outcome.path` is the checkpoint to resume from; None means: go on from `origin`, the run's newest
@@ -427,9 +451,13 @@ def leap(
     """
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_layout(layout, "resume")
+    targets = parse_targets(log_to)
+    check_apart(targets, Path(directory))
     place = None if output is None else os.fspath(output)
     resources = resources_of(device, io, threads)
     check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
+    from farcast_cli.answers import of_leap
     from farcast_cli.leaps.ask import Ask
     from farcast_cli.leaps.call import leap as call
     from farcast_cli.request import Request
@@ -448,7 +476,9 @@ def leap(
         evaluator=evaluator,
     )
     selection = selection_of(Path(directory), include, exclude, steps, pattern)
-    return call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+    done = call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+    answer = of_leap(done, dry_run=dry_run)
+    return done if dry_run else replace(done, unlogged=log_answer(targets, "leap", answer, Path(directory)))
 
 
 def verify(forecast: Place, *, against: Place, reference: Place | None = None, progress: Progress = silent) -> VerifyAnswer:
@@ -513,7 +543,12 @@ def _source(run: Run, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it."""
     if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
+    return f" {fitted.source}{_narrowed(fitted)}"
+
+
+def _narrowed(fitted: Fitted) -> str:
+    """The options that chose what was read of a run, each with a blank before it."""
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return " " + " ".join([fitted.source, *(f"{name} {shlex.quote(glob)}" for name, glob in options)])
+    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)

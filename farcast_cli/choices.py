@@ -15,7 +15,7 @@ Scope = Literal["auto", "tensor", "global"]
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
-OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
+OutputLayout = Literal["same", "safetensors", "pt", "dcp", "hub"]
 PrintedForm = Literal["markdown", "text"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 

@@ -174,7 +174,8 @@ def _answer(asked: Asked, code: int, message: str, *, hint: str = "", path: Path
     """The error as the one JSON object on stdout, where that was asked for and nothing stands there yet."""
     if not asked.json or streams.has_printed():
         return
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
     from farcast_cli.errors import printable
 
     render.as_json(answers.of_error(code, printable(message), hint=hint, path=path))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.card import upload_command
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
@@ -302,6 +303,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
         notes += (
             [f"{', '.join(str(one.path) for one in written)}: evaluate or ship it; do not resume from it"] if written else []
         )
+        if request.layout == "hub" and not request.dry_run:
+            notes += [f"nothing is uploaded; to upload it: {upload_command(str(one.path))}" for one in written]
         if written and fitted.has_batch_norm:
             notes.append(
                 "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.card import write_card
 from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.evaluation.judge import best_trial, logs_of
@@ -16,7 +17,7 @@ from farcast_cli.forecast.ledger import Leap
 from farcast_cli.forecast.state_ledger import recorded_in_both
 from farcast_cli.planning import existing_check
 from farcast_cli.repeat import repeated
-from farcast_cli.sidecar import compose, write_sidecar
+from farcast_cli.sidecar import compose, files_of, write_sidecar
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
@@ -94,10 +95,26 @@ def write_all(
     written = []
     for index, (outcome, (place, beside)) in enumerate(zip(outcomes, staged, strict=True)):
         finished = _finish(prepared, outcome, tally, index)
-        content = compose(prepared, finished, work.request, written=place, fitted_on=work.on, momentum=momentum)
-        write_sidecar(place, beside, content)
-        written.append((finished, content))
+        written.append((finished, _sign(work, prepared, finished, place, beside, momentum=momentum)))
     return written
+
+
+def _sign(
+    work: Publication,
+    prepared: Prepared,
+    finished: Outcome,
+    place: Path,
+    beside: Path | None,
+    *,
+    momentum: MomentumEntry | None = None,
+) -> ForecastSidecar:
+    """Say beside a forecast how it was made: in the model card where it has one, and last in the sidecar, which lists all files."""
+    content = compose(prepared, finished, work.request, written=place, fitted_on=work.on, momentum=momentum)
+    if prepared.container.card:
+        work.told.extend(write_card(place, content, finished, prepared, work.request))
+        content = content.model_copy(update={"files": files_of(place)})
+    write_sidecar(place, beside, content)
+    return content
 
 
 def record_leaps(work: Publication, outcomes: Sequence[Outcome], origin: Snapshot) -> None:
@@ -203,10 +220,11 @@ def _write_best(work: Publication, evaluator: Scorer, prepared: Prepared, outcom
         outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
         if not work.request.even_if_worse:
             return outcome
-    kept, tally = written[best.strength or STRENGTHS[0]]
+    strength = best.strength or STRENGTHS[0]
+    kept, tally = written[strength]
     kept.rename(place)
     finished = _finish(prepared, outcome, tally, 0)
-    write_sidecar(place, beside, compose(prepared, finished, work.request, written=place, fitted_on=work.on))
+    _sign(work, only(prepared, 0, strength), finished, place, beside)
     return finished
 
 

@@ -51,6 +51,8 @@ class Request:
     """None: learning rates where they are known."""
     source: str = ""
     """What a command to paste needs after `farcast predict` to read the same run, with a blank before it."""
+    narrowed: str = ""
+    """The options that chose what is read of the run, likewise."""
 
     @property
     def origin_option(self) -> str:

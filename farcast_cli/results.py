@@ -116,7 +116,9 @@ class WorthEntry(AnswerPart):
 class FitAnswer(Answer):
     """`farcast fit --json`."""
 
-    forecaster: PortablePath = Field(description="the file that was written")
+    forecaster: PortablePath | None = Field(
+        description="the file that was written; `null` if the Python function `fit` wrote none"
+    )
     origin_step: int = Field(description="step of the last snapshot")
     num_snapshots: int = Field(description="snapshots that were read")
     leap: int | None = Field(description="the step of the leap after which the history begins; `null` if there was no leap")

@@ -13,7 +13,7 @@ from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.choices import Io
+    from farcast_cli.choices import Io, OutputLayout, Purpose
     from farcast_cli.engine.reader import Resources
     from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.forecast.fitting import FitRequest
@@ -149,6 +149,19 @@ def check_choice(name: str, value: str | None, allowed: Any) -> None:
     names = get_args(allowed)
     if value is not None and value not in names:
         raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
+
+
+def check_layout(layout: OutputLayout, purpose: Purpose) -> None:
+    """That an output to resume from can hold a trainer's state.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if layout == "hub" and purpose == "resume":
+        raise UsageError(
+            "--layout hub: expected --for evaluation: the folder has no trainer state, so training cannot resume from it",
+            hint="farcast predict --for evaluation --layout hub",
+        )
 
 
 def check_leap_options(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:

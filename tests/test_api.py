@@ -135,7 +135,7 @@ def test_no_forecast_is_an_answer_with_its_reason_and_the_ways_on(here: Path) ->
 
 def test_a_leap_gives_the_path_to_resume_from(here: Path) -> None:
     assert farcast_cli.leap("ckpts", every=100).outcome.path is not None
-    assert (here / "forecasts" / "ckpts.memory.safetensors").is_file()
+    assert (here / "forecasts" / "ckpts" / "ckpts.memory.safetensors").is_file()
 
 
 def test_progress_is_told_every_byte_that_was_announced(here: Path) -> None:

@@ -73,7 +73,8 @@ def backtest(
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
     parse_horizons(horizon)  # what cannot be is refused before the folder is read
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     of_folder = None
     if directory:

@@ -40,7 +40,8 @@ def inspect(
 ) -> None:
     """List the snapshots, the evidence for their steps, the tensors to forecast and to copy, and the leaps of the run."""
     prepare("cpu")
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
     from farcast_cli.forecast.history import past_of
     from farcast_cli.run.selection import inspect as run
 

@@ -42,7 +42,8 @@ def keep(
 
     Call it after each save. It copies only what is not kept yet: weights and counters, without the optimiser's state.
     """
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
         done = api.keep(directory, into=into, sampled=sampled, last=last, steps=steps, pattern=pattern, progress=progress)

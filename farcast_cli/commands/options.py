@@ -88,7 +88,7 @@ PANELS = {
             "even_if_worse",
             "overwrite",
         ),
-        *("ledger", "dry_run", "json_", "quiet", "verbose"),
+        *("ledger", "log_to", "dry_run", "json_", "quiet", "verbose"),
     ),
     "Machine": ("device", "threads", "io", "config"),
 }
@@ -332,6 +332,15 @@ LossesOption = Annotated[
         envvar=env("LOSSES"),
         metavar="FILE",
         help="The run's log of losses: CSV, JSON lines or TensorBoard; by default where its trainer keeps it.",
+    ),
+]
+LogToOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log-to",
+        envvar=env("LOG_TO"),
+        metavar="KIND:PLACE",
+        help="Also log the numbers of the answer, at the origin's step: jsonl:PATH, tensorboard:DIR, wandb[:PROJECT] or mlflow[:URI].",
     ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values instead of a sample.")]

@@ -28,6 +28,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LogToOption,
     MaximizeOption,
     MethodOption,
     OptimizerOption,
@@ -44,7 +45,8 @@ from farcast_cli.commands.options import (
     choice,
 )
 from farcast_cli.errors import NoForecastError
-from farcast_cli.settings import env, fit_request, horizons_of
+from farcast_cli.log_to import parse_targets
+from farcast_cli.settings import check_layout, env, fit_request, horizons_of
 
 if TYPE_CHECKING:
     from farcast_cli.api import Prediction
@@ -138,6 +140,7 @@ def predict(
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    log_to: LogToOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -149,6 +152,8 @@ def predict(
 ) -> None:
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
+    check_layout(layout, purpose)
+    parse_targets(log_to)
     from farcast_cli.commands import render
 
     of_folder = None
@@ -194,6 +199,7 @@ def predict(
             even_if_worse=even_if_worse,
             overwrite=overwrite,
             ledger=ledger,
+            log_to=log_to,
             dry_run=dry_run,
             device=device,
             io=io,
@@ -205,10 +211,12 @@ def predict(
 
 def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     """What came of it; ends with an exit code of its own where nothing was written."""
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     if not quiet:
         render.predictions(done.outcomes, done.notes(), done.request, hint=done.advice(), verbose=verbose)
+    render.unlogged(done.unlogged)
     if as_json:
         render.as_json(answers.of_predict(done.outcomes, dry_run=done.request.dry_run))
     elif not done.request.dry_run:

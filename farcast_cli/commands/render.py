@@ -80,6 +80,12 @@ def note(text: str, *, quiet: bool = False) -> None:
         stderr().print(escape(text), soft_wrap=True)
 
 
+def unlogged(failures: Sequence[str]) -> None:
+    """What could not be logged; said to those who want only errors, too."""
+    for text in failures:
+        note(f"caution: {text}")
+
+
 def paths(found: Sequence[Path]) -> None:
     """The result of a command that writes: paths, one a line, and nothing else.
 

@@ -116,6 +116,8 @@ class FitOutcome:
     """The same, by the weights."""
     worth: Worth | None = None
     """What the run's losses say of its last leap."""
+    unlogged: tuple[str, ...] = ()
+    """Where the numbers could not be logged, and why."""
 
 
 def plan_fit(request: FitRequest) -> FitPlan:

@@ -13,13 +13,13 @@ from farcast_cli.run.losses import LOSS_KINDS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.api import Report
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.judgement import BacktestReport, Direction
     from farcast_cli.forecast.worth import Worth
     from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
+    from farcast_cli.reports.story import Story
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.run import TuneOutcome as Tuning
@@ -81,7 +81,7 @@ def _worth(worth: Worth | None) -> results.WorthEntry | None:
     )
 
 
-def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
+def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     return results.FitAnswer(
         schema_version=1,
@@ -145,12 +145,11 @@ def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
     )
 
 
-def of_report(done: Report) -> results.ReportAnswer:
-    story = done.story
+def of_report(story: Story, path: Path | None) -> results.ReportAnswer:
     said, (horizon, method) = headline(story), story.tested
     return results.ReportAnswer(
         schema_version=1,
-        path=done.path,
+        path=path,
         title=said.title,
         why=said.why,
         sure=said.sure,
