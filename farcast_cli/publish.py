@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
-from farcast_cli.evaluation.judge import Judge, best_trial, logs_of
+from farcast_cli.evaluation.judge import best_trial, logs_of
 from farcast_cli.files.place import check_sidecar_ours, sidecar_of
 from farcast_cli.files.staged import staging
 from farcast_cli.forecast.ledger import Leap
@@ -22,7 +22,7 @@ from farcast_cli.trainers.base import unchanged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.evaluation.judge import Evaluator, Trial
+    from farcast_cli.evaluation.judge import Scorer, Trial
     from farcast_cli.files.staged import Staging
     from farcast_cli.progress import Progress
     from farcast_cli.records import FittedOn, ForecastSidecar, LeaptOn, MomentumEntry
@@ -192,7 +192,7 @@ def judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
     return copied
 
 
-def _write_best(work: Publication, evaluator: Evaluator, prepared: Prepared, outcome: Outcome) -> Outcome:
+def _write_best(work: Publication, evaluator: Scorer, prepared: Prepared, outcome: Outcome) -> Outcome:
     """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
     place, beside = _stage(work, prepared, prepared.paths[0], may_stay_empty=True)
     trials, written = _try_strengths(work, evaluator, prepared, outcome, place)
@@ -211,13 +211,13 @@ def _write_best(work: Publication, evaluator: Evaluator, prepared: Prepared, out
 
 
 def _try_strengths(
-    work: Publication, evaluator: Evaluator, prepared: Prepared, outcome: Outcome, place: Path
+    work: Publication, evaluator: Scorer, prepared: Prepared, outcome: Outcome, place: Path
 ) -> tuple[list[Trial], dict[float, tuple[Path, Counts]]]:
     """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
     written = dict[float, tuple[Path, Counts]]()
     logs = logs_of(prepared.paths[0])
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
-    with Judge(evaluator, logs, variables, lambda what: work.progress(f"evaluate {what}", 0)) as judge:
+    with evaluator.judge(logs, variables, lambda what: work.progress(f"evaluate {what}", 0)) as judge:
         judge.start(0.0, judged_origin(prepared, place, work.progress))
         for strength in STRENGTHS:
             judge.wait(below=evaluator.num_jobs)
@@ -233,7 +233,7 @@ def _try_strengths(
 
 
 def _drop_beaten(
-    written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], evaluator: Evaluator, *, keep_full: bool
+    written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], evaluator: Scorer, *, keep_full: bool
 ) -> None:
     """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
     if not trials:

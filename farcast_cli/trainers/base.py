@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
@@ -57,14 +57,17 @@ class LeapMark:
     origin_step: int
     valid_step: int
 
-    @classmethod
-    def of(cls, numbers: Any) -> LeapMark | None:
-        """The mark that three numbers of a file are; None where they are none."""
-        if not (isinstance(numbers, (list, tuple)) and [*map(type, numbers)] == [int] * 3):
-            return None
-        mark = cls(*numbers)
-        is_leap = 0 <= mark.origin_step < mark.valid_step < 10**MAX_DIGITS
-        return mark if is_leap and mark.step in {mark.origin_step, mark.valid_step} else None
+
+def marks_of(rows: Iterable[Any]) -> list[LeapMark]:
+    """The marks among rows of three values that a file tells: those that are steps and can be a leap."""
+    steps = (row for row in rows if len(row) == len(fields(LeapMark)) and all(map(is_step, row)))
+    marks = (LeapMark(*row) for row in steps)
+    return [mark for mark in marks if mark.origin_step < mark.valid_step and mark.step in {mark.origin_step, mark.valid_step}]
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Whether a value of a file can be a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.tree import walk
-from farcast_cli.trainers.base import LeapMark
+from farcast_cli.trainers.base import marks_of
 
 if TYPE_CHECKING:
-    from farcast_cli.trainers.base import Snapshot
+    from farcast_cli.trainers.base import LeapMark, Snapshot
 
 _KEY = "farcast_leaps"
 
@@ -32,8 +32,7 @@ def marks_in_group(snapshot: Snapshot) -> list[LeapMark]:
     content = snapshot.parts[0].content
     group = _first_group(content.tree) if isinstance(content, TorchFile) else None
     told = group.get(_KEY) if group else None
-    marks = (LeapMark.of(numbers) for numbers in (told if isinstance(told, list) else []))
-    return [mark for mark in marks if mark]
+    return marks_of(row for row in (told if isinstance(told, list) else []) if isinstance(row, (list, tuple)))
 
 
 def _first_group(tree: Any) -> dict[str, Any] | None:
