@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import farcast_cli
@@ -214,6 +215,15 @@ def test_a_checkpoint_that_is_half_written_is_left_out_with_a_caution(loose: Pat
     assert ok(call_cli("keep", "run", cwd=loose)).stdout.split() == [str(Path("kept/run") / kept_name(800))]
 
 
+def test_a_first_checkpoint_that_is_being_written_is_no_error(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_torch_run(tmp_path / "run", (10,))
+    raw = (run / "ckpt_10.pt").read_bytes()
+    (run / "ckpt_10.pt").write_bytes(raw[:1000])
+    done = ok(call_cli("keep", "run", cwd=tmp_path))
+    assert "caution: ckpt_10.pt left out: half-written" in done.stderr
+    assert (done.stdout, (tmp_path / "kept").exists()) == ("", False)
+
+
 @pytest.mark.parametrize("what", ["vanishes", "changes"])
 def test_a_checkpoint_that_goes_away_while_it_is_copied_is_left_out_with_a_caution(
     what: str, loose: Path, monkeypatch: pytest.MonkeyPatch
@@ -388,6 +398,35 @@ def test_marks_and_fingerprints_are_those_of_the_checkpoint(tmp_path: Path) -> N
     newest, whole = kept_in(tmp_path / "store")[-1], open_snapshot(run / "checkpoint-1200")
     assert newest.full_digest == whole.full_digest
     assert trainer_of(newest).marks(newest) == trainer_of(whole).marks(whole) != []
+
+
+def rewritten(path: Path, **changes: object) -> None:
+    """Change the record of a kept snapshot."""
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["farcast_kept"])
+    save_file(load_file(path), path, metadata={"farcast_kept": json.dumps(record | changes)})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schema_version": 2},
+        {"step": -1},
+        {"run": "a\0b"},
+        {"views": {"norm.weight": {"dtype": "float64", "shape": [16], "strides": []}}},
+        {"views": {"norm.weight": {"dtype": "float32", "shape": [4, 4], "strides": [1, 1]}}},
+        {"views": {"norm.weight": {"dtype": "float32", "shape": [400_000], "strides": [], "sample": 1000}}},
+        {"states": [{"name": "", "role": "state", "is_read": True, "tree": {"": 5}}]},
+    ],
+)
+def test_a_damaged_record_is_refused(changes: dict[str, object], loose: Path, call_cli: CallCli) -> None:
+    ok(call_cli("keep", "run", cwd=loose))
+    rewritten(loose / "kept" / "run" / kept_name(100), **changes)
+    for command in (("fit", "run"), ("keep", "run"), ("inspect", "kept/run")):
+        done = call_cli(*command, cwd=loose)
+        assert done.returncode == 4, done
+        assert f"kept/run/{kept_name(100)}: a kept snapshot whose" in done.errors[0]
+        assert "run farcast keep again" in done.hints[0]
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
         MixedRunsError: two snapshots of the same step.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    found = survey(directory, steps=steps, pattern=pattern)
+    found = survey(directory, steps=steps, pattern=pattern, may_be_empty=minimum == 0)
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:
@@ -76,8 +76,13 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
     return found
 
 
-def survey(directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "") -> Trajectory:
+def survey(
+    directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", may_be_empty: bool = False
+) -> Trajectory:
     """The same with all conflicts in the result, where `discover` raises the first of them.
+
+    Args:
+        may_be_empty: half-written snapshots alone, or some that were removed meanwhile, are no error.
 
     Raises:
         TooFewSnapshotsError: no snapshot at all.
@@ -90,7 +95,7 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
-    if not settled and not conflicts:
+    if not settled and not conflicts and not may_be_empty:
         raise too_few(directory, 0, 1, found.half_written)
     return found
 
