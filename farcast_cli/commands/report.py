@@ -132,7 +132,7 @@ def _place(output: Path | None, *, form: PrintedForm | None, as_json: bool) -> P
         UsageError: a file and a form to print are asked for, which are two reports; or no file of such a name can be made.
     """
     if output and form:
-        raise UsageError(f"expected -o FILE or --format {form}, found both", hint="-o report.md writes Markdown into a file")
+        raise UsageError(f"expected -o FILE or --format {form}, found both", hint="-o FILE.md writes Markdown into a file")
     from farcast_cli.reports.output import check_form
 
     place = output or (None if form or as_json else DEFAULT_REPORT)
