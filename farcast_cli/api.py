@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.progress import Progress
     from farcast_cli.reports.story import Story
@@ -103,6 +104,7 @@ def fit(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    history: Place | None = None,
     log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> FitOutcome:
@@ -112,6 +114,7 @@ def fit(
         output: the forecaster file to write; unlike the command, none by default.
         sample: values of each tensor, 1000 or more.
         losses: the run's log of losses; by default where its trainer keeps it.
+        history: the folder of kept snapshots; by default kept/NAME, if it has those of this run.
         log_to: places to log the numbers to, such as "jsonl:PATH"; `unlogged` of the result says which failed.
 
     Returns:
@@ -138,12 +141,45 @@ def fit(
         io=io,
         threads=threads,
         losses=None if losses is None else Path(losses),
+        history=None if history is None else Path(history),
     )
     from farcast_cli.answers import of_fit
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
     done = fit_planned(plan_fit(request), progress)
     return replace(done, unlogged=log_answer(targets, "fit", of_fit(done, request.output), request.selection.directory))
+
+
+def keep(
+    directory: Place,
+    *,
+    into: Place | None = None,
+    sampled: bool = False,
+    last: int | None = None,
+    steps: str | None = None,
+    pattern: str | None = None,
+    progress: Progress = silent,
+) -> Keeping:
+    """Copy the weights of checkpoints that are not kept yet, before the trainer deletes them.
+
+    Args:
+        into: the folder; by default kept/NAME.
+        sampled: keep only the values that `fit` reads; `predict` needs all values of the snapshots that its method reads.
+        last: how many kept snapshots stay; None for all.
+
+    Returns:
+        What was done: `added` and `removed` files, all kept `snapshots`, `num_bytes` and `whole_bytes`, `cautions`.
+
+    Raises:
+        SnapshotError: no snapshot, or a kept one that has other weights at its step.
+        FileFormatError, OutputError: a file cannot be read or written.
+    """
+    prepare("cpu")
+    from farcast_cli.keeping import KeepRequest
+    from farcast_cli.keeping import keep as copy
+
+    selection = selection_of(Path(directory), None, None, steps, pattern)
+    return copy(KeepRequest(selection, None if into is None else Path(into), last, sampled), progress)
 
 
 def backtest(
@@ -360,7 +396,7 @@ def predict(
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
         source=_source(run, fitted),
-        narrowed=_narrowed(fitted),
+        narrowed=_narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         evaluator=evaluator,
     )
@@ -507,7 +543,7 @@ def _source(run: Run, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it."""
     if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
-    return f" {shell_word(fitted.directory)}{_narrowed(fitted)}"
+    return f" {fitted.source}{_narrowed(fitted)}"
 
 
 def _narrowed(fitted: Fitted) -> str:
