@@ -396,7 +396,7 @@ def predict(
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
         source=_source(run, fitted),
-        narrowed=_narrowed(fitted),
+        narrowed=_narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         evaluator=evaluator,
     )

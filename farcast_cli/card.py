@@ -158,7 +158,7 @@ def _section(numbers: dict[str, Any], outcome: Outcome, request: Request) -> Ite
         "",
         "Do not resume training from these weights. The folder has no trainer state, and training from such weights falls behind.",
         "",
-        "This command repeats it; RUN is the folder with the run's checkpoints:",
+        "This command repeats it; RUN is the folder with the run's checkpoints, and KEPT, if the command has it, that of its kept ones:",
         "",
         f"    {_command(numbers, request)}",
     )
