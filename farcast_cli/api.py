@@ -53,9 +53,10 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.forecast.report import BacktestReport
+    from farcast_cli.forecast.judgement import BacktestReport
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.progress import Progress
+    from farcast_cli.reports.story import Story
     from farcast_cli.request import Outcome, Request
     from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.trajectory import Trajectory
@@ -160,11 +161,74 @@ def backtest(
     check_choice("--for", purpose, Purpose)
     check_choice("--clock", clock, ClockName)
     fitted = _fitted(run, device, "auto", 0)
-    from farcast_cli.forecast.report import report_backtest
+    from farcast_cli.forecast.judgement import report_backtest
     from farcast_cli.settings import device_name
 
     where = device_name(device)
     return report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The evidence on a run: its `story` in numbers, and the file that tells it, if one was written."""
+
+    story: Story
+    path: Path | None
+
+    def markdown(self) -> str:
+        """The same for the summary of a CI job."""
+        from farcast_cli.reports.text import markdown
+
+        return markdown(self.story)
+
+    def text(self, *, is_plain: bool = False) -> str:
+        """The same for a terminal of 44 columns; in ASCII if it is to be plain."""
+        from farcast_cli.reports.text import terminal
+
+        return terminal(self.story, is_plain=is_plain)
+
+
+def report(
+    run: Run = DEFAULT_FORECASTER,
+    *,
+    output: Place | None = None,
+    overwrite: bool = False,
+    purpose: Purpose = "resume",
+    ledger: Place = DEFAULT_LEDGER,
+    losses: Place | None = None,
+    device: str = "auto",
+    io: Io = "auto",
+    threads: int = 0,
+) -> Report:
+    """Tell the verdict on a run and its evidence.
+
+    Args:
+        output: a file that ends in .html, .png or .md; unlike the command, none by default.
+        losses: the run's log of losses; by default where its trainer keeps it.
+
+    Returns:
+        The report: `story` has all numbers; `markdown()` and `text()` tell it.
+
+    Raises:
+        UsageError: no such form, or its package is missing.
+        SnapshotError, FileFormatError: the run or the forecaster file cannot be used.
+        OutputError: the file cannot be written, or is not a report.
+    """
+    check_choice("--for", purpose, Purpose)
+    check_choice("--io", io, Io)
+    resources = resources_of(device, io, threads)
+    from farcast_cli.reports.output import check_form, check_output, write_report
+    from farcast_cli.reports.story import course_of, tell
+    from farcast_cli.request import Request
+
+    place = None if output is None else Path(output)
+    check_form(place)
+    fitted = _fitted(run, device, io, threads)
+    check_output(place, fitted.directory, overwrite=overwrite)
+    course = course_of(fitted, losses=None if losses is None else Path(losses), ledgers=ledgers_of(Path(ledger)))
+    story = tell(fitted, Request(purpose=purpose, source=_source(run, fitted), resources=resources), course)
+    write_report(story, place, overwrite=overwrite)
+    return Report(story, place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from farcast_cli.errors import UsageError
 
-EXTRAS = {"torch": "torch", "huggingface_hub": "hub", "tensorboard": "logs"}
+EXTRAS = {"torch": "torch", "huggingface_hub": "hub", "tensorboard": "logs", "matplotlib": "report"}
 """The optional packages, and the extra of farcast that installs each."""
 
 

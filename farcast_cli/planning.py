@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING
 from farcast_cli.checkpoint.convert import plan_converted
 from farcast_cli.checkpoint.pieces import Rewrite
 from farcast_cli.checkpoint.plan import forecast_name, with_modes
-from farcast_cli.choices import DEFAULT_FOLDER
 from farcast_cli.engine.write import Engine
-from farcast_cli.errors import OutputError, UsageError, shell_word
+from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.evaluation.judge import logs_of
 from farcast_cli.files.place import check_ours, check_outside, check_place
 from farcast_cli.files.staged import refuse_existing
+from farcast_cli.folder import folder_of
 from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.request import Prepared, Start
@@ -24,7 +25,6 @@ from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from fractions import Fraction
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.pieces import OutputFile
@@ -44,25 +44,30 @@ def refuse_no_place(output: str) -> None:
         raise UsageError("-o: expected a path, found an empty text", hint="-o OUT, or no -o: forecasts/ is the default")
 
 
-def place_of(request: Request, origin: Snapshot, horizon: int, unit: Fraction, container: Container) -> Path:
+def place_of(request: Request, start: Start, horizon: int, container: Container, *, unit: Fraction = Fraction(1)) -> Path:
     """Where a forecast goes.
 
     Args:
         unit: what the number in the run's names counts per step.
+
+    Raises:
+        UsageError: the name that the user gave does not end as the forecast's must.
+        OutputError: there is no place for it.
     """
+    origin = start.origin
     name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
     if request.counters == "advance":
         name = trainer_of(origin).rename(name, state_of(origin), horizon)
-    name = container.renamed(name, origin)
+    name = container.renamed(name, origin, mark="-eval" if request.purpose == "evaluation" else "")
     if request.output is None:
-        return DEFAULT_FOLDER / name
+        return folder_of(start.run) / name
     refuse_no_place(request.output)
     if len(request.horizons) > 1 or request.output.endswith(("/", os.sep)):
         return Path(request.output) / name
     ending = container.ending
     if not request.output.endswith(ending):
         why = f", as {origin.path.name} does" if container.layout == "same" else ""
-        raise OutputError(
+        raise UsageError(
             f"-o {request.output}: expected a name that ends in {ending}{why}",
             hint=f"-o {shell_word(request.output + ending)}, or -o {shell_word(request.output + os.sep)} to write into a folder",
         )
@@ -75,9 +80,9 @@ def state_of(origin: Snapshot) -> object:
     return content.tree if isinstance(content, TorchFile) else None
 
 
-def start_at(origin: Snapshot, index: int, request: Request) -> Start:
+def start_at(run: Path, origin: Snapshot, index: int, request: Request) -> Start:
     """Where the forecasts of a request begin."""
-    return Start(origin, index, trainer_of(origin).end(origin) if request.purpose == "resume" else None)
+    return Start(run, origin, index, trainer_of(origin).end(origin) if request.purpose == "resume" else None)
 
 
 def prepare(
@@ -102,7 +107,7 @@ def prepare(
     planned = [_plan(request, start, history, horizon, index_of=index_of, container=container) for horizon in horizons]
     advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
     engine = Engine(inputs, request.resources)
-    return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin)
+    return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin, start.run)
 
 
 def _plan(
@@ -151,16 +156,16 @@ def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool, 
     Raises:
         OutputError: a place inside the run's folder, or what farcast did not write stands there.
     """
-    existing = existing or existing_check(overwrite=request.overwrite, is_file=is_file)
+    existing = existing or existing_check(run, overwrite=request.overwrite, is_file=is_file)
     for path in paths:
         check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
         if request.evaluator:
             check_outside(logs_of(path), run)
 
 
-def existing_check(*, overwrite: bool, is_file: bool) -> Check:
-    """What may lie where a forecast goes: nothing, or a forecast that is replaced."""
-    return partial(check_ours, is_file=is_file) if overwrite else refuse_existing
+def existing_check(run: Path, *, overwrite: bool, is_file: bool) -> Check:
+    """What may lie where a forecast of a run goes: nothing, or a forecast of this run that is replaced."""
+    return partial(check_ours, is_file=is_file, run=run) if overwrite else refuse_existing
 
 
 def check_ledger_of(request: Request, run: Path) -> None:

@@ -17,6 +17,7 @@ from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.folder import note_on
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
@@ -137,7 +138,7 @@ def _index_of(fitted: Fitted, request: Request) -> int:
 
 
 def _open(fitted: Fitted, index: int, request: Request) -> Start:
-    return start_at(reopen(fitted, index), index, request)
+    return start_at(fitted.directory, reopen(fitted, index), index, request)
 
 
 def _ends_with_the_run(request: Request) -> bool:
@@ -225,10 +226,11 @@ def plan(fitted: Fitted, judged: Judged) -> Prepared:
 def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[int], linear: LinearMap) -> Prepared:
     opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
     container = settle(start.origin, request.layout)
-    paths = [place_of(request, start.origin, horizon, _name_unit(fitted), container) for horizon in horizons]
+    run, unit = fitted.directory, _name_unit(fitted)
+    paths = [place_of(request, start, horizon, container, unit=unit) for horizon in horizons]
     is_file = container.is_file
-    same = None if request.overwrite else partial(check_unchanged, is_file=is_file)  # publish compares how it was made
-    claim(paths, fitted.directory, request, is_file=is_file, existing=same)
+    same = None if request.overwrite else partial(check_unchanged, is_file=is_file, run=run)  # publish compares how it was made
+    claim(paths, run, request, is_file=is_file, existing=same)
     used = [opened[index] for index in linear.used]
     inputs = Inputs(realign(fitted, used), linear.restrict(linear.used))
     history = _history(fitted, opened, start.index)
@@ -277,6 +279,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
         again = f"farcast fit {shell_word(fitted.directory)}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     written = [outcome for outcome in outcomes if outcome.path]
+    folders = {outcome.path.parent for outcome in outcomes if outcome.path and request.output is None}
+    notes += [odd for folder in folders if (odd := note_on(folder, fitted.directory))]
     if request.purpose == "evaluation":
         notes += (
             [f"{', '.join(str(one.path) for one in written)}: evaluate or ship it; do not resume from it"] if written else []

@@ -125,7 +125,9 @@ def _stage(work: Publication, prepared: Prepared, path: Path, *, may_stay_empty:
     The sidecar is added last and so published first: a forecast that can be seen has its provenance.
     """
     is_file, overwrite = prepared.container.is_file, work.request.overwrite
-    place = work.outputs.add(path, check=existing_check(overwrite=overwrite, is_file=is_file), may_stay_empty=may_stay_empty)
+    place = work.outputs.add(
+        path, check=existing_check(work.run, overwrite=overwrite, is_file=is_file), may_stay_empty=may_stay_empty
+    )
     if not is_file:
         return place, None
     beside = sidecar_of(path, is_file=True)

@@ -121,6 +121,7 @@ class ForecastSidecar(Answer):
     coherence: TenDigits = Field(description=COHERENCE)
     recent_coherence: TenDigits = Field(description=RECENT)
     significance: TenDigits = Field(description=SIGNIFICANCE)
+    run: str = Field(description="the run's folder, relative to the output's folder")
     origin: str = Field(description="the origin of the forecast, relative to the output's folder")
     inputs: tuple[InputEntry, ...] = Field(description="the snapshots from which the forecast was computed")
     fitted_on: FittedOn | LeaptOn = Field(description="the data that the method was fitted on")

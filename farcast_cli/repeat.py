@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from farcast_cli.choices import Verdict
 from farcast_cli.errors import OutputError, visible
 from farcast_cli.evaluation.judge import Trial
-from farcast_cli.files.place import SIDECAR, check_ours, read_sidecar, sidecar_of
+from farcast_cli.files.place import SIDECAR, check_ours, check_run, read_sidecar, sidecar_of
 from farcast_cli.files.reading import local, portable
 from farcast_cli.files.staged import refuse_existing
 from farcast_cli.sidecar import compose
@@ -30,14 +30,15 @@ _NOT_COMPARED = ("evaluations", "files", "verdict")  # compared each in its own 
 _OPTIONS = {"horizon": "--horizon", "for": "--for", "method": "--method", "clock": "--clock", "origin_step": "--origin"}
 
 
-def check_unchanged(place: Path, *, is_file: bool) -> None:
-    """See that what has a forecast's name is a forecast that nothing has changed.
+def check_unchanged(place: Path, *, is_file: bool, run: Path) -> None:
+    """See that what has a forecast's name is a forecast of this run that nothing has changed.
 
     Raises:
         OutputError: it is not: it exists already.
     """
+    check_run(place, is_file=is_file, run=run)
     try:
-        check_ours(place, is_file=is_file)
+        check_ours(place, is_file=is_file, run=run)
     except OutputError:
         refuse_existing(place)
 
@@ -54,7 +55,7 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
     place, is_file = prepared.paths[index], prepared.container.is_file
     if request.overwrite or not os.path.lexists(place):
         return None
-    check_unchanged(place, is_file=is_file)
+    check_unchanged(place, is_file=is_file, run=prepared.run)
     sidecar = sidecar_of(place, is_file=is_file)
     found: Any = read_sidecar(sidecar)
     wanted = json.loads(compose(prepared, finished, request, written=place, fitted_on=on).as_json())

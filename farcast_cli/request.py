@@ -104,8 +104,9 @@ ENDED = "the run ended at step {step}: there is no training to skip"
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where forecasts begin, found once for a request: the origin, and what its trainer's state says of the run."""
+    """Where forecasts begin, found once for a request: the run's folder, the origin, and what its trainer's state says."""
 
+    run: Path
     origin: Snapshot
     index: int
     """Of the origin in the history."""
@@ -133,3 +134,5 @@ class Prepared:
     paths: tuple[Path, ...]
     snapshots: tuple[Snapshot, ...]
     origin: Snapshot
+    run: Path
+    """The run's folder."""

@@ -274,6 +274,79 @@ class LeapAnswer(Answer):
     dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+class MovesEntry(AnswerPart):
+    """The moves between neighbouring snapshots."""
+
+    steps: tuple[int, ...] = Field(description="the snapshots' steps; of a long history every second or third, and so on")
+    cosines: tuple[tuple[Figure, ...], ...] = Field(description="cosines between the moves, row by row")
+
+
+class DirectionEntry(AnswerPart):
+    """What the direction of the run allowed at one snapshot, by the snapshots up to it."""
+
+    step: int = Field(description="step of the snapshot")
+    horizon: int = Field(description="steps ahead of the short leap that is judged")
+    coherence: Figure = Field(description=COHERENCE)
+    needed: Figure = Field(description="what S must exceed")
+    recent_coherence: Figure = Field(description=RECENT)
+    needed_recent: Figure = Field(description="what it must exceed, if it can be computed")
+    significance: Figure = Field(description=SIGNIFICANCE)
+    highest_significance: Figure = Field(description="the highest p that passes")
+    is_steady: bool = Field(description="whether S and p allowed a leap")
+
+
+class TensorErrorEntry(AnswerPart):
+    """A tensor in the back-test."""
+
+    name: str = Field(description="tensor name")
+    num_elements: int = Field(description="values in it")
+    ratio: Figure = Field(description="its own back-test ratio b; `null` if it did not move")
+
+
+class TensorsEntry(AnswerPart):
+    """The back-test tensor by tensor."""
+
+    horizon: int = Field(description="steps ahead")
+    method: str = Field(description="name of the method")
+    errors: tuple[TensorErrorEntry, ...] = Field(description="one entry per tensor, the most exact first")
+
+
+class LossEntry(AnswerPart):
+    """A loss that the run logged."""
+
+    kind: str = Field(description="`training` or `evaluation`")
+    step: int = Field(description="step")
+    loss: Figure = Field(description="the loss")
+
+
+class MadeLeapEntry(AnswerPart):
+    """A leap that the run made."""
+
+    step: int = Field(description="step of the trainer's counters when training resumed from it")
+    horizon: int = Field(description="its length in steps")
+
+
+class ReportAnswer(Answer):
+    """`farcast report --json`."""
+
+    path: PortablePath | None = Field(description="path of the report; `null` if none was written")
+    title: str = Field(description="the verdict, for people")
+    why: str = Field(description="its reason, for people")
+    sure: str = Field(description="how sure it is, for people; empty if there is no p")
+    next: str = Field(description="what to do, for people")
+    forecast: Forecast = Field(description="what `predict` would do without `--horizon`; nothing was written")
+    moves: MovesEntry = Field(description="the heat map")
+    directions: tuple[DirectionEntry, ...] = Field(description="one entry per snapshot from the sixth on")
+    scores: tuple[ScoreEntry, ...] = Field(description="the back-test, as in `backtest --json`")
+    tensors: TensorsEntry = Field(description="the back-test tensor by tensor, at the tested horizon nearest to the forecast's")
+    losses: tuple[LossEntry, ...] = Field(description="the losses that the run logged; empty if none were found")
+    leaps: tuple[MadeLeapEntry, ...] = Field(description="the leaps that the run resumed from")
+    facts: dict[str, str] = Field(description="the run in facts, for people")
+
+
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +433,7 @@ ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "inspect": (InspectAnswer,),
     "fit": (FitAnswer,),
     "backtest": (BacktestAnswer,),
+    "report": (ReportAnswer,),
     "predict": (PredictAnswer, PredictManyAnswer),
     "verify": (VerifyAnswer,),
     "leap": (LeapAnswer,),

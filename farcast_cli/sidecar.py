@@ -80,6 +80,7 @@ def compose(
         coherence=decision.coherence,
         recent_coherence=decision.recent,
         significance=decision.significance.p,
+        run=relative(prepared.run, home),
         origin=relative(prepared.origin.path, home),
         inputs=_inputs(prepared, prepared.paths.index(outcome.path), home),
         fitted_on=fitted_on,

@@ -165,7 +165,7 @@ def test_the_p_of_the_coherence_stands_beside_it_everywhere_and_is_said_to_be_we
     work: Path, call_cli: CallCli
 ) -> None:
     done = call_cli("predict", "--horizon", 100, "--json", cwd=work)
-    sidecar = json.loads((work / "forecasts" / "step_000900.safetensors.farcast.json").read_text())
+    sidecar = json.loads((work / "forecasts" / "run" / "step_000900.safetensors.farcast.json").read_text())
     backtest = as_json(call_cli("backtest", "--horizon", 100, "--json", cwd=work))
     assert as_json(done)["significance"] == sidecar["significance"] == backtest["significance"] == 1 / 32
     for text in (done.stderr, call_cli("fit", "run", cwd=work).stderr, call_cli("backtest", "--horizon", 100, cwd=work).stdout):
@@ -179,8 +179,8 @@ def test_backtest_of_one_horizon_gives_one_verdict(work: Path, call_cli: CallCli
 
 def test_predict_prints_its_path_and_nothing_else_on_stdout(work: Path, call_cli: CallCli) -> None:
     done = call_cli("predict", "--horizon", 100, cwd=work)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
-    forecast = load_file(work / "forecasts" / "step_000900.safetensors")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/step_000900.safetensors\n")
+    forecast = load_file(work / "forecasts" / "run" / "step_000900.safetensors")
     origin, truth = weights_at(800), weights_at(900)
     assert forecast.keys() == truth.keys()
     for name in truth:
@@ -189,8 +189,8 @@ def test_predict_prints_its_path_and_nothing_else_on_stdout(work: Path, call_cli
 
 def test_predict_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None:
     content = as_json(call_cli("predict", "--to-step", 1000, "--json", cwd=work))
-    path = work / "forecasts" / "step_001000.safetensors"
-    assert content["path"] == "forecasts/step_001000.safetensors"
+    path = work / "forecasts" / "run" / "step_001000.safetensors"
+    assert content["path"] == "forecasts/run/step_001000.safetensors"
     assert (content["origin_step"], content["valid_step"], content["horizon"]) == (800, 1000, 200)
     assert (content["method"], content["verdict"]) == ("blend", "forecast")
     assert 0 < content["ratio"] < 0.5
@@ -208,7 +208,7 @@ def test_the_recent_coherence_is_told_and_kept_where_there_are_enough_snapshots(
     fit_run(make_loose_run(tmp_path / "run", range(50, 900, 50)), tmp_path / "forecaster.safetensors")
     content = as_json(call_cli("predict", "--horizon", 100, "--json", cwd=tmp_path))
     assert 0.5 < content["recent_coherence"] < content["coherence"]
-    sidecar = json.loads((tmp_path / "forecasts" / "step_000950.safetensors.farcast.json").read_text())
+    sidecar = json.loads((tmp_path / "forecasts" / "run" / "step_000950.safetensors.farcast.json").read_text())
     assert sidecar["recent_coherence"] == pytest.approx(content["recent_coherence"], rel=1e-9)
 
 
@@ -230,7 +230,7 @@ def test_predict_says_step_verdict_and_path_first_and_what_several_horizons_shar
         torch.save({"model": weights, "step": 100 * (number + 1), "seen": 7.5}, run / f"ckpt_{number + 1}.pt")
     fit_run(run, tmp_path / "forecaster.safetensors")
     lines = call_cli("predict", "--horizon", "100,200", cwd=tmp_path).stderr.splitlines()
-    starts = [f"step 1200 + {h}: forecast: wrote forecasts/ckpt_{12 + h // 100}.pt, " for h in (100, 200)]
+    starts = [f"step 1200 + {h}: forecast: wrote forecasts/run/ckpt_{12 + h // 100}.pt, " for h in (100, 200)]
     assert [lines[index].startswith(start) for index, start in zip((0, 2), starts, strict=True)] == [True, True]
     assert len(lines) == len(set(lines))
     assert sum("the loss will probably rise at first" in line for line in lines) == 1
@@ -240,7 +240,7 @@ def test_predict_says_step_verdict_and_path_first_and_what_several_horizons_shar
 def test_predict_without_a_horizon_goes_as_far_as_the_evidence_supports_and_says_so(work: Path, call_cli: CallCli) -> None:
     done = call_cli("predict", "--json", cwd=work)
     content = as_json(done)
-    assert (content["horizon"], content["path"]) == (350, "forecasts/step_001150.safetensors")  # half of 700 steps
+    assert (content["horizon"], content["path"]) == (350, "forecasts/run/step_001150.safetensors")  # half of 700 steps
     assert content["chosen"] == ["horizon 350: 50% of the history of 700 steps"]
     assert content["chosen"][0] in done.stderr.splitlines()
 
@@ -287,14 +287,18 @@ def test_predict_to_evaluate_without_a_horizon_writes_the_run_as_it_is_to_be_eva
     """At the origin's own step, though the run's history would be against any leap; and no leap is recorded."""
     done = call_cli("predict", "--for", "evaluation", "--json", cwd=turning)
     content = as_json(done)
-    assert (content["path"], content["method"]) == ("forecasts/step_000800.safetensors", "trend")
+    assert (content["path"], content["method"]) == ("forecasts/run/step_000800-eval.safetensors", "trend")
     assert (content["origin_step"], content["valid_step"], content["horizon"]) == (800, 800, 0)
     assert (content["verdict"], content["expected_ratio"]) == ("forecast", None)
     assert content["chosen"] == ["horizon 0: the run at the origin, without its noise"]
-    assert "note: forecasts/step_000800.safetensors: evaluate or ship it; do not resume from it" in done.stderr.splitlines()
-    assert tree_digest(turning / "forecasts").keys() == {"step_000800.safetensors", "step_000800.safetensors.farcast.json"}
+    assert (
+        "note: forecasts/run/step_000800-eval.safetensors: evaluate or ship it; do not resume from it"
+        in done.stderr.splitlines()
+    )
+    output = "step_000800-eval.safetensors"
+    assert tree_digest(turning / "forecasts" / "run").keys() == {output, f"{output}.farcast.json"}
     snapshots = [load_file(turning / "run" / loose_name(step)) for step in STEPS[4:]]  # from 450 on
-    written = load_file(turning / "forecasts" / "step_000800.safetensors")
+    written = load_file(turning / "forecasts" / "run" / output)
     for name, values in written.items():
         path = torch.stack([snapshot[name] for snapshot in snapshots]).double()
         times = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.double)
@@ -306,7 +310,7 @@ def test_predict_to_evaluate_without_a_horizon_carries_a_clear_trend_on_by_a_ten
     work: Path, call_cli: CallCli
 ) -> None:
     content = as_json(call_cli("predict", "--for", "evaluation", "--json", cwd=work))
-    assert (content["path"], content["method"]) == ("forecasts/step_000870.safetensors", "trend")
+    assert (content["path"], content["method"]) == ("forecasts/run/step_000870-eval.safetensors", "trend")
     assert content["chosen"] == ["horizon 70: 10% of the history of 700 steps"]
     assert not (work / "forecasts" / "ledger.jsonl").exists()
 
@@ -319,8 +323,8 @@ def test_a_step_to_evaluate_may_be_the_origins_own(work: Path, call_cli: CallCli
 def test_predict_of_several_horizons_reports_each(work: Path, call_cli: CallCli) -> None:
     content = as_json(call_cli("predict", "--horizon", "100,200", "--json", cwd=work))
     assert [(f["horizon"], f["path"]) for f in content["forecasts"]] == [
-        (100, "forecasts/step_000900.safetensors"),
-        (200, "forecasts/step_001000.safetensors"),
+        (100, "forecasts/run/step_000900.safetensors"),
+        (200, "forecasts/run/step_001000.safetensors"),
     ]
 
 
@@ -353,10 +357,10 @@ def test_verify_reports_the_promised_keys(work: Path, call_cli: CallCli) -> None
     assert call_cli("predict", "--horizon", 200, cwd=work).returncode == 0
     make_loose_run(work / "run", [1000])
     content = as_json(
-        call_cli("verify", "forecasts/step_001000.safetensors", "--against", f"run/{loose_name(1000)}", "--json", cwd=work)
+        call_cli("verify", "forecasts/run/step_001000.safetensors", "--against", f"run/{loose_name(1000)}", "--json", cwd=work)
     )
     origin, truth = weights_at(800), weights_at(1000)
-    forecast = load_file(work / "forecasts" / "step_001000.safetensors")
+    forecast = load_file(work / "forecasts" / "run" / "step_001000.safetensors")
     errors = torch.cat([(forecast[name] - truth[name]).double().flatten() for name in truth])
     nothing = torch.cat([(origin[name] - truth[name]).double().flatten() for name in truth])
     assert content["ratio"] == pytest.approx(float(errors.norm() / nothing.norm()), rel=1e-6)
@@ -409,13 +413,13 @@ def test_a_dry_run_prints_no_path(work: Path, call_cli: CallCli) -> None:
 
 def test_quiet_leaves_only_the_result(work: Path, call_cli: CallCli) -> None:
     done = call_cli("predict", "--horizon", 100, "-q", cwd=work)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "forecasts/step_000900.safetensors\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "forecasts/run/step_000900.safetensors\n", "")
 
 
 def test_a_run_with_newer_snapshots_is_noted_with_the_command_to_fit_again(work: Path, call_cli: CallCli) -> None:
     make_loose_run(work / "run", [900, 1000])
     done = call_cli("predict", "--horizon", 100, cwd=work)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/step_000900.safetensors\n")
     (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: the run")]
     assert "newer snapshots than the forecaster, up to step_001000.safetensors" in note
     assert note.endswith("farcast fit run")
@@ -431,7 +435,7 @@ def test_a_forecaster_and_its_run_may_move_together(work: Path, tmp_path: Path, 
     work.rename(tmp_path / "moved")
     (tmp_path / "else").mkdir()
     done = call_cli("predict", "--forecaster", "../moved/forecaster.safetensors", "--horizon", 100, cwd=tmp_path / "else")
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/step_000900.safetensors\n")
 
 
 def test_overwrite_replaces_an_earlier_forecast(work: Path, call_cli: CallCli) -> None:
@@ -440,12 +444,12 @@ def test_overwrite_replaces_an_earlier_forecast(work: Path, call_cli: CallCli) -
     assert call_cli("predict", "--horizon", 100, "--scale", 0.5, "--overwrite", cwd=work).returncode == 0
     second = tree_digest(work / "forecasts")
     assert first.keys() == second.keys()
-    assert {name for name in first if first[name] == second[name]} == {"ledger.jsonl"}  # it tells of that leap already
+    assert {name for name in first if first[name] == second[name]} == {"ledger.jsonl", "run"}  # it tells of that leap already
 
 
 def test_the_origin_may_be_an_earlier_snapshot(work: Path, call_cli: CallCli) -> None:
     content = as_json(call_cli("predict", "--origin", 600, "--horizon", 100, "--json", cwd=work))
-    assert (content["origin_step"], content["path"]) == (600, "forecasts/step_000700.safetensors")
+    assert (content["origin_step"], content["path"]) == (600, "forecasts/run/step_000700.safetensors")
 
 
 def test_a_forecast_does_not_depend_on_snapshots_after_its_origin(work: Path, call_cli: CallCli) -> None:
@@ -902,8 +906,8 @@ def test_a_place_that_cannot_be_written_is_an_output_error(
 
 @pytest.mark.parametrize("horizon", ["100", "100,200"])
 def test_an_output_that_exists_is_left_alone(work: Path, call_cli: CallCli, horizon: str) -> None:
-    (work / "forecasts").mkdir()
-    (work / "forecasts" / "step_000900.safetensors").write_text("mine")
+    (work / "forecasts" / "run").mkdir(parents=True)
+    (work / "forecasts" / "run" / "step_000900.safetensors").write_text("mine")
     refused(call_cli, work, 5, ("step_000900.safetensors: exists already", "--overwrite"), "predict", "--horizon", horizon)
 
 
@@ -934,7 +938,7 @@ def test_the_default_place_is_refused_where_it_lies_inside_the_run(work: Path, c
 def test_a_single_file_under_a_name_without_its_ending_is_written_or_refused_with_the_ending(
     work: Path, call_cli: CallCli
 ) -> None:
-    refused(call_cli, work, 5, ("ahead", ".safetensors"), "predict", "--horizon", 100, "-o", "ahead")
+    refused(call_cli, work, 2, ("ahead", ".safetensors"), "predict", "--horizon", 100, "-o", "ahead")
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
@@ -1011,9 +1015,11 @@ def test_an_untestable_forecast_in_json_has_null_for_its_numbers(work: Path, cal
 
 def test_even_if_worse_writes_it_and_says_the_verdict(turning: Path, call_cli: CallCli) -> None:
     content = as_json(call_cli("predict", "--horizon", 100, "--even-if-worse", "--json", cwd=turning))
-    assert (content["path"], content["verdict"]) == ("forecasts/step_000900.safetensors", "abstain")
-    assert (turning / "forecasts" / "step_000900.safetensors").is_file()
-    assert json.loads((turning / "forecasts" / "step_000900.safetensors.farcast.json").read_text())["verdict"] == "abstain"
+    assert (content["path"], content["verdict"]) == ("forecasts/run/step_000900.safetensors", "abstain")
+    assert (turning / "forecasts" / "run" / "step_000900.safetensors").is_file()
+    assert (
+        json.loads((turning / "forecasts" / "run" / "step_000900.safetensors.farcast.json").read_text())["verdict"] == "abstain"
+    )
 
 
 def test_of_several_horizons_those_with_a_verdict_for_them_are_written(work: Path, call_cli: CallCli) -> None:
@@ -1037,9 +1043,9 @@ def test_views_of_one_storage_that_overlap_are_forecast_or_copied_but_never_half
     for step in STEPS:
         torch.save({"model": model(step), "step": step}, tmp_path / "run" / f"s_{step}.pt")
     fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
-    assert call_cli("predict", "--horizon", 100, "-q", cwd=tmp_path).stdout == "forecasts/s_900.pt\n"
-    loaded = torch.load(tmp_path / "forecasts" / "s_900.pt", weights_only=True)["model"]
-    told = json.loads((tmp_path / "forecasts" / "s_900.pt.farcast.json").read_text())
+    assert call_cli("predict", "--horizon", 100, "-q", cwd=tmp_path).stdout == "forecasts/run/s_900.pt\n"
+    loaded = torch.load(tmp_path / "forecasts" / "run" / "s_900.pt", weights_only=True)["model"]
+    told = json.loads((tmp_path / "forecasts" / "run" / "s_900.pt.farcast.json").read_text())
     copied = {entry["name"] for entry in told["copied"]}
     assert "free" not in copied
     origin, truth = model(800), model(900)
@@ -1071,7 +1077,7 @@ def test_what_needs_no_numbers_does_not_import_torch(work: Path, arguments: tupl
 
 def test_the_command_is_a_module_that_can_be_run(work: Path) -> None:
     done = run_cli("predict", "--horizon", 100, cwd=work)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_000900.safetensors\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/step_000900.safetensors\n")
     assert "\x1b" not in done.stderr
 
 
@@ -1162,7 +1168,7 @@ def test_a_forecaster_under_a_link_finds_its_run(work: Path, tmp_path: Path, cal
     (work / "forecaster.safetensors").rename(elsewhere / "real.safetensors")
     (work / "forecaster.safetensors").symlink_to(elsewhere / "real.safetensors")
     assert call_cli("fit", "run", "-q", cwd=work).returncode == 0
-    assert call_cli("predict", "--horizon", 100, "-q", cwd=work).stdout == "forecasts/step_000900.safetensors\n"
+    assert call_cli("predict", "--horizon", 100, "-q", cwd=work).stdout == "forecasts/run/step_000900.safetensors\n"
 
 
 def test_two_snapshots_close_together_are_no_second_run(tmp_path: Path, call_cli: CallCli) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
-from farcast_cli.errors import FarcastError, OutputError, UsageError
+from farcast_cli.errors import FarcastError, UsageError
 from farcast_cli.evaluation.judge import Evaluator
 from farcast_cli.run.trajectory import open_snapshot
 from tests.dcp_runs import make_run
@@ -684,7 +684,7 @@ def test_values_of_half_a_byte_stay_in_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_name_must_have_the_ending_of_the_container(plain: Fitted, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"expected a name that ends in \.safetensors$"):
+    with pytest.raises(UsageError, match=r"expected a name that ends in \.safetensors$"):
         predict_run(plain, tmp_path / "ahead.pt", horizons=[100], layout="safetensors")
     (outcome,) = predict_run(plain, tmp_path / "ahead.safetensors", horizons=[100], layout="safetensors")
     assert outcome.path == tmp_path / "ahead.safetensors"
@@ -734,9 +734,9 @@ def test_the_option_and_its_variable_choose_the_container(tmp_path: Path, call_c
     assert call_cli("fit", SAMPLES / "plain", cwd=tmp_path).returncode == 0
     wanted = ["predict", "--horizon", 100, "--even-if-worse"]
     done = call_cli(*wanted, "--layout", "safetensors", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_1700.safetensors\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/plain/step_1700.safetensors\n")
     assert "weights only: not in safetensors: optimizer" in done.stderr
     done = call_cli(*wanted, cwd=tmp_path, env={"FARCAST_LAYOUT": "dcp"})
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_1700\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/plain/step_1700\n")
     refused = call_cli(*wanted, "--layout", "gguf", cwd=tmp_path)
     assert refused.errors == ["error: --layout gguf: expected one of same, safetensors, pt, dcp"]

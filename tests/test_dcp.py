@@ -214,9 +214,9 @@ def test_the_command_reads_a_folder_and_torch_loads_what_it_wrote(
     folder, flat = run
     assert call_cli("fit", folder, cwd=tmp_path).returncode == 0
     done = call_cli("predict", "--horizon", 20, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step-120\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/step-120\n")
     resumed = Run(flat=flat)
-    resumed.load(tmp_path / "forecasts" / "step-120")
+    resumed.load(tmp_path / "forecasts" / "run" / "step-120")
     assert resumed.step == 120
 
 

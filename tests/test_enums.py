@@ -90,7 +90,7 @@ def test_a_payload_with_members_goes_through_a_forecast(tmp_path: Path, call_cli
         torch.save(payload, path, pickle_module=_AS_THEN, pickle_protocol=protocol)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
-    made = torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=False)
+    made = torch.load(tmp_path / "forecasts" / "run" / "ckpt_90.pt", weights_only=False)
     assert (made["step"], made["speed"]) == (90, _Speed.FAST)
 
 
@@ -102,7 +102,7 @@ def test_a_distributed_checkpoint_with_members_is_forecast(tmp_path: Path, call_
         assert b"getattr" in (snapshot / ".metadata").read_bytes()
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "100", "--even-if-worse", cwd=tmp_path).returncode == 0
-    (made,) = (tmp_path / "forecasts").glob("step-*")
+    (made,) = (tmp_path / "forecasts" / "run").glob("step-*")
     properties = [
         pickle.loads((place / ".metadata").read_bytes()).state_dict_metadata["model.w"].properties  # noqa: S301 - ours
         for place in (run / "step-800", made)
@@ -121,7 +121,7 @@ def test_a_trainers_arguments_with_members_are_copied_byte_for_byte(tmp_path: Pa
         shutil.copy(tmp_path / "training_args.bin", snapshot)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
-    copied = (tmp_path / "forecasts" / "checkpoint-810" / "training_args.bin").read_bytes()
+    copied = (tmp_path / "forecasts" / "run" / "checkpoint-810" / "training_args.bin").read_bytes()
     assert copied == (tmp_path / "training_args.bin").read_bytes()
     (state,) = read_torch_file(tmp_path / "training_args.bin").tree.states
     assert state["lr_scheduler_type"].args[1] == "COSINE"

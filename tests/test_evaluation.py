@@ -83,13 +83,13 @@ def _predict(folder: Path, command: str, call_cli: CallCli, *more: object) -> Do
 
 
 def _log(folder: Path, name: str = "origin") -> str:
-    return (folder / "forecasts" / "step_1000.safetensors.eval" / f"{name}.log").read_text()
+    return (folder / "forecasts" / "run" / "step_1000.safetensors.eval" / f"{name}.log").read_text()
 
 
 def _left(folder: Path) -> list[str]:
-    """Everything below the place for forecasts, hidden files included."""
+    """Everything below the place for the run's forecasts, hidden files included, and the ledger."""
     place = folder / "forecasts"
-    return sorted(tree_digest(place)) if place.exists() else []
+    return sorted(name.removeprefix("run/") for name in tree_digest(place).keys() - {"run"}) if place.exists() else []
 
 
 def _until(done: Callable[[], bool], what: str) -> None:
@@ -115,11 +115,11 @@ def test_the_best_strength_of_the_step_is_kept(target: float, strength: float, f
     done = _predict(fitted, _script(fitted, f"print('loss:', abs(w - {target}))"), call_cli)
     told = json.loads(done.stdout)
     assert done.returncode == 0
-    written = load_file(fitted / "forecasts" / "step_1000.safetensors")["w"]
+    written = load_file(fitted / "forecasts" / "run" / "step_1000.safetensors")["w"]
     np.testing.assert_allclose(written, LAST + strength * STEP, rtol=1e-6)  # float32
     assert _left(fitted) == [LEDGER, OUTPUT[0], *LOGS, OUTPUT[1]]
-    assert told["path"] == "forecasts/step_1000.safetensors"
-    sidecar = json.loads((fitted / "forecasts" / "step_1000.safetensors.farcast.json").read_text())
+    assert told["path"] == "forecasts/run/step_1000.safetensors"
+    sidecar = json.loads((fitted / "forecasts" / "run" / "step_1000.safetensors.farcast.json").read_text())
     assert [trial["strength"] for trial in sidecar["evaluations"]] == [0.0, 1.0, 0.5, 0.25]
     values = [trial["value"] for trial in sidecar["evaluations"]]
     assert values == pytest.approx([abs(LAST + share * STEP - target) for share in (0, 1, 0.5, 0.25)], rel=1e-5)
@@ -145,8 +145,8 @@ def test_even_if_worse_writes_the_full_step(fitted: Path, call_cli: CallCli) -> 
     assert done.returncode == 0
     assert told["verdict"] == "abstain"  # as the command says
     assert told["unchanged_share"] == 0.0
-    assert told["bytes_written"] == (fitted / "forecasts" / "step_1000.safetensors").stat().st_size
-    written = load_file(fitted / "forecasts" / "step_1000.safetensors")["w"]
+    assert told["bytes_written"] == (fitted / "forecasts" / "run" / "step_1000.safetensors").stat().st_size
+    written = load_file(fitted / "forecasts" / "run" / "step_1000.safetensors")["w"]
     np.testing.assert_allclose(written, LAST + STEP, rtol=1e-6)  # float32
 
 
@@ -154,7 +154,7 @@ def test_even_if_worse_writes_the_full_step(fitted: Path, call_cli: CallCli) -> 
 def test_larger_is_better_when_that_is_said(target: float, strength: float, fitted: Path, call_cli: CallCli) -> None:
     done = _predict(fitted, _script(fitted, f"print('accuracy', -abs(w - {target}))"), call_cli, "--maximize")
     assert done.returncode == 0
-    written = load_file(fitted / "forecasts" / "step_1000.safetensors")["w"]
+    written = load_file(fitted / "forecasts" / "run" / "step_1000.safetensors")["w"]
     np.testing.assert_allclose(written, LAST + strength * STEP, rtol=1e-6)  # float32
 
 
@@ -181,7 +181,7 @@ def test_a_command_that_fails_or_says_no_number_publishes_nothing_and_its_log_is
     done = _predict(fitted, _script(fitted, *lines), call_cli)
     assert (done.returncode, code_told(done.stdout)) == (2, 2)
     assert message in done.errors[0]
-    assert f"forecasts/step_1000.safetensors.eval/{run}.log; nothing was published" in done.hints[0]
+    assert f"forecasts/run/step_1000.safetensors.eval/{run}.log; nothing was published" in done.hints[0]
     assert set(_left(fitted)) <= set(LOGS)
     assert f"step_1000.safetensors.eval/{run}.log" in _left(fitted)
 
@@ -205,9 +205,9 @@ def test_each_of_several_horizons_is_judged_by_itself(fitted: Path, call_cli: Ca
     done = call_cli("predict", "--horizon", "100,200,400", "--method", "line", "--eval-cmd", command, cwd=fitted)
     assert done.returncode == 0
     for step in (900, 1000, 1200):
-        written = load_file(fitted / "forecasts" / f"step_{step}.safetensors")["w"]
+        written = load_file(fitted / "forecasts" / "run" / f"step_{step}.safetensors")["w"]
         np.testing.assert_allclose(written, 9.0, rtol=1e-6)  # float32
-    assert done.stdout.splitlines() == [f"forecasts/step_{step}.safetensors" for step in (900, 1000, 1200)]
+    assert done.stdout.splitlines() == [f"forecasts/run/step_{step}.safetensors" for step in (900, 1000, 1200)]
 
 
 def test_a_command_that_fails_on_one_of_several_horizons_publishes_none(fitted: Path, call_cli: CallCli) -> None:
@@ -307,14 +307,14 @@ def test_strength_value_seconds_and_log_of_every_run_are_told_and_kept(fitted: P
     assert [trial["strength"] for trial in told] == [0.0, 1.0, 0.5, 0.25]
     assert [trial["value"] for trial in told] == pytest.approx([STEP, 0, 0.5 * STEP, 0.75 * STEP], abs=1e-5)  # float32
     assert all(0 < trial["seconds"] < PATIENCE_S for trial in told)
-    assert [trial["log"] for trial in told] == [f"forecasts/{LOGS[i]}" for i in (1, 4, 3, 2)]
+    assert [trial["log"] for trial in told] == [f"forecasts/run/{LOGS[i]}" for i in (1, 4, 3, 2)]
     for trial in told:
         command, *said, _, remark = (fitted / trial["log"]).read_text().splitlines()
         assert command.startswith(f"$ {sys.executable}")
         assert said == ["to stderr", str(trial["value"])]
         assert remark.startswith("[exit code 0, after ")
-    sidecar = json.loads((fitted / "forecasts" / "step_1000.safetensors.farcast.json").read_text())
-    assert sidecar["evaluations"] == [trial | {"log": trial["log"].removeprefix("forecasts/")} for trial in told]
+    sidecar = json.loads((fitted / "forecasts" / "run" / "step_1000.safetensors.farcast.json").read_text())
+    assert sidecar["evaluations"] == [trial | {"log": trial["log"].removeprefix("forecasts/run/")} for trial in told]
 
 
 def test_the_command_knows_what_it_judges_and_has_nothing_to_read(fitted: Path, call_cli: CallCli) -> None:
@@ -343,7 +343,7 @@ def test_a_long_output_is_kept_by_its_start_and_its_end(fitted: Path, call_cli: 
 
 def test_the_logs_of_an_earlier_forecast_are_replaced_and_nothing_else_in_their_folder(fitted: Path, call_cli: CallCli) -> None:
     assert _predict(fitted, _script(fitted, "print('first', 9 - w)"), call_cli).returncode == 0
-    (fitted / "forecasts" / "step_1000.safetensors.eval" / "mine.txt").write_text("mine")
+    (fitted / "forecasts" / "run" / "step_1000.safetensors.eval" / "mine.txt").write_text("mine")
     done = _predict(fitted, _script(fitted, "sys.exit('second')"), call_cli, "--overwrite")
     assert done.returncode == 2
     mine, first = "step_1000.safetensors.eval/mine.txt", LOGS[:2]
@@ -352,11 +352,11 @@ def test_the_logs_of_an_earlier_forecast_are_replaced_and_nothing_else_in_their_
 
 
 def test_a_file_in_the_place_of_the_logs_is_an_output_error(fitted: Path, call_cli: CallCli) -> None:
-    (fitted / "forecasts").mkdir()
-    (fitted / "forecasts" / "step_1000.safetensors.eval").write_text("mine")
+    (fitted / "forecasts" / "run").mkdir(parents=True)
+    (fitted / "forecasts" / "run" / "step_1000.safetensors.eval").write_text("mine")
     done = _predict(fitted, "echo 1 {ckpt}", call_cli)
     assert (done.returncode, code_told(done.stdout)) == (5, 5)
-    assert "forecasts/step_1000.safetensors.eval: the logs of the evaluation command cannot be written" in done.errors[0]
+    assert "forecasts/run/step_1000.safetensors.eval: the logs of the evaluation command cannot be written" in done.errors[0]
     assert _left(fitted) == ["step_1000.safetensors.eval"]
 
 
@@ -465,7 +465,7 @@ def test_jobs_run_at_once(jobs: int, fitted: Path, call_cli: CallCli) -> None:
     done = call_cli(*_arguments(_meeting(fitted, min(jobs, 4) - 1), "--json"), cwd=fitted, env={"FARCAST_JOBS": str(jobs)})
     assert done.returncode == 0, done.stderr
     assert [trial["strength"] for trial in json.loads(done.stdout)["evaluations"]] == [0, 1, 0.5, 0.25]
-    np.testing.assert_allclose(load_file(fitted / "forecasts" / "step_1000.safetensors")["w"], LAST + STEP, rtol=1e-6)
+    np.testing.assert_allclose(load_file(fitted / "forecasts" / "run" / "step_1000.safetensors")["w"], LAST + STEP, rtol=1e-6)
     assert _left(fitted) == [LEDGER, OUTPUT[0], *LOGS, OUTPUT[1]]
     places = dict(path.name.split() for path in (fitted / "meeting").iterdir())
     assert {places["0"], places["1"]} == {"0", "1"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -248,3 +248,19 @@ def test_a_misspelt_key_of_the_file_is_an_error_with_the_one_that_is_meant(
     done = call_cli("predict", cwd=tmp_path)
     assert done.returncode == 2
     assert done.errors[0].endswith(f"; did you mean {word}?")
+
+
+@pytest.mark.parametrize("again", [("fit", "moved"), ("predict", "moved", "--horizon", 100)])
+def test_of_a_run_that_was_moved_the_error_says_so_and_the_hint_mends_it(
+    again: tuple[Any, ...], work: Path, call_cli: CallCli
+) -> None:
+    (work / "run").rename(work / "moved")
+    done = call_cli("predict", "--horizon", 100, cwd=work)
+    assert (done.returncode, done.stdout) == (3, "")
+    said = "the run's folder was moved, renamed or removed since the forecaster was fitted"
+    assert done.errors == [f"error: run: {said}"]
+    assert "farcast fit NEWPATH" in done.hints[0]
+    assert "farcast predict NEWPATH" in done.hints[0]
+    assert call_cli(*again, cwd=work).returncode == 0
+    if again[0] == "fit":
+        assert call_cli("predict", "--horizon", 100, cwd=work).returncode == 0

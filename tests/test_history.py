@@ -128,7 +128,7 @@ def test_the_second_ledger_is_the_users_own_and_names_whole_paths(resumed: Path,
     assert [stat.S_IMODE(folder.stat().st_mode) for folder in list(second.parents)[:3]] == [0o700] * 3
     (line,) = map(json.loads, second.read_text().splitlines())
     assert line["run"] == str((resumed / "run").resolve())
-    assert line["forecast"] == str((resumed / "forecasts" / "step_340.safetensors").resolve())
+    assert line["forecast"] == str((resumed / "forecasts" / "run" / "step_340.safetensors").resolve())
     assert "origin_digest" not in (resumed / "forecasts" / "ledger.jsonl").read_text()
 
 
@@ -245,7 +245,7 @@ def test_short_leaps_in_the_ledger_are_a_caution_of_fit_leap_and_inspect(tmp_pat
     assert call_cli("fit", run, cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 5, cwd=tmp_path).returncode == 0
     assert _cautions(call_cli("fit", run, cwd=tmp_path)) == []  # no snapshot has come since
-    _went_on(run, tmp_path / "forecasts" / "step_245.safetensors", after=240, num_snapshots=6)
+    _went_on(run, tmp_path / "forecasts" / "run" / "step_245.safetensors", after=240, num_snapshots=6)
     for command in (("fit", run), ("inspect", run), ("leap", run, "--dry-run"), ("backtest", run)):
         done = call_cli(*command, cwd=tmp_path)
         assert done.returncode == 0, done
@@ -295,7 +295,7 @@ def test_inspect_tells_of_the_leaps_and_of_what_fit_uses(resumed: Path, call_cli
     assert "fit uses the 8 snapshots after it, not the 12 before it" in done.stdout
     assert done.stdout.splitlines()[-1] == "next: farcast fit run"
     told = _json(call_cli("inspect", "run", "--json", cwd=resumed))
-    forecast = str((resumed / "forecasts" / "step_340.safetensors").resolve())
+    forecast = str((resumed / "forecasts" / "run" / "step_340.safetensors").resolve())
     assert told["leaps"] == [{"origin_step": 240, "valid_step": 340, "counters": "advance", "forecast": forecast}]
     assert told["leap"] == 340
     chosen = call_cli("inspect", "run", "--steps", "0:", cwd=resumed)
@@ -325,7 +325,7 @@ def test_inspect_of_a_run_that_never_leapt_says_nothing_of_leaps(tmp_path: Path,
 
 
 def _verified(work: Path, call_cli: CallCli, truth: Path) -> tuple[Done, bool]:
-    arguments = ("verify", "forecasts/step_340.safetensors", "--against", truth)
+    arguments = ("verify", "forecasts/run/step_340.safetensors", "--against", truth)
     told = _json(call_cli(*arguments, "--json", cwd=work))
     return call_cli(*arguments, cwd=work), told.get("descends", False)
 

@@ -147,7 +147,7 @@ def state_on_disk(step: int) -> dict[str, Any]:
 
 
 def stretches(tmp_path: Path) -> int:
-    memory = read_memory(tmp_path / "forecasts" / "run.memory.safetensors")
+    memory = read_memory(tmp_path / "forecasts" / "run") / "run.memory.safetensors")
     assert memory is not None
     return memory.record.count
 
@@ -187,7 +187,7 @@ def test_the_live_model_has_the_forecasts_weights_and_everything_else_is_as_befo
 
         def on_save(self, args: Any, state: Any, control: Any, **about: Any) -> None:
             super().on_save(args, state, control, **about)
-            forecasts = sorted((tmp_path / "forecasts").glob("checkpoint-*"))
+            forecasts = sorted((tmp_path / "forecasts" / "run").glob("checkpoint-*"))
             assert len(forecasts) <= 1
             assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
             if state.global_step in dict(marks(state.log_history)):
@@ -296,7 +296,7 @@ def test_a_run_that_goes_on_without_its_last_leap_starts_a_new_memory(tmp_path: 
         trained(language_model(), texts(), options={}, stop_at=81, resume=True, **OFTEN)
     assert "left the path of its last leap: a new memory starts" in caplog.text
     assert stretches(tmp_path) == 1
-    assert list((tmp_path / "forecasts").glob("checkpoint-*")) == []
+    assert list((tmp_path / "forecasts" / "run").glob("checkpoint-*")) == []
 
 
 def test_every_reader_knows_the_leaps_from_any_later_checkpoint(tmp_path: Path, call_cli: CallCli) -> None:
@@ -356,8 +356,8 @@ def test_a_loss_that_is_none_leaves_the_run_as_it_was(
 
 
 def test_a_leap_that_fails_is_a_warning_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "forecasts").mkdir()
-    place = tmp_path / "forecasts" / "run.memory.safetensors"
+    (tmp_path / "forecasts" / "run").mkdir()
+    place = (tmp_path / "forecasts" / "run") / "run.memory.safetensors"
     place.write_text("no memory")
     trainer = trained(normed(), vectors(), options={})
     assert trainer.state.global_step == 100
@@ -413,7 +413,7 @@ def test_of_an_adapted_model_the_adapter_alone_leaps(tmp_path: Path) -> None:
     start = weights(model)
     trainer = trained(model, texts(), options={}, stop_at=50)
     assert marks(trainer.state.log_history)[-1][0] == 50
-    (forecast,) = (tmp_path / "forecasts").glob("checkpoint-*")
+    (forecast,) = (tmp_path / "forecasts" / "run").glob("checkpoint-*")
     stored = load_file(forecast / "adapter_model.safetensors")
     live = weights(trainer.model)
     assert stored.keys() == {

@@ -96,7 +96,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(path, weights_only=True)["model"])
 
 
-def memory_of(home: Path, forecasts: str = "forecasts") -> Path:
+def memory_of(home: Path, forecasts: str = "forecasts/run") -> Path:
     return home / forecasts / "run.memory.safetensors"
 
 
@@ -475,17 +475,19 @@ def test_a_run_whose_largest_tensor_is_frozen_is_seen_to_train_on(loop: Loop) ->
 # --- a memory that is of no use --------------------------------------------------------------------------------------
 
 
-def test_a_memory_of_another_run_is_not_used(tmp_path: Path, call_cli: CallCli) -> None:
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_memory_of_another_run_is_neither_used_nor_replaced(
+    options: tuple[str, ...], tmp_path: Path, call_cli: CallCli
+) -> None:
     for name in ("a", "b"):
-        loop = Loop(tmp_path / name, call_cli)
-        loop.train(count=2)
-        done = call_cli("leap", f"{name}/run", "-o", "out/", cwd=tmp_path)
-        assert done.returncode == 10
-    assert (
-        "out/run.memory.safetensors belongs to another run, ../a/run: a new memory starts; give each run its own folder"
-        in done.stderr
-    )
-    assert record_of(tmp_path / "out/run.memory.safetensors")["run"] == "../b/run"
+        Loop(tmp_path / name, call_cli).train(count=2)
+    assert call_cli("leap", "a/run", "-o", "out/", cwd=tmp_path).returncode == 10
+    before = tree_digest(tmp_path)
+    done = call_cli("leap", "b/run", "-o", "out/", *options, cwd=tmp_path)
+    assert done.returncode == 5
+    assert done.errors == [f"error: out/run.memory.safetensors: the memory of another run, {(tmp_path / 'a/run').resolve()}"]
+    assert "-o OUT/" in done.hints[0]
+    assert tree_digest(tmp_path) == before
 
 
 @pytest.mark.parametrize("output", ["out/leap", "out/leap.pt", "/dev/null"])
@@ -496,7 +498,7 @@ def test_a_place_that_does_not_fit_the_run_is_refused_at_the_first_call_and_no_m
     loop = Loop(tmp_path, call_cli)
     loop.train(count=2)
     done = call_cli("leap", "run", "-o", output, cwd=tmp_path)
-    assert done.returncode == 5
+    assert done.returncode == 2
     assert f"-o {output}: expected a name that ends in .safetensors" in done.stderr
     assert not list(tmp_path.rglob("*.memory.safetensors"))
 
@@ -508,9 +510,10 @@ def test_a_run_whose_name_is_no_text_keeps_its_memory(tmp_path: Path, call_cli: 
     for number in range(1, 4):
         weights = trained(weights, number)
         save_loose(run, number * GAP, weights)
-        done = call_cli("leap", name, cwd=tmp_path)
+        done = call_cli("leap", name, "--json", cwd=tmp_path)
         assert "starts again" not in done.stderr
     assert done.returncode == 0
+    assert any((tmp_path / "forecasts" / name).iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "no memory", "zeros"])
@@ -537,7 +540,7 @@ def test_a_forecast_that_is_gone_is_missed_where_no_training_has_happened(loop: 
     done = loop.leap(code=2)
     assert f"{path}, the last leap, was removed, and there was no training since then" in done.errors[0]
     assert done.hints == [
-        "hint: continue from step_00300.safetensors, or remove forecasts/run.memory.safetensors to start a new memory"
+        "hint: continue from step_00300.safetensors, or remove forecasts/run/run.memory.safetensors to start a new memory"
     ]
 
 
@@ -690,7 +693,7 @@ def test_a_leap_may_be_written_in_another_container_and_says_what_that_leaves_ou
     loop.train(count=3)
     origin = load(loop.newest)
     done = loop.call("leap", "run", "--layout", "safetensors", cwd=loop.home)
-    assert (done.returncode, done.stdout) == (0, "forecasts/ckpt_300-leap100.safetensors\n")
+    assert (done.returncode, done.stdout) == (0, "forecasts/run/ckpt_300-leap100.safetensors\n")
     assert "note: weights only: not in safetensors: step, note" in done.stderr.splitlines()
     assert load(loop.home / done.stdout.strip()).keys() == origin.keys()
 
@@ -844,7 +847,7 @@ def test_the_command_is_run_on_the_newest_weights_and_on_those_half_a_stretch_ah
     seen = {path.stem: load(path)["w"].tolist() for path in (line.home / "seen").iterdir()}
     assert seen == {"0.5": [3.5] * 8, "-0.5": [2.5] * 8, "0": [3.0] * 8}
     assert [(e["strength"], e["value"]) for e in line.told["evaluations"]] == [(0.5, 2.5), (-0.5, 2.5), (0.0, 2.5)]
-    logs = line.home / "forecasts/step_00300-leap.eval"
+    logs = line.home / "forecasts/run/step_00300-leap.eval"
     assert {path.name for path in logs.iterdir()} == {"strength-0.5.log", "strength--0.5.log", "origin.log"}
     assert all("300 2.5" in path.read_text() for path in logs.iterdir())
     note = json.loads(line.forecast.with_name(f"{line.forecast.name}.farcast.json").read_text())
@@ -988,6 +991,10 @@ def test_a_plain_loop_resumes_from_every_leap_with_its_own_optimiser(loop: Loop)
         if done.returncode == 0:
             leapt, was = (torch.load(path, weights_only=True) for path in (resume, own))
             assert leapt["step"] == was["step"] == 20 * number
+            mark = leapt["optimizer"]["param_groups"][0]["farcast_leaps"].pop()
+            assert mark[:2] == [20 * number] * 2
+            if not leapt["optimizer"]["param_groups"][0]["farcast_leaps"]:
+                del leapt["optimizer"]["param_groups"][0]["farcast_leaps"]
             assert leapt["optimizer"]["param_groups"] == was["optimizer"]["param_groups"]
             for key, moments in was["optimizer"]["state"].items():
                 assert all(torch.equal(leapt["optimizer"]["state"][key][name], value) for name, value in moments.items())
@@ -1060,7 +1067,7 @@ def test_an_odd_memory_ends_in_one_clear_line_or_a_leap_like_any_and_touches_not
         assert changed == set()
     if done.returncode == 0:
         told = json.loads(done.stdout)
-        assert Path(told["path"]).parent == Path("forecasts")
+        assert Path(told["path"]).parent.parent == Path("forecasts")
         assert 0.0 < told["gain"] <= 2.0
         step = flat(load(loop.home / told["path"])) - flat(load(loop.newest))
         assert np.abs(step).max() < 10

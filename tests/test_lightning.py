@@ -390,7 +390,7 @@ def test_without_a_horizon_the_proposal_ends_with_an_epoch(tmp_path: Path, call_
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     done = call_cli("predict", "--even-if-worse", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "forecasts").glob("*.ckpt")
+    (path,) = (tmp_path / "forecasts").glob("*/*.ckpt")
     assert load(path)["global_step"] % 7 == 0
     assert load(path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
 

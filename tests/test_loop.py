@@ -78,11 +78,11 @@ def test_a_loop_leaps_and_its_disk_is_bounded(tmp_path: Path) -> None:
     loop = Loop()
     found = loop.until(100, num_steps=100)
     assert [bool(horizon) for horizon in horizons(found)] == [False, False, *[True] * 7, False]
-    (forecast,) = (tmp_path / "forecasts").glob("*.pt")
+    (forecast,) = (tmp_path / "forecasts" / "run").glob("*.pt")
     assert torch.load(forecast, weights_only=True).keys() == {"model", "step"}  # and no optimizer
     size = sum(one.numel() * one.element_size() for one in loop.model.parameters())
-    assert sum(path.stat().st_size for path in (tmp_path / "forecasts").iterdir()) < 1.5 * size + 15_000
-    assert {path.name.partition(".")[2] for path in (tmp_path / "forecasts").iterdir()} == {
+    assert sum(path.stat().st_size for path in (tmp_path / "forecasts" / "run").iterdir()) < 1.5 * size + 15_000
+    assert {path.name.partition(".")[2] for path in (tmp_path / "forecasts" / "run").iterdir()} == {
         *("pt", "pt.farcast.json", "jsonl", "memory.safetensors")
     }
 
@@ -144,7 +144,7 @@ def test_between_two_leaps_there_is_no_call() -> None:
 def test_a_leap_that_somebody_changed_stays_on_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop()
     loop.until(30)
-    (forecast,) = (tmp_path / "forecasts").glob("*.pt")
+    (forecast,) = (tmp_path / "forecasts" / "run").glob("*.pt")
     mine = Path(f"{forecast}.farcast.json")
     forecast.with_suffix(".pt").write_bytes(forecast.read_bytes() + b"mine")
     for step in range(31, 41):
@@ -177,7 +177,7 @@ def test_a_leap_that_the_command_wrote_stays_on_disk(tmp_path: Path) -> None:
     loop.step = 30
     assert horizons(loop.until(50))[-1] > 0
     assert (tmp_path / path).exists()
-    assert len(list((tmp_path / "forecasts").glob("*.pt"))) == 2
+    assert len(list((tmp_path / "forecasts" / "run").glob("*.pt"))) == 2
 
 
 # --- a model and a checkpoint ----------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ import torch
 
 from farcast_cli.run.trajectory import discover
 from tests.rounds import SAVE_EVERY, train_by_trainer
+from tests.test_lightning import Run as LightningRun
+from tests.test_lightning import pytestmark as of_lightning
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import CallCli, Done
@@ -195,3 +198,90 @@ def test_a_trainer_that_logs_and_loads_its_best_model_tolerates_the_mark(tmp_pat
     known, unmarked = map(parse_log_history, (log, [*log[:place], *later]))
     assert known == unmarked
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"])
+
+
+# --- in an optimiser's first group: Lightning, and a loop of one's own ------------------------------------------------
+
+
+def _train_by_lightning(run: Path, resume: Path | None, last: int) -> None:
+    LightningRun({"every_n_train_steps": 20}, num_batches=40, same_batches=True).go(run, resume=resume, max_steps=last)
+
+
+def _train_by_hand(run: Path, resume: Path | None, last: int) -> None:
+    """As nanoGPT does: the loop loads the optimiser, and saves a dict of its own."""
+    run.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    first = 0
+    if resume:
+        checkpoint = torch.load(resume, weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first = checkpoint["iter_num"]
+    for step in range(first + 1, last + 1):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(inputs), inputs.sum(dim=1, keepdim=True)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step % 20 == 0:
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": step}
+            torch.save(content, run / f"ckpt_{step}.pt")
+
+
+LOOPS: dict[str, Callable[[Path, Path | None, int], None]] = {"lightning": _train_by_lightning, "by hand": _train_by_hand}
+EACH_LOOP = pytest.mark.parametrize("loop", [pytest.param("lightning", marks=of_lightning[1:]), "by hand"])
+
+
+@pytest.mark.parametrize("counters", ["advance", "keep"])
+@pytest.mark.parametrize("horizon", [5, 60])
+@EACH_LOOP
+def test_a_run_that_loaded_its_optimiser_tells_of_its_leaps_without_any_ledger(
+    loop: str, horizon: int, counters: str, tmp_path: Path, call_cli: CallCli
+) -> None:
+    """Of both, after the second; and of those that are shorter than the distance between snapshots."""
+    run, train = tmp_path / "run", LOOPS[loop]
+    train(run, None, 160)
+    at, expected = 160, []
+    for _ in range(2):
+        assert call_cli("fit", "run", cwd=tmp_path, env=NOWHERE).returncode == 0
+        origin = discover(run).steps[-1]
+        forecast = _leapt(tmp_path, call_cli, "--horizon", horizon, "--counters", counters)
+        at = origin + horizon if counters == "advance" else origin
+        train(run, forecast, origin + 220)
+        shutil.rmtree(tmp_path / "forecasts")
+        expected.append({"origin_step": origin, "valid_step": origin + horizon, "counters": counters, "forecast": None})
+    shutil.copytree(run, tmp_path / "else" / "copied")
+    told = _json(call_cli("inspect", "copied", "--json", cwd=tmp_path / "else", env=NOWHERE))
+    assert (told["leap"], told["leaps"]) == (at, expected)
+    assert _json(call_cli("fit", "copied", "--json", cwd=tmp_path / "else", env=NOWHERE))["leap"] == at
+
+
+@EACH_LOOP
+def test_a_loop_that_went_on_without_the_forecast_has_no_mark(loop: str, tmp_path: Path, call_cli: CallCli) -> None:
+    run, train = tmp_path / "run", LOOPS[loop]
+    train(run, None, 160)
+    assert call_cli("fit", "run", cwd=tmp_path, env=NOWHERE).returncode == 0
+    _leapt(tmp_path, call_cli, "--horizon", 60)
+    train(run, discover(run).origin.path, 240)
+    assert _json(call_cli("fit", "run", "--json", cwd=tmp_path, env=NOWHERE))["leap"] is None
+
+
+@pytest.mark.parametrize("options", [("--for", "evaluation"), ("--optimizer", "drop")])
+def test_without_an_optimiser_to_resume_from_there_is_no_mark(
+    options: tuple[str, ...], tmp_path: Path, call_cli: CallCli
+) -> None:
+    _train_by_hand(tmp_path / "run", None, 160)
+    assert call_cli("fit", "run", cwd=tmp_path, env=NOWHERE).returncode == 0
+    forecast = _leapt(tmp_path, call_cli, "--horizon", 60, *options)
+    assert "farcast" not in str(torch.load(forecast, weights_only=True).get("optimizer", {}).get("param_groups"))
+
+
+@pytest.mark.parametrize("wrong", ["x", [5], [[160, 160]], [[160, 160, 150]], [[True, 0, 1]], [[7, 160, 180]], [["a", 1, 2]]])
+def test_what_is_no_mark_in_a_group_is_not_believed(wrong: object, tmp_path: Path, call_cli: CallCli) -> None:
+    run = tmp_path / "run"
+    _train_by_hand(run, None, 160)
+    content = torch.load(run / "ckpt_160.pt", weights_only=True)
+    content["optimizer"]["param_groups"][0]["farcast_leaps"] = wrong
+    torch.save(content, run / "ckpt_160.pt")
+    assert "leaps" not in _json(call_cli("inspect", "run", "--json", cwd=tmp_path, env=NOWHERE))

@@ -41,7 +41,9 @@ class Loop(NamedTuple):
 
     @property
     def forecasts(self) -> set[str]:
-        return {path.name for path in (self.home / "forecasts").glob("*[0-9]*") if ".farcast." not in path.name}
+        return {
+            f"ckpts/{path.name}" for path in (self.home / "forecasts/ckpts").glob("*[0-9]*") if ".farcast." not in path.name
+        }
 
 
 def python(*arguments: object) -> list[str]:
@@ -93,7 +95,7 @@ def test_a_trainer_leaps_between_the_rounds_and_goes_on_at_the_same_step(trained
 def test_the_ledger_holds_every_leap_with_its_origin_and_what_became_of_the_counters(trained: Loop) -> None:
     assert [(leap["run"], leap["counters"]) for leap in trained.leaps] == [("../ckpts", "keep")] * 2
     assert trained.forecasts == {leap["forecast"] for leap in trained.leaps}
-    assert (trained.home / "forecasts/ckpts.memory.safetensors").is_file()
+    assert (trained.home / "forecasts/ckpts/ckpts.memory.safetensors").is_file()
 
 
 def test_each_round_says_what_was_decided_and_why(trained: Loop) -> None:
@@ -182,8 +184,10 @@ def test_with_tidy_two_forecasts_are_kept_and_the_ledger_remembers_all(tmp_path:
     assert found.done.returncode == 0, found.done.stderr
     names = [Path(leap["forecast"]) for leap in found.leaps]
     assert [r["resume"] for r in found.rounds] == [None, *(f"forecasts/{name}" for name in names)]
-    assert found.forecasts == {name.name for name in names[1:]}
-    assert {path.name for path in tmp_path.glob("forecasts/*.json")} == {f"{name.name}.farcast.json" for name in names[1:]}
+    assert found.forecasts == {str(name) for name in names[1:]}
+    assert {path.name for path in tmp_path.glob("forecasts/ckpts/*.json")} == {
+        f"{name.name}.farcast.json" for name in names[1:]
+    }
     assert "starts again" not in found.done.stderr, "the memory needs the last one alone"
     assert len(names) == 3
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import CallCli
 
-FORECAST = "forecasts/step_000900.safetensors"
+FORECAST = "forecasts/run/step_000900.safetensors"
 
 
 def anything(_: Path) -> None:
@@ -94,7 +94,7 @@ def test_an_empty_folder_that_a_process_left_which_was_killed_before_it_made_the
 
 
 def test_a_dry_run_leaves_what_a_killed_process_left(fitted: Path, call_cli: CallCli) -> None:
-    left = fitted / "forecasts" / ".step_000900.safetensors.0123abcd.partial"
+    left = fitted / "forecasts" / "run" / ".step_000900.safetensors.0123abcd.partial"
     left.mkdir(parents=True)
     assert call_cli("predict", "--horizon", 100, "--dry-run", cwd=fitted).returncode == 0
     assert left.is_dir()
@@ -121,7 +121,7 @@ def test_an_output_with_the_longest_name_that_there_may_be_is_written(tmp_path: 
 def test_a_link_that_came_with_a_download_does_not_lead_a_command_to_the_users_files(
     fitted: Path, call_cli: CallCli, command: str
 ) -> None:
-    (fitted / "forecasts").mkdir()
+    (fitted / "forecasts" / "run").mkdir(parents=True)
     for place in (fitted / "forecaster.safetensors", fitted / FORECAST):
         (place.parent / f".{place.name}.partial").symlink_to(fitted / "run")
         (place.parent / f".{place.name}.0123abcd.partial").symlink_to(fitted / "run")
@@ -133,7 +133,7 @@ def test_a_link_that_came_with_a_download_does_not_lead_a_command_to_the_users_f
 
 def test_a_ledger_that_is_a_link_is_not_written_through(fitted: Path, call_cli: CallCli) -> None:
     (fitted / "profile").write_text("")
-    (fitted / "forecasts").mkdir()
+    (fitted / "forecasts" / "run").mkdir(parents=True)
     (fitted / "forecasts" / "ledger.jsonl").symlink_to(fitted / "profile")
     done = call_cli("predict", "--horizon", 100, cwd=fitted)
     assert (done.returncode, done.stdout) == (5, "")
@@ -465,10 +465,10 @@ def test_a_leap_that_is_recorded_again_after_a_kill_stands_there_once(tmp_path: 
 def test_a_forecast_that_cannot_be_published_leaves_no_line_in_the_ledger(fitted: Path, call_cli: CallCli) -> None:
     assert call_cli("predict", "--horizon", 100, cwd=fitted).returncode == 0
     before = tree_digest(fitted)
-    (fitted / "forecasts" / "step_001000.safetensors.farcast.json").write_text("mine")
+    (fitted / "forecasts" / "run" / "step_001000.safetensors.farcast.json").write_text("mine")
     done = call_cli("predict", "--horizon", "150,200", cwd=fitted)
     assert (done.returncode, done.stdout) == (5, "")
-    (fitted / "forecasts" / "step_001000.safetensors.farcast.json").unlink()
+    (fitted / "forecasts" / "run" / "step_001000.safetensors.farcast.json").unlink()
     assert tree_digest(fitted) == before
 
 
@@ -587,7 +587,7 @@ def test_the_sidecar_lists_every_file_with_its_size(fitted: Path, call_cli: Call
 
 @pytest.mark.parametrize("mine", ["origin.log", "strength-1.log"])
 def test_a_users_file_under_the_name_of_a_log_is_not_replaced(fitted: Path, call_cli: CallCli, mine: str) -> None:
-    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs = fitted / "forecasts" / "run" / "step_000900.safetensors.eval"
     logs.mkdir(parents=True)
     (logs / mine).write_text("mine")
     done = call_cli("predict", "--horizon", 100, "--eval-cmd", "echo 1 {ckpt}", cwd=fitted)
@@ -638,7 +638,7 @@ def test_what_is_made_of_a_private_run_is_private(tmp_path: Path, call_cli: Call
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, "--layout", "pt", cwd=tmp_path).returncode == 0
-    assert {path.name: mode(path) for path in (tmp_path / "forecasts").iterdir() if path.name != "ledger.jsonl"} == {
+    assert {path.name: mode(path) for path in (tmp_path / "forecasts" / "run").iterdir()} == {
         "step_000900.safetensors": 0o600,
         "step_000900.safetensors.farcast.json": 0o600,
         "step_000900.pt": 0o600,
@@ -659,7 +659,7 @@ def test_each_file_of_a_folder_keeps_the_permissions_of_the_origins(tmp_path: Pa
         folder.chmod(0o750)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, cwd=tmp_path).returncode == 0
-    forecast = tmp_path / "forecasts" / "checkpoint-900"
+    forecast = tmp_path / "forecasts" / "run" / "checkpoint-900"
     assert {path.name: mode(path) for path in (forecast, *forecast.iterdir())} == {
         "checkpoint-900": 0o750,
         "config.json": 0o640,
@@ -678,7 +678,7 @@ def test_a_file_that_the_origin_lacks_is_as_private_as_all_of_its_files(tmp_path
         (folder / "model.safetensors").chmod(0o640)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", 100, "--layout", "pt", cwd=tmp_path).returncode == 0
-    forecast = tmp_path / "forecasts" / "checkpoint-900"
+    forecast = tmp_path / "forecasts" / "run" / "checkpoint-900"
     assert {path.name: mode(path) for path in forecast.iterdir()} == {
         "config.json": 0o644,
         "pytorch_model.bin": 0o640,
@@ -787,7 +787,7 @@ def test_a_sidecar_that_lies_about_its_files_lets_nothing_be_replaced(fitted: Pa
 
 
 def test_a_log_of_the_users_own_name_is_kept(fitted: Path, call_cli: CallCli) -> None:
-    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs = fitted / "forecasts" / "run" / "step_000900.safetensors.eval"
     logs.mkdir(parents=True)
     (logs / "strength-mine.log").write_text("$ my own notes\n")
     assert call_cli("predict", "--horizon", 100, "--eval-cmd", "echo $FARCAST_STRENGTH {ckpt}", "--maximize", cwd=fitted)
@@ -795,7 +795,7 @@ def test_a_log_of_the_users_own_name_is_kept(fitted: Path, call_cli: CallCli) ->
 
 
 def test_a_pipe_under_the_name_of_a_log_is_not_waited_for(fitted: Path, call_cli: CallCli) -> None:
-    logs = fitted / "forecasts" / "step_000900.safetensors.eval"
+    logs = fitted / "forecasts" / "run" / "step_000900.safetensors.eval"
     logs.mkdir(parents=True)
     os.mkfifo(logs / "origin.log")
     done = call_cli("predict", "--horizon", 100, "--eval-cmd", "echo 1 {ckpt}", cwd=fitted)

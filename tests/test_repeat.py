@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import CallCli
 
-OUT = "forecasts/step_000900.safetensors"
+OUT = "forecasts/run/step_000900.safetensors"
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -66,7 +66,7 @@ def test_of_several_horizons_only_the_missing_ones_are_written(work: Path, call_
 
 
 def test_the_evaluation_is_not_run_again(work: Path, call_cli: CallCli) -> None:
-    (work / "count.sh").write_text('echo x >> "$1"; case "$2" in */run/*) echo 2;; *) echo 1;; esac\n')
+    (work / "count.sh").write_text('echo x >> "$1"; case "$2" in *forecasts*) echo 1;; *) echo 2;; esac\n')
     options = ("--horizon", 100, "--eval-cmd", f"sh {work}/count.sh {work}/calls {{ckpt}}", "--json")
     first = json.loads(call_cli("predict", *options, cwd=work).stdout)
     calls = (work / "calls").read_text()

@@ -47,7 +47,7 @@ CASES = {
         ("--horizon", 5000, "-o", "never/"),
         ("--horizon", 100, "-o", "judged/", "--eval-cmd", RUNS),
     ),
-    "verify": (("forecasts/step_000900.safetensors", "--against", "run/step_000800.safetensors"),),
+    "verify": (("forecasts/run/step_000900.safetensors", "--against", "run/step_000800.safetensors"),),
     "leap": (("run", "--dry-run"), ("run",), ("run",), ("run", "-o", "leaps/", "--eval-cmd", RUNS)),
     "tune": (
         (*CALL[1:], "-o", "tuned.safetensors"),

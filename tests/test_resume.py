@@ -334,14 +334,15 @@ def test_a_plain_loop_resumes_at_the_valid_step_with_the_learning_rates_of_the_u
     """With the real commands; equal to the last bit at every later step."""
     assert call_cli("fit", SAMPLES / "plain", cwd=tmp_path).returncode == 0
     done = call_cli("predict", "--horizon", HORIZON, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "forecasts/step_1700.pt\n")
-    log = sample_maker().resume_plain(tmp_path / "forecasts" / "step_1700.pt", num_steps=RESUMED)
+    assert (done.returncode, done.stdout) == (0, "forecasts/plain/step_1700.pt\n")
+    log = sample_maker().resume_plain(tmp_path / "forecasts" / "plain" / "step_1700.pt", num_steps=RESUMED)
     original = sample_maker().resume_plain(PLAIN_ORIGIN, num_steps=HORIZON + RESUMED)[HORIZON:]
     assert [(step, rate) for step, rate, _ in log] == [(step, rate) for step, rate, _ in original]
 
 
-def test_all_but_weights_and_moments_is_what_the_uninterrupted_loop_saved(plain: Fitted, tmp_path: Path) -> None:
+def test_all_but_weights_moments_and_the_mark_is_what_the_uninterrupted_loop_saved(plain: Fitted, tmp_path: Path) -> None:
     forecast, truth = _load(_predicted(plain, tmp_path / "out.pt")), _load(PLAIN_TRUTH)
+    assert forecast["optimizer"]["param_groups"][0].pop("farcast_leaps") == [[1700, 1600, 1700]]
     assert _same(forecast["scheduler"], truth["scheduler"])
     assert _same(forecast["optimizer"]["param_groups"], truth["optimizer"]["param_groups"])
     assert forecast["step"] == truth["step"]
@@ -357,6 +358,7 @@ def test_with_the_true_weights_and_moments_put_in_a_resumed_loop_repeats_the_run
     plain: Fitted, tmp_path: Path
 ) -> None:
     forecast, truth = _load(_predicted(plain, tmp_path / "out.pt", method="persistence")), _load(PLAIN_TRUTH)
+    del forecast["optimizer"]["param_groups"][0]["farcast_leaps"]
     forecast["model"] = truth["model"]
     for key, entry in forecast["optimizer"]["state"].items():
         entry |= {name: truth["optimizer"]["state"][key][name] for name in ("exp_avg", "exp_avg_sq")}
@@ -382,11 +384,13 @@ def test_a_plain_payload_can_be_written_without_its_optimizer(plain: Fitted, tmp
     assert forecast["step"] == 1700
 
 
-def test_a_plain_payload_whose_counters_are_kept_differs_from_the_origin_in_weights_alone(
+def test_a_plain_payload_whose_counters_are_kept_differs_from_the_origin_in_weights_and_the_mark_alone(
     plain: Fitted, tmp_path: Path
 ) -> None:
     forecast, origin = _load(_predicted(plain, tmp_path / "out.pt", counters="keep")), _load(PLAIN_ORIGIN)
     weights = forecast.pop("model"), origin.pop("model")
+    ((kept, began, _),) = forecast["optimizer"]["param_groups"][0].pop("farcast_leaps")
+    assert kept == began == origin["step"]
     assert _same(forecast, origin)
     assert not _same(*weights)
 

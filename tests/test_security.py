@@ -243,7 +243,7 @@ def test_an_expanded_tensor_among_the_weights_is_copied(tmp_path: Path, call_cli
         torch.save({"model": {"w": torch.arange(6.0) * step, "mask": mask}, "step": step}, run / f"ckpt_{step}.pt")
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
-    made = torch.load(tmp_path / "forecasts" / "ckpt_90.pt")["model"]
+    made = torch.load(tmp_path / "forecasts" / "run" / "ckpt_90.pt")["model"]
     assert made["mask"].shape == (100_000,)
     assert made["mask"].untyped_storage().nbytes() == 4
 
@@ -307,7 +307,7 @@ def test_a_payload_of_any_data_is_carried_through_a_forecast(tmp_path: Path, cal
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
     before = torch.load(run / "ckpt_80.pt", weights_only=False)
-    after = torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=False)
+    after = torch.load(tmp_path / "forecasts" / "run" / "ckpt_90.pt", weights_only=False)
     assert (before["step"], after["step"]) == (80, 90)
     assert list(after["config"]) == list(before["config"])
     assert [name for name in before["config"] if not _same(before["config"][name], after["config"][name])] == []
@@ -320,7 +320,7 @@ def test_torchs_version_in_a_payload_is_carried_and_loads_as_the_same_object(tmp
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
     with torch.serialization.safe_globals([torch.torch_version.TorchVersion]):
-        loaded = [torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=only) for only in (False, True)]
+        loaded = [torch.load(tmp_path / "forecasts" / "run" / "ckpt_90.pt", weights_only=only) for only in (False, True)]
     for made in loaded:
         assert made["step"] == 90
         assert type(made["torch"]) is type(torch.__version__)
@@ -354,7 +354,7 @@ def test_real_files_that_weights_only_refuses_are_copied_byte_for_byte(
         torch.load(real_files / name, weights_only=True)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     assert call_cli("predict", "--horizon", "10", "--even-if-worse", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "forecasts" / "checkpoint-810" / name).read_bytes() == (real_files / name).read_bytes()
+    assert (tmp_path / "forecasts" / "run" / "checkpoint-810" / name).read_bytes() == (real_files / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -839,7 +839,7 @@ def test_a_trainers_state_that_is_odd_is_carried_or_refused(tmp_path: Path, call
         assert_refused(done, 2, 4)
         assert not (tmp_path / "forecasts").exists()
     else:
-        assert torch.load(tmp_path / "forecasts" / "ckpt_90.pt", weights_only=False)["step"] == 90
+        assert torch.load(tmp_path / "forecasts" / "run" / "ckpt_90.pt", weights_only=False)["step"] == 90
 
 
 # --- names on the screen -----------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_where_stdout_is_full_one_line_says_so_and_the_code_is_5(work: Path, wha
     assert lines[0] == "error: stdout: the result cannot be printed: No space left on device"
     if what == "a path":
         assert (
-            load_file(work / "forecasts/step_000900.safetensors").keys()
+            load_file(work / "forecasts/run/step_000900.safetensors").keys()
             == load_file(work / "run/step_000800.safetensors").keys()
         )
 
@@ -76,7 +76,7 @@ def test_an_error_keeps_its_code_where_stdout_is_full(work: Path) -> None:
 def test_stdout_that_is_closed_takes_everything(work: Path) -> None:
     done = through_shell("farcast predict --horizon 100 -q >&-; echo $?; farcast inspect run --json >&-; echo $?", work)
     assert (done.stdout, done.stderr) == (b"0\n0\n", b"")
-    assert load_file(work / "forecasts/step_000900.safetensors")
+    assert load_file(work / "forecasts/run/step_000900.safetensors")
 
 
 @pytest.mark.parametrize("where", ["&-", "/dev/full"])
@@ -90,7 +90,7 @@ def test_what_stderr_does_not_take_changes_no_code(work: Path, where: str) -> No
 def test_with_all_streams_closed_no_output_file_gets_their_number(work: Path) -> None:
     done = through_shell("farcast predict --horizon 100 <&- >&- 2>&-; echo $?", work)
     assert done.stdout == b"0\n"
-    whole = work / "forecasts/step_000900.safetensors"
+    whole = work / "forecasts/run/step_000900.safetensors"
     assert through_shell("farcast predict --horizon 100 -q -o again.safetensors", work).returncode == 0
     assert whole.read_bytes() == (work / "again.safetensors").read_bytes()
 

@@ -54,6 +54,7 @@ ORDER = (
     "trainers.names",
     "trainers.folder_files",
     "trainers.base",
+    "trainers.group_marks",
     "trainers.weights_folder",
     "trainers.run_end",
     "trainers.loose_safetensors",
@@ -122,6 +123,7 @@ ORDER = (
     "forecast.momentum",
     "forecast.steering",
     "forecast.significance",
+    "forecast.words",
     "forecast.backtest",
     "forecast.choice",
     "forecast.ledger",
@@ -130,8 +132,9 @@ ORDER = (
     "forecast.worth",
     "forecast.forecaster_file",
     "forecast.fitting",
-    "forecast.report",
+    "forecast.judgement",
     "forecast.memory",
+    "folder",
     "verification",
     "request",
     "planning",
@@ -145,6 +148,14 @@ ORDER = (
     "leaps.evidence",
     "leaps.decision",
     "leaps.call",
+    "reports.__init__",
+    "reports.story",
+    "reports.panels",
+    "reports.text",
+    "reports.figures",
+    "reports.svg",
+    "reports.page",
+    "reports.output",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -181,6 +192,7 @@ ORDER = (
     "commands.fit",
     "commands.backtest",
     "commands.predict",
+    "commands.report",
     "commands.verify",
     "commands.leap",
     "commands.tune",
@@ -304,7 +316,7 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "predict", "verify", "leap", "tune", "schema", "help", "ci")
+COMMANDS = ("inspect", "fit", "backtest", "report", "predict", "verify", "leap", "tune", "schema", "help", "ci")
 MAX_STATEMENTS = 20
 
 

@@ -67,9 +67,9 @@ class Container:
     left_out: tuple[str, ...] = ()
     """The keys and files that are not."""
 
-    def renamed(self, name: str, origin: Snapshot) -> str:
-        """A name of the origin's kind with the container's ending."""
-        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + self.ending
+    def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
+        """A name of the origin's kind, with a mark, and with the container's ending."""
+        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
 
     @property
     def notes(self) -> list[str]:

@@ -81,7 +81,7 @@ def leap(
             "-o",
             envvar=env("OUTPUT"),
             metavar="OUT",
-            help="Path of the checkpoint, or of a folder if it ends in /; the memory is written next to it. Default: forecasts/.",
+            help="Path of the checkpoint, or of a folder if it ends in /; the memory is written next to it. Default: forecasts/RUN/, where RUN is the name of the run's folder.",
         ),
     ] = None,
     counters: Annotated[

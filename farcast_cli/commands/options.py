@@ -60,7 +60,19 @@ PANELS = {
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
     "Output": (
-        *("output", "dtype", "layout", "max_shard_size", "round_", "delta_out", "apply", "even_if_worse", "overwrite"),
+        *(
+            "output",
+            "form",
+            "text",
+            "dtype",
+            "layout",
+            "max_shard_size",
+            "round_",
+            "delta_out",
+            "apply",
+            "even_if_worse",
+            "overwrite",
+        ),
         *("ledger", "dry_run", "json_", "quiet", "verbose"),
     ),
     "Machine": ("device", "threads", "io", "config"),
@@ -202,12 +214,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _option_of(key: str) -> str:
     """The parameter that a key of the file stands for."""
-    return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
+    return {"for": "purpose", "format": "form", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
 def _key_of(option: str) -> str:
     """The key of the file that stands for a parameter."""
-    return {"purpose": "for", "json_": "json", "round_": "round"}.get(option, option)
+    return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 
 
 def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:

@@ -84,7 +84,7 @@ def predict(
             envvar=env("OUTPUT"),
             metavar="OUT",
             help="Path of the checkpoint; if it ends in / or there are several horizons, a folder for the checkpoints."
-            " Default: forecasts/NAME.",
+            " Default: forecasts/RUN/NAME, where RUN is the name of the run's folder.",
         ),
     ] = None,
     purpose: PurposeOption = "resume",

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
 from farcast_cli.errors import listed, printable, shell_word, visible
+from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
 from farcast_cli.progress import silent
 
 if TYPE_CHECKING:
@@ -35,13 +36,11 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.history import Past
-    from farcast_cli.forecast.report import BacktestReport
-    from farcast_cli.forecast.significance import Significance
+    from farcast_cli.forecast.judgement import BacktestReport
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
     from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.alignment import Copied
-    from farcast_cli.run.pace import Pace
     from farcast_cli.run.selection import Inspection
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
@@ -113,7 +112,14 @@ def as_json(answer: Answer) -> None:
 
 
 def text(content: str) -> None:
-    sys.stdout.write(content)
+    """A result of several lines; a character that the stream cannot take is shown as a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
+
+
+def has_blocks() -> bool:
+    """Whether stdout takes blocks and dashes."""
+    return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 def schema(content: dict[str, Any]) -> None:
@@ -158,20 +164,8 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def shown_number(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "unknown"
-
-
-def chance(significance: Significance) -> str:
-    """The p of S in words; what it cannot say where the snapshots are few."""
-    p, smallest = significance.p, significance.smallest
-    weak = f" (weak: with so few snapshots p is at least {smallest:.2g})" if significance.weak else ""
-    return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
-
-
 def _bars(ratios: Iterable[float]) -> tuple[Text, ...]:
-    is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
-    return tuple(Text(bar(ratio, is_utf=is_utf), style="green" if ratio < 1 else "red") for ratio in ratios)
+    return tuple(Text(bar(ratio, is_utf=has_blocks()), style="green" if ratio < 1 else "red") for ratio in ratios)
 
 
 def _texts(words: Iterable[object]) -> tuple[Text, ...]:
@@ -338,19 +332,17 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
 
 def _direction(fitted: Fitted, steady: Steadiness) -> str:
     """S and p of a run, and what they allow."""
-    from farcast_cli.forecast.report import direction_ahead
+    from farcast_cli.forecast.judgement import direction_ahead
 
     if not math.isfinite(steady.coherence):
         return "direction of the run: S unknown: it needs two snapshots in each half of the history, and weights that move"
-    horizon, is_steady, reason = direction_ahead(fitted)
-    known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {_recent_half(steady.recent)}"
-    ahead = f"to resume from a forecast {horizon} steps ahead"
-    verdict = f"steady enough {ahead}, if its back-test passes" if is_steady else f"not steady enough {ahead} ({reason})"
+    found = direction_ahead(fitted)
+    known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {recent_half(steady.recent)}"
+    ahead = f"to resume from a forecast {found.horizon} steps ahead"
+    verdict = (
+        f"steady enough {ahead}, if its back-test passes" if found.is_steady else f"not steady enough {ahead} ({found.reason})"
+    )
     return f"direction of the run: {known}; {verdict}"
-
-
-def _recent_half(coherence: float) -> str:
-    return f"recent half S = {coherence:.2f}" if math.isfinite(coherence) else "recent half: too few snapshots to tell"
 
 
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
@@ -365,7 +357,7 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
         if has_coherence
         else "coherence S: too few snapshots"
     )
-    console.print(escape(_clock_line(report.pace)), soft_wrap=True)
+    console.print(escape(clock_line(report.pace)), soft_wrap=True)
     if report.scores:
         _scores(console, report, verbose=verbose)
     for why in report.reasons:
@@ -416,21 +408,6 @@ def _shown_scores(report: BacktestReport, *, most: int | None) -> list[Score]:
     return found
 
 
-def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
-    if pace.clock == "steps":
-        return "clock: steps" + (f" ({pace.why})" if pace.why else "")
-    if ahead is None:
-        return "clock: learning rate"
-    if ahead == 1:
-        return "clock: learning rate, constant over the horizon"
-    what = (
-        "in full length, because enough of the schedule is left to anneal it"
-        if length == 1
-        else f"at {length:.2f} of its length"
-    )
-    return f"clock: learning rate, over the horizon {ahead:.2f} of the rate before it; the update is written {what}"
-
-
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
@@ -466,7 +443,7 @@ def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool) -> Iterator[st
 def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
     """What was chosen for the user, copied, advanced and evaluated."""
     yield from outcome.chosen
-    yield _clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
+    yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
     if outcome.path is not None and not outcome.existed:
         yield from _copied_texts(outcome.copied, verbose=verbose)
         yield from (f"note: {text}" for text in outcome.notes)
@@ -502,7 +479,7 @@ def _expected(decision: Decision, purpose: Purpose) -> str:
         else decision.reason
     )
     direction = f"direction S = {shown_number(decision.coherence)}, {chance(decision.significance)}"
-    return f"{error}; back-test b = {shown_number(decision.ratio)}; {direction}; {_recent_half(decision.recent)}"
+    return f"{error}; back-test b = {shown_number(decision.ratio)}; {direction}; {recent_half(decision.recent)}"
 
 
 def _farther(decision: Decision, purpose: Purpose) -> str:

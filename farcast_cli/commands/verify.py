@@ -16,7 +16,7 @@ from farcast_cli.commands.options import (
 )
 from farcast_cli.settings import env
 
-EXAMPLES = "Example: farcast verify forecasts/checkpoint-1500 --against ckpts/checkpoint-1500"
+EXAMPLES = "Example: farcast verify forecasts/ckpts/checkpoint-1500 --against ckpts/checkpoint-1500"
 
 
 def verify(

@@ -16,10 +16,11 @@ from farcast_cli import system
 from farcast_cli.errors import FarcastError, OutputError
 from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import file_size, mode_of, portable, read_bytes
+from farcast_cli.files.reading import file_size, local, mode_of, portable, read_bytes
 from farcast_cli.files.staged import refuse_existing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from farcast_cli.files.staged import Check
@@ -131,12 +132,13 @@ def _homes(run: Path) -> set[Path]:
     return {run.resolve(), *(entry.resolve().parent for entry in entries if entry.is_symlink())}
 
 
-def check_ours(place: Path, *, is_file: bool) -> None:
-    """See that an output is one that farcast wrote, and that nothing has changed it since.
+def check_ours(place: Path, *, is_file: bool, run: Path) -> None:
+    """See that an output is one that farcast wrote for a run, and that nothing has changed it since.
 
     Raises:
         OutputError: it is not.
     """
+    check_run(place, is_file=is_file, run=run)
     hint = "farcast replaces only what it wrote itself, unchanged: -o OUT writes elsewhere"
     sidecar = sidecar_of(place, is_file=is_file)
     content = read_sidecar(sidecar)
@@ -149,6 +151,39 @@ def check_ours(place: Path, *, is_file: bool) -> None:
     strangers = sorted(one["name"] for one in found or [] if one["name"] not in known)
     what = f"holds {strangers[0]!r}, which farcast did not write" if strangers else "has changed since farcast wrote it"
     raise OutputError(f"{place}: {what}", hint=hint)
+
+
+def check_run(place: Path, *, is_file: bool, run: Path) -> None:
+    """See that an output is not one that farcast wrote for another run.
+
+    Raises:
+        OutputError: it is.
+    """
+    content = read_sidecar(sidecar_of(place, is_file=is_file))
+    if other := content and other_run(content, place.parent, run):
+        raise OutputError(
+            f"{place}: exists already, a forecast of another run, {other}",
+            hint="-o OUT writes elsewhere; or remove it yourself",
+        )
+
+
+def other_run(content: Mapping[str, Any], home: Path, run: Path) -> Path | None:
+    """The run that an output was made of, if that is another than `run`; None if the sidecar does not tell.
+
+    A sidecar of an earlier version names only the origin.
+
+    Args:
+        content: of the sidecar.
+        home: the folder of the output; the paths in the sidecar are relative to it.
+    """
+    try:
+        if "run" in content:
+            told = (home.resolve() / local(content["run"])).resolve()
+            return None if told == run.resolve() else told
+        origin = (home.resolve() / local(content["origin"])).resolve()
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
+        return None
+    return None if any(origin.is_relative_to(own) for own in _homes(run)) else origin.parent
 
 
 def check_sidecar_ours(sidecar: Path) -> None:

@@ -230,7 +230,7 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
 
     Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
     """
-    moves = _moves_of(gram)
+    moves = gram.moves
     sizes = _sizes(moves)
     if len(sizes) < MIN_MOVES or not sizes.all():
         return
@@ -249,11 +249,6 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
             f" move {times:.0f} times as fast as before and after",
             hint=hint,
         )
-
-
-def _moves_of(gram: Gram) -> NDArray[np.float64]:
-    """Inner products of the moves between neighbouring snapshots, all tensors together, (T - 1, T - 1)."""
-    return np.asarray(gram.matrix.sum(axis=0)[:-2, :-2])
 
 
 def _sizes(moves: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -275,7 +270,7 @@ def _jumps(sizes: NDArray[np.float64], steps: Sequence[int], *, above: float) ->
 
 def _cautions_of_jumps(fitted: Fitted) -> Iterator[str]:
     """Of single moves that a leap may have made: the run's own are about as long as their neighbours."""
-    sizes, steps = _sizes(_moves_of(fitted.judged()[0])), fitted.steps
+    sizes, steps = _sizes(fitted.judged()[0].moves), fitted.steps
     if len(sizes) < MIN_MOVES or not sizes.all():
         return
     for index, times in _jumps(sizes, steps, above=SUSPICIOUS):

@@ -119,9 +119,13 @@ class Fitted:
 
     def judged(self) -> tuple[Gram, Sample]:
         """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
-        chosen = ~self._batch_norm()
-        is_part = chosen.any() and not chosen.all()
-        return (self.gram.select(chosen), self.sample.select(chosen)) if is_part else (self.gram, self.sample)
+        chosen = self._is_judged()
+        return (self.gram, self.sample) if chosen.all() else (self.gram.select(chosen), self.sample.select(chosen))
+
+    @property
+    def judged_tensors(self) -> tuple[TensorRecord, ...]:
+        """The tensors of `judged`, in its order."""
+        return tuple(record for record, chosen in zip(self.provenance.tensors, self._is_judged(), strict=True) if chosen)
 
     @property
     def timeline(self) -> Timeline:
@@ -140,6 +144,11 @@ class Fitted:
     @property
     def has_batch_norm(self) -> bool:
         return bool(self._batch_norm().any())
+
+    def _is_judged(self) -> NDArray[np.bool_]:
+        """Which tensors forecasts are judged by, (K,): all where there are BatchNorm's statistics only."""
+        others = ~self._batch_norm()
+        return others if others.any() else ~others
 
     def _batch_norm(self) -> NDArray[np.bool_]:
         """Which tensors are BatchNorm's running statistics, (K,)."""
@@ -322,7 +331,12 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     path = fitted.directory / record.path
     again = f"farcast fit {shell_word(fitted.directory)}"
     with reading(path):
-        is_there = path.exists()
+        is_there, has_run = path.exists(), fitted.directory.exists()
+    if not has_run:
+        raise SnapshotError(
+            f"{fitted.directory}: the run's folder was moved, renamed or removed since the forecaster was fitted",
+            hint="if it was moved, name its new place: farcast fit NEWPATH, or farcast predict NEWPATH without a forecaster file",
+        )
     if not is_there:
         raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
     snapshot = read_snapshot(named(fitted.provenance.layout), path).settle(record.step, record.step_source)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from farcast_cli.trainers.base import Snapshot
 
 SCHEMA_VERSION: Literal[1] = 1
+MEMORY_ENDING = ".memory.safetensors"
 _METADATA_KEY = "farcast"
 _MOVE, _LANDING = "move.", "landing."
 
@@ -129,6 +130,11 @@ class Memory:
     landing: Mapping[str, TensorEntry]
 
     @property
+    def run(self) -> Path:
+        """The folder of the run that it remembers."""
+        return (self.path.parent.resolve() / local(self.record.run)).resolve()
+
+    @property
     def forecast(self) -> Path | None:
         """The checkpoint of the last leap."""
         return self.path.parent / local(self.record.forecast) if self.record.forecast else None
@@ -141,7 +147,7 @@ class Memory:
 
 def memory_of(forecasts: Path, run: Path) -> Path:
     """Where the memory of a run lies."""
-    return forecasts / f"{run.resolve().name or 'run'}.memory.safetensors"
+    return forecasts / f"{run.resolve().name or 'run'}{MEMORY_ENDING}"
 
 
 def read_memory(path: Path) -> Memory | None:
@@ -166,11 +172,11 @@ def read_memory(path: Path) -> Memory | None:
     return Memory(path, record, moves, landing)
 
 
-def check_memory_ours(path: Path) -> None:
-    """That a file may be replaced by a new memory.
+def check_memory_ours(path: Path, run: Path) -> None:
+    """That a file may be replaced by a new memory of a run.
 
     Raises:
-        OutputError: it is none.
+        OutputError: it is none, or that of another run.
     """
     try:
         found = None if path.is_symlink() else read_memory(path)
@@ -178,6 +184,20 @@ def check_memory_ours(path: Path) -> None:
         raise OutputError(f"{path}: exists and is not a memory of leaps", hint="move it away") from error
     if found is None:
         raise OutputError(f"{path}: exists and is not a memory of leaps", hint="move it away")
+    check_memory_of(found, run)
+
+
+def check_memory_of(memory: Memory, run: Path) -> None:
+    """That a memory is the run's own.
+
+    Raises:
+        OutputError: it is that of another run.
+    """
+    if memory.run != run.resolve():
+        raise OutputError(
+            f"{memory.path}: the memory of another run, {memory.run}",
+            hint="-o OUT/ gives this run a folder of its own; if the run was moved, remove its old memory",
+        )
 
 
 # --- what a leap is computed from ------------------------------------------------------------------------------------

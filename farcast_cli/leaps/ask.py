@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.choices import DEFAULT_FOLDER
+from farcast_cli.folder import folder_of
 
 if TYPE_CHECKING:
     from farcast_cli.choices import ClockName
@@ -50,7 +50,7 @@ class Ask:
         """Where forecasts and the memory lie: the folder that -o names, or that of the file that it names."""
         output = self.request.output
         if output is None:
-            return DEFAULT_FOLDER
+            return folder_of(self.directory)
         return Path(output) if output.endswith(("/", os.sep)) else Path(output).parent
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
-from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.place import check_outside, sidecar_of
 from farcast_cli.files.reading import portable, relative
 from farcast_cli.files.staged import staging
+from farcast_cli.folder import note_on
 from farcast_cli.forecast.backtest import Decision
 from farcast_cli.forecast.memory import MemoryRecord, changed, check_memory_ours, memory_of, plan_memory
 from farcast_cli.forecast.momentum import remember
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from farcast_cli.leaps.ask import Ask
     from farcast_cli.leaps.evidence import Gathered
     from farcast_cli.progress import Progress
-    from farcast_cli.request import Prepared
+    from farcast_cli.request import Prepared, Start
     from farcast_cli.run.trajectory import Trajectory
 
 
@@ -69,17 +70,20 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
     trajectory = discover(ask.directory, steps=ask.selection.steps, pattern=ask.selection.pattern)
-    place_of(ask.request, trajectory.origin, 1, Fraction(1), settle(trajectory.origin, ask.request.layout))  # refused at once
+    start = start_at(ask.directory, trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
+    place_of(ask.request, start, 1, settle(start.origin, ask.request.layout))  # a bad name is refused at once
     place = memory_of(ask.folder, ask.directory)
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
         clear_left(place)
     memory, notes = known_memory(place, trajectory, ask.selection.pattern)
+    if ask.request.output is None and (odd := note_on(place.parent, ask.directory)):
+        notes.append(odd)
     is_again = memory is not None and memory.began_at(trajectory.origin)
     if memory and is_again and (memory.forecast or not ask.is_forced):
         return _again(memory, ask, trajectory.origin.path)
     found = gathered(ask, trajectory, memory, notes)
-    return _Call(ask, trajectory, place, found, progress).run()
+    return _Call(ask, trajectory, found, progress, start=start, place=place).run()
 
 
 def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
@@ -111,12 +115,15 @@ def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
 class _Call:
     """A call that has new training behind it."""
 
-    def __init__(self, ask: Ask, trajectory: Trajectory, place: Path, found: Gathered, progress: Progress) -> None:
+    def __init__(
+        self, ask: Ask, trajectory: Trajectory, found: Gathered, progress: Progress, *, start: Start, place: Path
+    ) -> None:
         self._ask, self._request, self._place, self._found = ask, ask.request, place, found
         self._trajectory, self._progress = trajectory, progress
         self._told: list[str] = []
+        self._check_memory = partial(check_memory_ours, run=ask.directory)
         self._container = settle(trajectory.origin, ask.request.layout)
-        self._start = start_at(trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
+        self._start = start
         self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
         before = found.memory.record if found.memory else None
         self._length = found.stretches[-1][1] if found.stretches else before.length if before else 0.0
@@ -125,7 +132,7 @@ class _Call:
     def run(self) -> Leapt:
         check_ledger_of(self._request, self._ask.directory)
         with staging() as outputs:
-            written = None if self._request.dry_run else outputs.add(self._place, check=check_memory_ours)
+            written = None if self._request.dry_run else outputs.add(self._place, check=self._check_memory)
             said = self._probe(written) if written else Heard(self._losses)
             situation = Situation(self._ask, self._trajectory, self._start, self._found, self._after, said)
             momentum = situation.steered()
@@ -205,7 +212,7 @@ class _Call:
 
     def _prepared(self, moves: Sequence[NDArray[np.float64]], horizons: Sequence[int]) -> Prepared:
         """Forecasts planned, each a move (R,) of the origin's weights."""
-        request, origin = self._request, self._start.origin
+        request = self._request
         return prepare(
             request,
             self._start,
@@ -213,7 +220,7 @@ class _Call:
             self._inputs(moves),
             horizons,
             container=self._container,
-            paths=[place_of(request, origin, horizon, Fraction(1), self._container) for horizon in horizons],
+            paths=[place_of(request, self._start, horizon, self._container) for horizon in horizons],
             snapshots=self._found.snapshots,
         )
 

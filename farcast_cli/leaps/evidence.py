@@ -11,7 +11,7 @@ import numpy as np
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.history import past_of
-from farcast_cli.forecast.memory import basis_of, read_memory, remembered
+from farcast_cli.forecast.memory import basis_of, check_memory_of, read_memory, remembered
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.run.alignment import align, since_last_change
 from farcast_cli.run.pace import Pace
@@ -36,15 +36,16 @@ RISING = 1.01  # times the rate before
 
 
 def known_memory(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Memory | None, list[str]]:
-    """The memory of this run, and a note where there is one that is of no use."""
+    """The memory of this run, and a note where there is one that is of no use.
+
+    Raises:
+        OutputError: the memory of another run lies there.
+    """
     memory = read_memory(place)
     if memory is None:
         return None, []
-    run, origin = (place.parent / memory.record.run).resolve(), trajectory.origin
-    if run != trajectory.directory.resolve():
-        return None, [
-            f"{place} belongs to another run, {memory.record.run}: a new memory starts; give each run its own folder, -o DIR/"
-        ]
+    origin = trajectory.origin
+    check_memory_of(memory, trajectory.directory)
     if pattern != memory.record.pattern:
         return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
     before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)

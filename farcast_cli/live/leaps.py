@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.choices import DEFAULT_FOLDER, DEFAULT_LEDGER
+from farcast_cli.choices import DEFAULT_LEDGER
 from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import FarcastError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.files.place import check_ours, read_sidecar, sidecar_of
+from farcast_cli.folder import folder_of
 from farcast_cli.forecast.memory import check_memory_ours, memory_of, read_memory
 from farcast_cli.leaps.ask import Ask
 from farcast_cli.leaps.call import leap
@@ -83,7 +84,7 @@ class Leaps:
     Args:
         every: steps between two leaps; by default each save is followed by a call.
         loss: takes the model and returns its loss on a small data set, always the same one.
-        output: the folder of the leaps and the memory, outside the run's.
+        output: the folder of the leaps and the memory, outside the run's; forecasts/RUN/ by default.
         threads: worker processes that read and compute, made by fork as those of a DataLoader; 1: none.
         strict: raise an error, which otherwise is a warning.
     """
@@ -93,7 +94,7 @@ class Leaps:
     maximize: bool = False
     gain: float | None = None
     max_gain: float | None = None
-    output: str | os.PathLike[str] = DEFAULT_FOLDER
+    output: str | os.PathLike[str] | None = None
     ledger: str | os.PathLike[str] = DEFAULT_LEDGER
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -103,7 +104,12 @@ class Leaps:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        check_leap_options(every=self.every, gain=self.gain, max_gain=self.max_gain, output=os.fspath(self.output))
+        check_leap_options(every=self.every, gain=self.gain, max_gain=self.max_gain, output=self._named)
+
+    @property
+    def _named(self) -> str | None:
+        """The folder that the user named; the separator at the end says that it is one."""
+        return None if self.output is None else os.path.join(self.output, "")  # noqa: PTH118
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
@@ -152,7 +158,7 @@ class Leaps:
             optimizer="drop",
             counters="keep",
             layout=self.layout,
-            output=os.path.join(self.output, ""),  # noqa: PTH118 - the separator at the end says that it is a folder
+            output=self._named,
             overwrite=True,
             ledgers=ledgers_of(Path(self.ledger)),
             resources=Resources(num_workers=self.threads),
@@ -162,7 +168,7 @@ class Leaps:
         return Ask(request, selection, self.every, self.gain, self.max_gain)
 
     def _place(self, run: Path) -> Path:
-        return memory_of(Path(self.output), run)
+        return memory_of(Path(self._named) if self._named else folder_of(run), run)
 
     def _leap(self, live: LiveModel, run: Path, step: int) -> Landed:
         origin = self._origin(run, step)
@@ -176,7 +182,7 @@ class Leaps:
         if found.outcome.path:
             self._land(live, run, found.outcome.path, origin)
         if before and before != found.outcome.path:
-            _remove(before)
+            _remove(before, run)
         return _landed(found, step)
 
     def _origin(self, run: Path, step: int) -> Snapshot | None:
@@ -216,10 +222,10 @@ class Leaps:
 
     def _forget(self, run: Path) -> None:
         last, place = self._last_leap(run), self._place(run)
-        check_memory_ours(place)
+        check_memory_ours(place, run)
         place.unlink()
         if last:
-            _remove(last)
+            _remove(last, run)
 
 
 def _landed(found: Leapt, step: int) -> Landed:
@@ -230,7 +236,7 @@ def _landed(found: Leapt, step: int) -> Landed:
     return Landed(step, horizon, reason, momentum.gain, momentum.share, found.cosine, notes)
 
 
-def _remove(forecast: Path) -> None:
+def _remove(forecast: Path, run: Path) -> None:
     """Remove the checkpoint of a leap that no further leap needs: if it has no optimizer, and is as farcast wrote it."""
     is_file = forecast.is_file()
     sidecar = sidecar_of(forecast, is_file=is_file)
@@ -238,7 +244,7 @@ def _remove(forecast: Path) -> None:
     if not forecast.exists() or told.get("options", {}).get("optimizer") != "drop":
         return
     try:
-        check_ours(forecast, is_file=is_file)
+        check_ours(forecast, is_file=is_file, run=run)
         if is_file:
             forecast.unlink()
             sidecar.unlink()

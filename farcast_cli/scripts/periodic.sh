@@ -13,8 +13,8 @@
 # RESUME_OPTION names another option than --resume.
 #
 # Exit code: 0 after the last round; COMMAND's or farcast's own code as soon as one fails. Nothing of the run is changed
-# or deleted. Needs farcast on PATH. The forecasts, their ledger and the memory of the run are in ./forecasts; any option of
-# farcast leap: its FARCAST_... variable, such as FARCAST_EVAL_CMD or FARCAST_LEAP_COUNTERS.
+# or deleted. Needs farcast on PATH. The forecasts and the memory of the run are in ./forecasts/RUN, their ledger is in ./forecasts;
+# any option of farcast leap: its FARCAST_... variable, such as FARCAST_EVAL_CMD or FARCAST_LEAP_COUNTERS.
 set -eu
 
 NO_LEAP=10 # farcast's exit code for "no leap: go on from the last checkpoint"

@@ -58,6 +58,10 @@ _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 StorageSpan = tuple[str, int, int]
 
 
+_MARKED_ROLES = frozenset({"trainer-state", "state"})
+"""Of the files in which a trainer carries a mark on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One value that was rewritten, for people and for the sidecar."""
@@ -130,7 +134,7 @@ def advance(
         target = origin.step + horizon
         mark = LeapMark(target if counters == "advance" else origin.step, origin.step, target)
         for state in result.trees.values():
-            if state.part.role == "trainer-state":
+            if state.part.role in _MARKED_ROLES:
                 trainer.mark(state.tree, mark)
     result.trees = {name: state for name, state in result.trees.items() if _is_rewritten(state, histories[name])}
     return result

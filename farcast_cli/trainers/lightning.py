@@ -29,6 +29,7 @@ from farcast_cli.trainers.base import (
     tree_of,
     weights_of,
 )
+from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_of
@@ -101,10 +102,10 @@ def _rename(name: str, tree: object, horizon: int) -> str:
 
 
 def _marks(snapshot: Snapshot) -> list[LeapMark]:
-    """Of the state that our callback has in the checkpoint."""
+    """Of the optimiser, and of the state that our callback has in the checkpoint."""
     leaps = find(tree_of(snapshot.parts[0]), ("callbacks", CALLBACK, LEAPS))
     rows = (row for row in leaps if isinstance(row, (list, tuple))) if isinstance(leaps, list) else ()
-    return marks_of(rows)
+    return list(dict.fromkeys((*marks_in_group(snapshot), *marks_of(rows))))
 
 
 TRAINER = Trainer(
@@ -112,8 +113,9 @@ TRAINER = Trainer(
     clock=loops_clock,
     rename=_rename,
     end=partial(end_of, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
-    marks=_marks,
     needs_optimizer="Lightning cannot load a checkpoint without that key",
+    mark=mark_group,
+    marks=_marks,
     has_own_files=True,
 )
 LAYOUT = Layout("lightning", _recognises, _read, names_are_steps=False, trainer=TRAINER)

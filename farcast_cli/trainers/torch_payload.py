@@ -14,6 +14,7 @@ from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter
 from farcast_cli.formats.tree import dotted, find, walk
 from farcast_cli.tensors import FORECASTABLE
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_of
 
@@ -123,4 +124,5 @@ def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
     return ()
 
 
-LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of))
+TRAINER = Trainer(end=end_of, mark=mark_group, marks=marks_in_group)
+LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=TRAINER)

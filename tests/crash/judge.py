@@ -31,6 +31,7 @@ NOTES = (PUBLISHED, IN_PART)
 """What is counted and is no fault: nothing else can be done by a process that was killed, or whose last sync failed."""
 
 LEDGER = "forecasts/ledger.jsonl"
+HOME = "forecasts/run"
 FOLDER = "folder"
 ABSENT, OLD, NEW, HALF = "absent", "old", "new", "half"
 CLEANING = {"unlink", "rmdir", "open-read"}
@@ -106,8 +107,8 @@ class Judge:
     def __init__(self, work: Path, before: State, reference: State, code: int = 0) -> None:
         self._work, self._before, self._reference, self._well = work, before, reference, code
         changed = {path for path in reference.tree if before.tree.get(path) != reference.tree[path] and not is_log(path)}
-        self.units = sorted({_unit_of(path) for path in changed} - {"forecasts", LEDGER})
-        self._inputs = {path for path in before.tree if _unit_of(path) not in {*self.units, "forecasts", LEDGER}}
+        self.units = sorted({_unit_of(path) for path in changed} - {"forecasts", HOME, LEDGER})
+        self._inputs = {path for path in before.tree if _unit_of(path) not in {*self.units, "forecasts", HOME, LEDGER}}
 
     def is_input(self, call: Call) -> bool:
         return self._relative(call.path) in self._inputs
@@ -230,9 +231,9 @@ class Judge:
 
 
 def _unit_of(path: str) -> str:
-    """What is published as one: an entry of `forecasts/`, or of the folder itself."""
+    """What is published as one: an entry of the run's folder under `forecasts/`, of `forecasts/`, or of the folder itself."""
     parts = PurePosixPath(path).parts
-    return "/".join(parts[:2] if parts[0] == "forecasts" else parts[:1])
+    return "/".join(parts[:3] if path.startswith(f"{HOME}/") else parts[:2] if parts[0] == "forecasts" else parts[:1])
 
 
 def _in(states: dict[str, str], wanted: str) -> list[str]:

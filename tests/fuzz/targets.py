@@ -423,7 +423,7 @@ def memory(folder: Path) -> Target:
     last.rename(folder / last.name)
     assert _code_of(folder, "leap", "run", "--max-gain", "0.01") == NO_LEAP
     (folder / last.name).rename(last)
-    file = folder / "forecasts/run.memory.safetensors"
+    file = folder / "forecasts/run/run.memory.safetensors"
     raw, tensors = file.read_bytes(), load_safetensors(file.read_bytes())
     record = read_memory(file)
     assert record is not None

@@ -1,0 +1,74 @@
+"""Which folder under `forecasts/` is a run's own.
+
+It has the name of the run's folder. Where another run of that name has forecasts there, the names of the folders above come
+before it: `ckpts`, `a-ckpts`, `x-a-ckpts`. What lies in a folder tells whose it is: the sidecars, and the memory of leaps.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from farcast_cli.choices import DEFAULT_FOLDER
+from farcast_cli.errors import FarcastError, OutputError
+from farcast_cli.files.place import SIDECAR, other_run, read_sidecar
+from farcast_cli.forecast.memory import MEMORY_ENDING, memory_of, read_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def folder_of(run: Path) -> Path:
+    """Where the forecasts of a run and its memory go if the user names no place.
+
+    An earlier version kept all memories in `forecasts/` itself. A run whose memory is there goes on there.
+
+    Raises:
+        OutputError: all names are taken.
+    """
+    if _memory_run(memory_of(DEFAULT_FOLDER, run)) == run.resolve():
+        return DEFAULT_FOLDER
+    found = next((folder for folder in _candidates(run) if _is_free(folder, run)), None)
+    if found is None:
+        raise OutputError(f"{DEFAULT_FOLDER}: another run's forecasts have this run's place", hint="-o OUT/ writes elsewhere")
+    return found
+
+
+def note_on(folder: Path, run: Path) -> str:
+    """What a person should know of the name of a run's folder; "" if it is the usual one."""
+    usual, *others = _candidates(run)
+    return f"{usual} has forecasts of another run: those of this run are in {folder}" if folder in others else ""
+
+
+def _candidates(run: Path) -> list[Path]:
+    """The folders that may be a run's own, in the order of choice."""
+    parts = run.resolve().parts[1:] or ("run",)
+    return [DEFAULT_FOLDER / "-".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _is_free(folder: Path, run: Path) -> bool:
+    """Whether a folder is this run's, or nobody's; a forecast itself is no place for others."""
+    if not os.path.lexists(folder):
+        return True
+    if not folder.is_dir() or read_sidecar(folder / SIDECAR):
+        return False
+    try:
+        return not any(_is_of_another(entry, run) for entry in folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be read: {error.strerror}", hint="-o OUT/ writes elsewhere") from error
+
+
+def _is_of_another(entry: Path, run: Path) -> bool:
+    if entry.name.endswith(MEMORY_ENDING):
+        return _memory_run(entry) not in {None, run.resolve()}
+    content = read_sidecar(entry if entry.name.endswith(f".{SIDECAR}") else entry / SIDECAR)
+    return content is not None and other_run(content, entry.parent, run) is not None
+
+
+def _memory_run(path: Path) -> Path | None:
+    """Whose memory a file is; None where there is none, or a damaged one."""
+    try:
+        memory = read_memory(path)
+    except FarcastError:
+        return None
+    return memory.run if memory else None
