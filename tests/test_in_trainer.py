@@ -147,7 +147,7 @@ def state_on_disk(step: int) -> dict[str, Any]:
 
 
 def stretches(tmp_path: Path) -> int:
-    memory = read_memory(tmp_path / "forecasts" / "run") / "run.memory.safetensors")
+    memory = read_memory(tmp_path / "forecasts" / "run" / "run.memory.safetensors")
     assert memory is not None
     return memory.record.count
 
@@ -356,8 +356,8 @@ def test_a_loss_that_is_none_leaves_the_run_as_it_was(
 
 
 def test_a_leap_that_fails_is_a_warning_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "forecasts" / "run").mkdir()
-    place = (tmp_path / "forecasts" / "run") / "run.memory.safetensors"
+    (tmp_path / "forecasts" / "run").mkdir(parents=True)
+    place = tmp_path / "forecasts" / "run" / "run.memory.safetensors"
     place.write_text("no memory")
     trainer = trained(normed(), vectors(), options={})
     assert trainer.state.global_step == 100
