@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.progress import Progress
     from farcast_cli.reports.story import Story
@@ -101,6 +102,7 @@ def fit(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    history: Place | None = None,
     progress: Progress = silent,
 ) -> FitOutcome:
     """Read a sample of every tensor at every snapshot.
@@ -109,6 +111,7 @@ def fit(
         output: the forecaster file to write; unlike the command, none by default.
         sample: values of each tensor, 1000 or more.
         losses: the run's log of losses; by default where its trainer keeps it.
+        history: the folder of kept snapshots; by default kept/NAME, if it has those of this run.
 
     Returns:
         The outcome: `fitted`, the forecaster; `steady`, with the coherence S in -1..1 and its significance; `cautions`.
@@ -132,10 +135,43 @@ def fit(
         io=io,
         threads=threads,
         losses=None if losses is None else Path(losses),
+        history=None if history is None else Path(history),
     )
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
     return fit_planned(plan_fit(request), progress)
+
+
+def keep(
+    directory: Place,
+    *,
+    into: Place | None = None,
+    sampled: bool = False,
+    last: int | None = None,
+    steps: str | None = None,
+    pattern: str | None = None,
+    progress: Progress = silent,
+) -> Keeping:
+    """Copy the weights of checkpoints that are not kept yet, before the trainer deletes them.
+
+    Args:
+        into: the folder; by default kept/NAME.
+        sampled: keep only the values that `fit` reads; `predict` needs all values of the snapshots that its method reads.
+        last: how many kept snapshots stay; None for all.
+
+    Returns:
+        What was done: `added` and `removed` files, all kept `snapshots`, `num_bytes` and `whole_bytes`, `cautions`.
+
+    Raises:
+        SnapshotError: no snapshot, or a kept one that has other weights at its step.
+        FileFormatError, OutputError: a file cannot be read or written.
+    """
+    prepare("cpu")
+    from farcast_cli.keeping import KeepRequest
+    from farcast_cli.keeping import keep as copy
+
+    selection = selection_of(Path(directory), None, None, steps, pattern)
+    return copy(KeepRequest(selection, None if into is None else Path(into), last, sampled), progress)
 
 
 def backtest(
@@ -480,4 +516,4 @@ def _source(run: Run, fitted: Fitted) -> str:
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return " " + " ".join([shell_word(fitted.directory), *(f"{name} {shlex.quote(glob)}" for name, glob in options)])
+    return " " + " ".join([fitted.source, *(f"{name} {shlex.quote(glob)}" for name, glob in options)])

@@ -38,5 +38,6 @@ HOLDOUT = 0.25
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")
 DEFAULT_FOLDER = Path("forecasts")
+DEFAULT_KEPT = Path("kept")
 DEFAULT_REPORT = Path("report.html")
 DEFAULT_LEDGER = DEFAULT_FOLDER / "ledger.jsonl"

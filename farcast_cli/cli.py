@@ -17,6 +17,7 @@ from farcast_cli.commands import (
     fit,
     help,  # noqa: A004 - a command is called so
     inspect,
+    keep,
     leap,
     predict,
     report,
@@ -47,6 +48,7 @@ resume training from it. farcast never changes your own checkpoints.
 
   farcast inspect ckpts/               list the snapshots, and the tensors to forecast and to copy
   farcast fit ckpts/                   measure the run; write ./forecaster.safetensors
+  farcast keep ckpts/                  copy the weights before the trainer deletes its old checkpoints
   farcast backtest                     test each method inside the run's history
   farcast report                       write the verdict and its evidence as one page, report.html
   farcast predict                      write a forecast checkpoint; print its path
@@ -72,6 +74,7 @@ def _root(
 
 app.command(cls=Grouped, epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(cls=Grouped, epilog=fit.EXAMPLES)(fit.fit)
+app.command(cls=Grouped, epilog=keep.EXAMPLES)(keep.keep)
 app.command(cls=Grouped, epilog=backtest.EXAMPLES)(backtest.backtest)
 app.command(cls=Grouped, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Grouped, epilog=predict.EXAMPLES)(predict.predict)

@@ -135,6 +135,27 @@ class FitAnswer(Answer):
     )
 
 
+class KeptEntry(AnswerPart):
+    """A kept snapshot."""
+
+    path: PortablePath = Field(description="the file")
+    step: int = Field(description="its step")
+    bytes: int = Field(description="its size")
+    checkpoint_bytes: int = Field(description="size of the checkpoint that it was copied from")
+
+
+class KeepAnswer(Answer):
+    """`farcast keep --json`."""
+
+    folder: PortablePath = Field(description="the folder of the kept snapshots")
+    added: tuple[PortablePath, ...] = Field(description="the files that were written now")
+    removed: tuple[PortablePath, ...] = Field(description="the files that `--last` removed now")
+    snapshots: tuple[KeptEntry, ...] = Field(description="every kept snapshot in the folder, in the order of their steps")
+    bytes: int = Field(description="size of all kept snapshots")
+    checkpoint_bytes: int = Field(description="size of all the checkpoints that they were copied from")
+    cautions: tuple[str, ...] = Field(description="checkpoints that were left out, and why")
+
+
 class ScoreEntry(AnswerPart):
     """A method at a horizon."""
 
@@ -431,6 +452,7 @@ class ErrorAnswer(Answer):
 
 ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "inspect": (InspectAnswer,),
+    "keep": (KeepAnswer,),
     "fit": (FitAnswer,),
     "backtest": (BacktestAnswer,),
     "report": (ReportAnswer,),

@@ -41,13 +41,19 @@ def parse_size(text: str | None) -> int | None:
 
 
 def selection_of(
-    directory: Path, include: Sequence[str] | None, exclude: Sequence[str] | None, steps: str | None, pattern: str | None
+    directory: Path,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    steps: str | None,
+    pattern: str | None,
+    *,
+    history: Path | None = None,
 ) -> Selection:
     """The part of a run that the options name."""
     from farcast_cli.run.selection import Selection
     from farcast_cli.run.steps import parse_steps
 
-    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
+    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()), history)
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -177,6 +183,7 @@ def fit_request(
     io: Io,
     threads: int,
     losses: Path | None = None,
+    history: Path | None = None,
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
@@ -184,5 +191,5 @@ def fit_request(
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)

@@ -14,7 +14,7 @@ import pytest
 
 import farcast_cli
 from farcast_cli import api
-from farcast_cli.commands import backtest, fit, leap, predict, report, verify
+from farcast_cli.commands import backtest, fit, keep, leap, predict, report, verify
 from farcast_cli.forecast.fitting import FitOutcome
 from tests.conftest import loose_name, make_loose_run, weights_at
 from tests.tiny import save_safetensors
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_TERMINAL = {"context", "json_", "quiet", "verbose", "config"}
-OF_FIT = {"include", "exclude", "steps", "pattern", "sample", "full"}
+OF_FIT = {"include", "exclude", "steps", "pattern", "history", "sample", "full"}
 """The options that choose from a folder: `fit` has them, and what it returns is passed on."""
 
 
@@ -39,6 +39,7 @@ class Pair(NamedTuple):
 
 
 PAIRS = {
+    "keep": Pair(api.keep, keep.keep, set()),
     "fit": Pair(api.fit, fit.fit, set()),
     "backtest": Pair(api.backtest, backtest.backtest, {"directory", "forecaster", *OF_FIT, "ledger", "io", "threads"}),
     "report": Pair(api.report, report.report, {"target", "forecaster", *OF_FIT, "form", "text"}),

@@ -21,8 +21,8 @@ from farcast_cli import choices
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.cli import app
 from farcast_cli.commands.options import FROM_ANY_FILE, PANELS
-from farcast_cli.engine.reader import sample_stretches
 from farcast_cli.forecast.methods import METHODS
+from farcast_cli.tensors import sample_stretches
 from tests.conftest import (
     STEPS,
     edit_loose,

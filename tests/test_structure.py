@@ -57,6 +57,7 @@ ORDER = (
     "trainers.group_marks",
     "trainers.weights_folder",
     "trainers.run_end",
+    "trainers.kept",
     "trainers.loose_safetensors",
     "trainers.torch_payload",
     "trainers.dcp",
@@ -77,6 +78,7 @@ ORDER = (
     "run.entries",
     "run.intervals",
     "run.trajectory",
+    "run.kept",
     "run.losses",
     "run.quantised",
     "run.alignment",
@@ -134,6 +136,7 @@ ORDER = (
     "forecast.fitting",
     "forecast.judgement",
     "forecast.memory",
+    "keeping",
     "folder",
     "verification",
     "request",
@@ -189,6 +192,7 @@ ORDER = (
     "commands.mistakes",
     "commands.options",
     "commands.inspect",
+    "commands.keep",
     "commands.fit",
     "commands.backtest",
     "commands.predict",
@@ -411,7 +415,14 @@ def test_only_one_module_asks_what_differs_between_systems() -> None:
 
 CONTAINERS = {"safetensors", "dcp"}  # of the output as well as layouts
 LAYOUT_NAMES = {layout.name for layout in LAYOUTS} - CONTAINERS
-KNOWN_OUTSIDE = {"trainers.__init__", "trainers.base", "trainers.names", "trainers.schedules", "trainers.torch_schedules"}
+KNOWN_OUTSIDE = {
+    "trainers.__init__",
+    "trainers.base",
+    "trainers.kept",
+    "trainers.names",
+    "trainers.schedules",
+    "trainers.torch_schedules",
+}
 
 
 def test_what_is_known_of_a_trainer_stays_in_its_layout() -> None:

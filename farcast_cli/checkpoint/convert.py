@@ -17,6 +17,7 @@ from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, tree_in, 
 from farcast_cli.checkpoint.dcp_output import new_folder
 from farcast_cli.checkpoint.pieces import Fixed, OutputFile, Piece, Planned, Rewrite
 from farcast_cli.checkpoint.plan import (
+    held_by_safetensors,
     is_read_whole,
     json_output,
     never_in_shards,
@@ -164,7 +165,7 @@ def _in_shards(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: C
     tensors = [tensor for part in parts for tensor in weights_in(part, advanced, rewrite)]
     index = next((part.content for part in origin.parts if part.role == "weights-index"), None)
     stem = _file_name(parts[0], target, alone=True).partition("-")[0].removesuffix(".safetensors")
-    return shards(stem, _held_by_safetensors(tensors), rewrite.max_shard_bytes or 0, _FORMAT, index)
+    return shards(stem, held_by_safetensors(tensors), rewrite.max_shard_bytes or 0, _FORMAT, index)
 
 
 def _file_name(part: Part, target: Container, *, alone: bool) -> str:
@@ -207,22 +208,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
 
 
 def _safetensors_file(name: str, tensors: Sequence[Planned]) -> OutputFile:
-    return safetensors_output(name, _held_by_safetensors(tensors), _FORMAT)
-
-
-def _held_by_safetensors(tensors: Sequence[Planned]) -> Sequence[Planned]:
-    """The tensors, having seen that safetensors can hold each."""
-    for tensor in tensors:
-        if not tensor.dtype.code:
-            raise UsageError(
-                f"tensor {tensor.name!r} is {tensor.dtype.name}, which safetensors cannot hold", hint="--layout pt"
-            )
-        if tensor.strides:
-            raise UsageError(
-                f"tensor {tensor.name!r} is not stored row by row (channels_last?), which safetensors cannot hold",
-                hint="--layout pt keeps the order",
-            )
-    return tensors
+    return safetensors_output(name, held_by_safetensors(tensors), _FORMAT)
 
 
 def _torch_file(name: str, found: Iterable[Planned | Leaf]) -> OutputFile:

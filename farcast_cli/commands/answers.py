@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.judgement import BacktestReport, Direction
     from farcast_cli.forecast.worth import Worth
+    from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
@@ -97,6 +98,23 @@ def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
         bytes_read=done.bytes_read,
         seconds=done.seconds,
         worth=_worth(done.worth),
+    )
+
+
+def of_keep(done: Keeping) -> results.KeepAnswer:
+    return results.KeepAnswer(
+        schema_version=1,
+        folder=done.folder,
+        added=done.added,
+        removed=done.removed,
+        snapshots=tuple(
+            results.KeptEntry(path=one.path, step=one.step, bytes=one.num_bytes, checkpoint_bytes=one.source.num_bytes)
+            for one in done.snapshots
+            if one.source
+        ),
+        bytes=done.num_bytes,
+        checkpoint_bytes=done.whole_bytes,
+        cautions=done.cautions,
     )
 
 

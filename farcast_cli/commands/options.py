@@ -51,7 +51,21 @@ and `counters` skip the ledger or the run's end, `scale` and `step_norm` write a
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
-    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "losses", "against", "reference"),
+    "Input": (
+        "forecaster",
+        "include",
+        "exclude",
+        "steps",
+        "pattern",
+        "history",
+        "sampled",
+        "last",
+        "sample",
+        "full",
+        "losses",
+        "against",
+        "reference",
+    ),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
@@ -62,6 +76,7 @@ PANELS = {
     "Output": (
         *(
             "output",
+            "into",
             "form",
             "text",
             "dtype",
@@ -291,6 +306,14 @@ PatternOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
+    ),
+]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("HISTORY"),
+        metavar="FOLDER",
+        help="Folder of the snapshots that farcast keep copied; they stand before the run's own. Default: kept/NAME.",
     ),
 ]
 SampleOption = Annotated[

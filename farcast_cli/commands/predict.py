@@ -21,6 +21,7 @@ from farcast_cli.commands.options import (
     ForecasterOption,
     FullOption,
     GradWeightOption,
+    HistoryOption,
     IncludeOption,
     IoOption,
     JobsOption,
@@ -48,7 +49,7 @@ from farcast_cli.settings import env, fit_request, horizons_of
 if TYPE_CHECKING:
     from farcast_cli.api import Prediction
 
-CHOOSING = ("include", "exclude", "steps", "pattern", "sample", "full")
+CHOOSING = ("include", "exclude", "steps", "pattern", "history", "sample", "full")
 """The options that choose what is read of a folder; a forecaster file has read it already."""
 EXAMPLES = (
     "Examples: farcast predict --horizon 1000   |   farcast predict ckpts/   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
@@ -133,6 +134,7 @@ def predict(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
@@ -157,6 +159,7 @@ def predict(
             exclude=exclude,
             steps=steps,
             pattern=pattern,
+            history=history,
             sample=sample,
             full=full,
             ledger=ledger,

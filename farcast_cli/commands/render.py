@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.keeping import Keeping
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
     from farcast_cli.results import VerifyAnswer
@@ -277,6 +278,17 @@ def _copied_texts(copied: Sequence[Copied], *, verbose: bool) -> Iterator[str]:
         yield f"{_tensors(len(copied))} copied: {told}{more}"
 
 
+# --- keep ------------------------------------------------------------------------------------------------------------
+
+
+def keeping(done: Keeping) -> None:
+    for text in done.cautions:
+        note(f"caution: {text}")
+    count = f"{len(done.snapshots)} kept snapshot" + "s" * (len(done.snapshots) != 1)
+    news = f"{len(done.added)} new" + (f", {len(done.removed)} removed" if done.removed else "")
+    note(f"{count} in {done.folder} ({news}), {size(done.num_bytes)}; whole checkpoints would be {size(done.whole_bytes)}")
+
+
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +319,7 @@ def fit_cautions(plan: FitPlan) -> None:
                 f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
                 f" {leap.resumes_after}, which the forecaster would take for training"
             )
-    for text in filter(None, (*plan.past.cautions, plan.usable.left_out, plan.unread)):
+    for text in filter(None, (*found.kept_notes, *plan.past.cautions, plan.usable.left_out, plan.unread)):
         note(text)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.engine.reader import Resources
-from farcast_cli.errors import MixedRunsError
+from farcast_cli.errors import MixedRunsError, UsageError
 from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample
 from farcast_cli.forecast.backtest import MAX_HORIZON
 from farcast_cli.forecast.forecaster_file import (
@@ -27,10 +27,11 @@ from farcast_cli.forecast.forecaster_file import (
 from farcast_cli.forecast.history import past_of
 from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.run.alignment import align
+from farcast_cli.run.kept import discover_all
 from farcast_cli.run.losses import losses_of
 from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
-from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, WHOLE
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers.base import unchanged
 
@@ -129,10 +130,28 @@ def plan_fit(request: FitRequest) -> FitPlan:
         check_fitted_place(request.output, chosen.directory)
         before = run_of_fitted(request.output)
         replaced = before if before and before.resolve() != chosen.directory.resolve() else None
-    found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
+    found = discover_all(
+        chosen.directory, steps=chosen.steps, pattern=chosen.pattern, history=chosen.history, minimum=MIN_SNAPSHOTS
+    )
     past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
     entering = usable(past.history.trajectory.snapshots, chosen)
+    _check_samples(entering.snapshots, request.num_samples)
     return FitPlan(request, found, past, entering, started, replaced, losses_of(found, request.losses))
+
+
+def _check_samples(snapshots: Sequence[Snapshot], num_samples: int | None) -> None:
+    """Refuse to read other values than those that kept samples hold.
+
+    Raises:
+        UsageError: some snapshots are samples, and --sample or --full asks for other values.
+    """
+    sample = next((snapshot for snapshot in snapshots if snapshot.is_sample), None)
+    if sample is not None and num_samples != DEFAULT_SAMPLE:
+        asked = "--full" if num_samples is None else f"--sample {num_samples}"
+        raise UsageError(
+            f"{asked}: {sample.path} holds a sample of {DEFAULT_SAMPLE} values of each tensor, and no others",
+            hint=f"leave it out; {WHOLE}",
+        )
 
 
 def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
@@ -205,13 +224,17 @@ def fit(
         include=tuple(include),
         exclude=tuple(exclude),
         pattern=trajectory.pattern,
+        kept="" if trajectory.kept is None else str(trajectory.kept),
     )
-    return Fitted(gram, sample, provenance, trajectory.directory)
+    return Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
 
 
 def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
+    is_kept = trajectory.kept is not None and snapshot.path.parent == trajectory.kept
+    home = trajectory.kept if is_kept and trajectory.kept else trajectory.directory
     return SnapshotRecord(
-        path=snapshot.path.relative_to(trajectory.directory).as_posix(),
+        path=snapshot.path.relative_to(home).as_posix(),
+        is_kept=is_kept,
         step=snapshot.step,
         step_source=snapshot.step_source,
         bytes=snapshot.num_bytes,

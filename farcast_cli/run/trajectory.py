@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.run.entries import Candidate
 
+WHOLE = "farcast keep without --sampled keeps all weights"
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
 
 
@@ -35,6 +36,10 @@ class Trajectory:
     notes: tuple[str, ...]
     conflicts: tuple[SnapshotError, ...] = ()
     pattern: str = ""
+    kept: Path | None = None
+    """The folder of kept snapshots, if some of the snapshots lie there."""
+    kept_notes: tuple[str, ...] = ()
+    """What a person should know of the kept snapshots."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -97,6 +102,8 @@ def open_snapshot(path: Path) -> Snapshot:
         what = "no checkpoint here" if path.exists() else "no such file or folder"
         raise SnapshotError(f"{path}: {what}", path=path)
     snapshot = read_snapshot(layout, path)
+    if snapshot.is_sample:
+        raise SnapshotError(f"{path}: expected all weights, found a kept sample of them", hint=WHOLE, path=path)
     first = snapshot.evidence[0] if snapshot.evidence else None
     return snapshot.settle(first.step, first.source) if first else snapshot
 
