@@ -14,8 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from farcast_cli.errors import UsageError
 from farcast_cli.live.leaps import Leaps
 from farcast_cli.live.weights import LiveModel, refuse_shards, sharded
-from farcast_cli.trainers.base import LeapMark
-from farcast_cli.trainers.lightning import CALLBACK, LEAPS
+from farcast_cli.trainers.group_marks import mark_group, marks_in_tree
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
 class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
     """Leaps after the saves of a ModelCheckpoint, before the next batch. Weights move ahead; everything else stays.
 
-    All loggers of the trainer get the figures. Later checkpoints contain the marks of the leaps, as this callback's state.
+    All loggers of the trainer get the figures. The optimizer carries the marks of the leaps on
+    to all later checkpoints.
 
     Args:
         options: those of `Leaps`. With `every=N`, only saves at a multiple of N steps are followed by a leap.
@@ -35,7 +35,6 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
     def __init__(self, **options: Any) -> None:
         self._leaps = Leaps(layout="pt", **options)  # the weights alone
         self._saved_at = -1
-        self._marks: list[LeapMark] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse weights in shards, and a run that saves nothing.
@@ -51,7 +50,7 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         live, run, step = self._now(trainer, pl_module)
-        self._log(trainer, self._leaps.after_resume(live, run, step, self._marks))
+        self._log(trainer, self._leaps.after_resume(live, run, step, marks_in_tree(_optimizer(trainer))))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         self._saved_at = trainer.global_step  # the file is whole before the next batch
@@ -61,16 +60,6 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
             self._saved_at = -1
             live, run, step = self._now(trainer, pl_module)
             self._log(trainer, self._leaps.after_save(live, run, step, num_steps=_num_steps(trainer, pl_module)))
-
-    @property
-    def state_key(self) -> str:
-        return CALLBACK
-
-    def state_dict(self) -> dict[str, Any]:
-        return {LEAPS: [(mark.step, mark.origin_step, mark.valid_step) for mark in self._marks]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._marks = [LeapMark(*numbers) for numbers in state_dict[LEAPS]]
 
     def _now(self, trainer: Trainer, pl_module: LightningModule) -> tuple[LiveModel, Path, int]:
         """The live model by the names of its checkpoints, the folder of the run, and its step."""
@@ -82,9 +71,14 @@ class LeapCallback(Callback):  # type: ignore[misc, unused-ignore]
         if landed is None:
             return
         if landed.mark:
-            self._marks.append(landed.mark)
+            mark_group(_optimizer(trainer), landed.mark)
         for logger in trainer.loggers:
             logger.log_metrics(landed.numbers, step=landed.step)
+
+
+def _optimizer(trainer: Trainer) -> dict[str, Any]:
+    """The first live optimizer, as its saved state is read."""
+    return {"state": {}, "param_groups": trainer.optimizers[0].param_groups if trainer.optimizers else []}
 
 
 def _num_steps(trainer: Trainer, pl_module: LightningModule) -> int | None:

@@ -53,8 +53,8 @@ def test_both_processes_have_the_weights_of_each_leap(kind: str, tmp_path: Path)
 
 
 def test_a_leap_that_fails_in_the_first_process_stops_neither(tmp_path: Path) -> None:
-    (tmp_path / "forecasts").mkdir()
-    (tmp_path / "forecasts" / "run.memory.safetensors").write_text("no memory")
+    (tmp_path / "forecasts" / "run").mkdir(parents=True)
+    (tmp_path / "forecasts" / "run" / "run.memory.safetensors").write_text("no memory")
     first, second = trained_by_two("trainer", tmp_path)
     assert first["leaps"] == second["leaps"] == []
     assert first["weights"] == second["weights"]

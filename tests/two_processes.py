@@ -43,10 +43,9 @@ def by_lightning() -> tuple[str, Any]:
     from lightning.pytorch.strategies import DDPStrategy
 
     from farcast_cli.lightning import LeapCallback
-    from tests.test_in_lightning import EVERY, Tied, data
+    from tests.test_in_lightning import EVERY, Tied, data, marks
 
     torch.manual_seed(0)
-    leaps = LeapCallback()
     trainer: Any = lightning.Trainer(
         accelerator="cpu",
         devices=2,
@@ -55,11 +54,11 @@ def by_lightning() -> tuple[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         max_steps=100,
-        callbacks=[leaps, ModelCheckpoint("run", every_n_train_steps=EVERY, save_top_k=1)],
+        callbacks=[LeapCallback(), ModelCheckpoint("run", every_n_train_steps=EVERY, save_top_k=1)],
     )
     module = Tied()
     trainer.fit(module, data())
-    return digest(module), leaps.state_dict()["leaps"]
+    return digest(module), marks(trainer)
 
 
 def main() -> None:

@@ -30,7 +30,12 @@ def mark_group(tree: Any, mark: LeapMark) -> None:
 def marks_in_group(snapshot: Snapshot) -> list[LeapMark]:
     """The leaps that the first group of a snapshot's optimiser tells of."""
     content = snapshot.parts[0].content
-    group = _first_group(content.tree) if isinstance(content, TorchFile) else None
+    return marks_in_tree(content.tree) if isinstance(content, TorchFile) else []
+
+
+def marks_in_tree(tree: Any) -> list[LeapMark]:
+    """The leaps that the first group of the first optimiser in a tree tells of."""
+    group = _first_group(tree)
     told = group.get(_KEY) if group else None
     return marks_of(row for row in (told if isinstance(told, list) else []) if isinstance(row, (list, tuple)))
 

@@ -19,14 +19,11 @@ from farcast_cli.formats.tree import find
 from farcast_cli.trainers.base import (
     Evidence,
     Layout,
-    LeapMark,
     Part,
     Snapshot,
     Trainer,
     holds_text,
-    marks_of,
     name_evidence,
-    tree_of,
     weights_of,
 )
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
 
 EPOCHS_KEY = "max_epochs"
 WEIGHTS, LIVE = ("state_dict",), ("current_model_state",)
-CALLBACK, LEAPS = "farcast leaps", "leaps"
-"""Where the callback of farcast_cli/lightning.py keeps the marks of a run's leaps."""
 _AVERAGED = "an average of the weights: copied for resuming; --for evaluation replaces it by the forecast"
 _RESUMED = {"loops", "optimizer_states", "lr_schedulers"}
 _WEIGHTS_ONLY = "saved with the weights only: trainer.fit(ckpt_path=...) cannot resume from it"
@@ -101,13 +96,6 @@ def _rename(name: str, tree: object, horizon: int) -> str:
     return name if epoch is None else re.sub(r"\bepoch=(\d+)", lambda old: f"epoch={epoch:0{len(old[1])}}", name)
 
 
-def _marks(snapshot: Snapshot) -> list[LeapMark]:
-    """Of the optimiser, and of the state that our callback has in the checkpoint."""
-    leaps = find(tree_of(snapshot.parts[0]), ("callbacks", CALLBACK, LEAPS))
-    rows = (row for row in leaps if isinstance(row, (list, tuple))) if isinstance(leaps, list) else ()
-    return list(dict.fromkeys((*marks_in_group(snapshot), *marks_of(rows))))
-
-
 TRAINER = Trainer(
     wrote=is_lightning,
     clock=loops_clock,
@@ -115,7 +103,7 @@ TRAINER = Trainer(
     end=partial(end_of, epochs_key=EPOCHS_KEY, steps_left=steps_to_end),
     needs_optimizer="Lightning cannot load a checkpoint without that key",
     mark=mark_group,
-    marks=_marks,
+    marks=marks_in_group,
     has_own_files=True,
 )
 LAYOUT = Layout("lightning", _recognises, _read, names_are_steps=False, trainer=TRAINER)
