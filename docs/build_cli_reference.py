@@ -34,8 +34,8 @@ MADE = f"<!-- Made by {REBUILD.removeprefix('python ')}; change the program or t
 CONFIG = f"""\
 ## Defaults from the environment and from a file
 
-Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`
-and `--exclude` take several patterns from one variable, separated by blanks. A variable `FARCAST_...` that belongs to no option is named
+Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`,
+`--exclude` and `--log-to` take several values from one variable, separated by blanks. A variable `FARCAST_...` that belongs to no option is named
 on stderr with the nearest one.
 
 `--config FILE`, or a `farcast.toml` in the working directory, sets defaults too. Keys at the top hold for every command,

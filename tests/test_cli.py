@@ -21,8 +21,8 @@ from farcast_cli import choices
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.cli import app
 from farcast_cli.commands.options import FROM_ANY_FILE, PANELS
-from farcast_cli.engine.reader import sample_stretches
 from farcast_cli.forecast.methods import METHODS
+from farcast_cli.tensors import sample_stretches
 from tests.conftest import (
     STEPS,
     edit_loose,
@@ -518,7 +518,7 @@ NAMED_ONLY = {
     "a place to read": {"forecaster", "ledger", "losses", "data", "anchor", "apply", "against", "reference", "config"},
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast"},
     "an argument that is nobody else's to give": {"command"},
-    "a place to write": {"output", "delta_out"},
+    "a place to write": {"output", "delta_out", "log_to"},
     "a program": {"eval_cmd"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
     "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
@@ -623,7 +623,7 @@ def test_a_wrong_choice_is_one_line_that_names_the_right_ones_wherever_it_comes_
     arguments = {"the command line": ("--layout", "gguf"), "a file": ("--config", "own.toml")}.get(source, ())
     environment = {"FARCAST_LAYOUT": "gguf"} if source == "the environment" else None
     done = call_cli("predict", "--horizon", 100, *arguments, cwd=work, env=environment)
-    assert (done.returncode, done.errors) == (2, ["error: --layout gguf: expected one of same, safetensors, pt, dcp"])
+    assert (done.returncode, done.errors) == (2, ["error: --layout gguf: expected one of same, safetensors, pt, dcp, hub"])
 
 
 def test_the_choices_that_help_shows_are_those_that_the_library_knows() -> None:

@@ -51,7 +51,21 @@ and `counters` skip the ledger or the run's end, `scale` and `step_norm` write a
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
-    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "losses", "against", "reference"),
+    "Input": (
+        "forecaster",
+        "include",
+        "exclude",
+        "steps",
+        "pattern",
+        "history",
+        "sampled",
+        "last",
+        "sample",
+        "full",
+        "losses",
+        "against",
+        "reference",
+    ),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
@@ -60,8 +74,21 @@ PANELS = {
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
     "Output": (
-        *("output", "dtype", "layout", "max_shard_size", "round_", "delta_out", "apply", "even_if_worse", "overwrite"),
-        *("ledger", "dry_run", "json_", "quiet", "verbose"),
+        *(
+            "output",
+            "into",
+            "form",
+            "text",
+            "dtype",
+            "layout",
+            "max_shard_size",
+            "round_",
+            "delta_out",
+            "apply",
+            "even_if_worse",
+            "overwrite",
+        ),
+        *("ledger", "log_to", "dry_run", "json_", "quiet", "verbose"),
     ),
     "Machine": ("device", "threads", "io", "config"),
 }
@@ -202,12 +229,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _option_of(key: str) -> str:
     """The parameter that a key of the file stands for."""
-    return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
+    return {"for": "purpose", "format": "form", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
 def _key_of(option: str) -> str:
     """The key of the file that stands for a parameter."""
-    return {"purpose": "for", "json_": "json", "round_": "round"}.get(option, option)
+    return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 
 
 def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:
@@ -281,6 +308,14 @@ PatternOption = Annotated[
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
     ),
 ]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("HISTORY"),
+        metavar="FOLDER",
+        help="Folder of the snapshots that farcast keep copied; they stand before the run's own. Default: kept/NAME.",
+    ),
+]
 SampleOption = Annotated[
     int, typer.Option(envvar=env("SAMPLE"), min=MIN_SAMPLE, help="Number of values to read from each tensor.")
 ]
@@ -297,6 +332,15 @@ LossesOption = Annotated[
         envvar=env("LOSSES"),
         metavar="FILE",
         help="The run's log of losses: CSV, JSON lines or TensorBoard; by default where its trainer keeps it.",
+    ),
+]
+LogToOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log-to",
+        envvar=env("LOG_TO"),
+        metavar="KIND:PLACE",
+        help="Also log the numbers of the answer, at the origin's step: jsonl:PATH, tensorboard:DIR, wandb[:PROJECT] or mlflow[:URI].",
     ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values instead of a sample.")]

@@ -163,7 +163,7 @@ def _tell(outcome: TuneOutcome, *, quiet: bool, as_json: bool) -> None:
     if not quiet:
         render.tune_summary(outcome)
     if as_json:
-        from farcast_cli.commands.answers import of_tune
+        from farcast_cli.answers import of_tune
 
         render.as_json(of_tune(outcome))
     elif outcome.path:
