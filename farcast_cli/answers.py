@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from farcast_cli.reports.story import Story
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
-    from farcast_cli.tune.run import TuneOutcome as Tuning
+    from farcast_cli.tune.request import TuneOutcome as Tuning
 
 
 def of_error(code: int, message: str, *, hint: str = "", path: Path | None = None) -> results.ErrorAnswer:
@@ -285,4 +285,5 @@ def of_tune(tuning: Tuning) -> results.TuneAnswer:
         bytes_written=tuning.bytes_written,
         seconds=tuning.seconds,
         notes=tuning.notes,
+        existed=tuning.existed,
     )

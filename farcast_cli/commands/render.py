@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from farcast_cli.run.selection import Inspection
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
-    from farcast_cli.tune.run import TuneOutcome as Tuning
+    from farcast_cli.tune.request import TuneOutcome as Tuning
 
 LEAST_METHOD = 16  # columns of a method, on a narrow terminal
 MAX_ROWS = 12
@@ -558,6 +558,9 @@ def tune_summary(tuning: Tuning) -> None:
     verdict, names = tuning.verdict, ", ".join(tuning.layers)
     for text in tuning.notes:
         note(f"note: {text}")
+    if tuning.existed:
+        note(f"{names}: already there, made from the same checkpoint in the same way: nothing was written")
+        return
     if verdict is None:
         note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
         return
