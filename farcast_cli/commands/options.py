@@ -37,11 +37,12 @@ FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
-        *("grad_weight", "sample", "full"),
+        *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
         *("layer", "bias", "loss", "activation", "head", "head_bias"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
         *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
+        *("form", "text"),  # in which a report is printed
     }
 )
 """The options that a file which nobody named may set. All others need a file that the user named.
@@ -232,7 +233,7 @@ def _option_of(key: str) -> str:
     return {"for": "purpose", "format": "form", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
-def _key_of(option: str) -> str:
+def key_of(option: str) -> str:
     """The key of the file that stands for a parameter."""
     return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 
