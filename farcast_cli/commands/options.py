@@ -188,11 +188,11 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
     strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
     if strangers:
-        likely = nearest(strangers[0], map(_key_of, anywhere))
+        likely = nearest(strangers[0], map(key_of, anywhere))
         raise UsageError(f"{path}: no command has an option {strangers[0]!r}{likely}", hint="farcast --help")
     unknown = sorted(key for key in own if _option_of(key) not in known)
     if unknown:
-        likely = nearest(unknown[0], map(_key_of, known))
+        likely = nearest(unknown[0], map(key_of, known))
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}{likely}", hint=f"farcast {context.info_name} --help"
         )
