@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.forecast.significance import Significance
+from farcast_cli.headline import sureness
 from farcast_cli.reports.page import page
-from farcast_cli.reports.panels import headline, panels, sureness
+from farcast_cli.reports.panels import headline, panels
 from farcast_cli.reports.story import Course, Story, course_of, tell
 from farcast_cli.reports.text import COLUMNS
 from farcast_cli.request import Request

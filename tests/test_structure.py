@@ -141,6 +141,7 @@ ORDER = (
     "folder",
     "verification",
     "request",
+    "headline",
     "planning",
     "sidecar",
     "card",
