@@ -18,7 +18,7 @@ import typer
 
 from farcast_cli import errors
 from farcast_cli.cli import app
-from farcast_cli.commands.options import FROM_ANY_FILE
+from farcast_cli.commands.options import FROM_ANY_FILE, key_of
 from farcast_cli.results import ANSWERS, schema
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 REBUILD = "python docs/build_cli_reference.py"
 
-KEYS = sorted({"json_": "json", "round_": "round"}.get(name, name) for name in FROM_ANY_FILE)
+KEYS = sorted(map(key_of, FROM_ANY_FILE))
 
 MADE = f"<!-- Made by {REBUILD.removeprefix('python ')}; change the program or that script, not this page. -->\n"
 
 CONFIG = f"""\
 ## Defaults from the environment and from a file
 
-Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`
-and `--exclude` take several patterns from one variable, separated by blanks. A variable `FARCAST_...` that belongs to no option is named
+Every option that has an environment variable takes its default from there. A flag is set by `1` or `true`. `--include`,
+`--exclude` and `--log-to` take several values from one variable, separated by blanks. A variable `FARCAST_...` that belongs to no option is named
 on stderr with the nearest one.
 
 `--config FILE`, or a `farcast.toml` in the working directory, sets defaults too. Keys at the top hold for every command,

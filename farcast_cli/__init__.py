@@ -3,8 +3,10 @@
 The commands as functions, see `farcast_cli.api`; each name is imported when it is first used:
 
     open_run    find the snapshots of a run
+    keep        copy the weights of checkpoints before the trainer deletes them
     fit         measure how the weights move
     backtest    test the methods inside the run's history
+    report      tell the verdict on a run and its evidence, as a page, a picture or text
     predict     write a checkpoint for a later step
     leap        the same with a memory, for a loop
     verify      compare a forecast with the real snapshot
@@ -17,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Prediction, backtest, fit, leap, open_run, predict, verify
+    from farcast_cli.api import Prediction, Report, backtest, fit, keep, leap, open_run, predict, report, verify
     from farcast_cli.errors import (
         FarcastError,
         FileFormatError,
@@ -34,13 +36,16 @@ __all__ = [
     "NoForecastError",
     "OutputError",
     "Prediction",
+    "Report",
     "SnapshotError",
     "UsageError",
     "backtest",
     "fit",
+    "keep",
     "leap",
     "open_run",
     "predict",
+    "report",
     "verify",
 ]
 

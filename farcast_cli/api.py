@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +34,11 @@ from farcast_cli.choices import (
 )
 from farcast_cli.errors import shell_word
 from farcast_cli.horizons import in_steps, parse_horizons
+from farcast_cli.log_to import check_apart, log_answer, parse_targets
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
+    check_layout,
     check_leap_options,
     evaluator_of,
     fit_request,
@@ -53,9 +55,11 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.forecaster_file import Fitted
-    from farcast_cli.forecast.report import BacktestReport
+    from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.progress import Progress
+    from farcast_cli.reports.story import Story
     from farcast_cli.request import Outcome, Request
     from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.trajectory import Trajectory
@@ -100,6 +104,8 @@ def fit(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    history: Place | None = None,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> FitOutcome:
     """Read a sample of every tensor at every snapshot.
@@ -108,6 +114,8 @@ def fit(
         output: the forecaster file to write; unlike the command, none by default.
         sample: values of each tensor, 1000 or more.
         losses: the run's log of losses; by default where its trainer keeps it.
+        history: the folder of kept snapshots; by default kept/NAME, if it has those of this run.
+        log_to: places to log the numbers to, such as "jsonl:PATH"; `unlogged` of the result says which failed.
 
     Returns:
         The outcome: `fitted`, the forecaster; `steady`, with the coherence S in -1..1 and its significance; `cautions`.
@@ -117,6 +125,8 @@ def fit(
         FileFormatError, OutputError: a file cannot be read or written.
     """
     check_choice("--io", io, Io)
+    targets = parse_targets(log_to)
+    check_apart(targets, Path(directory))
     request = fit_request(
         Path(directory),
         output=None if output is None else Path(output),
@@ -131,10 +141,45 @@ def fit(
         io=io,
         threads=threads,
         losses=None if losses is None else Path(losses),
+        history=None if history is None else Path(history),
     )
+    from farcast_cli.answers import of_fit
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
-    return fit_planned(plan_fit(request), progress)
+    done = fit_planned(plan_fit(request), progress)
+    return replace(done, unlogged=log_answer(targets, "fit", of_fit(done, request.output), request.selection.directory))
+
+
+def keep(
+    directory: Place,
+    *,
+    into: Place | None = None,
+    sampled: bool = False,
+    last: int | None = None,
+    steps: str | None = None,
+    pattern: str | None = None,
+    progress: Progress = silent,
+) -> Keeping:
+    """Copy the weights of checkpoints that are not kept yet, before the trainer deletes them.
+
+    Args:
+        into: the folder; by default kept/NAME.
+        sampled: keep only the values that `fit` reads; `predict` needs all values of the snapshots that its method reads.
+        last: how many kept snapshots stay; None for all.
+
+    Returns:
+        What was done: `added` and `removed` files, all kept `snapshots`, `num_bytes` and `whole_bytes`, `cautions`.
+
+    Raises:
+        SnapshotError: no snapshot, or a kept one that has other weights at its step.
+        FileFormatError, OutputError: a file cannot be read or written.
+    """
+    prepare("cpu")
+    from farcast_cli.keeping import KeepRequest
+    from farcast_cli.keeping import keep as copy
+
+    selection = selection_of(Path(directory), None, None, steps, pattern)
+    return copy(KeepRequest(selection, None if into is None else Path(into), last, sampled), progress)
 
 
 def backtest(
@@ -160,11 +205,74 @@ def backtest(
     check_choice("--for", purpose, Purpose)
     check_choice("--clock", clock, ClockName)
     fitted = _fitted(run, device, "auto", 0)
-    from farcast_cli.forecast.report import report_backtest
+    from farcast_cli.forecast.judgement import report_backtest
     from farcast_cli.settings import device_name
 
     where = device_name(device)
     return report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The evidence on a run: its `story` in numbers, and the file that tells it, if one was written."""
+
+    story: Story
+    path: Path | None
+
+    def markdown(self) -> str:
+        """The same for the summary of a CI job."""
+        from farcast_cli.reports.text import markdown
+
+        return markdown(self.story)
+
+    def text(self, *, is_plain: bool = False) -> str:
+        """The same for a terminal of 44 columns; in ASCII if it is to be plain."""
+        from farcast_cli.reports.text import terminal
+
+        return terminal(self.story, is_plain=is_plain)
+
+
+def report(
+    run: Run = DEFAULT_FORECASTER,
+    *,
+    output: Place | None = None,
+    overwrite: bool = False,
+    purpose: Purpose = "resume",
+    ledger: Place = DEFAULT_LEDGER,
+    losses: Place | None = None,
+    device: str = "auto",
+    io: Io = "auto",
+    threads: int = 0,
+) -> Report:
+    """Tell the verdict on a run and its evidence.
+
+    Args:
+        output: a file that ends in .html, .png or .md; unlike the command, none by default.
+        losses: the run's log of losses; by default where its trainer keeps it.
+
+    Returns:
+        The report: `story` has all numbers; `markdown()` and `text()` tell it.
+
+    Raises:
+        UsageError: no such form, or its package is missing.
+        SnapshotError, FileFormatError: the run or the forecaster file cannot be used.
+        OutputError: the file cannot be written, or is not a report.
+    """
+    check_choice("--for", purpose, Purpose)
+    check_choice("--io", io, Io)
+    resources = resources_of(device, io, threads)
+    from farcast_cli.reports.output import check_form, check_output, write_report
+    from farcast_cli.reports.story import course_of, tell
+    from farcast_cli.request import Request
+
+    place = None if output is None else Path(output)
+    check_form(place)
+    fitted = _fitted(run, device, io, threads)
+    check_output(place, fitted.directory, overwrite=overwrite)
+    course = course_of(fitted, losses=None if losses is None else Path(losses), ledgers=ledgers_of(Path(ledger)))
+    story = tell(fitted, Request(purpose=purpose, source=_source(run, fitted), resources=resources), course)
+    write_report(story, place, overwrite=overwrite)
+    return Report(story, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +282,8 @@ class Prediction:
     fitted: Fitted
     request: Request
     outcomes: tuple[Outcome, ...]
+    unlogged: tuple[str, ...] = ()
+    """Where the numbers could not be logged, and why."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -233,6 +343,7 @@ def predict(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Prediction:
     """Write the forecast checkpoint if the run's own history supports it.
@@ -240,6 +351,7 @@ def predict(
     Args:
         horizon: steps after the origin; chosen by evidence if neither it nor `to_step` is given.
         output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+        log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
         The prediction: its `path` is None if the verdict is against a forecast (exit code 10 of the command). That is an
@@ -251,12 +363,16 @@ def predict(
     """
     horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_layout(layout, purpose)
+    targets = parse_targets(log_to)
     for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
         check_choice(name, value, allowed)
     check_choice("--dtype", dtype, OutputDType)
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     resources = resources_of(device, io, threads)
     fitted = _fitted(run, device, io, threads)
+    check_apart(targets, fitted.directory)
+    from farcast_cli.answers import of_predict
     from farcast_cli.forecast.forecaster import Options
     from farcast_cli.prediction import predict as forecast
     from farcast_cli.request import Request
@@ -280,10 +396,14 @@ def predict(
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
         source=_source(run, fitted),
+        narrowed=_narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         evaluator=evaluator,
     )
-    return Prediction(fitted, request, tuple(forecast(fitted, request, progress)))
+    outcomes = tuple(forecast(fitted, request, progress))
+    answer = of_predict(outcomes, dry_run=dry_run)
+    unlogged = () if dry_run else log_answer(targets, "predict", answer, fitted.directory)
+    return Prediction(fitted, request, outcomes, unlogged)
 
 
 def leap(
@@ -313,9 +433,13 @@ def leap(
     io: Io = "auto",
     threads: int = 0,
     losses: Place | None = None,
+    log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Leapt:
     """Leap from the newest checkpoint of a run, with a memory, for a loop.
+
+    Args:
+        log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
         The call's result: `outcome.path` is the checkpoint to resume from; None means: go on from `origin`, the run's newest
@@ -327,9 +451,13 @@ def leap(
     """
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_layout(layout, "resume")
+    targets = parse_targets(log_to)
+    check_apart(targets, Path(directory))
     place = None if output is None else os.fspath(output)
     resources = resources_of(device, io, threads)
     check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
+    from farcast_cli.answers import of_leap
     from farcast_cli.leaps.ask import Ask
     from farcast_cli.leaps.call import leap as call
     from farcast_cli.request import Request
@@ -348,7 +476,9 @@ def leap(
         evaluator=evaluator,
     )
     selection = selection_of(Path(directory), include, exclude, steps, pattern)
-    return call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+    done = call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
+    answer = of_leap(done, dry_run=dry_run)
+    return done if dry_run else replace(done, unlogged=log_answer(targets, "leap", answer, Path(directory)))
 
 
 def verify(forecast: Place, *, against: Place, reference: Place | None = None, progress: Progress = silent) -> VerifyAnswer:
@@ -413,7 +543,12 @@ def _source(run: Run, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it."""
     if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
+    return f" {fitted.source}{_narrowed(fitted)}"
+
+
+def _narrowed(fitted: Fitted) -> str:
+    """The options that chose what was read of a run, each with a blank before it."""
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return " " + " ".join([shell_word(fitted.directory), *(f"{name} {shlex.quote(glob)}" for name, glob in options)])
+    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)

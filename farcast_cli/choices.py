@@ -15,7 +15,8 @@ Scope = Literal["auto", "tensor", "global"]
 OptimizerMode = Literal["copy", "zero-momentum", "reset", "drop"]
 CountersMode = Literal["advance", "keep"]
 OutputDType = Literal["source", "float32", "bfloat16", "float16"]
-OutputLayout = Literal["same", "safetensors", "pt", "dcp"]
+OutputLayout = Literal["same", "safetensors", "pt", "dcp", "hub"]
+PrintedForm = Literal["markdown", "text"]
 Verdict = Literal["forecast", "abstain", "untestable"]
 
 Io = Literal["auto", "pread", "mmap"]
@@ -37,4 +38,6 @@ HOLDOUT = 0.25
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")
 DEFAULT_FOLDER = Path("forecasts")
+DEFAULT_KEPT = Path("kept")
+DEFAULT_REPORT = Path("report.html")
 DEFAULT_LEDGER = DEFAULT_FOLDER / "ledger.jsonl"

@@ -11,7 +11,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from farcast_cli import __version__, system
-from farcast_cli.commands import backtest, ci, fit, help, inspect, leap, predict, schema, streams, tune, verify  # noqa: A004
+from farcast_cli.commands import (
+    backtest,
+    ci,
+    fit,
+    help,  # noqa: A004 - a command is called so
+    inspect,
+    keep,
+    leap,
+    predict,
+    report,
+    schema,
+    streams,
+    tune,
+    verify,
+)
 from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
 
@@ -34,7 +48,9 @@ resume training from it. farcast never changes your own checkpoints.
 
   farcast inspect ckpts/               list the snapshots, and the tensors to forecast and to copy
   farcast fit ckpts/                   measure the run; write ./forecaster.safetensors
+  farcast keep ckpts/                  copy the weights before the trainer deletes its old checkpoints
   farcast backtest                     test each method inside the run's history
+  farcast report                       write the verdict and its evidence as one page, report.html
   farcast predict                      write a forecast checkpoint; print its path
   farcast verify FORECAST --against CKPT   compare a forecast with the real later snapshot
   farcast leap ckpts/                  fit and forecast in one command with a memory, for a loop
@@ -58,7 +74,9 @@ def _root(
 
 app.command(cls=Grouped, epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(cls=Grouped, epilog=fit.EXAMPLES)(fit.fit)
+app.command(cls=Grouped, epilog=keep.EXAMPLES)(keep.keep)
 app.command(cls=Grouped, epilog=backtest.EXAMPLES)(backtest.backtest)
+app.command(cls=Grouped, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Grouped, epilog=predict.EXAMPLES)(predict.predict)
 app.command(cls=Grouped, epilog=verify.EXAMPLES)(verify.verify)
 app.command(cls=Grouped, epilog=leap.EXAMPLES)(leap.leap)
@@ -156,7 +174,8 @@ def _answer(asked: Asked, code: int, message: str, *, hint: str = "", path: Path
     """The error as the one JSON object on stdout, where that was asked for and nothing stands there yet."""
     if not asked.json or streams.has_printed():
         return
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
     from farcast_cli.errors import printable
 
     render.as_json(answers.of_error(code, printable(message), hint=hint, path=path))

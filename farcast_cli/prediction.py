@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.card import upload_command
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import SnapshotError, UsageError, listed, shell_word
 from farcast_cli.folder import note_on
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
@@ -29,6 +30,7 @@ from farcast_cli.publish import publish
 from farcast_cli.records import FittedOn
 from farcast_cli.repeat import check_unchanged
 from farcast_cli.request import ENDED, Outcome, Prepared, Request, Start
+from farcast_cli.run.trajectory import WHOLE
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.names import find_step_in_name
@@ -204,7 +206,7 @@ def _decide(method: Method, task: Task, request: Request, start: Start | None) -
         return decision
     end = int(task.timeline.origin) + left
     why = f"the run ends at step {end}, and a leap needs training after it" if left > 0 else ENDED.format(step=end)
-    return replace(decision, verdict="abstain", reason=why)
+    return replace(decision, verdict="abstain", reason=why, is_over=True)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
@@ -225,6 +227,7 @@ def plan(fitted: Fitted, judged: Judged) -> Prepared:
 
 def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[int], linear: LinearMap) -> Prepared:
     opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
+    _refuse_samples([opened[index] for index in linear.used] + [start.origin])
     container = settle(start.origin, request.layout)
     run, unit = fitted.directory, _name_unit(fitted)
     paths = [place_of(request, start, horizon, container, unit=unit) for horizon in horizons]
@@ -237,13 +240,28 @@ def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[
     return prepare(request, start, history, inputs, horizons, container=container, paths=paths, snapshots=used)
 
 
+def _refuse_samples(snapshots: Sequence[Snapshot]) -> None:
+    """Refuse snapshots of which only a sample was kept.
+
+    Raises:
+        SnapshotError: some are such.
+    """
+    found = [snapshot.path for snapshot in snapshots if snapshot.is_sample]
+    if found:
+        raise SnapshotError(
+            f"{found[0].parent}: this forecast needs all weights, and only a sample was kept in"
+            f" {listed(dict.fromkeys(path.name for path in found))}",
+            hint=f"choose a --method that reads fewer snapshots (farcast backtest -v lists them); {WHOLE}",
+        )
+
+
 def _history(fitted: Fitted, opened: Mapping[int, Snapshot], last: int) -> list[Snapshot]:
     """The last few snapshots up to the origin; older ones that have been rotated away are not needed."""
     found = []
     for index in range(max(0, last - HISTORY + 1), last + 1):
         if index in opened:
             found.append(opened[index])
-        elif (fitted.directory / fitted.provenance.snapshots[index].path).exists():
+        elif fitted.path_of(fitted.provenance.snapshots[index]).exists():
             found.append(reopen(fitted, index))
     return found
 
@@ -276,7 +294,7 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     notes = []
     newer = newer_snapshots(fitted)
     if newer and request.origin_step is None:
-        again = f"farcast fit {shell_word(fitted.directory)}"
+        again = f"farcast fit {fitted.source}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     written = [outcome for outcome in outcomes if outcome.path]
     folders = {outcome.path.parent for outcome in outcomes if outcome.path and request.output is None}
@@ -285,6 +303,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
         notes += (
             [f"{', '.join(str(one.path) for one in written)}: evaluate or ship it; do not resume from it"] if written else []
         )
+        if request.layout == "hub" and not request.dry_run:
+            notes += [f"nothing is uploaded; to upload it: {upload_command(str(one.path))}" for one in written]
         if written and fitted.has_batch_norm:
             notes.append(
                 "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"

@@ -7,22 +7,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.card import write_card
 from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
-from farcast_cli.evaluation.judge import Judge, best_trial, logs_of
+from farcast_cli.evaluation.judge import best_trial, logs_of
 from farcast_cli.files.place import check_sidecar_ours, sidecar_of
 from farcast_cli.files.staged import staging
 from farcast_cli.forecast.ledger import Leap
 from farcast_cli.forecast.state_ledger import recorded_in_both
 from farcast_cli.planning import existing_check
 from farcast_cli.repeat import repeated
-from farcast_cli.sidecar import compose, write_sidecar
+from farcast_cli.sidecar import compose, files_of, write_sidecar
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.evaluation.judge import Evaluator, Trial
+    from farcast_cli.evaluation.judge import Scorer, Trial
     from farcast_cli.files.staged import Staging
     from farcast_cli.progress import Progress
     from farcast_cli.records import FittedOn, ForecastSidecar, LeaptOn, MomentumEntry
@@ -94,10 +95,26 @@ def write_all(
     written = []
     for index, (outcome, (place, beside)) in enumerate(zip(outcomes, staged, strict=True)):
         finished = _finish(prepared, outcome, tally, index)
-        content = compose(prepared, finished, work.request, written=place, fitted_on=work.on, momentum=momentum)
-        write_sidecar(place, beside, content)
-        written.append((finished, content))
+        written.append((finished, _sign(work, prepared, finished, place, beside, momentum=momentum)))
     return written
+
+
+def _sign(
+    work: Publication,
+    prepared: Prepared,
+    finished: Outcome,
+    place: Path,
+    beside: Path | None,
+    *,
+    momentum: MomentumEntry | None = None,
+) -> ForecastSidecar:
+    """Say beside a forecast how it was made: in the model card where it has one, and last in the sidecar, which lists all files."""
+    content = compose(prepared, finished, work.request, written=place, fitted_on=work.on, momentum=momentum)
+    if prepared.container.card:
+        work.told.extend(write_card(place, content, finished, prepared, work.request))
+        content = content.model_copy(update={"files": files_of(place)})
+    write_sidecar(place, beside, content)
+    return content
 
 
 def record_leaps(work: Publication, outcomes: Sequence[Outcome], origin: Snapshot) -> None:
@@ -192,7 +209,7 @@ def judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
     return copied
 
 
-def _write_best(work: Publication, evaluator: Evaluator, prepared: Prepared, outcome: Outcome) -> Outcome:
+def _write_best(work: Publication, evaluator: Scorer, prepared: Prepared, outcome: Outcome) -> Outcome:
     """Write the forecast at a few strengths, let the user's command judge each, stage the best if it beats the origin."""
     place, beside = _stage(work, prepared, prepared.paths[0], may_stay_empty=True)
     trials, written = _try_strengths(work, evaluator, prepared, outcome, place)
@@ -203,21 +220,22 @@ def _write_best(work: Publication, evaluator: Evaluator, prepared: Prepared, out
         outcome = replace(outcome, decision=replace(outcome.decision, verdict="abstain", reason=reason))
         if not work.request.even_if_worse:
             return outcome
-    kept, tally = written[best.strength or STRENGTHS[0]]
+    strength = best.strength or STRENGTHS[0]
+    kept, tally = written[strength]
     kept.rename(place)
     finished = _finish(prepared, outcome, tally, 0)
-    write_sidecar(place, beside, compose(prepared, finished, work.request, written=place, fitted_on=work.on))
+    _sign(work, only(prepared, 0, strength), finished, place, beside)
     return finished
 
 
 def _try_strengths(
-    work: Publication, evaluator: Evaluator, prepared: Prepared, outcome: Outcome, place: Path
+    work: Publication, evaluator: Scorer, prepared: Prepared, outcome: Outcome, place: Path
 ) -> tuple[list[Trial], dict[float, tuple[Path, Counts]]]:
     """Score the origin and each strength; on disk at once are one candidate per job and the best so far."""
     written = dict[float, tuple[Path, Counts]]()
     logs = logs_of(prepared.paths[0])
     variables = {"ORIGIN_STEP": outcome.origin_step, "VALID_STEP": outcome.valid_step}
-    with Judge(evaluator, logs, variables, lambda what: work.progress(f"evaluate {what}", 0)) as judge:
+    with evaluator.judge(logs, variables, lambda what: work.progress(f"evaluate {what}", 0)) as judge:
         judge.start(0.0, judged_origin(prepared, place, work.progress))
         for strength in STRENGTHS:
             judge.wait(below=evaluator.num_jobs)
@@ -233,7 +251,7 @@ def _try_strengths(
 
 
 def _drop_beaten(
-    written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], evaluator: Evaluator, *, keep_full: bool
+    written: dict[float, tuple[Path, Counts]], trials: Sequence[Trial], evaluator: Scorer, *, keep_full: bool
 ) -> None:
     """Remove the candidates that another has beaten; the full step stays where it may be wanted whatever its score."""
     if not trials:

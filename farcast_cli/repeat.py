@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -61,7 +61,8 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
     wanted = json.loads(compose(prepared, finished, request, written=place, fitted_on=on).as_json())
     planned = {portable(file.name or place.name): file.num_bytes for file in prepared.plans[index]}
     try:
-        problem = _made_otherwise(found, wanted, planned, request) or _changed_since(sidecar, prepared)
+        later = {SIDECAR, prepared.container.card}
+        problem = _made_otherwise(found, wanted, planned, request, later) or _changed_since(sidecar, prepared)
         trials = _trials(found, place.parent)
     except (KeyError, TypeError, ValueError, AttributeError):
         problem, trials = "made in a way that its sidecar does not tell", ()
@@ -71,8 +72,14 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
     return replace(finished, existed=True, decision=decision, trials=trials)
 
 
-def _made_otherwise(found: Any, wanted: dict[str, Any], planned: Mapping[str, int], request: Request) -> str:
-    """In what a sidecar differs from the one that would be written, in words; "" where it does not."""
+def _made_otherwise(
+    found: Any, wanted: dict[str, Any], planned: Mapping[str, int], request: Request, later: Collection[str]
+) -> str:
+    """In what a sidecar differs from the one that would be written, in words; "" where it does not.
+
+    Args:
+        later: the files that are written after those that are planned.
+    """
     if found.get("farcast_version") != wanted["farcast_version"]:
         return f"made by farcast {visible(str(found.get('farcast_version')))}"
     if "momentum" in found:
@@ -90,8 +97,8 @@ def _made_otherwise(found: Any, wanted: dict[str, Any], planned: Mapping[str, in
     judged = request.evaluator is not None
     if _compared(found, judged=judged) != _compared(wanted, judged=judged):
         return "made from other snapshots or other tensors"
-    is_listed = {file["name"]: file["bytes"] for file in found["files"] if file["fingerprint"]}
-    return "" if is_listed == {name: size for name, size in planned.items() if name != SIDECAR} else "made with other files"
+    listed = {file["name"]: file["bytes"] for file in found["files"] if file["fingerprint"] and file["name"] not in later}
+    return "" if listed == {name: size for name, size in planned.items() if name not in later} else "made with other files"
 
 
 def _other_options(found: object, wanted: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from farcast_cli.checkpoint.pieces import OutputFile
     from farcast_cli.choices import ClockName, CountersMode, OptimizerMode, OutputDType, OutputLayout, Purpose
     from farcast_cli.engine.write import Engine
-    from farcast_cli.evaluation.judge import Evaluator, Trial
+    from farcast_cli.evaluation.judge import Scorer, Trial
     from farcast_cli.forecast.backtest import Decision
     from farcast_cli.forecast.state_ledger import Ledgers
     from farcast_cli.run.alignment import Copied
@@ -45,12 +45,14 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     resources: Resources = field(default_factory=Resources)
-    evaluator: Evaluator | None = None
+    evaluator: Scorer | None = None
     ledgers: Ledgers | None = None
     clock: ClockName | None = None
     """None: learning rates where they are known."""
     source: str = ""
     """What a command to paste needs after `farcast predict` to read the same run, with a blank before it."""
+    narrowed: str = ""
+    """The options that chose what is read of the run, likewise."""
 
     @property
     def origin_option(self) -> str:

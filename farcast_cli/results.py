@@ -16,6 +16,7 @@ from farcast_cli.answer import (
     COHERENCE,
     DRY_RUN,
     LENGTH_FACTOR,
+    NUM_ROWS,
     PACE_AHEAD,
     RECENT,
     SIGNIFICANCE,
@@ -116,7 +117,9 @@ class WorthEntry(AnswerPart):
 class FitAnswer(Answer):
     """`farcast fit --json`."""
 
-    forecaster: PortablePath = Field(description="the file that was written")
+    forecaster: PortablePath | None = Field(
+        description="the file that was written; `null` if the Python function `fit` wrote none"
+    )
     origin_step: int = Field(description="step of the last snapshot")
     num_snapshots: int = Field(description="snapshots that were read")
     leap: int | None = Field(description="the step of the leap after which the history begins; `null` if there was no leap")
@@ -133,6 +136,27 @@ class FitAnswer(Answer):
     worth: WorthEntry | None = Field(
         default=None, description="what the run's losses say of its last leap; absent if it made none or logged none"
     )
+
+
+class KeptEntry(AnswerPart):
+    """A kept snapshot."""
+
+    path: PortablePath = Field(description="the file")
+    step: int = Field(description="its step")
+    bytes: int = Field(description="its size")
+    checkpoint_bytes: int = Field(description="size of the checkpoint that it was copied from")
+
+
+class KeepAnswer(Answer):
+    """`farcast keep --json`."""
+
+    folder: PortablePath = Field(description="the folder of the kept snapshots")
+    added: tuple[PortablePath, ...] = Field(description="the files that were written now")
+    removed: tuple[PortablePath, ...] = Field(description="the files that `--last` removed now")
+    snapshots: tuple[KeptEntry, ...] = Field(description="every kept snapshot in the folder, in the order of their steps")
+    bytes: int = Field(description="size of all kept snapshots")
+    checkpoint_bytes: int = Field(description="size of all the checkpoints that they were copied from")
+    cautions: tuple[str, ...] = Field(description="checkpoints that were left out, and why")
 
 
 class ScoreEntry(AnswerPart):
@@ -274,6 +298,79 @@ class LeapAnswer(Answer):
     dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+class MovesEntry(AnswerPart):
+    """The moves between neighbouring snapshots."""
+
+    steps: tuple[int, ...] = Field(description="the snapshots' steps; of a long history every second or third, and so on")
+    cosines: tuple[tuple[Figure, ...], ...] = Field(description="cosines between the moves, row by row")
+
+
+class DirectionEntry(AnswerPart):
+    """What the direction of the run allowed at one snapshot, by the snapshots up to it."""
+
+    step: int = Field(description="step of the snapshot")
+    horizon: int = Field(description="steps ahead of the short leap that is judged")
+    coherence: Figure = Field(description=COHERENCE)
+    needed: Figure = Field(description="what S must exceed")
+    recent_coherence: Figure = Field(description=RECENT)
+    needed_recent: Figure = Field(description="what it must exceed, if it can be computed")
+    significance: Figure = Field(description=SIGNIFICANCE)
+    highest_significance: Figure = Field(description="the highest p that passes")
+    is_steady: bool = Field(description="whether S and p allowed a leap")
+
+
+class TensorErrorEntry(AnswerPart):
+    """A tensor in the back-test."""
+
+    name: str = Field(description="tensor name")
+    num_elements: int = Field(description="values in it")
+    ratio: Figure = Field(description="its own back-test ratio b; `null` if it did not move")
+
+
+class TensorsEntry(AnswerPart):
+    """The back-test tensor by tensor."""
+
+    horizon: int = Field(description="steps ahead")
+    method: str = Field(description="name of the method")
+    errors: tuple[TensorErrorEntry, ...] = Field(description="one entry per tensor, the most exact first")
+
+
+class LossEntry(AnswerPart):
+    """A loss that the run logged."""
+
+    kind: str = Field(description="`training` or `evaluation`")
+    step: int = Field(description="step")
+    loss: Figure = Field(description="the loss")
+
+
+class MadeLeapEntry(AnswerPart):
+    """A leap that the run made."""
+
+    step: int = Field(description="step of the trainer's counters when training resumed from it")
+    horizon: int = Field(description="its length in steps")
+
+
+class ReportAnswer(Answer):
+    """`farcast report --json`."""
+
+    path: PortablePath | None = Field(description="path of the report; `null` if none was written")
+    title: str = Field(description="the verdict, for people")
+    why: str = Field(description="its reason, for people")
+    sure: str = Field(description="how sure it is, for people; empty if there is no p")
+    next: str = Field(description="what to do, for people")
+    forecast: Forecast = Field(description="what `predict` would do without `--horizon`; nothing was written")
+    moves: MovesEntry = Field(description="the heat map")
+    directions: tuple[DirectionEntry, ...] = Field(description="one entry per snapshot from the sixth on")
+    scores: tuple[ScoreEntry, ...] = Field(description="the back-test, as in `backtest --json`")
+    tensors: TensorsEntry = Field(description="the back-test tensor by tensor, at the tested horizon nearest to the forecast's")
+    losses: tuple[LossEntry, ...] = Field(description="the losses that the run logged; empty if none were found")
+    leaps: tuple[MadeLeapEntry, ...] = Field(description="the leaps that the run resumed from")
+    facts: dict[str, str] = Field(description="the run in facts, for people")
+
+
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -324,9 +421,7 @@ class TuneAnswer(Answer):
     z: Figure | None = Field(description="gain on the held-out rows, in standard errors")
     tuned_before: Figure | None = Field(description="mean loss of the rows tuned on, before")
     tuned_after: Figure | None = Field(description="the same, after")
-    num_rows: tuple[int, int, int] = Field(
-        description="number of rows to tune on, of rows for early stopping, of held-out rows"
-    )
+    num_rows: tuple[int, int, int] = Field(description=NUM_ROWS)
     iterations: int = Field(description="iteration with the lowest loss on the early-stopping rows")
     relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change, divided by the layer's norm")
     passes: int = Field(description="passes over the weights during tuning")
@@ -334,6 +429,10 @@ class TuneAnswer(Answer):
     bytes_written: int = Field(description="bytes written")
     seconds: Seconds = Field(description="seconds it took")
     notes: tuple[str, ...] = Field(description="unusual facts, such as repeated rows, or a cache that did not save time")
+    existed: bool = Field(
+        default=False,
+        description="`true` if the same output was there already, so that nothing was written; absent otherwise",
+    )
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -358,8 +457,10 @@ class ErrorAnswer(Answer):
 
 ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "inspect": (InspectAnswer,),
+    "keep": (KeepAnswer,),
     "fit": (FitAnswer,),
     "backtest": (BacktestAnswer,),
+    "report": (ReportAnswer,),
     "predict": (PredictAnswer, PredictManyAnswer),
     "verify": (VerifyAnswer,),
     "leap": (LeapAnswer,),

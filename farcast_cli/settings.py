@@ -13,7 +13,7 @@ from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.choices import Io
+    from farcast_cli.choices import Io, OutputLayout, Purpose
     from farcast_cli.engine.reader import Resources
     from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.forecast.fitting import FitRequest
@@ -41,13 +41,19 @@ def parse_size(text: str | None) -> int | None:
 
 
 def selection_of(
-    directory: Path, include: Sequence[str] | None, exclude: Sequence[str] | None, steps: str | None, pattern: str | None
+    directory: Path,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    steps: str | None,
+    pattern: str | None,
+    *,
+    history: Path | None = None,
 ) -> Selection:
     """The part of a run that the options name."""
     from farcast_cli.run.selection import Selection
     from farcast_cli.run.steps import parse_steps
 
-    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()))
+    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()), history)
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -145,6 +151,19 @@ def check_choice(name: str, value: str | None, allowed: Any) -> None:
         raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
 
 
+def check_layout(layout: OutputLayout, purpose: Purpose) -> None:
+    """That an output to resume from can hold a trainer's state.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if layout == "hub" and purpose == "resume":
+        raise UsageError(
+            "--layout hub: expected --for evaluation: the folder has no trainer state, so training cannot resume from it",
+            hint="farcast predict --for evaluation --layout hub",
+        )
+
+
 def check_leap_options(*, every: int | None, gain: float | None, max_gain: float | None, output: str | None) -> None:
     """The numbers of a leap and its place, before anything is read.
 
@@ -177,6 +196,7 @@ def fit_request(
     io: Io,
     threads: int,
     losses: Path | None = None,
+    history: Path | None = None,
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
@@ -184,5 +204,5 @@ def fit_request(
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)

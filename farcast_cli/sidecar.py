@@ -106,10 +106,12 @@ def _options(request: Request) -> ForecastOptions:
 
 
 def _inputs(prepared: Prepared, index: int, home: Path) -> tuple[InputEntry, ...]:
-    """The snapshots, with the mean of their coefficients in one of the forecasts."""
+    """The snapshots, with the mean of their coefficients in one of the forecasts; the origin's update is added to itself."""
     source = prepared.engine.inputs
     sizes = np.array([tensor.num_elements for tensor in source.alignment.tensors], dtype=float)
-    mean = (sizes @ source.linear.weights[index] / sizes.sum())[-len(prepared.snapshots) :]  # a memory is no snapshot
+    mean = sizes @ source.linear.weights[index] / sizes.sum()
+    mean[source.linear.origin] += 1
+    mean = mean[-len(prepared.snapshots) :]  # a memory is no snapshot
     return tuple(
         InputEntry(path=relative(s.path, home), step=s.step, bytes=s.num_bytes, digest=s.digest, mean_weight=float(weight))
         for s, weight in zip(prepared.snapshots, mean, strict=True)

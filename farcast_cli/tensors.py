@@ -7,8 +7,11 @@ can be forecast. Needs no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
+
+from farcast_cli.errors import SnapshotError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +63,7 @@ _PACKED = (
     DType("float6_e3m2fn", 1, "F6_E3M2", bits=6),
 )
 """Types of safetensors whose single elements torch cannot name."""
+SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 BY_CODE = {dtype.code: dtype for dtype in (*_TABLE, *_PACKED) if dtype.code}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
@@ -69,6 +73,28 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 _PARTS = {"complex64": "float32", "complex128": "float64"}
 FORECASTABLE = (*FLOATING, *_PARTS)
 """Types whose values move along a path; every other type is copied from the last snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements [start, start + count) of a tensor."""
+
+    start: int
+    count: int
+
+
+@lru_cache(maxsize=4096)
+def sample_stretches(num_elements: int, num_samples: int) -> tuple[Stretch, ...]:
+    """Blocks spread evenly over a tensor; the whole tensor where it is no larger than the sample.
+
+    Depends on the size alone, so that equal tensors are sampled alike.
+    """
+    if num_elements <= num_samples:
+        return (Stretch(0, num_elements),)
+    num_blocks = max(2, num_samples // SAMPLE_BLOCK)
+    count = min(SAMPLE_BLOCK, num_samples // num_blocks)
+    last_start = num_elements - count
+    return tuple(Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +111,8 @@ class TensorEntry:
     path: Path
     offset: int
     strides: tuple[int, ...] = ()
+    sample: int = 0
+    """If the file holds only a sample of the values: how many at most, as `sample_stretches` places them."""
 
     @property
     def num_elements(self) -> int:
@@ -92,7 +120,29 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
+        """What it takes in its file."""
+        if self.sample:
+            real = self.as_real()
+            return real.dtype.itemsize * sum(stretch.count for stretch in sample_stretches(real.num_elements, self.sample))
         return self.dtype.bytes_of(self.num_elements)
+
+    def offset_of(self, stretch: Stretch) -> int:
+        """The byte of the file where some neighbouring values begin.
+
+        Raises:
+            SnapshotError: the file holds a sample of the values, and these are not in it.
+        """
+        if not self.sample:
+            return self.offset + stretch.start * self.dtype.itemsize
+        begin = 0
+        for held in sample_stretches(self.num_elements, self.sample):
+            if held.start <= stretch.start and stretch.start + stretch.count <= held.start + held.count:
+                return self.offset + (begin + stretch.start - held.start) * self.dtype.itemsize
+            begin += held.count
+        raise SnapshotError(
+            f"{self.path}: holds a sample of {self.name!r}, and not the values that are to be read",
+            hint="farcast keep without --sampled keeps all values",
+        )
 
     def as_real(self) -> TensorEntry:
         """The same bytes as real numbers: a complex tensor as one of pairs, with a last dimension of 2."""

@@ -40,11 +40,22 @@ def train_by_trainer(
         keep: how many checkpoints the trainer leaves in the folder.
         log_every: how many steps lie between two logged losses; 0 logs none.
     """
-    import torch
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    began = []
+    trainer, began = regression_trainer(run, num_saves, keep=keep, max_steps=max_steps, log_every=log_every)
+    own_last = get_last_checkpoint(str(run)) if run.exists() else None  # type: ignore[no-untyped-call, unused-ignore]
+    trainer.train(resume_from_checkpoint=resume or own_last)
+    return began[0]
+
+
+def regression_trainer(
+    run: Path, num_saves: int, *, keep: int | None = None, max_steps: int = 100_000, log_every: int = 0
+) -> tuple[Any, list[int]]:
+    """A Trainer that stops after some saves, and a list to which it adds the step that it begins at."""
+    import torch
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    began: list[int] = []
 
     class Stretch(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Notes where training begins and stops it after the last save of the stretch."""
@@ -89,9 +100,7 @@ def train_by_trainer(
     )
     trainer = Trainer(model=Regression(), args=arguments, train_dataset=rows, callbacks=[Stretch()])
     trainer.remove_callback(PrinterCallback)
-    own_last = get_last_checkpoint(str(run)) if run.exists() else None  # type: ignore[no-untyped-call, unused-ignore]
-    trainer.train(resume_from_checkpoint=resume or own_last)
-    return int(began[0])
+    return trainer, began
 
 
 def write_snapshots(run: Path, resume: str | None, num_saves: int, *, drifts: bool) -> int:

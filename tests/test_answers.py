@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.commands.answers import of_backtest, of_leap, of_predict, of_tune
+from farcast_cli.answers import of_backtest, of_leap, of_predict, of_tune
 from farcast_cli.evaluation.judge import Trial
 from farcast_cli.forecast.backtest import Decision, Score, Steadiness
+from farcast_cli.forecast.judgement import BacktestReport
 from farcast_cli.forecast.momentum import Momentum
-from farcast_cli.forecast.report import BacktestReport
 from farcast_cli.forecast.significance import Significance
 from farcast_cli.leaps.ask import Leapt
 from farcast_cli.request import Outcome
 from farcast_cli.run.alignment import Copied
 from farcast_cli.run.pace import Pace
 from farcast_cli.tune.gate import GateResult
-from farcast_cli.tune.run import TuneOutcome
+from farcast_cli.tune.request import TuneOutcome
 
 if TYPE_CHECKING:
     from farcast_cli.answer import Answer

@@ -14,7 +14,7 @@ import pytest
 
 import farcast_cli
 from farcast_cli import api
-from farcast_cli.commands import backtest, fit, leap, predict, verify
+from farcast_cli.commands import backtest, fit, keep, leap, predict, report, verify
 from farcast_cli.forecast.fitting import FitOutcome
 from tests.conftest import loose_name, make_loose_run, weights_at
 from tests.tiny import save_safetensors
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_TERMINAL = {"context", "json_", "quiet", "verbose", "config"}
-OF_FIT = {"include", "exclude", "steps", "pattern", "sample", "full"}
+OF_FIT = {"include", "exclude", "steps", "pattern", "history", "sample", "full"}
 """The options that choose from a folder: `fit` has them, and what it returns is passed on."""
 
 
@@ -39,8 +39,10 @@ class Pair(NamedTuple):
 
 
 PAIRS = {
+    "keep": Pair(api.keep, keep.keep, set()),
     "fit": Pair(api.fit, fit.fit, set()),
     "backtest": Pair(api.backtest, backtest.backtest, {"directory", "forecaster", *OF_FIT, "ledger", "io", "threads"}),
+    "report": Pair(api.report, report.report, {"target", "forecaster", *OF_FIT, "form", "text"}),
     "predict": Pair(api.predict, predict.predict, {"directory", "forecaster", *OF_FIT}),
     "leap": Pair(api.leap, leap.leap, set()),
     "verify": Pair(api.verify, verify.verify, set()),
@@ -133,7 +135,7 @@ def test_no_forecast_is_an_answer_with_its_reason_and_the_ways_on(here: Path) ->
 
 def test_a_leap_gives_the_path_to_resume_from(here: Path) -> None:
     assert farcast_cli.leap("ckpts", every=100).outcome.path is not None
-    assert (here / "forecasts" / "ckpts.memory.safetensors").is_file()
+    assert (here / "forecasts" / "ckpts" / "ckpts.memory.safetensors").is_file()
 
 
 def test_progress_is_told_every_byte_that_was_announced(here: Path) -> None:

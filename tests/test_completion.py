@@ -49,7 +49,7 @@ def completed(line: str, cwd: Path = ROOT, shell: str = "bash") -> list[str]:
 LINES = {
     "farcast pre": ["predict"],
     "farcast predict --lay": ["--layout"],
-    "farcast predict --layout ": ["same", "safetensors", "pt", "dcp"],
+    "farcast predict --layout ": ["same", "safetensors", "pt", "dcp", "hub"],
     "farcast predict --layout sa": ["same", "safetensors"],
     "farcast predict ckpts --for ": ["resume", "evaluation"],
     "farcast leap ckpts --counters k": ["keep"],

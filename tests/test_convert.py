@@ -739,4 +739,4 @@ def test_the_option_and_its_variable_choose_the_container(tmp_path: Path, call_c
     done = call_cli(*wanted, cwd=tmp_path, env={"FARCAST_LAYOUT": "dcp"})
     assert (done.returncode, done.stdout) == (0, "forecasts/plain/step_1700\n")
     refused = call_cli(*wanted, "--layout", "gguf", cwd=tmp_path)
-    assert refused.errors == ["error: --layout gguf: expected one of same, safetensors, pt, dcp"]
+    assert refused.errors == ["error: --layout gguf: expected one of same, safetensors, pt, dcp, hub"]

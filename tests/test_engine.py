@@ -352,7 +352,7 @@ def test_kept_counters_keep_the_number_of_batches(tmp_path: Path) -> None:
 def test_a_bad_value_that_the_sample_missed_is_found_and_nothing_is_published(bad: float, step: int, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", wander(10, num_snapshots=8, sizes={"w": 40_000}), STEPS)
     tensors = load_file(run / f"step_{step}.safetensors")
-    seen = farcast_cli.engine.reader.sample_stretches(40_000, 2048)
+    seen = farcast_cli.tensors.sample_stretches(40_000, 2048)
     outside = next(i for i in range(40_000) if not any(s.start <= i < s.start + s.count for s in seen))
     tensors["w"][outside] = bad
     save_file(tensors, run / f"step_{step}.safetensors", metadata={"format": "pt"})

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.choices import DEFAULT_SAMPLE
-from farcast_cli.engine.reader import sample_stretches
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.forecast.accumulate import KEPT_SAMPLE, MIN_KEPT, accumulate, bytes_to_sample
 from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover
+from farcast_cli.tensors import sample_stretches
 from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
 
 if TYPE_CHECKING:

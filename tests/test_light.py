@@ -26,7 +26,7 @@ NO_FORECAST = 10
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "sample_checkpoints"
-BLOCKED = ("torch", "huggingface_hub")
+BLOCKED = ("torch", "huggingface_hub", "matplotlib")
 
 
 def without(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -129,6 +129,17 @@ def test_sharding_anew_needs_the_hubs_package_and_says_so(tmp_path: Path) -> Non
     assert done.returncode == 2, done
     assert "--max-shard-size: expected the package huggingface_hub" in told(done)
     assert "pip install 'farcast[hub]'" in told(done)
+
+
+def test_a_page_and_a_picture_need_matplotlib_and_say_so_and_text_does_not(tmp_path: Path) -> None:
+    for place in ("report.html", "report.png"):
+        done = without("report", SAMPLES / "plain", "-o", place, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert f"a report in {Path(place).suffix}: expected the package matplotlib" in told(done)
+        assert "pip install 'farcast[report]'" in told(done)
+    assert list(tmp_path.iterdir()) == []
+    for arguments in (("--text",), ("--format", "markdown"), ("--json",), ("-o", "report.md")):
+        assert without("report", SAMPLES / "plain", *arguments, cwd=tmp_path).returncode == 0
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,4 +1,4 @@
-"""A forecast in another container than the run's own: safetensors, a torch file, a torch.distributed.checkpoint folder.
+"""A forecast in another container than the run's own: safetensors, a torch file, a dcp folder, a folder for a model hub.
 
 Knows which parts of a checkpoint each container has a place for, and what its files are called. A conversion is a plan
 like any other: several horizons are written in one pass, and nothing is loaded.
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.checkpoint.contents import Leaf, keys_beside_weights, tree_in, weights_in
 from farcast_cli.checkpoint.dcp_output import new_folder
+from farcast_cli.checkpoint.hub import CARD, files_for_hub
 from farcast_cli.checkpoint.pieces import Fixed, OutputFile, Piece, Planned, Rewrite
 from farcast_cli.checkpoint.plan import (
+    held_by_safetensors,
     is_read_whole,
     json_output,
     never_in_shards,
@@ -34,6 +36,7 @@ from farcast_cli.formats.torch_pickle import encode_pickle
 from farcast_cli.formats.tree import at, grow
 from farcast_cli.state.advance import StateTree
 from farcast_cli.trainers import named
+from farcast_cli.trainers.base import ADAPTER_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,6 +70,16 @@ class Container:
     left_out: tuple[str, ...] = ()
     """The keys and files that are not."""
 
+    @property
+    def form(self) -> str:
+        """The file format of the weights."""
+        return "safetensors" if self.layout == "hub" else self.layout
+
+    @property
+    def card(self) -> str:
+        """The file that is written after the weights, because it tells of them; "" where there is none."""
+        return CARD if self.layout == "hub" else ""
+
     def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
         """A name of the origin's kind, with a mark, and with the container's ending."""
         return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
@@ -75,12 +88,16 @@ class Container:
     def notes(self) -> list[str]:
         if not self.left_out:
             return []
+        if self.layout == "hub":
+            return [f"left out of the folder for a hub: {listed(self.left_out)}"]
         what = "weights only: not" if self.is_weights_only else "not"
         return [f"{what} in {_CONTAINERS[self.layout]}: {listed(self.left_out)}"]
 
 
 def settle(origin: Snapshot, asked: OutputLayout) -> Container:
     """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for."""
+    if asked == "hub":
+        return _for_hub(origin)
     is_file = origin.path.is_file()
     held = {_container(part, origin) for part in _weight_parts(origin)}
     if asked == "same" or held == {asked}:
@@ -88,12 +105,27 @@ def settle(origin: Snapshot, asked: OutputLayout) -> Container:
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
-    others = [part for part in origin.parts if part.role not in {"weights", "weights-index", "state", "data"}]
+    others = _beside_weights(origin)
     kept = [part for part in others if asked != "dcp" and not is_one and (part.role == "other" or not only)]
     lost = sorted((part for part in others if part not in kept), key=lambda part: part.role == "other")
-    keys = (key for part in origin.parts if only and part.role == "state" for key in keys_beside_weights(part))
-    left_out = (*keys, *(part.name for part in lost))
+    left_out = (*(_state_keys(origin) if only else ()), *(part.name for part in lost))
     return Container(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
+
+
+def _for_hub(origin: Snapshot) -> Container:
+    """A folder with the weights and what a library needs to load them; the trainer's state stays behind."""
+    others = [part for part in _beside_weights(origin) if part.name != CARD]
+    kept = files_for_hub(others)
+    left_out = (*_state_keys(origin), *(part.name for part in others if part not in kept))
+    return Container("hub", is_file=False, is_weights_only=True, beside=kept, left_out=left_out)
+
+
+def _beside_weights(origin: Snapshot) -> list[Part]:
+    return [part for part in origin.parts if part.role not in {"weights", "weights-index", "state", "data"}]
+
+
+def _state_keys(origin: Snapshot) -> Iterator[str]:
+    return (key for part in origin.parts if part.role == "state" for key in keys_beside_weights(part))
 
 
 def _weight_parts(origin: Snapshot) -> list[Part]:
@@ -121,7 +153,7 @@ def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, targe
     if target.layout == "same":
         return plan_outputs(origin, advanced, rewrite)
     advanced.notes += target.notes
-    if rewrite.max_shard_bytes is not None and target.layout != "safetensors":
+    if rewrite.max_shard_bytes is not None and target.form != "safetensors":
         raise UsageError(f"--max-shard-size: --layout {target.layout} cannot be sharded", hint="leave the option out")
     if target.layout == "dcp":
         return new_folder(list(_dcp_leaves(_weight_parts(origin), advanced, rewrite)))
@@ -143,35 +175,36 @@ def _in_files(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Co
     parts = _weight_parts(origin)
     outputs, sizes = [], {}
     for part in parts:
-        if _container(part, origin) == target.layout:
+        if _container(part, origin) == target.form and (part.name or target.is_file):
             outputs += plan_part(part, advanced, rewrite)
             continue
         tensors = weights_in(part, advanced, rewrite)
         name = _file_name(part, target, alone=len(parts) == 1)
         sizes[name] = sum(tensor.num_bytes for tensor in tensors)
-        outputs.append(_safetensors_file(name, tensors) if target.layout == "safetensors" else _torch_file(name, tensors))
+        outputs.append(_safetensors_file(name, tensors) if target.form == "safetensors" else _torch_file(name, tensors))
     for part in origin.parts:
         if part.role == "weights-index":
-            is_new = _renamed(part.name, target.layout) != part.name
+            is_new = _renamed(part.name, target.form) != part.name
             outputs += [_index(part, target, sizes)] if is_new else plan_part(part, advanced, rewrite)
     return outputs
 
 
 def _in_shards(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Container) -> list[OutputFile]:
     parts = _weight_parts(origin)
-    if target.is_file or is_read_whole(origin) or any(part.prefix for part in parts):
+    is_adapter = any(part.prefix or part.path.name in ADAPTER_FILES for part in parts)
+    if is_adapter or (target.layout != "hub" and (target.is_file or is_read_whole(origin))):
         raise never_in_shards(origin)
     tensors = [tensor for part in parts for tensor in weights_in(part, advanced, rewrite)]
     index = next((part.content for part in origin.parts if part.role == "weights-index"), None)
     stem = _file_name(parts[0], target, alone=True).partition("-")[0].removesuffix(".safetensors")
-    return shards(stem, _held_by_safetensors(tensors), rewrite.max_shard_bytes or 0, _FORMAT, index)
+    return shards(stem, held_by_safetensors(tensors), rewrite.max_shard_bytes or 0, _FORMAT, index)
 
 
 def _file_name(part: Part, target: Container, *, alone: bool) -> str:
     if target.is_file:
         return ""
-    if part.role != "state":
-        return _renamed(part.name, target.layout)
+    if part.name and part.role != "state":
+        return _renamed(part.name, target.form)
     return "model.safetensors" if alone else str(PurePosixPath(part.name).with_suffix(".safetensors"))
 
 
@@ -185,10 +218,10 @@ def _renamed(name: str, layout: str) -> str:
 def _index(part: Part, target: Container, sizes: Mapping[str, int]) -> OutputFile:
     content = part.content
     assert isinstance(content, dict)  # noqa: S101 - as the layout read it
-    names = {tensor: _renamed(file, target.layout) for tensor, file in content["weight_map"].items()}
+    names = {tensor: _renamed(file, target.form) for tensor, file in content["weight_map"].items()}
     total = sum(sizes[str(PurePosixPath(part.name).with_name(name))] for name in set(names.values()))
     metadata = dict(content.get("metadata") or {}) | {"total_size": total}
-    return json_output(_renamed(part.name, target.layout), {"metadata": metadata, "weight_map": names})
+    return json_output(_renamed(part.name, target.form), {"metadata": metadata, "weight_map": names})
 
 
 def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
@@ -207,22 +240,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
 
 
 def _safetensors_file(name: str, tensors: Sequence[Planned]) -> OutputFile:
-    return safetensors_output(name, _held_by_safetensors(tensors), _FORMAT)
-
-
-def _held_by_safetensors(tensors: Sequence[Planned]) -> Sequence[Planned]:
-    """The tensors, having seen that safetensors can hold each."""
-    for tensor in tensors:
-        if not tensor.dtype.code:
-            raise UsageError(
-                f"tensor {tensor.name!r} is {tensor.dtype.name}, which safetensors cannot hold", hint="--layout pt"
-            )
-        if tensor.strides:
-            raise UsageError(
-                f"tensor {tensor.name!r} is not stored row by row (channels_last?), which safetensors cannot hold",
-                hint="--layout pt keeps the order",
-            )
-    return tensors
+    return safetensors_output(name, held_by_safetensors(tensors), _FORMAT)
 
 
 def _torch_file(name: str, found: Iterable[Planned | Leaf]) -> OutputFile:

@@ -26,7 +26,7 @@ from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.optional import need
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
-from farcast_cli.trainers.base import ADAPTER_FILES, METADATA_STEPS, Part, Snapshot
+from farcast_cli.trainers.base import ADAPTER_FILES, KEPT_KEY, METADATA_STEPS, Part, Snapshot
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
         return torch_output(state, rewrite) if state.file else json_output(part.name, state.tree)
     if isinstance(part.content, SafetensorsFile):
         planned = [rewrite.planned(entry) for entry in part.content.entries]
-        return safetensors_output(part.name, planned, _metadata(part.content, rewrite))
+        return safetensors_output(part.name, held_by_safetensors(planned), _metadata(part.content, rewrite))
     if isinstance(part.content, TorchFile) and part.role in {"weights", "state"}:
         return torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
@@ -103,7 +103,7 @@ def json_output(name: str, tree: Any) -> OutputFile:
 
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
-    metadata = dict(file.metadata)
+    metadata = {key: text for key, text in file.metadata.items() if key != KEPT_KEY}
     return metadata | {key: str(rewrite.valid_step) for key in METADATA_STEPS if key in metadata}
 
 
@@ -111,6 +111,21 @@ def safetensors_output(name: str, tensors: Sequence[Planned], metadata: Mapping[
     header = encode_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), metadata)
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     return OutputFile(name, (Section((Fixed(header), *pieces)),))
+
+
+def held_by_safetensors(tensors: Sequence[Planned]) -> Sequence[Planned]:
+    """The tensors, having seen that safetensors can hold each."""
+    for tensor in tensors:
+        if not tensor.dtype.code:
+            raise UsageError(
+                f"tensor {tensor.name!r} is {tensor.dtype.name}, which safetensors cannot hold", hint="--layout pt"
+            )
+        if tensor.strides:
+            raise UsageError(
+                f"tensor {tensor.name!r} is not stored row by row (channels_last?), which safetensors cannot hold",
+                hint="--layout pt keeps the order",
+            )
+    return tensors
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from farcast_cli.commands.options import (
     ExcludeOption,
     ForecasterOption,
     FullOption,
+    HistoryOption,
     IncludeOption,
     IoOption,
     JsonOption,
@@ -58,6 +59,7 @@ def backtest(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
@@ -71,7 +73,8 @@ def backtest(
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
     parse_horizons(horizon)  # what cannot be is refused before the folder is read
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     of_folder = None
     if directory:
@@ -81,6 +84,7 @@ def backtest(
             exclude=exclude,
             steps=steps,
             pattern=pattern,
+            history=history,
             sample=sample,
             full=full,
             ledger=ledger,

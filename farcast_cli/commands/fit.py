@@ -13,10 +13,12 @@ from farcast_cli.commands.options import (
     DeviceOption,
     ExcludeOption,
     FullOption,
+    HistoryOption,
     IncludeOption,
     IoOption,
     JsonOption,
     LedgerOption,
+    LogToOption,
     LossesOption,
     PatternOption,
     QuietOption,
@@ -27,6 +29,7 @@ from farcast_cli.commands.options import (
     is_given,
 )
 from farcast_cli.errors import UsageError
+from farcast_cli.log_to import check_apart, log_answer, parse_targets
 from farcast_cli.settings import env, fit_request
 
 if TYPE_CHECKING:
@@ -47,10 +50,12 @@ def fit(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
     losses: LossesOption = None,
+    log_to: LogToOption = None,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
@@ -60,6 +65,8 @@ def fit(
     config: ConfigOption = None,
 ) -> None:
     """Read a sample of every tensor at every snapshot, and write the forecaster file."""
+    targets = parse_targets(log_to)
+    check_apart(targets, directory)
     request = fit_request(
         directory,
         output=output,
@@ -67,6 +74,7 @@ def fit(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        history=history,
         sample=sample,
         full=full,
         ledger=ledger,
@@ -75,15 +83,18 @@ def fit(
         threads=threads,
         losses=losses,
     )
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     done = learn(request, quiet=quiet)
+    answer = answers.of_fit(done, output)
     if json_:
-        render.as_json(answers.of_fit(done, output))
+        render.as_json(answer)
     else:
         render.paths([output])
     if not quiet:
         render.fit_summary(done, verbose=verbose)
+    render.unlogged(log_answer(targets, "fit", answer, directory))
 
 
 def learn(request: FitRequest, *, quiet: bool) -> FitOutcome:

@@ -11,6 +11,7 @@ from farcast_cli.choices import DEFAULT_LEDGER
 from farcast_cli.commands.options import (
     ConfigOption,
     ExcludeOption,
+    HistoryOption,
     IncludeOption,
     JsonOption,
     LedgerOption,
@@ -30,6 +31,7 @@ def inspect(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    history: HistoryOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
     json_: JsonOption = False,
     quiet: QuietOption = False,
@@ -38,11 +40,12 @@ def inspect(
 ) -> None:
     """List the snapshots, the evidence for their steps, the tensors to forecast and to copy, and the leaps of the run."""
     prepare("cpu")
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
     from farcast_cli.forecast.history import past_of
     from farcast_cli.run.selection import inspect as run
 
-    selection = selection_of(directory, include, exclude, steps, pattern)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
     found = run(selection)
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     if json_:

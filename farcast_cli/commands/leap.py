@@ -22,6 +22,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LogToOption,
     LossesOption,
     MaximizeOption,
     OptimizerOption,
@@ -106,6 +107,7 @@ def leap(
     overwrite: OverwriteOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
     losses: LossesOption = None,
+    log_to: LogToOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -121,7 +123,8 @@ def leap(
     checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
     steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
         done = api.leap(
@@ -150,10 +153,12 @@ def leap(
             io=io,
             threads=threads,
             losses=losses,
+            log_to=log_to,
             progress=progress,
         )
     if not quiet:
         _summary(done, counters=counters, dry_run=dry_run, verbose=verbose)
+    render.unlogged(done.unlogged)
     if json_:
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:

@@ -37,11 +37,12 @@ FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
-        *("grad_weight", "sample", "full"),
+        *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
         *("layer", "bias", "loss", "activation", "head", "head_bias"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
         *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
+        *("form", "text"),  # in which a report is printed
     }
 )
 """The options that a file which nobody named may set. All others need a file that the user named.
@@ -51,7 +52,21 @@ and `counters` skip the ledger or the run's end, `scale` and `step_norm` write a
 may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
-    "Input": ("forecaster", "include", "exclude", "steps", "pattern", "sample", "full", "losses", "against", "reference"),
+    "Input": (
+        "forecaster",
+        "include",
+        "exclude",
+        "steps",
+        "pattern",
+        "history",
+        "sampled",
+        "last",
+        "sample",
+        "full",
+        "losses",
+        "against",
+        "reference",
+    ),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
@@ -60,8 +75,21 @@ PANELS = {
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
     "Output": (
-        *("output", "dtype", "layout", "max_shard_size", "round_", "delta_out", "apply", "even_if_worse", "overwrite"),
-        *("ledger", "dry_run", "json_", "quiet", "verbose"),
+        *(
+            "output",
+            "into",
+            "form",
+            "text",
+            "dtype",
+            "layout",
+            "max_shard_size",
+            "round_",
+            "delta_out",
+            "apply",
+            "even_if_worse",
+            "overwrite",
+        ),
+        *("ledger", "log_to", "dry_run", "json_", "quiet", "verbose"),
     ),
     "Machine": ("device", "threads", "io", "config"),
 }
@@ -160,11 +188,11 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
     strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
     if strangers:
-        likely = nearest(strangers[0], map(_key_of, anywhere))
+        likely = nearest(strangers[0], map(key_of, anywhere))
         raise UsageError(f"{path}: no command has an option {strangers[0]!r}{likely}", hint="farcast --help")
     unknown = sorted(key for key in own if _option_of(key) not in known)
     if unknown:
-        likely = nearest(unknown[0], map(_key_of, known))
+        likely = nearest(unknown[0], map(key_of, known))
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}{likely}", hint=f"farcast {context.info_name} --help"
         )
@@ -202,12 +230,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _option_of(key: str) -> str:
     """The parameter that a key of the file stands for."""
-    return {"for": "purpose", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
+    return {"for": "purpose", "format": "form", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
-def _key_of(option: str) -> str:
+def key_of(option: str) -> str:
     """The key of the file that stands for a parameter."""
-    return {"purpose": "for", "json_": "json", "round_": "round"}.get(option, option)
+    return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 
 
 def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:
@@ -281,6 +309,14 @@ PatternOption = Annotated[
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
     ),
 ]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=env("HISTORY"),
+        metavar="FOLDER",
+        help="Folder of the snapshots that farcast keep copied; they stand before the run's own. Default: kept/NAME.",
+    ),
+]
 SampleOption = Annotated[
     int, typer.Option(envvar=env("SAMPLE"), min=MIN_SAMPLE, help="Number of values to read from each tensor.")
 ]
@@ -297,6 +333,15 @@ LossesOption = Annotated[
         envvar=env("LOSSES"),
         metavar="FILE",
         help="The run's log of losses: CSV, JSON lines or TensorBoard; by default where its trainer keeps it.",
+    ),
+]
+LogToOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log-to",
+        envvar=env("LOG_TO"),
+        metavar="KIND:PLACE",
+        help="Also log the numbers of the answer, at the origin's step: jsonl:PATH, tensorboard:DIR, wandb[:PROJECT] or mlflow[:URI].",
     ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", envvar=env("FULL"), help="Read all values instead of a sample.")]

@@ -21,12 +21,14 @@ from farcast_cli.commands.options import (
     ForecasterOption,
     FullOption,
     GradWeightOption,
+    HistoryOption,
     IncludeOption,
     IoOption,
     JobsOption,
     JsonOption,
     LayoutOption,
     LedgerOption,
+    LogToOption,
     MaximizeOption,
     MethodOption,
     OptimizerOption,
@@ -43,12 +45,13 @@ from farcast_cli.commands.options import (
     choice,
 )
 from farcast_cli.errors import NoForecastError
-from farcast_cli.settings import env, fit_request, horizons_of
+from farcast_cli.log_to import parse_targets
+from farcast_cli.settings import check_layout, env, fit_request, horizons_of
 
 if TYPE_CHECKING:
     from farcast_cli.api import Prediction
 
-CHOOSING = ("include", "exclude", "steps", "pattern", "sample", "full")
+CHOOSING = ("include", "exclude", "steps", "pattern", "history", "sample", "full")
 """The options that choose what is read of a folder; a forecaster file has read it already."""
 EXAMPLES = (
     "Examples: farcast predict --horizon 1000   |   farcast predict ckpts/   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
@@ -133,9 +136,11 @@ def predict(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    log_to: LogToOption = None,
     dry_run: DryRunOption = False,
     device: DeviceOption = "auto",
     io: IoOption = "auto",
@@ -147,6 +152,8 @@ def predict(
 ) -> None:
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
+    check_layout(layout, purpose)
+    parse_targets(log_to)
     from farcast_cli.commands import render
 
     of_folder = None
@@ -157,6 +164,7 @@ def predict(
             exclude=exclude,
             steps=steps,
             pattern=pattern,
+            history=history,
             sample=sample,
             full=full,
             ledger=ledger,
@@ -191,6 +199,7 @@ def predict(
             even_if_worse=even_if_worse,
             overwrite=overwrite,
             ledger=ledger,
+            log_to=log_to,
             dry_run=dry_run,
             device=device,
             io=io,
@@ -202,10 +211,12 @@ def predict(
 
 def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     """What came of it; ends with an exit code of its own where nothing was written."""
-    from farcast_cli.commands import answers, render
+    from farcast_cli import answers
+    from farcast_cli.commands import render
 
     if not quiet:
         render.predictions(done.outcomes, done.notes(), done.request, hint=done.advice(), verbose=verbose)
+    render.unlogged(done.unlogged)
     if as_json:
         render.as_json(answers.of_predict(done.outcomes, dry_run=done.request.dry_run))
     elif not done.request.dry_run:

@@ -21,6 +21,8 @@ from rich.text import Text
 
 from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
 from farcast_cli.errors import listed, printable, shell_word, visible
+from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.headline import advised
 from farcast_cli.progress import silent
 
 if TYPE_CHECKING:
@@ -35,17 +37,16 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.fitting import FitOutcome, FitPlan
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.history import Past
-    from farcast_cli.forecast.report import BacktestReport
-    from farcast_cli.forecast.significance import Significance
+    from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.keeping import Keeping
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
     from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.alignment import Copied
-    from farcast_cli.run.pace import Pace
     from farcast_cli.run.selection import Inspection
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
-    from farcast_cli.tune.run import TuneOutcome as Tuning
+    from farcast_cli.tune.request import TuneOutcome as Tuning
 
 LEAST_METHOD = 16  # columns of a method, on a narrow terminal
 MAX_ROWS = 12
@@ -78,6 +79,12 @@ def error(problem: FarcastError) -> None:
 def note(text: str, *, quiet: bool = False) -> None:
     if not quiet:
         stderr().print(escape(text), soft_wrap=True)
+
+
+def unlogged(failures: Sequence[str]) -> None:
+    """What could not be logged; said to those who want only errors, too."""
+    for text in failures:
+        note(f"caution: {text}")
 
 
 def paths(found: Sequence[Path]) -> None:
@@ -113,7 +120,14 @@ def as_json(answer: Answer) -> None:
 
 
 def text(content: str) -> None:
-    sys.stdout.write(content)
+    """A result of several lines; a character that the stream cannot take is shown as a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
+
+
+def has_blocks() -> bool:
+    """Whether stdout takes blocks and dashes."""
+    return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 def schema(content: dict[str, Any]) -> None:
@@ -158,20 +172,8 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def shown_number(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "unknown"
-
-
-def chance(significance: Significance) -> str:
-    """The p of S in words; what it cannot say where the snapshots are few."""
-    p, smallest = significance.p, significance.smallest
-    weak = f" (weak: with so few snapshots p is at least {smallest:.2g})" if significance.weak else ""
-    return f"p = {p:.2g}{weak}" if math.isfinite(p) else "p unknown"
-
-
 def _bars(ratios: Iterable[float]) -> tuple[Text, ...]:
-    is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
-    return tuple(Text(bar(ratio, is_utf=is_utf), style="green" if ratio < 1 else "red") for ratio in ratios)
+    return tuple(Text(bar(ratio, is_utf=has_blocks()), style="green" if ratio < 1 else "red") for ratio in ratios)
 
 
 def _texts(words: Iterable[object]) -> tuple[Text, ...]:
@@ -283,6 +285,17 @@ def _copied_texts(copied: Sequence[Copied], *, verbose: bool) -> Iterator[str]:
         yield f"{_tensors(len(copied))} copied: {told}{more}"
 
 
+# --- keep ------------------------------------------------------------------------------------------------------------
+
+
+def keeping(done: Keeping) -> None:
+    for text in done.cautions:
+        note(f"caution: {text}")
+    count = f"{len(done.snapshots)} kept snapshot" + "s" * (len(done.snapshots) != 1)
+    news = f"{len(done.added)} new" + (f", {len(done.removed)} removed" if done.removed else "")
+    note(f"{count} in {done.folder} ({news}), {size(done.num_bytes)}; whole checkpoints would be {size(done.whole_bytes)}")
+
+
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +326,7 @@ def fit_cautions(plan: FitPlan) -> None:
                 f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
                 f" {leap.resumes_after}, which the forecaster would take for training"
             )
-    for text in filter(None, (*plan.past.cautions, plan.usable.left_out, plan.unread)):
+    for text in filter(None, (*found.kept_notes, *plan.past.cautions, plan.usable.left_out, plan.unread)):
         note(text)
 
 
@@ -338,19 +351,17 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
 
 def _direction(fitted: Fitted, steady: Steadiness) -> str:
     """S and p of a run, and what they allow."""
-    from farcast_cli.forecast.report import direction_ahead
+    from farcast_cli.forecast.judgement import direction_ahead
 
     if not math.isfinite(steady.coherence):
         return "direction of the run: S unknown: it needs two snapshots in each half of the history, and weights that move"
-    horizon, is_steady, reason = direction_ahead(fitted)
-    known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {_recent_half(steady.recent)}"
-    ahead = f"to resume from a forecast {horizon} steps ahead"
-    verdict = f"steady enough {ahead}, if its back-test passes" if is_steady else f"not steady enough {ahead} ({reason})"
+    found = direction_ahead(fitted)
+    known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {recent_half(steady.recent)}"
+    ahead = f"to resume from a forecast {found.horizon} steps ahead"
+    verdict = (
+        f"steady enough {ahead}, if its back-test passes" if found.is_steady else f"not steady enough {ahead} ({found.reason})"
+    )
     return f"direction of the run: {known}; {verdict}"
-
-
-def _recent_half(coherence: float) -> str:
-    return f"recent half S = {coherence:.2f}" if math.isfinite(coherence) else "recent half: too few snapshots to tell"
 
 
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
@@ -365,7 +376,7 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
         if has_coherence
         else "coherence S: too few snapshots"
     )
-    console.print(escape(_clock_line(report.pace)), soft_wrap=True)
+    console.print(escape(clock_line(report.pace)), soft_wrap=True)
     if report.scores:
         _scores(console, report, verbose=verbose)
     for why in report.reasons:
@@ -416,21 +427,6 @@ def _shown_scores(report: BacktestReport, *, most: int | None) -> list[Score]:
     return found
 
 
-def _clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
-    if pace.clock == "steps":
-        return "clock: steps" + (f" ({pace.why})" if pace.why else "")
-    if ahead is None:
-        return "clock: learning rate"
-    if ahead == 1:
-        return "clock: learning rate, constant over the horizon"
-    what = (
-        "in full length, because enough of the schedule is left to anneal it"
-        if length == 1
-        else f"at {length:.2f} of its length"
-    )
-    return f"clock: learning rate, over the horizon {ahead:.2f} of the rate before it; the update is written {what}"
-
-
 # --- predict ---------------------------------------------------------------------------------------------------------
 
 
@@ -440,7 +436,7 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
     The steps, verdicts and paths come first. What is true of several horizons is said once.
     """
     for outcome in outcomes:
-        for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run):
+        for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run, verbose=verbose):
             note(text)
     for text in dict.fromkeys(text for outcome in outcomes for text in _details(outcome, verbose=verbose)):
         note(text)
@@ -450,23 +446,26 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
         note(f"hint: {hint}")
 
 
-def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool) -> Iterator[str]:
-    """The step, the verdict and the path; and the numbers that decided."""
+def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool, verbose: bool) -> Iterator[str]:
+    """The verdict, and the path; with -v the numbers that decided."""
     decision = outcome.decision
     head = f"step {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
+    yield advised(outcome, purpose).line
     if outcome.path is None:
-        yield f"{head}: nothing written ({decision.reason})"
+        yield f"{head}: nothing written"
     elif outcome.existed:
         yield f"{head}: already there, made from the same snapshots with the same options: nothing was written"
     else:
         yield f"{head}: {_written(outcome, dry_run=dry_run)}"
+    if verbose:
         yield _expected(decision, purpose)
 
 
 def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
     """What was chosen for the user, copied, advanced and evaluated."""
     yield from outcome.chosen
-    yield _clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
+    if verbose or outcome.pace.why or outcome.length_factor != 1:
+        yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
     if outcome.path is not None and not outcome.existed:
         yield from _copied_texts(outcome.copied, verbose=verbose)
         yield from (f"note: {text}" for text in outcome.notes)
@@ -502,7 +501,7 @@ def _expected(decision: Decision, purpose: Purpose) -> str:
         else decision.reason
     )
     direction = f"direction S = {shown_number(decision.coherence)}, {chance(decision.significance)}"
-    return f"{error}; back-test b = {shown_number(decision.ratio)}; {direction}; {_recent_half(decision.recent)}"
+    return f"{error}; back-test b = {shown_number(decision.ratio)}; {direction}; {recent_half(decision.recent)}"
 
 
 def _farther(decision: Decision, purpose: Purpose) -> str:
@@ -563,6 +562,9 @@ def tune_summary(tuning: Tuning) -> None:
     verdict, names = tuning.verdict, ", ".join(tuning.layers)
     for text in tuning.notes:
         note(f"note: {text}")
+    if tuning.existed:
+        note(f"{names}: already there, made from the same checkpoint in the same way: nothing was written")
+        return
     if verdict is None:
         note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
         return

@@ -19,6 +19,7 @@ from farcast_cli import system
 from farcast_cli.engine.casts import widen
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading
+from farcast_cli.tensors import Stretch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +35,6 @@ FileStretch = tuple["Path", int, int]
 """Bytes of a file: path, first byte, number of bytes."""
 PAGE = 4096
 LINE = 64  # of a processor's cache: a kernel copies to memory that begins elsewhere at a sixth of the speed (AMD, Linux 6)
-SAMPLE_BLOCK = 512  # elements that lie side by side; short, so that a sample of an embedding sees many of its rows
 STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
 MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in its cache while it works on it
 _MAX_OPEN = (
@@ -49,14 +49,6 @@ class Resources:
     device: str = "cpu"
     io: Io = "auto"
     num_workers: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Elements [start, start + count) of a tensor."""
-
-    start: int
-    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +71,10 @@ class TensorStretches:
     def at(self, snapshot: int) -> Iterator[FileStretch]:
         """Where a snapshot holds them."""
         entry = self.entries[snapshot]
-        size = entry.dtype.itemsize
+        size, is_sample = entry.dtype.itemsize, entry.sample > 0
         for stretch in self.stretches:
-            yield entry.path, entry.offset + stretch.start * size, stretch.count * size
+            offset = entry.offset_of(stretch) if is_sample else entry.offset + stretch.start * size
+            yield entry.path, offset, stretch.count * size
 
 
 class Reader:
@@ -196,19 +189,6 @@ def aligned(num_bytes: int) -> NDArray[np.uint8]:
     memory = np.empty(num_bytes + LINE, np.uint8)
     first = -memory.ctypes.data % LINE
     return memory[first : first + num_bytes]
-
-
-def sample_stretches(num_elements: int, num_samples: int) -> list[Stretch]:
-    """Blocks spread evenly over a tensor; the whole tensor where it is no larger than the sample.
-
-    Depends on the size alone, so that equal tensors are sampled alike.
-    """
-    if num_elements <= num_samples:
-        return [Stretch(0, num_elements)]
-    num_blocks = max(2, num_samples // SAMPLE_BLOCK)
-    count = min(SAMPLE_BLOCK, num_samples // num_blocks)
-    last_start = num_elements - count
-    return [Stretch(last_start * i // (num_blocks - 1), count) for i in range(num_blocks)]
 
 
 def stretches(num_elements: int, *, num_snapshots: int, itemsize: int = 8) -> Iterator[Stretch]:

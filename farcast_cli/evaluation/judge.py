@@ -12,7 +12,7 @@ import re
 import shlex
 from concurrent import futures
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from farcast_cli import system
 from farcast_cli.errors import OutputError, UsageError
@@ -21,6 +21,8 @@ from farcast_cli.evaluation.command import ESCAPES, Command, Ended, Log, Stop, f
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    Announce = Callable[[str], Callable[[int], None]]
 
 PLACEHOLDER = "{ckpt}"
 
@@ -38,6 +40,42 @@ class Trial:
     value: float
     seconds: float = 0.0
     log: Path | None = None
+
+
+class Judging(Protocol):
+    """Scores checkpoints, one after another or some at once; a block, at whose end nothing runs any more."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    @property
+    def trials(self) -> list[Trial]:
+        """What has ended so far."""
+
+    def start(self, strength: float, checkpoint: Path, /) -> None:
+        """Score a checkpoint; strength 0 is the origin itself."""
+
+    def wait(self, *, below: int) -> None:
+        """Until fewer than so many are under way."""
+
+    def check(self, strength: float, checkpoint: Path, /) -> None:
+        """See that nothing changed a checkpoint."""
+
+
+class Scorer(Protocol):
+    """What gives a checkpoint a score: the user's command, or a function in this process."""
+
+    @property
+    def maximize(self) -> bool:
+        """Whether higher is better."""
+
+    @property
+    def num_jobs(self) -> int:
+        """How many checkpoints it scores at once."""
+
+    def judge(self, logs: Path, variables: Mapping[str, object], announce: Announce) -> Judging:
+        """Begin to score the checkpoints of one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +102,9 @@ class Evaluator:
             raise UsageError(f"--jobs {self.num_jobs}: expected 1 or more")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"--eval-timeout {self.timeout_s:g}: expected a positive number of seconds")
+
+    def judge(self, logs: Path, variables: Mapping[str, object], announce: Announce) -> Judge:
+        return Judge(self, logs, variables, announce)
 
     def command_for(self, checkpoint: Path) -> str:
         """The path is absolute, and the name its own: a link's ending may say more than that of what it leads to."""
@@ -128,7 +169,7 @@ class Judge:
         evaluator: Evaluator,
         logs: Path,
         variables: Mapping[str, object],
-        announce: Callable[[str], Callable[[int], None]],
+        announce: Announce,
     ) -> None:
         self._evaluator = evaluator
         self._logs = logs

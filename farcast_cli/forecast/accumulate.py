@@ -25,15 +25,14 @@ from farcast_cli.engine.reader import (
     Reader,
     Resources,
     Scratch,
-    Stretch,
     TensorStretches,
     read_trajectory,
     read_values,
-    sample_stretches,
     stretches,
 )
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis
+from farcast_cli.tensors import Stretch, sample_stretches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

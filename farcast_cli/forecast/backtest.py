@@ -67,6 +67,12 @@ class Decision:
     """The coherence of the history's recent half; nan where it holds too few snapshots to tell."""
     significance: Significance = NOTHING
     """How often chance alone would give as large an S."""
+    is_average: bool = False
+    """An average of snapshots, which aims at no later weights, so that b does not judge it."""
+    is_weak: bool = False
+    """S or p speak against resuming, whatever b is."""
+    is_over: bool = False
+    """The run has no step left to leap over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,15 @@ def backtest_ratio(method: Method, task: Task, *, as_written: bool = False) -> f
     return task.gram.total_norm(step - truth) / scale
 
 
+def tensor_ratios(method: Method, task: Task) -> NDArray[np.float64]:
+    """The same b of each tensor by itself, (K,); nan where a tensor did not move."""
+    inner, timeline = task.backtest(), task.timeline
+    truth = timeline.at(timeline.origin) - timeline.at(inner.timeline.origin)
+    step = set_step_norm(plain_step(method, inner), inner, "clip")
+    scale, error = task.gram.norms(truth), task.gram.norms(step - truth)
+    return np.divide(error, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+
+
 def score(methods: Sequence[Method], task: Task, horizons: Sequence[int]) -> list[Score]:
     """B of every method at every horizon that the history can test."""
     found = []
@@ -209,6 +224,7 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         expected=float("nan") if average else backtest_ratio(method, task, as_written=True),
         recent=recent_coherence(task.gram, task.timeline),
         significance=significance_of(task.gram, task.timeline),
+        is_average=average,
     )
     if method.name == "persistence":
         return replace(found, verdict="forecast", ratio=1.0, reason="persistence does not change the weights")
@@ -258,6 +274,7 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
         return replace(found, verdict="untestable", reason=reason)
     steady = Steadiness(found.coherence, found.recent, found.significance)
     is_steady, coherent = judge_direction(steady, task)
+    found = replace(found, is_weak=not is_steady)
     missed = f"the error of the update as written is {found.expected:.2g} times the run's own move"
     objections = (
         (not is_steady, coherent),
@@ -268,16 +285,31 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
     return _gate(found, objection is None, objection or coherent)
 
 
-def judge_direction(steady: Steadiness, task: Task) -> tuple[bool, str]:
-    """Whether S and p allow to resume from a forecast of a task's horizon, before b is asked; and the reason in words."""
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """What the coherence must exceed to resume from a forecast: S of the whole history, and S of its recent half."""
+
+    whole: float
+    recent: float
+
+
+def needed_direction(steady: Steadiness, task: Task) -> Needed:
+    """The limits of S for a task's horizon."""
     origin, end = task.timeline.origin, task.timeline.origin + task.horizon
     anneals = task.pace.lasts_until(origin, SPENT_RATE) >= end  # what is left of the rate takes the leap's noise away
-    of_late = needed_coherence(task.lead, pace=task.pace_ahead if anneals else 1.0)
-    limit = of_late if np.isnan(steady.recent) else COHERENCE_GATE  # a recent half that cannot be judged vouches for nothing
-    coherent = f"coherence S = {steady.coherence:.2f}, needed {limit:.2g}"
+    recent = needed_coherence(task.lead, pace=task.pace_ahead if anneals else 1.0)
+    # a recent half that cannot be judged vouches for nothing
+    return Needed(recent if np.isnan(steady.recent) else COHERENCE_GATE, recent)
+
+
+def judge_direction(steady: Steadiness, task: Task) -> tuple[bool, str]:
+    """Whether S and p allow to resume from a forecast of a task's horizon, before b is asked; and the reason in words."""
+    needed = needed_direction(steady, task)
+    coherent = f"coherence S = {steady.coherence:.2f}, needed {needed.whole:.2g}"
+    in_recent = f"coherence S = {steady.recent:.2f} in the recent half, needed {needed.recent:.2g}"
     objections = (
-        (steady.recent <= of_late, f"coherence S = {steady.recent:.2f} in the recent half, needed {of_late:.2g}"),
-        (not steady.coherence > limit, coherent),
+        (steady.recent <= needed.recent, in_recent),
+        (not steady.coherence > needed.whole, coherent),
         (not steady.significance.passes, f"{coherent}, but chance alone often gives as much: p = {steady.significance.p:.2g}"),
     )
     objection = next((text for holds, text in objections if holds), None)

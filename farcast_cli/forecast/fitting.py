@@ -11,7 +11,7 @@ import numpy as np
 
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.engine.reader import Resources
-from farcast_cli.errors import MixedRunsError
+from farcast_cli.errors import MixedRunsError, UsageError
 from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample
 from farcast_cli.forecast.backtest import MAX_HORIZON
 from farcast_cli.forecast.forecaster_file import (
@@ -27,10 +27,11 @@ from farcast_cli.forecast.forecaster_file import (
 from farcast_cli.forecast.history import past_of
 from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.run.alignment import align
+from farcast_cli.run.kept import discover_all
 from farcast_cli.run.losses import losses_of
 from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
-from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, WHOLE
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers.base import unchanged
 
@@ -115,6 +116,8 @@ class FitOutcome:
     """The same, by the weights."""
     worth: Worth | None = None
     """What the run's losses say of its last leap."""
+    unlogged: tuple[str, ...] = ()
+    """Where the numbers could not be logged, and why."""
 
 
 def plan_fit(request: FitRequest) -> FitPlan:
@@ -129,10 +132,28 @@ def plan_fit(request: FitRequest) -> FitPlan:
         check_fitted_place(request.output, chosen.directory)
         before = run_of_fitted(request.output)
         replaced = before if before and before.resolve() != chosen.directory.resolve() else None
-    found = discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, minimum=MIN_SNAPSHOTS)
+    found = discover_all(
+        chosen.directory, steps=chosen.steps, pattern=chosen.pattern, history=chosen.history, minimum=MIN_SNAPSHOTS
+    )
     past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
     entering = usable(past.history.trajectory.snapshots, chosen)
+    _check_samples(entering.snapshots, request.num_samples)
     return FitPlan(request, found, past, entering, started, replaced, losses_of(found, request.losses))
+
+
+def _check_samples(snapshots: Sequence[Snapshot], num_samples: int | None) -> None:
+    """Refuse to read other values than those that kept samples hold.
+
+    Raises:
+        UsageError: some snapshots are samples, and --sample or --full asks for other values.
+    """
+    sample = next((snapshot for snapshot in snapshots if snapshot.is_sample), None)
+    if sample is not None and num_samples != DEFAULT_SAMPLE:
+        asked = "--full" if num_samples is None else f"--sample {num_samples}"
+        raise UsageError(
+            f"{asked}: {sample.path} holds a sample of {DEFAULT_SAMPLE} values of each tensor, and no others",
+            hint=f"leave it out; {WHOLE}",
+        )
 
 
 def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
@@ -205,13 +226,17 @@ def fit(
         include=tuple(include),
         exclude=tuple(exclude),
         pattern=trajectory.pattern,
+        kept="" if trajectory.kept is None else str(trajectory.kept),
     )
-    return Fitted(gram, sample, provenance, trajectory.directory)
+    return Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
 
 
 def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:
+    is_kept = trajectory.kept is not None and snapshot.path.parent == trajectory.kept
+    home = trajectory.kept if is_kept and trajectory.kept else trajectory.directory
     return SnapshotRecord(
-        path=snapshot.path.relative_to(trajectory.directory).as_posix(),
+        path=snapshot.path.relative_to(home).as_posix(),
+        is_kept=is_kept,
         step=snapshot.step,
         step_source=snapshot.step_source,
         bytes=snapshot.num_bytes,
@@ -230,7 +255,7 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
 
     Interleaved, every move undoes the one before; one behind the other, a single move dwarfs its neighbours.
     """
-    moves = _moves_of(gram)
+    moves = gram.moves
     sizes = _sizes(moves)
     if len(sizes) < MIN_MOVES or not sizes.all():
         return
@@ -249,11 +274,6 @@ def _check_one_run(gram: Gram, trajectory: Trajectory) -> None:
             f" move {times:.0f} times as fast as before and after",
             hint=hint,
         )
-
-
-def _moves_of(gram: Gram) -> NDArray[np.float64]:
-    """Inner products of the moves between neighbouring snapshots, all tensors together, (T - 1, T - 1)."""
-    return np.asarray(gram.matrix.sum(axis=0)[:-2, :-2])
 
 
 def _sizes(moves: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -275,7 +295,7 @@ def _jumps(sizes: NDArray[np.float64], steps: Sequence[int], *, above: float) ->
 
 def _cautions_of_jumps(fitted: Fitted) -> Iterator[str]:
     """Of single moves that a leap may have made: the run's own are about as long as their neighbours."""
-    sizes, steps = _sizes(_moves_of(fitted.judged()[0])), fitted.steps
+    sizes, steps = _sizes(fitted.judged()[0].moves), fitted.steps
     if len(sizes) < MIN_MOVES or not sizes.all():
         return
     for index, times in _jumps(sizes, steps, above=SUSPICIOUS):

@@ -34,6 +34,7 @@ from farcast_cli.run.pace import Pace
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
 from farcast_cli.trainers.base import read_snapshot
+from farcast_cli.trainers.kept import LAYOUT as KEPT
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _ARRAYS = {"steps", "gram", "sample.bounds", "sample.sizes", "sample.values"}
 
 
 class SnapshotRecord(BaseModel):
-    """A snapshot as it was when it was read; `path` is relative to the run's folder."""
+    """A snapshot as it was when it was read; `path` is relative to the run's folder, or to that of its kept snapshots."""
 
     model_config = ConfigDict(frozen=True)
     path: str
@@ -59,6 +60,7 @@ class SnapshotRecord(BaseModel):
     step_source: str
     bytes: int
     digest: str
+    is_kept: bool = False
 
 
 class TensorRecord(BaseModel):
@@ -81,7 +83,7 @@ class CopiedRecord(BaseModel):
 
 
 class Provenance(BaseModel):
-    """Of what a forecaster was made. `directory` is relative to the forecaster file."""
+    """Of what a forecaster was made. `directory` and `kept` are relative to the forecaster file."""
 
     model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA_VERSION
@@ -101,6 +103,8 @@ class Provenance(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     pattern: str = ""
+    kept: str = ""
+    """The folder of the run's kept snapshots, if some of the snapshots lie there."""
     checksum: str = ""
 
 
@@ -112,6 +116,18 @@ class Fitted:
     sample: Sample
     provenance: Provenance
     directory: Path
+    kept: Path | None = None
+    """The folder of the run's kept snapshots, if some of the snapshots lie there."""
+
+    def path_of(self, record: SnapshotRecord) -> Path:
+        """Where a snapshot lies."""
+        return (self.kept if record.is_kept and self.kept else self.directory) / record.path
+
+    @property
+    def source(self) -> str:
+        """The run's folder, and that of its kept snapshots, as a command to paste names them."""
+        kept = f" --history {shell_word(self.kept)}" if self.kept else ""
+        return shell_word(self.directory) + kept
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -119,9 +135,13 @@ class Fitted:
 
     def judged(self) -> tuple[Gram, Sample]:
         """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
-        chosen = ~self._batch_norm()
-        is_part = chosen.any() and not chosen.all()
-        return (self.gram.select(chosen), self.sample.select(chosen)) if is_part else (self.gram, self.sample)
+        chosen = self._is_judged()
+        return (self.gram, self.sample) if chosen.all() else (self.gram.select(chosen), self.sample.select(chosen))
+
+    @property
+    def judged_tensors(self) -> tuple[TensorRecord, ...]:
+        """The tensors of `judged`, in its order."""
+        return tuple(record for record, chosen in zip(self.provenance.tensors, self._is_judged(), strict=True) if chosen)
 
     @property
     def timeline(self) -> Timeline:
@@ -140,6 +160,11 @@ class Fitted:
     @property
     def has_batch_norm(self) -> bool:
         return bool(self._batch_norm().any())
+
+    def _is_judged(self) -> NDArray[np.bool_]:
+        """Which tensors forecasts are judged by, (K,): all where there are BatchNorm's statistics only."""
+        others = ~self._batch_norm()
+        return others if others.any() else ~others
 
     def _batch_norm(self) -> NDArray[np.bool_]:
         """Which tensors are BatchNorm's running statistics, (K,)."""
@@ -173,7 +198,9 @@ def run_of_fitted(path: Path) -> Path | None:
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
     home = path.parent.resolve()
-    provenance = fitted.provenance.model_copy(update={"directory": seen_from(fitted.directory.resolve(), home)})
+    kept = "" if fitted.kept is None else seen_from(fitted.kept.resolve(), home)
+    directory = seen_from(fitted.directory.resolve(), home)
+    provenance = fitted.provenance.model_copy(update={"directory": directory, "kept": kept})
     if provenance.leap:
         provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
     check_fitted_place(path, fitted.directory)
@@ -186,7 +213,7 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     }
     provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
     tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
-    last = fitted.directory / fitted.provenance.snapshots[-1].path
+    last = fitted.path_of(fitted.provenance.snapshots[-1])
     with staged(path, check=_refuse_to_replace) as temporary, open_new(temporary, like=last) as file:
         text = json.dumps(_spelled(provenance, portable).model_dump(), separators=(",", ":"))
         file.write(encode_header(tensors, {_METADATA_KEY: text}))
@@ -251,7 +278,8 @@ def load_fitted(path: Path) -> Fitted:
             f"{path}: a forecaster of another version of farcast ({provenance.farcast_version}, layout {provenance.layout!r})",
             hint="write it again with farcast fit CKPTS",
         )
-    return Fitted(gram, sample, provenance, path.parent / provenance.directory)
+    kept = path.parent / provenance.kept if provenance.kept else None
+    return Fitted(gram, sample, provenance, path.parent / provenance.directory, kept)
 
 
 def _array(entry: TensorEntry) -> NDArray[Any]:
@@ -278,6 +306,7 @@ def _spelled(provenance: Provenance, spell: Callable[[str], str]) -> Provenance:
     return provenance.model_copy(
         update={
             "directory": spell(provenance.directory),
+            "kept": spell(provenance.kept),
             "snapshots": tuple(record.model_copy(update={"path": spell(record.path)}) for record in provenance.snapshots),
             "leap": leap and leap.model_copy(update={"run": spell(leap.run), "forecast": spell(leap.forecast)}),
         }
@@ -319,8 +348,8 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
         SnapshotError: gone or changed since.
     """
     record = fitted.provenance.snapshots[index]
-    path = fitted.directory / record.path
-    again = f"farcast fit {shell_word(fitted.directory)}"
+    path = fitted.path_of(record)
+    again = f"farcast fit {fitted.source}"
     with reading(path):
         is_there, has_run = path.exists(), fitted.directory.exists()
     if not has_run:
@@ -330,7 +359,8 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
         )
     if not is_there:
         raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
-    snapshot = read_snapshot(named(fitted.provenance.layout), path).settle(record.step, record.step_source)
+    layout = KEPT if record.is_kept else named(fitted.provenance.layout)
+    snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
     return snapshot
@@ -349,7 +379,7 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
         origin = fitted.provenance.snapshots[-1].step
         raise SnapshotError(
             f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
-            hint=f"farcast fit {shell_word(fitted.directory)} --steps :{snapshots[-1].step}",
+            hint=f"farcast fit {fitted.source} --steps :{snapshots[-1].step}",
         )
     more = (replace(reasons[key], name=tensor.name) for key, tensor in found.items() if key not in known)
     return Alignment(tuple(found[key] for key in known), (*alignment.copied, *more))
@@ -357,7 +387,7 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
 
 def newer_snapshots(fitted: Fitted) -> list[str]:
     """Snapshots in the run's folder, by name, that came after the fit; nothing is opened."""
-    known = {record.path for record in fitted.provenance.snapshots}
+    known = {record.path for record in fitted.provenance.snapshots if not record.is_kept}
     last = find_step_in_name(fitted.provenance.snapshots[-1].path)
     try:
         names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]

@@ -55,6 +55,17 @@ class Gram:
         """The norm over all tensors together."""
         return float(np.linalg.norm(self.norms(coefficients)))
 
+    @property
+    def moves(self) -> NDArray[np.float64]:
+        """Inner products of the moves between neighbouring snapshots, all tensors together, (T - 1, T - 1)."""
+        return np.asarray(self.matrix.sum(axis=0)[:-2, :-2])
+
+    def move_cosines(self) -> NDArray[np.float64]:
+        """Cosines between these moves, (T - 1, T - 1); nan where nothing moved."""
+        sizes = np.sqrt(np.maximum(np.diag(self.moves), 0))
+        products = np.outer(sizes, sizes)
+        return np.asarray(np.divide(self.moves, products, out=np.full_like(products, np.nan), where=products > 0))
+
     def select(self, tensors: NDArray[np.bool_]) -> Gram:
         """The statistic of some of the tensors, by a mask (K,)."""
         return Gram(self.steps, self.matrix[tensors])

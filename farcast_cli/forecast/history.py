@@ -49,16 +49,24 @@ def since_last_leap(trajectory: Trajectory, leaps: Sequence[Leap], *, minimum: i
     Raises:
         TooFewSnapshotsError: fewer than `minimum` of them.
     """
-    last: Leap | None = None
-    for leap in leaps:
-        if _is_known_by_mark(leap, trajectory) or resumed_from(leap, trajectory, landed=last.resumes_after if last else -1):
-            last = leap
-    if last is None:
+    made = made_leaps(trajectory, leaps)
+    if not made:
         return History(trajectory, None, 0)
+    last = made[-1]
     later = tuple(snapshot for snapshot in trajectory.snapshots if snapshot.step > last.resumes_after)
     if len(later) < minimum:
         raise _too_few_since(trajectory, last, len(later), minimum)
     return History(replace(trajectory, snapshots=later), last, len(trajectory.snapshots) - len(later))
+
+
+def made_leaps(trajectory: Trajectory, leaps: Sequence[Leap]) -> list[Leap]:
+    """The leaps that the run resumed from, of those that are known."""
+    made: list[Leap] = []
+    for leap in leaps:
+        landed = made[-1].resumes_after if made else -1
+        if _is_known_by_mark(leap, trajectory) or resumed_from(leap, trajectory, landed=landed):
+            made.append(leap)
+    return made
 
 
 def _is_known_by_mark(leap: Leap, trajectory: Trajectory) -> bool:

@@ -30,9 +30,14 @@ class Significance:
     smallest: float
 
     @property
+    def limit(self) -> float:
+        """The largest p that passes: the level, or the smallest p that so few snapshots can give."""
+        return max(LEVEL, self.smallest)
+
+    @property
     def passes(self) -> bool:
         """Whether the p is as small as the level asks, or as small as it can be."""
-        return self.p <= max(LEVEL, self.smallest)
+        return self.p <= self.limit
 
     @property
     def weak(self) -> bool:

@@ -78,3 +78,5 @@ class Leapt:
     """Of the loss: the share of its usual fall that a stretch more in the remembered direction gives."""
     worth: Worth | None = None
     """What the losses that the run logged say of the last leap."""
+    unlogged: tuple[str, ...] = ()
+    """Where the numbers could not be logged, and why."""

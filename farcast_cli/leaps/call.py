@@ -20,7 +20,6 @@ from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.write import Engine, total_bytes, write_forecasts
 from farcast_cli.errors import SnapshotError, UsageError, shell_word
-from farcast_cli.evaluation.judge import Judge
 from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.place import check_outside, sidecar_of
 from farcast_cli.files.reading import portable, relative
@@ -181,7 +180,7 @@ class _Call:
         variables = {"ORIGIN_STEP": self._start.origin.step, "VALID_STEP": self._start.origin.step}
         moves = [known.mean * self._found.time.ahead * share for share in (PROBE, -PROBE)]
         prepared = self._prepared(moves, [0, 0])  # the weights alone: no counter moves
-        with Judge(evaluator, logs, variables, lambda what: self._progress(f"evaluate {what}", 0)) as judge:
+        with evaluator.judge(logs, variables, lambda what: self._progress(f"evaluate {what}", 0)) as judge:
             for index, strength in enumerate((PROBE, -PROBE)):
                 judge.wait(below=evaluator.num_jobs)
                 candidate = written.parent / f"strength-{strength:g}" / name

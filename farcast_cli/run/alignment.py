@@ -338,11 +338,15 @@ def _mixed_runs(
 
 
 def _changed(name: str, found: Sequence[TensorEntry | None], snapshots: Sequence[Snapshot]) -> Copied | None:
-    """Why a tensor that came, or changed its shape, is copied."""
-    shapes = [_shape(entry) if entry else None for entry in found]
-    if None in shapes:
+    """Why a tensor that came, or changed its shape, is copied; a kept snapshot lacks what is copied anyway."""
+    seen = [
+        (_shape(entry) if entry else None, one.step)
+        for entry, one in zip(found, snapshots, strict=True)
+        if entry or not one.source
+    ]
+    if any(shape is None for shape, _ in seen):
         return Copied(name, "not in every snapshot")
-    steps = [after.step for (a, b), after in zip(pairwise(shapes), snapshots[1:], strict=True) if a != b]
+    steps = [step for (before, _), (after, step) in pairwise(seen) if before != after]
     return Copied(name, f"changed its shape at step {steps[-1]}") if steps else None
 
 

@@ -80,7 +80,8 @@ def closed(snapshot: Snapshot, shelf: Shelf) -> Snapshot:
     if isinstance(snapshot.tensors, ClosedTensors):
         return snapshot
     parts = tuple(replace(part, content=None) for part in snapshot.parts)
-    return replace(snapshot, parts=parts, tensors=ClosedTensors(snapshot, shelf))
+    source = snapshot.source and replace(snapshot.source, states=())
+    return replace(snapshot, parts=parts, tensors=ClosedTensors(snapshot, shelf), source=source)
 
 
 def reopened(snapshot: Snapshot) -> Snapshot:

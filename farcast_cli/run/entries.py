@@ -158,7 +158,8 @@ def _shape_of(path: Path) -> str:
 
 def too_few(directory: Path, count: int, minimum: int, half_written: Sequence[Ignored]) -> TooFewSnapshotsError:
     left_out = listed((f"{one.path.name} ({one.reason})" for one in half_written), most=MAX_HALF_WRITTEN)
-    hint = "keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit) or widen --steps"
+    hint = "call farcast keep after each save, or keep more checkpoints (in the Trainer: a smaller save_steps, no save_total_limit),"
+    hint += " or widen --steps"
     hint += "; farcast leap needs three snapshots only" if minimum > LEAP_SNAPSHOTS else ""
     wanted = f"{minimum} snapshot" + "s" * (minimum != 1)
     return TooFewSnapshotsError(

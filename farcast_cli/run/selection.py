@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import SnapshotError
 from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.kept import survey_all
 from farcast_cli.run.thinning import thinned
-from farcast_cli.run.trajectory import MIN_SNAPSHOTS, survey
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,8 @@ class Selection:
     pattern: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    history: Path | None = None
+    """The folder of kept snapshots; None for the default one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ def inspect(selection: Selection) -> Inspection:
         TooFewSnapshotsError: no snapshot at all.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    trajectory = survey(selection.directory, steps=selection.steps, pattern=selection.pattern)
+    trajectory = survey_all(selection.directory, steps=selection.steps, pattern=selection.pattern, history=selection.history)
     found, alignment, notes = list(trajectory.conflicts), None, tuple[str, ...]()
     fatal = next(iter(found), None)
     try:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.run.entries import Candidate
 
+WHOLE = "farcast keep without --sampled keeps all weights"
 MIN_SNAPSHOTS = 6  # fewer leave nothing to test a forecast on; 6 against 81 differ by .04 of the ratio at most
 
 
@@ -35,6 +36,10 @@ class Trajectory:
     notes: tuple[str, ...]
     conflicts: tuple[SnapshotError, ...] = ()
     pattern: str = ""
+    kept: Path | None = None
+    """The folder of kept snapshots, if some of the snapshots lie there."""
+    kept_notes: tuple[str, ...] = ()
+    """What a person should know of the kept snapshots."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -63,7 +68,7 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
         MixedRunsError: two snapshots of the same step.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    found = survey(directory, steps=steps, pattern=pattern)
+    found = survey(directory, steps=steps, pattern=pattern, may_be_empty=minimum == 0)
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:
@@ -71,8 +76,13 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
     return found
 
 
-def survey(directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "") -> Trajectory:
+def survey(
+    directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", may_be_empty: bool = False
+) -> Trajectory:
     """The same with all conflicts in the result, where `discover` raises the first of them.
+
+    Args:
+        may_be_empty: half-written snapshots alone, or some that were removed meanwhile, are no error.
 
     Raises:
         TooFewSnapshotsError: no snapshot at all.
@@ -85,7 +95,7 @@ def survey(directory: Path, *, steps: StepRange | StepList | None = None, patter
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
-    if not settled and not conflicts:
+    if not settled and not conflicts and not may_be_empty:
         raise too_few(directory, 0, 1, found.half_written)
     return found
 
@@ -97,6 +107,8 @@ def open_snapshot(path: Path) -> Snapshot:
         what = "no checkpoint here" if path.exists() else "no such file or folder"
         raise SnapshotError(f"{path}: {what}", path=path)
     snapshot = read_snapshot(layout, path)
+    if snapshot.is_sample:
+        raise SnapshotError(f"{path}: expected all weights, found a kept sample of them", hint=WHOLE, path=path)
     first = snapshot.evidence[0] if snapshot.evidence else None
     return snapshot.settle(first.step, first.source) if first else snapshot
 

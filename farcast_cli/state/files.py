@@ -89,7 +89,10 @@ def as_numbers(tree: Any, file: TorchFile | None) -> Any:
 
 
 def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STATE_ROLES) -> dict[str, StateHistory]:
-    """The state files of the last snapshots by part name; the origin has all of them, older ones may lack some."""
+    """The state files of the last snapshots by part name; the origin has all of them, older ones may lack some.
+
+    Kept snapshots have their numbers.
+    """
     by_name: dict[str, list[tuple[int, Any, TorchFile | None]]] = {}
     for snapshot in snapshots:
         for part in snapshot.parts:
@@ -98,4 +101,6 @@ def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STAT
                 content = content.as_torch if isinstance(content, DcpFile) else content
                 file = content if isinstance(content, TorchFile) else None
                 by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
+        for state in snapshot.source.states if snapshot.source else ():
+            by_name.setdefault(state.name, []).append((snapshot.step, state.tree, None))
     return {name: StateHistory(tuple(states)) for name, states in by_name.items()}

@@ -103,9 +103,12 @@ def _read(snapshots: Sequence[Snapshot], ahead: int) -> Pace:
 def _look(snapshot: Snapshot, unread: frozenset[Role]) -> _Seen:
     """The rates of a snapshot, of the files that are read already and of those with the roles named."""
     parts = tuple(part for part in snapshot.parts if part.content is not None or part.role in unread)
+    kept = snapshot.source and replace(
+        snapshot.source, states=tuple(state for state in snapshot.source.states if state.is_read or state.role in unread)
+    )
     schedules: dict[TreePath, dict[str, Any]] = {}
     groups: list[list[dict[str, Any]]] = []
-    for name, history in load_histories([replace(snapshot, parts=parts)]).items():
+    for name, history in load_histories([replace(snapshot, parts=parts, source=kept)]).items():
         _, tree, file = history.states[0]
         schedules |= {(name, *path): as_numbers(find(tree, path), file) for path in scheduler_paths(tree)}
         groups += [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
@@ -14,6 +14,7 @@ from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted
+from farcast_cli.tensors import sample_stretches
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 DIGEST_BYTES = 4096
 METADATA_STEPS = ("step", "ss_steps", "global_step")
 """Metadata keys of safetensors files that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
+
+KEPT_KEY = "farcast_kept"
+"""The key of the metadata that a kept snapshot is recognised by."""
 
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
@@ -53,14 +57,17 @@ class LeapMark:
     origin_step: int
     valid_step: int
 
-    @classmethod
-    def of(cls, numbers: Any) -> LeapMark | None:
-        """The mark that three numbers of a file are; None where they are none."""
-        if not (isinstance(numbers, (list, tuple)) and [*map(type, numbers)] == [int] * 3):
-            return None
-        mark = cls(*numbers)
-        is_leap = 0 <= mark.origin_step < mark.valid_step < 10**MAX_DIGITS
-        return mark if is_leap and mark.step in {mark.origin_step, mark.valid_step} else None
+
+def marks_of(rows: Iterable[Any]) -> list[LeapMark]:
+    """The marks among rows of three values that a file tells: those that are steps and can be a leap."""
+    steps = (row for row in rows if len(row) == len(fields(LeapMark)) and all(map(is_step, row)))
+    marks = (LeapMark(*row) for row in steps)
+    return [mark for mark in marks if mark.origin_step < mark.valid_step and mark.step in {mark.origin_step, mark.valid_step}]
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Whether a value of a file can be a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,31 @@ class Part:
     """What the names of its tensors begin with in the snapshot, where several files have tensors of the same names."""
     mirror_key: TreePath = ()
     """Where an average of the weights lies, which users load in their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateNumbers:
+    """The numbers of a trainer's state file: its tree without tensors, under the file's name in the snapshot."""
+
+    name: str
+    role: Role
+    tree: Any
+    is_read: bool
+    """Whether the file is read with its snapshot; others are read where they are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFrom:
+    """The checkpoint that a kept snapshot was copied from: what a kept snapshot says of it."""
+
+    run: Path
+    """The run's folder."""
+    pattern: str
+    digest: str
+    """Its `full_digest`."""
+    num_bytes: int
+    states: tuple[StateNumbers, ...]
+    marks: tuple[LeapMark, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +128,8 @@ class Snapshot:
     """What a person should know before resuming from it."""
     marks: Mapping[Path, Mark] = field(default_factory=dict)
     """Every file as it was before any of it was read."""
+    source: KeptFrom | None = None
+    """Of a kept snapshot, the checkpoint that it was copied from."""
 
     @property
     def num_bytes(self) -> int:
@@ -116,7 +150,12 @@ class Snapshot:
 
     @property
     def full_digest(self) -> str:
-        """The same with a block from the middle of every tensor: another fingerprint wherever any tensor has been trained."""
+        """The same with a block from the middle of every tensor: another fingerprint wherever any tensor has been trained.
+
+        A kept snapshot has that of the checkpoint that it was copied from.
+        """
+        if self.source is not None:
+            return self.source.digest
         whole = hashlib.sha256(self.digest.encode())
         for name, entry in sorted(self.tensors.items()):
             if name not in self.not_streamable:
@@ -129,6 +168,21 @@ class Snapshot:
         return [(e.name, e.dtype, e.shape) for e in mine.values()] == [
             (e.name, e.dtype, e.shape) for e in others.values()
         ] and all(_middle_of(mine[name]) == _middle_of(others[name]) for name in mine)
+
+    def includes(self, other: Snapshot) -> bool:
+        """Whether every tensor of another snapshot is here with the same values, by a block from its middle."""
+        pairs = [(self.tensors.get(name), entry) for name, entry in other.tensors.items()]
+        return all(
+            mine is not None
+            and (mine.dtype, mine.shape) == (its.dtype, its.shape)
+            and _are_alike(mine.as_real(), its.as_real())
+            for mine, its in pairs
+        )
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it holds only a sample of some tensor's values."""
+        return any(entry.sample for entry in self.tensors.values())
 
     def settle(self, step: int, source: str) -> Snapshot:
         return replace(self, step=step, step_source=source)
@@ -240,6 +294,16 @@ class Layout:
 def _middle_of(entry: TensorEntry) -> bytes:
     count = min(entry.num_bytes, DIGEST_BYTES)
     return read_bytes(entry.path, entry.offset + (entry.num_bytes - count) // 2, count)
+
+
+def _are_alike(mine: TensorEntry, its: TensorEntry) -> bool:
+    """Whether two tensors have the same values in a block from the middle, or from the middle of the second one's sample."""
+    if not its.sample:
+        return _middle_of(mine) == _middle_of(its)
+    held = sample_stretches(its.num_elements, its.sample)
+    stretch = held[len(held) // 2]
+    blocks = [read_bytes(e.path, e.offset_of(stretch), stretch.count * e.dtype.itemsize) for e in (mine, its)]
+    return blocks[0] == blocks[1]
 
 
 def read_snapshot(layout: Layout, path: Path) -> Snapshot:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.tree import walk
-from farcast_cli.trainers.base import LeapMark
+from farcast_cli.trainers.base import marks_of
 
 if TYPE_CHECKING:
-    from farcast_cli.trainers.base import Snapshot
+    from farcast_cli.trainers.base import LeapMark, Snapshot
 
 _KEY = "farcast_leaps"
 
@@ -30,10 +30,14 @@ def mark_group(tree: Any, mark: LeapMark) -> None:
 def marks_in_group(snapshot: Snapshot) -> list[LeapMark]:
     """The leaps that the first group of a snapshot's optimiser tells of."""
     content = snapshot.parts[0].content
-    group = _first_group(content.tree) if isinstance(content, TorchFile) else None
+    return marks_in_tree(content.tree) if isinstance(content, TorchFile) else []
+
+
+def marks_in_tree(tree: Any) -> list[LeapMark]:
+    """The leaps that the first group of the first optimiser in a tree tells of."""
+    group = _first_group(tree)
     told = group.get(_KEY) if group else None
-    marks = (LeapMark.of(numbers) for numbers in (told if isinstance(told, list) else []))
-    return [mark for mark in marks if mark]
+    return marks_of(row for row in (told if isinstance(told, list) else []) if isinstance(row, (list, tuple)))
 
 
 def _first_group(tree: Any) -> dict[str, Any] | None:

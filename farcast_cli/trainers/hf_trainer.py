@@ -5,26 +5,37 @@ Source: transformers/trainer.py, `_save_checkpoint`, `_load_from_checkpoint` and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError
 from farcast_cli.files.json_text import UnreadList, parse_json, with_entry
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.trainers import hub_folder
-from farcast_cli.trainers.base import Evidence, Layout, LeapMark, Part, Role, Snapshot, Trainer, find_weights, name_evidence
+from farcast_cli.trainers.base import (
+    Evidence,
+    Layout,
+    LeapMark,
+    Part,
+    Role,
+    Snapshot,
+    Trainer,
+    find_weights,
+    is_step,
+    marks_of,
+    name_evidence,
+)
 from farcast_cli.trainers.folder_files import files_below
-from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.refused import refuse
 from farcast_cli.trainers.transformers_rates import named_formula
 from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_json, read_weights, second_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 STATE_FILE = "trainer_state.json"
 _LOG = "log_history"
-_MARK = ("step", "farcast_leap_from", "farcast_leap_to")
+MARK = ("step", "farcast_leap_from", "farcast_leap_to")
 MAX_LOG_BYTES = 1 << 24
 _TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
 
@@ -56,7 +67,7 @@ def _read(path: Path) -> Snapshot:
     state = read_json(path / STATE_FILE, log=_LOG)
     others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
     step = state.get("global_step")
-    if not _is_step(step):
+    if not is_step(step):
         raise FileFormatError(f"{path / STATE_FILE}: expected a global_step, found {str(step)[:40]}")
     evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
     missing = [name for name in _TORCH_ROLES if not (path / name).is_file()]
@@ -122,7 +133,7 @@ def _logged_losses(snapshot: Snapshot) -> tuple[list[tuple[int, float]], list[tu
 
 
 def _is_loss(entry: dict[str, Any], key: str) -> bool:
-    return _is_step(entry["step"]) and isinstance(entry[key], (int, float))
+    return is_step(entry["step"]) and isinstance(entry[key], (int, float))
 
 
 # The Trainer reads the log with its state and appends to it: so an entry is in all checkpoints of a run that resumed.
@@ -130,20 +141,21 @@ def _is_loss(entry: dict[str, Any], key: str) -> bool:
 
 def _mark(tree: Any, mark: LeapMark) -> None:
     log = tree.get(_LOG) if isinstance(tree, dict) else None
-    entry = dict(zip(_MARK, (mark.step, mark.origin_step, mark.valid_step), strict=True))
+    entry = dict(zip(MARK, (mark.step, mark.origin_step, mark.valid_step), strict=True))
     if isinstance(log, UnreadList):
         tree[_LOG] = with_entry(log, entry)
     elif isinstance(log, list):
         log.append(entry)
 
 
+def marks_in(log: Iterable[Any]) -> list[LeapMark]:
+    """The leaps that a Trainer's log has marks of."""
+    entries = (entry for entry in log if isinstance(entry, dict) and entry.keys() >= set(MARK))
+    return marks_of([entry[key] for key in MARK] for entry in entries)
+
+
 def _marks(snapshot: Snapshot) -> list[LeapMark]:
-    found = (LeapMark.of([entry[key] for key in _MARK]) for entry in _logged(snapshot, *_MARK))
-    return [mark for mark in found if mark]
-
-
-def _is_step(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS
+    return marks_in(_logged(snapshot))
 
 
 TRAINER = Trainer(

@@ -16,7 +16,16 @@ from farcast_cli.errors import NoWeightsError, UnsafeFileError
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import find
-from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
+from farcast_cli.trainers.base import (
+    Evidence,
+    Layout,
+    Part,
+    Snapshot,
+    Trainer,
+    holds_text,
+    name_evidence,
+    weights_of,
+)
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS

@@ -8,7 +8,7 @@ MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 _MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash or a time
 _NUMBER = rf"(0*\d{{1,{MAX_DIGITS}}})(?![\da-z]|\.\d)"  # whole, and no 1k, 1e5, 2.5 or beginning of a hash
 _LONE = rf"(0*\d{{1,{_MAX_LONE_DIGITS}}})(?![\da-z]|\.\d)"
-_ENDINGS = re.compile(r"(?:-v\d+)?(?:\.(?:safetensors|pt|pth|bin|ckpt|tar))*$")
+_ENDINGS = re.compile(r"(?:-v\d+)?(?:\.(?:safetensors|kept|pt|pth|bin|ckpt|tar))*$")
 _GLUED = re.compile(rf"(?<![a-z])(?:global[-_]?)?(?:(?:step|iter|iteration|update)s?|(?<!\d)ba)[-_=]?{_NUMBER}", re.IGNORECASE)
 _BEFORE = re.compile(
     rf"(?<![a-z\d.])(0*\d{{1,{MAX_DIGITS}}})(?:step|[-_]?(?:steps|iters|iterations|updates))(?![a-z\d])", re.IGNORECASE

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli import records, results
+from farcast_cli.reports.panels import facts, headline
+from farcast_cli.run.losses import LOSS_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.history import Past
-    from farcast_cli.forecast.report import BacktestReport
+    from farcast_cli.forecast.judgement import BacktestReport, Direction
     from farcast_cli.forecast.worth import Worth
+    from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
+    from farcast_cli.reports.story import Story
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
-    from farcast_cli.tune.run import TuneOutcome as Tuning
+    from farcast_cli.tune.request import TuneOutcome as Tuning
 
 
 def of_error(code: int, message: str, *, hint: str = "", path: Path | None = None) -> results.ErrorAnswer:
@@ -77,7 +81,7 @@ def _worth(worth: Worth | None) -> results.WorthEntry | None:
     )
 
 
-def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
+def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     return results.FitAnswer(
         schema_version=1,
@@ -97,6 +101,23 @@ def of_fit(done: FitOutcome, path: Path) -> results.FitAnswer:
     )
 
 
+def of_keep(done: Keeping) -> results.KeepAnswer:
+    return results.KeepAnswer(
+        schema_version=1,
+        folder=done.folder,
+        added=done.added,
+        removed=done.removed,
+        snapshots=tuple(
+            results.KeptEntry(path=one.path, step=one.step, bytes=one.num_bytes, checkpoint_bytes=one.source.num_bytes)
+            for one in done.snapshots
+            if one.source
+        ),
+        bytes=done.num_bytes,
+        checkpoint_bytes=done.whole_bytes,
+        cautions=done.cautions,
+    )
+
+
 def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
     scores, decisions = report.scores, report.decisions
     best = min((score for score in scores if math.isfinite(score.ratio)), key=lambda score: score.ratio, default=None)
@@ -107,10 +128,7 @@ def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
         coherence=report.steady.coherence,
         significance=report.steady.significance.p,
         clock=report.pace.clock,
-        scores=tuple(
-            results.ScoreEntry(method=s.method, horizon=s.horizon, ratio=s.ratio, ratio_as_written=s.ratio_as_written)
-            for s in scores
-        ),
+        scores=_scores(report),
         best=results.BestEntry(method=best.method, horizon=best.horizon, ratio=best.ratio) if best else None,
         verdict=next(iter(verdicts.values())) if len(verdicts) == 1 else verdicts,
         decisions=tuple(
@@ -124,6 +142,57 @@ def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
             )
             for horizon, (method, d) in decisions.items()
         ),
+    )
+
+
+def of_report(story: Story, path: Path | None) -> results.ReportAnswer:
+    said, (horizon, method) = headline(story), story.tested
+    return results.ReportAnswer(
+        schema_version=1,
+        path=path,
+        title=said.title,
+        why=said.why,
+        sure=said.sure,
+        next=said.next_step,
+        forecast=_forecast(story.proposal.outcome),
+        moves=results.MovesEntry(steps=story.moves.steps, cosines=tuple(map(tuple, story.moves.cosines.tolist()))),
+        directions=tuple(map(_direction, story.directions)),
+        scores=_scores(story.backtest),
+        tensors=results.TensorsEntry(
+            horizon=horizon,
+            method=method,
+            errors=tuple(
+                results.TensorErrorEntry(name=one.name, num_elements=one.num_elements, ratio=one.ratio) for one in story.tensors
+            ),
+        ),
+        losses=tuple(
+            results.LossEntry(kind=kind, step=step, loss=loss)
+            for kind in LOSS_KINDS
+            for step, loss in story.course.points(kind)
+        ),
+        leaps=tuple(results.MadeLeapEntry(step=step, horizon=length) for step, length in story.course.leaps),
+        facts=dict(facts(story)),
+    )
+
+
+def _direction(found: Direction) -> results.DirectionEntry:
+    return results.DirectionEntry(
+        step=found.step,
+        horizon=found.horizon,
+        coherence=found.steady.coherence,
+        needed=found.needed.whole,
+        recent_coherence=found.steady.recent,
+        needed_recent=found.needed.recent,
+        significance=found.steady.significance.p,
+        highest_significance=found.steady.significance.limit,
+        is_steady=found.is_steady,
+    )
+
+
+def _scores(report: BacktestReport) -> tuple[results.ScoreEntry, ...]:
+    return tuple(
+        results.ScoreEntry(method=s.method, horizon=s.horizon, ratio=s.ratio, ratio_as_written=s.ratio_as_written)
+        for s in report.scores
     )
 
 
@@ -216,4 +285,5 @@ def of_tune(tuning: Tuning) -> results.TuneAnswer:
         bytes_written=tuning.bytes_written,
         seconds=tuning.seconds,
         notes=tuning.notes,
+        existed=tuning.existed,
     )

@@ -1,0 +1,176 @@
+"""The kept snapshots of a run: found in their folder, and put before the snapshots that the run still has."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from farcast_cli.choices import DEFAULT_KEPT
+from farcast_cli.errors import MixedRunsError, TooFewSnapshotsError, listed, shell_word
+from farcast_cli.files.reading import reading
+from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
+from farcast_cli.run.entries import too_few
+from farcast_cli.run.steps import StepList, StepRange, first_of
+from farcast_cli.run.trajectory import Trajectory, survey
+from farcast_cli.trainers import recognise
+from farcast_cli.trainers.base import Snapshot, read_snapshot
+from farcast_cli.trainers.kept import LAYOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def kept_in(folder: Path) -> tuple[Snapshot, ...]:
+    """The kept snapshots in a folder, in the order of their steps; headers only. Anything else in it is passed over.
+
+    Raises:
+        FileFormatError: one of them is damaged.
+        MixedRunsError: two of the same step.
+    """
+    found: list[Snapshot] = []
+    num_open, shelf = 0, Shelf(LAYOUT)
+    for path in _paths_in(folder):
+        snapshot = read_snapshot(LAYOUT, path)
+        found.append(snapshot.settle(snapshot.evidence[0].step, snapshot.evidence[0].source))
+        num_open += len(snapshot.tensors)
+        if num_open > MAX_OPEN:
+            found = [closed(one, shelf) for one in found]
+    found.sort(key=lambda snapshot: snapshot.step)
+    for early, late in itertools.pairwise(found):
+        if early.step == late.step:
+            raise MixedRunsError(
+                f"{folder}: two kept snapshots of step {early.step}: {early.path.name} and {late.path.name}",
+                hint="remove one of them",
+            )
+    return tuple(found)
+
+
+def _paths_in(folder: Path) -> list[Path]:
+    with reading(folder):
+        names = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in names if not path.name.startswith(".") and recognise(path) is LAYOUT]
+
+
+def default_folder(run: Path, pattern: str = "") -> Path:
+    """Where the kept snapshots of a run lie unless an option says otherwise.
+
+    In `kept/`, under the name of the run's folder; if another run's lie there, the names of the folders above come before it.
+    """
+    parts = run.resolve().parts[1:] or ("run",)
+    names = ("-".join(parts[start:]) for start in reversed(range(len(parts))))
+    free = (DEFAULT_KEPT / name for name in names if not _of_another(DEFAULT_KEPT / name, run, pattern))
+    return next(free, DEFAULT_KEPT / parts[-1])
+
+
+def _of_another(folder: Path, run: Path, pattern: str) -> bool:
+    first = next(iter(_paths_in(folder)), None)
+    return first is not None and not is_of(read_snapshot(LAYOUT, first), run, pattern)
+
+
+def is_of(kept: Snapshot, run: Path, pattern: str) -> bool:
+    """Whether a kept snapshot was copied from a run, by the folder that it names."""
+    source = kept.source
+    return source is not None and source.run.resolve() == run.resolve() and source.pattern == pattern
+
+
+def survey_all(
+    directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", history: Path | None = None
+) -> Trajectory:
+    """The snapshots of a run, and the kept ones before the newest of them; all conflicts are in the result.
+
+    Args:
+        history: the folder of kept snapshots; by default the one in which `farcast keep` puts those of this run.
+
+    Raises:
+        TooFewSnapshotsError: no snapshot in the run's folder, or no kept one in a folder that was named.
+        FileFormatError: a snapshot that cannot be read, other than one that is half-written.
+    """
+    folder = default_folder(directory, pattern) if history is None else history
+    kept = () if folder.resolve() == directory.resolve() else kept_in(folder)
+    if history is not None and not kept:
+        raise TooFewSnapshotsError(
+            f"{history}: expected kept snapshots, found none",
+            hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
+        )
+    if not kept:
+        return replace(survey(directory, steps=steps, pattern=pattern), kept_notes=_unused(directory, folder))
+    some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
+    return _joined(survey(directory, steps=some, pattern=pattern), kept, folder, steps)
+
+
+def _unused(directory: Path, folder: Path) -> tuple[str, ...]:
+    """That another run's kept snapshots have the usual place, if they do and this run has none."""
+    usual = DEFAULT_KEPT / directory.resolve().name
+    if usual.resolve() in {directory.resolve(), folder.resolve()}:
+        return ()
+    return (f"{usual} has kept snapshots of another run: they are not used (--history {shell_word(usual)} uses them)",)
+
+
+def discover_all(
+    directory: Path,
+    *,
+    steps: StepRange | StepList | None = None,
+    pattern: str = "",
+    history: Path | None = None,
+    minimum: int = 1,
+) -> Trajectory:
+    """The same; the first conflict is raised.
+
+    Raises:
+        TooFewSnapshotsError: fewer than `minimum` snapshots.
+        MixedRunsError: a kept snapshot and one of the run are of the same step, and have other weights.
+        SnapshotError, FileFormatError: as `discover`.
+    """
+    found = survey_all(directory, steps=steps, pattern=pattern, history=history)
+    if found.conflicts:
+        raise first_of(found.conflicts, directory)
+    if len(found.snapshots) < minimum:
+        raise too_few(directory, len(found.snapshots), minimum, found.half_written)
+    return found
+
+
+def _joined(found: Trajectory, kept: Sequence[Snapshot], folder: Path, steps: StepRange | StepList | None) -> Trajectory:
+    """A run's trajectory with the kept snapshots that lie before its newest; the run's own go first."""
+    conflicts = (*found.conflicts, *conflicts_of(found.snapshots, kept, folder))
+    own = {snapshot.step: snapshot for snapshot in found.snapshots if steps is None or snapshot.step in steps}
+    chosen = [one for one in kept if one.step not in own and (steps is None or one.step in steps)]
+    newest = max(own, default=-1)
+    older = [one for one in chosen if one.step < newest]
+    later = [one for one in chosen if one.step > newest]
+    missing = sorted({*steps.steps} - {*own} - {one.step for one in older}) if isinstance(steps, StepList) else []
+    if missing:
+        conflicts += (TooFewSnapshotsError(f"{found.directory}: no snapshot of step {listed(missing)}, which --steps lists"),)
+    notes = [_used(older, folder)] if older else []
+    if later:
+        told = listed(one.path.name for one in later)
+        notes.append(f"kept snapshots after step {newest}, the newest of the run, are not used: {told}")
+    snapshots = sorted([*own.values(), *older], key=lambda snapshot: snapshot.step)
+    return replace(
+        found,
+        snapshots=tuple(snapshots),
+        conflicts=conflicts,
+        notes=(*found.notes, *notes),
+        kept=folder if older else None,
+        kept_notes=tuple(notes),
+    )
+
+
+def _used(older: Sequence[Snapshot], folder: Path) -> str:
+    count = f"{len(older)} kept snapshot" + "s" * (len(older) != 1)
+    return f"{count} from {folder}: steps {older[0].step} to {older[-1].step}"
+
+
+def conflicts_of(own: Sequence[Snapshot], kept: Sequence[Snapshot], folder: Path) -> tuple[MixedRunsError, ...]:
+    """The steps of which a run and its kept snapshots have other weights."""
+    of_step = {snapshot.step: snapshot for snapshot in kept}
+    pairs = [(snapshot, of_step[snapshot.step]) for snapshot in own if snapshot.step in of_step]
+    return tuple(
+        MixedRunsError(
+            f"{one.path}: its weights differ from those of {twin.path}, which was kept at the same step {twin.step}",
+            hint=f"these are two runs: move {shell_word(folder)} away, or choose another folder with farcast keep --into",
+        )
+        for one, twin in pairs
+        if not one.includes(twin)
+    )
