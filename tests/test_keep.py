@@ -244,6 +244,24 @@ def test_a_checkpoint_that_goes_away_while_it_is_copied_is_left_out_with_a_cauti
     assert names_in(loose / "kept" / "run") == [kept_name(step) for step in STEPS if step != 300]
 
 
+def test_last_removes_no_kept_snapshot_whose_successor_was_not_copied(
+    loose: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer deletes a checkpoint while it is copied: there are no three newer ones, so an older one stays."""
+    ok(call_cli("keep", "run", "--steps", ":600", cwd=loose))
+    monkeypatch.chdir(loose)
+    done = farcast_cli.keep(
+        "run", last=3, progress=lambda _phase, _total: lambda _bytes: _delete(loose / "run" / loose_name(800))
+    )
+    assert done.cautions == (f"{loose_name(800)} left out: it changed or was deleted while it was copied",)
+    assert [one.step for one in done.snapshots] == [500, 600, 700]
+    assert names_in(loose / "kept" / "run") == [kept_name(step) for step in (500, 600, 700)]
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
 def test_a_kept_snapshot_appears_whole_or_not_at_all(loose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_num_bytes: int) -> None:
         raise KeyboardInterrupt
