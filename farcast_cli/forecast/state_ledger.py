@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FarcastError, OutputError
-from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
+from farcast_cli.forecast.ledger import Leap, read_leaps, recorded, withdraw
 from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
@@ -63,6 +63,18 @@ def recorded_in_both(ledgers: Ledgers, run: Path, leaps: Sequence[Leap], tell: C
                 " (FARCAST_STATE_DIR chooses another place, and an empty one switches this off)"
             )
         yield
+
+
+def withdraw_from_both(ledgers: Ledgers, run: Path, leaps: Sequence[Leap]) -> None:
+    """Blank the lines of leaps that the run did not make after all.
+
+    Raises:
+        OutputError: a ledger cannot be written.
+    """
+    withdraw(ledgers.file, leaps)
+    second = ledgers.second(run)
+    if second is not None and second.exists():
+        withdraw(second, leaps, is_private=True)
 
 
 def _check_apart(second: Path, run: Path) -> None:
