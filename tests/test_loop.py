@@ -147,7 +147,7 @@ class Fault(TorchFunctionMode):
         super().__init__()
         self.error, self.num_copies = error, 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.copy_:
             self.num_copies += 1
             if self.num_copies == 3:
