@@ -140,7 +140,7 @@ def _found(selection: Selection) -> Trajectory:
 def _check_folder(folder: Path, selection: Selection, before: Sequence[Snapshot]) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder}: expected a folder for kept snapshots, found a file", hint="--into DIR")
-    check_outside(folder / "any", selection.directory, option="--into")
+    check_outside(folder, selection.directory, option="--into")
     stranger = next((one for one in before if not is_of(one, selection.directory, selection.pattern)), None)
     if stranger and stranger.source:
         raise OutputError(
@@ -158,7 +158,7 @@ def _kept(
     """Copy a checkpoint; returns the file, or None (and a caution) if the checkpoint changed or vanished meanwhile."""
     place = folder / _name_of(snapshot)
     try:
-        with staged(place, check=_refuse) as temporary, unchanged([snapshot]):
+        with staged(place, check=_refuse, option="--into") as temporary, unchanged([snapshot]):
             _write(reopened(snapshot), temporary, request, home=folder, cautions=cautions, advance=advance)
     except (SnapshotError, FileFormatError) as error:
         if isinstance(error, FileFormatError) and snapshot.path.exists():

@@ -286,6 +286,41 @@ def test_each_run_has_a_folder_of_its_own(loose: Path, call_cli: CallCli) -> Non
     assert "7 kept snapshots from kept/other-run: steps 100 to 700" in ok(call_cli("fit", "other/run", cwd=loose)).stderr
 
 
+def test_a_run_keeps_its_folder_of_kept_snapshots_when_the_other_runs_is_gone(loose: Path, call_cli: CallCli) -> None:
+    make_loose_run(loose / "other" / "run", seed=1)
+    for run in ("run", "other/run"):
+        ok(call_cli("keep", run, cwd=loose))
+    shutil.rmtree(loose / "kept" / "run")
+    rotate(loose / "other" / "run")
+    assert "7 kept snapshots from kept/other-run: steps 100 to 700" in ok(call_cli("fit", "other/run", cwd=loose)).stderr
+
+
+def test_kept_snapshots_of_another_run_among_this_runs_are_left_out_with_a_note(loose: Path, call_cli: CallCli) -> None:
+    make_loose_run(loose / "other", (250,), seed=1)
+    for run in ("run", "other"):
+        ok(call_cli("keep", run, cwd=loose))
+    shutil.copy(loose / "kept" / "other" / kept_name(250), loose / "kept" / "run")
+    rotate(loose / "run")
+    done = ok(call_cli("fit", "run", cwd=loose))
+    assert f"kept snapshots in kept/run name another run, and are left out: {kept_name(250)}" in done.stderr
+    assert load_fitted(loose / "forecaster.safetensors").steps == tuple(STEPS)
+    named = call_cli("inspect", "run", "--history", "kept/run", cwd=loose)
+    assert f"caution: kept/run has kept snapshots that name another run, and they are used: {kept_name(250)}" in (
+        named.stdout + named.stderr
+    )
+
+
+@pytest.mark.parametrize("into", ["run/kept", "file/store"])
+def test_a_hint_of_keep_names_its_own_option_and_no_invented_path(into: str, loose: Path, call_cli: CallCli) -> None:
+    (loose / "file").write_text("")
+    done = call_cli("keep", "run", "--into", into, cwd=loose)
+    assert done.returncode == 5
+    assert done.errors[0].split(": ")[1].startswith(into)
+    assert "any" not in done.errors[0]
+    assert "--into" in done.hints[0]
+    assert "-o" not in done.hints[0].split()
+
+
 def test_another_run_in_the_same_folder_is_refused(loose: Path, call_cli: CallCli) -> None:
     """A run that was started again: the steps are the same, and the weights are not."""
     ok(call_cli("keep", "run", cwd=loose))
