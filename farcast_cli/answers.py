@@ -30,7 +30,7 @@ def of_error(code: int, message: str, *, hint: str = "", path: Path | None = Non
     return results.ErrorAnswer(schema_version=1, error=entry)
 
 
-def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
+def of_inspect(found: Inspection, past: Past | None, worth: Worth | None = None) -> results.InspectAnswer:
     trajectory, alignment = found.trajectory, found.alignment
     leap, problem = (past.history.leap, past.problem) if past else (None, None)
     return results.InspectAnswer(
@@ -62,6 +62,7 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
             for one in (past.leaps if past else ())
         ),
         leap=leap.resumes_after if leap else None,
+        worth=_worth(worth),
     )
 
 
@@ -70,11 +71,12 @@ def _worth(worth: Worth | None) -> results.WorthEntry | None:
         return None
     return results.WorthEntry(
         origin_step=worth.origin_step,
+        resumes_after=worth.resumes_after,
         kind=worth.kind,
         trained=worth.trained,
         loss_before=worth.before,
         loss_after=worth.after,
-        loss_of_line=worth.line,
+        loss_of_curve=worth.curve,
         standard_error=worth.error,
         steps_sooner=worth.sooner,
         is_limit=worth.is_limit,

@@ -17,7 +17,7 @@ from farcast_cli.card import upload_command
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.errors import SnapshotError, UsageError, listed, shell_word
+from farcast_cli.errors import FarcastError, SnapshotError, UsageError, listed, shell_word
 from farcast_cli.folder import note_on
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
@@ -123,6 +123,14 @@ def judge(fitted: Fitted, request: Request) -> Judged:
         for task, decision in zip(tasks, decisions, strict=True)
     )
     return Judged(request, index, start, method, tasks, tuple(outcomes))
+
+
+def proposed(fitted: Fitted, request: Request) -> tuple[Judged, str]:
+    """What `predict` would do; if the run's files are gone, its end is not known, and the second value says why."""
+    try:
+        return judge(fitted, request), ""
+    except FarcastError as error:
+        return judge(fitted, replace(request, counters="keep")), str(error)
 
 
 def origin_of(fitted: Fitted, request: Request) -> Start:
@@ -305,6 +313,11 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
         )
         if request.layout == "hub" and not request.dry_run:
             notes += [f"nothing is uploaded; to upload it: {upload_command(str(one.path))}" for one in written]
+        if any(outcome.horizon == 0 for outcome in written) and proposed(fitted, Request())[0].chosen:
+            notes.append(
+                "the run keeps its direction, so weights ahead may score better: farcast predict --for evaluation --horizon N"
+                " --eval-cmd CMD tells"
+            )
         if written and fitted.has_batch_norm:
             notes.append(
                 "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"

@@ -74,6 +74,25 @@ class LeapEntry(AnswerPart):
     )
 
 
+class WorthEntry(AnswerPart):
+    """What the run's own losses say of its last leap."""
+
+    origin_step: int = Field(description="step of the snapshot that the leap began at")
+    kind: Literal["training", "evaluation"] = Field(description="which losses")
+    resumes_after: int = Field(description="the trainer's step when it resumed")
+    trained: int = Field(description="steps of training since the leap at which the losses are compared")
+    loss_before: Figure = Field(description="mean of the last losses before the leap")
+    loss_after: Figure = Field(description="mean of as many losses, the last ones up to there")
+    loss_of_curve: Figure | None = Field(
+        description="the losses before the leap, continued as a + b ln(step) to as many steps after it; `null` if they are too few"
+    )
+    standard_error: Figure = Field(description="of the difference between `loss_after` and `loss_of_curve`")
+    steps_sooner: Figure | None = Field(
+        description="steps by which training reached `loss_after` before the curve does; `null` if the curve does not fall clearly"
+    )
+    is_limit: bool = Field(description="`true` if the curve is too short to tell more steps than `steps_sooner`")
+
+
 class InspectAnswer(Answer):
     """`farcast inspect --json`."""
 
@@ -91,27 +110,12 @@ class InspectAnswer(Answer):
     leap: int | None = Field(
         default=None, description="the step of the leap after which `fit` begins; absent if the run resumed from none"
     )
+    worth: WorthEntry | None = Field(
+        default=None, description="what the run's losses say of its last leap; absent if it made none or logged none"
+    )
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
-
-
-class WorthEntry(AnswerPart):
-    """What the run's own losses say of its last leap."""
-
-    origin_step: int = Field(description="step of the snapshot that the leap began at")
-    kind: Literal["training", "evaluation"] = Field(description="which losses")
-    trained: int = Field(description="steps of training since the leap")
-    loss_before: Figure = Field(description="mean of the last losses before the leap")
-    loss_after: Figure = Field(description="mean of as many losses, the newest")
-    loss_of_line: Figure | None = Field(
-        description="the straight line through the losses before the leap, at as many steps after it; `null` if they are too few"
-    )
-    standard_error: Figure = Field(description="of the difference between `loss_after` and `loss_of_line`")
-    steps_sooner: Figure | None = Field(
-        description="steps by which training reached `loss_after` before the line does; `null` if the line does not fall clearly"
-    )
-    is_limit: bool = Field(description="`true` if the line is too short to tell more steps than `steps_sooner`")
 
 
 class FitAnswer(Answer):

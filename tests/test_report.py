@@ -105,7 +105,7 @@ def test_an_earlier_step_is_in_the_zone_exactly_where_fit_up_to_it_says_that_it_
         share = 0.1 * math.sin(math.pi * step / LONG[-1])
         save_file({name: base[name] + share * away[name] for name in base}, tmp_path / "run" / loose_name(step))
     told = answer(call_cli, "report", "run", cwd=tmp_path)["directions"]
-    said = [call_cli("fit", "run", "--steps", f":{found['step']}", cwd=tmp_path).stderr for found in told]
+    said = [call_cli("fit", "run", "--steps", f":{found['step']}", "-v", cwd=tmp_path).stderr for found in told]
     assert [found["is_steady"] for found in told] == ["; steady enough" in text for text in said]
     assert len({found["is_steady"] for found in told}) == 2
 

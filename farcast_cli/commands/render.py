@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.forecast.worth import Worth
     from farcast_cli.keeping import Keeping
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
@@ -184,7 +185,7 @@ def _texts(words: Iterable[object]) -> tuple[Text, ...]:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -> None:
+def inspection(found: Inspection, past: Past | None, worth: Worth | None, *, verbose: bool = False) -> None:
     console, trajectory, alignment = stdout(), found.trajectory, found.alignment
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
@@ -204,6 +205,8 @@ def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -
     for text in trajectory.notes:
         console.print(f"note: {escape(text)}", soft_wrap=True)
     problems = [*found.problems, *(_of_leaps(console, past) if past else ())]
+    if worth:
+        console.print(escape(worth.told()), soft_wrap=True)
     for problem in problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
@@ -338,7 +341,7 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         f" {len(record.copied)} copied,"
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
-    note(_direction(fitted, steady))
+    note(_direction(fitted, steady, verbose=verbose))
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
@@ -346,17 +349,29 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         note(text)
     if done.worth:
         note(done.worth.told())
-    note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
+    note(proposal(fitted, "resume"))
+    note("next: farcast predict, or farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
 
 
-def _direction(fitted: Fitted, steady: Steadiness) -> str:
-    """S and p of a run, and what they allow."""
+def proposal(fitted: Fitted, purpose: Purpose) -> str:
+    """What `predict` would say of a run, without a horizon."""
+    from farcast_cli.prediction import proposed
+    from farcast_cli.request import Request
+
+    outcome = proposed(fitted, Request(purpose=purpose))[0].outcomes[0]
+    return f"farcast predict would say: {advised(outcome, purpose).line}"
+
+
+def _direction(fitted: Fitted, steady: Steadiness, *, verbose: bool) -> str:
+    """S and p of a run; with -v also what they allow over a short horizon."""
     from farcast_cli.forecast.judgement import direction_ahead
 
     if not math.isfinite(steady.coherence):
         return "direction of the run: S unknown: it needs two snapshots in each half of the history, and weights that move"
-    found = direction_ahead(fitted)
     known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {recent_half(steady.recent)}"
+    if not verbose:
+        return f"direction of the run: {known}"
+    found = direction_ahead(fitted)
     ahead = f"to resume from a forecast {found.horizon} steps ahead"
     verdict = (
         f"steady enough {ahead}, if its back-test passes" if found.is_steady else f"not steady enough {ahead} ({found.reason})"

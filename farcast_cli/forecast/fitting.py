@@ -25,7 +25,6 @@ from farcast_cli.forecast.forecaster_file import (
     save_fitted,
 )
 from farcast_cli.forecast.history import past_of
-from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.run.alignment import align
 from farcast_cli.run.kept import discover_all
 from farcast_cli.run.losses import losses_of
@@ -98,8 +97,7 @@ class FitPlan:
     @property
     def worth(self) -> Worth | None:
         """What the losses say of the last leap that the run resumed from."""
-        leap = self.past.history.leap
-        return worth_of(self.losses, span_of(self.past.leaps, leap.origin_step, leap.resumes_after)) if leap else None
+        return self.past.worth(self.losses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ MAX_NAME = 54  # characters of a tensor's name
 GAMMA = 0.7  # of a cosine's shade: .1 and .3 are what real runs have, and must not look alike
 MAX_RATIO = 2.0  # that a back-test's axis reaches; the table has what lies beyond
 MIN_P = 1e-3  # at which the axis of p ends; the sign patterns give a p of .002 at least
+ABOVE = 1.5  # times the limit, the zone begins: with few snapshots p often equals it, and is allowed
 LINES = (("blue", "-", "o"), ("warm", "--", "s"), ("green", "-.", "^"), ("pink", (0, (4, 1, 1, 1, 1, 1)), "D"))
 """Of methods, in order: colour, dash, marker."""
 STYLE: Any = {
@@ -278,7 +279,8 @@ def _draw_directions(sheet: Sheet, story: Story) -> None:
     ps = [one.steady.significance.p for one in found]
     lower.set_yscale("log")
     lower.set_ylim(MIN_P, 1)
-    _zone(lower, steps, [one.steady.significance.limit for one in found], [1.0] * len(steps))
+    limits = [ABOVE * one.steady.significance.limit for one in found]
+    _zone(lower, steps, limits, [1.0] * len(steps), by_steps=True)
     lower.plot(steps, ps, color=LIGHT["ink"], marker=_marker("o", len(steps)), clip_on=False)
     lower.set_yticks([0.001, 0.01, 0.1, 1], ["0.001", "0.01", "0.1", "1"], minor=False)
     lower.minorticks_off()
@@ -293,12 +295,12 @@ def _draw_directions(sheet: Sheet, story: Story) -> None:
     lower.text(0.99, 0.88, "no leap", transform=lower.transAxes, ha="right", fontsize=SMALL, color=LIGHT["muted"])
 
 
-def _zone(axes: Axes, steps: Sequence[int], low: Sequence[float], high: Sequence[float]) -> None:
+def _zone(axes: Axes, steps: Sequence[int], low: Sequence[float], high: Sequence[float], *, by_steps: bool = False) -> None:
     """The zone in which there is no leap: between limits that may change from one snapshot to the next."""
     ends = [_padded(steps)[0], *steps[1:-1], _padded(steps)[1]] if len(steps) > 1 else list(_padded(steps))
     if len(steps) == 1:
         low, high = [*low, *low], [*high, *high]
-    axes.fill_between(ends, low, high, color=LIGHT["zone"], linewidth=0, zorder=0)
+    axes.fill_between(ends, low, high, color=LIGHT["zone"], linewidth=0, zorder=0, step="mid" if by_steps else None)
 
 
 def _padded(steps: Sequence[int]) -> tuple[float, float]:
