@@ -71,9 +71,8 @@ def panels(story: Story) -> tuple[Panel, ...]:
 # --- the headline ----------------------------------------------------------------------------------------------------
 
 
-def headline(story: Story) -> Headline:
+def headline(found: Proposal) -> Headline:
     """The verdict on what `predict` would do."""
-    found = story.proposal
     title, why = _evaluation(found) if found.purpose == "evaluation" else _resume(found)
     sure = "" if found.purpose == "evaluation" else sureness(found.outcome.decision.significance)
     return Headline(title, why, sure, found.next_step, tuple(_deciding(found)))
