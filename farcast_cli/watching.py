@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 RETRY_S = 60.0  # after a problem, if nothing in the folder has changed: a disk may work again
 WHOLE = "--keep weights copies all weights of the snapshots to come"
+TWO = "let the trainer keep two checkpoints or more, such as save_total_limit=2"
 _NUMBERS = re.compile(r"\d+")
 
 
@@ -237,7 +238,8 @@ class _Watch:
         except (FarcastError, OSError, MemoryError) as error:
             if is_last:
                 raise
-            yield from self._fail(error)
+            if not self._has_changed():
+                yield from self._fail(error)
         self.over = self.over or ("--once" if is_last else "")
 
     def waiting(self) -> Waiting:
@@ -331,6 +333,11 @@ class _Watch:
         except SampledError as error:
             yield from self._tell(f"no leap from step {step}: {error}", hint=WHOLE, key="samples")
             return
+        except (FarcastError, OSError):
+            if not self._has_changed():
+                raise
+            yield from self._tell(f"no leap from step {step}: the trainer deleted a checkpoint while it was read", hint=TWO)
+            return
         if outcome.path:
             yield LeapWritten(step, outcome.path, outcome.valid_step, outcome.existed)
             if self.hook and not outcome.existed:
@@ -356,6 +363,13 @@ class _Watch:
         if str(found) != self.problem:
             self.problem = str(found)
             yield Trouble(str(found), found.hint.replace(ANY_COMMAND, "farcast watch "))
+
+    def _has_changed(self) -> bool:
+        """Whether the folder has changed since the look: what vanishes while it is read is no problem, and the next look tells."""
+        try:
+            return look_at(self.request.selection) != self.seen
+        except FarcastError:
+            return False
 
     @property
     def _is_resting(self) -> bool:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import farcast_cli
 from farcast_cli import results
+from farcast_cli.commands import view
 from farcast_cli.errors import OutputError, TooFewSnapshotsError, UsageError
 from farcast_cli.settings import fit_request
 from farcast_cli.watching import CommandEnded, LeapWritten, NewVerdict, Trouble, Waiting, WatchEnded, WatchRequest
@@ -195,6 +196,19 @@ def test_a_folder_that_vanishes_and_comes_back_is_waited_for(here: Path) -> None
     assert [(event.step, event.num_snapshots) for event in look(events)] == [(200, 2)]
 
 
+def test_a_snapshot_that_vanishes_while_it_is_read_is_no_problem(here: Path) -> None:
+    make_loose_run(here / "run")
+
+    def rotate(phase: str, _: int) -> Any:
+        if phase == "fit":
+            (here / "run" / loose_name(100)).unlink(missing_ok=True)
+        return lambda _: None
+
+    events = watching(progress=rotate)
+    assert look(events, 2) == []
+    assert [(event.step, event.num_snapshots) for event in look(events)] == [(800, 8)]
+
+
 def test_another_run_in_the_same_folder_is_told_once_with_what_mends_it(here: Path) -> None:
     make_loose_run(here / "run", [100, 200])
     events = watching()
@@ -292,6 +306,20 @@ def test_a_leap_that_needs_weights_that_are_gone_is_told_with_the_option_that_ke
         assert "--keep weights" in problem.hint
 
 
+def test_a_leap_whose_checkpoint_the_trainer_deletes_is_told_once_with_what_mends_it(here: Path) -> None:
+    make_loose_run(here / "run", range(100, 600, 100))
+    events = watching(leap=True)
+    troubles = []
+    for step in (600, 700):
+        make_loose_run(here / "run", [step])
+        assert until(events, NewVerdict).step == step
+        (here / "run" / loose_name(step)).unlink()
+        troubles += of(Trouble, look(events))
+    (trouble,) = troubles
+    assert trouble.text == "no leap from step 600: the trainer deleted a checkpoint while it was read"
+    assert "two checkpoints" in trouble.hint
+
+
 def until(events: Iterator[Event], kind: type) -> Any:
     """The next event of a kind, within a time."""
     deadline = time.monotonic() + PATIENCE_S
@@ -368,6 +396,31 @@ def test_options_that_make_no_sense_are_refused_at_once(what: str, here: Path) -
     make_loose_run(here / "run", [100])
     with pytest.raises(error, match=re.escape(text)):
         farcast_cli.watch("run", **options)
+
+
+# --- the view --------------------------------------------------------------------------------------------------------
+
+
+def test_long_work_and_long_waiting_are_told_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = Waiting("the next snapshot", 800, 200.0)
+    with view.viewing(Path("run"), as_json=False, has_paths=False, quiet=False) as shown:
+        for _ in range(3):
+            shown.show(waiting)
+            shown.progress("keep", 2000)(1000)
+        said = capsys.readouterr()
+        assert re.fullmatch(r"\d\d:\d\d:\d\d waiting for the next snapshot; newest step 800, 3 min ago\n", said.err)
+        monkeypatch.setattr(view, "WORK_S", 0.0)
+        monkeypatch.setattr(view, "WAITING_S", 0.0)
+        shown.show(waiting)
+        shown.progress("keep", 2000)(1000)
+        said = capsys.readouterr()
+        assert [line.split(" ", 1)[1] for line in said.err.splitlines()] == [
+            "waiting for the next snapshot; newest step 800, 3 min ago",
+            "keep: 50% of 2.0 kB",
+        ]
+    assert said.out == ""
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
