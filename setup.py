@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the description on a package index is README.md without the links that lead nowhere there."""
+"""What pyproject.toml cannot say: an index shows README.md without the links and pictures that lead nowhere there."""
 
 import re
 from pathlib import Path
@@ -7,5 +7,6 @@ from setuptools import setup
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:)[^)]*\)")
+PICTURE = re.compile(r"<img\b[^>]*>\s*")
 
-setup(long_description=RELATIVE_LINK.sub(r"\1", README), long_description_content_type="text/markdown")
+setup(long_description=RELATIVE_LINK.sub(r"\1", PICTURE.sub("", README)), long_description_content_type="text/markdown")

@@ -18,7 +18,7 @@ import typer
 
 from farcast_cli import errors
 from farcast_cli.cli import app
-from farcast_cli.commands.options import FROM_ANY_FILE
+from farcast_cli.commands.options import FROM_ANY_FILE, key_of
 from farcast_cli.results import ANSWERS, schema
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 REBUILD = "python docs/build_cli_reference.py"
 
-KEYS = sorted({"json_": "json", "round_": "round"}.get(name, name) for name in FROM_ANY_FILE)
+KEYS = sorted(map(key_of, FROM_ANY_FILE))
 
 MADE = f"<!-- Made by {REBUILD.removeprefix('python ')}; change the program or that script, not this page. -->\n"
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from farcast_cli.reports.story import Story
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
-    from farcast_cli.tune.run import TuneOutcome as Tuning
+    from farcast_cli.tune.request import TuneOutcome as Tuning
     from farcast_cli.watching import Event
 
 
@@ -148,7 +148,7 @@ def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
 
 
 def of_report(story: Story, path: Path | None) -> results.ReportAnswer:
-    said, (horizon, method) = headline(story.proposal), story.tested
+    said, (horizon, method) = headline(story), story.tested
     return results.ReportAnswer(
         schema_version=1,
         path=path,
@@ -314,4 +314,5 @@ def of_tune(tuning: Tuning) -> results.TuneAnswer:
         bytes_written=tuning.bytes_written,
         seconds=tuning.seconds,
         notes=tuning.notes,
+        existed=tuning.existed,
     )

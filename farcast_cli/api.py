@@ -231,6 +231,10 @@ class Report:
 
         return markdown(self.story)
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return self.markdown()
+
     def text(self, *, is_plain: bool = False) -> str:
         """The same for a terminal of 44 columns; in ASCII if it is to be plain."""
         from farcast_cli.reports.text import terminal

@@ -206,7 +206,7 @@ def _decide(method: Method, task: Task, request: Request, start: Start | None) -
         return decision
     end = int(task.timeline.origin) + left
     why = f"the run ends at step {end}, and a leap needs training after it" if left > 0 else ENDED.format(step=end)
-    return replace(decision, verdict="abstain", reason=why)
+    return replace(decision, verdict="abstain", reason=why, is_over=True)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

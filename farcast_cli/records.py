@@ -10,6 +10,7 @@ from farcast_cli.answer import (
     CLOCK,
     COHERENCE,
     LENGTH_FACTOR,
+    NUM_ROWS,
     PACE_AHEAD,
     RECENT,
     SIGNIFICANCE,
@@ -147,6 +148,7 @@ class RowsFile(AnswerPart):
 
     path: str = Field(description="the file, relative to the output's folder")
     bytes: int = Field(description="its size")
+    sha256: str = Field(description="SHA-256 of the whole file")
 
 
 class HeldOut(AnswerPart):
@@ -154,7 +156,7 @@ class HeldOut(AnswerPart):
 
     before: Figure = Field(description="their mean loss, before")
     after: Figure = Field(description="the same, after")
-    z: Figure = Field(description="gain, in standard errors")
+    z: Figure | None = Field(description="gain, in standard errors; `null` if it is infinite")
     rows: int = Field(description="how many they are, each distinct one counted once")
 
 
@@ -175,6 +177,8 @@ class TuneOptions(AnswerPart):
     head: str | None = Field(description="`--head`")
     head_bias: str | None = Field(description="`--head-bias`")
     anchor: str | None = Field(description="`--anchor`, relative to the output's folder")
+    anchor_sha256: str | None = Field(description="SHA-256 of that whole file")
+    iterations: int | None = Field(description="`--iterations`; `null` for the method's own")
     rate: Figure | None = Field(description="`--rate`; `null` if it was computed from the curvature")
     momentum: Figure = Field(description="`--momentum`")
     weight_decay: Figure = Field(description="`--weight-decay`")
@@ -195,6 +199,7 @@ class TuneSidecar(Answer):
     held_out: HeldOut | None = Field(default=None, description="the rows that judge; absent with `--apply`")
     gate: Figure | None = Field(default=None, description="`--gate`; absent with `--apply`")
     tuned: TunedOn | None = Field(default=None, description="the rows tuned on; absent with `--apply`")
+    num_rows: tuple[int, int, int] | None = Field(default=None, description=f"{NUM_ROWS}; absent with `--apply`")
     iterations: int | None = Field(
         default=None, description="iteration with the lowest loss on the early-stopping rows; absent with `--apply`"
     )
@@ -209,4 +214,5 @@ class TuneSidecar(Answer):
     delta: str | None = Field(
         default=None, description="with `--apply`: the delta file, relative to the output's folder; else absent"
     )
+    delta_sha256: str | None = Field(default=None, description="with `--apply`: SHA-256 of the delta file; else absent")
     files: tuple[FileEntry, ...] = Field(default=(), description="every file of the output")

@@ -16,6 +16,7 @@ from farcast_cli.answer import (
     COHERENCE,
     DRY_RUN,
     LENGTH_FACTOR,
+    NUM_ROWS,
     PACE_AHEAD,
     RECENT,
     SIGNIFICANCE,
@@ -458,9 +459,7 @@ class TuneAnswer(Answer):
     z: Figure | None = Field(description="gain on the held-out rows, in standard errors")
     tuned_before: Figure | None = Field(description="mean loss of the rows tuned on, before")
     tuned_after: Figure | None = Field(description="the same, after")
-    num_rows: tuple[int, int, int] = Field(
-        description="number of rows to tune on, of rows for early stopping, of held-out rows"
-    )
+    num_rows: tuple[int, int, int] = Field(description=NUM_ROWS)
     iterations: int = Field(description="iteration with the lowest loss on the early-stopping rows")
     relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change, divided by the layer's norm")
     passes: int = Field(description="passes over the weights during tuning")
@@ -468,6 +467,10 @@ class TuneAnswer(Answer):
     bytes_written: int = Field(description="bytes written")
     seconds: Seconds = Field(description="seconds it took")
     notes: tuple[str, ...] = Field(description="unusual facts, such as repeated rows, or a cache that did not save time")
+    existed: bool = Field(
+        default=False,
+        description="`true` if the same output was there already, so that nothing was written; absent otherwise",
+    )
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

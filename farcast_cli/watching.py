@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from farcast_cli.errors import ANY_COMMAND, FarcastError, MemoryUsedUpError, SampledError, printable, shell_word
 from farcast_cli.files.reading import reading, unreadable
 from farcast_cli.forecast.fitting import find, fit_planned, plan_found
+from farcast_cli.headline import advised
 from farcast_cli.keeping import KeepRequest, keep
-from farcast_cli.reports.panels import headline
 from farcast_cli.reports.story import propose
 from farcast_cli.run.closed import reopened
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
@@ -433,7 +433,7 @@ def judge(request: WatchRequest, found: Trajectory, past: Past, progress: Progre
     fitted = fit_planned(plan_found(request.fit, found, past), progress).fitted
     proposal = propose(fitted, request.judge)
     outcome, decision = proposal.outcome, proposal.outcome.decision
-    title = headline(proposal).title.lower()
+    title = advised(outcome, proposal.purpose).title.lower()
     return NewVerdict(
         step,
         count,

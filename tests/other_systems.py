@@ -263,11 +263,12 @@ def _locking() -> ModuleType:
 
 
 def import_all() -> None:
-    """farcast, once for all calls, and only now that the system is another one."""
+    """farcast, once for all calls, and only now that the system is another one; not what is for import by a training."""
     import farcast_cli
 
     for module in pkgutil.walk_packages(farcast_cli.__path__, "farcast_cli."):
-        importlib.import_module(module.name)
+        if module.name.split(".")[1] not in {"hf", "lightning", "live", "loop"}:
+            importlib.import_module(module.name)
 
 
 def small_tasks() -> None:

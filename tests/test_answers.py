@@ -17,7 +17,7 @@ from farcast_cli.request import Outcome
 from farcast_cli.run.alignment import Copied
 from farcast_cli.run.pace import Pace
 from farcast_cli.tune.gate import GateResult
-from farcast_cli.tune.run import TuneOutcome
+from farcast_cli.tune.request import TuneOutcome
 
 if TYPE_CHECKING:
     from farcast_cli.answer import Answer

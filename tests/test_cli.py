@@ -124,7 +124,7 @@ def test_fit_judges_the_direction_as_the_verdict_on_a_forecast_does(work: Path, 
     assert "recent half: too few snapshots to tell; steady enough to resume from a forecast 175 steps ahead" in said
     assert "both S must exceed" not in said
     assert "next: farcast backtest shows which horizons are supported" in said
-    assert "recent half: too few snapshots to tell" in call_cli("predict", "--horizon", 175, cwd=work).stderr
+    assert "recent half: too few snapshots to tell" in call_cli("predict", "--horizon", 175, "-v", cwd=work).stderr
 
 
 def test_fit_says_what_speaks_against_the_direction_in_the_words_of_the_verdict(turning: Path, call_cli: CallCli) -> None:
@@ -164,7 +164,7 @@ def test_backtest_reports_the_promised_keys(work: Path, call_cli: CallCli) -> No
 def test_the_p_of_the_coherence_stands_beside_it_everywhere_and_is_said_to_be_weak_with_few_snapshots(
     work: Path, call_cli: CallCli
 ) -> None:
-    done = call_cli("predict", "--horizon", 100, "--json", cwd=work)
+    done = call_cli("predict", "--horizon", 100, "--json", "-v", cwd=work)
     sidecar = json.loads((work / "forecasts" / "run" / "step_000900.safetensors.farcast.json").read_text())
     backtest = as_json(call_cli("backtest", "--horizon", 100, "--json", cwd=work))
     assert as_json(done)["significance"] == sidecar["significance"] == backtest["significance"] == 1 / 32
@@ -231,10 +231,14 @@ def test_predict_says_step_verdict_and_path_first_and_what_several_horizons_shar
     fit_run(run, tmp_path / "forecaster.safetensors")
     lines = call_cli("predict", "--horizon", "100,200", cwd=tmp_path).stderr.splitlines()
     starts = [f"step 1200 + {h}: forecast: wrote forecasts/run/ckpt_{12 + h // 100}.pt, " for h in (100, 200)]
-    assert [lines[index].startswith(start) for index, start in zip((0, 2), starts, strict=True)] == [True, True]
+    assert [lines[index].startswith(start) for index, start in zip((1, 3), starts, strict=True)] == [True, True]
+    said = "The run keeps its direction. farcast supports resuming from a forecast of step"
+    assert [line.partition(". Chance")[0] for line in lines[:3:2]] == [f"LEAP {h} STEPS: {said} {1200 + h}" for h in (100, 200)]
     assert len(lines) == len(set(lines))
     assert sum("the loss will probably rise at first" in line for line in lines) == 1
-    assert sum(line.startswith("clock: ") for line in lines) == 1
+    assert "expected error" not in str(lines)
+    once_more = call_cli("predict", "--horizon", "100,200", "--overwrite", "-v", cwd=tmp_path).stderr.splitlines()
+    assert sum(line.startswith("clock: ") for line in once_more) == 1
 
 
 def test_predict_without_a_horizon_goes_as_far_as_the_evidence_supports_and_says_so(work: Path, call_cli: CallCli) -> None:
@@ -254,7 +258,10 @@ def test_predict_by_an_average_to_resume_from_is_turned_away_with_the_reason(wor
     for name in ("average", "trend", "accelerate"):
         done = call_cli("predict", "--method", name, cwd=work)
         assert (done.returncode, done.stdout) == (10, "")
-        assert "abstain: nothing written (resuming from an average puts a run back: use it for evaluation only)" in done.stderr
+        assert (
+            "KEEP TRAINING: The run's history does not support this leap: resuming from an average puts a run back"
+            in done.stderr
+        )
 
 
 def test_backtest_without_a_horizon_shows_some_shares_of_the_history(work: Path, call_cli: CallCli) -> None:
@@ -515,10 +522,22 @@ def test_a_config_file_that_makes_no_sense_is_a_usage_error(
 
 
 NAMED_ONLY = {
-    "a place to read": {"forecaster", "ledger", "losses", "data", "anchor", "apply", "against", "reference", "config"},
-    "an argument, which is a place to read": {"directory", "checkpoint", "forecast"},
+    "a place to read": {
+        "forecaster",
+        "ledger",
+        "losses",
+        "data",
+        "anchor",
+        "apply",
+        "against",
+        "reference",
+        "config",
+        "history",
+    },
+    "an argument, which is a place to read": {"directory", "checkpoint", "forecast", "target"},
     "an argument that is nobody else's to give": {"command"},
-    "a place to write": {"output", "delta_out", "log_to"},
+    "a place to write": {"output", "delta_out", "log_to", "into"},
+    "what is removed": {"last"},
     "a program": {"eval_cmd"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
     "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
@@ -630,7 +649,7 @@ def test_the_choices_that_help_shows_are_those_that_the_library_knows() -> None:
     known = {"|".join(get_args(value)) for value in vars(choices).values() if get_origin(value) is Literal}
     group: Any = typer.main.get_command(app)
     shown = {str(p.metavar) for command in group.commands.values() for p in command.params if p.metavar and "|" in p.metavar}
-    others = {"FROM:TO:EVERY|N,N", "auto|cpu|cuda[:N]"}
+    others = {"FROM:TO:EVERY|N,N", "auto|cpu|cuda[:N]", "[RUN|FORECASTER]", "FILE.html|.png|.md"}
     assert shown - others <= known
     assert known - shown == {"|".join(get_args(choices.Verdict))}  # an answer, and no option
 
@@ -948,7 +967,7 @@ def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path
     before = tree_digest(work)
     done = call_cli("predict", "--horizon", 5000, cwd=work)
     assert (done.returncode, done.stdout) == (10, "")
-    assert "untestable: nothing written (5000 steps ahead is more than 1.5 times the history" in done.stderr
+    assert "KEEP TRAINING: It is too early to tell: 5000 steps ahead is more than 1.5 times the history" in done.stderr
     assert "--even-if-worse" in done.hints[0]
     assert tree_digest(work) == before
 
@@ -975,11 +994,13 @@ def test_a_number_above_1_says_what_decides_to_resume(tmp_path: Path, call_cli: 
     """A rough run: the weights are farther away at first, and the direction is steady enough."""
     rough = wander(2, num_snapshots=12, sizes={"a": 400, "b": 60}, roughness=2.5)
     fit_run(write_run(tmp_path / "run", rough, range(100, 1300, 100)), tmp_path / "forecaster.safetensors")
-    said = {horizon: call_cli("predict", "--horizon", horizon, cwd=tmp_path).stderr for horizon in (100, 275)}
+    said = {horizon: call_cli("predict", "--horizon", horizon, "-v", cwd=tmp_path).stderr for horizon in (100, 275)}
     why = "of the error without a forecast (the weights are farther from the real ones at first; S and p decide whether to resume)"
     assert f"expected error: 1.12 {why}" in said[100]
     assert f"expected error: 1.02 {why}" in said[275]
-    other = call_cli("predict", "--horizon", 100, "--for", "evaluation", "--even-if-worse", "-o", "w/", cwd=tmp_path).stderr
+    other = call_cli(
+        "predict", "--horizon", 100, "--for", "evaluation", "--even-if-worse", "-o", "w/", "-v", cwd=tmp_path
+    ).stderr
     assert "of the error without a forecast;" in other
 
 
@@ -987,7 +1008,7 @@ def test_a_run_that_turned_back_is_not_forecast(turning: Path, call_cli: CallCli
     before = tree_digest(turning)
     done = call_cli("predict", "--horizon", 100, cwd=turning)
     assert (done.returncode, done.stdout) == (10, "")
-    assert "abstain: nothing written (coherence S = -" in done.stderr
+    assert "KEEP TRAINING: The run's direction is too weak for a leap: coherence S = -" in done.stderr
     assert "--even-if-worse" in done.hints[0]
     assert tree_digest(turning) == before
 

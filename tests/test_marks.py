@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from farcast_cli.run.trajectory import discover
-from tests.rounds import SAVE_EVERY, train_by_trainer
+from tests.rounds import SAVE_EVERY, step_of, train_by_trainer
+from tests.test_lightning import Net
 from tests.test_lightning import Run as LightningRun
 from tests.test_lightning import pytestmark as of_lightning
 
@@ -209,7 +210,7 @@ def _train_by_lightning(run: Path, resume: Path | None, last: int) -> None:
 
 def _train_by_hand(run: Path, resume: Path | None, last: int) -> None:
     """As nanoGPT does: the loop loads the optimiser, and saves a dict of its own."""
-    run.mkdir(exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     inputs = torch.randn(64, 8)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -285,3 +286,94 @@ def test_what_is_no_mark_in_a_group_is_not_believed(wrong: object, tmp_path: Pat
     content["optimizer"]["param_groups"][0]["farcast_leaps"] = wrong
     torch.save(content, run / "ckpt_160.pt")
     assert "leaps" not in _json(call_cli("inspect", "run", "--json", cwd=tmp_path, env=NOWHERE))
+
+
+# --- without the mark: only the ledgers tell --------------------------------------------------------------------------
+
+
+def _train_by_transformers(run: Path, resume: Path | None, last: int) -> None:
+    saves = (last - (step_of(resume) if resume else 0)) // SAVE_EVERY
+    train_by_trainer(run, None if resume is None else str(resume), saves)
+
+
+class _SlowNet(Net):
+    """At a rate at which the run goes on in its direction, so that the weights show a leap."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def _train_slowly_by_lightning(run: Path, resume: Path | None, last: int) -> None:
+    training = LightningRun({"every_n_train_steps": 20}, num_batches=40, same_batches=True, model=_SlowNet)
+    training.go(run, resume=resume, max_steps=last)
+
+
+def _remove_mark(forecast: Path) -> None:
+    """So that the trainer never sees it, and no checkpoint of the run bears it."""
+    if forecast.is_dir():
+        state = forecast / "trainer_state.json"
+        content = json.loads(state.read_text())
+        (mark,) = (entry for entry in content["log_history"] if "farcast_leap_from" in entry)
+        content["log_history"].remove(mark)
+        state.write_text(json.dumps(content))
+        return
+    content = torch.load(forecast, weights_only=True)
+    optimizer = content["optimizer_states"][0] if "optimizer_states" in content else content["optimizer"]
+    assert optimizer["param_groups"][0].pop("farcast_leaps")
+    torch.save(content, forecast)
+
+
+@pytest.mark.parametrize("counters", ["advance", "keep"])
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param(_train_by_transformers, id="transformers"),
+        pytest.param(_train_slowly_by_lightning, marks=of_lightning[1:], id="lightning"),
+        pytest.param(_train_by_hand, id="by hand"),
+    ],
+)
+def test_without_a_mark_the_ledgers_tell_of_a_leap_from_another_folder_and_after_cleaning(
+    train: Callable[[Path, Path | None, int], None], counters: str, tmp_path: Path, call_cli: CallCli
+) -> None:
+    work, elsewhere = tmp_path / "work", tmp_path / "else"
+    run = work / "run"
+    elsewhere.mkdir()
+    train(run, None, 160)
+    assert call_cli("fit", "run", cwd=work).returncode == 0
+    done = call_cli("predict", "--horizon", 60, "--counters", counters, "--even-if-worse", cwd=work)
+    assert done.returncode == 0, done
+    forecast = work / done.stdout.strip()
+    _remove_mark(forecast)
+    at = 220 if counters == "advance" else 160
+    train(run, forecast, at + 140)
+    later = len([step for step in discover(run).steps if step > at])
+    leap = {"origin_step": 160, "valid_step": 220, "counters": counters, "forecast": str(forecast.resolve())}
+
+    def tells() -> list[tuple[Any, ...]]:
+        """Of the leap, from the other folder and from the run's own."""
+        found = []
+        for place, name in ((elsewhere, run), (work, "run")):
+            seen = _json(call_cli("inspect", name, "--json", cwd=place))
+            fitted = _json(call_cli("fit", name, "-o", elsewhere / "f.safetensors", "--json", cwd=place))
+            found.append((seen["leap"], seen["leaps"], fitted["leap"], fitted["num_snapshots"]))
+        return found
+
+    assert tells() == [(at, [leap], at, later)] * 2
+    shutil.rmtree(work / "forecasts")
+    assert tells() == [(at, [leap], at, later)] * 2
+    assert _json(call_cli("fit", "run", "--json", cwd=work, env=NOWHERE))["leap"] is None
+
+
+def test_a_state_folder_that_was_named_tells_of_a_leap_in_each_later_call(tmp_path: Path, call_cli: CallCli) -> None:
+    """As in a job whose home folder does not stay."""
+    run, state = tmp_path / "run", {"FARCAST_STATE_DIR": str(tmp_path / "state")}
+    _train_by_hand(run, None, 160)
+    assert call_cli("fit", "run", cwd=tmp_path, env=state).returncode == 0
+    done = call_cli("leap", "run", "--gain", "0.3", cwd=tmp_path, env=state)
+    assert done.returncode == 0, done
+    forecast = tmp_path / done.stdout.strip()
+    _remove_mark(forecast)
+    _train_by_hand(run, forecast, 300)
+    shutil.rmtree(tmp_path / "forecasts")
+    assert _json(call_cli("fit", "run", "--json", cwd=tmp_path, env=state))["leap"] == 160
+    assert _json(call_cli("fit", "run", "--json", cwd=tmp_path))["leap"] is None

@@ -25,7 +25,8 @@ from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.tune.data import read_data
 from farcast_cli.tune.one_layer import Settings
-from farcast_cli.tune.run import TuneRequest, tune_checkpoint
+from farcast_cli.tune.request import TuneRequest
+from farcast_cli.tune.run import tune_checkpoint
 from farcast_cli.verification import verify
 from tests.tiny import fit_run, predict_run, wander, write_run
 

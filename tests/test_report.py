@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.forecast.significance import Significance
+from farcast_cli.headline import sureness
 from farcast_cli.reports.page import page
-from farcast_cli.reports.panels import headline, panels, sureness
+from farcast_cli.reports.panels import headline, panels
 from farcast_cli.reports.story import Course, Story, course_of, tell
 from farcast_cli.reports.text import COLUMNS
 from farcast_cli.request import Request
@@ -293,7 +294,7 @@ class Parsed(HTMLParser):
 def test_a_page_is_well_formed_and_has_its_headings_in_the_order_that_decides(sample_story: Story) -> None:
     parsed = Parsed(page(sample_story))
     assert parsed.open == []
-    assert parsed.texts["h1"] == [headline(sample_story.proposal).title]
+    assert parsed.texts["h1"] == [headline(sample_story).title]
     assert parsed.texts["h2"] == HEADINGS
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -390,7 +391,7 @@ def test_text_and_markdown_need_no_optional_package_and_write_no_file(work: Path
 
 def test_markdown_has_the_headline_the_tables_and_no_picture(call_cli: CallCli, tmp_path: Path, sample_story: Story) -> None:
     text = call_cli("report", SAMPLE, "--format", "markdown", cwd=tmp_path).stdout
-    assert text.startswith(f"# {headline(sample_story.proposal).title}\n")
+    assert text.startswith(f"# {headline(sample_story).title}\n")
     assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == HEADINGS
     assert "![" not in text
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)

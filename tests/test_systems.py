@@ -44,7 +44,7 @@ LOOKS = (
     ("predict", "--horizon", "100", EVEN, "--threads", "3"),
     ("predict", "--horizon", "200", EVEN, "--threads", "3", "--io", "mmap"),
     ("predict", "--horizon", "100", EVEN),  # it is there already
-    ("verify", "forecasts/step_000900.safetensors", "--against", "run/step_000800.safetensors"),
+    ("verify", "forecasts/run/step_000900.safetensors", "--against", "run/step_000800.safetensors"),
 )
 Calls = list[tuple[Path, tuple[str, ...]]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from farcast_cli.tune.delta import GROUP_ELEMENTS, Delta, Rounded, maps_of, read
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.numbers import decode, round_stochastically, uniform
 from farcast_cli.tune.one_layer import Settings
-from farcast_cli.tune.run import TuneOutcome, TuneRequest, tune_checkpoint
+from farcast_cli.tune.request import TuneOutcome, TuneRequest
+from farcast_cli.tune.run import tune_checkpoint
 from farcast_cli.tune.weight import BLOCK_BYTES, find_weight
 from farcast_cli.tune.write import ROUNDING_SHARE, check_kept
 from tests.conftest import run_cli, tree_digest
@@ -159,7 +161,8 @@ def test_the_sidecar_holds_the_provenance(work: Path) -> None:
         "bytes": (work / "step_10.safetensors").stat().st_size,
         "digest": "",
     }
-    assert content["data"] == {"path": "rows.npz", "bytes": (work / "rows.npz").stat().st_size}
+    rows = (work / "rows.npz").read_bytes()
+    assert content["data"] == {"path": "rows.npz", "bytes": len(rows), "sha256": hashlib.sha256(rows).hexdigest()}
     assert content["layers"] == ["fc.weight"]
     assert outcome.verdict is not None
     assert content["held_out"]["z"] == outcome.verdict.z

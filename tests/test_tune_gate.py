@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 
 from farcast_cli.choices import DEFAULT_GATE
 from farcast_cli.tune.gate import judge
-from farcast_cli.tune.run import TuneRequest, tune_checkpoint
+from farcast_cli.tune.request import TuneRequest
+from farcast_cli.tune.run import tune_checkpoint
 from tests.test_tune import CALL, make_rows, make_weights, quiet
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from farcast_cli.tune.run import TuneOutcome
+    from farcast_cli.tune.request import TuneOutcome
     from tests.conftest import CallCli
 
 

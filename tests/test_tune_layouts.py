@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from farcast_cli.run.trajectory import open_snapshot
-from farcast_cli.tune.run import TuneOutcome, TuneRequest, tune_checkpoint
+from farcast_cli.tune.request import TuneOutcome, TuneRequest
+from farcast_cli.tune.run import tune_checkpoint
 from tests.dcp_runs import Run
 from tests.tiny import SAMPLES, sample_maker
 

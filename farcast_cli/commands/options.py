@@ -37,11 +37,12 @@ FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
-        *("grad_weight", "sample", "full"),
+        *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
         *("layer", "bias", "loss", "activation", "head", "head_bias"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
         *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
+        *("form", "text"),  # in which a report is printed
     }
 )
 """The options that a file which nobody named may set. All others need a file that the user named.
@@ -188,11 +189,11 @@ def load_config(context: typer.Context, value: Path | None) -> Path | None:
     anywhere = {parameter.name for command in _commands(context) for parameter in command.params}
     strangers = sorted(key for key in shared if _option_of(key) not in anywhere)
     if strangers:
-        likely = nearest(strangers[0], map(_key_of, anywhere))
+        likely = nearest(strangers[0], map(key_of, anywhere))
         raise UsageError(f"{path}: no command has an option {strangers[0]!r}{likely}", hint="farcast --help")
     unknown = sorted(key for key in own if _option_of(key) not in known)
     if unknown:
-        likely = nearest(unknown[0], map(_key_of, known))
+        likely = nearest(unknown[0], map(key_of, known))
         raise UsageError(
             f"{path}: [{context.info_name}] has no option {unknown[0]!r}{likely}", hint=f"farcast {context.info_name} --help"
         )
@@ -233,7 +234,7 @@ def _option_of(key: str) -> str:
     return {"for": "purpose", "format": "form", "json": "json_", "round": "round_"}.get(key, key.replace("-", "_"))
 
 
-def _key_of(option: str) -> str:
+def key_of(option: str) -> str:
     """The key of the file that stands for a parameter."""
     return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 

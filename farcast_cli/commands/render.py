@@ -22,6 +22,7 @@ from rich.text import Text
 from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
 from farcast_cli.errors import listed, printable, shell_word, visible
 from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.headline import advised
 from farcast_cli.progress import silent
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from farcast_cli.run.selection import Inspection
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
-    from farcast_cli.tune.run import TuneOutcome as Tuning
+    from farcast_cli.tune.request import TuneOutcome as Tuning
 
 LEAST_METHOD = 16  # columns of a method, on a narrow terminal
 MAX_ROWS = 12
@@ -440,7 +441,7 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
     The steps, verdicts and paths come first. What is true of several horizons is said once.
     """
     for outcome in outcomes:
-        for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run):
+        for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run, verbose=verbose):
             note(text)
     for text in dict.fromkeys(text for outcome in outcomes for text in _details(outcome, verbose=verbose)):
         note(text)
@@ -450,23 +451,26 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
         note(f"hint: {hint}")
 
 
-def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool) -> Iterator[str]:
-    """The step, the verdict and the path; and the numbers that decided."""
+def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool, verbose: bool) -> Iterator[str]:
+    """The verdict, and the path; with -v the numbers that decided."""
     decision = outcome.decision
     head = f"step {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
+    yield advised(outcome, purpose).line
     if outcome.path is None:
-        yield f"{head}: nothing written ({decision.reason})"
+        yield f"{head}: nothing written"
     elif outcome.existed:
         yield f"{head}: already there, made from the same snapshots with the same options: nothing was written"
     else:
         yield f"{head}: {_written(outcome, dry_run=dry_run)}"
+    if verbose:
         yield _expected(decision, purpose)
 
 
 def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
     """What was chosen for the user, copied, advanced and evaluated."""
     yield from outcome.chosen
-    yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
+    if verbose or outcome.pace.why or outcome.length_factor != 1:
+        yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
     if outcome.path is not None and not outcome.existed:
         yield from _copied_texts(outcome.copied, verbose=verbose)
         yield from (f"note: {text}" for text in outcome.notes)
@@ -563,6 +567,9 @@ def tune_summary(tuning: Tuning) -> None:
     verdict, names = tuning.verdict, ", ".join(tuning.layers)
     for text in tuning.notes:
         note(f"note: {text}")
+    if tuning.existed:
+        note(f"{names}: already there, made from the same checkpoint in the same way: nothing was written")
+        return
     if verdict is None:
         note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
         return

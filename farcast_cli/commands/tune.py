@@ -26,7 +26,7 @@ from farcast_cli.errors import NoGainError
 from farcast_cli.settings import env, prepare
 
 if TYPE_CHECKING:
-    from farcast_cli.tune.run import TuneOutcome
+    from farcast_cli.tune.request import TuneOutcome
 
 EXAMPLES = (
     "Examples: farcast tune model.safetensors --layer fc.weight --data rows.npz --loss mse -o tuned.safetensors   |   "
@@ -121,7 +121,8 @@ def tune(
     from farcast_cli.commands import render
     from farcast_cli.tune.delta import Rounded
     from farcast_cli.tune.one_layer import Settings
-    from farcast_cli.tune.run import TuneRequest, apply_deltas, check_given, method_named, tune_checkpoint
+    from farcast_cli.tune.request import TuneRequest
+    from farcast_cli.tune.run import apply_deltas, check_given, method_named, tune_checkpoint
 
     rounded = Rounded(round_, seed)
     with render.progress(quiet=quiet) as progress:

@@ -6,6 +6,7 @@ A file that is cut short while it is read raises an error here; the same under m
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -155,6 +156,12 @@ def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
             return bytes(buffer)
     finally:
         os.close(fd)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file, which is read once."""
+    with open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_size(path: Path) -> int:

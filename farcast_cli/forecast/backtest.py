@@ -67,6 +67,12 @@ class Decision:
     """The coherence of the history's recent half; nan where it holds too few snapshots to tell."""
     significance: Significance = NOTHING
     """How often chance alone would give as large an S."""
+    is_average: bool = False
+    """An average of snapshots, which aims at no later weights, so that b does not judge it."""
+    is_weak: bool = False
+    """S or p speak against resuming, whatever b is."""
+    is_over: bool = False
+    """The run has no step left to leap over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +224,7 @@ def decide(method: Method, task: Task, purpose: Purpose) -> Decision:
         expected=float("nan") if average else backtest_ratio(method, task, as_written=True),
         recent=recent_coherence(task.gram, task.timeline),
         significance=significance_of(task.gram, task.timeline),
+        is_average=average,
     )
     if method.name == "persistence":
         return replace(found, verdict="forecast", ratio=1.0, reason="persistence does not change the weights")
@@ -267,6 +274,7 @@ def _decide_for_resume(method: Method, task: Task, found: Decision) -> Decision:
         return replace(found, verdict="untestable", reason=reason)
     steady = Steadiness(found.coherence, found.recent, found.significance)
     is_steady, coherent = judge_direction(steady, task)
+    found = replace(found, is_weak=not is_steady)
     missed = f"the error of the update as written is {found.expected:.2g} times the run's own move"
     objections = (
         (not is_steady, coherent),

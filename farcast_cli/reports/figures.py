@@ -192,7 +192,7 @@ def _drawn(story: Story) -> list[Panel]:
 
 
 def _draw_head(sheet: Sheet, story: Story) -> None:
-    said = headline(story.proposal)
+    said = headline(story)
     kicker = f"farcast report · {short_name(story)} · step {story.fitted.steps[-1]}"
     sheet.write(0, 36, kicker, fontsize=TEXT, color=LIGHT["muted"])
     sheet.write(0, 78, said.title, fontsize=40, weight="bold")

@@ -27,7 +27,7 @@ OPACITIES = ((0.9, 0.75, 0.65), (0.9, 0.15, 0.05), (0.08, 0.05, 0.08))
 def page(story: Story) -> str:
     """The whole file."""
     drawn = figures(story)
-    said = headline(story.proposal)
+    said = headline(story)
     body = "\n".join([_head(story), *(_section(panel, drawn) for panel in panels(story)), _facts(story)])
     return f"""<!doctype html>
 <html lang="en">
@@ -60,7 +60,7 @@ def _prose(text: str) -> str:
 
 
 def _head(story: Story) -> str:
-    said = headline(story.proposal)
+    said = headline(story)
     sure = f'<p class="sure">{_text(said.sure)}</p>' if said.sure else ""
     cells = "".join(
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)} <small>{_text(remark)}</small></dd></div>"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from farcast_cli import __version__
 from farcast_cli.errors import listed, visible
 from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.headline import advised
 from farcast_cli.run.losses import LOSS_KINDS
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.backtest import Score
     from farcast_cli.forecast.judgement import BacktestReport, TensorError
-    from farcast_cli.forecast.significance import Significance
     from farcast_cli.reports.story import Proposal, Story
     from farcast_cli.run.losses import LossKind, Points
 
@@ -71,63 +71,18 @@ def panels(story: Story) -> tuple[Panel, ...]:
 # --- the headline ----------------------------------------------------------------------------------------------------
 
 
-def headline(found: Proposal) -> Headline:
+def headline(story: Story) -> Headline:
     """The verdict on what `predict` would do."""
-    title, why = _evaluation(found) if found.purpose == "evaluation" else _resume(found)
-    sure = "" if found.purpose == "evaluation" else sureness(found.outcome.decision.significance)
-    return Headline(title, why, sure, found.next_step, tuple(_deciding(found)))
-
-
-def _resume(found: Proposal) -> tuple[str, str]:
-    outcome, decision = found.outcome, found.outcome.decision
-    if decision.verdict == "forecast":
-        return f"Leap {outcome.horizon} steps", (
-            f"The run keeps its direction. farcast supports resuming from a forecast of step {outcome.valid_step}."
-        )
-    if found.is_over:
-        return "Do not leap", f"Nothing is left to skip: {decision.reason}."
-    if decision.verdict == "untestable":
-        return "Keep training", f"It is too early to tell: {decision.reason}."
-    if not math.isfinite(decision.coherence):
-        return "Keep training", f"There is no direction to follow: {decision.reason}."
-    if found.is_steady:
-        return "Keep training", f"The run keeps its direction, but a leap failed its test: {decision.reason}."
-    return "Keep training", f"The run's direction is too weak for a leap: {decision.reason}."
-
-
-def _evaluation(found: Proposal) -> tuple[str, str]:
-    outcome, decision = found.outcome, found.outcome.decision
-    if decision.verdict != "forecast":
-        return "Evaluate the last snapshot", f"No forecast is expected to be nearer to later weights: {decision.reason}."
-    if found.is_average:
-        return f"Evaluate the {outcome.method} at step {outcome.valid_step}", (
-            "It combines the last snapshots, so that the weights lose their noise. Do not resume from it."
-        )
-    return f"Evaluate a forecast of step {outcome.valid_step}", f"{decision.reason.capitalize()}. Do not resume from it."
-
-
-def sureness(significance: Significance) -> str:
-    """How sure a direction is, by its p, in a sentence.
-
-    >>> from farcast_cli.forecast.significance import Significance
-    >>> sureness(Significance(0.125, 0.002))
-    'Chance alone gives such a direction in 13 of 100 cases.'
-    """
-    if not math.isfinite(significance.p):
-        return ""
-    weak = " With so few snapshots the number cannot be smaller." if significance.weak and significance.passes else ""
-    return f"Chance alone gives such a direction in {_of_100(significance.p)} of 100 cases.{weak}"
-
-
-def _of_100(share: float) -> str:
-    return "fewer than 1" if share < 0.01 else f"{math.floor(100 * share + 0.5)}"  # noqa: PLR2004 - one of 100
+    found = story.proposal
+    said = advised(found.outcome, found.purpose)
+    return Headline(said.title, said.why, said.sure, found.next_step, tuple(_deciding(found)))
 
 
 def _deciding(found: Proposal) -> Iterator[tuple[str, str, str]]:
     decision = found.outcome.decision
     if found.purpose == "resume":
         yield from _of_direction(found)
-    if math.isfinite(decision.ratio) and not found.is_average:
+    if math.isfinite(decision.ratio) and not decision.is_average:
         yield "back-test b", shown_number(decision.ratio), "1: no better"
     if math.isfinite(decision.expected):
         yield "expected error", shown_number(decision.expected), "1: no forecast"

@@ -10,7 +10,7 @@ import numpy as np
 
 from farcast_cli.advice import advice
 from farcast_cli.errors import FarcastError
-from farcast_cli.forecast.backtest import judge_direction, needed_direction
+from farcast_cli.forecast.backtest import needed_direction
 from farcast_cli.forecast.history import made_leaps
 from farcast_cli.forecast.judgement import directions, report_backtest, tensor_errors
 from farcast_cli.forecast.state_ledger import known_leaps
@@ -46,12 +46,6 @@ class Proposal:
     outcome: Outcome
     needed: Needed
     """What S must exceed at this horizon."""
-    is_steady: bool
-    """Whether S and p allow it, before the back-test ratio is asked."""
-    is_average: bool
-    """Whether it is an average of snapshots, to evaluate, which the back-test does not judge."""
-    is_over: bool
-    """Whether the run has no step left to leap over."""
     next_step: str
     """What to type, or what else to do."""
     note: str = ""
@@ -150,9 +144,6 @@ def propose(fitted: Fitted, request: Request) -> Proposal:
         request.purpose,
         outcome,
         needed_direction(steady, task),
-        judge_direction(steady, task)[0],
-        judged.method.averages and not math.isfinite(outcome.decision.expected),
-        judged.start is not None and judged.start.ends_before(1),
         f"farcast predict{request.source}{option}" if is_written else advice(fitted, request, [outcome]),
         note,
     )

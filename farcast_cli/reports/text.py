@@ -41,7 +41,7 @@ def terminal(story: Story, *, is_plain: bool = False) -> str:
 
 
 def _terminal(story: Story, *, is_plain: bool) -> Iterator[str]:
-    said = headline(story.proposal)
+    said = headline(story)
     yield from _filled(f"farcast report: {short_name(story)}, step {story.fitted.steps[-1]}")
     yield ""
     yield from _filled(said.title.upper())
@@ -109,7 +109,7 @@ def _cut(text: str, width: int) -> str:
 
 def markdown(story: Story) -> str:
     """The report without pictures, for a CI job's summary."""
-    said = headline(story.proposal)
+    said = headline(story)
     parts = [
         f"# {_inert(said.title)}",
         f"{_inert(said.why)} {_inert(said.sure)}".strip(),

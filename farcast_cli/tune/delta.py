@@ -3,13 +3,14 @@
     W = c W_0 + U^T D
 
 A delta file is a safetensors file with, for layer i, `i.factors` (r, m_out), `i.directions` (r, m_in, one more with a
-bias) and `i.scale`, in float64. Its metadata say for which weights it was made.
+bias) and `i.scale`, in float64. Its metadata say for which weights it was made, how, and the SHA-256 of all its values.
 
 Shapes: r directions, N elements of a stretch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from farcast_cli.tune.numbers import round_stochastically
 from farcast_cli.tune.weight import read_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -122,14 +123,10 @@ class _Map:
 
 
 def write_deltas(path: Path, deltas: Sequence[Delta], about: str, *, like: Path) -> None:
-    """Write a delta file; `about`, a text, goes into its metadata, for people. `like` is the checkpoint that it belongs to."""
-    arrays: dict[str, Array] = {}
-    for number, delta in enumerate(deltas):
-        arrays[f"{number}.directions"] = delta.directions
-        arrays[f"{number}.factors"] = delta.factors
-        arrays[f"{number}.scale"] = np.array([delta.scale])
+    """Write a delta file; `about`, its record, goes into its metadata. `like` is the checkpoint that it belongs to."""
+    arrays = _arrays(deltas)
     layers = [{"layer": d.layer, "bias": d.bias, "checksum": d.checksum} for d in deltas]
-    metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": about}
+    metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": about, "sha256": _digest(arrays)}
     header = encode_header(((name, DTYPES["float64"], array.shape) for name, array in arrays.items()), metadata)
     with open_new(path, like=like) as file:
         file.write(header)
@@ -149,9 +146,44 @@ def read_deltas(path: Path) -> list[Delta]:
     entries = {entry.name: entry for entry in found.entries}
     try:
         layers = parse_json(found.metadata["layers"].encode())
-        return [_delta(path, number, one, entries) for number, one in enumerate(layers)]
+        deltas = [_delta(path, number, one, entries) for number, one in enumerate(layers)]
     except (KeyError, TypeError, ValueError) as error:
-        raise HalfWrittenError(f"{path}: a damaged delta file: {error}", hint="write it again with --delta-out") from error
+        raise _damaged(path, str(error)) from error
+    digest = _digest(_arrays(deltas))
+    if found.metadata.get("sha256", digest) != digest:  # an earlier version wrote none
+        raise _damaged(path, "its values are not those that were written")
+    return deltas
+
+
+def _damaged(path: Path, why: str) -> HalfWrittenError:
+    return HalfWrittenError(f"{path}: a damaged delta file: {why}", hint="write it again with --delta-out")
+
+
+def read_about(path: Path) -> str:
+    """The record of a delta file whose values are seen to be those that were written.
+
+    Raises:
+        FileFormatError: no delta file, or a damaged one.
+    """
+    read_deltas(path)
+    return read_safetensors(path).metadata.get("about", "")
+
+
+def _arrays(deltas: Sequence[Delta]) -> dict[str, Array]:
+    """What a delta file holds, by name."""
+    arrays: dict[str, Array] = {}
+    for number, delta in enumerate(deltas):
+        arrays[f"{number}.directions"] = delta.directions
+        arrays[f"{number}.factors"] = delta.factors
+        arrays[f"{number}.scale"] = np.array([delta.scale])
+    return arrays
+
+
+def _digest(arrays: Mapping[str, Array]) -> str:
+    whole = hashlib.sha256()
+    for array in arrays.values():
+        whole.update(np.ascontiguousarray(array).data)
+    return whole.hexdigest()
 
 
 def _delta(path: Path, number: int, about: Any, entries: dict[str, TensorEntry]) -> Delta:

@@ -3,87 +3,46 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from farcast_cli import __version__
-from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, SolverName
-from farcast_cli.errors import OutputError, SnapshotError, UsageError
-from farcast_cli.files.reading import file_size, portable, relative
+from farcast_cli.choices import SolverName
+from farcast_cli.errors import DataError, OutputError, SnapshotError, UsageError
+from farcast_cli.files.reading import mark_of
 from farcast_cli.files.staged import staged
-from farcast_cli.records import CheckpointFile, HeldOut, RowsFile, TunedOn, TuneOptions, TuneSidecar
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.trainers.base import unchanged
 from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data, split
-from farcast_cli.tune.delta import Rounded, read_deltas, write_deltas
-from farcast_cli.tune.gate import GateResult, judge
+from farcast_cli.tune.delta import read_deltas, write_deltas
+from farcast_cli.tune.gate import judge
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.record import asked_to_apply, asked_to_tune, judged
+from farcast_cli.tune.repeat import Place, repeated
+from farcast_cli.tune.request import TuneOutcome
 from farcast_cli.tune.solve import Model, Solved, solve
 from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
-from farcast_cli.tune.write import Writing, check_delta_place, check_kept, check_moved, check_tuned_place, write_tuned
+from farcast_cli.tune.write import Writing, check_kept, check_moved, check_place_of, write_tuned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from farcast_cli.choices import ActivationName, LossName
+    from farcast_cli.files.reading import Mark
     from farcast_cli.progress import Progress
+    from farcast_cli.records import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.data import Data, Splits
-    from farcast_cli.tune.delta import Delta
+    from farcast_cli.tune.delta import Delta, Rounded
+    from farcast_cli.tune.gate import GateResult
+    from farcast_cli.tune.request import TuneRequest
     from farcast_cli.tune.weight import Weight
 
 
 MAX_HEAD_BYTES = 128 << 20
 """Of a head in float64, which every iteration uses whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuneRequest:
-    """What the user asked `tune` for."""
-
-    checkpoint: Path
-    layers: tuple[str, ...]
-    data: Path
-    loss: LossName
-    biases: tuple[str, ...] = ()
-    activations: tuple[ActivationName, ...] = ("none",)
-    head: str | None = None
-    head_bias: str | None = None
-    anchor: Path | None = None
-    settings: Settings = field(default_factory=Settings)
-    holdout: float = HOLDOUT
-    gate: float = DEFAULT_GATE
-    subsample: int | None = None
-    rounded: Rounded = field(default_factory=Rounded)
-    output: Path | None = None
-    delta_out: Path | None = None
-    num_threads: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class TuneOutcome:
-    """What came of it; `path` is None where the gate was against it."""
-
-    layers: tuple[str, ...]
-    method: str
-    verdict: GateResult | None = None
-    path: Path | None = None
-    num_rows: tuple[int, int, int] = (0, 0, 0)
-    """Tuned on, that stop it early, held out."""
-    iterations: int = 0
-    tuned_loss: tuple[float, float] = (0.0, 0.0)
-    """Of the rows tuned on, before and after."""
-    sizes: tuple[float, ...] = ()
-    num_passes: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
 
 
 def tune_checkpoint(request: TuneRequest, progress: Progress) -> TuneOutcome:
@@ -97,7 +56,11 @@ def tune_checkpoint(request: TuneRequest, progress: Progress) -> TuneOutcome:
     started = time.monotonic()
     _check_options(request)
     snapshot = open_snapshot(request.checkpoint)
-    place = _check_places(request, snapshot)
+    place = _place_of(request, snapshot)
+    check_place_of(place, snapshot)
+    if place.is_taken:
+        return repeated(place, asked_to_tune(request, snapshot, place.path), snapshot)
+    files = _marks_of(request)
     model = _model_of(request, snapshot)
     data, splits, anchors, notes = _data_of(request, model)
     with unchanged([snapshot], copied=snapshot):
@@ -109,8 +72,10 @@ def tune_checkpoint(request: TuneRequest, progress: Progress) -> TuneOutcome:
         outcome = _outcome(request, solved, verdict, splits)
         outcome = replace(outcome, notes=(*notes, *_left_alone(snapshot), *solved.notes))
         if verdict.is_accepted:
+            about = judged(asked_to_tune(request, snapshot, place.path), outcome, verdict)
+            _check_kept_files(files)
             work = _Work(request, snapshot, model, data, splits, solved)
-            outcome = _publish(work, replace(outcome, path=place), progress)
+            outcome = _publish(work, replace(outcome, path=place.path), about, progress)
     return replace(outcome, bytes_read=_bytes_read(model) + outcome.bytes_read, seconds=time.monotonic() - started)
 
 
@@ -124,8 +89,13 @@ def apply_deltas(
     """
     started = time.monotonic()
     snapshot = open_snapshot(checkpoint)
-    check_tuned_place(output, snapshot)
+    place = Place(output, "-o", is_file=snapshot.path.is_file())
+    check_place_of(place, snapshot)
     deltas = read_deltas(file)
+    layers = tuple(delta.layer for delta in deltas)
+    asked = asked_to_apply(file, snapshot, output, layers=layers, rounded=rounded)
+    if place.is_taken:
+        return repeated(place, asked, snapshot)
     weights = [find_weight(snapshot, delta.layer, delta.bias) for delta in deltas]
     with unchanged([snapshot], copied=snapshot):
         bases = [_base_of(weight, delta, file) for weight, delta in zip(weights, deltas, strict=True)]
@@ -135,9 +105,8 @@ def apply_deltas(
                 expected = delta.applied(base, delta.directions @ delta.directions.T)
                 check_moved(base, expected, again.forward(delta.directions), delta.layer)
 
-        outcome = TuneOutcome(tuple(delta.layer for delta in deltas), "apply", path=output, notes=tuple(_left_alone(snapshot)))
-        delta = relative(file, output.resolve().parent)
-        about = _provenance(outcome, snapshot, rounded).model_copy(update={"delta": delta})
+        outcome = TuneOutcome(layers, "apply", path=output, notes=tuple(_left_alone(snapshot)))
+        about = asked.model_copy(update={"notes": outcome.notes})
         changes = list(zip(weights, deltas, strict=True))
         done = write_tuned(snapshot, changes, Writing(output, rounded, about, check, num_threads), progress)
     num_bytes = sum(weight.bytes_read for weight in weights) + done.bytes_read
@@ -218,13 +187,23 @@ def _check_options(request: TuneRequest) -> None:
         raise UsageError("--anchor works with one layer, found several", hint="tune one layer, or leave it out")
 
 
-def _check_places(request: TuneRequest, snapshot: Snapshot) -> Path:
+def _place_of(request: TuneRequest, snapshot: Snapshot) -> Place:
     if request.output is not None:
-        check_tuned_place(request.output, snapshot)
-        return request.output
+        return Place(request.output, "-o", is_file=snapshot.path.is_file())
     assert request.delta_out is not None  # noqa: S101 - _check_options has seen to it
-    check_delta_place(request.delta_out, snapshot)
-    return request.delta_out
+    return Place(request.delta_out, "--delta-out", is_file=True)
+
+
+def _marks_of(request: TuneRequest) -> dict[Path, Mark]:
+    """The files of rows, as they are before they are read, which says what is missing."""
+    return {path: mark_of(path) for path in (request.data, request.anchor) if path is not None and path.is_file()}
+
+
+def _check_kept_files(marks: Mapping[Path, Mark]) -> None:
+    """See that the record tells of the rows that were read."""
+    for path, mark in marks.items():
+        if mark_of(path) != mark:
+            raise DataError(f"{path}: changed during the tuning", hint="run the command again when the file is complete")
 
 
 def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
@@ -321,12 +300,10 @@ class _Work:
             check_kept(self.solved.before[chosen], self.solved.after[chosen], found[chosen], what)
 
 
-def _publish(work: _Work, outcome: TuneOutcome, progress: Progress) -> TuneOutcome:
-    """Write the checkpoint, or the deltas alone."""
-    request, snapshot, place, verdict = work.request, work.snapshot, outcome.path, outcome.verdict
-    assert place is not None and verdict is not None  # noqa: S101, PT018 - the caller has set them
-    judged = _judged(outcome, verdict, request, place.resolve().parent)
-    about = _provenance(outcome, snapshot, request.rounded).model_copy(update=judged)
+def _publish(work: _Work, outcome: TuneOutcome, about: TuneSidecar, progress: Progress) -> TuneOutcome:
+    """Write the checkpoint, or the deltas alone, with their record."""
+    request, snapshot, place = work.request, work.snapshot, outcome.path
+    assert place is not None  # noqa: S101 - the caller has set it
     if request.output is None:
         return replace(outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about, like=snapshot.path))
     changes = list(zip(work.model.weights, work.solved.deltas, strict=True))
@@ -343,53 +320,3 @@ def _publish_deltas(deltas: Sequence[Delta], place: Path, about: TuneSidecar, *,
             if not np.array_equal(delta.factors, again.factors) or not np.array_equal(delta.directions, again.directions):
                 raise OutputError(f"{place}: its content differs from what was written", hint="check the disk")
         return hidden.stat().st_size
-
-
-def _provenance(outcome: TuneOutcome, snapshot: Snapshot, rounded: Rounded) -> TuneSidecar:
-    """What a sidecar says of a tuning, whatever was asked for."""
-    assert outcome.path is not None  # noqa: S101 - only what was written has one
-    path = relative(snapshot.path, outcome.path.resolve().parent)
-    return TuneSidecar(
-        schema_version=1,
-        command="tune",
-        name=portable(outcome.path.name),
-        farcast_version=__version__,
-        layers=outcome.layers,
-        method=outcome.method,
-        input=CheckpointFile(path=path, bytes=snapshot.num_bytes, digest=snapshot.digest),
-        round=rounded.how,
-        seed=rounded.seed,
-        notes=outcome.notes,
-    )
-
-
-def _judged(outcome: TuneOutcome, verdict: GateResult, request: TuneRequest, home: Path) -> dict[str, Any]:
-    """What the sidecar of a tuning says beside: what it was worth, and what was asked for."""
-    before, after = outcome.tuned_loss
-    return {
-        "held_out": HeldOut(before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_rows),
-        "gate": verdict.threshold,
-        "tuned": TunedOn(before=before, after=after, rows=outcome.num_rows[0]),
-        "iterations": outcome.iterations,
-        "relative_change": outcome.sizes,
-        "data": RowsFile(path=relative(request.data, home), bytes=file_size(request.data)),
-        "options": _options(request, home),
-    }
-
-
-def _options(request: TuneRequest, home: Path) -> TuneOptions:
-    settings = request.settings
-    return TuneOptions(
-        loss=request.loss,
-        activation=request.activations,
-        bias=request.biases,
-        head=request.head,
-        head_bias=request.head_bias,
-        anchor=None if request.anchor is None else relative(request.anchor, home),
-        rate=settings.rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        ridge=settings.ridge,
-        holdout=request.holdout,
-        subsample=request.subsample,
-    )

@@ -7,7 +7,6 @@ written is read again, and the losses are computed anew.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from farcast_cli.engine.reader import Resources
 from farcast_cli.engine.write import Engine, write_forecasts
 from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.files.place import check_place, check_sidecar_ours, sidecar_of
-from farcast_cli.files.staged import refuse_existing, staging
+from farcast_cli.files.staged import staging
 from farcast_cli.run.alignment import Alignment
 from farcast_cli.run.trajectory import open_snapshot, run_of
 from farcast_cli.sidecar import files_of, write_sidecar
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from farcast_cli.records import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.delta import Delta, Rounded
+    from farcast_cli.tune.repeat import Place
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
@@ -54,32 +54,24 @@ class Written:
     bytes_written: int
 
 
-def check_tuned_place(place: Path, snapshot: Snapshot) -> None:
-    """See that a tuned checkpoint may be written at a place, and that its name ends as the checkpoint's does.
+def check_place_of(place: Place, snapshot: Snapshot) -> None:
+    """See that an output may be written at a place, or is there already, and that its name ends as it should.
 
     Raises:
         UsageError: it is the checkpoint, lies inside it, or its name ends otherwise.
-        OutputError: it lies in the checkpoint's run, or something lies there.
+        OutputError: it lies in the checkpoint's run, or something lies there that is no such output.
     """
-    is_file = snapshot.path.is_file()
-    _check_place(place, snapshot, option="-o", ending=snapshot.path.suffix if is_file else "", has_sidecar_beside=is_file)
-
-
-def check_delta_place(place: Path, snapshot: Snapshot) -> None:
-    """The same of a file for the delta alone."""
-    _check_place(place, snapshot, option="--delta-out", ending=".safetensors", has_sidecar_beside=False)
-
-
-def _check_place(place: Path, snapshot: Snapshot, *, option: str, ending: str, has_sidecar_beside: bool) -> None:
-    real, own = place.resolve(), snapshot.path.resolve()
+    path, option = place.path, place.option
+    real, own = path.resolve(), snapshot.path.resolve()
     if real == own or real.is_relative_to(own):
         where = "is the checkpoint itself" if real == own else f"lies inside the checkpoint {snapshot.path}"
-        raise UsageError(f"{option} {place}: {where}", hint="farcast never changes its input: choose another place")
-    existing = partial(refuse_existing, hint=f"choose another place with {option}")
-    check_place(place, run=run_of(snapshot), existing=existing, has_sidecar_beside=has_sidecar_beside, option=option)
-    if not place.name.endswith(ending):
+        raise UsageError(f"{option} {path}: {where}", hint="farcast never changes its input: choose another place")
+    has_sidecar = place.is_file and not place.is_delta
+    check_place(path, run=run_of(snapshot), existing=place.check_record, has_sidecar_beside=has_sidecar, option=option)
+    ending = ".safetensors" if place.is_delta else snapshot.path.suffix if place.is_file else ""
+    if not path.name.endswith(ending):
         raise UsageError(
-            f"{option} {place}: expected a name that ends in {ending}", hint=f"{option} {shell_word(f'{place}{ending}')}"
+            f"{option} {path}: expected a name that ends in {ending}", hint=f"{option} {shell_word(f'{path}{ending}')}"
         )
 
 
