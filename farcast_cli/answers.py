@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli import records, results
 from farcast_cli.reports.panels import facts, headline
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.request import TuneOutcome as Tuning
+    from farcast_cli.watching import Event
 
 
 def of_error(code: int, message: str, *, hint: str = "", path: Path | None = None) -> results.ErrorAnswer:
@@ -264,6 +266,33 @@ def of_leap(done: Leapt, *, dry_run: bool) -> results.LeapAnswer:
         worth=_worth(done.worth),
         dry_run=dry_run,
     )
+
+
+def of_watch(event: Event, run: Path) -> results.WatchAnswer:
+    """One event."""
+    return results.WatchAnswer(
+        schema_version=1, time=datetime.now(UTC).isoformat(timespec="seconds"), run=run, **_of_event(event)
+    )
+
+
+def _of_event(event: Event) -> dict[str, Any]:
+    from farcast_cli import watching  # not for an error, which no numpy need be imported for
+
+    match event:
+        case watching.NewVerdict():
+            own = {"num_snapshots", "verdict", "words", "reason", "horizon", "coherence", "significance", "ratio"}
+            found = {name: getattr(event, name) for name in own}
+            return found | {"event": "judged", "origin_step": event.step, "since_leap": event.leap}
+        case watching.LeapWritten(step, path, valid_step, existed):
+            return {"event": "leap", "origin_step": step, "path": path, "valid_step": valid_step, "existed": existed}
+        case watching.CommandEnded(checkpoint, log, seconds, failed):
+            return {"event": "command", "path": checkpoint, "log": log, "seconds": seconds, "failed": failed or None}
+        case watching.Trouble(text, hint):
+            return {"event": "problem", "message": text, "hint": hint or None}
+        case watching.Waiting(what, step, age_s):
+            return {"event": "waiting", "origin_step": step, "message": what, "seconds": age_s}
+        case watching.WatchEnded(step, reason):
+            return {"event": "end", "origin_step": step, "reason": reason}
 
 
 def of_tune(tuning: Tuning) -> results.TuneAnswer:

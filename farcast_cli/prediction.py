@@ -17,7 +17,7 @@ from farcast_cli.card import upload_command
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.errors import FarcastError, SnapshotError, UsageError, listed, shell_word
+from farcast_cli.errors import FarcastError, SampledError, UsageError, listed, shell_word
 from farcast_cli.folder import note_on
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
@@ -252,11 +252,11 @@ def _refuse_samples(snapshots: Sequence[Snapshot]) -> None:
     """Refuse snapshots of which only a sample was kept.
 
     Raises:
-        SnapshotError: some are such.
+        SampledError: some are such.
     """
     found = [snapshot.path for snapshot in snapshots if snapshot.is_sample]
     if found:
-        raise SnapshotError(
+        raise SampledError(
             f"{found[0].parent}: this forecast needs all weights, and only a sample was kept in"
             f" {listed(dict.fromkeys(path.name for path in found))}",
             hint=f"choose a --method that reads fewer snapshots (farcast backtest -v lists them); {WHOLE}",

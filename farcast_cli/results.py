@@ -302,6 +302,44 @@ class LeapAnswer(Answer):
     dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
+# --- watch -----------------------------------------------------------------------------------------------------------
+
+
+class WatchAnswer(Answer):
+    """`farcast watch --json`: one object on each line, for each event. A key that does not belong to the event is absent."""
+
+    event: Literal["judged", "leap", "command", "problem", "waiting", "end"] = Field(
+        description="`judged`: a new snapshot and the verdict; `leap`: a forecast was written; `command`: the command of `--on-leap` has"
+        " ended; `problem`: the watch goes on; `waiting`: once in ten minutes; `end`: the watch has ended"
+    )
+    time: str = Field(description="when, in UTC")
+    run: PortablePath = Field(description="the run's folder")
+    origin_step: int | None = Field(default=None, description="step of the newest snapshot; absent before the first")
+    num_snapshots: int | None = Field(default=None, description="`judged`: snapshots in the history")
+    since_leap: int | None = Field(
+        default=None, description="`judged`: the step of the leap after which the history begins; absent if there was no leap"
+    )
+    verdict: Verdict | None = Field(default=None, description="`judged`: `forecast`, `abstain` or `untestable`")
+    words: str | None = Field(default=None, description="`judged`: the verdict for people")
+    reason: str | None = Field(default=None, description="`judged`: why; `end`: why the watch ended")
+    horizon: int | None = Field(default=None, description="`judged`: steps that a leap would skip; 0 if it was not judged")
+    coherence: Figure | None = Field(default=None, description=f"`judged`: {COHERENCE}")
+    significance: Figure | None = Field(default=None, description=f"`judged`: {SIGNIFICANCE}")
+    ratio: Figure | None = Field(default=None, description="`judged`: back-test ratio b; `null` if it cannot be computed")
+    path: PortablePath | None = Field(
+        default=None, description="`leap`: the checkpoint to resume from; `command`: that it ran for"
+    )
+    valid_step: int | None = Field(default=None, description="`leap`: step that the forecast is for")
+    existed: bool = Field(default=False, description="`leap`: `true` if it was there already; absent otherwise")
+    failed: str | None = Field(default=None, description="`command`: what went wrong; absent if nothing did")
+    log: PortablePath | None = Field(default=None, description="`command`: the file with its output")
+    seconds: Seconds | None = Field(
+        default=None, description="`command`: how long it ran; `waiting`: age of the newest snapshot"
+    )
+    message: str | None = Field(default=None, description="`problem`: what is wrong, in one line; `waiting`: what for")
+    hint: str | None = Field(default=None, description="`problem`: what to do about it; absent if nothing is known")
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +506,7 @@ ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "predict": (PredictAnswer, PredictManyAnswer),
     "verify": (VerifyAnswer,),
     "leap": (LeapAnswer,),
+    "watch": (WatchAnswer,),
     "tune": (TuneAnswer,),
     "sidecar": (ForecastSidecar, TuneSidecar),
     "error": (ErrorAnswer,),

@@ -32,7 +32,7 @@ def test_help_lists_every_topic_with_its_title(call_cli: CallCli) -> None:
     lines = call_cli("help").stdout.splitlines()
     assert [line.split()[:3] for line in lines] == [["farcast", "help", topic] for topic in TOPICS]
     assert all(line.endswith(title_of(topic)) for line, topic in zip(lines, TOPICS, strict=True))
-    assert {"resume", "leaps", "formats", "convert", "ci", "exit-codes", "evaluation"} == set(TOPICS)
+    assert {"resume", "leaps", "formats", "convert", "ci", "exit-codes", "evaluation", "watch"} == set(TOPICS)
     assert all(topic in str(help_command.__doc__) for topic in TOPICS)
 
 

@@ -29,6 +29,7 @@ ORDER = (
     "evaluation.__init__",
     "evaluation.command",
     "evaluation.judge",
+    "evaluation.hook",
     "files.__init__",
     "files.reading",
     "files.json_text",
@@ -162,6 +163,7 @@ ORDER = (
     "reports.svg",
     "reports.page",
     "reports.output",
+    "watching",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -195,6 +197,7 @@ ORDER = (
     "commands.__init__",
     "commands.tables",
     "commands.render",
+    "commands.view",
     "commands.streams",
     "commands.mistakes",
     "commands.options",
@@ -206,6 +209,7 @@ ORDER = (
     "commands.report",
     "commands.verify",
     "commands.leap",
+    "commands.watch",
     "commands.tune",
     "commands.schema",
     "commands.help",
@@ -307,7 +311,9 @@ def lines_that_print(module: str) -> list[str]:
 def test_no_module_but_render_prints() -> None:
     others = [module for module in MODULES if module not in {"commands.render", "cli", "commands.streams", "__main__"}]
     assert wrong(lines_that_print, others) == {}
-    assert wrong(lambda module: packages_of(module) & {"rich"}, others) == {"commands.tables": {"rich"}}  # for render
+    assert wrong(lambda module: packages_of(module) & {"rich"}, others) == {
+        name: {"rich"} for name in ("commands.tables", "commands.view")
+    }
 
 
 def packages_of(module: str) -> set[str]:
@@ -327,7 +333,21 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "report", "predict", "verify", "leap", "tune", "schema", "help", "ci")
+COMMANDS = (
+    "inspect",
+    "keep",
+    "watch",
+    "fit",
+    "backtest",
+    "report",
+    "predict",
+    "verify",
+    "leap",
+    "tune",
+    "schema",
+    "help",
+    "ci",
+)
 MAX_STATEMENTS = 20
 
 

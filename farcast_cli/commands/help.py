@@ -21,7 +21,7 @@ def help(  # noqa: A001 - a command is called as its function
         ),
     ] = None,
 ) -> None:
-    """Explain a topic: resume, leaps, formats, convert, ci, exit-codes or evaluation."""
+    """Explain a topic: resume, leaps, watch, formats, convert, ci, exit-codes or evaluation."""
     from farcast_cli.commands import render
 
     topics = names_of("topics")

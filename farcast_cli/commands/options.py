@@ -68,6 +68,7 @@ PANELS = {
         "reference",
     ),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
+    "Watch": ("interval", "until", "once", "keep", "leap", "on_leap"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
     "Rows": ("data", "loss", "anchor", "holdout", "gate", "subsample", "seed"),

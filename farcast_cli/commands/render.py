@@ -126,6 +126,11 @@ def text(content: str) -> None:
     sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
 
 
+def has_terminal() -> bool:
+    """Whether a person sees both streams on a terminal that can move its cursor."""
+    return sys.stdout.isatty() and sys.stderr.isatty() and not stderr().is_dumb_terminal
+
+
 def has_blocks() -> bool:
     """Whether stdout takes blocks and dashes."""
     return (sys.stdout.encoding or "").lower().startswith("utf")

@@ -130,13 +130,34 @@ def plan_fit(request: FitRequest) -> FitPlan:
         check_fitted_place(request.output, chosen.directory)
         before = run_of_fitted(request.output)
         replaced = before if before and before.resolve() != chosen.directory.resolve() else None
+    found, past = find(request, minimum=MIN_SNAPSHOTS)
+    return replace(plan_found(request, found, past), started=started, replaced=replaced)
+
+
+def find(request: FitRequest, *, minimum: int) -> tuple[Trajectory, Past]:
+    """The snapshots of a run, and those since the last leap; reads headers, and of leaps a few values.
+
+    Raises:
+        TooFewSnapshotsError: fewer than `minimum`.
+        SnapshotError, FileFormatError: no run that can be read.
+    """
+    chosen = request.selection
     found = discover_all(
-        chosen.directory, steps=chosen.steps, pattern=chosen.pattern, history=chosen.history, minimum=MIN_SNAPSHOTS
+        chosen.directory,
+        steps=chosen.steps,
+        pattern=chosen.pattern,
+        history=chosen.history,
+        unsettled=chosen.unsettled,
+        minimum=minimum,
     )
-    past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
-    entering = usable(past.history.trajectory.snapshots, chosen)
+    return found, past_of(found, request.ledgers, chosen=chosen.steps, minimum=minimum)
+
+
+def plan_found(request: FitRequest, found: Trajectory, past: Past) -> FitPlan:
+    """The plan for what `find` found."""
+    entering = usable(past.history.trajectory.snapshots, request.selection)
     _check_samples(entering.snapshots, request.num_samples)
-    return FitPlan(request, found, past, entering, started, replaced, losses_of(found, request.losses))
+    return FitPlan(request, found, past, entering, time.monotonic(), losses=losses_of(found, request.losses))
 
 
 def _check_samples(snapshots: Sequence[Snapshot], num_samples: int | None) -> None:
