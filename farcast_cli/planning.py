@@ -20,17 +20,19 @@ from farcast_cli.folder import folder_of
 from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.request import Prepared, Start
+from farcast_cli.second_copies import find_copies
 from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
 from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.pieces import OutputFile
     from farcast_cli.engine.batch import Inputs
     from farcast_cli.files.staged import Check
     from farcast_cli.request import Request
+    from farcast_cli.second_copies import SecondCopies
     from farcast_cli.trainers.base import Snapshot
 
 
@@ -103,8 +105,10 @@ def prepare(
         paths: where the forecasts go.
         snapshots: those that are read.
     """
-    index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
-    planned = [_plan(request, start, history, horizon, index_of=index_of, container=container) for horizon in horizons]
+    with told_as_damage(start.origin):
+        found = find_copies(inputs, snapshots, start.origin)
+    inputs = found.added_to(inputs)
+    planned = [_plan(request, start, history, horizon, inputs=inputs, found=found, container=container) for horizon in horizons]
     advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
     engine = Engine(inputs, request.resources)
     return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin, start.run)
@@ -116,7 +120,8 @@ def _plan(
     history: Sequence[Snapshot],
     horizon: int,
     *,
-    index_of: Mapping[str, int],
+    inputs: Inputs,
+    found: SecondCopies,
     container: Container,
 ) -> tuple[Advanced, tuple[OutputFile, ...]]:
     """The trainer's state at the later step, and the files of the forecast."""
@@ -124,14 +129,18 @@ def _plan(
     counters = request.counters if horizon else "keep"
     with told_as_damage(start.origin):
         is_leap = bool(horizon) and request.purpose == "resume"
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters, is_marked=is_leap)
+        moved = advance(
+            history, horizon, optimizer=request.optimizer, counters=counters, is_marked=is_leap, copies=found.by_part
+        )
+    moved.notes += found.notes
     if container.is_weights_only:
         moved = Advanced(moved.trees)  # what else was done is not written
     counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
     moved.changes.extend(counts.values())
     step = start.origin.step + (horizon if counters == "advance" else 0)
     mirror = request.purpose == "evaluation"
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
+    index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
+    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror, masters=found.masters)
     return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
 
 

@@ -142,6 +142,7 @@ ORDER = (
     "verification",
     "request",
     "headline",
+    "second_copies",
     "planning",
     "sidecar",
     "card",
