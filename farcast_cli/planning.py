@@ -77,9 +77,11 @@ def place_of(request: Request, start: Start, horizon: int, container: Container,
 
 
 def state_of(origin: Snapshot) -> object:
-    """The object tree of a checkpoint that is one torch file."""
-    content = origin.parts[0].content
-    return content.tree if isinstance(content, TorchFile) else None
+    """The object tree of a checkpoint that is one torch file, or of the file beside its weights that is its trainer's own."""
+    trees = [part.content.tree for part in origin.parts if isinstance(part.content, TorchFile)]
+    content, wrote = origin.parts[0].content, trainer_of(origin).wrote
+    first = content.tree if isinstance(content, TorchFile) else None
+    return next((tree for tree in trees if wrote(tree)), first)
 
 
 def start_at(run: Path, origin: Snapshot, index: int, request: Request) -> Start:

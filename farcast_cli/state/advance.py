@@ -53,6 +53,8 @@ _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|sav
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
 _OPAQUE = "bytes that only its own loop can read, such as the place in the data"
+_MAY_SCHEDULE = re.compile(r"sched|state|meta|train|\.(?:pkl|pickle)$", re.IGNORECASE)
+"""Names of files that may hold a schedule where they could not be read."""
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -212,7 +214,11 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         result.notes.extend(clock.notes(name, state.tree))
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
         series = history.series(path)
-        if any(path[: len(above)] == above for above in by_clock) or not _counts(series) or _is_measured(path, value, series):
+        if (
+            any(path[: len(above)] == above for above in by_clock)
+            or not _counts(series, is_new=_is_new(state.tree, path, history))
+            or _is_measured(path, value, series)
+        ):
             continue  # a setting or a loss, not a counter
         where = f"{name}: {dotted(path)}"
         new = _moved(path, value, series, target)
@@ -235,9 +241,17 @@ def _opaque(tree: object, history: StateHistory) -> Iterator[str]:
             yield dotted(path)
 
 
-def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
-    """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself."""
-    return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
+def _counts(series: Sequence[tuple[int, int | float]], *, is_new: bool) -> bool:
+    """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself, and not the newest of a log."""
+    return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1] and not is_new)
+
+
+def _is_new(tree: Any, path: TreePath, history: StateHistory) -> bool:
+    """Whether a leaf lies in a list that the earlier snapshots have shorter, as a log is."""
+    return len(history.states) > 1 and any(
+        isinstance(at(tree, path[:depth]), list) and find(history.states[-2][1], path[: depth + 1]) is None
+        for depth in range(len(path))
+    )
 
 
 def _is_measured(path: TreePath, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
@@ -326,7 +340,8 @@ def _advance_schedules(
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
     if not schedulers:
-        result.notes.extend(_rates_left(result, histories))
+        unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
+        result.notes.extend(_rates_left(result, histories, unread))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = find(holder.tree, path)
@@ -366,7 +381,7 @@ def _advance_schedules(
             result.notes.append(f"{where}: {note}")
 
 
-def _rates_left(result: Advanced, histories: Mapping[str, StateHistory]) -> Iterator[str]:
+def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], unread: Sequence[str]) -> Iterator[str]:
     """Learning rates that moved along the run, where no file says by what schedule."""
     for name, state in result.trees.items():
         _, first, file = histories[name].states[0]
@@ -377,7 +392,8 @@ def _rates_left(result: Advanced, histories: Mapping[str, StateHistory]) -> Iter
             )
             if old != new:
                 where = state.part.name or state.part.path.name
-                yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets the rate at each step corrects it"
+                why = f"a schedule may be in {listed(unread)}, which is copied" if unread else "no schedule is saved"
+                yield f"{where}: the learning rate stays at {new[0]:.6g}: {why}; a loop that sets the rate at each step corrects it"
 
 
 def _owner(
