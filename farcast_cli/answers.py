@@ -93,7 +93,7 @@ def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
         origin_step=fitted.steps[-1],
         num_snapshots=len(fitted.steps),
         leap=record.leap.resumes_after if record.leap else None,
-        notes=(*record.notes, *done.cautions, *done.jumps),
+        notes=(*record.notes, *done.cautions, *done.jumps, *filter(None, [done.carrier])),
         num_tensors=len(record.tensors),
         sampled=record.num_samples,
         coherence=steady.coherence,

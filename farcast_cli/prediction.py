@@ -23,6 +23,7 @@ from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
+from farcast_cli.forecast.judgement import carrier_of
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
@@ -304,6 +305,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     if newer and request.origin_step is None:
         again = f"farcast fit {fitted.source}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
+    if request.purpose == "resume" and (carrier := carrier_of(fitted)):
+        notes.append(carrier)
     written = [outcome for outcome in outcomes if outcome.path]
     folders = {outcome.path.parent for outcome in outcomes if outcome.path and request.output is None}
     notes += [odd for folder in folders if (odd := note_on(folder, fitted.directory))]

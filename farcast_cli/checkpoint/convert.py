@@ -232,7 +232,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
         state = advanced.trees[part.name]
         alone = replace(part, weights_key=(), mirror_key=())
         tree = at(state.tree, part.weights_key)
-        return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed), rewrite)
+        return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed, state.forecast), rewrite)
     return _torch_file("", weights_in(part, advanced, rewrite))
 
 

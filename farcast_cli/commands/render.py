@@ -350,7 +350,7 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
-    for text in done.jumps:
+    for text in filter(None, (*done.jumps, done.carrier)):
         note(text)
     if done.worth:
         note(done.worth.told())

@@ -25,6 +25,7 @@ from farcast_cli.forecast.forecaster_file import (
     save_fitted,
 )
 from farcast_cli.forecast.history import past_of
+from farcast_cli.forecast.judgement import carrier_of
 from farcast_cli.run.alignment import align
 from farcast_cli.run.kept import discover_all
 from farcast_cli.run.losses import losses_of
@@ -32,6 +33,7 @@ from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, WHOLE
 from farcast_cli.state.rates import read_pace
+from farcast_cli.state.trained import trained_in
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
@@ -112,6 +114,8 @@ class FitOutcome:
     """Of leaps that the history may contain, by the steps of its snapshots and by the ledgers."""
     jumps: tuple[str, ...] = ()
     """The same, by the weights."""
+    carrier: str = ""
+    """A tensor without which the verdict would be another, in words."""
     worth: Worth | None = None
     """What the run's losses say of its last leap."""
     unlogged: tuple[str, ...] = ()
@@ -199,7 +203,9 @@ def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
         save_fitted(fitted, request.output)
     seconds = time.monotonic() - plan.started
     jumps = tuple(_cautions_of_jumps(fitted))
-    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps, plan.worth)
+    return FitOutcome(
+        fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps, carrier_of(fitted), plan.worth
+    )
 
 
 def fit(
@@ -230,13 +236,16 @@ def fit(
         )
         pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
         records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
-    _check_one_run(gram, trajectory)
+    trained = trained_in(trajectory.snapshots[-1])
     last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
     provenance = Provenance(
         directory=str(trajectory.directory),
         layout=trajectory.layout,
         snapshots=records,
-        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark) for e, remark in last),
+        tensors=tuple(
+            TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark, trained=trained.get(e.name))
+            for e, remark in last
+        ),
         copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
         num_samples=num_samples,
         leap=leap,
@@ -247,7 +256,9 @@ def fit(
         pattern=trajectory.pattern,
         kept="" if trajectory.kept is None else str(trajectory.kept),
     )
-    return Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
+    fitted = Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
+    _check_one_run(fitted.judged()[0], trajectory)
+    return fitted
 
 
 def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:

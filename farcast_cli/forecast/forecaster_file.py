@@ -71,6 +71,8 @@ class TensorRecord(BaseModel):
     shape: tuple[int, ...]
     dtype: str
     remark: str = ""
+    trained: bool | None = None
+    """Whether the trainer's optimizer has a state for it; None where that is unknown."""
 
 
 class CopiedRecord(BaseModel):
@@ -134,7 +136,10 @@ class Fitted:
         return tuple(record.step for record in self.provenance.snapshots)
 
     def judged(self) -> tuple[Gram, Sample]:
-        """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
+        """What forecasts are judged by: all that may be trained.
+
+        BatchNorm's statistics are not, whose scale is the data's, nor what the optimizer has no state for.
+        """
         chosen = self._is_judged()
         return (self.gram, self.sample) if chosen.all() else (self.gram.select(chosen), self.sample.select(chosen))
 
@@ -162,9 +167,9 @@ class Fitted:
         return bool(self._batch_norm().any())
 
     def _is_judged(self) -> NDArray[np.bool_]:
-        """Which tensors forecasts are judged by, (K,): all where there are BatchNorm's statistics only."""
-        others = ~self._batch_norm()
-        return others if others.any() else ~others
+        """Which tensors forecasts are judged by, (K,): all where none may be trained."""
+        others = ~self._batch_norm() & np.array([record.trained is not False for record in self.provenance.tensors], np.bool_)
+        return others if others.any() else np.ones_like(others)
 
     def _batch_norm(self) -> NDArray[np.bool_]:
         """Which tensors are BatchNorm's running statistics, (K,)."""
