@@ -320,6 +320,51 @@ def test_a_later_version_of_the_early_steps_only_is_a_second_run(tmp_path: Path)
     assert discover(tmp_path, pattern="*-v1.*").steps == STEPS[:4]
 
 
+def saved_in_order(directory: Path, steps: Sequence[int], *, name: str = "step_{:04d}", apart: float = 60) -> Path:
+    """Snapshots that were saved in this order, so many seconds apart."""
+    for index, step in enumerate(steps):
+        os.utime(loose(directory, name.format(step), step), (1e9 + apart * index,) * 2)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "hint"),
+    [
+        ((900, 1000, 1100), (200, 300, 400), "--steps :400 reads the later run, --steps 900: the earlier one"),
+        ((100, 200, 300), (50, 150, 250), "--steps 50,150,250 reads the later run, --steps 100,200,300 the earlier one"),
+        ((100, 200, 300, 400), (220, 280), "--steps 220:280 reads the later run, --steps 100,200,300,400 the earlier one"),
+    ],
+)
+def test_a_run_that_began_again_in_its_folder_is_told_by_the_order_of_saving(
+    tmp_path: Path, earlier: tuple[int, ...], later: tuple[int, ...], hint: str
+) -> None:
+    run = saved_in_order(tmp_path, (*earlier, *later))
+    message = rf"step_{later[0]:04d}\.safetensors was saved after step_{earlier[-1]:04d}\.safetensors"
+    with pytest.raises(MixedRunsError, match=message) as caught:
+        discover(run)
+    assert caught.value.hint.startswith(hint)
+    words = hint.split()
+    assert discover(run, steps=parse_steps(words[1])).steps == later
+    assert discover(run, steps=parse_steps(words[7])).steps == earlier
+    whole = discover(run, steps=parse_steps(f"{min(*earlier, *later)}:{max(*earlier, *later)}"))
+    assert whole.steps == tuple(sorted((*earlier, *later)))
+    assert "was saved after" in whole.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("order", "name", "apart"),
+    [
+        ((100, 1000, 1100, 200, 300, 400), "step_{}", 60),  # the order of the names
+        ((300, 400, 500, 100, 200), "step_{}", 0.01),  # all at once
+        ((300, 400, 500, 100, 200), "step_{}", 0),
+        ((300, 100, 500, 200, 400), "step_{}", 60),  # any order
+        ((100, 200, 400, 500, 300), "step_{}", 60),  # one that was saved again
+    ],
+)
+def test_the_times_of_copies_make_no_second_run(tmp_path: Path, order: tuple[int, ...], name: str, apart: float) -> None:
+    assert discover(saved_in_order(tmp_path, order, name=name, apart=apart)).steps == tuple(sorted(order))
+
+
 class Regression(lightning.LightningModule):
     """A linear model on random data."""
 

@@ -74,6 +74,7 @@ ORDER = (
     "trainers.__init__",
     "run.__init__",
     "run.closed",
+    "run.mixed",
     "run.steps",
     "run.entries",
     "run.intervals",
@@ -363,6 +364,7 @@ def heavy_imports_at_its_top(module: str) -> set[str]:
 
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
     needed = [
+        "run.mixed",
         "run.steps",
         "run.entries",
         "run.trajectory",

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import re
-import shlex
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import (
-    MAX_LISTED,
-    MixedRunsError,
     SnapshotError,
     StepConflictError,
     TooFewSnapshotsError,
@@ -20,15 +15,15 @@ from farcast_cli.errors import (
     listed,
     shell_word,
 )
+from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
 from farcast_cli.trainers.base import Evidence, Snapshot
-from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
+from farcast_cli.trainers.names import MAX_DIGITS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 _ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
-_VERSION = re.compile(r"-v(\d+)(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
 _MIN_FOR_A_RATE = 3
 
 
@@ -122,7 +117,7 @@ def settle_steps(
     _cross_check(settled, {snapshot.path for snapshot in chosen}, findings)
     if isinstance(wanted, StepList):
         _check_listed(chosen, wanted, directory, findings)
-    return _without_duplicates(chosen, directory, findings)
+    return _without_duplicates(chosen, directory, findings, is_chosen=wanted is not None)
 
 
 def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotError:
@@ -160,13 +155,13 @@ def _in_order_of_saving(
     snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
 ) -> list[Snapshot]:
     """Snapshots none of which has evidence: a list of steps gives them theirs, in the order in which they were saved."""
-    ordered = sorted(snapshots, key=lambda snapshot: (_saved_at(snapshot), snapshot.path.name))
+    ordered = sorted(snapshots, key=lambda snapshot: (saved_at(snapshot), snapshot.path.name))
     if not isinstance(wanted, StepList):
         findings.conflicts.extend(_ask_for_steps(ordered, directory))
         return ordered
     named = [snapshot for snapshot in ordered if not _ALIAS.match(snapshot.path.stem)]
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
-    if chosen is None or len(set(map(_saved_at, chosen))) < len(chosen):
+    if chosen is None or len(set(map(saved_at, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
         findings.conflicts.append(
             StepConflictError(
@@ -200,12 +195,6 @@ def _ask_for_steps(ordered: Sequence[Snapshot], directory: Path) -> Iterator[Ste
 
 def _in_words(snapshots: Sequence[Snapshot]) -> str:
     return listed(snapshot.path.name for snapshot in snapshots)
-
-
-def _saved_at(snapshot: Snapshot) -> int:
-    """When the last of the files that hold its weights was changed, in ns."""
-    files = {entry.path for entry in snapshot.tensors.values()}
-    return max((mark[1] for path, mark in snapshot.marks.items() if path in files), default=0)
 
 
 def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path, findings: Findings) -> None:
@@ -257,12 +246,14 @@ def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:
 # --- several snapshots of a step -------------------------------------------------------------------------------------
 
 
-def _without_duplicates(snapshots: Iterable[Snapshot], directory: Path, findings: Findings) -> list[Snapshot]:
+def _without_duplicates(
+    snapshots: Iterable[Snapshot], directory: Path, findings: Findings, *, is_chosen: bool
+) -> list[Snapshot]:
     """One snapshot per step where the others are copies of it; two runs where they are not."""
     kept: list[Snapshot] = []
     collisions: list[list[Snapshot]] = []
     were_replaced = False
-    ordered = sorted(snapshots, key=lambda s: (s.step, _number_of(s) is None, _version_of(s), s.path.name))
+    ordered = sorted(snapshots, key=lambda s: (s.step, number_of(s) is None, version_of(s), s.path.name))
     for step, group in itertools.groupby(ordered, key=lambda snapshot: snapshot.step):
         same = list(group)
         left, was_replaced = (same, False) if step < 0 else _without_copies(same, findings)
@@ -271,10 +262,21 @@ def _without_duplicates(snapshots: Iterable[Snapshot], directory: Path, findings
         if step >= 0 and len(left) > 1:
             collisions.append(left)
     if collisions:
-        findings.conflicts.append(_two_runs(collisions, kept, directory))
-    elif were_replaced:
-        findings.conflicts.extend(_two_versions(kept, directory))
+        findings.conflicts.append(two_runs(collisions, kept, directory))
+    elif versions := list(two_versions(kept, directory)) if were_replaced else []:
+        findings.conflicts.extend(versions)
+    else:
+        _check_order_of_saving(kept, directory, findings, is_chosen=is_chosen)
     return kept
+
+
+def _check_order_of_saving(kept: Sequence[Snapshot], directory: Path, findings: Findings, *, is_chosen: bool) -> None:
+    """Two runs are a conflict; only a note where `--steps` chose both of them."""
+    conflict = begun_anew(kept, directory)
+    if conflict and is_chosen:
+        findings.notes.append(f"{conflict}; --steps takes both")
+    elif conflict:
+        findings.conflicts.append(conflict)
 
 
 def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[Snapshot], bool]:
@@ -286,8 +288,8 @@ def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[
     left, was_replaced = [same[0]], False
     for snapshot in same[1:]:
         twin = next((other for other in left if snapshot.has_weights_of(other)), None)
-        older = next((other for other in left if _plain_name(other) == _plain_name(snapshot)), None)
-        if _number_of(snapshot) is None:
+        older = next((other for other in left if plain_name(other) == plain_name(snapshot)), None)
+        if number_of(snapshot) is None:
             findings.ignore(snapshot.path, f"the same step as {left[0].path.name}")
         elif twin:
             findings.ignore(snapshot.path, f"the same step and weights as {twin.path.name}")
@@ -298,66 +300,3 @@ def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[
         else:
             left.append(snapshot)
     return left, was_replaced
-
-
-def _number_of(snapshot: Snapshot) -> re.Match[str] | None:
-    return find_step_in_name(snapshot.path.name)
-
-
-def _version_of(snapshot: Snapshot) -> int:
-    found = _VERSION.search(snapshot.path.name)
-    return int(found[1]) if found else 0
-
-
-def _plain_name(snapshot: Snapshot) -> str:
-    return _VERSION.sub("", snapshot.path.name)
-
-
-def _two_versions(kept: Sequence[Snapshot], directory: Path) -> Iterator[MixedRunsError]:
-    """Where a later run was shorter, what follows its last version is the earlier run's, and was saved before it."""
-    for early, late in itertools.pairwise(kept):
-        if _version_of(late) < _version_of(early) and _saved_at(late) <= _saved_at(early):
-            yield MixedRunsError(
-                f"{directory}: two runs: {early.path.name} was saved after {late.path.name}, which has a later step",
-                hint=f"--pattern '*-v{_version_of(early)}.*' reads the later run; or move it to its own folder",
-            )
-
-
-def _two_runs(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot], directory: Path) -> MixedRunsError:
-    first, num_more = collisions[0], len(collisions) - 1
-    groups = _groups(collisions, kept)
-    kinds = ", ".join(f"{pattern!r} ({count})" for pattern, count in groups.most_common(MAX_LISTED))
-    choose = f"--pattern {shlex.quote(max(groups))} reads one of the runs; or " if groups else "a trajectory is one run: "
-    return MixedRunsError(
-        f"{directory}: two snapshots of step {first[0].step}: {first[0].path.name} and {first[1].path.name}"
-        + (f", and two at {num_more} more steps" if num_more else "")
-        + (f"; their names form {len(groups)} groups: {kinds}" if groups else ""),
-        hint=f"{choose}move the other run to its own folder",
-    )
-
-
-def _groups(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot]) -> Counter[str]:
-    """How many snapshots have which kind of name, as globs that tell colliding names apart; none where nothing does."""
-    for kind in _KINDS:
-        apart = all(len({kind(snapshot) for snapshot in same}) == len(same) for same in collisions)
-        if apart and all(kind(snapshot) for snapshot in kept):
-            return Counter(kind(snapshot) for snapshot in kept)
-    return Counter()
-
-
-def _before_word(snapshot: Snapshot) -> str:
-    found = _number_of(snapshot)
-    return glob.escape(snapshot.path.name[: found.start()]) + "*" if found and found.start() else ""
-
-
-def _before_number(snapshot: Snapshot) -> str:
-    found = _number_of(snapshot)
-    return glob.escape(snapshot.path.name[: found.start(1)]) + "*" if found else ""
-
-
-def _after_number(snapshot: Snapshot) -> str:
-    found = _number_of(snapshot)
-    return "*[0-9]" + glob.escape(snapshot.path.name[found.end(1) :]) if found else ""
-
-
-_KINDS: tuple[Callable[[Snapshot], str], ...] = (_before_word, _before_number, _after_number)
