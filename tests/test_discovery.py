@@ -124,7 +124,7 @@ def two_stages(directory: Path) -> Path:
         (("stage1-step{}", "stage2-step{}"), ("stage1-*", "stage2-*")),
         (("runA_step_{}", "runB_step_{}"), ("runA_*", "runB_*")),
         (("alpha_{}", "beta_{}"), ("alpha_*", "beta_*")),
-        (("step_{}", "ema_step_{}"), ("step_*", "ema_step_*")),
+        (("step_{}", "raw_step_{}"), ("step_*", "raw_step_*")),
         (("step{}-seedA", "step{}-seedB"), ("*[0-9]-seedA.safetensors", "*[0-9]-seedB.safetensors")),
     ],
 )
@@ -257,7 +257,38 @@ def test_snapshots_that_were_saved_at_the_same_time_get_no_steps_from_a_list(tmp
 def test_a_best_without_evidence_is_left_out_where_the_list_is_as_long_as_the_others(tmp_path: Path) -> None:
     unnumbered(tmp_path, ("a", "best", "b"))  # type: ignore[arg-type]
     assert [s.path.stem for s in discover(tmp_path, steps=StepList((10, 20))).snapshots] == ["a", "b"]
-    assert [s.path.stem for s in discover(tmp_path, steps=StepList((10, 15, 20))).snapshots] == ["a", "best", "b"]
+    with pytest.raises(StepConflictError, match="--steps lists 3 for 2 snapshots"):
+        discover(tmp_path, steps=StepList((10, 15, 20)))
+
+
+OF_OTHERS = ("swa_model", "ckpt-avg-last5", "step_450_ema", "model.mean", "soup3", "best-step=350", "merged", "avg10")
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_what_was_made_of_other_snapshots_is_no_step_of_the_run(tmp_path: Path, name: str) -> None:
+    make_loose_run(tmp_path, (100, 200, 300))
+    loose(tmp_path, name, 250)
+    assert discover(tmp_path).steps == (100, 200, 300)
+    assert list(reasons(tmp_path)) == [f"{name}.safetensors"]
+    assert "made of other snapshots" in reasons(tmp_path)[f"{name}.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["meanflow_step_{}", "bestiary-{}", "atop-{}"])
+def test_a_word_that_only_contains_such_a_word_is_none(tmp_path: Path, name: str) -> None:
+    for step in (100, 200):
+        loose(tmp_path, f"step_{step}", step)
+    loose(tmp_path, name.format(300), 300)
+    assert discover(tmp_path).steps == (100, 200, 300)
+
+
+@pytest.mark.parametrize("pattern", ["", "ema_*"])
+def test_averages_are_the_run_where_they_are_all_that_there_is(tmp_path: Path, pattern: str) -> None:
+    for step in (100, 200, 300):
+        loose(tmp_path, f"ema_{step}", step)
+        if pattern:
+            loose(tmp_path, f"model_{step}", step, seed=1)
+    loose(tmp_path, "last", 300)
+    assert {s.path.name[:3] for s in discover(tmp_path, pattern=pattern).snapshots} == {"ema"}
 
 
 # --- copies and links ------------------------------------------------------------------------------------------------

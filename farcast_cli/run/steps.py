@@ -17,13 +17,12 @@ from farcast_cli.errors import (
 )
 from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
 from farcast_cli.trainers.base import Evidence, Snapshot
-from farcast_cli.trainers.names import MAX_DIGITS
+from farcast_cli.trainers.names import ALIAS, MAX_DIGITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-_ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
 _MIN_FOR_A_RATE = 3
 
 
@@ -135,7 +134,7 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
     """The snapshots but `last`, `best` and their like without evidence; any other without evidence is a conflict."""
     kept = []
     for snapshot in snapshots:
-        if not snapshot.evidence and _ALIAS.match(snapshot.path.stem):
+        if not snapshot.evidence and ALIAS.match(snapshot.path.stem):
             findings.ignore(snapshot.path, "unknown step")
             continue
         kept.append(snapshot)
@@ -159,7 +158,7 @@ def _in_order_of_saving(
     if not isinstance(wanted, StepList):
         findings.conflicts.extend(_ask_for_steps(ordered, directory))
         return ordered
-    named = [snapshot for snapshot in ordered if not _ALIAS.match(snapshot.path.stem)]
+    named = [snapshot for snapshot in ordered if not ALIAS.match(snapshot.path.stem)]
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
     if chosen is None or len(set(map(saved_at, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"

@@ -1,4 +1,4 @@
-"""The step that a file's or folder's name tells."""
+"""What the name of a file or folder tells: its step, or that it is a copy or an average of other snapshots."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ _NO_STEPS = "epochs?|ep|seed|rank|fold|shard|part|stage|phase|trial|version|v"
 _BARE = re.compile(rf"^(?:(?!(?:{_NO_STEPS})[-_])[a-z]+[-_])?{_LONE}$", re.IGNORECASE)
 _DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$")
 
+ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
+"""The stem of a name that says which of the others it is, and no step."""
+_MADE_OF_OTHERS = re.compile(r"(?<![a-z])(?:avg|averaged?|ema|swa|mean|soup|merged?|best|top[-_]?k)(?![a-z])", re.IGNORECASE)
+
 
 def find_step_in_name(name: str) -> re.Match[str] | None:
     """The number of a file or folder name that is its step; group 1 holds the digits.
@@ -29,3 +33,9 @@ def find_step_in_name(name: str) -> re.Match[str] | None:
     told = _GLUED.search(stem) or _BEFORE.search(stem)
     lone = _CHECKPOINT.search(stem) or _BARE.search(stem)
     return told or (None if lone is None or _DATE.match(lone[1]) else lone)
+
+
+def word_of_others(name: str) -> str:
+    """The word in a name that says that it was averaged from other snapshots, or chosen among them; "" for none."""
+    found = _MADE_OF_OTHERS.search(name)
+    return found[0] if found else ""
