@@ -93,6 +93,7 @@ ORDER = (
     "state.counters",
     "state.files",
     "state.advance",
+    "state.metadata",
     "state.rates",
     "checkpoint.__init__",
     "checkpoint.pieces",
