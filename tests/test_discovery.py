@@ -484,6 +484,27 @@ def test_a_newest_snapshot_that_is_still_being_saved_leaves_the_one_before_as_th
     assert [ignored.path.name for ignored in found.half_written] == [loose_name(800)]
 
 
+@pytest.mark.parametrize("damage", [cut, emptied, zeroed])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_snapshot_whose_state_was_cut_off_is_left_out_with_a_caution(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], call_cli: CallCli
+) -> None:
+    for step in STEPS:
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        make_loose_run(folder, (step,))
+        (folder / loose_name(step)).rename(folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": {}, "param_groups": [], "noise": torch.randn(100)}, folder / file)
+    damage(tmp_path / "run" / "checkpoint-800" / name)
+    done = call_cli("fit", "run", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"caution: checkpoint-800 left out: half-written: {name}: " in done.stderr
+    assert load_fitted(tmp_path / "forecaster.safetensors").steps == STEPS[:-1]
+    assert f"left out: checkpoint-800 (half-written: {name}: " in call_cli("inspect", "run", cwd=tmp_path).stdout
+    assert call_cli("predict", "--horizon", "100", "--even-if-worse", cwd=tmp_path).returncode == 0
+
+
 def test_damage_that_is_no_half_written_file_still_stops(tmp_path: Path, call_cli: CallCli) -> None:
     run = make_loose_run(tmp_path / "run")
     with (run / loose_name(400)).open("ab") as file:

@@ -12,7 +12,7 @@ from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
+from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle, refuse_half_written
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted
 from farcast_cli.tensors import sample_stretches
@@ -37,7 +37,9 @@ MAX_METADATA_JSON = 64 * 1024
 KEPT_KEY = "farcast_kept"
 """The key of the metadata that a kept snapshot is recognised by."""
 
+_TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".pkl"})
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
+_UNREAD_STATE: frozenset[Role] = frozenset({"optimizer", "scheduler", "side-state", "state", "other"})
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
 
@@ -320,6 +322,19 @@ def read_snapshot(layout: Layout, path: Path) -> Snapshot:
         files = [file for file, _ in files_below(path)] if path.is_dir() else [path]
         marks = {file: mark_of(file) for file in files}
         return replace(layout.read(path), marks=marks)
+
+
+def refuse_unfinished(snapshot: Snapshot) -> None:
+    """See that the files of a trainer's state are whole that its layout has not opened: `predict` reads and copies them.
+
+    Cost: the directory of each torch file.
+
+    Raises:
+        HalfWrittenError: one was cut off, or is empty.
+    """
+    for part in snapshot.parts:
+        if part.content is None and part.role in _UNREAD_STATE and part.path.suffix in _TORCH_ENDINGS:
+            refuse_half_written(part.path)
 
 
 @contextmanager
