@@ -75,6 +75,7 @@ ORDER = (
     "run.__init__",
     "run.closed",
     "run.mixed",
+    "run.trust",
     "run.steps",
     "run.entries",
     "run.intervals",

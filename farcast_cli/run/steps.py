@@ -16,12 +16,15 @@ from farcast_cli.errors import (
     shell_word,
 )
 from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
+from farcast_cli.run.trust import trusted
 from farcast_cli.trainers.base import Evidence, Snapshot
 from farcast_cli.trainers.names import ALIAS, MAX_DIGITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from farcast_cli.trainers.base import EvidenceKind
 
 _MIN_FOR_A_RATE = 3
 
@@ -111,9 +114,11 @@ def settle_steps(
     """The snapshots of the wanted steps in their order; step -1 where nothing tells it, which is a conflict."""
     told = any(snapshot.evidence for snapshot in snapshots)
     known = _with_evidence(snapshots, findings) if told else _in_order_of_saving(snapshots, wanted, directory, findings)
-    settled = [s.settle(s.evidence[0].step, s.evidence[0].source) if s.evidence else s for s in known]
+    found = trusted(known)
+    findings.notes.extend(found.notes)
+    settled = [s.settle(s.evidence[0].step, s.evidence[0].source) if s.evidence else s for s in found.snapshots]
     chosen = [s for s in settled if wanted is None or s.step < 0 or s.step in wanted]
-    _cross_check(settled, {snapshot.path for snapshot in chosen}, findings)
+    _cross_check(settled, {snapshot.path for snapshot in chosen}, found.others, findings)
     if isinstance(wanted, StepList):
         _check_listed(chosen, wanted, directory, findings)
     return _without_duplicates(chosen, directory, findings, is_chosen=wanted is not None)
@@ -210,10 +215,10 @@ def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path,
 # --- evidence against evidence ---------------------------------------------------------------------------------------
 
 
-def _cross_check(settled: Sequence[Snapshot], chosen: set[Path], findings: Findings) -> None:
-    """Compare every kind of evidence with the settled steps; conflicts count for the chosen snapshots only."""
+def _cross_check(settled: Sequence[Snapshot], chosen: set[Path], others: frozenset[EvidenceKind], findings: Findings) -> None:
+    """Compare every kind of evidence but `others` with the settled steps; conflicts count for the chosen snapshots only."""
     ordered = sorted(settled, key=lambda snapshot: (snapshot.step, snapshot.path.name))
-    for source in sorted({item.source for snapshot in ordered for item in snapshot.evidence}):
+    for source in sorted({item.source for snapshot in ordered for item in snapshot.evidence} - others):
         pairs = [(s, item) for s in ordered for item in s.evidence if item.source == source]
         odd = [(s, item) for s, item in pairs if item.step != s.step]
         numbers = [(s.step, item.step) for s, item in pairs]
