@@ -242,6 +242,73 @@ def test_inspect_ends_with_the_command_that_fits_what_it_showed(tmp_path: Path, 
     assert load_fitted(tmp_path / "forecaster.safetensors").steps == STEPS
 
 
+def epochs_in_another_order_of_saving(directory: Path, in_file: Callable[[int], dict[str, int]]) -> Path:
+    """Ten epochs in names (and files) whose times of change swap the last two."""
+    directory.mkdir()
+    for epoch in range(1, 11):
+        path = directory / f"model_epoch_{epoch}.pth"
+        torch.save({"state_dict": weights_at(100 * epoch), **in_file(epoch)}, path)
+        os.utime(path, (1e9 + 60 * {9: 10, 10: 9}.get(epoch, epoch),) * 2)
+    return directory
+
+
+TENS = tuple(range(100, 1100, 100))
+
+
+@pytest.mark.parametrize("in_file", [lambda _: {}, lambda epoch: {"epoch": epoch}, lambda epoch: {"epoch": epoch - 1}])
+def test_a_list_of_steps_goes_by_the_epochs_and_not_by_the_times_of_copies(
+    tmp_path: Path, in_file: Callable[[int], dict[str, int]]
+) -> None:
+    run = epochs_in_another_order_of_saving(tmp_path / "run", in_file)
+    with pytest.raises(StepConflictError, match=r"first epoch first they are model_epoch_1\.pth, model_epoch_2\.pth"):
+        discover(run)
+    found = discover(run, steps=StepList(TENS))
+    assert [snapshot.path.stem for snapshot in found.snapshots] == [f"model_epoch_{epoch}" for epoch in range(1, 11)]
+    assert found.snapshots[0].evidence[0].where == "--steps, first epoch first"
+
+
+def test_epochs_in_names_and_files_that_contradict_leave_the_times_of_change(tmp_path: Path) -> None:
+    run = epochs_in_another_order_of_saving(tmp_path / "run", lambda epoch: {"epoch": 20 - epoch})
+    assert discover(run, steps=StepList(TENS)).origin.path.stem == "model_epoch_9"
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("my_first_lora_v1_{:09d}", "my_first_lora_v1"),
+        ("model{:06d}", "model_final"),
+        ("ema_0.9999_{:06d}", "last"),
+        ("a.b-c{}", "a.b-c"),
+    ],
+)
+def test_the_one_number_that_differs_between_names_is_the_step(tmp_path: Path, name: str, last: str) -> None:
+    for step in STEPS:
+        loose(tmp_path, name.format(step), step)
+    loose(tmp_path, last, 900)
+    assert discover(tmp_path).steps == STEPS
+    assert reasons(tmp_path) == {f"{last}.safetensors": "unknown step"}
+
+
+@pytest.mark.parametrize(
+    "name", ["x_y_seed{}", "a_0.{}", "b_c_{}k", "2024-05-{}", "q-{}-of-900", "my_run_epoch_{}", "u_v_1e{}"]
+)
+def test_a_number_that_counts_something_else_is_no_step(tmp_path: Path, name: str) -> None:
+    for step in STEPS:
+        loose(tmp_path, name.format(step // 100 + 10), step)
+    with pytest.raises((StepConflictError, TooFewSnapshotsError)):
+        discover(tmp_path)
+
+
+def test_two_kinds_of_names_with_numbers_get_the_hint_of_a_pattern(tmp_path: Path) -> None:
+    for step in STEPS:
+        loose(tmp_path, f"model{step:06d}", step)
+        loose(tmp_path, f"critic{step:06d}", step, seed=1)
+    with pytest.raises(MixedRunsError) as caught:
+        discover(tmp_path)
+    assert "--pattern 'model*'" in caught.value.hint
+    assert discover(tmp_path, pattern="model*").steps == STEPS
+
+
 def test_a_list_of_another_length_gives_no_steps(tmp_path: Path) -> None:
     with pytest.raises(StepConflictError, match="--steps lists 3 for 4 snapshots: d"):
         discover(unnumbered(tmp_path, "dcba"), steps=StepList((1, 2, 3)))

@@ -30,7 +30,10 @@ def saved_at(snapshot: Snapshot) -> int:
 
 
 def number_of(snapshot: Snapshot) -> re.Match[str] | None:
-    return find_step_in_name(snapshot.path.name)
+    """The step in a name; its last number where only the names of the whole run tell that it is one."""
+    found = find_step_in_name(snapshot.path.name)
+    is_told = any(item.source == "name" for item in snapshot.evidence)
+    return found or (re.search(r"(\d+)(?=\D*$)", snapshot.path.stem) if is_told else None)
 
 
 def version_of(snapshot: Snapshot) -> int:

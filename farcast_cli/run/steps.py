@@ -17,11 +17,11 @@ from farcast_cli.errors import (
 )
 from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
 from farcast_cli.run.trust import trusted
-from farcast_cli.trainers.base import Evidence, Snapshot
-from farcast_cli.trainers.names import ALIAS, MAX_DIGITS
+from farcast_cli.trainers.base import Evidence, Snapshot, is_step, tree_of
+from farcast_cli.trainers.names import ALIAS, MAX_DIGITS, varying_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from farcast_cli.trainers.base import EvidenceKind
@@ -112,6 +112,7 @@ def settle_steps(
     snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
 ) -> list[Snapshot]:
     """The snapshots of the wanted steps in their order; step -1 where nothing tells it, which is a conflict."""
+    snapshots = _with_numbers(snapshots)
     told = any(snapshot.evidence for snapshot in snapshots)
     known = _with_evidence(snapshots, findings) if told else _in_order_of_saving(snapshots, wanted, directory, findings)
     found = trusted(known)
@@ -139,13 +140,29 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
     """The snapshots but `last`, `best` and their like without evidence; any other without evidence is a conflict."""
     kept = []
     for snapshot in snapshots:
-        if not snapshot.evidence and ALIAS.match(snapshot.path.stem):
+        if not snapshot.evidence and (ALIAS.match(snapshot.path.stem) or _is_last_of(snapshot, snapshots)):
             findings.ignore(snapshot.path, "unknown step")
             continue
         kept.append(snapshot)
         if not snapshot.evidence:
             findings.conflicts.append(_nothing_tells(snapshot.path))
     return kept
+
+
+def _with_numbers(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """The same; where none has evidence and names are equal but for one number, that is their step."""
+    names = [] if any(snapshot.evidence for snapshot in snapshots) else [snapshot.path.name for snapshot in snapshots]
+    steps = {name: number for name, (word, number) in varying_numbers(names).items() if not word}
+    return [
+        replace(s, evidence=(Evidence("name", s.path.name, steps[s.path.name]),)) if s.path.name in steps else s
+        for s in snapshots
+    ]
+
+
+def _is_last_of(snapshot: Snapshot, others: Sequence[Snapshot]) -> bool:
+    """Whether a name is that of the others without their number, as a trainer names the last one."""
+    like = re.compile(re.escape(snapshot.path.stem) + r"[-_.]?\d+" + re.escape(snapshot.path.suffix))
+    return sum(like.fullmatch(other.path.name) is not None for other in others) > 1
 
 
 def _nothing_tells(path: Path) -> StepConflictError:
@@ -158,14 +175,15 @@ def _nothing_tells(path: Path) -> StepConflictError:
 def _in_order_of_saving(
     snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
 ) -> list[Snapshot]:
-    """Snapshots none of which has evidence: a list of steps gives them theirs, in the order in which they were saved."""
-    ordered = sorted(snapshots, key=lambda snapshot: (saved_at(snapshot), snapshot.path.name))
+    """Snapshots none of which has evidence: a list of steps gives them theirs, by their epochs or else by their times."""
+    order = _order_of(snapshots)
+    ordered = sorted(snapshots, key=lambda snapshot: (order.key(snapshot), snapshot.path.name))
     if not isinstance(wanted, StepList):
-        findings.conflicts.extend(_ask_for_steps(ordered, directory))
+        findings.conflicts.extend(_ask_for_steps(ordered, order.words, directory))
         return ordered
     named = [snapshot for snapshot in ordered if not ALIAS.match(snapshot.path.stem)]
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
-    if chosen is None or len(set(map(saved_at, chosen))) < len(chosen):
+    if chosen is None or len(set(map(order.key, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
         findings.conflicts.append(
             StepConflictError(
@@ -179,20 +197,52 @@ def _in_order_of_saving(
             findings.ignore(snapshot.path, "unknown step")
     pairs = list(zip(chosen, wanted.steps, strict=True))
     told = listed(f"{snapshot.path.name} = {step}" for snapshot, step in pairs)
-    findings.notes.append(f"steps as --steps lists them, oldest file first: {told}")
-    return [_told(snapshot, step) for snapshot, step in pairs]
+    findings.notes.append(f"steps as --steps lists them, {order.words}: {told}")
+    return [replace(snapshot, evidence=(Evidence("order", f"--steps, {order.words}", step),)) for snapshot, step in pairs]
 
 
-def _told(snapshot: Snapshot, step: int) -> Snapshot:
-    return replace(snapshot, evidence=(Evidence("order", "--steps, by the time of its last change", step),))
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The order of snapshots whose steps nothing tells: a number for each, and what the order is, in words."""
+
+    key: Callable[[Snapshot], int]
+    words: str
 
 
-def _ask_for_steps(ordered: Sequence[Snapshot], directory: Path) -> Iterator[StepConflictError]:
+def _order_of(snapshots: Sequence[Snapshot]) -> _Order:
+    """By the epochs in names or payloads, if all have one and no two of them contradict; else by the times of change.
+
+    A copy has the time of copying, so times are the last resort.
+    """
+    named = [snapshot for snapshot in snapshots if not ALIAS.match(snapshot.path.stem)]
+    epochs = _named_epochs(named)
+    in_names = {s.path: epochs[s.path.name] for s in named if s.path.name in epochs}
+    in_files = {s.path: epoch for s in named if (epoch := _epoch_in(s)) is not None}
+    whole = [one for one in (in_names, in_files) if len(set(one.values())) == len(named)]
+    orders = [sorted(one, key=one.__getitem__) for one in whole]
+    if not whole or orders[0] != orders[-1]:
+        return _Order(saved_at, "oldest file first")
+    return _Order(lambda snapshot: whole[0].get(snapshot.path, -1), "first epoch first")
+
+
+def _named_epochs(snapshots: Sequence[Snapshot]) -> dict[str, int]:
+    found = varying_numbers([snapshot.path.name for snapshot in snapshots])
+    return {name: number for name, (word, number) in found.items() if word}
+
+
+def _epoch_in(snapshot: Snapshot) -> int | None:
+    """The epoch at the top of a payload."""
+    trees = (tree_of(part) for part in snapshot.parts if part.role == "state")
+    found = next((tree.get("epoch") for tree in trees if isinstance(tree, dict)), None)
+    return found if is_step(found) else None
+
+
+def _ask_for_steps(ordered: Sequence[Snapshot], words: str, directory: Path) -> Iterator[StepConflictError]:
     if len(ordered) == 1:
         yield _nothing_tells(ordered[0].path)
     elif ordered:
         yield StepConflictError(
-            f"{directory}: unknown steps of its {len(ordered)} snapshots; oldest file first they are {_in_words(ordered)}",
+            f"{directory}: unknown steps of its {len(ordered)} snapshots; {words} they are {_in_words(ordered)}",
             hint=f"--steps 100,200,300 assigns the steps in that order, {len(ordered)} of them; or add the step to each name",
         )
 
