@@ -14,7 +14,8 @@ PAGES = {"README.md": "index.md"} | {name: name for name in ("CHANGELOG.md", "CO
 
 
 def within_site(markdown: str) -> str:
-    """A page's text with its links to other pages as the site has them, all in one folder."""
+    """A page's text with its links and pictures as the site has them, all in one folder."""
+    markdown = markdown.replace('src="docs/', 'src="')
     return re.sub(r"\]\((?:docs/|\.\./)?(README\.md)?", lambda match: "](" + ("index.md" if match[1] else ""), markdown)
 
 
