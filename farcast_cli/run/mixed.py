@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _VERSION = re.compile(r"-v(\d+)(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
 _MIN_OF_A_RUN = 2  # snapshots; a single one may have been saved again by hand
-_PACE_OF_COPYING = 10**9  # ns for each snapshot; files that came faster were copied
+_PACE_OF_COPYING = 10**9  # ns from one file to the next; files that came faster were copied, or edited by a program
 
 
 def saved_at(snapshot: Snapshot) -> int:
@@ -101,7 +101,7 @@ _KINDS: tuple[Callable[[Snapshot], str], ...] = (_before_word, _before_number, _
 def begun_anew(snapshots: Sequence[Snapshot], directory: Path) -> MixedRunsError | None:
     """A run that began again: in the order of saving the steps rise, fall once, and rise again.
 
-    Copies have the times of copying. Their order is that of the names, or the steps fall more than once, or all came at once.
+    Copies have the times of copying. Their order is that of the names, or the steps fall more than once, or some came within a second.
 
     Args:
         snapshots: in the order of their steps.
@@ -124,8 +124,8 @@ def begun_anew(snapshots: Sequence[Snapshot], directory: Path) -> MixedRunsError
 def _were_copied(in_time: Sequence[Snapshot]) -> bool:
     """Whether times of change tell of copying, not of saving."""
     times, names = [saved_at(snapshot) for snapshot in in_time], [snapshot.path.name for snapshot in in_time]
-    came_at_once = times[-1] - times[0] < _PACE_OF_COPYING * len(times)
-    return came_at_once or len(set(times)) < len(times) or names == sorted(names)
+    came_at_once = any(late - early < _PACE_OF_COPYING for early, late in itertools.pairwise(times))
+    return came_at_once or names == sorted(names)
 
 
 def _steps_of(run: Sequence[Snapshot], other: Sequence[Snapshot]) -> str:
