@@ -22,6 +22,7 @@ from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.request import Prepared, Start
 from farcast_cli.second_copies import find_copies
 from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.state.metadata import advance_metadata
 from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
@@ -138,11 +139,12 @@ def _plan(
     if container.is_weights_only:
         moved = Advanced(moved.trees)  # what else was done is not written
     counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
-    moved.changes.extend(counts.values())
-    step = start.origin.step + (horizon if counters == "advance" else 0)
+    texts, changes, notes = advance_metadata(history, horizon) if counters == "advance" else ({}, [], [])
+    moved.changes.extend((*counts.values(), *changes))
+    moved.notes.extend(notes)
     mirror = request.purpose == "evaluation"
     index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror, masters=found.masters)
+    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, texts, mirror, masters=found.masters)
     return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
 
 

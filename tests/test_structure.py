@@ -75,6 +75,8 @@ ORDER = (
     "trainers.__init__",
     "run.__init__",
     "run.closed",
+    "run.mixed",
+    "run.trust",
     "run.steps",
     "run.entries",
     "run.intervals",
@@ -94,6 +96,7 @@ ORDER = (
     "state.files",
     "state.trained",
     "state.advance",
+    "state.metadata",
     "state.rates",
     "checkpoint.__init__",
     "checkpoint.pieces",
@@ -385,6 +388,7 @@ def heavy_imports_at_its_top(module: str) -> set[str]:
 
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
     needed = [
+        "run.mixed",
         "run.steps",
         "run.entries",
         "run.trajectory",

@@ -115,13 +115,14 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """What the plan changes beside the weights: element type, shard size, BatchNorm's counts, the valid step."""
+    """What the plan changes beside the weights: element type, shard size, BatchNorm's counts, metadata."""
 
     index_of: Mapping[str, int]
     dtype: OutputDType = "source"
     max_shard_bytes: int | None = None
     batch_counts: Mapping[str, Change] = field(default_factory=dict)
-    valid_step: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The metadata of safetensors files that change, by key."""
     mirror: bool = False
     """Whether the forecast also takes the place of an average that users load."""
     mapped: Mapping[str, ValueMap] = field(default_factory=dict)

@@ -35,7 +35,7 @@ from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
 from farcast_cli.trainers.base import read_snapshot
 from farcast_cli.trainers.kept import LAYOUT as KEPT
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name, word_of_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -393,9 +393,11 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
 def newer_snapshots(fitted: Fitted) -> list[str]:
     """Snapshots in the run's folder, by name, that came after the fit; nothing is opened."""
     known = {record.path for record in fitted.provenance.snapshots if not record.is_kept}
-    last = find_step_in_name(fitted.provenance.snapshots[-1].path)
+    origin = fitted.provenance.snapshots[-1].path
+    last = find_step_in_name(origin)
     try:
-        names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]
+        entries = run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)
+        names = [path.name for path in entries if word_of_others(path.name) in {"", word_of_others(origin)}]
     except (OSError, FileFormatError):
         return []
     numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]

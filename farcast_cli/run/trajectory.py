@@ -12,7 +12,7 @@ from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.entries import candidates_in, is_output, is_own_file, main_layout, named_within, run_entries, too_few
 from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
 from farcast_cli.trainers import recognise
-from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot
+from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot, refuse_unfinished
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ def _read_all(
         if _is_left_out(path, kind, main, steps, findings):
             continue
         try:
-            snapshots.append(read_snapshot(kind, path))
+            snapshot = read_snapshot(kind, path)
+            refuse_unfinished(snapshot)
+            snapshots.append(snapshot)
             num_open += len(snapshots[-1].tensors)
             if num_open > MAX_OPEN:
                 snapshots = [closed(snapshot, shelf) for snapshot in snapshots]

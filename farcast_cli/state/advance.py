@@ -221,7 +221,7 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         ):
             continue  # a setting or a loss, not a counter
         where = f"{name}: {dotted(path)}"
-        new = _moved(path, value, series, target)
+        new = moved(path, value, series, target)
         if new is None:
             result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise steadily with the step")
             continue
@@ -265,7 +265,7 @@ def _is_adam_step(path: TreePath) -> bool:
     return path[-1] == "step" and "state" in path
 
 
-def _moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
+def moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
     """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
     if _STARTS_AGAIN.search(str(path[-1])):
         return None
@@ -289,15 +289,16 @@ def _counters(tree: Any, *, skip: TreePath) -> Iterator[tuple[TreePath, int | fl
     """
 
     def is_looked_at(path: TreePath, node: object) -> bool:
-        return not (_is_no_counter(path) or (skip and path == skip) or is_scheduler_state(node))
+        return is_counter(path) and not ((skip and path == skip) or is_scheduler_state(node))
 
     for path, node in walk(tree, enters=is_looked_at):
-        if path and _may_count(node, path) and not _is_no_counter(path) and isinstance(at(tree, path[:-1]), dict):
+        if path and _may_count(node, path) and is_counter(path) and isinstance(at(tree, path[:-1]), dict):
             yield path, node
 
 
-def _is_no_counter(path: TreePath) -> bool:
-    return bool(path) and _NOT_A_COUNTER.search(str(path[-1])) is not None
+def is_counter(path: TreePath) -> bool:
+    """Whether a key may be that of a counter, by its words."""
+    return not (path and _NOT_A_COUNTER.search(str(path[-1])))
 
 
 def _may_count(value: object, path: TreePath) -> bool:
