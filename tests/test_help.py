@@ -13,6 +13,8 @@ from farcast_cli import errors
 from farcast_cli.checkpoint.hub import CARD
 from farcast_cli.cli import EPILOG, INTERRUPTED
 from farcast_cli.commands.help import help as help_command
+from farcast_cli.folder import folder_of
+from farcast_cli.forecast.memory import memory_of
 from farcast_cli.texts import names_of, read_text, title_of
 from farcast_cli.trainers import LAYOUTS
 from farcast_cli.trainers.refused import KINDS
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import CallCli
 
 PACKAGE = Path(errors.__file__).parent
+RESUMING = PACKAGE.parent / "docs" / "resume.md"
 TOPICS = names_of("topics")
 WIDTH = 80
 
@@ -73,6 +76,20 @@ def test_the_topic_of_formats_has_every_layout_and_that_of_conversion_every_refu
     told = set(re.findall(r"^    ([\w-]+)  ", read_text("topics", "formats"), flags=re.MULTILINE))
     assert told == {layout.name for layout in LAYOUTS} - refused
     assert [name for name in refused if name not in read_text("topics", "convert").lower()] == []
+
+
+def test_the_topic_of_leaps_names_the_place_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("RUN")
+    assert f"`{memory_of(folder_of(run), run).as_posix()}`" in read_text("topics", "leaps")
+
+
+def test_the_topic_of_leaps_and_the_documentation_agree_on_fit_after_leaps() -> None:
+    told = [" ".join(text.split()) for text in (read_text("topics", "leaps"), RESUMING.read_text(encoding="utf-8"))]
+    for text in told:
+        assert "only the snapshots after the last one, and says so" in text
+        assert "prints a caution" in text
+        assert "o not use `fit`" not in text
 
 
 def texts_of_messages(module: Path) -> Iterator[str]:

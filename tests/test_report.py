@@ -472,6 +472,12 @@ def test_what_cannot_be_a_report_is_refused_in_one_line_and_leaves_no_file(
     assert tree_digest(work) == before
 
 
+def test_who_asks_for_a_picture_on_stdout_is_told_how_to_write_one(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("report", "--format", "png", cwd=work)
+    assert done.errors == ["error: --format png: expected one of markdown, text"]
+    assert done.hints == ["hint: -o report.png writes a picture, -o report.html a page"]
+
+
 def test_a_forecaster_file_and_its_run_tell_the_same(work: Path, call_cli: CallCli) -> None:
     by_default = answer(call_cli, "report", cwd=work)
     assert answer(call_cli, "report", "forecaster.safetensors", cwd=work) == by_default
