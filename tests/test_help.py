@@ -12,6 +12,7 @@ import pytest
 from farcast_cli import errors
 from farcast_cli.checkpoint.hub import CARD
 from farcast_cli.cli import EPILOG, INTERRUPTED
+from farcast_cli.commands import render
 from farcast_cli.commands.help import help as help_command
 from farcast_cli.folder import folder_of
 from farcast_cli.forecast.memory import memory_of
@@ -50,6 +51,18 @@ def test_a_topic_is_one_screen_of_plain_text_with_commands_that_the_program_know
     asked = [re.sub(r"  +or .*", "", line) for line in shown if "COMMAND" not in line]
     wrong = [(words, said) for line in asked for words in farcast_commands(line) if (said := complaint(words))]
     assert [one for one in wrong if "is missing" not in one[1] and "0 arguments" not in one[1]] == []
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_narrow_terminal_gets_the_prose_of_a_topic_wrapped_between_words_and_its_code_as_it_is(
+    topic: str, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "WIDE", 44)
+    told, whole = call_cli("help", topic).stdout, read_text("topics", topic)
+    assert told.split() == whole.split()
+    code = [line for line in whole.splitlines() if line.startswith("    ")]
+    assert [line for line in told.splitlines() if line.startswith("    ")] == code
+    assert [line for line in told.splitlines() if len(line) > 44 and line not in code] == []
 
 
 def test_a_topic_that_is_not_there_is_a_usage_error_with_those_that_are(call_cli: CallCli) -> None:
