@@ -61,7 +61,7 @@ def place_of(request: Request, start: Start, horizon: int, container: Container,
     name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
     if request.counters == "advance":
         name = trainer_of(origin).rename(name, state_of(origin), horizon)
-    name = container.renamed(name, origin, mark="-eval" if request.purpose == "evaluation" else "")
+    name = container.renamed(name, origin, mark=container.mark if request.purpose == "evaluation" else "")
     if request.output is None:
         return folder_of(start.run) / name
     refuse_no_place(request.output)

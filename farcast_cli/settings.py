@@ -146,15 +146,18 @@ def horizons_of(horizon: str | None, to_step: int | None) -> tuple[Horizon, ...]
     return parse_horizons(horizon)
 
 
-def check_choice(name: str, value: str | None, allowed: Any) -> None:
+def check_choice(name: str, value: str | None, allowed: Any, *, hint: str = "") -> None:
     """That a value, if there is one, is one of a Literal type.
+
+    Args:
+        hint: what may be meant by another.
 
     Raises:
         UsageError: it is another.
     """
     names = get_args(allowed)
     if value is not None and value not in names:
-        raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
+        raise UsageError(f"{name} {value}: expected one of {', '.join(names)}", hint=hint)
 
 
 def check_choices(

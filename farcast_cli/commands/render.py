@@ -28,8 +28,6 @@ from farcast_cli.progress import silent
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from rich.console import RenderableType
-
     from farcast_cli.answer import Answer
     from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     from farcast_cli.tune.request import TuneOutcome as Tuning
 
 LEAST_METHOD = 16  # columns of a method, on a narrow terminal
+MARKED = "<-"  # the row of the method that predict uses, where there is no place for words
 MAX_ROWS = 12
 MAX_METHODS = 3  # of a back-test, at each horizon
 MAX_NAMES = 10  # of what is left out or copied for one reason
@@ -149,19 +148,12 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield silent
         return
-    from rich import progress as rich
+    from rich.progress import Progress as Bars
 
-    class OnlyIf(rich.ProgressColumn):
-        def __init__(self, has_size: bool, column: rich.ProgressColumn) -> None:
-            super().__init__()
-            self.has_size, self.column = has_size, column
+    from farcast_cli.commands.progress_line import columns_for
 
-        def render(self, task: rich.Task) -> RenderableType:
-            return self.column(task) if (task.total is not None) == self.has_size else ""
-
-    sized = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *(OnlyIf(True, column) for column in sized))
-    with rich.Progress(*columns, OnlyIf(False, rich.TimeElapsedColumn()), console=stderr(), transient=True) as bars:
+    console = stderr()
+    with Bars(*columns_for(console.width), console=console, transient=True) as bars:
 
         def start(phase: str, total: int) -> Callable[[int], None]:
             task = bars.add_task(phase, total=total or None)
@@ -411,7 +403,10 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
 def _scores(console: Console, report: BacktestReport, *, verbose: bool) -> None:
     console.print("\nerror relative to no forecast: 0 is perfect, 1 (the mark in a bar) is no better than no forecast")
     console.print("b: of an update no longer than the run's past move; as written: of the update that predict writes")
-    console.print(fitted_table(_score_columns(report, verbose=verbose), console.width))
+    table = fitted_table(_score_columns(report, verbose=verbose), console.width)
+    console.print(table)
+    if any(str(cell) == MARKED for cell in table.columns[-1].cells):
+        console.print(f"{MARKED} predict's method; its verdict is above")
     num_methods = len({score.method for score in report.scores})
     if num_methods > MAX_METHODS and not verbose:
         console.print(f"the best {MAX_METHODS} of {num_methods} methods at each horizon, and predict's (-v shows all)")
@@ -426,7 +421,7 @@ def _score_columns(report: BacktestReport, *, verbose: bool) -> Iterator[Column]
     yield Column("", _bars(score.ratio for score in scores), rank=1)
     yield Column("as written", written, "right", rank=3, instead=(Column("written", written, "right"),))
     does = [_does(report, score) for score in scores]
-    yield Column("", _texts(does), rank=2, instead=(Column("", _texts("<-" if text else "" for text in does)),))
+    yield Column("", _texts(does), rank=2, instead=(Column("", _texts(MARKED if text else "" for text in does)),))
 
 
 def _does(report: BacktestReport, score: Score) -> str:

@@ -61,6 +61,7 @@ WIDTH = 400.0
 COLUMNS = (("moves", "backtest", "course"), ("directions", "tensors"))
 """Of the picture, as on a wide page."""
 MARGIN, HEAD, TITLE = 40.0, 258.0, 84.0  # of the picture: between its parts, of the headline, of a panel's title and message
+TITLE_LINES, LINE = 4, 15.0  # of a message in that height, and the height of one more
 MAX_LINE = 64  # characters of a panel's message
 DPI = 108
 MAX_MARKED = 40  # points of a line: more markers would touch
@@ -146,18 +147,23 @@ def picture(story: Story, *, software: str) -> bytes:
     Args:
         software: what the file says of who wrote it.
     """
+    with _styled():
+        return _png(poster(story), software)
+
+
+def poster(story: Story) -> Figure:
+    """All panels in two columns under the headline."""
     known = {panel.name: panel for panel in _drawn(story)}
     columns = [[known[name] for name in names if name in known] for names in COLUMNS]
     height = HEAD + max(sum(_placed_height(panel, story) for panel in column) for column in columns)
-    with _styled():
-        figure = Figure(figsize=((2 * WIDTH + 3 * MARGIN) / 72, height / 72), dpi=DPI, facecolor=LIGHT["ground"])
-        _draw_head(Sheet(figure, HEAD, MARGIN), story)
-        for place, column in enumerate(columns):
-            top = HEAD
-            for panel in column:
-                _draw_panel(Sheet(figure, TITLE, MARGIN + place * (WIDTH + MARGIN), top), panel, story)
-                top += _placed_height(panel, story)
-        return _png(figure, software)
+    figure = Figure(figsize=((2 * WIDTH + 3 * MARGIN) / 72, height / 72), dpi=DPI, facecolor=LIGHT["ground"])
+    _draw_head(Sheet(figure, HEAD, MARGIN), story)
+    for place, column in enumerate(columns):
+        top = HEAD
+        for panel in column:
+            _draw_panel(Sheet(figure, _title_height(panel), MARGIN + place * (WIDTH + MARGIN), top), panel, story)
+            top += _placed_height(panel, story)
+    return figure
 
 
 @contextmanager
@@ -176,15 +182,24 @@ def _png(figure: Figure, software: str) -> bytes:
 
 
 def _placed_height(panel: Panel, story: Story) -> float:
-    return TITLE + _height(panel.name, story) + MARGIN
+    return _title_height(panel) + _height(panel.name, story) + MARGIN
+
+
+def _title_height(panel: Panel) -> float:
+    """Of a panel's title and its message: as many lines as that takes."""
+    return TITLE + LINE * max(0, len(_message_lines(panel)) - TITLE_LINES)
+
+
+def _message_lines(panel: Panel) -> list[str]:
+    cases = f" {'; '.join(CASES).capitalize()}." if panel.name == "moves" else ""
+    return textwrap.wrap(panel.message + cases, MAX_LINE)
 
 
 def _draw_panel(sheet: Sheet, panel: Panel, story: Story) -> None:
     """A panel of the picture: its title and its message on a sheet, its figure below."""
     sheet.write(0, 8, panel.title, fontsize=14.5, weight="bold")
-    cases = f" {'; '.join(CASES).capitalize()}." if panel.name == "moves" else ""
-    for line, text in enumerate(textwrap.wrap(panel.message + cases, MAX_LINE)[:4]):
-        sheet.write(0, 28 + 15 * line, text, fontsize=SMALL, color=LIGHT["muted"])
+    for line, text in enumerate(_message_lines(panel)):
+        sheet.write(0, 28 + LINE * line, text, fontsize=SMALL, color=LIGHT["muted"])
     DRAW[panel.name](Sheet(sheet.figure, _height(panel.name, story), sheet.left, sheet.top + sheet.height), story)
 
 
@@ -410,9 +425,10 @@ def _number(ratio: float) -> str:
 def _draw_course(sheet: Sheet, story: Story) -> None:
     course = story.course
     kinds = [kind for kind in LOSS_KINDS if course.points(kind)]
-    axes = sheet.axes(LEFT, 38, RIGHT, 26)
-    for start, horizon in course.leaps:
-        axes.axvspan(start, start + horizon, color=LIGHT["zone"], linewidth=0, zorder=0)
+    axes = sheet.axes(LEFT, 38, RIGHT, 26 + 18 * (len(kinds) > 1 and bool(course.leaps)))  # two in a row of the legend
+    for number, (start, horizon) in enumerate(course.leaps):
+        label = "" if number else "length of a leap"
+        axes.axvspan(start, start + horizon, color=LIGHT["zone"], linewidth=0, zorder=0, label=label)
         axes.axvline(start, color=LIGHT["ink"], linewidth=1, linestyle="--")
     for kind in kinds:
         colour, dash, marker = LINES[LOSS_KINDS.index(kind)]
