@@ -30,7 +30,8 @@ def advised(outcome: Outcome, purpose: Purpose) -> Advised:
     """What the verdict on a forecast advises."""
     if purpose == "evaluation":
         return Advised(*_to_evaluate(outcome))
-    return Advised(*_to_resume(outcome), sureness(outcome.decision.significance))
+    over = outcome.decision.is_over
+    return Advised(*_to_resume(outcome), "" if over else sureness(outcome.decision.significance))
 
 
 def _to_resume(outcome: Outcome) -> tuple[str, str]:

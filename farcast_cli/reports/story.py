@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from farcast_cli.forecast.history import made_leaps
 from farcast_cli.forecast.judgement import directions, report_backtest, tensor_errors
 from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.worth import span_of, worth_of
-from farcast_cli.prediction import judge
+from farcast_cli.prediction import proposed
 from farcast_cli.run.losses import losses_of
 from farcast_cli.run.trajectory import discover
 
@@ -132,11 +132,7 @@ def tell(fitted: Fitted, request: Request, course: Course | None = None) -> Stor
 
 def propose(fitted: Fitted, request: Request) -> Proposal:
     """What `predict` would do. If the run's files are gone, its end is not known, and a note says so."""
-    note = ""
-    try:
-        judged = judge(fitted, request)
-    except FarcastError as error:
-        judged, note = judge(fitted, replace(request, counters="keep")), str(error)
+    judged, note = proposed(fitted, request)
     outcome, task, steady = judged.outcomes[0], judged.tasks[0], fitted.steadiness()
     is_written = outcome.decision.verdict == "forecast"
     option = " --for evaluation" if request.purpose == "evaluation" else ""
