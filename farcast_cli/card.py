@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 24  # of a card, or of a configuration
 _BEGIN, _END = "<!-- farcast: begin -->", "<!-- farcast: end -->"
-_SECTION = re.compile(rf"\n*{_BEGIN}.*?{_END}\n*", re.DOTALL)
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n")
 _HUB_NAME = re.compile(r"(?!checkpoint-\d+$)(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -75,12 +74,24 @@ def _read(path: Path) -> bytes:
 
 def _added(card: str, section: str, front_matter: str) -> str:
     """A card with the section at its end, and without one of an earlier forecast."""
-    body = _SECTION.sub("\n\n", card).rstrip()
+    body = _without_sections(card).rstrip()
     if not body:
         body = f"{front_matter}\n# Model card"
     elif not _FRONT_MATTER.match(body):
         body = f"{front_matter}\n{body}"
     return f"{body}\n\n{_BEGIN}\n{section}\n{_END}\n"
+
+
+def _without_sections(card: str) -> str:
+    """A card without what lies between the marks; one pass, however many marks it has."""
+    kept, start = list[str](), 0
+    while (begin := card.find(_BEGIN, start)) >= 0 and (end := card.find(_END, begin)) >= 0:
+        kept.append(card[start:begin])
+        start = end + len(_END)
+    kept.append(card[start:])
+    if len(kept) == 1:
+        return card
+    return "\n\n".join([kept[0].rstrip("\n"), *(one.strip("\n") for one in kept[1:-1]), kept[-1].lstrip("\n")])
 
 
 def _front_matter(model: _Model, *, is_average: bool) -> str:

@@ -98,15 +98,16 @@ def keep(request: KeepRequest, progress: Progress) -> Keeping:
     for conflict in conflicts_of(found.snapshots, before, folder):
         raise conflict
     known = {snapshot.step for snapshot in before}
-    staying = set(sorted(known | set(found.steps))[-(last or 0) :])
-    missing = [snapshot for snapshot in found.snapshots if snapshot.step in staying - known]
+    wanted = set(sorted(known | set(found.steps))[-(last or 0) :])
+    missing = [snapshot for snapshot in found.snapshots if snapshot.step in wanted - known]
     cautions = [f"{one.path.name} left out: {one.reason}" for one in found.half_written]
     advance = progress("keep", sum(_size_of(snapshot, request) for snapshot in missing))
     added = [path for snapshot in missing if (path := _kept(snapshot, folder, request, cautions, advance))]
-    removed = [snapshot.path for snapshot in before if snapshot.step not in staying]
+    present = kept_in(folder)  # a checkpoint that vanished has not been copied: the oldest one stays in its place
+    removed = [snapshot.path for snapshot in present[: -(last or len(present) + 1)]]
     for path in removed:
         _remove(path)
-    return Keeping(run, folder, kept_in(folder), tuple(added), tuple(removed), tuple(cautions))
+    return Keeping(run, folder, present[len(removed) :], tuple(added), tuple(removed), tuple(cautions))
 
 
 def _size_of(snapshot: Snapshot, request: KeepRequest) -> int:
@@ -145,7 +146,7 @@ def _found(selection: Selection) -> Trajectory:
 def _check_folder(folder: Path, selection: Selection, before: Sequence[Snapshot]) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder}: expected a folder for kept snapshots, found a file", hint="--into DIR")
-    check_outside(folder / "any", selection.directory, option="--into")
+    check_outside(folder, selection.directory, option="--into")
     stranger = next((one for one in before if not is_of(one, selection.directory, selection.pattern)), None)
     if stranger and stranger.source:
         raise OutputError(
@@ -163,7 +164,7 @@ def _kept(
     """Copy a checkpoint; returns the file, or None (and a caution) if the checkpoint changed or vanished meanwhile."""
     place = folder / _name_of(snapshot)
     try:
-        with staged(place, check=_refuse) as temporary, unchanged([snapshot]):
+        with staged(place, check=_refuse, option="--into") as temporary, unchanged([snapshot]):
             _write(reopened(snapshot), temporary, request, home=folder, cautions=cautions, advance=advance)
     except (SnapshotError, FileFormatError) as error:
         if isinstance(error, FileFormatError) and snapshot.path.exists():

@@ -23,6 +23,7 @@ from farcast_cli.trainers.base import unchanged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from farcast_cli.choices import CountersMode
     from farcast_cli.evaluation.judge import Scorer, Trial
     from farcast_cli.files.staged import Staging
     from farcast_cli.progress import Progress
@@ -120,20 +121,21 @@ def _sign(
 def record_leaps(work: Publication, outcomes: Sequence[Outcome], origin: Snapshot) -> None:
     """Enter what has been written to resume from into the ledgers, together with its publication."""
     request = work.request
-    leaps = [
-        Leap(
-            run=str(work.run.resolve()),
-            origin_step=outcome.origin_step,
-            valid_step=outcome.valid_step,
-            counters=request.counters,
-            forecast=str(outcome.path.resolve()),
-            origin_digest=origin.full_digest,
-        )
-        for outcome in outcomes
-        if outcome.path
-    ]
+    leaps = [leap_of(work.run, outcome, outcome.path, request.counters, origin) for outcome in outcomes if outcome.path]
     if request.ledgers is not None and request.purpose == "resume" and leaps:
         work.outputs.alongside(recorded_in_both(request.ledgers, work.run, leaps, work.told.append))
+
+
+def leap_of(run: Path, outcome: Outcome, forecast: Path, counters: CountersMode, origin: Snapshot) -> Leap:
+    """What the ledgers say of a forecast."""
+    return Leap(
+        run=str(run.resolve()),
+        origin_step=outcome.origin_step,
+        valid_step=outcome.valid_step,
+        counters=counters,
+        forecast=str(forecast.resolve()),
+        origin_digest=origin.full_digest,
+    )
 
 
 def _stage(work: Publication, prepared: Prepared, path: Path, *, may_stay_empty: bool = False) -> tuple[Path, Path | None]:

@@ -49,9 +49,38 @@ def test_the_second_run_of_a_name_is_told_where_its_forecasts_are(tmp_path: Path
     _two_runs(tmp_path)
     for command in (("predict", "{}", "--horizon", 100), ("leap", "{}", "--overwrite")):
         first, second = (call_cli(*(str(word).format(f"{run}/ckpts") for word in command), cwd=tmp_path) for run in ("a", "b"))
-        said = "forecasts/ckpts has forecasts of another run: those of this run are in forecasts/b-ckpts"
+        said = "forecasts/ckpts has forecasts of another run: the forecasts of this run are in forecasts/b-ckpts"
         assert said not in first.stderr
         assert said in second.stderr
+
+
+def test_a_run_keeps_its_folder_and_its_memory_when_the_other_runs_folder_is_gone(tmp_path: Path, call_cli: CallCli) -> None:
+    _two_runs(tmp_path)
+    for run in ("a", "b"):
+        assert call_cli("leap", f"{run}/ckpts", cwd=tmp_path).returncode == 0
+    shutil.rmtree(tmp_path / "forecasts" / "ckpts")
+    again = json.loads(call_cli("leap", "b/ckpts", "--json", cwd=tmp_path).stdout)
+    assert (again["again"], again["path"].startswith("forecasts/b-ckpts/")) == (True, True)
+    assert call_cli("predict", "b/ckpts", *PREDICT, cwd=tmp_path).stdout == f"forecasts/b-ckpts/{NAME}\n"
+
+
+def test_a_file_in_the_place_of_the_folder_is_named_as_one(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "x" / "run")
+    (tmp_path / "forecasts").mkdir()
+    (tmp_path / "forecasts" / "run").write_text("")
+    done = call_cli("predict", run, "--horizon", 100, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "forecasts/run is a file: the forecasts of this run are in forecasts/x-run" in done.stderr
+
+
+def test_a_run_with_a_very_long_name_has_a_memory_and_kept_snapshots(tmp_path: Path, call_cli: CallCli) -> None:
+    runs = [make_loose_run(tmp_path / home / ("x" * 250)) for home in ("a", "b")]
+    for run in runs:
+        for command in (("leap", run), ("keep", run)):
+            done = call_cli(*command, cwd=tmp_path)
+            assert done.returncode == 0, done
+    assert len(list((tmp_path / "forecasts").glob("*/*.memory.safetensors"))) == 2
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_two_runs_of_one_name_have_a_memory_each(tmp_path: Path, call_cli: CallCli) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from farcast_cli.card import _added
 from tests.conftest import STEPS, make_loose_run, make_torch_run
 from tests.tiny import SAMPLES, sample_maker
 
@@ -256,6 +258,15 @@ def test_the_origins_card_stays_and_an_earlier_section_is_replaced(front: str, t
     assert "# My model\n\nIts words.\n\nIts end.\n\n" + BEGIN in text
     assert "an earlier forecast" not in text
     assert (text.count(BEGIN), text.count(END)) == (1, 1)
+
+
+@pytest.mark.parametrize("text", [BEGIN * 10_000, "\n" * 100_000 + "x"], ids=["marks", "empty lines"])
+def test_a_card_of_thousands_of_marks_or_lines_takes_no_time(text: str) -> None:
+    started = time.process_time()
+    card = _added(f"# Mine\n{text}", "the section", "")
+    assert time.process_time() - started < 1
+    assert card.startswith(f"\n# Mine\n{text}")
+    assert card.endswith(f"{BEGIN}\nthe section\n{END}\n")
 
 
 def test_a_card_of_pefts_keeps_what_it_says(tmp_path: Path, call_cli: CallCli) -> None:

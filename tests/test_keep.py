@@ -244,6 +244,24 @@ def test_a_checkpoint_that_goes_away_while_it_is_copied_is_left_out_with_a_cauti
     assert names_in(loose / "kept" / "run") == [kept_name(step) for step in STEPS if step != 300]
 
 
+def test_last_removes_no_kept_snapshot_whose_successor_was_not_copied(
+    loose: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer deletes a checkpoint while it is copied: there are no three newer ones, so an older one stays."""
+    ok(call_cli("keep", "run", "--steps", ":600", cwd=loose))
+    monkeypatch.chdir(loose)
+    done = farcast_cli.keep(
+        "run", last=3, progress=lambda _phase, _total: lambda _bytes: _delete(loose / "run" / loose_name(800))
+    )
+    assert done.cautions == (f"{loose_name(800)} left out: it changed or was deleted while it was copied",)
+    assert [one.step for one in done.snapshots] == [500, 600, 700]
+    assert names_in(loose / "kept" / "run") == [kept_name(step) for step in (500, 600, 700)]
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
 def test_a_kept_snapshot_appears_whole_or_not_at_all(loose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_num_bytes: int) -> None:
         raise KeyboardInterrupt
@@ -266,6 +284,41 @@ def test_each_run_has_a_folder_of_its_own(loose: Path, call_cli: CallCli) -> Non
     ok(call_cli("keep", "other/run", cwd=loose))
     rotate(loose / "other" / "run")
     assert "7 kept snapshots from kept/other-run: steps 100 to 700" in ok(call_cli("fit", "other/run", cwd=loose)).stderr
+
+
+def test_a_run_keeps_its_folder_of_kept_snapshots_when_the_other_runs_is_gone(loose: Path, call_cli: CallCli) -> None:
+    make_loose_run(loose / "other" / "run", seed=1)
+    for run in ("run", "other/run"):
+        ok(call_cli("keep", run, cwd=loose))
+    shutil.rmtree(loose / "kept" / "run")
+    rotate(loose / "other" / "run")
+    assert "7 kept snapshots from kept/other-run: steps 100 to 700" in ok(call_cli("fit", "other/run", cwd=loose)).stderr
+
+
+def test_kept_snapshots_of_another_run_among_this_runs_are_left_out_with_a_note(loose: Path, call_cli: CallCli) -> None:
+    make_loose_run(loose / "other", (250,), seed=1)
+    for run in ("run", "other"):
+        ok(call_cli("keep", run, cwd=loose))
+    shutil.copy(loose / "kept" / "other" / kept_name(250), loose / "kept" / "run")
+    rotate(loose / "run")
+    done = ok(call_cli("fit", "run", cwd=loose))
+    assert f"kept snapshots in kept/run name another run, and are left out: {kept_name(250)}" in done.stderr
+    assert load_fitted(loose / "forecaster.safetensors").steps == tuple(STEPS)
+    named = call_cli("inspect", "run", "--history", "kept/run", cwd=loose)
+    assert f"caution: kept/run has kept snapshots that name another run, and they are used: {kept_name(250)}" in (
+        named.stdout + named.stderr
+    )
+
+
+@pytest.mark.parametrize("into", ["run/kept", "file/store"])
+def test_a_hint_of_keep_names_its_own_option_and_no_invented_path(into: str, loose: Path, call_cli: CallCli) -> None:
+    (loose / "file").write_text("")
+    done = call_cli("keep", "run", "--into", into, cwd=loose)
+    assert done.returncode == 5
+    assert done.errors[0].split(": ")[1].startswith(into)
+    assert "any" not in done.errors[0]
+    assert "--into" in done.hints[0]
+    assert "-o" not in done.hints[0].split()
 
 
 def test_another_run_in_the_same_folder_is_refused(loose: Path, call_cli: CallCli) -> None:

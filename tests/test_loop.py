@@ -6,13 +6,16 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from farcast_cli.errors import SnapshotError, UsageError
+from farcast_cli.forecast.ledger import read_leaps
 from farcast_cli.live.weights import LiveModel
 from farcast_cli.loop import Landed, leap_in_place
 from farcast_cli.run.trajectory import open_snapshot
@@ -135,6 +138,51 @@ def test_a_call_without_a_checkpoint_of_this_step_is_a_warning(caplog: pytest.Lo
     assert "run: expected a checkpoint of step 15, found none" in caplog.text
     with pytest.raises(SnapshotError):
         leap_in_place(loop.model, "run", 15, strict=True)
+
+
+class Fault(TorchFunctionMode):
+    """The third weight that is copied into the model meets a fault."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.num_copies = error, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            self.num_copies += 1
+            if self.num_copies == 3:
+                raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_a_landing_that_stops_half_way_leaves_no_trace(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FARCAST_STATE_DIR", str(tmp_path / "state"))
+    loop = Loop()
+    assert horizons(loop.until(40))[-1] > 0
+    for step in range(41, 51):
+        loop.train(step)
+    loop.save(50)
+    before, forecasts = loop.weights, tmp_path / "forecasts"
+    with Fault(error) as fault, suppress(KeyboardInterrupt):
+        assert leap_in_place(loop.model, "run", 50) is None
+        assert not isinstance(error, KeyboardInterrupt)
+        assert f"step 50: no leap, and training goes on: {forecasts.name}" in caplog.text
+        assert type(error).__name__ in caplog.text
+    assert fault.num_copies == 7
+    assert all(map(torch.equal, before, loop.weights))
+    assert list((forecasts / "run").iterdir()) == []
+    (second,) = (tmp_path / "state" / "ledgers").iterdir()
+    for ledger in (forecasts / "ledger.jsonl", second):
+        assert [leap.origin_step for leap in read_leaps(ledger, Path("run"))] == [30, 40]
+
+
+def test_a_model_leaps_though_a_buffer_that_is_excluded_holds_nan() -> None:
+    loop = Loop()
+    loop.model.register_buffer("unset", torch.full((2,), torch.nan))
+    assert horizons(loop.until(30, exclude=("unset",)))[-1] > 0
 
 
 def test_between_two_leaps_there_is_no_call() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.run.trajectory import discover
 from tests.rounds import SAVE_EVERY, step_of, train_by_trainer
 from tests.test_lightning import Net
@@ -132,6 +134,18 @@ def test_marks_that_are_no_steps_are_none(work: Path, call_cli: CallCli) -> None
     content["log_history"] = [dict(zip(("step", "farcast_leap_from", "farcast_leap_to"), one, strict=True)) for one in wrong]
     state.write_text(json.dumps(content))
     assert _json(call_cli("fit", "run", "--json", cwd=work, env=NOWHERE))["leap"] is None
+
+
+def test_twenty_thousand_marks_stall_no_command(work: Path) -> None:
+    state = work / "run" / "checkpoint-160" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    content["log_history"] = [{"step": one, "farcast_leap_from": one, "farcast_leap_to": one + 1} for one in range(20_000)]
+    state.write_text(json.dumps(content))
+    trajectory, started = discover(work / "run"), time.process_time()
+    found = known_leaps(None, trajectory).leaps
+    assert time.process_time() - started < 5
+    assert [leap.origin_step for leap in found] == list(range(20_000))
+    assert all(leap.is_certain for leap in found)
 
 
 # --- what else a Trainer does with its log ---------------------------------------------------------------------------

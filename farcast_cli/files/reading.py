@@ -27,6 +27,7 @@ _HINTS = {
     errno.EIO: "the disk or the network filesystem has a fault: try again, or restore the file from another copy",
     errno.ESTALE: "the network filesystem lost the file: try again",
 }
+LONGEST_NAME = 200  # bytes; most filesystems hold 255, and an ending and the name of a hidden folder add up to 40
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
 
 
@@ -191,3 +192,16 @@ def refuse_lfs_pointer(path: Path, head: bytes) -> None:
             f"{path}: this is a git-LFS pointer, not the file itself",
             hint=f"git -C {shell_word(path.parent)} lfs pull",
         )
+
+
+def short_name(name: str) -> str:
+    """A name that leaves room for an ending and for the hidden folder of its output; a long one is cut, and ends in a digest.
+
+    >>> short_name("ckpts"), len(short_name("x" * 250))
+    ('ckpts', 193)
+    """
+    raw = os.fsencode(name)
+    if len(raw) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(raw).hexdigest()[:12]
+    return f"{raw[:180].decode(errors='ignore')}-{digest}"

@@ -91,7 +91,8 @@ class _Output:
 class Staging:
     """Outputs that are published together. Made by `staging`."""
 
-    def __init__(self) -> None:
+    def __init__(self, option: str = "-o") -> None:
+        self._option = option
         self._outputs: list[_Output] = []
         self._made: list[Path] = []
         self._alongside: list[AbstractContextManager[Any]] = []
@@ -119,7 +120,9 @@ class Staging:
                 self._make_parents(final.parent)
                 self._outputs.append(_Output(final, make_hidden(final), check, may_stay_empty))
         except OSError as error:
-            raise OutputError(f"{final}: cannot be written: {error.strerror}", hint="choose another place with -o") from error
+            raise OutputError(
+                f"{final}: cannot be written: {error.strerror}", hint=f"choose another place with {self._option}"
+            ) from error
         return self._outputs[-1].written
 
     def alongside(self, record: AbstractContextManager[Any]) -> None:
@@ -176,7 +179,7 @@ class Staging:
         where = str(error.filename or "")
         hit = [one.final for one in self._outputs if where and where.startswith((str(one.hidden.path), str(one.final)))]
         final = hit[0] if hit else self._outputs[0].final
-        return OutputError(f"{final}: cannot be written: {error.strerror or error}", hint=_space_hint(error))
+        return OutputError(f"{final}: cannot be written: {error.strerror or error}", hint=_space_hint(error, self._option))
 
     def misread(self, error: UnreadableError) -> OutputError | UnreadableError:
         """An error of reading, if it was an output that was read back, as one that names the output."""
@@ -192,13 +195,16 @@ class Staging:
 
 
 @contextmanager
-def staging() -> Iterator[Staging]:
+def staging(*, option: str = "-o") -> Iterator[Staging]:
     """Outputs that appear together when the block ends well, and vanish when it does not.
+
+    Args:
+        option: chooses another place, as a hint says.
 
     Raises:
         OutputError: one of them cannot be written; none is published.
     """
-    outputs = Staging()
+    outputs = Staging(option)
     try:
         try:
             yield outputs
@@ -212,9 +218,9 @@ def staging() -> Iterator[Staging]:
 
 
 @contextmanager
-def staged(final: Path, *, check: Check = refuse_existing, may_stay_empty: bool = False) -> Iterator[Path]:
+def staged(final: Path, *, check: Check = refuse_existing, may_stay_empty: bool = False, option: str = "-o") -> Iterator[Path]:
     """The same for one output; yields the path to write to."""
-    with staging() as outputs:
+    with staging(option=option) as outputs:
         yield outputs.add(final, check=check, may_stay_empty=may_stay_empty)
 
 
@@ -245,9 +251,9 @@ def _uninterrupted(*, is_too_late: Callable[[], bool] = lambda: False) -> Iterat
         handler(first, frame)
 
 
-def _space_hint(error: OSError) -> str:
+def _space_hint(error: OSError, option: str) -> str:
     is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return "free some space, or choose another disk with -o" if is_full else "choose another place with -o"
+    return f"free some space, or choose another disk with {option}" if is_full else f"choose another place with {option}"
 
 
 def _sync_tree(top: Path) -> None:

@@ -161,6 +161,31 @@ def _take_back(ledger: Path, fd: int, size: int, *, is_new: bool) -> None:
         os.ftruncate(fd, size)
 
 
+def withdraw(ledger: Path, leaps: Sequence[Leap], *, is_private: bool = False) -> None:
+    """Blank the lines of leaps that the run did not make after all. Nothing else in the ledger moves.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    home = ledger.parent.resolve()
+    lines = {(leap if is_private else leap.relative_to(home)).as_line().encode() for leap in leaps}
+    try:
+        fd = system.open_file(ledger, os.O_RDWR | system.NO_WAIT, follows=False)
+        try:
+            content = bytearray(os.fstat(fd).st_size)
+            del content[system.read_at(fd, memoryview(content), 0) :]
+            start = 0
+            for line in bytes(content).split(b"\n"):
+                if line in lines:
+                    system.write_at(fd, memoryview(b" " * len(line)), start)
+                start += len(line) + 1
+            system.flush(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _cannot_be_written(ledger, error) from error
+
+
 def _cannot_be_written(ledger: Path, error: OSError) -> OutputError:
     is_link = error.errno == errno.ELOOP
     what = "it is a link" if is_link else error.strerror

@@ -22,7 +22,7 @@ from farcast_cli.choices import ClockName  # noqa: TC001 - pydantic reads the an
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import list_files
-from farcast_cli.files.reading import local, reading
+from farcast_cli.files.reading import local, reading, short_name
 from farcast_cli.forecast.momentum import Momentum, Remembered
 from farcast_cli.forecast.steering import LARGEST, Losses
 from farcast_cli.formats.safetensors_file import read_safetensors
@@ -147,7 +147,7 @@ class Memory:
 
 def memory_of(forecasts: Path, run: Path) -> Path:
     """Where the memory of a run lies."""
-    return forecasts / f"{run.resolve().name or 'run'}{MEMORY_ENDING}"
+    return forecasts / f"{short_name(run.resolve().name or 'run')}{MEMORY_ENDING}"
 
 
 def read_memory(path: Path) -> Memory | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FarcastError, OutputError
-from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
+from farcast_cli.forecast.ledger import Leap, read_leaps, recorded, withdraw
 from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import CountersMode
     from farcast_cli.run.trajectory import Trajectory
-    from farcast_cli.trainers.base import Snapshot
+    from farcast_cli.trainers.base import LeapMark, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,18 @@ def recorded_in_both(ledgers: Ledgers, run: Path, leaps: Sequence[Leap], tell: C
         yield
 
 
+def withdraw_from_both(ledgers: Ledgers, run: Path, leaps: Sequence[Leap]) -> None:
+    """Blank the lines of leaps that the run did not make after all.
+
+    Raises:
+        OutputError: a ledger cannot be written.
+    """
+    withdraw(ledgers.file, leaps)
+    second = ledgers.second(run)
+    if second is not None and second.exists():
+        withdraw(second, leaps, is_private=True)
+
+
 def _check_apart(second: Path, run: Path) -> None:
     if second.resolve().is_relative_to(run.resolve()):
         raise OutputError(f"{second}: the ledger of leaps cannot be written: it lies inside the run's folder")
@@ -91,7 +103,8 @@ def known_leaps(ledgers: Ledgers | None, trajectory: Trajectory) -> Known:
         return Known(_marked([], trajectory))
     run, notes = trajectory.directory, list[str]()
     first, second = read_leaps(ledgers.file, run), ledgers.second(run)
-    others = [leap for leap in _read_gently(second, run, notes) if _key(leap) not in {_key(one) for one in first}]
+    of_first = {_key(one) for one in first}
+    others = [leap for leap in _read_gently(second, run, notes) if _key(leap) not in of_first]
     of_step = {snapshot.step: snapshot for snapshot in trajectory.snapshots}
     current = [leap for leap in others if _began_here(leap, of_step.get(leap.origin_step))]
     if len(current) < len(others):
@@ -104,17 +117,24 @@ def known_leaps(ledgers: Ledgers | None, trajectory: Trajectory) -> Known:
 
 def _marked(recorded_leaps: Sequence[Leap], trajectory: Trajectory) -> tuple[Leap, ...]:
     """Leaps with those of the newest snapshot's marks, which are certain."""
-    newest, found = trajectory.origin, list(recorded_leaps)
-    for mark in trainer_of(newest).marks(newest):
-        counters: CountersMode = "advance" if mark.step == mark.valid_step else "keep"
-        steps = (mark.origin_step, mark.valid_step, counters)
-        known = [index for index, leap in enumerate(found) if (leap.origin_step, leap.valid_step, leap.counters) == steps]
-        for index in known:
-            found[index] = found[index].model_copy(update={"is_certain": True})
-        if not known:
-            run, (origin, valid, _) = str(trajectory.directory), steps
-            found.append(Leap(run=run, origin_step=origin, valid_step=valid, counters=counters, forecast="", is_certain=True))
-    return tuple(sorted(found, key=lambda leap: leap.resumes_after))
+    newest, run = trajectory.origin, str(trajectory.directory)
+    marked = dict.fromkeys(map(_steps_of, trainer_of(newest).marks(newest)))
+    known = [one.model_copy(update={"is_certain": True}) if _steps(one) in marked else one for one in recorded_leaps]
+    others = marked.keys() - {_steps(one) for one in known}
+    new = [
+        Leap(run=run, origin_step=origin, valid_step=valid, counters=counters, forecast="", is_certain=True)
+        for origin, valid, counters in marked
+        if (origin, valid, counters) in others
+    ]
+    return tuple(sorted((*known, *new), key=lambda leap: leap.resumes_after))
+
+
+def _steps_of(mark: LeapMark) -> tuple[int, int, CountersMode]:
+    return mark.origin_step, mark.valid_step, "advance" if mark.step == mark.valid_step else "keep"
+
+
+def _steps(leap: Leap) -> tuple[int, int, CountersMode]:
+    return leap.origin_step, leap.valid_step, leap.counters
 
 
 def _read_gently(second: Path | None, run: Path, notes: list[str]) -> list[Leap]:

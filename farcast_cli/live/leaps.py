@@ -21,12 +21,14 @@ from farcast_cli.errors import FarcastError, SnapshotError, TooFewSnapshotsError
 from farcast_cli.files.place import check_ours, read_sidecar, sidecar_of
 from farcast_cli.folder import folder_of
 from farcast_cli.forecast.memory import check_memory_ours, memory_of, read_memory
+from farcast_cli.forecast.state_ledger import withdraw_from_both
 from farcast_cli.leaps.ask import Ask
 from farcast_cli.leaps.call import leap
 from farcast_cli.leaps.decision import LEFT_TO_TRAIN
 from farcast_cli.live.loss import LiveLoss
 from farcast_cli.live.processes import by_the_first, is_first, share
 from farcast_cli.progress import silent
+from farcast_cli.publish import leap_of
 from farcast_cli.request import Request
 from farcast_cli.run.selection import Selection
 from farcast_cli.run.steps import StepRange
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from farcast_cli.choices import OutputLayout
+    from farcast_cli.forecast.ledger import Leap
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.live.loss import Loss
     from farcast_cli.live.weights import LiveModel
+    from farcast_cli.request import Outcome
     from farcast_cli.trainers.base import Snapshot
 
 _log = logging.getLogger("farcast")
@@ -179,10 +183,12 @@ class Leaps:
         before = self._last_leap(run)
         scorer = LiveLoss(self.loss, live, origin, maximize=self.maximize) if self.loss else None
         found = leap(self._ask(run, scorer, step), silent)
-        if found.outcome.path:
-            self._land(live, run, found.outcome.path, origin)
-        if before and before != found.outcome.path:
-            _remove(before, run)
+        try:
+            if found.outcome.path:
+                self._land(live, run, found.outcome, origin)
+        finally:
+            if before and before != found.outcome.path:
+                _remove(before, run)
         return _landed(found, step)
 
     def _origin(self, run: Path, step: int) -> Snapshot | None:
@@ -191,16 +197,25 @@ class Leaps:
             return discover(run, steps=StepRange(step, step), pattern=self.pattern).origin
         return None
 
-    def _land(self, live: LiveModel, run: Path, forecast: Path, origin: Snapshot) -> None:
-        """Fill the model with a forecast; where that fails, it keeps the origin's weights, and a new memory starts."""
+    def _land(self, live: LiveModel, run: Path, outcome: Outcome, origin: Snapshot) -> None:
+        """Fill the model with a forecast; if that stops, the model has the origin's weights, and nothing tells of the leap."""
+        assert outcome.path is not None  # noqa: S101 - there is a forecast to land at
         try:
-            target = open_snapshot(forecast)
+            target = open_snapshot(outcome.path)
             live.check(target)
             live.fill(target)
-        except FarcastError:
+        except BaseException:
             live.restore(origin)
+            self._withdraw(leap_of(run, outcome, outcome.path, "keep", origin), run)
             self._forget(run)
             raise
+
+    def _withdraw(self, made: Leap, run: Path) -> None:
+        """Take a leap back from the ledgers; the reason why it was not made is told in any case."""
+        try:
+            withdraw_from_both(ledgers_of(Path(self.ledger)), run, [made])
+        except FarcastError as error:
+            _tell(logging.WARNING, f"the ledger still tells of a leap that was not made: {error}")
 
     def _last_leap(self, run: Path) -> Path | None:
         memory = read_memory(self._place(run))

@@ -68,17 +68,21 @@ class LiveModel:
         """
         for name, entry in _stored(snapshot):
             tensor = self.tensors[name].detach()
-            if not torch.equal(tensor, _read(entry).to(tensor.device)):
+            if not torch.equal(_bits(tensor), _bits(_read(entry).to(tensor.device))):
                 raise SnapshotError(
                     f"{snapshot.path}: tensor {entry.name!r} is not the model's: is the checkpoint one of averaged weights?",
                     hint=BY_FILES,
                 )
 
     def fill(self, snapshot: Snapshot) -> None:
-        """Overwrite the model's tensors with those of a checkpoint that fits."""
+        """Overwrite the model's tensors with those of a checkpoint that fits.
+
+        Raises:
+            FarcastError: it cannot be read, or the model does not take it; some tensors may have the new values.
+        """
         with torch.no_grad():
             for name, entry in _stored(snapshot):
-                self.tensors[name].copy_(_read(entry))
+                _copy(_read(entry), self.tensors[name], entry)
 
     def restore(self, snapshot: Snapshot) -> None:
         """The same where the model's own weights must come back: without them, training must not go on.
@@ -88,7 +92,7 @@ class LiveModel:
         """
         try:
             self.fill(snapshot)
-        except FarcastError as error:
+        except (FarcastError, MemoryError) as error:
             raise RuntimeError(f"the model has other weights now: resume from {snapshot.path}") from error
 
 
@@ -113,6 +117,21 @@ def _read(entry: TensorEntry) -> torch.Tensor:
         os.close(fd)
     flat = torch.frombuffer(raw, dtype=dtype)
     return flat.as_strided(entry.shape, entry.strides) if entry.strides else flat.view(entry.shape)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The values as whole numbers, so that a NaN equals itself."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()])
+
+
+def _copy(values: torch.Tensor, tensor: torch.Tensor, entry: TensorEntry) -> None:
+    try:
+        tensor.copy_(values)
+    except Exception as error:  # whatever it is, such as a full device: training goes on
+        raise SnapshotError(
+            f"{entry.path}: tensor {entry.name!r}: the model does not take it: {type(error).__name__}: {error}"
+        ) from error
 
 
 def refuse_shards(module: torch.nn.Module, what: str) -> None:

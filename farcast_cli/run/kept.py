@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_KEPT
 from farcast_cli.errors import MixedRunsError, TooFewSnapshotsError, listed, shell_word
-from farcast_cli.files.reading import reading
+from farcast_cli.files.reading import reading, short_name
 from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.entries import too_few
 from farcast_cli.run.steps import StepList, StepRange, first_of
@@ -57,16 +57,19 @@ def default_folder(run: Path, pattern: str = "") -> Path:
     """Where the kept snapshots of a run lie unless an option says otherwise.
 
     In `kept/`, under the name of the run's folder; if another run's lie there, the names of the folders above come before it.
+    A run stays in the folder that it has, also when a name before it becomes free.
     """
     parts = run.resolve().parts[1:] or ("run",)
-    names = ("-".join(parts[start:]) for start in reversed(range(len(parts))))
-    free = (DEFAULT_KEPT / name for name in names if not _of_another(DEFAULT_KEPT / name, run, pattern))
-    return next(free, DEFAULT_KEPT / parts[-1])
+    folders = [DEFAULT_KEPT / short_name("-".join(parts[start:])) for start in reversed(range(len(parts)))]
+    holdings = [(folder, _is_own(folder, run, pattern)) for folder in folders]
+    found = (folder for wanted in (True, None) for folder, is_own in holdings if is_own is wanted)
+    return next(found, folders[0])
 
 
-def _of_another(folder: Path, run: Path, pattern: str) -> bool:
+def _is_own(folder: Path, run: Path, pattern: str) -> bool | None:
+    """Whether the first kept snapshot in a folder is this run's; None where there is none."""
     first = next(iter(_paths_in(folder)), None)
-    return first is not None and not is_of(read_snapshot(LAYOUT, first), run, pattern)
+    return None if first is None else is_of(read_snapshot(LAYOUT, first), run, pattern)
 
 
 def is_of(kept: Snapshot, run: Path, pattern: str) -> bool:
@@ -94,7 +97,8 @@ def survey_all(
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
     folder = default_folder(directory, pattern) if history is None else history
-    kept = () if folder.resolve() == directory.resolve() else kept_in(folder)
+    found = () if folder.resolve() == directory.resolve() else kept_in(folder)
+    kept, odd = _sorted_out(found, folder, directory, pattern, is_named=history is not None)
     if history is not None and not kept:
         raise TooFewSnapshotsError(
             f"{history}: expected kept snapshots, found none",
@@ -102,9 +106,23 @@ def survey_all(
         )
     if not kept:
         own = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled)
-        return replace(own, kept_notes=_unused(directory, folder))
+        return replace(own, kept_notes=(*_unused(directory, folder), *odd))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
-    return _joined(survey(directory, steps=some, pattern=pattern, unsettled=unsettled), kept, folder, steps)
+    joined = _joined(survey(directory, steps=some, pattern=pattern, unsettled=unsettled), kept, folder, steps)
+    return replace(joined, notes=(*joined.notes, *odd), kept_notes=(*joined.kept_notes, *odd))
+
+
+def _sorted_out(
+    kept: Sequence[Snapshot], folder: Path, run: Path, pattern: str, *, is_named: bool
+) -> tuple[tuple[Snapshot, ...], tuple[str, ...]]:
+    """The kept snapshots to use, and a note on those that name another run; they are used only from a folder that was named."""
+    own = tuple(one for one in kept if is_of(one, run, pattern))
+    if len(own) == len(kept):
+        return own, ()
+    names = listed(one.path.name for one in kept if not is_of(one, run, pattern))
+    if is_named:
+        return tuple(kept), (f"caution: {folder} has kept snapshots that name another run, and they are used: {names}",)
+    return own, (f"kept snapshots in {folder} name another run, and are left out: {names}",)
 
 
 def _unused(directory: Path, folder: Path) -> tuple[str, ...]:
