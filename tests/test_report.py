@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.forecast.fitting import fit
@@ -445,6 +446,23 @@ def test_a_report_that_somebody_has_edited_stays(ending: str, work: Path, call_c
     edited = place.read_bytes()
     assert call_cli("report", "-o", place, cwd=work).returncode == 5
     assert place.read_bytes() == edited
+
+
+def test_a_picture_that_somebody_has_edited_stays(work: Path, call_cli: CallCli) -> None:
+    """Saved again by another program, which keeps the text of who wrote it; or with a byte more."""
+    place = work / "out.png"
+    call_cli("report", "-o", place, cwd=work)
+    ours = place.read_bytes()
+    with Image.open(place) as image:
+        texts = PngInfo()
+        for name, text in image.info.items():
+            if isinstance(text, str):
+                texts.add_text(str(name), text)
+        image.rotate(180).save(place, pnginfo=texts)
+    for edited in (place.read_bytes(), ours + b"x", ours[:500] + bytes([ours[500] ^ 1]) + ours[501:]):
+        place.write_bytes(edited)
+        assert call_cli("report", "-o", place, cwd=work).returncode == 5
+        assert place.read_bytes() == edited
 
 
 @pytest.mark.parametrize(
