@@ -427,6 +427,21 @@ def test_a_picture_shows_every_panel(work: Path, call_cli: CallCli) -> None:
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 8
 
 
+def test_of_a_long_log_losses_spread_evenly_are_shown_and_the_report_says_so(work: Path, call_cli: CallCli) -> None:
+    """And a second report may replace the first, which is not too long to be looked at."""
+    count = 100_000
+    with (work / "run" / "log.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {step}, "loss": {1 + step / count}}}\n' for step in range(count))
+    assert [call_cli("report", "run", cwd=work).returncode for _ in range(2)] == [0, 0]
+    assert (work / "report.html").stat().st_size < 2 << 20
+    assert (
+        "100,000 losses are too many to show: of each kind, 2,000 spread evenly are here" in (work / "report.html").read_text()
+    )
+    steps = [one["step"] for one in answer(call_cli, "report", "run", cwd=work)["losses"]]
+    assert (len(steps), steps[0], steps[-1]) == (2000, 0, count - 1)
+    assert set(np.diff(steps)) == {50, 51}
+
+
 @pytest.mark.parametrize("ending", [".html", ".md", ".png"])
 def test_a_file_that_is_not_a_report_stays(ending: str, work: Path, call_cli: CallCli) -> None:
     place = work / f"mine{ending}"
