@@ -34,7 +34,7 @@ from farcast_cli.choices import (
 )
 from farcast_cli.errors import shell_word
 from farcast_cli.horizons import in_steps, parse_horizons
-from farcast_cli.log_to import check_apart, log_answer, parse_targets
+from farcast_cli.log_to import check_apart, log_answer, parse_targets, places_of
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
@@ -399,6 +399,7 @@ def predict(
         dry_run=dry_run,
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
+        logs=places_of(targets),
         source=_source(run, fitted),
         narrowed=_narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
@@ -476,6 +477,7 @@ def leap(
         dry_run=dry_run,
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
+        logs=places_of(targets),
         resources=resources,
         evaluator=evaluator,
     )
