@@ -63,8 +63,8 @@ method = "blend"
 OUTPUT = """\
 ## What goes where
 
-stdout carries the result and nothing else: the path that `fit`, `predict` or `leap` wrote, a table, or one JSON object. Progress,
-notes and errors go to stderr. Bars and colour appear on a terminal only; `NO_COLOR` is honoured. Nothing ever prompts.
+stdout carries the result and nothing else: the path that `fit`, `predict` or `leap` wrote, a table, the verdicts of `watch`, or
+one JSON object. Progress, notes and errors go to stderr. Bars and colour appear on a terminal only; `NO_COLOR` is honoured. Nothing ever prompts.
 
 Where stdout is full (a disk, `/dev/full`), the exit code is 5 and stderr says so; the files that the command wrote are whole
 and in their places. A reader that goes away, as in `| head`, changes nothing: the exit code is the command's own. A stream
@@ -79,12 +79,12 @@ byte plus 0xDC00), as Python spells it; so it is in the ledger, the sidecar and 
 JSON = """\
 ## JSON
 
-With `--json`, a command prints one object on stdout, also if it fails: then the object has the key `error`. [JSON](json.md) lists the
+With `--json`, a command prints one object on stdout (`watch` one on each line), also if it fails: then the object has the key `error`. [JSON](json.md) lists the
 keys; `farcast schema` prints their JSON schema.
 """
 
 JSON_INTRODUCTION = """\
-With `--json`, a command prints one object on stdout. A forecast or a tuned checkpoint has another object beside it, its
+With `--json`, a command prints one object on stdout; `watch` prints one on each line. A forecast or a tuned checkpoint has another object beside it, its
 sidecar: `farcast.json` inside a folder, `NAME.farcast.json` beside a file NAME. Keys may be added; none is renamed or removed
 while `schema_version` stays. A number that cannot be computed is `null`.
 

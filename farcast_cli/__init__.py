@@ -9,6 +9,7 @@ The commands as functions, see `farcast_cli.api`; each name is imported when it 
     report      tell the verdict on a run and its evidence, as a page, a picture or text
     predict     write a checkpoint for a later step
     leap        the same with a memory, for a loop
+    watch       follow a run while it trains
     verify      compare a forecast with the real snapshot
 
 Whatever a caller can cause is a `FarcastError`; `farcast_cli.errors` has its subclasses.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Prediction, Report, backtest, fit, keep, leap, open_run, predict, report, verify
+    from farcast_cli.api import Prediction, Report, backtest, fit, keep, leap, open_run, predict, report, verify, watch
     from farcast_cli.errors import (
         FarcastError,
         FileFormatError,
@@ -47,6 +48,7 @@ __all__ = [
     "predict",
     "report",
     "verify",
+    "watch",
 ]
 
 if not TYPE_CHECKING:  # else every misspelt name would have a type

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli import records, results
 from farcast_cli.reports.panels import facts, headline
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from farcast_cli.request import Outcome
     from farcast_cli.run.selection import Inspection
     from farcast_cli.tune.request import TuneOutcome as Tuning
+    from farcast_cli.watching import Event
 
 
 def of_error(code: int, message: str, *, hint: str = "", path: Path | None = None) -> results.ErrorAnswer:
@@ -30,7 +32,7 @@ def of_error(code: int, message: str, *, hint: str = "", path: Path | None = Non
     return results.ErrorAnswer(schema_version=1, error=entry)
 
 
-def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
+def of_inspect(found: Inspection, past: Past | None, worth: Worth | None = None) -> results.InspectAnswer:
     trajectory, alignment = found.trajectory, found.alignment
     leap, problem = (past.history.leap, past.problem) if past else (None, None)
     return results.InspectAnswer(
@@ -62,6 +64,7 @@ def of_inspect(found: Inspection, past: Past | None) -> results.InspectAnswer:
             for one in (past.leaps if past else ())
         ),
         leap=leap.resumes_after if leap else None,
+        worth=_worth(worth),
     )
 
 
@@ -70,11 +73,12 @@ def _worth(worth: Worth | None) -> results.WorthEntry | None:
         return None
     return results.WorthEntry(
         origin_step=worth.origin_step,
+        resumes_after=worth.resumes_after,
         kind=worth.kind,
         trained=worth.trained,
         loss_before=worth.before,
         loss_after=worth.after,
-        loss_of_line=worth.line,
+        loss_of_curve=worth.curve,
         standard_error=worth.error,
         steps_sooner=worth.sooner,
         is_limit=worth.is_limit,
@@ -89,7 +93,7 @@ def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
         origin_step=fitted.steps[-1],
         num_snapshots=len(fitted.steps),
         leap=record.leap.resumes_after if record.leap else None,
-        notes=(*record.notes, *done.cautions, *done.jumps),
+        notes=(*record.notes, *done.cautions, *done.jumps, *filter(None, [done.carrier])),
         num_tensors=len(record.tensors),
         sampled=record.num_samples,
         coherence=steady.coherence,
@@ -262,6 +266,33 @@ def of_leap(done: Leapt, *, dry_run: bool) -> results.LeapAnswer:
         worth=_worth(done.worth),
         dry_run=dry_run,
     )
+
+
+def of_watch(event: Event, run: Path) -> results.WatchAnswer:
+    """One event."""
+    return results.WatchAnswer(
+        schema_version=1, time=datetime.now(UTC).isoformat(timespec="seconds"), run=run, **_of_event(event)
+    )
+
+
+def _of_event(event: Event) -> dict[str, Any]:
+    from farcast_cli import watching  # not for an error, which no numpy need be imported for
+
+    match event:
+        case watching.NewVerdict():
+            own = {"num_snapshots", "verdict", "words", "reason", "horizon", "coherence", "significance", "ratio"}
+            found = {name: getattr(event, name) for name in own}
+            return found | {"event": "judged", "origin_step": event.step, "since_leap": event.leap}
+        case watching.LeapWritten(step, path, valid_step, existed):
+            return {"event": "leap", "origin_step": step, "path": path, "valid_step": valid_step, "existed": existed}
+        case watching.CommandEnded(checkpoint, log, seconds, failed):
+            return {"event": "command", "path": checkpoint, "log": log, "seconds": seconds, "failed": failed or None}
+        case watching.Trouble(text, hint):
+            return {"event": "problem", "message": text, "hint": hint or None}
+        case watching.Waiting(what, step, age_s):
+            return {"event": "waiting", "origin_step": step, "message": what, "seconds": age_s}
+        case watching.WatchEnded(step, reason):
+            return {"event": "end", "origin_step": step, "reason": reason}
 
 
 def of_tune(tuning: Tuning) -> results.TuneAnswer:

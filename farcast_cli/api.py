@@ -13,18 +13,19 @@ FarcastError with `exit_code` and `hint`; its text names the option, as on the c
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.choices import (
     DEFAULT_FORECASTER,
+    DEFAULT_INTERVAL,
     DEFAULT_LEDGER,
     DEFAULT_SAMPLE,
     ClockName,
     CountersMode,
     Io,
+    KeepForm,
     OptimizerMode,
     OutputDType,
     OutputLayout,
@@ -34,24 +35,28 @@ from farcast_cli.choices import (
 )
 from farcast_cli.errors import shell_word
 from farcast_cli.horizons import in_steps, parse_horizons
-from farcast_cli.log_to import check_apart, log_answer, parse_targets, places_of
+from farcast_cli.log_to import check_apart, log_answer, logged_events, parse_targets, places_of
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
+    check_choices,
     check_layout,
     check_leap_options,
+    check_watch_options,
     evaluator_of,
     fit_request,
     horizons_of,
     ledgers_of,
+    narrowed,
     parse_size,
     prepare,
     resources_of,
     selection_of,
+    watch_request,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from farcast_cli.forecast.fitting import FitOutcome
     from farcast_cli.forecast.forecaster_file import Fitted
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
     from farcast_cli.request import Outcome, Request
     from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.trajectory import Trajectory
+    from farcast_cli.watching import Event
 
     Place = str | os.PathLike[str]
     Run = Place | FitOutcome | Fitted
@@ -125,8 +131,7 @@ def fit(
         FileFormatError, OutputError: a file cannot be read or written.
     """
     check_choice("--io", io, Io)
-    targets = parse_targets(log_to)
-    check_apart(targets, Path(directory))
+    targets = parse_targets(log_to, Path(directory))
     request = fit_request(
         Path(directory),
         output=None if output is None else Path(output),
@@ -366,7 +371,7 @@ def predict(
         SnapshotError, FileFormatError, OutputError: nothing was written.
     """
     horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
-    _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, purpose)
     targets = parse_targets(log_to)
     for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
@@ -401,7 +406,7 @@ def predict(
         clock=clock,
         logs=places_of(targets),
         source=_source(run, fitted),
-        narrowed=_narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
+        narrowed=narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         evaluator=evaluator,
     )
@@ -455,10 +460,9 @@ def leap(
         SnapshotError, FileFormatError, OutputError: nothing was written.
     """
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
-    _check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
+    check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, "resume")
-    targets = parse_targets(log_to)
-    check_apart(targets, Path(directory))
+    targets = parse_targets(log_to, Path(directory))
     place = None if output is None else os.fspath(output)
     resources = resources_of(device, io, threads)
     check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
@@ -487,6 +491,61 @@ def leap(
     return done if dry_run else replace(done, unlogged=log_answer(targets, "leap", answer, Path(directory)))
 
 
+def watch(
+    directory: Place,
+    *,
+    interval: float = DEFAULT_INTERVAL,
+    until: int | None = None,
+    once: bool = False,
+    keep: KeepForm = "sampled",
+    into: Place | None = None,
+    leap: bool = False,
+    on_leap: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    pattern: str | None = None,
+    ledger: Place = DEFAULT_LEDGER,
+    device: str = "auto",
+    io: Io = "auto",
+    threads: int = 0,
+    log_to: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Generator[Event, None, None]:
+    """Follow a run while it trains: keep and judge each new snapshot, and leap if asked to.
+
+    Args:
+        interval: seconds between two looks at the folder.
+        until: the step at which the watch ends; it ends with the run, too.
+        once: judge what is there and end.
+        keep: what is kept of each snapshot: "sampled", the values that `fit` reads, or all "weights".
+        into: the folder for kept snapshots; by default kept/NAME.
+        leap: write the forecast, as `predict` does, once for each origin whose verdict supports it.
+        on_leap: a command that runs after that, with {ckpt} in place of the path.
+        log_to: as for `fit`, for each verdict.
+
+    Returns:
+        What happens, as it happens; see `farcast_cli.watching`. Each look ends with a `Waiting`. Closing the iterator ends the
+        command that runs.
+
+    Raises:
+        UsageError, OutputError: options that make no sense. Later problems are events, but for `once`.
+    """
+    targets, run = parse_targets(log_to), Path(directory)
+    check_apart(targets, run)
+    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "ledger": Path(ledger), "device": device}
+    request = watch_request(run, None if into is None else Path(into), **options, io=io, threads=threads, keep=keep)
+    check_watch_options(interval, is_leaping=leap, on_leap=on_leap)
+    from farcast_cli.evaluation.hook import Hook
+    from farcast_cli.watching import watch as follow
+
+    def write(fitted: Fitted, told: Progress) -> Outcome:
+        return predict(fitted, ledger=ledger, device=device, io=io, threads=threads, progress=told).outcomes[0]
+
+    command, write_or_not = Hook(on_leap) if on_leap else None, write if leap else None
+    asked = replace(request, interval_s=interval, until=until, once=once, leap=write_or_not, hook=command)
+    return logged_events(follow(asked, progress), targets, run)
+
+
 def verify(forecast: Place, *, against: Place, reference: Place | None = None, progress: Progress = silent) -> VerifyAnswer:
     """Compare a forecast with the real snapshot, when training has reached its step.
 
@@ -506,17 +565,6 @@ def verify(forecast: Place, *, against: Place, reference: Place | None = None, p
 
     start = find_reference(Path(forecast)) if reference is None else Path(reference)
     return compare(Path(forecast), Path(against), start, progress=progress)
-
-
-def _check_choices(
-    *, clock: ClockName | None, optimizer: OptimizerMode, counters: CountersMode, layout: OutputLayout, io: Io
-) -> None:
-    """The choices that `predict` and `leap` share."""
-    check_choice("--clock", clock, ClockName)
-    check_choice("--optimizer", optimizer, OptimizerMode)
-    check_choice("--counters", counters, CountersMode)
-    check_choice("--layout", layout, OutputLayout)
-    check_choice("--io", io, Io)
 
 
 def _text(horizon: Horizon | None) -> str | None:
@@ -549,12 +597,4 @@ def _source(run: Run, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it."""
     if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
-    return f" {fitted.source}{_narrowed(fitted)}"
-
-
-def _narrowed(fitted: Fitted) -> str:
-    """The options that chose what was read of a run, each with a blank before it."""
-    chosen = fitted.provenance
-    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
-    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)
+    return f" {fitted.source}{narrowed(fitted)}"

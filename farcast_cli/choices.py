@@ -32,6 +32,10 @@ LossName = Literal["mse", "cross-entropy"]
 ActivationName = Literal["none", "relu", "gelu", "tanh"]
 Rounding = Literal["nearest", "stochastic"]
 
+KeepForm = Literal["sampled", "weights"]
+"""What `watch` keeps of a snapshot: the values that `fit` reads, or all weights."""
+
+DEFAULT_INTERVAL = 10.0  # seconds between two looks at a run: a snapshot counts at the second look
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 MOMENTUM = 0.9
 HOLDOUT = 0.25

@@ -25,6 +25,7 @@ from farcast_cli.commands import (
     streams,
     tune,
     verify,
+    watch,
 )
 from farcast_cli.commands.options import Asked, Grouped, asked_by
 from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
@@ -49,6 +50,7 @@ resume training from it. farcast never changes your own checkpoints.
   farcast inspect ckpts/               list the snapshots, and the tensors to forecast and to copy
   farcast fit ckpts/                   measure the run; write ./forecaster.safetensors
   farcast keep ckpts/                  copy the weights before the trainer deletes its old checkpoints
+  farcast watch ckpts/                 follow a run while it trains: keep and judge each new checkpoint
   farcast backtest                     test each method inside the run's history
   farcast report                       write the verdict and its evidence as one page, report.html
   farcast predict                      write a forecast checkpoint; print its path
@@ -80,6 +82,7 @@ app.command(cls=Grouped, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Grouped, epilog=predict.EXAMPLES)(predict.predict)
 app.command(cls=Grouped, epilog=verify.EXAMPLES)(verify.verify)
 app.command(cls=Grouped, epilog=leap.EXAMPLES)(leap.leap)
+app.command(cls=Grouped, epilog=watch.EXAMPLES)(watch.watch)
 app.command(cls=Grouped, epilog=tune.EXAMPLES)(tune.tune)
 app.command(cls=Grouped, epilog=schema.EXAMPLES)(schema.schema)
 app.command(cls=Grouped, epilog=help.EXAMPLES)(help.help)

@@ -7,6 +7,7 @@
     |   |-- MixedRunsError
     |   |-- StepConflictError
     |   |-- NonFiniteError
+    |   |-- SampledError              only a sample of their weights was kept
     |   `-- DataError                 the rows to tune on cannot be used, or do not fit the layer
     |-- FileFormatError          4   a file is unreadable
     |   |-- UnreadableError           ... because the system fails: a bad disk, a filesystem that went away, no memory
@@ -131,6 +132,10 @@ class StepConflictError(SnapshotError):
 
 class NonFiniteError(SnapshotError):
     """NaN or infinity among the weights."""
+
+
+class SampledError(SnapshotError):
+    """All weights are needed, and only a sample of them was kept."""
 
 
 class DataError(SnapshotError):

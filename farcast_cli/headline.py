@@ -42,7 +42,8 @@ def _advised(outcome: Outcome, purpose: Purpose) -> Advised:
         return Advised(f"Write a control for step {outcome.valid_step}", "It has the origin's weights: no weight moves.")
     if purpose == "evaluation":
         return Advised(*_to_evaluate(outcome))
-    return Advised(*_to_resume(outcome), sureness(outcome.decision.significance))
+    over = outcome.decision.is_over
+    return Advised(*_to_resume(outcome), "" if over else sureness(outcome.decision.significance))
 
 
 def _to_resume(outcome: Outcome) -> tuple[str, str]:

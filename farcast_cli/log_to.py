@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from contextlib import redirect_stdout, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +24,10 @@ from farcast_cli.optional import expect
 from farcast_cli.system import NO_WAIT, lock, open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from farcast_cli.answer import Answer
+    from farcast_cli.watching import Event
 
 NUMBERS = (
     *("coherence", "recent_coherence", "significance", "ratio", "expected_ratio"),
@@ -76,15 +77,21 @@ class _Entry:
         return f"{_NAME}-{hashlib.sha256(os.fsencode(self.run.resolve())).hexdigest()[:12]}"
 
 
-def parse_targets(texts: Sequence[str] | None) -> tuple[LogTarget, ...]:
+def parse_targets(texts: Sequence[str] | None, run: Path | None = None) -> tuple[LogTarget, ...]:
     """The places that `--log-to` names; nothing is imported or written.
+
+    Args:
+        run: the run's folder, if it is known yet; see `check_apart`.
 
     Raises:
         UsageError: one cannot be logged to, or its package is not installed.
+        OutputError: one lies where no log may lie.
     """
     found = tuple(LogTarget(*text.split(":", 1)) for text in texts or ())
     for one in found:
         _check(one)
+    if run is not None:
+        check_apart(found, run)
     return found
 
 
@@ -149,6 +156,22 @@ def log_answer(targets: Sequence[LogTarget], command: str, answer: Answer, run: 
         What could not be logged, one line for each place; nothing is raised.
     """
     return tuple(_failures(targets, _entry(command, answer, run))) if targets else ()
+
+
+def logged_events(
+    events: Generator[Event, None, None], targets: Sequence[LogTarget], run: Path
+) -> Generator[Event, None, None]:
+    """The events of a watch. Each verdict is logged, and what cannot be logged is told once."""
+    from farcast_cli.answers import of_watch
+    from farcast_cli.watching import NewVerdict, Trouble
+
+    told = set[str]()
+    with closing(events):
+        for event in events:
+            yield event
+            failures = log_answer(targets, "watch", of_watch(event, run), run) if isinstance(event, NewVerdict) else ()
+            yield from (Trouble(text) for text in failures if text not in told)
+            told.update(failures)
 
 
 def _failures(targets: Sequence[LogTarget], entry: _Entry) -> Iterator[str]:

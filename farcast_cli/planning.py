@@ -20,17 +20,20 @@ from farcast_cli.folder import folder_of
 from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.request import Prepared, Start
+from farcast_cli.second_copies import find_copies
 from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
+from farcast_cli.state.metadata import advance_metadata
 from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from farcast_cli.checkpoint.convert import Container
     from farcast_cli.checkpoint.pieces import OutputFile
     from farcast_cli.engine.batch import Inputs
     from farcast_cli.files.staged import Check
     from farcast_cli.request import Request
+    from farcast_cli.second_copies import SecondCopies
     from farcast_cli.trainers.base import Snapshot
 
 
@@ -58,7 +61,7 @@ def place_of(request: Request, start: Start, horizon: int, container: Container,
     name = forecast_name(origin, horizon, unit=unit, keep_step=request.counters == "keep")
     if request.counters == "advance":
         name = trainer_of(origin).rename(name, state_of(origin), horizon)
-    name = container.renamed(name, origin, mark="-eval" if request.purpose == "evaluation" else "")
+    name = container.renamed(name, origin, mark=container.mark if request.purpose == "evaluation" else "")
     if request.output is None:
         return folder_of(start.run) / name
     refuse_no_place(request.output)
@@ -75,9 +78,11 @@ def place_of(request: Request, start: Start, horizon: int, container: Container,
 
 
 def state_of(origin: Snapshot) -> object:
-    """The object tree of a checkpoint that is one torch file."""
-    content = origin.parts[0].content
-    return content.tree if isinstance(content, TorchFile) else None
+    """The object tree of a checkpoint that is one torch file, or of the file beside its weights that is its trainer's own."""
+    trees = [part.content.tree for part in origin.parts if isinstance(part.content, TorchFile)]
+    content, wrote = origin.parts[0].content, trainer_of(origin).wrote
+    first = content.tree if isinstance(content, TorchFile) else None
+    return next((tree for tree in trees if wrote(tree)), first)
 
 
 def start_at(run: Path, origin: Snapshot, index: int, request: Request) -> Start:
@@ -103,8 +108,10 @@ def prepare(
         paths: where the forecasts go.
         snapshots: those that are read.
     """
-    index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
-    planned = [_plan(request, start, history, horizon, index_of=index_of, container=container) for horizon in horizons]
+    with told_as_damage(start.origin):
+        found = find_copies(inputs, snapshots, start.origin)
+    inputs = found.added_to(inputs)
+    planned = [_plan(request, start, history, horizon, inputs=inputs, found=found, container=container) for horizon in horizons]
     advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
     engine = Engine(inputs, request.resources)
     return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin, start.run)
@@ -116,7 +123,8 @@ def _plan(
     history: Sequence[Snapshot],
     horizon: int,
     *,
-    index_of: Mapping[str, int],
+    inputs: Inputs,
+    found: SecondCopies,
     container: Container,
 ) -> tuple[Advanced, tuple[OutputFile, ...]]:
     """The trainer's state at the later step, and the files of the forecast."""
@@ -124,14 +132,19 @@ def _plan(
     counters = request.counters if horizon else "keep"
     with told_as_damage(start.origin):
         is_leap = bool(horizon) and request.purpose == "resume"
-        moved = advance(history, horizon, optimizer=request.optimizer, counters=counters, is_marked=is_leap)
+        moved = advance(
+            history, horizon, optimizer=request.optimizer, counters=counters, is_marked=is_leap, copies=found.by_part
+        )
+    moved.notes += found.notes
     if container.is_weights_only:
         moved = Advanced(moved.trees)  # what else was done is not written
     counts = advance_batch_counts(history, horizon) if counters == "advance" else {}
-    moved.changes.extend(counts.values())
-    step = start.origin.step + (horizon if counters == "advance" else 0)
+    texts, changes, notes = advance_metadata(history, horizon) if counters == "advance" else ({}, [], [])
+    moved.changes.extend((*counts.values(), *changes))
+    moved.notes.extend(notes)
     mirror = request.purpose == "evaluation"
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, step, mirror)
+    index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
+    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, texts, mirror, masters=found.masters)
     return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
 
 

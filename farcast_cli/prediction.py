@@ -17,12 +17,13 @@ from farcast_cli.card import upload_command
 from farcast_cli.checkpoint.convert import settle
 from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
-from farcast_cli.errors import SnapshotError, UsageError, listed, shell_word
+from farcast_cli.errors import FarcastError, SampledError, UsageError, listed, shell_word
 from farcast_cli.folder import note_on
 from farcast_cli.forecast.backtest import LOSS_JUMP, decide, pace_to
 from farcast_cli.forecast.choice import AUTO, choose_method, default_method, propose_horizon
 from farcast_cli.forecast.forecaster import Method, Task, forecast
 from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realign, reopen
+from farcast_cli.forecast.judgement import carrier_of
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
@@ -123,6 +124,14 @@ def judge(fitted: Fitted, request: Request) -> Judged:
         for task, decision in zip(tasks, decisions, strict=True)
     )
     return Judged(request, index, start, method, tasks, tuple(outcomes))
+
+
+def proposed(fitted: Fitted, request: Request) -> tuple[Judged, str]:
+    """What `predict` would do; if the run's files are gone, its end is not known, and the second value says why."""
+    try:
+        return judge(fitted, request), ""
+    except FarcastError as error:
+        return judge(fitted, replace(request, counters="keep")), str(error)
 
 
 def origin_of(fitted: Fitted, request: Request) -> Start:
@@ -244,11 +253,11 @@ def _refuse_samples(snapshots: Sequence[Snapshot]) -> None:
     """Refuse snapshots of which only a sample was kept.
 
     Raises:
-        SnapshotError: some are such.
+        SampledError: some are such.
     """
     found = [snapshot.path for snapshot in snapshots if snapshot.is_sample]
     if found:
-        raise SnapshotError(
+        raise SampledError(
             f"{found[0].parent}: this forecast needs all weights, and only a sample was kept in"
             f" {listed(dict.fromkeys(path.name for path in found))}",
             hint=f"choose a --method that reads fewer snapshots (farcast backtest -v lists them); {WHOLE}",
@@ -296,6 +305,8 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     if newer and request.origin_step is None:
         again = f"farcast fit {fitted.source}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
+    if request.purpose == "resume" and (carrier := carrier_of(fitted)):
+        notes.append(carrier)
     written = [outcome for outcome in outcomes if outcome.path]
     folders = {outcome.path.parent for outcome in outcomes if outcome.path and request.output is None}
     notes += [odd for folder in folders if (odd := note_on(folder, fitted.directory))]
@@ -305,6 +316,11 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
         )
         if request.layout == "hub" and not request.dry_run:
             notes += [f"nothing is uploaded; to upload it: {upload_command(str(one.path))}" for one in written]
+        if any(outcome.horizon == 0 for outcome in written) and proposed(fitted, Request())[0].chosen:
+            notes.append(
+                "the run keeps its direction, so weights ahead may score better: farcast predict --for evaluation --horizon N"
+                " --eval-cmd CMD tells"
+            )
         if written and fitted.has_batch_norm:
             notes.append(
                 "BatchNorm's statistics were forecast like weights; torch.optim.swa_utils.update_bn, or a pass"

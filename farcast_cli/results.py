@@ -74,6 +74,25 @@ class LeapEntry(AnswerPart):
     )
 
 
+class WorthEntry(AnswerPart):
+    """What the run's own losses say of its last leap."""
+
+    origin_step: int = Field(description="step of the snapshot that the leap began at")
+    kind: Literal["training", "evaluation"] = Field(description="which losses")
+    resumes_after: int = Field(description="the trainer's step when it resumed")
+    trained: int = Field(description="steps of training since the leap at which the losses are compared")
+    loss_before: Figure = Field(description="mean of the last losses before the leap")
+    loss_after: Figure = Field(description="mean of as many losses, the last ones up to there")
+    loss_of_curve: Figure | None = Field(
+        description="the losses before the leap, continued as a + b ln(step) to as many steps after it; `null` if they are too few"
+    )
+    standard_error: Figure = Field(description="of the difference between `loss_after` and `loss_of_curve`")
+    steps_sooner: Figure | None = Field(
+        description="steps by which training reached `loss_after` before the curve does; `null` if the curve does not fall clearly"
+    )
+    is_limit: bool = Field(description="`true` if the curve is too short to tell more steps than `steps_sooner`")
+
+
 class InspectAnswer(Answer):
     """`farcast inspect --json`."""
 
@@ -91,27 +110,12 @@ class InspectAnswer(Answer):
     leap: int | None = Field(
         default=None, description="the step of the leap after which `fit` begins; absent if the run resumed from none"
     )
+    worth: WorthEntry | None = Field(
+        default=None, description="what the run's losses say of its last leap; absent if it made none or logged none"
+    )
 
 
 # --- fit and backtest ------------------------------------------------------------------------------------------------
-
-
-class WorthEntry(AnswerPart):
-    """What the run's own losses say of its last leap."""
-
-    origin_step: int = Field(description="step of the snapshot that the leap began at")
-    kind: Literal["training", "evaluation"] = Field(description="which losses")
-    trained: int = Field(description="steps of training since the leap")
-    loss_before: Figure = Field(description="mean of the last losses before the leap")
-    loss_after: Figure = Field(description="mean of as many losses, the newest")
-    loss_of_line: Figure | None = Field(
-        description="the straight line through the losses before the leap, at as many steps after it; `null` if they are too few"
-    )
-    standard_error: Figure = Field(description="of the difference between `loss_after` and `loss_of_line`")
-    steps_sooner: Figure | None = Field(
-        description="steps by which training reached `loss_after` before the line does; `null` if the line does not fall clearly"
-    )
-    is_limit: bool = Field(description="`true` if the line is too short to tell more steps than `steps_sooner`")
 
 
 class FitAnswer(Answer):
@@ -298,6 +302,44 @@ class LeapAnswer(Answer):
     dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
+# --- watch -----------------------------------------------------------------------------------------------------------
+
+
+class WatchAnswer(Answer):
+    """`farcast watch --json`: one object on each line, for each event. A key that does not belong to the event is absent."""
+
+    event: Literal["judged", "leap", "command", "problem", "waiting", "end"] = Field(
+        description="`judged`: a new snapshot and the verdict; `leap`: a forecast was written; `command`: the command of `--on-leap` has"
+        " ended; `problem`: the watch goes on; `waiting`: once in ten minutes; `end`: the watch has ended"
+    )
+    time: str = Field(description="when, in UTC")
+    run: PortablePath = Field(description="the run's folder")
+    origin_step: int | None = Field(default=None, description="step of the newest snapshot; absent before the first")
+    num_snapshots: int | None = Field(default=None, description="`judged`: snapshots in the history")
+    since_leap: int | None = Field(
+        default=None, description="`judged`: the step of the leap after which the history begins; absent if there was no leap"
+    )
+    verdict: Verdict | None = Field(default=None, description="`judged`: `forecast`, `abstain` or `untestable`")
+    words: str | None = Field(default=None, description="`judged`: the verdict for people")
+    reason: str | None = Field(default=None, description="`judged`: why; `end`: why the watch ended")
+    horizon: int | None = Field(default=None, description="`judged`: steps that a leap would skip; 0 if it was not judged")
+    coherence: Figure | None = Field(default=None, description=f"`judged`: {COHERENCE}")
+    significance: Figure | None = Field(default=None, description=f"`judged`: {SIGNIFICANCE}")
+    ratio: Figure | None = Field(default=None, description="`judged`: back-test ratio b; `null` if it cannot be computed")
+    path: PortablePath | None = Field(
+        default=None, description="`leap`: the checkpoint to resume from; `command`: that it ran for"
+    )
+    valid_step: int | None = Field(default=None, description="`leap`: step that the forecast is for")
+    existed: bool = Field(default=False, description="`leap`: `true` if it was there already; absent otherwise")
+    failed: str | None = Field(default=None, description="`command`: what went wrong; absent if nothing did")
+    log: PortablePath | None = Field(default=None, description="`command`: the file with its output")
+    seconds: Seconds | None = Field(
+        default=None, description="`command`: how long it ran; `waiting`: age of the newest snapshot"
+    )
+    message: str | None = Field(default=None, description="`problem`: what is wrong, in one line; `waiting`: what for")
+    hint: str | None = Field(default=None, description="`problem`: what to do about it; absent if nothing is known")
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +508,7 @@ ANSWERS: dict[str, tuple[type[Answer], ...]] = {
     "predict": (PredictAnswer, PredictManyAnswer),
     "verify": (VerifyAnswer,),
     "leap": (LeapAnswer,),
+    "watch": (WatchAnswer,),
     "tune": (TuneAnswer,),
     "sidecar": (ForecastSidecar, TuneSidecar),
     "error": (ErrorAnswer,),

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from farcast_cli import system
-from farcast_cli.errors import UsageError
+from farcast_cli.choices import DEFAULT_SAMPLE, ClockName, CountersMode, Io, KeepForm, OptimizerMode, OutputLayout
+from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.files.place import check_outside
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from farcast_cli.choices import Io, OutputLayout, Purpose
+    from farcast_cli.choices import Purpose
     from farcast_cli.engine.reader import Resources
     from farcast_cli.evaluation.judge import Evaluator
     from farcast_cli.forecast.fitting import FitRequest
+    from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.state_ledger import Ledgers
     from farcast_cli.horizons import Horizon
     from farcast_cli.run.selection import Selection
+    from farcast_cli.watching import WatchRequest
 
 MAX_GAIN = 100
 MIN_SAMPLE = 1000
@@ -140,15 +146,33 @@ def horizons_of(horizon: str | None, to_step: int | None) -> tuple[Horizon, ...]
     return parse_horizons(horizon)
 
 
-def check_choice(name: str, value: str | None, allowed: Any) -> None:
+def check_choice(name: str, value: str | None, allowed: Any, *, hint: str = "") -> None:
     """That a value, if there is one, is one of a Literal type.
+
+    Args:
+        hint: what may be meant by another.
 
     Raises:
         UsageError: it is another.
     """
     names = get_args(allowed)
     if value is not None and value not in names:
-        raise UsageError(f"{name} {value}: expected one of {', '.join(names)}")
+        raise UsageError(f"{name} {value}: expected one of {', '.join(names)}", hint=hint)
+
+
+def check_choices(
+    *, clock: ClockName | None, optimizer: OptimizerMode, counters: CountersMode, layout: OutputLayout, io: Io
+) -> None:
+    """The choices that `predict` and `leap` share.
+
+    Raises:
+        UsageError: one is another.
+    """
+    check_choice("--clock", clock, ClockName)
+    check_choice("--optimizer", optimizer, OptimizerMode)
+    check_choice("--counters", counters, CountersMode)
+    check_choice("--layout", layout, OutputLayout)
+    check_choice("--io", io, Io)
 
 
 def check_layout(layout: OutputLayout, purpose: Purpose) -> None:
@@ -206,3 +230,55 @@ def fit_request(
 
     selection = selection_of(directory, include, exclude, steps, pattern, history=history)
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
+
+
+def watch_request(
+    directory: Path,
+    into: Path | None,
+    *,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    pattern: str | None,
+    ledger: Path,
+    device: str,
+    io: Io,
+    threads: int,
+    keep: KeepForm,
+) -> WatchRequest:
+    """What is kept and judged of a run that is watched.
+
+    Raises:
+        OutputError: the folder for kept snapshots lies in the run's.
+    """
+    check_choice("--keep", keep, KeepForm)
+    check_choice("--io", io, Io)
+    if into is not None:
+        check_outside(into / "any", directory, option="--into")
+    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "steps": None}
+    machine: Any = {"ledger": ledger, "device": device, "io": io, "threads": threads}
+    fit = fit_request(directory, **options, **machine, sample=DEFAULT_SAMPLE, full=False, history=into)
+    from farcast_cli.request import Request
+    from farcast_cli.watching import WatchRequest
+
+    judge = Request(ledgers=fit.ledgers, resources=fit.resources, source=f" {shell_word(directory)}")
+    return WatchRequest(fit, judge, is_sampled=keep == "sampled")
+
+
+def check_watch_options(interval: float, *, is_leaping: bool, on_leap: str | None) -> None:
+    """The options of a watch that are not of the run.
+
+    Raises:
+        UsageError: one makes no sense.
+    """
+    if not 0 < interval < math.inf:
+        raise UsageError(f"--interval {interval:g}: expected a positive number of seconds")
+    if on_leap is not None and not is_leaping:
+        raise UsageError("--on-leap: expected --leap too: without it nothing is written", hint="--leap --on-leap 'CMD {ckpt}'")
+
+
+def narrowed(fitted: Fitted) -> str:
+    """The options that chose what was read of a run, each with a blank before it."""
+    chosen = fitted.provenance
+    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
+    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
+    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)

@@ -109,7 +109,8 @@ def _inputs(prepared: Prepared, index: int, home: Path) -> tuple[InputEntry, ...
     """The snapshots, with the mean of their coefficients in one of the forecasts; the origin's update is added to itself."""
     source = prepared.engine.inputs
     sizes = np.array([tensor.num_elements for tensor in source.alignment.tensors], dtype=float)
-    mean = sizes @ source.linear.weights[index] / sizes.sum()
+    num_files = len(source.alignment.tensors[0].entries)
+    mean = sizes @ source.linear.weights[index, : len(sizes), :num_files] / sizes.sum()
     mean[source.linear.origin] += 1
     mean = mean[-len(prepared.snapshots) :]  # a memory is no snapshot
     return tuple(

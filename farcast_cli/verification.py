@@ -45,8 +45,12 @@ def find_reference(forecast: Path) -> Path:
     """The origin that a forecast was made from, by its sidecar."""
     with reading(forecast):
         sidecar = sidecar_of(forecast, is_file=forecast.is_file())
-        is_there = sidecar.exists()
+        has_sidecar, is_there = sidecar.exists(), forecast.exists()
     if not is_there:
+        raise SnapshotError(
+            f"{forecast}: no such file or folder", hint="give the path that farcast predict printed", path=forecast
+        )
+    if not has_sidecar:
         raise UsageError(
             f"{forecast}: no {sidecar.name}, so its origin is unknown",
             hint="--reference CKPT names the last snapshot before the forecast",

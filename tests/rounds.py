@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,13 @@ def regression_trainer(
     return trainer, began
 
 
-def write_snapshots(run: Path, resume: str | None, num_saves: int, *, drifts: bool) -> int:
-    """One safetensors file per save; the step before the first."""
-    from safetensors.numpy import load_file, save_file
+def write_snapshots(run: Path, resume: str | None, num_saves: int, *, drifts: bool, pause_s: float = 0.0) -> int:
+    """One safetensors file per save; the step before the first.
+
+    Args:
+        pause_s: between the two halves of a file, and after it.
+    """
+    from safetensors.numpy import load_file, save
 
     run.mkdir(exist_ok=True)
     begin = step_of(Path(resume)) if resume else max(map(step_of, run.iterdir()), default=0)
@@ -114,7 +119,13 @@ def write_snapshots(run: Path, resume: str | None, num_saves: int, *, drifts: bo
     for step in range(begin + SAVE_EVERY, begin + (num_saves + 1) * SAVE_EVERY, SAVE_EVERY):
         noise = np.random.default_rng(step).normal(size=(64, 64))
         weights = target + (start - target) * np.exp(-step / DRIFT_STEPS) + noise / 1000 if drifts else weights + noise / 10
-        save_file({"layer.weight": weights.astype(np.float32)}, run / f"step_{step}.safetensors")
+        data = save({"layer.weight": weights.astype(np.float32)})
+        with (run / f"step_{step}.safetensors").open("wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            time.sleep(pause_s)
+            file.write(data[len(data) // 2 :])
+        time.sleep(pause_s)
     return begin
 
 
@@ -124,13 +135,14 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--saves", type=int, default=8)
     parser.add_argument("--keep", type=int)
+    parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--resume", "--from")
     given = parser.parse_args()
     before = digests(given.run)
     if given.kind == "trainer":
         begin = train_by_trainer(given.run, given.resume, given.saves, keep=given.keep)
     else:
-        begin = write_snapshots(given.run, given.resume, given.saves, drifts=given.kind == "decay")
+        begin = write_snapshots(given.run, given.resume, given.saves, drifts=given.kind == "decay", pause_s=given.pause)
     note = {"resume": given.resume, "variable": os.environ["RESUME_FROM"], "begin": begin}
     with LOG.open("a") as file:
         file.write(json.dumps(note | {"before": before, "after": digests(given.run)}) + "\n")

@@ -14,7 +14,7 @@ import pytest
 
 import farcast_cli
 from farcast_cli import api
-from farcast_cli.commands import backtest, fit, keep, leap, predict, report, verify
+from farcast_cli.commands import backtest, fit, keep, leap, predict, report, verify, watch
 from farcast_cli.forecast.fitting import FitOutcome
 from tests.conftest import loose_name, make_loose_run, weights_at
 from tests.tiny import save_safetensors
@@ -45,6 +45,7 @@ PAIRS = {
     "report": Pair(api.report, report.report, {"target", "forecaster", *OF_FIT, "form", "text"}),
     "predict": Pair(api.predict, predict.predict, {"directory", "forecaster", *OF_FIT}),
     "leap": Pair(api.leap, leap.leap, set()),
+    "watch": Pair(api.watch, watch.watch, set()),
     "verify": Pair(api.verify, verify.verify, set()),
 }
 

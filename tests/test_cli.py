@@ -120,17 +120,19 @@ def test_fit_reports_the_promised_keys_and_writes_the_forecaster(work: Path, cal
 
 def test_fit_judges_the_direction_as_the_verdict_on_a_forecast_does(work: Path, call_cli: CallCli) -> None:
     """Eight snapshots are too few for the recent half; the whole history decides, in both commands."""
-    said = call_cli("fit", "run", cwd=work).stderr
+    said = call_cli("fit", "run", "-v", cwd=work).stderr
     assert "recent half: too few snapshots to tell; steady enough to resume from a forecast 175 steps ahead" in said
     assert "both S must exceed" not in said
-    assert "next: farcast backtest shows which horizons are supported" in said
+    assert "farcast predict would say: LEAP 350 STEPS: The run keeps its direction." in said
+    assert "LEAP 350 STEPS" in call_cli("predict", cwd=work).stderr
     assert "recent half: too few snapshots to tell" in call_cli("predict", "--horizon", 175, "-v", cwd=work).stderr
 
 
 def test_fit_says_what_speaks_against_the_direction_in_the_words_of_the_verdict(turning: Path, call_cli: CallCli) -> None:
-    said = call_cli("fit", "run", cwd=turning).stderr
+    said = call_cli("fit", "run", "-v", cwd=turning).stderr
     verdict = as_json(call_cli("backtest", "--horizon", 175, "--json", cwd=turning))["decisions"][0]["reason"]
     assert f"not steady enough to resume from a forecast 175 steps ahead ({verdict})" in said
+    assert "farcast predict would say: KEEP TRAINING: The run's direction is too weak for a leap" in said
 
 
 def test_fit_prints_the_forecasters_path_and_nothing_else_on_stdout(work: Path, call_cli: CallCli) -> None:

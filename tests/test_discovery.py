@@ -124,7 +124,7 @@ def two_stages(directory: Path) -> Path:
         (("stage1-step{}", "stage2-step{}"), ("stage1-*", "stage2-*")),
         (("runA_step_{}", "runB_step_{}"), ("runA_*", "runB_*")),
         (("alpha_{}", "beta_{}"), ("alpha_*", "beta_*")),
-        (("step_{}", "ema_step_{}"), ("step_*", "ema_step_*")),
+        (("step_{}", "raw_step_{}"), ("step_*", "raw_step_*")),
         (("step{}-seedA", "step{}-seedB"), ("*[0-9]-seedA.safetensors", "*[0-9]-seedB.safetensors")),
     ],
 )
@@ -242,6 +242,73 @@ def test_inspect_ends_with_the_command_that_fits_what_it_showed(tmp_path: Path, 
     assert load_fitted(tmp_path / "forecaster.safetensors").steps == STEPS
 
 
+def epochs_in_another_order_of_saving(directory: Path, in_file: Callable[[int], dict[str, int]]) -> Path:
+    """Ten epochs in names (and files) whose times of change swap the last two."""
+    directory.mkdir()
+    for epoch in range(1, 11):
+        path = directory / f"model_epoch_{epoch}.pth"
+        torch.save({"state_dict": weights_at(100 * epoch), **in_file(epoch)}, path)
+        os.utime(path, (1e9 + 60 * {9: 10, 10: 9}.get(epoch, epoch),) * 2)
+    return directory
+
+
+TENS = tuple(range(100, 1100, 100))
+
+
+@pytest.mark.parametrize("in_file", [lambda _: {}, lambda epoch: {"epoch": epoch}, lambda epoch: {"epoch": epoch - 1}])
+def test_a_list_of_steps_goes_by_the_epochs_and_not_by_the_times_of_copies(
+    tmp_path: Path, in_file: Callable[[int], dict[str, int]]
+) -> None:
+    run = epochs_in_another_order_of_saving(tmp_path / "run", in_file)
+    with pytest.raises(StepConflictError, match=r"first epoch first they are model_epoch_1\.pth, model_epoch_2\.pth"):
+        discover(run)
+    found = discover(run, steps=StepList(TENS))
+    assert [snapshot.path.stem for snapshot in found.snapshots] == [f"model_epoch_{epoch}" for epoch in range(1, 11)]
+    assert found.snapshots[0].evidence[0].where == "--steps, first epoch first"
+
+
+def test_epochs_in_names_and_files_that_contradict_leave_the_times_of_change(tmp_path: Path) -> None:
+    run = epochs_in_another_order_of_saving(tmp_path / "run", lambda epoch: {"epoch": 20 - epoch})
+    assert discover(run, steps=StepList(TENS)).origin.path.stem == "model_epoch_9"
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("my_first_lora_v1_{:09d}", "my_first_lora_v1"),
+        ("model{:06d}", "model_final"),
+        ("ema_0.9999_{:06d}", "last"),
+        ("a.b-c{}", "a.b-c"),
+    ],
+)
+def test_the_one_number_that_differs_between_names_is_the_step(tmp_path: Path, name: str, last: str) -> None:
+    for step in STEPS:
+        loose(tmp_path, name.format(step), step)
+    loose(tmp_path, last, 900)
+    assert discover(tmp_path).steps == STEPS
+    assert reasons(tmp_path) == {f"{last}.safetensors": "unknown step"}
+
+
+@pytest.mark.parametrize(
+    "name", ["x_y_seed{}", "a_0.{}", "b_c_{}k", "2024-05-{}", "q-{}-of-900", "my_run_epoch_{}", "u_v_1e{}"]
+)
+def test_a_number_that_counts_something_else_is_no_step(tmp_path: Path, name: str) -> None:
+    for step in STEPS:
+        loose(tmp_path, name.format(step // 100 + 10), step)
+    with pytest.raises((StepConflictError, TooFewSnapshotsError)):
+        discover(tmp_path)
+
+
+def test_two_kinds_of_names_with_numbers_get_the_hint_of_a_pattern(tmp_path: Path) -> None:
+    for step in STEPS:
+        loose(tmp_path, f"model{step:06d}", step)
+        loose(tmp_path, f"critic{step:06d}", step, seed=1)
+    with pytest.raises(MixedRunsError) as caught:
+        discover(tmp_path)
+    assert "--pattern 'model*'" in caught.value.hint
+    assert discover(tmp_path, pattern="model*").steps == STEPS
+
+
 def test_a_list_of_another_length_gives_no_steps(tmp_path: Path) -> None:
     with pytest.raises(StepConflictError, match="--steps lists 3 for 4 snapshots: d"):
         discover(unnumbered(tmp_path, "dcba"), steps=StepList((1, 2, 3)))
@@ -257,7 +324,38 @@ def test_snapshots_that_were_saved_at_the_same_time_get_no_steps_from_a_list(tmp
 def test_a_best_without_evidence_is_left_out_where_the_list_is_as_long_as_the_others(tmp_path: Path) -> None:
     unnumbered(tmp_path, ("a", "best", "b"))  # type: ignore[arg-type]
     assert [s.path.stem for s in discover(tmp_path, steps=StepList((10, 20))).snapshots] == ["a", "b"]
-    assert [s.path.stem for s in discover(tmp_path, steps=StepList((10, 15, 20))).snapshots] == ["a", "best", "b"]
+    with pytest.raises(StepConflictError, match="--steps lists 3 for 2 snapshots"):
+        discover(tmp_path, steps=StepList((10, 15, 20)))
+
+
+OF_OTHERS = ("swa_model", "ckpt-avg-last5", "step_450_ema", "model.mean", "soup3", "best-step=350", "merged", "avg10")
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_what_was_made_of_other_snapshots_is_no_step_of_the_run(tmp_path: Path, name: str) -> None:
+    make_loose_run(tmp_path, (100, 200, 300))
+    loose(tmp_path, name, 250)
+    assert discover(tmp_path).steps == (100, 200, 300)
+    assert list(reasons(tmp_path)) == [f"{name}.safetensors"]
+    assert "made of other snapshots" in reasons(tmp_path)[f"{name}.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["meanflow_step_{}", "bestiary-{}", "atop-{}"])
+def test_a_word_that_only_contains_such_a_word_is_none(tmp_path: Path, name: str) -> None:
+    for step in (100, 200):
+        loose(tmp_path, f"step_{step}", step)
+    loose(tmp_path, name.format(300), 300)
+    assert discover(tmp_path).steps == (100, 200, 300)
+
+
+@pytest.mark.parametrize("pattern", ["", "ema_*"])
+def test_averages_are_the_run_where_they_are_all_that_there_is(tmp_path: Path, pattern: str) -> None:
+    for step in (100, 200, 300):
+        loose(tmp_path, f"ema_{step}", step)
+        if pattern:
+            loose(tmp_path, f"model_{step}", step, seed=1)
+    loose(tmp_path, "last", 300)
+    assert {s.path.name[:3] for s in discover(tmp_path, pattern=pattern).snapshots} == {"ema"}
 
 
 # --- copies and links ------------------------------------------------------------------------------------------------
@@ -318,6 +416,51 @@ def test_a_later_version_of_the_early_steps_only_is_a_second_run(tmp_path: Path)
         discover(tmp_path)
     assert "--pattern '*-v1.*'" in caught.value.hint
     assert discover(tmp_path, pattern="*-v1.*").steps == STEPS[:4]
+
+
+def saved_in_order(directory: Path, steps: Sequence[int], *, name: str = "step_{:04d}", apart: float = 60) -> Path:
+    """Snapshots that were saved in this order, so many seconds apart."""
+    for index, step in enumerate(steps):
+        os.utime(loose(directory, name.format(step), step), (1e9 + apart * index,) * 2)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "hint"),
+    [
+        ((900, 1000, 1100), (200, 300, 400), "--steps :400 reads the later run, --steps 900: the earlier one"),
+        ((100, 200, 300), (50, 150, 250), "--steps 50,150,250 reads the later run, --steps 100,200,300 the earlier one"),
+        ((100, 200, 300, 400), (220, 280), "--steps 220:280 reads the later run, --steps 100,200,300,400 the earlier one"),
+    ],
+)
+def test_a_run_that_began_again_in_its_folder_is_told_by_the_order_of_saving(
+    tmp_path: Path, earlier: tuple[int, ...], later: tuple[int, ...], hint: str
+) -> None:
+    run = saved_in_order(tmp_path, (*earlier, *later))
+    message = rf"step_{later[0]:04d}\.safetensors was saved after step_{earlier[-1]:04d}\.safetensors"
+    with pytest.raises(MixedRunsError, match=message) as caught:
+        discover(run)
+    assert caught.value.hint.startswith(hint)
+    words = hint.split()
+    assert discover(run, steps=parse_steps(words[1])).steps == later
+    assert discover(run, steps=parse_steps(words[7])).steps == earlier
+    whole = discover(run, steps=parse_steps(f"{min(*earlier, *later)}:{max(*earlier, *later)}"))
+    assert whole.steps == tuple(sorted((*earlier, *later)))
+    assert "was saved after" in whole.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("order", "name", "apart"),
+    [
+        ((100, 1000, 1100, 200, 300, 400), "step_{}", 60),  # the order of the names
+        ((300, 400, 500, 100, 200), "step_{}", 0.01),  # all at once
+        ((300, 400, 500, 100, 200), "step_{}", 0),
+        ((300, 100, 500, 200, 400), "step_{}", 60),  # any order
+        ((100, 200, 400, 500, 300), "step_{}", 60),  # one that was saved again
+    ],
+)
+def test_the_times_of_copies_make_no_second_run(tmp_path: Path, order: tuple[int, ...], name: str, apart: float) -> None:
+    assert discover(saved_in_order(tmp_path, order, name=name, apart=apart)).steps == tuple(sorted(order))
 
 
 class Regression(lightning.LightningModule):
@@ -406,6 +549,27 @@ def test_a_newest_snapshot_that_is_still_being_saved_leaves_the_one_before_as_th
     found = discover(run)
     assert found.steps == STEPS[:-1]
     assert [ignored.path.name for ignored in found.half_written] == [loose_name(800)]
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, zeroed])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_snapshot_whose_state_was_cut_off_is_left_out_with_a_caution(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], call_cli: CallCli
+) -> None:
+    for step in STEPS:
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        make_loose_run(folder, (step,))
+        (folder / loose_name(step)).rename(folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": {}, "param_groups": [], "noise": torch.randn(100)}, folder / file)
+    damage(tmp_path / "run" / "checkpoint-800" / name)
+    done = call_cli("fit", "run", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"caution: checkpoint-800 left out: half-written: {name}: " in done.stderr
+    assert load_fitted(tmp_path / "forecaster.safetensors").steps == STEPS[:-1]
+    assert f"left out: checkpoint-800 (half-written: {name}: " in call_cli("inspect", "run", cwd=tmp_path).stdout
+    assert call_cli("predict", "--horizon", "100", "--even-if-worse", cwd=tmp_path).returncode == 0
 
 
 def test_damage_that_is_no_half_written_file_still_stops(tmp_path: Path, call_cli: CallCli) -> None:

@@ -6,6 +6,7 @@ Each is what a pipe of a fixed width gets. A change of words, columns or roundin
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from rich.progress import Progress
 from rich.text import Text
 from safetensors.torch import save_file
 
 from farcast_cli.commands import render
+from farcast_cli.commands.progress_line import columns_for
 from farcast_cli.commands.tables import Column, bar, cut_in_the_middle, fitted_table
 from farcast_cli.forecast.forecaster_file import load_fitted
 from tests.conftest import STEPS, edit_loose, fit_run, make_loose_run, weights_at
@@ -123,19 +126,47 @@ def test_columns_give_way_by_their_rank_and_names_are_cut_no_shorter_than_they_m
     assert [str(cell) for cell in fitted_table(columns, 22).columns[0].cells] == ["mode...ght"]
 
 
-def test_names_that_would_look_the_same_are_folded_and_not_cut() -> None:
-    names = [f"model.transformer.layers.{number}.mlp.weight" for number in (1, 2)]
+def rows(*names: str) -> list[str]:
+    """The rows of a table of two tensors on a terminal of 24 columns."""
     console = Console(width=24, file=io.StringIO())
     console.print(fitted_table([column("tensor", *names, least=10), column("ratio", "0.10", "0.20", justify="right")], 24))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert [line.rstrip() for line in lines[1:]] == [
-        "model.transformer   0.10",
-        ".layers.1.mlp.wei",
-        "ght",
-        "model.transformer   0.20",
-        ".layers.2.mlp.wei",
-        "ght",
+    return [line.rstrip() for line in console.file.getvalue().splitlines()[1:]]  # type: ignore[attr-defined]
+
+
+def test_names_that_would_look_the_same_are_cut_where_they_stay_different() -> None:
+    assert rows(*(f"model.transformer.layers.{number}.mlp.weight" for number in (1, 2))) == [
+        "mo...1.mlp.weight   0.10",
+        "mo...2.mlp.weight   0.20",
     ]
+
+
+def test_names_that_no_cut_leaves_different_are_folded_at_their_dots_and_never_inside_a_word() -> None:
+    names = (
+        "model.layers.1.attention.query.weight",
+        "model.layers.2.attention.query.weight",
+        "model.layers.1.attention.value.weight",
+    )
+    console = Console(width=24, file=io.StringIO())
+    console.print(fitted_table([column("tensor", *names, least=10), column("ratio", "0", "0", "0")], 24))
+    words = {word for line in console.file.getvalue().splitlines()[1:] for word in line.split()[:1]}  # type: ignore[attr-defined]
+    assert words == {"model.layers.1.", "model.layers.2.", "attention.query.", "attention.value.", "weight"}
+
+
+@pytest.mark.parametrize(("width", "columns"), [(44, 3), (66, 4), (80, 5), (200, 5)])
+def test_progress_takes_one_line_and_a_narrow_terminal_has_fewer_of_its_columns(width: int, columns: int) -> None:
+    console, now = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None), iter(range(1000))
+    bars = Progress(*columns_for(width), console=console, get_time=lambda: float(next(now)))
+    task = bars.add_task("predict strength-0.25", total=300_000_000)
+    for _ in range(3):
+        bars.advance(task, 65_700_000)
+    bars.add_task("evaluate strength 0.25", total=None)
+    console.print(bars.get_renderable())
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 2
+    assert "predict strength-0.25" in lines[0]
+    assert "197.1/300.0 MB" in lines[0]
+    assert [("MB/s" in lines[0]), ("━" in lines[0])] == [columns > 3, columns > 4]
+    assert re.search(r"\d:\d\d:\d\d", lines[0])
 
 
 @given(text=st.text(st.sampled_from("abc層重")), width=st.integers(5, 30))

@@ -12,7 +12,10 @@ import pytest
 from farcast_cli import errors
 from farcast_cli.checkpoint.hub import CARD
 from farcast_cli.cli import EPILOG, INTERRUPTED
+from farcast_cli.commands import render
 from farcast_cli.commands.help import help as help_command
+from farcast_cli.folder import folder_of
+from farcast_cli.forecast.memory import memory_of
 from farcast_cli.texts import names_of, read_text, title_of
 from farcast_cli.trainers import LAYOUTS
 from farcast_cli.trainers.refused import KINDS
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from tests.conftest import CallCli
 
 PACKAGE = Path(errors.__file__).parent
+RESUMING = PACKAGE.parent / "docs" / "resume.md"
 TOPICS = names_of("topics")
 WIDTH = 80
 
@@ -32,7 +36,7 @@ def test_help_lists_every_topic_with_its_title(call_cli: CallCli) -> None:
     lines = call_cli("help").stdout.splitlines()
     assert [line.split()[:3] for line in lines] == [["farcast", "help", topic] for topic in TOPICS]
     assert all(line.endswith(title_of(topic)) for line, topic in zip(lines, TOPICS, strict=True))
-    assert {"resume", "leaps", "formats", "convert", "ci", "exit-codes", "evaluation"} == set(TOPICS)
+    assert {"resume", "leaps", "formats", "convert", "ci", "exit-codes", "evaluation", "watch"} == set(TOPICS)
     assert all(topic in str(help_command.__doc__) for topic in TOPICS)
 
 
@@ -47,6 +51,18 @@ def test_a_topic_is_one_screen_of_plain_text_with_commands_that_the_program_know
     asked = [re.sub(r"  +or .*", "", line) for line in shown if "COMMAND" not in line]
     wrong = [(words, said) for line in asked for words in farcast_commands(line) if (said := complaint(words))]
     assert [one for one in wrong if "is missing" not in one[1] and "0 arguments" not in one[1]] == []
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_narrow_terminal_gets_the_prose_of_a_topic_wrapped_between_words_and_its_code_as_it_is(
+    topic: str, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "WIDE", 44)
+    told, whole = call_cli("help", topic).stdout, read_text("topics", topic)
+    assert told.split() == whole.split()
+    code = [line for line in whole.splitlines() if line.startswith("    ")]
+    assert [line for line in told.splitlines() if line.startswith("    ")] == code
+    assert [line for line in told.splitlines() if len(line) > 44 and line not in code] == []
 
 
 def test_a_topic_that_is_not_there_is_a_usage_error_with_those_that_are(call_cli: CallCli) -> None:
@@ -73,6 +89,20 @@ def test_the_topic_of_formats_has_every_layout_and_that_of_conversion_every_refu
     told = set(re.findall(r"^    ([\w-]+)  ", read_text("topics", "formats"), flags=re.MULTILINE))
     assert told == {layout.name for layout in LAYOUTS} - refused
     assert [name for name in refused if name not in read_text("topics", "convert").lower()] == []
+
+
+def test_the_topic_of_leaps_names_the_place_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("RUN")
+    assert f"`{memory_of(folder_of(run), run).as_posix()}`" in read_text("topics", "leaps")
+
+
+def test_the_topic_of_leaps_and_the_documentation_agree_on_fit_after_leaps() -> None:
+    told = [" ".join(text.split()) for text in (read_text("topics", "leaps"), RESUMING.read_text(encoding="utf-8"))]
+    for text in told:
+        assert "only the snapshots after the last one, and says so" in text
+        assert "prints a caution" in text
+        assert "o not use `fit`" not in text
 
 
 def texts_of_messages(module: Path) -> Iterator[str]:

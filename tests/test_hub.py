@@ -166,6 +166,15 @@ def test_torch_weights_in_a_folder_become_safetensors(tmp_path: Path, call_cli: 
     assert card_of(folder)[0]["base_model"] == "someone/base"
 
 
+def test_a_folder_for_a_hub_lies_beside_the_forecast_to_evaluate(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    evaluated = call_cli("predict", "run", "--for", "evaluation", cwd=tmp_path)
+    uploaded = call_cli("predict", "run", *HUB, cwd=tmp_path)
+    assert (evaluated.returncode, uploaded.returncode) == (0, 0), uploaded
+    assert evaluated.stdout.endswith("-eval.safetensors\n")
+    assert uploaded.stdout == evaluated.stdout.replace("-eval.safetensors", "-hub")
+
+
 def test_training_cannot_resume_from_it_so_that_is_refused_before_anything_is_read(tmp_path: Path, call_cli: CallCli) -> None:
     for command in (("predict", tmp_path / "nowhere"), ("leap", tmp_path / "nowhere")):
         done = call_cli(*command, "--layout", "hub", cwd=tmp_path)

@@ -411,6 +411,16 @@ def test_one_snapshot_is_remembered_and_the_second_call_has_a_stretch(loop: Loop
     np.testing.assert_allclose(flat(moves_in(loop.memory)), flat(load(loop.newest)) - first, rtol=0.004, atol=1e-6)
 
 
+def test_the_advice_on_the_length_of_a_stretch_is_given_only_when_the_length_is_new(tmp_path: Path, call_cli: CallCli) -> None:
+    loop, told = Loop(tmp_path, call_cli, "folder"), []
+    for every in (None, None, None, None, 60, 60):
+        loop.train()
+        options = ("--every", every) if every else ()
+        told.append(call_cli("leap", "run", *options, cwd=tmp_path).stderr)
+    advice = "leaps gained most at every 2 % of a run, which is 180 steps here"
+    assert ["every" in text and advice in text for text in told] == [False, False, False, False, True, False]
+
+
 # --- asked again -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 from torch.utils.data import DataLoader, TensorDataset
 
 from farcast_cli.choices import DEFAULT_SAMPLE
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.forecast.forecaster_file import Fitted
+    from farcast_cli.request import Outcome
     from tests.conftest import CallCli
 
 pytestmark = [
@@ -610,3 +612,43 @@ def test_the_clock_adds_up_the_rates_that_lightning_used_and_will_use(interval: 
     assert pace.clock == "rate"
     for first, last in ((4, 40), (12, 60)):
         assert pace.total(first, last) == pytest.approx(sum(used[first:last]), rel=0.02)
+
+
+# --- folders of a distributed strategy -------------------------------------------------------------------------------
+
+
+def _as_folder(checkpoint: Path, folder: Path) -> None:
+    """A checkpoint as FSDP's strategy saves it: weights and optimizers distributed, and all else in meta.pt.
+
+    Source: lightning/fabric/strategies/fsdp.py, save_checkpoint; lightning/pytorch/strategies/fsdp.py.
+    """
+    tree = load(checkpoint)
+    weights, (optimizer,) = tree.pop("state_dict"), tree.pop("optimizer_states")
+    names = [name for name in weights if name.rpartition(".")[2] in {"weight", "bias"}]
+    state = {names[index]: entry for index, entry in optimizer["state"].items()}
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in optimizer["param_groups"]]
+    place = folder / checkpoint.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_dcp({"model": weights, "optimizer_0": {"state": state, "param_groups": groups}}, checkpoint_id=place, no_dist=True)
+    torch.save(tree, place / "meta.pt")
+
+
+def test_a_folder_with_its_trainer_s_state_in_meta_pt_advances_as_the_one_file_does(tmp_path: Path) -> None:
+    Run().go(tmp_path / "file", max_steps=40)
+    for checkpoint in sorted((tmp_path / "file").iterdir()):
+        _as_folder(checkpoint, tmp_path / "folder")
+    made: dict[str, tuple[Path, Outcome]] = {}
+    for kind in ("file", "folder"):
+        fitted = fit(discover(tmp_path / kind), num_samples=DEFAULT_SAMPLE)
+        (outcome,) = predict_run(fitted, f"{tmp_path / 'out' / kind}/", horizons=[16], even_if_worse=True)
+        assert outcome.path is not None
+        assert not any("no schedule is saved" in note for note in outcome.notes)
+        made[kind] = outcome.path, outcome
+    (file, _), (folder, outcome) = made["file"], made["folder"]
+    assert folder.name == file.name
+    expected, found = load(file), load(folder / "meta.pt")
+    for key in ("global_step", "epoch", "loops", "lr_schedulers"):
+        assert found[key] == expected[key], key
+    rate = expected["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert any("lr: " in change and change.endswith(f"{rate}") for change in outcome.changes)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
+import re
 import struct
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,11 +244,15 @@ def test_a_log_with_a_new_column_in_each_line_is_refused(run: Trajectory, tmp_pa
 # --- what a leap was worth -------------------------------------------------------------------------------------------
 
 
+def _curve(step: float) -> float:
+    return 3.0 - 0.5 * math.log(step)
+
+
 def _log(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]]) -> LossLog:
     return LossLog(Path("log"), (*before, *after))
 
 
-FALLING = [(step, 3.0 - step / 100 + (-1) ** (step // 10) * 0.001) for step in range(0, 110, 10)]
+FALLING = [(step, _curve(step) + (-1) ** (step // 10) * 0.001) for step in range(10, 110, 10)]
 
 
 def _worth(log: LossLog, span: LeapSpan) -> Worth:
@@ -254,54 +261,65 @@ def _worth(log: LossLog, span: LeapSpan) -> Worth:
     return worth
 
 
-def test_a_loss_below_the_line_is_told_in_steps() -> None:
-    """The line falls by .01 a step: .2 below it are 20 steps."""
-    worth = _worth(_log(FALLING, [(150, 1.3)]), LeapSpan(-1, 100, 100))
-    assert worth.trained == 50
-    assert worth.line == pytest.approx(1.5, abs=0.01)
-    assert worth.sooner == pytest.approx(20, abs=1)
-    assert "the same loss about 20 steps sooner. The run without the leap is not known" in worth.told()
+def test_a_loss_below_the_curve_is_told_in_steps() -> None:
+    """The loss of step 160 at step 140."""
+    worth = _worth(_log(FALLING, [(140, _curve(160))]), LeapSpan(-1, 100, 100))
+    assert worth.trained == 40
+    assert worth.curve == pytest.approx(_curve(140), abs=0.005)
+    assert worth.sooner == pytest.approx(20, abs=2)
+    assert worth.told().startswith(
+        f"Leap at step 100: training loss {FALLING[-1][1]:.4g} before it, {_curve(160):.4g} after 40"
+    )
+    assert re.search(r"The same loss about (19|20|21) steps sooner. Estimate for the run without the leap: ", worth.told())
+
+
+def test_training_far_beyond_the_curve_does_not_change_the_answer() -> None:
+    near = [(step, _curve(step + 20)) for step in range(105, 145, 5)]
+    early = _worth(_log(FALLING, near), LeapSpan(-1, 100, 100))
+    late = _worth(_log(FALLING, [*near, *((step, _curve(step)) for step in range(200, 2000, 5))]), LeapSpan(-1, 100, 100))
+    assert early == late
 
 
 def test_where_the_counters_advanced_only_trained_steps_count() -> None:
-    kept = _worth(_log(FALLING, [(150, 1.3)]), LeapSpan(-1, 100, 100))
-    advanced = _worth(_log(FALLING, [(650, 1.3)]), LeapSpan(-1, 100, 600))
-    assert advanced == kept
+    kept = _worth(_log(FALLING, [(140, 0.3)]), LeapSpan(-1, 100, 100))
+    advanced = _worth(_log(FALLING, [(640, 0.3)]), LeapSpan(-1, 100, 600))
+    assert replace(advanced, resumes_after=100) == kept
+    assert "Leap at step 600" in advanced.told()
 
 
-def test_the_losses_of_an_earlier_stretch_do_not_enter_the_line() -> None:
-    jumped = [(step, 9.0) for step in range(0, 50, 10)] + [point for point in FALLING if point[0] >= 50]
-    assert _worth(_log(jumped, [(150, 1.3)]), LeapSpan(45, 100, 100)).line == pytest.approx(1.5, abs=0.02)
+def test_the_losses_of_an_earlier_stretch_do_not_enter_the_curve() -> None:
+    jumped = [(step, 9.0) for step in range(10, 50, 10)] + [point for point in FALLING if point[0] >= 50]
+    assert _worth(_log(jumped, [(140, 0.3)]), LeapSpan(45, 100, 100)).curve == pytest.approx(_curve(140), abs=0.01)
 
 
-def test_a_loss_above_the_line_has_not_paid() -> None:
-    assert "the leap has not paid yet" in _worth(_log(FALLING, [(150, 1.9)]), LeapSpan(-1, 100, 100)).told()
+def test_a_loss_above_the_curve_has_not_paid() -> None:
+    assert "The leap has not paid yet" in _worth(_log(FALLING, [(140, 1.9)]), LeapSpan(-1, 100, 100)).told()
 
 
 def test_a_difference_within_the_noise_is_none() -> None:
-    noisy = [(step, 3.0 + 0.3 * (-1) ** (step // 10)) for step in range(0, 110, 10)]
+    noisy = [(step, 3.0 + 0.3 * (-1) ** (step // 10)) for step in range(10, 110, 10)]
     worth = _worth(_log(noisy, [(110, 2.9)]), LeapSpan(-1, 100, 100))
     assert not worth.is_clear
-    assert worth.told().startswith("leap at step 100: training loss")
-    assert "no clear difference yet" in worth.told()
+    assert "No clear difference: it is under 2 standard errors." in worth.told()
 
 
-def test_a_flat_line_tells_no_steps() -> None:
-    flat = [(step, 3.0 + 0.01 * (-1) ** (step // 10)) for step in range(0, 110, 10)]
+def test_a_flat_curve_tells_no_steps() -> None:
+    flat = [(step, 3.0 + 0.01 * (-1) ** (step // 10)) for step in range(10, 110, 10)]
     worth = _worth(_log(flat, [(110, 2.0)]), LeapSpan(-1, 100, 100))
     assert worth.sooner is None
-    assert "lower by 1" in worth.told()
+    assert "The loss is lower than without the leap." in worth.told()
 
 
-def test_a_line_is_continued_only_so_far() -> None:
-    worth = _worth(_log(FALLING, [(110, -50.0)]), LeapSpan(-1, 100, 100))
+def test_a_curve_is_continued_only_so_far() -> None:
+    worth = _worth(_log(FALLING, [(110, -1e300)]), LeapSpan(-1, 100, 100))
     assert worth.is_limit
-    assert "at least 80 steps sooner" in worth.told() or "at least 100 steps sooner" in worth.told()
+    assert worth.sooner == pytest.approx(80)  # twice the 40 steps of the recent half
+    assert "The same loss at least 80 steps sooner" in worth.told()
 
 
-def test_few_losses_before_give_no_line() -> None:
-    worth = _worth(_log(FALLING[-2:], [(150, 1.3)]), LeapSpan(-1, 100, 100))
-    assert worth.line is None
+def test_few_losses_before_give_no_curve() -> None:
+    worth = _worth(_log(FALLING[-2:], [(140, 1.3)]), LeapSpan(-1, 100, 100))
+    assert worth.curve is None
     assert "what it was worth is not known" in worth.told()
 
 
@@ -311,8 +329,8 @@ def test_losses_on_one_side_alone_say_nothing() -> None:
     assert worth_of(None, LeapSpan(-1, 100, 100)) is None
 
 
-def test_evaluation_counts_before_training_where_both_have_a_line() -> None:
-    both = LossLog(Path("log"), (*FALLING, (150, 1.3)), (*[(s, loss + 1) for s, loss in FALLING], (150, 2.4)))
+def test_evaluation_counts_before_training_where_both_have_a_curve() -> None:
+    both = LossLog(Path("log"), (*FALLING, (140, 0.3)), (*[(s, loss + 1) for s, loss in FALLING], (140, 1.4)))
     assert _worth(both, LeapSpan(-1, 100, 100)).kind == "evaluation"
     few = LossLog(Path("log"), both.training, both.evaluation[-3:])
     assert _worth(few, LeapSpan(-1, 100, 100)).kind == "training"
@@ -330,20 +348,34 @@ def test_a_trainers_own_log_tells_what_the_leaps_of_a_run_were_worth(tmp_path: P
     predicted = call_cli("predict", "--horizon", 40, "--even-if-worse", cwd=tmp_path)
     train_by_trainer(run, str(tmp_path / predicted.stdout.strip()), 6, log_every=5)
     told = call_cli("fit", "run", cwd=tmp_path).stderr
-    assert "leap at step 160: training loss" in told
+    assert "Leap at step 200: training loss" in told
     answer = json.loads(call_cli("fit", "run", "--json", cwd=tmp_path).stdout)["worth"]
-    assert (answer["origin_step"], answer["kind"], answer["trained"]) == (160, "training", 120)
+    assert (answer["origin_step"], answer["kind"], answer["trained"]) == (
+        160,
+        "training",
+        75,
+    )  # as long as the losses that the curve goes through
     assert answer["loss_after"] < answer["loss_before"]
 
     first = call_cli("leap", "run", "--gain", 0.5, cwd=tmp_path)
     assert "worth" not in json.loads(call_cli("leap", "run", "--json", cwd=tmp_path).stdout)
     train_by_trainer(run, str(tmp_path / first.stdout.strip()), 3, log_every=5)
     second = call_cli("leap", "run", "--gain", 0.5, "--json", cwd=tmp_path)
-    assert json.loads(second.stdout)["worth"]["trained"] == 60
-    assert "leap at step 320: training loss" in second.stderr
+    assert json.loads(second.stdout)["worth"]["trained"] == 55
+    assert "Leap at step 320: training loss" in second.stderr
 
 
 def test_a_named_log_is_read_in_place_of_the_trainers(work: Path, call_cli: CallCli) -> None:
     done = call_cli("fit", "run", "--losses", "missing.csv", cwd=work)
     assert done.returncode == 4, done
     assert "missing.csv" in done.stderr
+
+
+def test_inspect_tells_the_worth_of_a_leap_before_fit_has_enough_snapshots(tmp_path: Path, call_cli: CallCli) -> None:
+    run = tmp_path / "run"
+    train_by_trainer(run, None, 8, log_every=5)
+    predicted = call_cli("predict", "run", "--horizon", 40, "--even-if-worse", cwd=tmp_path)
+    train_by_trainer(run, str(tmp_path / predicted.stdout.strip()), 2, log_every=5)
+    assert call_cli("fit", "run", cwd=tmp_path).returncode == 3
+    assert "Leap at step 200: training loss" in call_cli("inspect", "run", cwd=tmp_path).stdout
+    assert json.loads(call_cli("inspect", "run", "--json", cwd=tmp_path).stdout)["worth"]["resumes_after"] == 200

@@ -7,6 +7,7 @@ element, at the last one, in a small tensor that is computed together with its n
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,7 +32,7 @@ from farcast_cli.verification import verify
 from tests.tiny import fit_run, predict_run, wander, write_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from farcast_cli.choices import SolverName
@@ -414,3 +415,41 @@ def test_the_steps_in_a_safetensors_files_metadata_are_moved_on_with_the_weights
     assert outcome.path is not None
     with safe_open(outcome.path, framework="np") as file:
         assert file.metadata() == kept | dict.fromkeys(("step", "ss_steps", "global_step"), "600") | {"note": "step 600"}
+
+
+def told_run(folder: Path, metadata: Callable[[int, int], dict[str, str]]) -> Path:
+    """A run whose names count epochs and whose metadata say more."""
+    arrays = wander(1, num_snapshots=len(STEPS), sizes={"w": 500})
+    folder.mkdir()
+    for index in range(len(STEPS)):
+        told = metadata(index, index + 1)
+        save_file({"w": torch.from_numpy(arrays["w"][index])}, folder / f"lora-{index + 1:06d}.safetensors", metadata=told)
+    return folder
+
+
+def metadata_after(run: Path, out: Path, horizon: int) -> dict[str, str]:
+    (outcome,) = predict_run(fit_run(run), f"{out}/", horizons=(horizon,))
+    assert outcome.path is not None
+    with safe_open(outcome.path, framework="np") as file:
+        return dict(file.metadata())
+
+
+def test_each_counter_in_the_metadata_moves_by_its_own_rate(tmp_path: Path) -> None:
+    run = told_run(
+        tmp_path / "run",
+        lambda index, epoch: {
+            "ss_steps": str(120 * epoch),
+            "ss_epoch": str(epoch),
+            "info": json.dumps({"step": 120 * epoch, "name": "a"}),
+            "ss_num_epochs": "10",
+            "ss_seed": str(epoch),
+            "random": str([5, 3, 9, 1, 2, 8, 4, 7, 11, 6][index]),
+        },
+    )
+    last = len(STEPS)
+    found = metadata_after(run, tmp_path / "out", 2)
+    assert (found["ss_steps"], found["ss_epoch"]) == (str(120 * (last + 2)), str(last + 2))
+    assert json.loads(found["info"]) == {"step": 120 * (last + 2), "name": "a"}
+    assert (found["ss_num_epochs"], found["ss_seed"]) == ("10", str(last))
+    with safe_open(run / f"lora-{last:06d}.safetensors", framework="np") as file:
+        assert found["random"] == file.metadata()["random"]

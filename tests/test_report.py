@@ -23,6 +23,7 @@ from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.forecast.significance import Significance
 from farcast_cli.headline import sureness
+from farcast_cli.reports.figures import poster
 from farcast_cli.reports.page import page
 from farcast_cli.reports.panels import headline, panels
 from farcast_cli.reports.story import Course, Story, course_of, tell
@@ -106,7 +107,7 @@ def test_an_earlier_step_is_in_the_zone_exactly_where_fit_up_to_it_says_that_it_
         share = 0.1 * math.sin(math.pi * step / LONG[-1])
         save_file({name: base[name] + share * away[name] for name in base}, tmp_path / "run" / loose_name(step))
     told = answer(call_cli, "report", "run", cwd=tmp_path)["directions"]
-    said = [call_cli("fit", "run", "--steps", f":{found['step']}", cwd=tmp_path).stderr for found in told]
+    said = [call_cli("fit", "run", "--steps", f":{found['step']}", "-v", cwd=tmp_path).stderr for found in told]
     assert [found["is_steady"] for found in told] == ["; steady enough" in text for text in said]
     assert len({found["is_steady"] for found in told}) == 2
 
@@ -442,6 +443,32 @@ def test_of_a_long_log_losses_spread_evenly_are_shown_and_the_report_says_so(wor
     assert set(np.diff(steps)) == {50, 51}
 
 
+@pytest.fixture
+def leaping(work: Path) -> Story:
+    """A run with two logged losses and many leaps."""
+    points = tuple((step, 2.0 - step / 1000) for step in range(100, 900, 50))
+    course = Course(LossLog(Path("log.csv"), points, points), tuple((step, 20) for step in range(100, 900, 50)))
+    return tell(load_fitted(work / "forecaster.safetensors"), Request(), course)
+
+
+def test_the_picture_has_every_word_of_a_long_message_above_its_panel(leaping: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farcast_cli.reports.figures.MAX_LINE", 24)
+    figure = poster(leaping)
+    words = "".join(text.get_text() for text in figure.texts).replace(" ", "")
+    assert [panel.message for panel in panels(leaping) if panel.message.replace(" ", "") not in words] == []
+    boxes = [axes.get_position() for axes in figure.axes]
+    places = [text.get_position() for text in figure.texts]
+    assert [place for place in places for box in boxes if box.contains(place[0] + 0.1, place[1])] == []
+
+
+def test_the_legend_of_the_losses_names_the_zone_of_a_leap_where_there_is_one(leaping: Story) -> None:
+    without = replace(leaping, course=replace(leaping.course, leaps=()))
+    for story, zone in ((leaping, {"length of a leap"}), (without, set())):
+        legends = [legend for axes in poster(story).axes if (legend := axes.get_legend())]
+        told = [{text.get_text() for text in legend.get_texts()} for legend in legends]
+        assert {"training loss", "evaluation loss"} | zone in told
+
+
 @pytest.mark.parametrize("ending", [".html", ".md", ".png"])
 def test_a_file_that_is_not_a_report_stays(ending: str, work: Path, call_cli: CallCli) -> None:
     place = work / f"mine{ending}"
@@ -503,6 +530,12 @@ def test_what_cannot_be_a_report_is_refused_in_one_line_and_leaves_no_file(
     assert len(done.errors) == 1
     assert words in done.errors[0]
     assert tree_digest(work) == before
+
+
+def test_who_asks_for_a_picture_on_stdout_is_told_how_to_write_one(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("report", "--format", "png", cwd=work)
+    assert done.errors == ["error: --format png: expected one of markdown, text"]
+    assert done.hints == ["hint: -o report.png writes a picture, -o report.html a page"]
 
 
 def test_a_forecaster_file_and_its_run_tell_the_same(work: Path, call_cli: CallCli) -> None:

@@ -29,6 +29,7 @@ ORDER = (
     "evaluation.__init__",
     "evaluation.command",
     "evaluation.judge",
+    "evaluation.hook",
     "files.__init__",
     "files.reading",
     "files.json_text",
@@ -60,8 +61,8 @@ ORDER = (
     "trainers.kept",
     "trainers.loose_safetensors",
     "trainers.torch_payload",
-    "trainers.dcp",
     "trainers.side_files",
+    "trainers.dcp",
     "trainers.refused",
     "trainers.hub_folder",
     "trainers.transformers_rates",
@@ -74,6 +75,8 @@ ORDER = (
     "trainers.__init__",
     "run.__init__",
     "run.closed",
+    "run.mixed",
+    "run.trust",
     "run.steps",
     "run.entries",
     "run.intervals",
@@ -91,7 +94,9 @@ ORDER = (
     "state.__init__",
     "state.counters",
     "state.files",
+    "state.trained",
     "state.advance",
+    "state.metadata",
     "state.rates",
     "checkpoint.__init__",
     "checkpoint.pieces",
@@ -131,17 +136,18 @@ ORDER = (
     "forecast.choice",
     "forecast.ledger",
     "forecast.state_ledger",
-    "forecast.history",
     "forecast.worth",
+    "forecast.history",
     "forecast.forecaster_file",
-    "forecast.fitting",
     "forecast.judgement",
+    "forecast.fitting",
     "forecast.memory",
     "keeping",
     "folder",
     "verification",
     "request",
     "headline",
+    "second_copies",
     "planning",
     "sidecar",
     "card",
@@ -162,6 +168,7 @@ ORDER = (
     "reports.svg",
     "reports.page",
     "reports.output",
+    "watching",
     "tune.__init__",
     "tune.numbers",
     "tune.gate",
@@ -194,7 +201,9 @@ ORDER = (
     "api",
     "commands.__init__",
     "commands.tables",
+    "commands.progress_line",
     "commands.render",
+    "commands.view",
     "commands.streams",
     "commands.mistakes",
     "commands.options",
@@ -206,6 +215,7 @@ ORDER = (
     "commands.report",
     "commands.verify",
     "commands.leap",
+    "commands.watch",
     "commands.tune",
     "commands.schema",
     "commands.help",
@@ -307,7 +317,8 @@ def lines_that_print(module: str) -> list[str]:
 def test_no_module_but_render_prints() -> None:
     others = [module for module in MODULES if module not in {"commands.render", "cli", "commands.streams", "__main__"}]
     assert wrong(lines_that_print, others) == {}
-    assert wrong(lambda module: packages_of(module) & {"rich"}, others) == {"commands.tables": {"rich"}}  # for render
+    for_render = {name: {"rich"} for name in ("commands.tables", "commands.progress_line", "commands.view")}
+    assert wrong(lambda module: packages_of(module) & {"rich"}, others) == for_render
 
 
 def packages_of(module: str) -> set[str]:
@@ -327,7 +338,21 @@ def test_the_command_line_itself_writes_only_its_version_its_help_and_that_it_wa
     assert [line for line in written if "sys.stdout" not in line and 'sys.stderr.write("interrupted' not in line] == []
 
 
-COMMANDS = ("inspect", "fit", "backtest", "report", "predict", "verify", "leap", "tune", "schema", "help", "ci")
+COMMANDS = (
+    "inspect",
+    "keep",
+    "watch",
+    "fit",
+    "backtest",
+    "report",
+    "predict",
+    "verify",
+    "leap",
+    "tune",
+    "schema",
+    "help",
+    "ci",
+)
 MAX_STATEMENTS = 20
 
 
@@ -363,6 +388,7 @@ def heavy_imports_at_its_top(module: str) -> set[str]:
 
 def test_what_inspect_needs_imports_torch_nowhere_at_its_top() -> None:
     needed = [
+        "run.mixed",
         "run.steps",
         "run.entries",
         "run.trajectory",

@@ -264,7 +264,7 @@ def test_a_lone_snapshot_whose_step_nothing_tells_is_refused(tmp_path: Path, nam
     assert "add its step to its name" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["last", "best", "final"])
+@pytest.mark.parametrize("name", ["last", "latest", "final"])
 def test_an_alias_without_a_step_beside_numbered_snapshots_is_left_out_with_a_reason(tmp_path: Path, name: str) -> None:
     run = make_loose_run(tmp_path / "run", (100, 200))
     save_file(weights_at(200), run / f"{name}.safetensors")

@@ -101,6 +101,13 @@ def test_a_checkpoint_without_sidecar_needs_to_be_told_its_reference(folder: boo
     assert "--reference" in caught.value.hint
 
 
+def test_a_forecast_that_is_not_there_is_said_to_be_missing(tmp_path: Path, call_cli: CallCli) -> None:
+    truth = _random(tmp_path / "b.safetensors", 1)
+    done = call_cli("verify", "a", "--against", truth.name, cwd=tmp_path)
+    assert (done.returncode, done.errors) == (3, ["error: a: no such file or folder"])
+    assert "the path that farcast predict printed" in done.hints[0]
+
+
 @pytest.mark.parametrize("content", ["not json", "[]", "{}", '{"origin": 3}', '{"origin": null}', "\ud800"])
 def test_a_damaged_sidecar_is_an_error_and_no_crash(content: str, tmp_path: Path) -> None:
     path = _random(tmp_path / "step_5.safetensors", 1)

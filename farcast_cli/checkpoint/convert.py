@@ -80,6 +80,11 @@ class Container:
         """The file that is written after the weights, because it tells of them; "" where there is none."""
         return CARD if self.layout == "hub" else ""
 
+    @property
+    def mark(self) -> str:
+        """What the name of weights to evaluate has after the origin's: a folder for a hub can lie beside another forecast."""
+        return "-hub" if self.layout == "hub" else "-eval"
+
     def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
         """A name of the origin's kind, with a mark, and with the container's ending."""
         return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
@@ -232,7 +237,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
         state = advanced.trees[part.name]
         alone = replace(part, weights_key=(), mirror_key=())
         tree = at(state.tree, part.weights_key)
-        return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed), rewrite)
+        return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed, state.forecast), rewrite)
     return _torch_file("", weights_in(part, advanced, rewrite))
 
 

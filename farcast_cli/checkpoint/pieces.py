@@ -115,17 +115,20 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """What the plan changes beside the weights: element type, shard size, BatchNorm's counts, the valid step."""
+    """What the plan changes beside the weights: element type, shard size, BatchNorm's counts, metadata."""
 
     index_of: Mapping[str, int]
     dtype: OutputDType = "source"
     max_shard_bytes: int | None = None
     batch_counts: Mapping[str, Change] = field(default_factory=dict)
-    valid_step: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The metadata of safetensors files that change, by key."""
     mirror: bool = False
     """Whether the forecast also takes the place of an average that users load."""
     mapped: Mapping[str, ValueMap] = field(default_factory=dict)
     """What becomes of the values of some tensors, by name."""
+    masters: Mapping[str, tuple[TensorEntry, int]] = field(default_factory=dict)
+    """Second copies of a higher precision, from which the weights of these names are rounded."""
 
     def out_dtype(self, dtype: DType) -> DType:
         return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FLOATING else dtype
@@ -138,7 +141,13 @@ class Rewrite:
 
         if not prefix:
             return self
-        return replace(self, index_of=own(self.index_of), batch_counts=own(self.batch_counts), mapped=own(self.mapped))
+        return replace(
+            self,
+            index_of=own(self.index_of),
+            batch_counts=own(self.batch_counts),
+            mapped=own(self.mapped),
+            masters=own(self.masters),
+        )
 
     def planned(self, entry: TensorEntry) -> Planned:
         """A tensor as it is written."""
@@ -151,6 +160,9 @@ class Rewrite:
         index, dtype = self.index_of.get(entry.name), self.out_dtype(entry.dtype)
         if entry.name in self.mapped:
             return (Values(entry, None, dtype, function=self.mapped[entry.name]),)
+        if entry.name in self.masters:
+            master, number = self.masters[entry.name]
+            return (Values(master, number, dtype),)
         if index is None and dtype == entry.dtype:
             return (Copy(entry.path, entry.offset, entry.num_bytes),)
         real = entry.as_real()

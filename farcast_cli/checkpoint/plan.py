@@ -26,7 +26,7 @@ from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.optional import need
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
-from farcast_cli.trainers.base import ADAPTER_FILES, KEPT_KEY, METADATA_STEPS, Part, Snapshot
+from farcast_cli.trainers.base import ADAPTER_FILES, KEPT_KEY, Part, Snapshot
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def json_output(name: str, tree: Any) -> OutputFile:
 
 def _metadata(file: SafetensorsFile, rewrite: Rewrite) -> dict[str, str]:
     metadata = {key: text for key, text in file.metadata.items() if key != KEPT_KEY}
-    return metadata | {key: str(rewrite.valid_step) for key in METADATA_STEPS if key in metadata}
+    return metadata | {key: text for key, text in rewrite.metadata.items() if key in metadata}
 
 
 def safetensors_output(name: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> OutputFile:

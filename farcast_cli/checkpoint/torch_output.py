@@ -54,6 +54,8 @@ def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
         for _, ref in iter_tensors(tree)
     }
     overlays = _overlays(state.file, weights, rewrite, mirror)
+    for (key, first, count), (entry, index) in state.forecast.items():
+        overlays.setdefault(key, []).append((first, count, Values(entry, index, entry.dtype)))
     for (key, first, count), data in state.literals.items():
         overlays.setdefault(key, []).append((first, count, Fixed(data)))
     itemsize = {storage.key: retyped.get(storage.key, storage).dtype.itemsize for storage in storages_of(state.tree)}

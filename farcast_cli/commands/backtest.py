@@ -75,6 +75,7 @@ def backtest(
     parse_horizons(horizon)  # what cannot be is refused before the folder is read
     from farcast_cli import answers
     from farcast_cli.commands import render
+    from farcast_cli.forecast.forecaster_file import load_fitted
 
     of_folder = None
     if directory:
@@ -93,8 +94,11 @@ def backtest(
             threads=threads,
         )
     run = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
-    report = api.backtest(run, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
+    fitted = load_fitted(run) if isinstance(run, Path) else run
+    report = api.backtest(fitted, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
     if json_:
         render.as_json(answers.of_backtest(report))
     else:
         render.backtest(report, verbose=verbose)
+    if not (horizon or quiet):
+        render.note(render.proposal(fitted, purpose))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from farcast_cli.errors import UsageError
-from farcast_cli.texts import names_of, read_text, title_of
+from farcast_cli.texts import names_of, read_text, title_of, wrapped
 
 EXAMPLES = "Example: farcast help resume"
 
@@ -21,14 +21,14 @@ def help(  # noqa: A001 - a command is called as its function
         ),
     ] = None,
 ) -> None:
-    """Explain a topic: resume, leaps, formats, convert, ci, exit-codes or evaluation."""
+    """Explain a topic: resume, leaps, watch, formats, convert, ci, exit-codes or evaluation."""
     from farcast_cli.commands import render
 
     topics = names_of("topics")
     if topic is None:
         render.text("".join(f"farcast help {name:<12} {title_of(name)}\n" for name in topics))
     elif topic in topics:
-        render.text(read_text("topics", topic))
+        render.text(wrapped(read_text("topics", topic), render.stdout().width))
     else:
         group: Any = context.parent.command if context.parent else None
         hint = f"farcast {topic} --help" if group and topic in group.commands else "farcast --help lists the commands"

@@ -43,14 +43,16 @@ def inspect(
     from farcast_cli import answers
     from farcast_cli.commands import render
     from farcast_cli.forecast.history import past_of
+    from farcast_cli.run.losses import losses_of
     from farcast_cli.run.selection import inspect as run
 
     selection = selection_of(directory, include, exclude, steps, pattern, history=history)
     found = run(selection)
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
+    worth = past.worth(losses_of(found.trajectory)) if past else None
     if json_:
-        render.as_json(answers.of_inspect(found, past))
+        render.as_json(answers.of_inspect(found, past, worth))
     else:
-        render.inspection(found, past, verbose=verbose)
+        render.inspection(found, past, worth, verbose=verbose)
     if found.fatal:
         raise typer.Exit(found.fatal.exit_code)

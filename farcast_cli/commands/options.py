@@ -68,6 +68,7 @@ PANELS = {
         "reference",
     ),
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
+    "Watch": ("interval", "until", "once", "keep", "leap", "on_leap"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias"),
     "Rows": ("data", "loss", "anchor", "holdout", "gate", "subsample", "seed"),
@@ -238,7 +239,7 @@ def key_of(option: str) -> str:
     return {"purpose": "for", "form": "format", "json_": "json", "round_": "round"}.get(option, option)
 
 
-def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -> Any:
+def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str, hint: str = "") -> Any:
     """An option whose value is one of a Literal type: its help shows which, and another value is a usage error.
 
     Wherever the value comes from: the command line, the environment or a file. The message is farcast's own, since those of
@@ -247,7 +248,7 @@ def choice(allowed: Any, name: str, *, env_name: str | None = None, text: str) -
     names = get_args(allowed)
 
     def parse(value: str) -> str:
-        check_choice(name, value, allowed)
+        check_choice(name, value, allowed, hint=hint)
         return value
 
     envvar = env(env_name or name.removeprefix("--").replace("-", "_").upper())

@@ -28,8 +28,6 @@ from farcast_cli.progress import silent
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from rich.console import RenderableType
-
     from farcast_cli.answer import Answer
     from farcast_cli.choices import Purpose
     from farcast_cli.errors import FarcastError
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.forecaster_file import Fitted
     from farcast_cli.forecast.history import Past
     from farcast_cli.forecast.judgement import BacktestReport
+    from farcast_cli.forecast.worth import Worth
     from farcast_cli.keeping import Keeping
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from farcast_cli.tune.request import TuneOutcome as Tuning
 
 LEAST_METHOD = 16  # columns of a method, on a narrow terminal
+MARKED = "<-"  # the row of the method that predict uses, where there is no place for words
 MAX_ROWS = 12
 MAX_METHODS = 3  # of a back-test, at each horizon
 MAX_NAMES = 10  # of what is left out or copied for one reason
@@ -125,6 +125,11 @@ def text(content: str) -> None:
     sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
 
 
+def has_terminal() -> bool:
+    """Whether a person sees both streams on a terminal that can move its cursor."""
+    return sys.stdout.isatty() and sys.stderr.isatty() and not stderr().is_dumb_terminal
+
+
 def has_blocks() -> bool:
     """Whether stdout takes blocks and dashes."""
     return (sys.stdout.encoding or "").lower().startswith("utf")
@@ -143,19 +148,12 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     if quiet or not sys.stderr.isatty():
         yield silent
         return
-    from rich import progress as rich
+    from rich.progress import Progress as Bars
 
-    class OnlyIf(rich.ProgressColumn):
-        def __init__(self, has_size: bool, column: rich.ProgressColumn) -> None:
-            super().__init__()
-            self.has_size, self.column = has_size, column
+    from farcast_cli.commands.progress_line import columns_for
 
-        def render(self, task: rich.Task) -> RenderableType:
-            return self.column(task) if (task.total is not None) == self.has_size else ""
-
-    sized = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *(OnlyIf(True, column) for column in sized))
-    with rich.Progress(*columns, OnlyIf(False, rich.TimeElapsedColumn()), console=stderr(), transient=True) as bars:
+    console = stderr()
+    with Bars(*columns_for(console.width), console=console, transient=True) as bars:
 
         def start(phase: str, total: int) -> Callable[[int], None]:
             task = bars.add_task(phase, total=total or None)
@@ -184,7 +182,7 @@ def _texts(words: Iterable[object]) -> tuple[Text, ...]:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -> None:
+def inspection(found: Inspection, past: Past | None, worth: Worth | None, *, verbose: bool = False) -> None:
     console, trajectory, alignment = stdout(), found.trajectory, found.alignment
     count = len(trajectory.snapshots)
     console.print(f"[bold]{escape(str(trajectory.directory))}[/]: {count} {trajectory.layout} snapshots")
@@ -204,6 +202,8 @@ def inspection(found: Inspection, past: Past | None, *, verbose: bool = False) -
     for text in trajectory.notes:
         console.print(f"note: {escape(text)}", soft_wrap=True)
     problems = [*found.problems, *(_of_leaps(console, past) if past else ())]
+    if worth:
+        console.print(escape(worth.told()), soft_wrap=True)
     for problem in problems:
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
@@ -338,25 +338,37 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         f" {len(record.copied)} copied,"
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
-    note(_direction(fitted, steady))
+    note(_direction(fitted, steady, verbose=verbose))
     for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
-    for text in done.jumps:
+    for text in filter(None, (*done.jumps, done.carrier)):
         note(text)
     if done.worth:
         note(done.worth.told())
-    note("next: farcast backtest shows which horizons are supported; farcast predict chooses one, or takes --horizon N")
+    note(proposal(fitted, "resume"))
+    note("next: farcast predict, or farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
 
 
-def _direction(fitted: Fitted, steady: Steadiness) -> str:
-    """S and p of a run, and what they allow."""
+def proposal(fitted: Fitted, purpose: Purpose) -> str:
+    """What `predict` would say of a run, without a horizon."""
+    from farcast_cli.prediction import proposed
+    from farcast_cli.request import Request
+
+    outcome = proposed(fitted, Request(purpose=purpose))[0].outcomes[0]
+    return f"farcast predict would say: {advised(outcome, purpose).line}"
+
+
+def _direction(fitted: Fitted, steady: Steadiness, *, verbose: bool) -> str:
+    """S and p of a run; with -v also what they allow over a short horizon."""
     from farcast_cli.forecast.judgement import direction_ahead
 
     if not math.isfinite(steady.coherence):
         return "direction of the run: S unknown: it needs two snapshots in each half of the history, and weights that move"
-    found = direction_ahead(fitted)
     known = f"S = {shown_number(steady.coherence)}, {chance(steady.significance)}; {recent_half(steady.recent)}"
+    if not verbose:
+        return f"direction of the run: {known}"
+    found = direction_ahead(fitted)
     ahead = f"to resume from a forecast {found.horizon} steps ahead"
     verdict = (
         f"steady enough {ahead}, if its back-test passes" if found.is_steady else f"not steady enough {ahead} ({found.reason})"
@@ -391,7 +403,10 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
 def _scores(console: Console, report: BacktestReport, *, verbose: bool) -> None:
     console.print("\nerror relative to no forecast: 0 is perfect, 1 (the mark in a bar) is no better than no forecast")
     console.print("b: of an update no longer than the run's past move; as written: of the update that predict writes")
-    console.print(fitted_table(_score_columns(report, verbose=verbose), console.width))
+    table = fitted_table(_score_columns(report, verbose=verbose), console.width)
+    console.print(table)
+    if any(str(cell) == MARKED for cell in table.columns[-1].cells):
+        console.print(f"{MARKED} predict's method; its verdict is above")
     num_methods = len({score.method for score in report.scores})
     if num_methods > MAX_METHODS and not verbose:
         console.print(f"the best {MAX_METHODS} of {num_methods} methods at each horizon, and predict's (-v shows all)")
@@ -406,7 +421,7 @@ def _score_columns(report: BacktestReport, *, verbose: bool) -> Iterator[Column]
     yield Column("", _bars(score.ratio for score in scores), rank=1)
     yield Column("as written", written, "right", rank=3, instead=(Column("written", written, "right"),))
     does = [_does(report, score) for score in scores]
-    yield Column("", _texts(does), rank=2, instead=(Column("", _texts("<-" if text else "" for text in does)),))
+    yield Column("", _texts(does), rank=2, instead=(Column("", _texts(MARKED if text else "" for text in does)),))
 
 
 def _does(report: BacktestReport, score: Score) -> str:

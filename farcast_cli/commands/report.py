@@ -38,9 +38,7 @@ from farcast_cli.settings import env, fit_request
 if TYPE_CHECKING:
     from farcast_cli.api import Report
 
-EXAMPLES = (
-    "Examples: farcast report   |   farcast report ckpts/ -o run.png   |   farcast report --format markdown >> summary.md"
-)
+EXAMPLES = "Examples: farcast report   |   farcast report ckpts/ -o run.png   |   farcast report --format markdown >> $GITHUB_STEP_SUMMARY"
 
 
 def report(
@@ -64,7 +62,13 @@ def report(
         ),
     ] = None,
     form: Annotated[
-        PrintedForm | None, choice(PrintedForm, "--format", text="Print the report in this form on stdout.")
+        PrintedForm | None,
+        choice(
+            PrintedForm,
+            "--format",
+            text="Print the report in this form on stdout.",
+            hint="-o report.png writes a picture, -o report.html a page",
+        ),
     ] = None,
     text: Annotated[
         bool, typer.Option("--text", envvar=env("TEXT"), help="Print the report for a terminal of 44 columns: --format text.")

@@ -96,6 +96,13 @@ def has_printed() -> bool:
     return isinstance(sink, Sink) and sink.has_taken
 
 
+def is_broken() -> bool:
+    """Whether stdout takes nothing any more: it is full, or nobody reads it."""
+    sys.stdout.flush()
+    sink = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return isinstance(sink, Sink) and sink.failure is not None
+
+
 def lost() -> OSError | None:
     """Why a part of stdout could not be printed; None where all was, or where the reader wanted no more of it."""
     sys.stdout.flush()

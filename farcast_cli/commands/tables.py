@@ -1,8 +1,9 @@
-"""Tables that fit the terminal: on a narrow one, columns are left out or replaced, and long names are cut or take two lines."""
+"""Tables that fit the terminal: on a narrow one, columns are left out or replaced, and long names are cut or take several lines."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -80,23 +81,50 @@ def _cut(columns: Sequence[Column], width: int) -> list[Column]:
 
 
 def _narrowed(column: Column, width: int) -> Column:
-    """Its texts cut; folded where cutting takes away what they differ in, as layers do by a number in their names."""
-    cells = tuple(Text(cut_in_the_middle(cell.plain, width), style=cell.style) for cell in column.cells)
-    if len({cell.plain for cell in cells}) < len({cell.plain for cell in column.cells}):
-        return replace(column, folds_at=width)
-    return replace(column, cells=cells)
+    """Its texts cut as near to the middle as leaves them different; folded where no cut does."""
+    names = [cell.plain for cell in column.cells]
+    middle = (width - 2) // 2
+    for begin in sorted(range(width - 2), key=lambda begin: abs(begin - middle)):
+        cut = [cut_in_the_middle(name, width, begin=begin) for name in names]
+        if len(set(cut)) == len(set(names)):
+            return replace(column, cells=_styled(cut, column))
+    return replace(column, cells=_styled([_folded(name, width) for name in names], column), folds_at=width)
 
 
-def cut_in_the_middle(text: str, width: int) -> str:
+def _styled(texts: Sequence[str], column: Column) -> tuple[Text, ...]:
+    """Texts in the styles of a column's."""
+    return tuple(Text(text, style=cell.style) for text, cell in zip(texts, column.cells, strict=True))
+
+
+def _folded(name: str, width: int) -> str:
+    r"""A name in lines that end with a dot or a slash; a word that is longer than a line stays for the table to fold.
+
+    >>> _folded("model.layers.10.mlp.weight", 13)
+    'model.layers.\n10.mlp.weight'
+    """
+    lines = [""]
+    for word in re.split(r"(?<=[./])", name):
+        if cell_len(lines[-1] + word) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+def cut_in_the_middle(text: str, width: int, *, begin: int | None = None) -> str:
     """A text with both its ends, where it is too long: names differ at their ends.
+
+    Args:
+        begin: how much of the width is for its beginning; about half of it if not given.
 
     >>> cut_in_the_middle("layers.10.mlp.weight", 12), cut_in_the_middle("short", 12)
     ('layer...ight', 'short')
+    >>> cut_in_the_middle("layers.10.mlp.weight", 12, begin=9)
+    'layers.10...'
     """
     if cell_len(text) <= width:
         return text
-    begin = _beginning(text, (width - 2) // 2)
-    return f"{begin}...{_beginning(text[::-1], width - 3 - cell_len(begin))[::-1]}"
+    first = _beginning(text, (width - 2) // 2 if begin is None else begin)
+    return f"{first}...{_beginning(text[::-1], width - 3 - cell_len(first))[::-1]}"
 
 
 def _beginning(text: str, width: int) -> str:

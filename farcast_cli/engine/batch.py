@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from farcast_cli.engine.output_files import Buffer
     from farcast_cli.engine.ranges import Batch, Segment
     from farcast_cli.engine.reader import FileStretch, Reader
-    from farcast_cli.run.alignment import Alignment
+    from farcast_cli.run.alignment import AlignedTensor, Alignment
     from farcast_cli.tensors import TensorEntry
 
 _FORECAST = "the forecast", "--scale .5 makes a smaller update; --dtype float32 has a larger range"
@@ -41,6 +41,8 @@ class Inputs:
 
     alignment: Alignment
     linear: LinearMap
+    copies: tuple[AlignedTensor, ...] = ()
+    """Second copies of the weights, numbered after the tensors of the alignment."""
 
     def others(self, piece: Values) -> tuple[int, ...]:
         """The snapshots other than the origin that a piece's forecast reads."""
@@ -48,7 +50,9 @@ class Inputs:
 
     def entry(self, piece: Values, snapshot: int) -> TensorEntry:
         assert piece.index is not None  # noqa: S101 - only forecast tensors have other snapshots
-        return self.alignment.tensors[piece.index].entries[snapshot]
+        tensors = self.alignment.tensors
+        tensor = tensors[piece.index] if piece.index < len(tensors) else self.copies[piece.index - len(tensors)]
+        return tensor.entries[snapshot]
 
     def kind(self, piece: Values) -> Hashable:
         """What pieces have in common that are computed at once."""

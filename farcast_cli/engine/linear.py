@@ -72,6 +72,30 @@ class LinearMap:
         moves = frozenset(kept.index(index) for index in self.moves.intersection(kept))
         return replace(self, weights=self.weights[..., kept], origin=kept.index(self.origin), moves=moves)
 
+    def with_copies(self, of: Sequence[int], trailing: Sequence[bool]) -> LinearMap:
+        """The same with a row (C more of them) for each second copy of a weight.
+
+            c_hat = c_s + sum_t weights_t (c_t - c_s) + gain c_s + constant
+
+        A trailing copy c moves as its weight w does, c_hat - c_s = w_hat - w_s. One snapshot more, w_s itself, gives that: its
+        weight is gain - sum_t weights_t.
+
+        Args:
+            of: (C,) the weight's row.
+            trailing: (C,) whether it trails.
+        """
+        rows = list(of)
+        weights = np.concatenate([self.weights, self.weights[:, rows]], axis=1)
+        gain, constant = (np.concatenate([part, part[:, rows]], axis=1) for part in (self.gain, self.constant))
+        if any(trailing):
+            num_weights, (_, num_rows, num_files) = self.weights.shape[1], weights.shape
+            differences = [t for t in range(num_files) if t != self.origin and t not in self.moves]
+            trails = np.arange(num_rows) >= num_weights
+            trails[num_weights:] &= np.array(trailing)
+            back = np.where(trails, gain - weights[..., differences].sum(axis=-1), 0)
+            weights = np.concatenate([weights, back[..., None]], axis=-1)
+        return replace(self, weights=weights, gain=gain, constant=constant)
+
     def pick(self, horizons: Sequence[int], scale: float = 1.0) -> LinearMap:
         """Some of the horizons, their updates scaled."""
         picked = list(horizons)

@@ -107,16 +107,26 @@ class Evaluator:
         return Judge(self, logs, variables, announce)
 
     def command_for(self, checkpoint: Path) -> str:
-        """The path is absolute, and the name its own: a link's ending may say more than that of what it leads to."""
-        path = str(checkpoint.parent.resolve() / checkpoint.name)
-        word = shlex.quote(path)
-        before = self.command.split(PLACEHOLDER)[:-1]
-        if word != path and any(_is_within_quotes(PLACEHOLDER.join(before[: n + 1])) for n in range(len(before))):
-            raise UsageError(
-                f"--eval-cmd: {PLACEHOLDER} is inside quotes, but the path {path} needs its own quotes",
-                hint=f"write {PLACEHOLDER} without quotes: farcast adds them if necessary",
-            )
-        return self.command.replace(PLACEHOLDER, word)
+        return with_path(self.command, checkpoint, option="--eval-cmd")
+
+
+def with_path(command: str, checkpoint: Path, *, option: str) -> str:
+    """A command for a checkpoint.
+
+    The path is absolute, and the name its own: a link's ending may say more than that of what it leads to.
+
+    Raises:
+        UsageError: the path needs quotes, and the command has the placeholder inside quotes.
+    """
+    path = str(checkpoint.parent.resolve() / checkpoint.name)
+    word = shlex.quote(path)
+    before = command.split(PLACEHOLDER)[:-1]
+    if word != path and any(_is_within_quotes(PLACEHOLDER.join(before[: n + 1])) for n in range(len(before))):
+        raise UsageError(
+            f"{option}: {PLACEHOLDER} is inside quotes, but the path {path} needs its own quotes",
+            hint=f"write {PLACEHOLDER} without quotes: farcast adds them if necessary",
+        )
+    return command.replace(PLACEHOLDER, word)
 
 
 _QUOTING = re.compile(r"\\.|'[^']*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)

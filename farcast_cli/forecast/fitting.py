@@ -25,7 +25,7 @@ from farcast_cli.forecast.forecaster_file import (
     save_fitted,
 )
 from farcast_cli.forecast.history import past_of
-from farcast_cli.forecast.worth import span_of, worth_of
+from farcast_cli.forecast.judgement import carrier_of
 from farcast_cli.run.alignment import align
 from farcast_cli.run.kept import discover_all
 from farcast_cli.run.losses import losses_of
@@ -33,6 +33,7 @@ from farcast_cli.run.selection import usable
 from farcast_cli.run.thinning import thinned
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, WHOLE
 from farcast_cli.state.rates import read_pace
+from farcast_cli.state.trained import trained_in
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ class FitPlan:
     @property
     def worth(self) -> Worth | None:
         """What the losses say of the last leap that the run resumed from."""
-        leap = self.past.history.leap
-        return worth_of(self.losses, span_of(self.past.leaps, leap.origin_step, leap.resumes_after)) if leap else None
+        return self.past.worth(self.losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,8 @@ class FitOutcome:
     """Of leaps that the history may contain, by the steps of its snapshots and by the ledgers."""
     jumps: tuple[str, ...] = ()
     """The same, by the weights."""
+    carrier: str = ""
+    """A tensor without which the verdict would be another, in words."""
     worth: Worth | None = None
     """What the run's losses say of its last leap."""
     unlogged: tuple[str, ...] = ()
@@ -132,13 +134,34 @@ def plan_fit(request: FitRequest) -> FitPlan:
         check_fitted_place(request.output, chosen.directory)
         before = run_of_fitted(request.output)
         replaced = before if before and before.resolve() != chosen.directory.resolve() else None
+    found, past = find(request, minimum=MIN_SNAPSHOTS)
+    return replace(plan_found(request, found, past), started=started, replaced=replaced)
+
+
+def find(request: FitRequest, *, minimum: int) -> tuple[Trajectory, Past]:
+    """The snapshots of a run, and those since the last leap; reads headers, and of leaps a few values.
+
+    Raises:
+        TooFewSnapshotsError: fewer than `minimum`.
+        SnapshotError, FileFormatError: no run that can be read.
+    """
+    chosen = request.selection
     found = discover_all(
-        chosen.directory, steps=chosen.steps, pattern=chosen.pattern, history=chosen.history, minimum=MIN_SNAPSHOTS
+        chosen.directory,
+        steps=chosen.steps,
+        pattern=chosen.pattern,
+        history=chosen.history,
+        unsettled=chosen.unsettled,
+        minimum=minimum,
     )
-    past = past_of(found, request.ledgers, chosen=chosen.steps, minimum=MIN_SNAPSHOTS)
-    entering = usable(past.history.trajectory.snapshots, chosen)
+    return found, past_of(found, request.ledgers, chosen=chosen.steps, minimum=minimum)
+
+
+def plan_found(request: FitRequest, found: Trajectory, past: Past) -> FitPlan:
+    """The plan for what `find` found."""
+    entering = usable(past.history.trajectory.snapshots, request.selection)
     _check_samples(entering.snapshots, request.num_samples)
-    return FitPlan(request, found, past, entering, started, replaced, losses_of(found, request.losses))
+    return FitPlan(request, found, past, entering, time.monotonic(), losses=losses_of(found, request.losses))
 
 
 def _check_samples(snapshots: Sequence[Snapshot], num_samples: int | None) -> None:
@@ -180,7 +203,9 @@ def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
         save_fitted(fitted, request.output)
     seconds = time.monotonic() - plan.started
     jumps = tuple(_cautions_of_jumps(fitted))
-    return FitOutcome(fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps, plan.worth)
+    return FitOutcome(
+        fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps, carrier_of(fitted), plan.worth
+    )
 
 
 def fit(
@@ -211,13 +236,16 @@ def fit(
         )
         pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
         records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
-    _check_one_run(gram, trajectory)
+    trained = trained_in(trajectory.snapshots[-1])
     last = [(tensor.entries[-1], tensor.remark) for tensor in alignment.tensors]
     provenance = Provenance(
         directory=str(trajectory.directory),
         layout=trajectory.layout,
         snapshots=records,
-        tensors=tuple(TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark) for e, remark in last),
+        tensors=tuple(
+            TensorRecord(name=e.name, shape=e.shape, dtype=e.dtype.name, remark=remark, trained=trained.get(e.name))
+            for e, remark in last
+        ),
         copied=tuple(CopiedRecord(name=c.name, reason=c.reason, of=c.of) for c in alignment.copied),
         num_samples=num_samples,
         leap=leap,
@@ -228,7 +256,9 @@ def fit(
         pattern=trajectory.pattern,
         kept="" if trajectory.kept is None else str(trajectory.kept),
     )
-    return Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
+    fitted = Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
+    _check_one_run(fitted.judged()[0], trajectory)
+    return fitted
 
 
 def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:

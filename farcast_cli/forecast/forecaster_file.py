@@ -35,7 +35,7 @@ from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
 from farcast_cli.trainers.base import read_snapshot
 from farcast_cli.trainers.kept import LAYOUT as KEPT
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name, word_of_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,6 +71,8 @@ class TensorRecord(BaseModel):
     shape: tuple[int, ...]
     dtype: str
     remark: str = ""
+    trained: bool | None = None
+    """Whether the trainer's optimizer has a state for it; None where that is unknown."""
 
 
 class CopiedRecord(BaseModel):
@@ -134,7 +136,10 @@ class Fitted:
         return tuple(record.step for record in self.provenance.snapshots)
 
     def judged(self) -> tuple[Gram, Sample]:
-        """What forecasts are judged by: all but BatchNorm's statistics, whose scale is the data's and not the weights'."""
+        """What forecasts are judged by: all that may be trained.
+
+        BatchNorm's statistics are not, whose scale is the data's, nor what the optimizer has no state for.
+        """
         chosen = self._is_judged()
         return (self.gram, self.sample) if chosen.all() else (self.gram.select(chosen), self.sample.select(chosen))
 
@@ -162,9 +167,9 @@ class Fitted:
         return bool(self._batch_norm().any())
 
     def _is_judged(self) -> NDArray[np.bool_]:
-        """Which tensors forecasts are judged by, (K,): all where there are BatchNorm's statistics only."""
-        others = ~self._batch_norm()
-        return others if others.any() else ~others
+        """Which tensors forecasts are judged by, (K,): all where none may be trained."""
+        others = ~self._batch_norm() & np.array([record.trained is not False for record in self.provenance.tensors], np.bool_)
+        return others if others.any() else np.ones_like(others)
 
     def _batch_norm(self) -> NDArray[np.bool_]:
         """Which tensors are BatchNorm's running statistics, (K,)."""
@@ -388,9 +393,11 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
 def newer_snapshots(fitted: Fitted) -> list[str]:
     """Snapshots in the run's folder, by name, that came after the fit; nothing is opened."""
     known = {record.path for record in fitted.provenance.snapshots if not record.is_kept}
-    last = find_step_in_name(fitted.provenance.snapshots[-1].path)
+    origin = fitted.provenance.snapshots[-1].path
+    last = find_step_in_name(origin)
     try:
-        names = [path.name for path in run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)]
+        entries = run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)
+        names = [path.name for path in entries if word_of_others(path.name) in {"", word_of_others(origin)}]
     except (OSError, FileFormatError):
         return []
     numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]

@@ -16,6 +16,7 @@ from farcast_cli.errors import FarcastError, TooFewSnapshotsError
 from farcast_cli.files.reading import reading
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.state_ledger import known_leaps
+from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.run.alignment import align
 from farcast_cli.run.intervals import odd_gaps, usual_interval
 from farcast_cli.run.steps import StepList
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from farcast_cli.forecast.ledger import Leap
     from farcast_cli.forecast.state_ledger import Ledgers
+    from farcast_cli.forecast.worth import Worth
+    from farcast_cli.run.losses import LossLog
     from farcast_cli.run.steps import StepRange
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
@@ -90,6 +93,11 @@ class Past:
     unused: tuple[Leap, ...] = ()
     """Leaps of the run that were not looked at, since the user chose the steps."""
     cautions: tuple[str, ...] = ()
+
+    def worth(self, losses: LossLog | None) -> Worth | None:
+        """What the run's losses say of the last leap that it resumed from."""
+        leap = self.history.leap
+        return worth_of(losses, span_of(self.leaps, leap.origin_step, leap.resumes_after)) if leap else None
 
     @property
     def problem(self) -> TooFewSnapshotsError | None:

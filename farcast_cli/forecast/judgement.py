@@ -5,9 +5,12 @@ And what a report adds: the direction of the run at each of its snapshots, and t
 
 from __future__ import annotations
 
+import glob
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from farcast_cli.forecast.backtest import (
     SHORT_LEAD,
@@ -25,6 +28,8 @@ from farcast_cli.forecast.forecaster import Task
 from farcast_cli.forecast.gram import Gram
 from farcast_cli.forecast.methods import METHODS, find_method
 from farcast_cli.forecast.timeline import Timeline
+from farcast_cli.forecast.words import shown_number
+from farcast_cli.run.alignment import quoted
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
 
 if TYPE_CHECKING:
@@ -101,6 +106,31 @@ class Direction:
 def direction_ahead(fitted: Fitted) -> Direction:
     """The direction at the last snapshot of the history."""
     return _direction_at(fitted, fitted.steps[-1], fitted.judged()[0])
+
+
+NUM_CARRIERS = 3  # tensors of the largest share of the movement that are tried
+
+
+def carrier_of(fitted: Fitted) -> str:
+    """A tensor that may not be trained and without which the verdict would be another, in words; empty where there is none.
+
+    Where the optimizer tells what is trained, no such tensor is left: see `Fitted.judged`.
+    """
+    gram, records = fitted.judged()[0], fitted.judged_tensors
+    squares = np.trace(gram.matrix[:, :-2, :-2], axis1=1, axis2=2)
+    unknown = [index for index in np.argsort(-squares) if records[index].trained is None and squares[index] > 0]
+    found = direction_ahead(fitted)
+    for index in unknown[:NUM_CARRIERS] if len(records) > 1 else ():
+        others = np.arange(len(records)) != index
+        without = _direction_at(fitted, fitted.steps[-1], gram.select(others))
+        if without.is_steady != found.is_steady and math.isfinite(without.steady.coherence):
+            name, share = records[index].name, squares[index] / squares.sum()
+            return (
+                f"{name} makes {share:.0%} of the movement and decides the verdict: S = {shown_number(found.steady.coherence)}"
+                f" with it, {shown_number(without.steady.coherence)} without it; if it is a buffer and no trained weight, leave it"
+                f" out: --exclude {quoted(glob.escape(name))}"
+            )
+    return ""
 
 
 def directions(fitted: Fitted) -> tuple[Direction, ...]:

@@ -125,6 +125,19 @@ def _check_size(path: Path, record: ZipMember) -> None:
         raise UnsafeFileError(f"{path}: its pickle has {record.num_bytes} bytes, over the limit of {MAX_PICKLE_BYTES}")
 
 
+def refuse_half_written(path: Path) -> None:
+    """See that a torch file has been saved to its end, by the zip's directory alone. What is no zip is for its reader to judge.
+
+    Raises:
+        HalfWrittenError: it is empty, only zeros at its start, or a zip without its end.
+    """
+    head = read_bytes(path, 0, min(file_size(path), 32))
+    if head.startswith(ZIP_MARK):
+        directory(Span(path, 0, file_size(path)))
+    elif not any(head):
+        raise _not_a_zip(path, head)
+
+
 def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
     if not any(head):  # empty, or room that was set aside and never written
         return HalfWrittenError(f"{path}: empty: expected a torch file", hint=SAVE_AGAIN)

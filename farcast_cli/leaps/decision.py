@@ -125,6 +125,12 @@ class Situation:
         end, left = self.start.end, self.start.steps_left
         return end is not None and left is not None and left < LEFT_TO_TRAIN * end[1]
 
+    @property
+    def _is_new_length(self) -> bool:
+        """Whether no earlier call has had a stretch of this length."""
+        before = self.found.memory.record if self.found.memory else None
+        return before is None or not before.count or before.every != self.found.time.every
+
     def notes(self, outcome: Outcome) -> tuple[str, ...]:
         """What a person should know, beside what was decided."""
         end, signal = self.start.end, self.heard.signal
@@ -147,7 +153,7 @@ class Situation:
                 said.append(
                     "the learning rate is unknown, so farcast cannot detect a warm-up: leaps during a warm-up harm the run"
                 )
-        if advice and count and not advice / 2 <= self.found.time.every <= 2 * advice:
+        if advice and count and self._is_new_length and not advice / 2 <= self.found.time.every <= 2 * advice:
             said.append(
                 f"stretches of {self.found.time.every} steps: leaps gained most at every 2 % of a run, which is {advice} steps here"
             )

@@ -16,6 +16,7 @@ from farcast_cli.forecast.timeline import evenly
 from farcast_cli.run.alignment import align, since_last_change
 from farcast_cli.run.pace import Pace
 from farcast_cli.state.rates import rate_at, read_pace
+from farcast_cli.state.trained import trained_in
 from farcast_cli.tensors import is_batch_norm_statistic
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def gathered(ask: Ask, trajectory: Trajectory, memory: Memory | None, notes: lis
         else:
             first, last = memory.record.landing_step, trajectory.origin.step
             pace, every = _pace_since(memory, basis, ask, trajectory.origin)
-            products = _products(basis.alignment, ask.request)
+            products = _products(basis.alignment, trajectory.origin, ask.request)
             unit = np.eye(len(products))
             known = remembered(memory, unit[-2])
             length = pace.total(first, last)  # 0 where the user asks again for a leap that was refused, or the rate was 0
@@ -145,7 +146,7 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> Gathere
     history, begins = since_last_change(history, include=ask.selection.include, exclude=ask.selection.exclude, minimum=1)
     snapshots = tuple(history[index] for index in evenly(len(history), MAX_HISTORY))
     alignment = align(snapshots, include=ask.selection.include, exclude=ask.selection.exclude)
-    products = _products(alignment, ask.request)
+    products = _products(alignment, snapshots[-1], ask.request)
     first, last = snapshots[-2:][0].step, snapshots[-1].step
     every = ask.every or max(1, last - first)
     bounds = snapshots[0].step, last + every
@@ -157,9 +158,10 @@ def _from_history(ask: Ask, trajectory: Trajectory, notes: list[str]) -> Gathere
     return Gathered(alignment, snapshots, products, stretches, None, time, False, None, tuple(notes))
 
 
-def _products(alignment: Alignment, request: Request) -> NDArray[np.float64]:
-    """Inner products of the basis, all tensors together but BatchNorm's statistics, whose scale is the data's."""
+def _products(alignment: Alignment, origin: Snapshot, request: Request) -> NDArray[np.float64]:
+    """Inner products of the basis, of all tensors that may be trained together; BatchNorm's statistics are not."""
     count = len(alignment.tensors[0].entries)
     gram, _ = accumulate(alignment, range(count), num_samples=DEFAULT_SAMPLE, resources=request.resources)
-    judged = [not is_batch_norm_statistic(tensor.name) for tensor in alignment.tensors]
+    trained = trained_in(origin)
+    judged = [not is_batch_norm_statistic(tensor.name) and trained.get(tensor.name, True) for tensor in alignment.tensors]
     return np.asarray(gram.matrix[np.array(judged) | (not any(judged))].sum(axis=0))

@@ -61,6 +61,7 @@ WIDTH = 400.0
 COLUMNS = (("moves", "backtest", "course"), ("directions", "tensors"))
 """Of the picture, as on a wide page."""
 MARGIN, HEAD, TITLE = 40.0, 258.0, 84.0  # of the picture: between its parts, of the headline, of a panel's title and message
+TITLE_LINES, LINE = 4, 15.0  # of a message in that height, and the height of one more
 MAX_LINE = 64  # characters of a panel's message
 DPI = 108
 MAX_MARKED = 40  # points of a line: more markers would touch
@@ -71,6 +72,7 @@ MAX_NAME = 54  # characters of a tensor's name
 GAMMA = 0.7  # of a cosine's shade: .1 and .3 are what real runs have, and must not look alike
 MAX_RATIO = 2.0  # that a back-test's axis reaches; the table has what lies beyond
 MIN_P = 1e-3  # at which the axis of p ends; the sign patterns give a p of .002 at least
+ABOVE = 1.5  # times the limit, the zone begins: with few snapshots p often equals it, and is allowed
 LINES = (("blue", "-", "o"), ("warm", "--", "s"), ("green", "-.", "^"), ("pink", (0, (4, 1, 1, 1, 1, 1)), "D"))
 """Of methods, in order: colour, dash, marker."""
 STYLE: Any = {
@@ -145,18 +147,23 @@ def picture(story: Story, *, software: str) -> bytes:
     Args:
         software: what the file says of who wrote it.
     """
+    with _styled():
+        return _png(poster(story), software)
+
+
+def poster(story: Story) -> Figure:
+    """All panels in two columns under the headline."""
     known = {panel.name: panel for panel in _drawn(story)}
     columns = [[known[name] for name in names if name in known] for names in COLUMNS]
     height = HEAD + max(sum(_placed_height(panel, story) for panel in column) for column in columns)
-    with _styled():
-        figure = Figure(figsize=((2 * WIDTH + 3 * MARGIN) / 72, height / 72), dpi=DPI, facecolor=LIGHT["ground"])
-        _draw_head(Sheet(figure, HEAD, MARGIN), story)
-        for place, column in enumerate(columns):
-            top = HEAD
-            for panel in column:
-                _draw_panel(Sheet(figure, TITLE, MARGIN + place * (WIDTH + MARGIN), top), panel, story)
-                top += _placed_height(panel, story)
-        return _png(figure, software)
+    figure = Figure(figsize=((2 * WIDTH + 3 * MARGIN) / 72, height / 72), dpi=DPI, facecolor=LIGHT["ground"])
+    _draw_head(Sheet(figure, HEAD, MARGIN), story)
+    for place, column in enumerate(columns):
+        top = HEAD
+        for panel in column:
+            _draw_panel(Sheet(figure, _title_height(panel), MARGIN + place * (WIDTH + MARGIN), top), panel, story)
+            top += _placed_height(panel, story)
+    return figure
 
 
 @contextmanager
@@ -175,15 +182,24 @@ def _png(figure: Figure, software: str) -> bytes:
 
 
 def _placed_height(panel: Panel, story: Story) -> float:
-    return TITLE + _height(panel.name, story) + MARGIN
+    return _title_height(panel) + _height(panel.name, story) + MARGIN
+
+
+def _title_height(panel: Panel) -> float:
+    """Of a panel's title and its message: as many lines as that takes."""
+    return TITLE + LINE * max(0, len(_message_lines(panel)) - TITLE_LINES)
+
+
+def _message_lines(panel: Panel) -> list[str]:
+    cases = f" {'; '.join(CASES).capitalize()}." if panel.name == "moves" else ""
+    return textwrap.wrap(panel.message + cases, MAX_LINE)
 
 
 def _draw_panel(sheet: Sheet, panel: Panel, story: Story) -> None:
     """A panel of the picture: its title and its message on a sheet, its figure below."""
     sheet.write(0, 8, panel.title, fontsize=14.5, weight="bold")
-    cases = f" {'; '.join(CASES).capitalize()}." if panel.name == "moves" else ""
-    for line, text in enumerate(textwrap.wrap(panel.message + cases, MAX_LINE)[:4]):
-        sheet.write(0, 28 + 15 * line, text, fontsize=SMALL, color=LIGHT["muted"])
+    for line, text in enumerate(_message_lines(panel)):
+        sheet.write(0, 28 + LINE * line, text, fontsize=SMALL, color=LIGHT["muted"])
     DRAW[panel.name](Sheet(sheet.figure, _height(panel.name, story), sheet.left, sheet.top + sheet.height), story)
 
 
@@ -278,7 +294,8 @@ def _draw_directions(sheet: Sheet, story: Story) -> None:
     ps = [one.steady.significance.p for one in found]
     lower.set_yscale("log")
     lower.set_ylim(MIN_P, 1)
-    _zone(lower, steps, [one.steady.significance.limit for one in found], [1.0] * len(steps))
+    limits = [ABOVE * one.steady.significance.limit for one in found]
+    _zone(lower, steps, limits, [1.0] * len(steps), by_steps=True)
     lower.plot(steps, ps, color=LIGHT["ink"], marker=_marker("o", len(steps)), clip_on=False)
     lower.set_yticks([0.001, 0.01, 0.1, 1], ["0.001", "0.01", "0.1", "1"], minor=False)
     lower.minorticks_off()
@@ -293,12 +310,12 @@ def _draw_directions(sheet: Sheet, story: Story) -> None:
     lower.text(0.99, 0.88, "no leap", transform=lower.transAxes, ha="right", fontsize=SMALL, color=LIGHT["muted"])
 
 
-def _zone(axes: Axes, steps: Sequence[int], low: Sequence[float], high: Sequence[float]) -> None:
+def _zone(axes: Axes, steps: Sequence[int], low: Sequence[float], high: Sequence[float], *, by_steps: bool = False) -> None:
     """The zone in which there is no leap: between limits that may change from one snapshot to the next."""
     ends = [_padded(steps)[0], *steps[1:-1], _padded(steps)[1]] if len(steps) > 1 else list(_padded(steps))
     if len(steps) == 1:
         low, high = [*low, *low], [*high, *high]
-    axes.fill_between(ends, low, high, color=LIGHT["zone"], linewidth=0, zorder=0)
+    axes.fill_between(ends, low, high, color=LIGHT["zone"], linewidth=0, zorder=0, step="mid" if by_steps else None)
 
 
 def _padded(steps: Sequence[int]) -> tuple[float, float]:
@@ -408,9 +425,10 @@ def _number(ratio: float) -> str:
 def _draw_course(sheet: Sheet, story: Story) -> None:
     course = story.course
     kinds = [kind for kind in LOSS_KINDS if course.points(kind)]
-    axes = sheet.axes(LEFT, 38, RIGHT, 26)
-    for start, horizon in course.leaps:
-        axes.axvspan(start, start + horizon, color=LIGHT["zone"], linewidth=0, zorder=0)
+    axes = sheet.axes(LEFT, 38, RIGHT, 26 + 18 * (len(kinds) > 1 and bool(course.leaps)))  # two in a row of the legend
+    for number, (start, horizon) in enumerate(course.leaps):
+        label = "" if number else "length of a leap"
+        axes.axvspan(start, start + horizon, color=LIGHT["zone"], linewidth=0, zorder=0, label=label)
         axes.axvline(start, color=LIGHT["ink"], linewidth=1, linestyle="--")
     for kind in kinds:
         colour, dash, marker = LINES[LOSS_KINDS.index(kind)]

@@ -149,7 +149,7 @@ def _directions(story: Story) -> Panel:
         "S and p, had you asked earlier",
         message,
         "At each step, only the snapshots up to it count. A leap needs a high S and a low p.",
-        "In the shaded zone farcast does not leap.",
+        "In the shaded zone farcast does not leap. With few snapshots p cannot be as small as 0.01, so its limit is higher there.",
         Numbers(("step", "S", "recent S", "p", "leap"), rows),
     )
 
@@ -172,7 +172,8 @@ def _backtest(story: Story) -> Panel:
         "backtest",
         "Back-test: error by steps ahead",
         message,
-        "0 is perfect, 1 is no better than no forecast. b is of an update no longer than the run's past move; as written is of the"
+        "To resume, predict uses blend even if another method has a smaller b: runs that resumed from it gained more."
+        " 0 is perfect, 1 is no better than no forecast. b is of an update no longer than the run's past move; as written is of the"
         " update that predict writes.",
         "Dotted: as written.",
         Numbers(("horizon", "method", "b", "as written"), rows),
@@ -253,7 +254,7 @@ def _leaps(story: Story) -> str:
     if not leaps:
         return "No leap is known."
     many = f"The run made {len(leaps)} leap{'s' * (len(leaps) > 1)}, at step {listed(step for step, _ in leaps)}."
-    return f"{many} {worth.told().capitalize()}." if worth else many
+    return f"{many} {worth.told()}." if worth else many
 
 
 def _leap_at(leaps: tuple[tuple[int, int], ...], step: int) -> str:

@@ -16,7 +16,7 @@ from farcast_cli.forecast.judgement import directions, report_backtest, tensor_e
 from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.forecast.worth import span_of, worth_of
-from farcast_cli.prediction import judge
+from farcast_cli.prediction import proposed
 from farcast_cli.run.losses import LOSS_KINDS, losses_of
 from farcast_cli.run.trajectory import discover
 
@@ -136,11 +136,7 @@ def tell(fitted: Fitted, request: Request, course: Course | None = None) -> Stor
 
 def propose(fitted: Fitted, request: Request) -> Proposal:
     """What `predict` would do. If the run's files are gone, its end is not known, and a note says so."""
-    note = ""
-    try:
-        judged = judge(fitted, request)
-    except FarcastError as error:
-        judged, note = judge(fitted, replace(request, counters="keep")), str(error)
+    judged, note = proposed(fitted, request)
     outcome, task, steady = judged.outcomes[0], judged.tasks[0], fitted.steadiness()
     is_written = outcome.decision.verdict == "forecast"
     option = " --for evaluation" if request.purpose == "evaluation" else ""

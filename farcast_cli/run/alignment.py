@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 MAX_NAMED = 3
 """Tensors that a message names one by one."""
+_EXTRA_STATE = "_extra_state"
+"""The key under which `torch.nn.Module.get_extra_state` keeps what is no weight."""
 _SCATTERED = "not stored contiguously in the same order in every snapshot"
 
 
@@ -172,6 +174,8 @@ def _reason_by_kind(entry: TensorEntry, snapshot: Snapshot, quantised: Container
         return Copied(entry.name, f"{entry.dtype.name} is not forecast")
     if owner := quantised_owner(entry.name, quantised):
         return Copied(entry.name, f"belongs to {owner}, which is quantised", owner)
+    if _EXTRA_STATE in entry.name.split("."):
+        return Copied(entry.name, "the extra state of a module, no weight")
     if not entry.num_elements:
         return Copied(entry.name, "empty")
     return Copied(entry.name, _SCATTERED) if entry.name in snapshot.not_streamable else None
@@ -313,7 +317,7 @@ def _told(changes: Sequence[_Change]) -> str:
     return f"{changes[0].name} {changes[0].what}{more}"
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """A name as one word of a shell, in quotes whatever it is: it stands for a glob."""
     return "'" + name.replace("'", "'\"'\"'") + "'"
 
@@ -327,9 +331,7 @@ def _mixed_runs(
             f"{where}: two models: less than half of the parameters are in both: {told}",
             hint="keep one run in the folder, or choose its steps with --steps FROM:TO",
         )
-    names = " ".join(f"--exclude {_quoted(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (
-        len(changes) > MAX_NAMED
-    )
+    names = " ".join(f"--exclude {quoted(change.name)}" for change in changes[:MAX_NAMED]) + " ..." * (len(changes) > MAX_NAMED)
     return MixedRunsError(
         f"{where}: tensor {told}{since}",
         hint=f"{names} copies {'it' if len(changes) == 1 else 'them'} from the last snapshot and uses the whole history;"

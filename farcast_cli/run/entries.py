@@ -17,10 +17,10 @@ from farcast_cli.errors import ANY_COMMAND, SnapshotError, TooFewSnapshotsError,
 from farcast_cli.files.place import sidecar_of
 from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.trainers import named, recognise
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import ALIAS, find_step_in_name, word_of_others
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange
@@ -37,6 +37,7 @@ READ = (
 MAX_FOLDERS = 500  # looked into for runs
 RUN_DEPTH = 3  # as in lightning_logs/version_0/checkpoints
 MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
+MIN_OTHERS = 2  # snapshots of which an average can be made
 LEAP_SNAPSHOTS = 3  # two stretches that agree
 _TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?")
@@ -55,17 +56,13 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
     kinds = {path: recognise(path) for path in entries if not pattern or fnmatchcase(path.name, pattern)}
     links = _links_to_siblings(kinds)
     found = [(p, kind) for p, kind in kinds.items() if kind and p not in links and not _TEMPORARY.search(p.name)]
-    shapes = {_shape_of(path) for path, _ in found if path.is_dir()}
-    taken = {path for path, _ in found}
-    for path in entries:
-        if path not in kinds:
-            findings.ignore(path, "does not match --pattern")
-        elif path in links:
-            findings.ignore(path, f"a link to {links[path]}")
-        elif path not in taken:
-            reason = _why_no_snapshot(path, kinds[path], shapes)
-            looks_like_one = bool(reason) and named_within(path, steps)
-            findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
+    of_others = _made_of_others([path for path, _ in found])
+    reasons = {path: f"a link to {name}" for path, name in links.items()} | of_others
+    reasons |= {path: "does not match --pattern" for path in entries if path not in kinds}
+    for path, reason in reasons.items():
+        findings.ignore(path, reason)
+    _note_no_snapshots({p: kind for p, kind in kinds.items() if p not in reasons}, found, steps, findings)
+    found = [(path, kind) for path, kind in found if path not in of_others]
     if not any(find_step_in_name(path.name) for path, _ in found) and not pattern:
         _refuse_folder_of_runs(directory)
     alone = recognise(directory)
@@ -80,6 +77,27 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
     if unreadable:
         raise SnapshotError(f"{unreadable}: its name is no printable text", hint="rename it")
     return found
+
+
+def _note_no_snapshots(
+    kinds: Mapping[Path, Layout | None], found: Sequence[Candidate], steps: StepRange | StepList | None, findings: Findings
+) -> None:
+    """Note what has no layout or a temporary name."""
+    taken = {path for path, _ in found}
+    shapes = {_shape_of(path) for path in taken if path.is_dir()}
+    for path in kinds:
+        if path not in taken:
+            reason = _why_no_snapshot(path, kinds[path], shapes)
+            looks_like_one = bool(reason) and named_within(path, steps)
+            findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
+
+
+def _made_of_others(paths: Sequence[Path]) -> dict[Path, str]:
+    """The averages and choices among snapshots, with the reason; none where they are all that there is."""
+    words = {path: word for path in paths if (word := word_of_others(path.name))}
+    others = [path for path in paths if path not in words and not ALIAS.match(path.stem)]
+    why = "made of other snapshots or chosen among them, no step of the run"
+    return {path: f"{word!r} in its name: {why}" for path, word in words.items()} if len(others) >= MIN_OTHERS else {}
 
 
 def _refuse_folder_of_runs(directory: Path) -> None:

@@ -18,7 +18,7 @@ from farcast_cli.trainers.base import Snapshot, read_snapshot
 from farcast_cli.trainers.kept import LAYOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
 
@@ -76,12 +76,18 @@ def is_of(kept: Snapshot, run: Path, pattern: str) -> bool:
 
 
 def survey_all(
-    directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", history: Path | None = None
+    directory: Path,
+    *,
+    steps: StepRange | StepList | None = None,
+    pattern: str = "",
+    history: Path | None = None,
+    unsettled: Collection[str] = (),
 ) -> Trajectory:
     """The snapshots of a run, and the kept ones before the newest of them; all conflicts are in the result.
 
     Args:
         history: the folder of kept snapshots; by default the one in which `farcast keep` puts those of this run.
+        unsettled: as of `survey`.
 
     Raises:
         TooFewSnapshotsError: no snapshot in the run's folder, or no kept one in a folder that was named.
@@ -95,9 +101,10 @@ def survey_all(
             hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
         )
     if not kept:
-        return replace(survey(directory, steps=steps, pattern=pattern), kept_notes=_unused(directory, folder))
+        own = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled)
+        return replace(own, kept_notes=_unused(directory, folder))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
-    return _joined(survey(directory, steps=some, pattern=pattern), kept, folder, steps)
+    return _joined(survey(directory, steps=some, pattern=pattern, unsettled=unsettled), kept, folder, steps)
 
 
 def _unused(directory: Path, folder: Path) -> tuple[str, ...]:
@@ -114,6 +121,7 @@ def discover_all(
     steps: StepRange | StepList | None = None,
     pattern: str = "",
     history: Path | None = None,
+    unsettled: Collection[str] = (),
     minimum: int = 1,
 ) -> Trajectory:
     """The same; the first conflict is raised.
@@ -123,7 +131,7 @@ def discover_all(
         MixedRunsError: a kept snapshot and one of the run are of the same step, and have other weights.
         SnapshotError, FileFormatError: as `discover`.
     """
-    found = survey_all(directory, steps=steps, pattern=pattern, history=history)
+    found = survey_all(directory, steps=steps, pattern=pattern, history=history, unsettled=unsettled)
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:

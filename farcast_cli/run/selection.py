@@ -32,6 +32,8 @@ class Selection:
     exclude: tuple[str, ...] = ()
     history: Path | None = None
     """The folder of kept snapshots; None for the default one."""
+    unsettled: frozenset[str] = frozenset()
+    """Names of entries that are left out, because they changed a moment ago."""
 
 
 @dataclass(frozen=True, slots=True)

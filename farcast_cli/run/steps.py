@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import re
-import shlex
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import (
-    MAX_LISTED,
-    MixedRunsError,
     SnapshotError,
     StepConflictError,
     TooFewSnapshotsError,
@@ -20,15 +15,17 @@ from farcast_cli.errors import (
     listed,
     shell_word,
 )
-from farcast_cli.trainers.base import Evidence, Snapshot
-from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
+from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
+from farcast_cli.run.trust import trusted
+from farcast_cli.trainers.base import Evidence, Snapshot, is_step, tree_of
+from farcast_cli.trainers.names import ALIAS, MAX_DIGITS, varying_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-_ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
-_VERSION = re.compile(r"-v(\d+)(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
+    from farcast_cli.trainers.base import EvidenceKind
+
 _MIN_FOR_A_RATE = 3
 
 
@@ -115,14 +112,17 @@ def settle_steps(
     snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
 ) -> list[Snapshot]:
     """The snapshots of the wanted steps in their order; step -1 where nothing tells it, which is a conflict."""
+    snapshots = _with_numbers(snapshots)
     told = any(snapshot.evidence for snapshot in snapshots)
     known = _with_evidence(snapshots, findings) if told else _in_order_of_saving(snapshots, wanted, directory, findings)
-    settled = [s.settle(s.evidence[0].step, s.evidence[0].source) if s.evidence else s for s in known]
+    found = trusted(known)
+    findings.notes.extend(found.notes)
+    settled = [s.settle(s.evidence[0].step, s.evidence[0].source) if s.evidence else s for s in found.snapshots]
     chosen = [s for s in settled if wanted is None or s.step < 0 or s.step in wanted]
-    _cross_check(settled, {snapshot.path for snapshot in chosen}, findings)
+    _cross_check(settled, {snapshot.path for snapshot in chosen}, found.others, findings)
     if isinstance(wanted, StepList):
         _check_listed(chosen, wanted, directory, findings)
-    return _without_duplicates(chosen, directory, findings)
+    return _without_duplicates(chosen, directory, findings, is_chosen=wanted is not None)
 
 
 def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotError:
@@ -140,13 +140,29 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
     """The snapshots but `last`, `best` and their like without evidence; any other without evidence is a conflict."""
     kept = []
     for snapshot in snapshots:
-        if not snapshot.evidence and _ALIAS.match(snapshot.path.stem):
+        if not snapshot.evidence and (ALIAS.match(snapshot.path.stem) or _is_last_of(snapshot, snapshots)):
             findings.ignore(snapshot.path, "unknown step")
             continue
         kept.append(snapshot)
         if not snapshot.evidence:
             findings.conflicts.append(_nothing_tells(snapshot.path))
     return kept
+
+
+def _with_numbers(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """The same; where none has evidence and names are equal but for one number, that is their step."""
+    names = [] if any(snapshot.evidence for snapshot in snapshots) else [snapshot.path.name for snapshot in snapshots]
+    steps = {name: number for name, (word, number) in varying_numbers(names).items() if not word}
+    return [
+        replace(s, evidence=(Evidence("name", s.path.name, steps[s.path.name]),)) if s.path.name in steps else s
+        for s in snapshots
+    ]
+
+
+def _is_last_of(snapshot: Snapshot, others: Sequence[Snapshot]) -> bool:
+    """Whether a name is that of the others without their number, as a trainer names the last one."""
+    like = re.compile(re.escape(snapshot.path.stem) + r"[-_.]?\d+" + re.escape(snapshot.path.suffix))
+    return sum(like.fullmatch(other.path.name) is not None for other in others) > 1
 
 
 def _nothing_tells(path: Path) -> StepConflictError:
@@ -159,14 +175,15 @@ def _nothing_tells(path: Path) -> StepConflictError:
 def _in_order_of_saving(
     snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
 ) -> list[Snapshot]:
-    """Snapshots none of which has evidence: a list of steps gives them theirs, in the order in which they were saved."""
-    ordered = sorted(snapshots, key=lambda snapshot: (_saved_at(snapshot), snapshot.path.name))
+    """Snapshots none of which has evidence: a list of steps gives them theirs, by their epochs or else by their times."""
+    order = _order_of(snapshots)
+    ordered = sorted(snapshots, key=lambda snapshot: (order.key(snapshot), snapshot.path.name))
     if not isinstance(wanted, StepList):
-        findings.conflicts.extend(_ask_for_steps(ordered, directory))
+        findings.conflicts.extend(_ask_for_steps(ordered, order.words, directory))
         return ordered
-    named = [snapshot for snapshot in ordered if not _ALIAS.match(snapshot.path.stem)]
+    named = [snapshot for snapshot in ordered if not ALIAS.match(snapshot.path.stem)]
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
-    if chosen is None or len(set(map(_saved_at, chosen))) < len(chosen):
+    if chosen is None or len(set(map(order.key, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
         findings.conflicts.append(
             StepConflictError(
@@ -180,32 +197,58 @@ def _in_order_of_saving(
             findings.ignore(snapshot.path, "unknown step")
     pairs = list(zip(chosen, wanted.steps, strict=True))
     told = listed(f"{snapshot.path.name} = {step}" for snapshot, step in pairs)
-    findings.notes.append(f"steps as --steps lists them, oldest file first: {told}")
-    return [_told(snapshot, step) for snapshot, step in pairs]
+    findings.notes.append(f"steps as --steps lists them, {order.words}: {told}")
+    return [replace(snapshot, evidence=(Evidence("order", f"--steps, {order.words}", step),)) for snapshot, step in pairs]
 
 
-def _told(snapshot: Snapshot, step: int) -> Snapshot:
-    return replace(snapshot, evidence=(Evidence("order", "--steps, by the time of its last change", step),))
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The order of snapshots whose steps nothing tells: a number for each, and what the order is, in words."""
+
+    key: Callable[[Snapshot], int]
+    words: str
 
 
-def _ask_for_steps(ordered: Sequence[Snapshot], directory: Path) -> Iterator[StepConflictError]:
+def _order_of(snapshots: Sequence[Snapshot]) -> _Order:
+    """By the epochs in names or payloads, if all have one and no two of them contradict; else by the times of change.
+
+    A copy has the time of copying, so times are the last resort.
+    """
+    named = [snapshot for snapshot in snapshots if not ALIAS.match(snapshot.path.stem)]
+    epochs = _named_epochs(named)
+    in_names = {s.path: epochs[s.path.name] for s in named if s.path.name in epochs}
+    in_files = {s.path: epoch for s in named if (epoch := _epoch_in(s)) is not None}
+    whole = [one for one in (in_names, in_files) if len(set(one.values())) == len(named)]
+    orders = [sorted(one, key=one.__getitem__) for one in whole]
+    if not whole or orders[0] != orders[-1]:
+        return _Order(saved_at, "oldest file first")
+    return _Order(lambda snapshot: whole[0].get(snapshot.path, -1), "first epoch first")
+
+
+def _named_epochs(snapshots: Sequence[Snapshot]) -> dict[str, int]:
+    found = varying_numbers([snapshot.path.name for snapshot in snapshots])
+    return {name: number for name, (word, number) in found.items() if word}
+
+
+def _epoch_in(snapshot: Snapshot) -> int | None:
+    """The epoch at the top of a payload."""
+    trees = (tree_of(part) for part in snapshot.parts if part.role == "state")
+    found = next((tree.get("epoch") for tree in trees if isinstance(tree, dict)), None)
+    return found if is_step(found) else None
+
+
+def _ask_for_steps(ordered: Sequence[Snapshot], words: str, directory: Path) -> Iterator[StepConflictError]:
     if len(ordered) == 1:
         yield _nothing_tells(ordered[0].path)
     elif ordered:
         yield StepConflictError(
-            f"{directory}: unknown steps of its {len(ordered)} snapshots; oldest file first they are {_in_words(ordered)}",
+            f"{directory}: unknown steps of its {len(ordered)} snapshots; {words} they are {_in_words(ordered)}",
             hint=f"--steps 100,200,300 assigns the steps in that order, {len(ordered)} of them; or add the step to each name",
         )
 
 
 def _in_words(snapshots: Sequence[Snapshot]) -> str:
     return listed(snapshot.path.name for snapshot in snapshots)
-
-
-def _saved_at(snapshot: Snapshot) -> int:
-    """When the last of the files that hold its weights was changed, in ns."""
-    files = {entry.path for entry in snapshot.tensors.values()}
-    return max((mark[1] for path, mark in snapshot.marks.items() if path in files), default=0)
 
 
 def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path, findings: Findings) -> None:
@@ -222,10 +265,10 @@ def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path,
 # --- evidence against evidence ---------------------------------------------------------------------------------------
 
 
-def _cross_check(settled: Sequence[Snapshot], chosen: set[Path], findings: Findings) -> None:
-    """Compare every kind of evidence with the settled steps; conflicts count for the chosen snapshots only."""
+def _cross_check(settled: Sequence[Snapshot], chosen: set[Path], others: frozenset[EvidenceKind], findings: Findings) -> None:
+    """Compare every kind of evidence but `others` with the settled steps; conflicts count for the chosen snapshots only."""
     ordered = sorted(settled, key=lambda snapshot: (snapshot.step, snapshot.path.name))
-    for source in sorted({item.source for snapshot in ordered for item in snapshot.evidence}):
+    for source in sorted({item.source for snapshot in ordered for item in snapshot.evidence} - others):
         pairs = [(s, item) for s in ordered for item in s.evidence if item.source == source]
         odd = [(s, item) for s, item in pairs if item.step != s.step]
         numbers = [(s.step, item.step) for s, item in pairs]
@@ -257,12 +300,14 @@ def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:
 # --- several snapshots of a step -------------------------------------------------------------------------------------
 
 
-def _without_duplicates(snapshots: Iterable[Snapshot], directory: Path, findings: Findings) -> list[Snapshot]:
+def _without_duplicates(
+    snapshots: Iterable[Snapshot], directory: Path, findings: Findings, *, is_chosen: bool
+) -> list[Snapshot]:
     """One snapshot per step where the others are copies of it; two runs where they are not."""
     kept: list[Snapshot] = []
     collisions: list[list[Snapshot]] = []
     were_replaced = False
-    ordered = sorted(snapshots, key=lambda s: (s.step, _number_of(s) is None, _version_of(s), s.path.name))
+    ordered = sorted(snapshots, key=lambda s: (s.step, number_of(s) is None, version_of(s), s.path.name))
     for step, group in itertools.groupby(ordered, key=lambda snapshot: snapshot.step):
         same = list(group)
         left, was_replaced = (same, False) if step < 0 else _without_copies(same, findings)
@@ -271,10 +316,21 @@ def _without_duplicates(snapshots: Iterable[Snapshot], directory: Path, findings
         if step >= 0 and len(left) > 1:
             collisions.append(left)
     if collisions:
-        findings.conflicts.append(_two_runs(collisions, kept, directory))
-    elif were_replaced:
-        findings.conflicts.extend(_two_versions(kept, directory))
+        findings.conflicts.append(two_runs(collisions, kept, directory))
+    elif versions := list(two_versions(kept, directory)) if were_replaced else []:
+        findings.conflicts.extend(versions)
+    else:
+        _check_order_of_saving(kept, directory, findings, is_chosen=is_chosen)
     return kept
+
+
+def _check_order_of_saving(kept: Sequence[Snapshot], directory: Path, findings: Findings, *, is_chosen: bool) -> None:
+    """Two runs are a conflict; only a note where `--steps` chose both of them."""
+    conflict = begun_anew(kept, directory)
+    if conflict and is_chosen:
+        findings.notes.append(f"{conflict}; --steps takes both")
+    elif conflict:
+        findings.conflicts.append(conflict)
 
 
 def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[Snapshot], bool]:
@@ -286,8 +342,8 @@ def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[
     left, was_replaced = [same[0]], False
     for snapshot in same[1:]:
         twin = next((other for other in left if snapshot.has_weights_of(other)), None)
-        older = next((other for other in left if _plain_name(other) == _plain_name(snapshot)), None)
-        if _number_of(snapshot) is None:
+        older = next((other for other in left if plain_name(other) == plain_name(snapshot)), None)
+        if number_of(snapshot) is None:
             findings.ignore(snapshot.path, f"the same step as {left[0].path.name}")
         elif twin:
             findings.ignore(snapshot.path, f"the same step and weights as {twin.path.name}")
@@ -298,66 +354,3 @@ def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[
         else:
             left.append(snapshot)
     return left, was_replaced
-
-
-def _number_of(snapshot: Snapshot) -> re.Match[str] | None:
-    return find_step_in_name(snapshot.path.name)
-
-
-def _version_of(snapshot: Snapshot) -> int:
-    found = _VERSION.search(snapshot.path.name)
-    return int(found[1]) if found else 0
-
-
-def _plain_name(snapshot: Snapshot) -> str:
-    return _VERSION.sub("", snapshot.path.name)
-
-
-def _two_versions(kept: Sequence[Snapshot], directory: Path) -> Iterator[MixedRunsError]:
-    """Where a later run was shorter, what follows its last version is the earlier run's, and was saved before it."""
-    for early, late in itertools.pairwise(kept):
-        if _version_of(late) < _version_of(early) and _saved_at(late) <= _saved_at(early):
-            yield MixedRunsError(
-                f"{directory}: two runs: {early.path.name} was saved after {late.path.name}, which has a later step",
-                hint=f"--pattern '*-v{_version_of(early)}.*' reads the later run; or move it to its own folder",
-            )
-
-
-def _two_runs(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot], directory: Path) -> MixedRunsError:
-    first, num_more = collisions[0], len(collisions) - 1
-    groups = _groups(collisions, kept)
-    kinds = ", ".join(f"{pattern!r} ({count})" for pattern, count in groups.most_common(MAX_LISTED))
-    choose = f"--pattern {shlex.quote(max(groups))} reads one of the runs; or " if groups else "a trajectory is one run: "
-    return MixedRunsError(
-        f"{directory}: two snapshots of step {first[0].step}: {first[0].path.name} and {first[1].path.name}"
-        + (f", and two at {num_more} more steps" if num_more else "")
-        + (f"; their names form {len(groups)} groups: {kinds}" if groups else ""),
-        hint=f"{choose}move the other run to its own folder",
-    )
-
-
-def _groups(collisions: Sequence[Sequence[Snapshot]], kept: Sequence[Snapshot]) -> Counter[str]:
-    """How many snapshots have which kind of name, as globs that tell colliding names apart; none where nothing does."""
-    for kind in _KINDS:
-        apart = all(len({kind(snapshot) for snapshot in same}) == len(same) for same in collisions)
-        if apart and all(kind(snapshot) for snapshot in kept):
-            return Counter(kind(snapshot) for snapshot in kept)
-    return Counter()
-
-
-def _before_word(snapshot: Snapshot) -> str:
-    found = _number_of(snapshot)
-    return glob.escape(snapshot.path.name[: found.start()]) + "*" if found and found.start() else ""
-
-
-def _before_number(snapshot: Snapshot) -> str:
-    found = _number_of(snapshot)
-    return glob.escape(snapshot.path.name[: found.start(1)]) + "*" if found else ""
-
-
-def _after_number(snapshot: Snapshot) -> str:
-    found = _number_of(snapshot)
-    return "*[0-9]" + glob.escape(snapshot.path.name[found.end(1) :]) if found else ""
-
-
-_KINDS: tuple[Callable[[Snapshot], str], ...] = (_before_word, _before_number, _after_number)

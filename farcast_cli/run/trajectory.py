@@ -12,11 +12,11 @@ from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.entries import candidates_in, is_output, is_own_file, main_layout, named_within, run_entries, too_few
 from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
 from farcast_cli.trainers import recognise
-from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot
+from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot, refuse_unfinished
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from farcast_cli.run.entries import Candidate
@@ -56,11 +56,19 @@ class Trajectory:
         return tuple(ignored for ignored in self.ignored if ignored.is_half_written)
 
 
-def discover(directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", minimum: int = 1) -> Trajectory:
+def discover(
+    directory: Path,
+    *,
+    steps: StepRange | StepList | None = None,
+    pattern: str = "",
+    unsettled: Collection[str] = (),
+    minimum: int = 1,
+) -> Trajectory:
     """Find the snapshots of the run in a folder and settle their steps; reads headers only.
 
     Args:
         pattern: a glob that the names of the run's entries match; "" for all.
+        unsettled: names of entries that are left out, because they changed a moment ago.
 
     Raises:
         TooFewSnapshotsError: fewer than `minimum` snapshots.
@@ -68,7 +76,7 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
         MixedRunsError: two snapshots of the same step.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    found = survey(directory, steps=steps, pattern=pattern, may_be_empty=minimum == 0)
+    found = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled, may_be_empty=minimum == 0)
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:
@@ -77,7 +85,12 @@ def discover(directory: Path, *, steps: StepRange | StepList | None = None, patt
 
 
 def survey(
-    directory: Path, *, steps: StepRange | StepList | None = None, pattern: str = "", may_be_empty: bool = False
+    directory: Path,
+    *,
+    steps: StepRange | StepList | None = None,
+    pattern: str = "",
+    unsettled: Collection[str] = (),
+    may_be_empty: bool = False,
 ) -> Trajectory:
     """The same with all conflicts in the result, where `discover` raises the first of them.
 
@@ -92,6 +105,7 @@ def survey(
     with reading(directory):
         candidates = candidates_in(directory, pattern, steps, findings)
         main = main_layout(candidates)
+        candidates = _settled(candidates, unsettled, findings)
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
@@ -127,6 +141,14 @@ def run_of(snapshot: Snapshot) -> Path | None:
 # --- snapshots -------------------------------------------------------------------------------------------------------
 
 
+def _settled(candidates: Sequence[Candidate], unsettled: Collection[str], findings: Findings) -> list[Candidate]:
+    """The candidates without those that changed a moment ago, which are noted."""
+    for path, _ in candidates:
+        if path.name in unsettled:
+            findings.ignore(path, "it changed a moment ago")
+    return [(path, kind) for path, kind in candidates if path.name not in unsettled]
+
+
 def _read_all(
     candidates: Sequence[Candidate], main: Layout, steps: StepRange | StepList | None, findings: Findings
 ) -> list[Snapshot]:
@@ -141,7 +163,9 @@ def _read_all(
         if _is_left_out(path, kind, main, steps, findings):
             continue
         try:
-            snapshots.append(read_snapshot(kind, path))
+            snapshot = read_snapshot(kind, path)
+            refuse_unfinished(snapshot)
+            snapshots.append(snapshot)
             num_open += len(snapshots[-1].tensors)
             if num_open > MAX_OPEN:
                 snapshots = [closed(snapshot, shelf) for snapshot in snapshots]

@@ -42,16 +42,19 @@ if TYPE_CHECKING:
     from farcast_cli.choices import CountersMode, OptimizerMode
     from farcast_cli.formats.torch_file import TorchFile
     from farcast_cli.formats.tree import TreePath
+    from farcast_cli.tensors import TensorEntry
     from farcast_cli.trainers.base import Clock, Part, Snapshot, Trainer
 
 
 MIN_TO_COUNT = 3  # snapshots, for what no counter's name tells to be one; any two values lie on a line
 HISTORY = 8  # snapshots that a counter's rate is measured on
-_FLOAT_COUNTERS = {"epoch", "step", "total_flos"}
+_FLOAT_COUNTERS = {"epoch", "step", "total_flos", "weight_sum"}  # the last one is of the mean in Schedule-free
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
 _OPAQUE = "bytes that only its own loop can read, such as the place in the data"
+_MAY_SCHEDULE = re.compile(r"sched|state|meta|train|\.(?:pkl|pickle)$", re.IGNORECASE)
+"""Names of files that may hold a schedule where they could not be read."""
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -73,9 +76,9 @@ class Change:
 
 @dataclass(slots=True)
 class StateTree:
-    """A state file's tree after the leap, with the tensors that change: new bytes, or zeros.
+    """A state file's tree after the leap, with the tensors that change: new bytes, zeros, or a forecast.
 
-    Both are kept by what they replace: (storage key, first element, elements).
+    All are kept by what they replace: (storage key, first element, elements).
     """
 
     part: Part
@@ -83,6 +86,8 @@ class StateTree:
     file: TorchFile | None
     literals: dict[StorageSpan, bytes] = field(default_factory=dict)
     zeroed: set[StorageSpan] = field(default_factory=set)
+    forecast: Mapping[StorageSpan, tuple[TensorEntry, int]] = field(default_factory=dict)
+    """Second copies of the weights: each is forecast tensor number so many of the engine's inputs."""
 
 
 @dataclass(slots=True)
@@ -102,19 +107,26 @@ def advance(
     optimizer: OptimizerMode = "copy",
     counters: CountersMode = "advance",
     is_marked: bool = False,
+    copies: Mapping[str, Mapping[StorageSpan, tuple[TensorEntry, int]]] | None = None,
 ) -> Advanced:
     """The state of the last snapshot as it should be `horizon` steps later.
 
     Args:
         snapshots: the last few up to the origin, in order; rates are measured on them.
         is_marked: the trainer's own state bears a mark of the leap, if the trainer carries such a mark on.
+        copies: second copies of the weights that are forecast, by the name of their part.
     """
-    origin = snapshots[-1]
+    origin, copies = snapshots[-1], copies or {}
     trainer = trainer_of(origin)
     histories = load_histories(snapshots[-HISTORY:])
     result = Advanced(
         {
-            name: StateTree(part, copy.deepcopy(histories[name].states[-1][1]), histories[name].states[-1][2])
+            name: StateTree(
+                part,
+                copy.deepcopy(histories[name].states[-1][1]),
+                histories[name].states[-1][2],
+                forecast=copies.get(name, {}),
+            )
             for name, part in ((part.name, part) for part in origin.parts if part.role in STATE_ROLES)
         },
         notes=list(origin.notes),
@@ -154,7 +166,11 @@ def told_as_damage(origin: Snapshot) -> Iterator[None]:
 
 def _is_rewritten(state: StateTree, history: StateHistory) -> bool:
     """Whether a state file is another than the origin's, which is copied as it is otherwise."""
-    return state.part.role == "state" or bool(state.literals or state.zeroed) or state.tree != history.states[-1][1]
+    return (
+        state.part.role == "state"
+        or bool(state.literals or state.zeroed or state.forecast)
+        or state.tree != history.states[-1][1]
+    )
 
 
 def advance_batch_counts(snapshots: Sequence[Snapshot], horizon: int) -> dict[str, Change]:
@@ -198,15 +214,19 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         result.notes.extend(clock.notes(name, state.tree))
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
         series = history.series(path)
-        if any(path[: len(above)] == above for above in by_clock) or not _counts(series) or _is_measured(path, value, series):
+        if (
+            any(path[: len(above)] == above for above in by_clock)
+            or not _counts(series, is_new=_is_new(state.tree, path, history))
+            or _is_measured(path, value, series)
+        ):
             continue  # a setting or a loss, not a counter
         where = f"{name}: {dotted(path)}"
-        new = _moved(path, value, series, target)
+        new = moved(path, value, series, target)
         if new is None:
             result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise steadily with the step")
             continue
         if isinstance(value, TensorRef):
-            state.literals[_place(value)] = _packed(value, new)
+            state.literals[place_of(value)] = _packed(value, new)
         else:
             put(state.tree, path, new)
         (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
@@ -221,9 +241,17 @@ def _opaque(tree: object, history: StateHistory) -> Iterator[str]:
             yield dotted(path)
 
 
-def _counts(series: Sequence[tuple[int, int | float]]) -> bool:
-    """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself."""
-    return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1])
+def _counts(series: Sequence[tuple[int, int | float]], *, is_new: bool) -> bool:
+    """Whether a leaf changed over the snapshots; a lone value counts if it is the step itself, and not the newest of a log."""
+    return len({value for _, value in series}) > 1 or (len(series) == 1 and series[0][0] == series[0][1] and not is_new)
+
+
+def _is_new(tree: Any, path: TreePath, history: StateHistory) -> bool:
+    """Whether a leaf lies in a list that the earlier snapshots have shorter, as a log is."""
+    return len(history.states) > 1 and any(
+        isinstance(at(tree, path[:depth]), list) and find(history.states[-2][1], path[: depth + 1]) is None
+        for depth in range(len(path))
+    )
 
 
 def _is_measured(path: TreePath, value: object, series: Sequence[tuple[int, int | float]]) -> bool:
@@ -237,7 +265,7 @@ def _is_adam_step(path: TreePath) -> bool:
     return path[-1] == "step" and "state" in path
 
 
-def _moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
+def moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float]], target: int) -> int | float | None:
     """The new value of a counter. Adam's may lag where steps were skipped; other integers must be steady."""
     if _STARTS_AGAIN.search(str(path[-1])):
         return None
@@ -261,15 +289,16 @@ def _counters(tree: Any, *, skip: TreePath) -> Iterator[tuple[TreePath, int | fl
     """
 
     def is_looked_at(path: TreePath, node: object) -> bool:
-        return not (_is_no_counter(path) or (skip and path == skip) or is_scheduler_state(node))
+        return is_counter(path) and not ((skip and path == skip) or is_scheduler_state(node))
 
     for path, node in walk(tree, enters=is_looked_at):
-        if path and _may_count(node, path) and not _is_no_counter(path) and isinstance(at(tree, path[:-1]), dict):
+        if path and _may_count(node, path) and is_counter(path) and isinstance(at(tree, path[:-1]), dict):
             yield path, node
 
 
-def _is_no_counter(path: TreePath) -> bool:
-    return bool(path) and _NOT_A_COUNTER.search(str(path[-1])) is not None
+def is_counter(path: TreePath) -> bool:
+    """Whether a key may be that of a counter, by its words."""
+    return not (path and _NOT_A_COUNTER.search(str(path[-1])))
 
 
 def _may_count(value: object, path: TreePath) -> bool:
@@ -282,7 +311,8 @@ def _may_count(value: object, path: TreePath) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _place(ref: TensorRef) -> StorageSpan:
+def place_of(ref: TensorRef) -> StorageSpan:
+    """Where a tensor's elements lie in its file's storages."""
     return ref.storage.key, ref.offset, prod(ref.shape)
 
 
@@ -311,7 +341,8 @@ def _advance_schedules(
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
     if not schedulers:
-        result.notes.extend(_rates_left(result, histories))
+        unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
+        result.notes.extend(_rates_left(result, histories, unread))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = find(holder.tree, path)
@@ -351,7 +382,7 @@ def _advance_schedules(
             result.notes.append(f"{where}: {note}")
 
 
-def _rates_left(result: Advanced, histories: Mapping[str, StateHistory]) -> Iterator[str]:
+def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], unread: Sequence[str]) -> Iterator[str]:
     """Learning rates that moved along the run, where no file says by what schedule."""
     for name, state in result.trees.items():
         _, first, file = histories[name].states[0]
@@ -362,7 +393,8 @@ def _rates_left(result: Advanced, histories: Mapping[str, StateHistory]) -> Iter
             )
             if old != new:
                 where = state.part.name or state.part.path.name
-                yield f"{where}: the learning rate stays at {new[0]:.6g}: no schedule is saved; a loop that sets the rate at each step corrects it"
+                why = f"a schedule may be in {listed(unread)}, which is copied" if unread else "no schedule is saved"
+                yield f"{where}: the learning rate stays at {new[0]:.6g}: {why}; a loop that sets the rate at each step corrects it"
 
 
 def _owner(
@@ -392,7 +424,7 @@ def _write_back(saved: Any, moved: Any, state: StateTree) -> None:
         old = saved[key]
         if isinstance(old, TensorRef):
             if isinstance(moved[key], (int, float)) and old.dtype.name in _PACK:
-                state.literals[_place(old)] = _packed(old, moved[key])
+                state.literals[place_of(old)] = _packed(old, moved[key])
         elif isinstance(old, dict) or (isinstance(old, list) and any(isinstance(x, _NESTED) for x in old)):
             _write_back(old, moved[key], state)
         else:
@@ -411,14 +443,14 @@ def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced, t
             result.notes.append("optimizer state reset: moments are zero, learning rates are kept")
         elif mode == "zero-momentum":
             refs = [ref for path, ref in iter_tensors(optimizer["state"]) if _FIRST_MOMENTS.intersection(path[-2:])]
-            state.zeroed |= {_place(ref) for ref in refs if is_streamable(ref)}
+            state.zeroed |= {place_of(ref) for ref in refs if is_streamable(ref)}
             result.notes.append(f"{len(refs)} first moments set to zero")
 
 
 def _zero_optimizers(state: StateTree, result: Advanced) -> None:
     """An optimiser as it was when it was new, all its keys in their places: a loader that misses one stops."""
     refs = [ref for optimizer in optimizer_states(state.tree) for _, ref in iter_tensors(optimizer["state"])]
-    places = {_place(ref) for ref in refs}
+    places = {place_of(ref) for ref in refs} - state.forecast.keys()  # zeros would be the weights of the next step
     state.literals = {place: data for place, data in state.literals.items() if place not in places}
     state.zeroed |= places
     result.notes.append(f"{len(places)} optimizer tensors set to zero instead of left out: the loader needs every key")

@@ -47,7 +47,7 @@ def named(name: str) -> Layout:
 
 def trainer_of(snapshot: Snapshot) -> Trainer:
     """The trainer that wrote a snapshot: by its state, which may lie in a plain file too; else by its layout."""
-    trees = [tree_of(part) for part in snapshot.parts if part.role == "state"]
+    trees = [tree_of(part) for part in snapshot.parts if part.role in {"state", "side-state"}]
     by_state = (layout.trainer for layout in LAYOUTS if any(layout.trainer.wrote(tree) for tree in trees))
     return next(by_state, None) or named(snapshot.layout).trainer
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
+from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle
+from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle, refuse_half_written
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted
 from farcast_cli.tensors import sample_stretches
@@ -31,10 +32,14 @@ DIGEST_BYTES = 4096
 METADATA_STEPS = ("step", "ss_steps", "global_step")
 """Metadata keys of safetensors files that hold a step; `ss_steps` is what the LoRA trainers of the image world write."""
 
+MAX_METADATA_JSON = 64 * 1024
+"""Characters of a metadata text that is looked into."""
 KEPT_KEY = "farcast_kept"
 """The key of the metadata that a kept snapshot is recognised by."""
 
+_TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".pkl"})
 Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
+_UNREAD_STATE: frozenset[Role] = frozenset({"optimizer", "scheduler", "side-state", "state", "other"})
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
 
@@ -319,6 +324,19 @@ def read_snapshot(layout: Layout, path: Path) -> Snapshot:
         return replace(layout.read(path), marks=marks)
 
 
+def refuse_unfinished(snapshot: Snapshot) -> None:
+    """See that the files of a trainer's state are whole that its layout has not opened: `predict` reads and copies them.
+
+    Cost: the directory of each torch file.
+
+    Raises:
+        HalfWrittenError: one was cut off, or is empty.
+    """
+    for part in snapshot.parts:
+        if part.content is None and part.role in _UNREAD_STATE and part.path.suffix in _TORCH_ENDINGS:
+            refuse_half_written(part.path)
+
+
 @contextmanager
 def unchanged(snapshots: Sequence[Snapshot], *, copied: Snapshot | None = None) -> Iterator[None]:
     """A pass over snapshots that ends well only if all is as it was when it was opened.
@@ -353,6 +371,26 @@ def _mark_now(path: Path) -> Mark | None:
         return mark_of(path)
     except FileFormatError:
         return None
+
+
+def metadata_json(text: str) -> dict[str, Any] | None:
+    """The object that a metadata text of a safetensors file holds as JSON; None where it holds none."""
+    if not text.startswith("{") or len(text) > MAX_METADATA_JSON:
+        return None
+    try:
+        found = parse_json(text.encode())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def metadata_evidence(metadata: Mapping[str, str]) -> tuple[Evidence, ...]:
+    """The first step among the metadata of a safetensors file: under a key of its own, or in the JSON of `training_info`."""
+    plain = ((key, metadata[key]) for key in METADATA_STEPS if key in metadata)
+    found = [(key, int(text)) for key, text in plain if text.isdecimal() and len(text) <= MAX_DIGITS]
+    info = metadata_json(metadata.get("training_info", "")) or {}
+    found += [("training_info.step", info["step"])] if is_step(info.get("step")) else []
+    return tuple(Evidence("metadata", f"metadata {key}", step) for key, step in found[:1])
 
 
 def name_evidence(path: Path) -> tuple[Evidence, ...]:

@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint folders, as FSDP trainers and torchtitan write them: `step-1000/` with `.metadata`.
 
+Lightning and Fabric put all but the weights and the optimizer into a torch file beside it, meta.pt.
+
 Source: torch/distributed/checkpoint; pytorch/torchtitan, components/checkpoint.py, for the keys.
 """
 
@@ -10,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
 from farcast_cli.formats.tree import at, walk
-from farcast_cli.trainers.base import Layout, Part, Role, Snapshot, name_evidence, weights_of
+from farcast_cli.trainers.base import Layout, Part, Snapshot, name_evidence, weights_of
 from farcast_cli.trainers.folder_files import files_below
+from farcast_cli.trainers.side_files import beside, counted_steps, side_parts
 from farcast_cli.trainers.torch_payload import WEIGHT_KEYS, adam_evidence, other_weights, payload_evidence
-from farcast_cli.trainers.weights_folder import second_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,18 +37,28 @@ def _read(path: Path) -> Snapshot:
     weights = at(tree, key)
     tensors, rough = weights_of(found.as_torch, weights)
     known = {item.file for item in found.items}
-    parts = [_part(file, name, found, key, known) for file, name in files_below(path)]
-    holder = at(tree, key[:-1])
-    evidence = (*payload_evidence(tree, found.as_torch), *adam_evidence(found.as_torch, holder), *name_evidence(path))
-    beside = (*other_weights(holder, key[-1:]), *second_weights(parts))
-    return Snapshot(path, LAYOUT.name, tuple(parts), tensors, evidence, not_streamable=rough, beside=beside)
+    own = [part for file, name in files_below(path) if (part := _part(file, name, found, key, known))]
+    others, notes = side_parts(path, own)
+    holder, name = at(tree, key[:-1]), name_evidence(path)
+    counted = payload_evidence(tree, found.as_torch) or counted_steps(others, name)
+    evidence = (*counted, *adam_evidence(found.as_torch, holder), *name)
+    return Snapshot(
+        path,
+        LAYOUT.name,
+        (*own, *others),
+        tensors,
+        evidence,
+        not_streamable=rough,
+        beside=(*other_weights(holder, key[-1:]), *beside(others)),
+        notes=notes,
+    )
 
 
-def _part(file: Path, name: str, found: DcpFile, key: TreePath, known: set[str]) -> Part:
+def _part(file: Path, name: str, found: DcpFile, key: TreePath, known: set[str]) -> Part | None:
+    """A file of the container itself; None for what lies beside it, such as Lightning's meta.pt."""
     if name == METADATA:
         return Part(file, name, "state", found, weights_key=key)
-    role: Role = "data" if name in known else "other"
-    return Part(file, name, role)
+    return Part(file, name, "data") if name in known else None
 
 
 def _weights_key(path: Path, tree: dict[Any, Any]) -> TreePath:

@@ -6,8 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.formats.safetensors_file import read_safetensors
-from farcast_cli.trainers.base import METADATA_STEPS, Evidence, Layout, Part, Snapshot, name_evidence
-from farcast_cli.trainers.names import MAX_DIGITS
+from farcast_cli.trainers.base import Layout, Part, Snapshot, metadata_evidence, name_evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,14 +20,14 @@ def _recognises(path: Path) -> bool:
 
 def _read(path: Path) -> Snapshot:
     file = read_safetensors(path)
-    found = ((key, file.metadata[key]) for key in METADATA_STEPS if key in file.metadata)
-    metadata = tuple(
-        Evidence("metadata", f"metadata {key}", int(text))
-        for key, text in found
-        if text.isdecimal() and len(text) <= MAX_DIGITS
-    )
     tensors = {entry.name: entry for entry in file.entries}
-    return Snapshot(path, LAYOUT.name, (Part(path, "", "weights", file),), tensors, (*name_evidence(path), *metadata[:1]))
+    return Snapshot(
+        path,
+        LAYOUT.name,
+        (Part(path, "", "weights", file),),
+        tensors,
+        (*name_evidence(path), *metadata_evidence(file.metadata)),
+    )
 
 
 LAYOUT = Layout("safetensors", _recognises, _read)

@@ -1,8 +1,12 @@
-"""The step that a file's or folder's name tells."""
+"""What the name of a file or folder tells: its step, or that it is a copy or an average of other snapshots."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 _MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash or a time
@@ -18,6 +22,19 @@ _NO_STEPS = "epochs?|ep|seed|rank|fold|shard|part|stage|phase|trial|version|v"
 _BARE = re.compile(rf"^(?:(?!(?:{_NO_STEPS})[-_])[a-z]+[-_])?{_LONE}$", re.IGNORECASE)
 _DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$")
 
+ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
+"""The stem of a name that says which of the others it is, and no step."""
+_MADE_OF_OTHERS = re.compile(r"(?<![a-z])(?:avg|averaged?|ema|swa|mean|soup|merged?|best|top[-_]?k)(?![a-z])", re.IGNORECASE)
+
+_DIGITS = re.compile(r"\d+")
+_MIN_ALIKE = 3  # names
+_EPOCH = re.compile(r"(?<![a-z])(?:epochs?|ep)[-_=]?$", re.IGNORECASE)
+_OTHER_NUMBER = re.compile(
+    r"(?<![a-z])(?:seed|rank|fold|shard|part|stage|phase|trial|version|v)[-_=]?$|\d\.$|\d[a-z]$|(?<!\d)(?:19|20)\d\d[-_.]?(?:\d\d[-_.]?)?$",
+    re.IGNORECASE,
+)
+"""What stands before a number that is neither a step nor an epoch: such a word, a decimal point, a year."""
+
 
 def find_step_in_name(name: str) -> re.Match[str] | None:
     """The number of a file or folder name that is its step; group 1 holds the digits.
@@ -29,3 +46,36 @@ def find_step_in_name(name: str) -> re.Match[str] | None:
     told = _GLUED.search(stem) or _BEFORE.search(stem)
     lone = _CHECKPOINT.search(stem) or _BARE.search(stem)
     return told or (None if lone is None or _DATE.match(lone[1]) else lone)
+
+
+def word_of_others(name: str) -> str:
+    """The word in a name that says that it was averaged from other snapshots, or chosen among them; "" for none."""
+    found = _MADE_OF_OTHERS.search(name)
+    return found[0] if found else ""
+
+
+def varying_numbers(names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The number of each name where names are equal but for it, and the word before it: `epoch`, or "" where it may be a step.
+
+    Three names are needed. Dates, times, decimals, shards, and numbers of versions, seeds and their like are none.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_DIGITS.sub("#", _ENDINGS.sub("", name)), []).append(name)
+    found: dict[str, tuple[str, int]] = {}
+    for group in groups.values():
+        numbers = [list(_DIGITS.finditer(_ENDINGS.sub("", name))) for name in group]
+        varying = [place for place, column in enumerate(zip(*numbers, strict=True)) if len({int(n[0]) for n in column}) > 1]
+        if len(group) >= _MIN_ALIKE and len(varying) == 1:
+            told = {name: _told_by(matches[varying[0]]) for name, matches in zip(group, numbers, strict=True)}
+            words = {one[0] for one in told.values() if one}
+            found |= {name: one for name, one in told.items() if one} if len(words) == 1 and all(told.values()) else {}
+    return found
+
+
+def _told_by(number: re.Match[str]) -> tuple[str, int] | None:
+    before, after = number.string[: number.start()], number.string[number.end() :]
+    is_other = _OTHER_NUMBER.search(before) or re.match(r"[a-z]|\.\d|[-_]of[-_]", after, re.IGNORECASE)
+    if is_other or len(number[0]) > _MAX_LONE_DIGITS or _DATE.match(number[0]):
+        return None
+    return ("epoch" if _EPOCH.search(before) else "", int(number[0]))

@@ -1,7 +1,7 @@
 """What lies beside the weights in a folder: state files to move on, everything else to copy, and what they say of the step.
 
-A state file is a torch file that loops of all kinds save beside the weights: optimizer.bin, scheduler.pt, train.pt,
-custom_checkpoint_0.pkl. Random states, samplers and arguments are copied unread.
+A state file is a torch file or a JSON object that loops of all kinds save beside the weights: optimizer.bin, scheduler.pt,
+train.pt, meta.pt, custom_checkpoint_0.pkl, progress.json. Random states, samplers, settings and arguments are copied unread.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, NoWeightsError, UnsafeFileError
+from farcast_cli.files.reading import file_size
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.tensors import FORECASTABLE
@@ -17,15 +18,18 @@ from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import find_step_in_name
 from farcast_cli.trainers.torch_payload import adam_evidence, find_payload_weights, payload_evidence
-from farcast_cli.trainers.weights_folder import second_weights
+from farcast_cli.trainers.weights_folder import parse_json_of, second_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_STATE = re.compile(r"[^/]*\.pth?|(?:optim|sched|lr_sched|scaler)[^/]*\.bin|custom_checkpoint_\d+\.pkl", re.IGNORECASE)
+_STATE = re.compile(r"[^/]*\.(?:pth?|json)|(?:optim|sched|lr_sched|scaler)[^/]*\.bin|custom_checkpoint_\d+\.pkl", re.IGNORECASE)
 _LEFT_ALONE = re.compile(r"rng|random|sampler|dl_state|dataloader|args|tokenizer|model|weights|consolidated", re.IGNORECASE)
 """Names of what is not moved on: random states, the place in the data, arguments, and second files of weights."""
+_SETTINGS = re.compile(r"config|index|vocab|special_tokens|processor|added_tokens|chat_template", re.IGNORECASE)
+"""Names of JSON files that describe the model or its weights."""
+_MAX_JSON_BYTES = 1 << 20
 _LOADERS = re.compile(r"dl_state|dataloader")
 _SKIPPED = 0.9  # of the steps in the name Adam must have counted, for those that it missed to count as skipped
 
@@ -48,6 +52,8 @@ def _read_side(path: Path, name: str) -> tuple[Part, str]:
         stays = f"{name} is copied: a resumed loop gets the batches that followed the origin" if _LOADERS.search(name) else ""
         return Part(path, name, role), stays
     try:
+        if name.endswith(".json"):
+            return _read_json(path, name), ""
         file = read_torch_file(path)
     except FileFormatError as error:
         if role != "side-state" and not isinstance(error, UnsafeFileError):
@@ -58,9 +64,19 @@ def _read_side(path: Path, name: str) -> tuple[Part, str]:
     return Part(path, name, role, file), ""
 
 
+def _read_json(path: Path, name: str) -> Part:
+    """A JSON object as a state file; a list, and what is too large to be one, as any other file."""
+    if file_size(path) > _MAX_JSON_BYTES:
+        return Part(path, name, "other")
+    tree = parse_json_of(path)
+    return Part(path, name, "side-state", tree) if isinstance(tree, dict) else Part(path, name, "other")
+
+
 def _role_of(name: str) -> Role:
-    if not _STATE.fullmatch(name) or _LEFT_ALONE.search(name):
+    if not _STATE.fullmatch(name) or _LEFT_ALONE.search(name) or (name.endswith(".json") and _SETTINGS.search(name)):
         return "other"
+    if name.endswith(".json"):
+        return "side-state"
     if "sched" in name.lower():
         return "scheduler"
     return "optimizer" if name.lower().startswith("optim") else "side-state"

@@ -46,7 +46,7 @@ def _read(path: Path) -> Snapshot:
 def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str, str]]:
     """State dicts beside the weights: a second network, or an average of the first."""
     for key, value in tree.items():
-        if (key,) == weights or not isinstance(value, dict) or "param_groups" in value:
+        if (key,) == weights or not isinstance(value, dict) or _holds_optimizer(value):
             continue
         refs = [ref for _, ref in iter_tensors(value) if ref.dtype.name in FORECASTABLE and ref.shape]
         if refs:
@@ -54,6 +54,11 @@ def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str
                 f"{key}.*",
                 f"{len(refs)} tensors outside {weights[0]!r} are not forecast; they are copied from the last snapshot",
             )
+
+
+def _holds_optimizer(tree: dict[Any, Any]) -> bool:
+    """Whether it is an optimizer's state, or that of a wrapper around one; the copies of the weights in it are told elsewhere."""
+    return any(isinstance(node, dict) and "param_groups" in node for _, node in walk(tree))
 
 
 def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -70,6 +70,18 @@ def find_adapters(folder: Path) -> list[WeightFile]:
     return [*([WeightFile(top)] if top else []), *(WeightFile(path, f"{name}.") for path, name in below if path)]
 
 
+def parse_json_of(path: Path) -> Any:
+    """The value of a small JSON file.
+
+    Raises:
+        FileFormatError: not JSON.
+    """
+    try:
+        return parse_json(read_bytes(path, 0, file_size(path)))
+    except ValueError as error:
+        raise FileFormatError(f"{path}: not JSON: {error}", hint="the file is incomplete or damaged") from error
+
+
 def read_json(path: Path, *, log: str = "") -> dict[str, Any]:
     """A JSON object from a file of the run; the list under the key `log`, which grows with the run, is left in the file."""
     size = file_size(path)

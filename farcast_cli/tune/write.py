@@ -100,7 +100,7 @@ def write_tuned(
         maps |= maps_of(delta, weight, writing.rounded)
     with told_as_damage(snapshot):
         moved = advance([snapshot], 0, optimizer="copy", counters="keep")
-    plan = with_modes(plan_outputs(snapshot, moved, Rewrite({}, valid_step=snapshot.step, mapped=maps)), snapshot)
+    plan = with_modes(plan_outputs(snapshot, moved, Rewrite({}, mapped=maps)), snapshot)
     told = progress("write", sum(output.num_bytes for output in plan))
     with staging() as outputs:
         hidden = outputs.add(writing.place)
