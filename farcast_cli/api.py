@@ -35,7 +35,7 @@ from farcast_cli.choices import (
 )
 from farcast_cli.errors import shell_word
 from farcast_cli.horizons import in_steps, parse_horizons
-from farcast_cli.log_to import check_apart, log_answer, logged_events, parse_targets
+from farcast_cli.log_to import check_apart, log_answer, logged_events, parse_targets, places_of
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
     check_choice,
@@ -131,8 +131,7 @@ def fit(
         FileFormatError, OutputError: a file cannot be read or written.
     """
     check_choice("--io", io, Io)
-    targets = parse_targets(log_to)
-    check_apart(targets, Path(directory))
+    targets = parse_targets(log_to, Path(directory))
     request = fit_request(
         Path(directory),
         output=None if output is None else Path(output),
@@ -405,6 +404,7 @@ def predict(
         dry_run=dry_run,
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
+        logs=places_of(targets),
         source=_source(run, fitted),
         narrowed=narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
@@ -462,8 +462,7 @@ def leap(
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, "resume")
-    targets = parse_targets(log_to)
-    check_apart(targets, Path(directory))
+    targets = parse_targets(log_to, Path(directory))
     place = None if output is None else os.fspath(output)
     resources = resources_of(device, io, threads)
     check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
@@ -482,6 +481,7 @@ def leap(
         dry_run=dry_run,
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
+        logs=places_of(targets),
         resources=resources,
         evaluator=evaluator,
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from farcast_cli.choices import Purpose
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.request import Outcome
+
+CONTROL = "persistence"
+"""The method that moves no weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,17 @@ class Advised:
         return f"{self.title.upper()}: {' '.join(filter(None, (self.why, self.sure)))}"
 
 
-def advised(outcome: Outcome, purpose: Purpose) -> Advised:
-    """What the verdict on a forecast advises."""
+def advised(outcome: Outcome, purpose: Purpose, *, is_one_of_many: bool = False) -> Advised:
+    """What the verdict on a forecast advises; one against a forecast names its horizon if there are several."""
+    said = _advised(outcome, purpose)
+    if is_one_of_many and outcome.decision.verdict != "forecast":
+        return replace(said, title=f"{said.title}, horizon {outcome.horizon}")
+    return said
+
+
+def _advised(outcome: Outcome, purpose: Purpose) -> Advised:
+    if outcome.method == CONTROL and outcome.decision.verdict == "forecast":
+        return Advised(f"Write a control for step {outcome.valid_step}", "It has the origin's weights: no weight moves.")
     if purpose == "evaluation":
         return Advised(*_to_evaluate(outcome))
     over = outcome.decision.is_over

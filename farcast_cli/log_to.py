@@ -10,18 +10,18 @@ import hashlib
 import io
 import json
 import os
-from contextlib import closing, redirect_stdout
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from farcast_cli.errors import UsageError, printable
-from farcast_cli.files.place import check_outside
+from farcast_cli.errors import OutputError, UsageError, printable
+from farcast_cli.files.place import SIDECAR, check_outside
 from farcast_cli.files.reading import portable
 from farcast_cli.optional import expect
-from farcast_cli.system import NO_WAIT, open_file
+from farcast_cli.system import NO_WAIT, lock, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -77,15 +77,21 @@ class _Entry:
         return f"{_NAME}-{hashlib.sha256(os.fsencode(self.run.resolve())).hexdigest()[:12]}"
 
 
-def parse_targets(texts: Sequence[str] | None) -> tuple[LogTarget, ...]:
+def parse_targets(texts: Sequence[str] | None, run: Path | None = None) -> tuple[LogTarget, ...]:
     """The places that `--log-to` names; nothing is imported or written.
+
+    Args:
+        run: the run's folder, if it is known yet; see `check_apart`.
 
     Raises:
         UsageError: one cannot be logged to, or its package is not installed.
+        OutputError: one lies where no log may lie.
     """
     found = tuple(LogTarget(*text.split(":", 1)) for text in texts or ())
     for one in found:
         _check(one)
+    if run is not None:
+        check_apart(found, run)
     return found
 
 
@@ -119,7 +125,7 @@ def _is_log(path: Path) -> bool:
 
 
 def check_apart(targets: Sequence[LogTarget], run: Path) -> None:
-    """See that no log would lie in the run's folder.
+    """See that no log would lie in the run's folder, or in a checkpoint that farcast wrote.
 
     Raises:
         OutputError: one would.
@@ -127,6 +133,20 @@ def check_apart(targets: Sequence[LogTarget], run: Path) -> None:
     for one in targets:
         if one.place is not None:
             check_outside(one.place, run, option="--log-to")
+            _check_no_output(one.place)
+
+
+def _check_no_output(place: Path) -> None:
+    holder = next((folder for folder in place.resolve().parents if (folder / SIDECAR).exists()), None)
+    if holder is not None:
+        raise OutputError(
+            f"--log-to {place}: lies in {holder}, which farcast wrote", hint="choose a place outside with --log-to"
+        )
+
+
+def places_of(targets: Sequence[LogTarget]) -> tuple[Path, ...]:
+    """What will be written on this machine, as far as that is known."""
+    return tuple(one.place for one in targets if one.place is not None)
 
 
 def log_answer(targets: Sequence[LogTarget], command: str, answer: Answer, run: Path) -> tuple[str, ...]:
@@ -185,11 +205,19 @@ def _numbers(told: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _to_jsonl(target: str, entry: _Entry) -> None:
-    """Append one line in one write, so that the lines of several processes never mix."""
+    """Append one line, under a lock, so that nobody takes the line that another process is writing for a half one.
+
+    What lies there may be an output that was written since the place was checked.
+    """
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_WAIT, 0o666)
     with os.fdopen(fd, "r+b", buffering=0) as file:
+        with suppress(OSError):  # a filesystem without locks
+            lock(fd)
+        file.seek(0)
+        if file.read(len(_FIRST_KEY)) not in {b"", _FIRST_KEY}:
+            raise OSError(f"{path}: expected a log that farcast wrote")
         is_cut = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
         line = (b"\n" if is_cut else b"") + json.dumps(entry.line).encode() + b"\n"  # after half a line, on a new one
         if file.write(line) != len(line):

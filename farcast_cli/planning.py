@@ -12,9 +12,9 @@ from farcast_cli.checkpoint.convert import plan_converted
 from farcast_cli.checkpoint.pieces import Rewrite
 from farcast_cli.checkpoint.plan import forecast_name, with_modes
 from farcast_cli.engine.write import Engine
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import OutputError, UsageError, shell_word
 from farcast_cli.evaluation.judge import logs_of
-from farcast_cli.files.place import check_ours, check_outside, check_place
+from farcast_cli.files.place import check_ours, check_outside, check_place, sidecar_of
 from farcast_cli.files.staged import refuse_existing
 from farcast_cli.folder import folder_of
 from farcast_cli.forecast.ledger import check_ledger
@@ -174,6 +174,14 @@ def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool, 
         check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
         if request.evaluator:
             check_outside(logs_of(path), run)
+        _check_logs(request.logs, (path, sidecar_of(path, is_file=is_file)))
+
+
+def _check_logs(logs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    for log in logs:
+        for output in outputs:
+            if log.resolve().is_relative_to(output.resolve()):
+                raise OutputError(f"--log-to {log}: lies in the output {output}", hint="choose a place outside with --log-to")
 
 
 def existing_check(run: Path, *, overwrite: bool, is_file: bool) -> Check:

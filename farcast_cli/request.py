@@ -53,6 +53,8 @@ class Request:
     """What a command to paste needs after `farcast predict` to read the same run, with a blank before it."""
     narrowed: str = ""
     """The options that chose what is read of the run, likewise."""
+    logs: tuple[Path, ...] = ()
+    """Where the answer will be logged: in no output."""
 
     @property
     def origin_option(self) -> str:

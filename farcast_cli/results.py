@@ -408,7 +408,9 @@ class ReportAnswer(Answer):
     directions: tuple[DirectionEntry, ...] = Field(description="one entry per snapshot from the sixth on")
     scores: tuple[ScoreEntry, ...] = Field(description="the back-test, as in `backtest --json`")
     tensors: TensorsEntry = Field(description="the back-test tensor by tensor, at the tested horizon nearest to the forecast's")
-    losses: tuple[LossEntry, ...] = Field(description="the losses that the run logged; empty if none were found")
+    losses: tuple[LossEntry, ...] = Field(
+        description="the losses that the run logged, at most 2000 of each kind, spread evenly; empty if none were found"
+    )
     leaps: tuple[MadeLeapEntry, ...] = Field(description="the leaps that the run resumed from")
     facts: dict[str, str] = Field(description="the run in facts, for people")
 

@@ -965,6 +965,18 @@ def test_a_single_file_under_a_name_without_its_ending_is_written_or_refused_wit
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
+def test_a_control_is_told_as_one_and_not_as_a_leap(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, "--method", "persistence", cwd=work)
+    assert done.stderr.startswith("WRITE A CONTROL FOR STEP 900: It has the origin's weights: no weight moves.\n"), done
+    assert "LEAP" not in done.stderr
+
+
+def test_of_several_horizons_the_line_against_one_names_it(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", "100,5000,6000", "--dry-run", cwd=work)
+    heads = [line.split(":")[0] for line in done.stderr.splitlines() if line[:4].isupper()]
+    assert heads == ["LEAP 100 STEPS", "KEEP TRAINING, HORIZON 5000", "KEEP TRAINING, HORIZON 6000"], done
+
+
 def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path, call_cli: CallCli) -> None:
     before = tree_digest(work)
     done = call_cli("predict", "--horizon", 5000, cwd=work)

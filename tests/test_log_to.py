@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,12 +17,14 @@ import pytest
 import farcast_cli
 from farcast_cli.answer import Answer
 from farcast_cli.log_to import log_answer, parse_targets
-from tests.conftest import clean_environment, run_cli
+from farcast_cli.system import lock
+from tests.conftest import clean_environment, run_cli, tree_digest
 
 if TYPE_CHECKING:
     from tests.conftest import CallCli, Done
 
 ORIGIN = 800
+SAMPLE = Path(__file__).resolve().parent.parent / "sample_checkpoints" / "huggingface"
 NOT_ANSWERED = {"time", "command", "run"}
 
 
@@ -94,6 +98,19 @@ def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     lines = lines_of(tmp_path / "log")
     assert sorted((line["text"][0], line["origin_step"]) for line in lines) == [(n, s) for n in "abc" for s in range(50)]
     assert {(len(line["text"]), len(set(line["text"]))) for line in lines} == {(20_000, 1)}
+
+
+def test_a_line_waits_for_the_line_that_another_process_is_writing(tmp_path: Path) -> None:
+    place, told = tmp_path / "log", Told(schema_version=1, origin_step=1, text="")
+    with place.open("ab", buffering=0) as file:
+        lock(file.fileno())
+        file.write(b'{"time": "2026-01')
+        later = Thread(target=log_answer, args=(parse_targets([f"jsonl:{place}"]), "fit", told, tmp_path / "run"))
+        later.start()
+        later.join(0.5)
+        file.write(b'"}\n')
+    later.join()
+    assert [line.get("origin_step") for line in lines_of(place)] == [None, 1]
 
 
 def test_a_line_after_the_half_line_of_a_killed_process_is_whole(tmp_path: Path) -> None:
@@ -189,6 +206,38 @@ def test_nothing_is_logged_into_the_runs_folder(command: str, place: str, work: 
     assert done.returncode == 5
     assert "lies inside the run's folder" in done.errors[0]
     assert sorted((work / "run").rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tensorboard"])
+@pytest.mark.parametrize("command", ["predict", "leap"])
+def test_nothing_is_logged_into_the_checkpoint_that_the_call_writes(
+    command: str, kind: str, tmp_path: Path, call_cli: CallCli
+) -> None:
+    """In a folder that is not there yet; nor, later, in one that is there, whatever the verdict."""
+    shutil.copytree(SAMPLE, tmp_path / "run")
+    arguments = ("run", "--gain", 1) if command == "leap" else ("run", "--horizon", 100)
+    out = (*arguments, "-o", "out")
+    done = call_cli(command, *out, "--log-to", f"{kind}:out/below/log", cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "out").exists()) == (5, False), done
+    assert "lies in the output out" in done.errors[0]
+    assert call_cli(command, *out, cwd=tmp_path).returncode == 0
+    before = tree_digest(tmp_path / "out")
+    again = call_cli(command, *arguments, "--log-to", f"{kind}:out/below/log", cwd=tmp_path)
+    assert (again.returncode, tree_digest(tmp_path / "out")) == (5, before), again
+    assert "which farcast wrote" in again.errors[0]
+
+
+@pytest.mark.parametrize("place", ["out.safetensors", "out.safetensors.farcast.json"])
+def test_nothing_is_logged_into_the_file_that_the_call_writes(place: str, work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, "-o", "out.safetensors", "--log-to", f"jsonl:{place}", cwd=work)
+    assert done.returncode == 5, done
+    assert not (work / "out.safetensors").exists()
+
+
+def test_a_forecaster_file_is_not_appended_to(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("fit", "run", "-o", "new.safetensors", "--log-to", "jsonl:new.safetensors", cwd=work)
+    assert "caution: not logged to jsonl:new.safetensors" in done.stderr
+    assert call_cli("predict", "--forecaster", "new.safetensors", "--horizon", 100, cwd=work).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["fit", "predict", "leap"])

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import os
 import re
+import struct
+import subprocess
+import sys
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +24,11 @@ from farcast_cli.errors import FileFormatError
 from farcast_cli.forecast.worth import LeapSpan, Worth, worth_of
 from farcast_cli.run.losses import LossLog, losses_of
 from farcast_cli.run.trajectory import Trajectory, discover
-from tests.conftest import make_loose_run
+from tests.conftest import clean_environment, make_loose_run
 from tests.rounds import train_by_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from tests.conftest import CallCli
 
@@ -132,6 +138,109 @@ def test_a_log_that_nobody_named_and_that_cannot_be_read_stops_nothing_and_is_sa
     assert "metrics.csv: expected a CSV file" in done.stderr
 
 
+# --- logs that are broken or hostile ---------------------------------------------------------------------------------
+
+
+def _record(raw: bytes) -> bytes:
+    """A record of an event file with its checksums."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file = io.BytesIO()
+    RecordWriter(file).write(raw)
+    return file.getvalue()
+
+
+def _endless_record() -> bytes:
+    """The head of a record of 2^60 bytes."""
+    from tensorboard.summary.writer.record_writer import masked_crc32c
+
+    head = struct.pack("<Q", 1 << 60)
+    return head + struct.pack("<I", masked_crc32c(head)) + b"x" * 64
+
+
+@pytest.mark.parametrize("raw", [_record(b"\xff no event"), _endless_record()], ids=["no event", "2^60 bytes"])
+@pytest.mark.parametrize("command", ["fit", "report"])
+def test_a_broken_event_file_is_a_note_if_nobody_named_it_and_an_error_with_its_name_if_somebody_did(
+    command: str, raw: bytes, work: Path, call_cli: CallCli
+) -> None:
+    (work / "run" / "events.out.tfevents.1").write_bytes(raw)
+    named = call_cli(command, "run", "--losses", "run/events.out.tfevents.1", cwd=work)
+    assert (named.returncode, len(named.errors)) == (4, 1), named
+    assert "run/events.out.tfevents.1: expected TensorBoard's event files" in named.errors[0]
+    found = call_cli(command, "run", cwd=work)
+    assert found.returncode == 0, found
+    told = found.stderr if command == "fit" else (work / "report.html").read_text()
+    assert "expected TensorBoard" in told
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no FIFOs")
+@pytest.mark.parametrize("name", ["events.out.tfevents.1", "log.jsonl"])
+def test_a_fifo_is_never_waited_for(name: str, run: Trajectory) -> None:
+    """In a process of its own, which would hang."""
+    place = run.directory / name
+    os.mkfifo(place)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom farcast_cli.errors import FileFormatError\n"
+        "from farcast_cli.run.losses import losses_of\nfrom farcast_cli.run.trajectory import discover\n"
+        "run = discover(Path(sys.argv[1]))\nprint(losses_of(run))\n"
+        "try:\n    losses_of(run, Path(sys.argv[2]))\nexcept FileFormatError as error:\n    print(error)\n"
+    )
+    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, run.directory, place],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    found, refused = done.stdout.splitlines()
+    assert refused == f"{place}: cannot be read: no regular file"
+    assert "no regular file" in found or found == "None"
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "log.jsonl"])
+def test_a_number_that_is_too_large_for_a_loss_or_a_step_is_none(name: str, run: Trajectory) -> None:
+    path = run.directory / name
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1e308}, {"step": 3, "loss": -1e31}, {"step": 1e300, "loss": 1.0}]
+    if name.endswith("csv"):
+        _write_csv(path, rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert losses_of(run) == LossLog(path, ((1, 2.0),))
+
+
+@pytest.mark.parametrize("length", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_a_line_of_json_that_is_too_long_is_left_out_as_a_whole(length: int, run: Trajectory) -> None:
+    path, inner = run.directory / "log.jsonl", json.dumps({"step": 2, "loss": 9.0})
+    long = "[" + " " * (length - len(inner) - 1) + inner
+    path.write_text("\n".join([json.dumps({"step": 1, "loss": 2.0}), long, json.dumps({"step": 3, "loss": 1.0})]))
+    cut = "x" * (1 << 20) + inner + "\n"
+    path.write_text(path.read_text() + "\n" + cut)
+    assert losses_of(run) == LossLog(path, ((1, 2.0), (3, 1.0)))
+
+
+def test_a_csv_file_is_read_a_line_at_a_time_and_a_line_without_end_is_refused(run: Trajectory, tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    with path.open("w") as file:
+        file.write("step,loss\n1,2.0\n")
+        for _ in range(64):
+            file.write(",1" * (1 << 19))
+    tracemalloc.start()
+    with pytest.raises(FileFormatError, match="a line of more than 1048576 bytes"):
+        losses_of(run, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_a_log_with_a_new_column_in_each_line_is_refused(run: Trajectory, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": step, f"loss/{step}": 1.0}) + "\n" for step in range(1001)))
+    with pytest.raises(FileFormatError, match="at most 1000 columns of losses"):
+        losses_of(run, path)
+
+
 # --- what a leap was worth -------------------------------------------------------------------------------------------
 
 
@@ -140,8 +249,6 @@ def _curve(step: float) -> float:
 
 
 def _log(before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]]) -> LossLog:
-    from pathlib import Path
-
     return LossLog(Path("log"), (*before, *after))
 
 
@@ -223,8 +330,6 @@ def test_losses_on_one_side_alone_say_nothing() -> None:
 
 
 def test_evaluation_counts_before_training_where_both_have_a_curve() -> None:
-    from pathlib import Path
-
     both = LossLog(Path("log"), (*FALLING, (140, 0.3)), (*[(s, loss + 1) for s, loss in FALLING], (140, 1.4)))
     assert _worth(both, LeapSpan(-1, 100, 100)).kind == "evaluation"
     few = LossLog(Path("log"), both.training, both.evaluation[-3:])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.forecast.fitting import fit
@@ -427,6 +428,21 @@ def test_a_picture_shows_every_panel(work: Path, call_cli: CallCli) -> None:
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 8
 
 
+def test_of_a_long_log_losses_spread_evenly_are_shown_and_the_report_says_so(work: Path, call_cli: CallCli) -> None:
+    """And a second report may replace the first, which is not too long to be looked at."""
+    count = 100_000
+    with (work / "run" / "log.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {step}, "loss": {1 + step / count}}}\n' for step in range(count))
+    assert [call_cli("report", "run", cwd=work).returncode for _ in range(2)] == [0, 0]
+    assert (work / "report.html").stat().st_size < 2 << 20
+    assert (
+        "100,000 losses are too many to show: of each kind, 2,000 spread evenly are here" in (work / "report.html").read_text()
+    )
+    steps = [one["step"] for one in answer(call_cli, "report", "run", cwd=work)["losses"]]
+    assert (len(steps), steps[0], steps[-1]) == (2000, 0, count - 1)
+    assert set(np.diff(steps)) == {50, 51}
+
+
 @pytest.fixture
 def leaping(work: Path) -> Story:
     """A run with two logged losses and many leaps."""
@@ -472,6 +488,23 @@ def test_a_report_that_somebody_has_edited_stays(ending: str, work: Path, call_c
     edited = place.read_bytes()
     assert call_cli("report", "-o", place, cwd=work).returncode == 5
     assert place.read_bytes() == edited
+
+
+def test_a_picture_that_somebody_has_edited_stays(work: Path, call_cli: CallCli) -> None:
+    """Saved again by another program, which keeps the text of who wrote it; or with a byte more."""
+    place = work / "out.png"
+    call_cli("report", "-o", place, cwd=work)
+    ours = place.read_bytes()
+    with Image.open(place) as image:
+        texts = PngInfo()
+        for name, text in image.info.items():
+            if isinstance(text, str):
+                texts.add_text(str(name), text)
+        image.rotate(180).save(place, pnginfo=texts)
+    for edited in (place.read_bytes(), ours + b"x", ours[:500] + bytes([ours[500] ^ 1]) + ours[501:]):
+        place.write_bytes(edited)
+        assert call_cli("report", "-o", place, cwd=work).returncode == 5
+        assert place.read_bytes() == edited
 
 
 @pytest.mark.parametrize(

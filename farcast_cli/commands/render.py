@@ -451,6 +451,7 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
     The steps, verdicts and paths come first. What is true of several horizons is said once.
     """
     for outcome in outcomes:
+        note(advised(outcome, request.purpose, is_one_of_many=len(outcomes) > 1).line)
         for text in _result(outcome, purpose=request.purpose, dry_run=request.dry_run, verbose=verbose):
             note(text)
     for text in dict.fromkeys(text for outcome in outcomes for text in _details(outcome, verbose=verbose)):
@@ -462,10 +463,9 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
 
 
 def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool, verbose: bool) -> Iterator[str]:
-    """The verdict, and the path; with -v the numbers that decided."""
+    """The path; with -v the numbers that decided."""
     decision = outcome.decision
     head = f"step {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
-    yield advised(outcome, purpose).line
     if outcome.path is None:
         yield f"{head}: nothing written"
     elif outcome.existed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
+import zlib
 from typing import TYPE_CHECKING
 
 from farcast_cli import __version__
@@ -24,6 +26,8 @@ MAX_BYTES = 1 << 26  # of a file that can be a report
 SOFTWARE = "farcast report"
 _MARK = "<!-- farcast report {} -->\n"
 """The last line of a page and of Markdown, with the SHA-256 of all above it: a report that somebody edited is not replaced."""
+_MARK_KEY = b"farcast sha256\0"  # of a text in a picture, with the SHA-256 of all other bytes
+_END_BYTES = 12  # of a PNG's last chunk
 
 
 def check_form(place: Path | None) -> None:
@@ -71,7 +75,7 @@ def _content(story: Story, place: Path) -> bytes:
     if place.suffix == ".png":
         from farcast_cli.reports.figures import picture
 
-        return picture(story, software=f"{SOFTWARE} {__version__}")
+        return _marked_picture(picture(story, software=f"{SOFTWARE} {__version__}"))
     from farcast_cli.reports.page import page
 
     return _marked(page(story))
@@ -80,6 +84,20 @@ def _content(story: Story, place: Path) -> bytes:
 def _marked(text: str) -> bytes:
     raw = text.encode()
     return raw + _MARK.format(hashlib.sha256(raw).hexdigest()).encode()
+
+
+def _marked_picture(raw: bytes) -> bytes:
+    """A PNG with its mark before the last chunk."""
+    return raw[:-_END_BYTES] + _picture_mark(raw) + raw[-_END_BYTES:]
+
+
+def _picture_mark(raw: bytes) -> bytes:
+    """The tEXt chunk that marks a picture.
+
+    Source: Portable Network Graphics (third edition), W3C, 5.3 and 11.3.3.2.
+    """
+    content = b"tEXt" + _MARK_KEY + hashlib.sha256(raw).hexdigest().encode()
+    return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
 
 
 def _existing(*, overwrite: bool) -> Check:
@@ -105,6 +123,7 @@ def _is_report(path: Path) -> bool:
     size = file_size(path)
     raw = read_bytes(path, 0, size) if size <= MAX_BYTES else b""
     if raw.startswith(b"\x89PNG"):
-        return f"Software\0{SOFTWARE}".encode() in raw[:1024]
+        start = len(raw) - _END_BYTES - len(_picture_mark(b""))
+        return start > 0 and raw == _marked_picture(raw[:start] + raw[-_END_BYTES:])
     mark = _MARK.format(hashlib.sha256(raw[: -len(_MARK.format("0" * 64))]).hexdigest()).encode()
     return raw.endswith(mark)

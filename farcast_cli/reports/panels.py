@@ -238,7 +238,7 @@ def _course(story: Story) -> Panel:
         "course",
         "Loss and leaps",
         message,
-        "The losses that the run logged.",
+        f"The losses that the run logged.{course.note}",
         "At a dashed line, training resumed from a forecast; the shaded time after it is as long as the leap.",
         Numbers(("loss", "step", "value", "leap"), rows),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +14,10 @@ from farcast_cli.forecast.backtest import needed_direction
 from farcast_cli.forecast.history import made_leaps
 from farcast_cli.forecast.judgement import directions, report_backtest, tensor_errors
 from farcast_cli.forecast.state_ledger import known_leaps
+from farcast_cli.forecast.timeline import evenly
 from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.prediction import proposed
-from farcast_cli.run.losses import losses_of
+from farcast_cli.run.losses import LOSS_KINDS, losses_of
 from farcast_cli.run.trajectory import discover
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from farcast_cli.run.losses import LossKind, LossLog, Points
 
 MAX_MOVES = 32  # of a heat map: more cells are smaller than a reader can tell apart, and make a page of megabytes
+MAX_LOSSES = 2000  # of a kind: more than a picture has pixels, and a page of megabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Course:
     """What the losses say of the last leap."""
     why_none: str = ""
     """Why there are no losses."""
+    note: str = ""
+    """How many of the losses these are, if not all."""
 
     def points(self, kind: LossKind) -> Points:
         """The losses of a kind by step."""
@@ -172,7 +176,19 @@ def course_of(fitted: Fitted, *, losses: Path | None, ledgers: Ledgers | None) -
     leaps = tuple((leap.resumes_after, leap.valid_step - leap.origin_step) for leap in made)
     worth = worth_of(log, span_of(known, made[-1].origin_step, made[-1].resumes_after)) if made else None
     why_none = log.unread if log is not None and log.unread else "farcast found no log of them (--losses FILE names one)"
-    return Course(log or None, leaps, worth, "" if log else why_none)
+    return _shown(log, leaps, worth) if log else Course(None, leaps, worth, why_none)
+
+
+def _shown(log: LossLog, leaps: tuple[tuple[int, int], ...], worth: Worth | None) -> Course:
+    """A course with so many losses as a report can show; its worth is that of all."""
+    longest = max(len(log.of(kind)) for kind in LOSS_KINDS)
+    kept = replace(log, training=_thinned(log.training), evaluation=_thinned(log.evaluation))
+    note = f" {longest:,} losses are too many to show: of each kind, {MAX_LOSSES:,} spread evenly are here."
+    return Course(kept, leaps, worth, note=note if longest > MAX_LOSSES else "")
+
+
+def _thinned(points: Points) -> Points:
+    return tuple(points[index] for index in evenly(len(points), MAX_LOSSES)) if points else ()
 
 
 def _in_turn(leaps: Sequence[Leap]) -> list[Leap]:

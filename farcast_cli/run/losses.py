@@ -6,15 +6,16 @@ Read here: what the trainer's own state holds, CSV and JSON lines with a column 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
+import os
 import re
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, shell_word
-from farcast_cli.files.reading import open_input, reading
+from farcast_cli.files.reading import open_input, open_read_only, reading
 from farcast_cli.optional import need
 from farcast_cli.trainers import trainer_of
 
@@ -28,6 +29,8 @@ LossKind = Literal["training", "evaluation"]
 LOSS_KINDS: tuple[LossKind, LossKind] = ("training", "evaluation")
 Points = tuple[tuple[int, float], ...]
 """Losses by step, in the order of the steps."""
+Logged = tuple["array[int]", "array[float]"]
+"""Steps and losses as they were logged; a log may have millions."""
 
 _STEPS = ("step", "global_step", "steps", "iteration", "iter", "trainer/global_step", "_step")
 _LOG_NAMES = ("metrics.csv", "losses.csv", "log.csv", "losses.jsonl", "metrics.jsonl", "log.jsonl", "train_log.jsonl")
@@ -35,7 +38,10 @@ _EVENTS = "events.out.tfevents.*"
 _CHECKPOINTS = {"checkpoints", "ckpts", "ckpt", "weights"}  # folders beside which, not in which, a run's log lies
 _EVALUATION = re.compile(r"eval|val|test|dev|held", re.IGNORECASE)
 _LOSS = re.compile(r"(?:^|[/_.\- ])loss(?:$|[_/]|\b)", re.IGNORECASE)
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE = 1 << 20  # bytes
+_MOST_COLUMNS = 1000  # of losses
+_LARGEST = 1e30  # of a loss that is a number: pictures of larger ones fail
+_LAST_STEP = 1 << 53  # up to it, a float holds each step
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,7 @@ def _read(path: Path) -> LossLog:
     if is_folder or "tfevents" in name:
         found = _scalars(path)
     else:
-        found = _columns(_json_lines(path) if path.suffix in {".jsonl", ".ndjson", ".json"} else _csv_rows(path))
+        found = _columns(_json_lines(path) if path.suffix in {".jsonl", ".ndjson", ".json"} else _csv_rows(path), path)
     training, evaluation = (_in_order(_best(found, rows)) for rows in LOSS_KINDS)
     return LossLog(path, training, evaluation)
 
@@ -117,33 +123,63 @@ def _read(path: Path) -> LossLog:
 
 def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with io.TextIOWrapper(open_input(path), encoding="utf-8-sig", newline="") as text:
-            yield from csv.DictReader(text)
+        yield from csv.DictReader(_csv_lines(path))
     except (UnicodeDecodeError, csv.Error) as error:
         raise FileFormatError(f"{path}: expected a CSV file with a line of names, found: {error}") from error
 
 
+def _csv_lines(path: Path) -> Iterator[str]:
+    for line in _lines(path):
+        if line is None:
+            raise csv.Error(f"a line of more than {_LONGEST_LINE} bytes")
+        yield line.decode("utf-8-sig")
+
+
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The objects of the lines; the last line may be half-written, since the trainer appends to it."""
+    """The objects of the lines; the last line may be half-written, since the trainer appends to it.
+
+    A line that is too long holds more than losses, and is left out as a whole.
+    """
+    for line in _lines(path):
+        try:
+            row = json.loads(line or b"")
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _lines(path: Path) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long, of which a piece is in memory at a time."""
     with open_input(path) as raw:
         while line := raw.readline(_LONGEST_LINE):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
+            is_whole = len(line) < _LONGEST_LINE or line.endswith(b"\n")
+            yield line if is_whole else None
+            while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                line = raw.readline(_LONGEST_LINE)
 
 
-def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """By its name, each column of losses: (step, loss)."""
-    found: dict[str, list[tuple[int, float]]] = {}
+def _columns(rows: Iterable[Mapping[str, Any]], path: Path) -> dict[str, Logged]:
+    """By its name, each column of losses."""
+    found: dict[str, Logged] = {}
     for row in rows:
         step = next((number for name in _STEPS if (number := _number(row.get(name))) is not None), math.nan)
-        for name, text in row.items() if step.is_integer() else ():
+        for name, text in row.items() if step.is_integer() and 0 <= step <= _LAST_STEP else ():
             if isinstance(name, str) and _LOSS.search(name) and (value := _number(text)) is not None:
-                found.setdefault(name, []).append((int(step), value))
+                steps, values = found.setdefault(name, _column(()))
+                steps.append(int(step))
+                values.append(value)
+        if len(found) > _MOST_COLUMNS:
+            raise FileFormatError(f"{path}: expected at most {_MOST_COLUMNS} columns of losses, found more")
     return found
+
+
+def _column(points: Iterable[tuple[int, float]]) -> Logged:
+    steps, values = array("q"), array("d")
+    for step, value in points:
+        steps.append(step)
+        values.append(value)
+    return steps, values
 
 
 def _number(value: object) -> float | None:
@@ -153,33 +189,42 @@ def _number(value: object) -> float | None:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= _LARGEST else None
 
 
-def _best(columns: Mapping[str, list[tuple[int, float]]], kind: LossKind) -> list[tuple[int, float]]:
+def _best(columns: Mapping[str, Logged], kind: LossKind) -> Iterable[tuple[int, float]]:
     """Of several columns the one with the most values; of those the one with the shortest name: `loss` before `loss_aux`."""
-    ours = {name: points for name, points in columns.items() if bool(_EVALUATION.search(name)) == (kind == "evaluation")}
+    ours = {name: values for name, (_, values) in columns.items() if bool(_EVALUATION.search(name)) == (kind == "evaluation")}
     best = max(ours, key=lambda name: (len(ours[name]), -len(name), name), default=None)
-    return ours[best] if best is not None else []
+    return zip(*columns[best], strict=True) if best is not None else ()
 
 
 def _in_order(points: Iterable[tuple[int, float]]) -> Points:
     """By step; of a step that was logged twice, because the run went back to it, the last."""
-    return tuple(sorted({step: value for step, value in points if step >= 0 and math.isfinite(value)}.items()))
+    return tuple(sorted({step: value for step, value in points if step >= 0 and abs(value) <= _LARGEST}.items()))
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
-def _scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
+def _scalars(path: Path) -> dict[str, Logged]:
     """By tag, the scalars of losses in an event file, or in all of a folder."""
     need("tensorboard", f"the losses in {shell_word(path)}")
+    with reading(path):
+        files = sorted(file for file in path.iterdir() if "tfevents" in file.name) if path.is_dir() else [path]
+    for file in files:
+        os.close(open_read_only(file))  # TensorBoard opens whatever it is, and waits for the writer of a FIFO
+    try:
+        return _by_tensorboard(path)
+    except Exception as error:  # an event file that was cut or forged fails in its library in many ways
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise FileFormatError(f"{path}: expected TensorBoard's event files, found: {reason}") from error
+
+
+def _by_tensorboard(path: Path) -> dict[str, Logged]:
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     accumulator = EventAccumulator(str(path), size_guidance={SCALARS: 0})
-    try:
-        accumulator.Reload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileFormatError(f"{path}: expected TensorBoard's event files, found: {error}") from error
+    accumulator.Reload()
     tags = [tag for tag in accumulator.Tags()[SCALARS] if _LOSS.search(tag)]
-    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+    return {tag: _column((event.step, event.value) for event in accumulator.Scalars(tag)) for tag in tags}
