@@ -44,22 +44,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="""Forecast the weights of a training run from the checkpoints it left on disk.
 
-farcast reads a folder of checkpoints, measures how the weights move, and writes a checkpoint for a later step. You
-resume training from it. farcast never changes your own checkpoints.
+farcast reads a run's checkpoints, measures how the weights move, and writes
+a checkpoint for a later step, from which you resume training. It never
+changes your own checkpoints.
 
-  farcast inspect ckpts/               list the snapshots, and the tensors to forecast and to copy
-  farcast fit ckpts/                   measure the run; write ./forecaster.safetensors
-  farcast keep ckpts/                  copy the weights before the trainer deletes its old checkpoints
-  farcast watch ckpts/                 follow a run while it trains: keep and judge each new checkpoint
-  farcast backtest                     test each method inside the run's history
-  farcast report                       write the verdict and its evidence as one page, report.html
-  farcast predict                      write a forecast checkpoint; print its path
-  farcast verify FORECAST --against CKPT   compare a forecast with the real later snapshot
-  farcast leap ckpts/                  fit and forecast in one command with a memory, for a loop
-  farcast tune CKPT --layer KEY --data FILE --loss mse   adapt one wide layer to a few hundred labelled rows
+  farcast inspect ckpts/   list the snapshots, their steps and tensors
+  farcast fit ckpts/       measure the run; write forecaster.safetensors
+  farcast backtest         test each method inside the run's history
+  farcast predict ckpts/   write a checkpoint ahead; print its path
+  farcast report ckpts/    write the verdict and its evidence as a page
+  farcast verify FORECAST --against CKPT   compare with the real snapshot
+  farcast leap ckpts/      leap with a memory, for a loop
+  farcast watch ckpts/     follow a run while it trains
+  farcast keep ckpts/      copy the weights before the trainer deletes them
+  farcast tune CKPT        another tool: adapt one wide layer to labelled rows
 
-Give the printed path to the trainer's resume option; `farcast help resume` shows it for each trainer. `farcast help`
-lists the other topics.""",
+Give the printed path to the trainer's resume option; `farcast help resume`
+shows it for each trainer. `farcast help` lists the other topics.""",
 )
 
 
