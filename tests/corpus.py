@@ -811,9 +811,7 @@ CASES: tuple[Case, ...] = (
     Case("gzip that unpacks to 300 MB", "hf", last("state.gz", lambda _: packed()), "predict", says="unpacks"),
     *(Case(f"a directory of 400,000 records, {base}", base, each("", long_directory), says="zip directory") for base in ZIPS),
     Case("a zip with two directories", "torch", each("", two_directories), says="directory"),
-    Case(
-        "a zip with two directories that is copied", "hf", last("rng_state.pth", two_directories), "predict", says="directory"
-    ),
+    Case("a zip with two directories that is copied", "hf", last("rng_state.pth", two_directories), says="directory"),
     Case("records that overlap", "torch", each("", overlapping), says="overlap"),
     Case("a record beyond the file", "torch", each("", beyond), says="beyond the end"),
     Case("a record outside", "torch", each("", with_records(lambda _: {"../../evil": b"x"})), says="../../evil"),

@@ -540,7 +540,8 @@ NAMED_ONLY = {
     "an argument that is nobody else's to give": {"command"},
     "a place to write": {"output", "delta_out", "log_to", "into"},
     "what is removed": {"last"},
-    "a program": {"eval_cmd"},
+    "a program": {"eval_cmd", "on_leap"},
+    "what is written": {"leap"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
     "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
 }

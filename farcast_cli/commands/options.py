@@ -43,6 +43,7 @@ FROM_ANY_FILE = frozenset(
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
         *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
         *("form", "text"),  # in which a report is printed
+        *("once", "interval", "until", "keep"),  # how long a run is watched, and how much of it is kept
     }
 )
 """The options that a file which nobody named may set. All others need a file that the user named.

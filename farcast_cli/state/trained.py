@@ -52,7 +52,8 @@ def trained_in(snapshot: Snapshot) -> Mapping[str, bool]:
 def _shapes(optimizer: dict[str, Any]) -> dict[Any, Shape] | None:
     """The shape of each parameter of an optimizer, in its order; None where its state does not tell that of all."""
     state = optimizer["state"]
-    num_parameters = sum(len(group.get("params", ())) for group in optimizer["param_groups"])
+    groups = [group.get("params") if isinstance(group, dict) else None for group in optimizer["param_groups"]]
+    num_parameters = sum(len(group) for group in groups if isinstance(group, (list, tuple)))
     shapes = {key: _shape(entry) for key, entry in state.items()}
     known = {key: shape for key, shape in shapes.items() if shape is not None}
     return known if known and len(known) == len(state) == num_parameters else None
