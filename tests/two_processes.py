@@ -72,6 +72,8 @@ def main() -> None:
     weights, leaps = by_trainer() if kind == "trainer" else by_lightning()
     told = {"weights": weights, "leaps": leaps, "warned": warned}
     Path(f"rank-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(told))
+    torch.distributed.barrier()  # one that ends first can abort the other's threads
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
