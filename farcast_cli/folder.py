@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_FOLDER
 from farcast_cli.errors import FarcastError, OutputError
-from farcast_cli.files.place import SIDECAR, other_run, read_sidecar
-from farcast_cli.files.reading import short_name
+from farcast_cli.files.place import SIDECAR, folders_for, other_run, read_sidecar
 from farcast_cli.forecast.memory import MEMORY_ENDING, memory_of, read_memory
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def folder_of(run: Path) -> Path:
     """
     if _memory_run(memory_of(DEFAULT_FOLDER, run)) == run.resolve():
         return DEFAULT_FOLDER
-    holdings = [(folder, _holding(folder, run)) for folder in _candidates(run)]
+    holdings = [(folder, _holding(folder, run)) for folder in folders_for(run, DEFAULT_FOLDER)]
     found = next((folder for wanted in (OWN, "") for folder, holding in holdings if holding == wanted), None)
     if found is None:
         raise OutputError(f"{DEFAULT_FOLDER}: another run's forecasts have this run's place", hint="-o OUT/ writes elsewhere")
@@ -41,15 +40,9 @@ def folder_of(run: Path) -> Path:
 
 def note_on(folder: Path, run: Path) -> str:
     """What a person should know of the name of a run's folder; "" if it is the usual one."""
-    usual, *others = _candidates(run)
+    usual, *others = folders_for(run, DEFAULT_FOLDER)
     holding = _holding(usual, run) if folder in others else ""
     return f"{usual} {holding}: the forecasts of this run are in {folder}" if holding else ""
-
-
-def _candidates(run: Path) -> list[Path]:
-    """The folders that may be a run's own, in the order of choice."""
-    parts = run.resolve().parts[1:] or ("run",)
-    return [DEFAULT_FOLDER / short_name("-".join(parts[start:])) for start in reversed(range(len(parts)))]
 
 
 def _holding(folder: Path, run: Path) -> str:

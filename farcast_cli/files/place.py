@@ -16,7 +16,7 @@ from farcast_cli import system
 from farcast_cli.errors import FarcastError, OutputError
 from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import file_size, local, mode_of, portable, read_bytes
+from farcast_cli.files.reading import file_size, local, mode_of, portable, read_bytes, short_name
 from farcast_cli.files.staged import refuse_existing
 
 if TYPE_CHECKING:
@@ -165,6 +165,15 @@ def check_run(place: Path, *, is_file: bool, run: Path) -> None:
             f"{place}: exists already, a forecast of another run, {other}",
             hint="-o OUT writes elsewhere; or remove it yourself",
         )
+
+
+def folders_for(run: Path, parent: Path) -> list[Path]:
+    """The folders that may be a run's own, in the order of choice: `ckpts`, then `a-ckpts`, `x-a-ckpts`.
+
+    Its own name comes first; the names of the folders above tell it from another run of that name.
+    """
+    parts = run.resolve().parts[1:] or ("run",)
+    return [parent / short_name("-".join(parts[start:])) for start in reversed(range(len(parts)))]
 
 
 def other_run(content: Mapping[str, Any], home: Path, run: Path) -> Path | None:

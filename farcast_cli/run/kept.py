@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_KEPT
 from farcast_cli.errors import MixedRunsError, TooFewSnapshotsError, listed, shell_word
-from farcast_cli.files.reading import reading, short_name
+from farcast_cli.files.place import folders_for
+from farcast_cli.files.reading import reading
 from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.entries import too_few
 from farcast_cli.run.steps import StepList, StepRange, first_of
@@ -59,8 +60,7 @@ def default_folder(run: Path, pattern: str = "") -> Path:
     In `kept/`, under the name of the run's folder; if another run's lie there, the names of the folders above come before it.
     A run stays in the folder that it has, also when a name before it becomes free.
     """
-    parts = run.resolve().parts[1:] or ("run",)
-    folders = [DEFAULT_KEPT / short_name("-".join(parts[start:])) for start in reversed(range(len(parts)))]
+    folders = folders_for(run, DEFAULT_KEPT)
     holdings = [(folder, _is_own(folder, run, pattern)) for folder in folders]
     found = (folder for wanted in (True, None) for folder, is_own in holdings if is_own is wanted)
     return next(found, folders[0])
@@ -127,7 +127,7 @@ def _sorted_out(
 
 def _unused(directory: Path, folder: Path) -> tuple[str, ...]:
     """That another run's kept snapshots have the usual place, if they do and this run has none."""
-    usual = DEFAULT_KEPT / directory.resolve().name
+    usual = folders_for(directory, DEFAULT_KEPT)[0]
     if usual.resolve() in {directory.resolve(), folder.resolve()}:
         return ()
     return (f"{usual} has kept snapshots of another run: they are not used (--history {shell_word(usual)} uses them)",)
