@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.records import FittedOn
     from farcast_cli.request import Outcome, Prepared, Request
+    from farcast_cli.trainers.base import Snapshot
 
 _NOT_COMPARED = ("evaluations", "files", "verdict")  # compared each in its own way
 _OPTIONS = {"horizon": "--horizon", "for": "--for", "method": "--method", "clock": "--clock", "origin_step": "--origin"}
@@ -61,8 +62,9 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
     wanted = json.loads(compose(prepared, finished, request, written=place, fitted_on=on).as_json())
     planned = {portable(file.name or place.name): file.num_bytes for file in prepared.plans[index]}
     try:
-        later = {SIDECAR, prepared.container.card}
-        problem = _made_otherwise(found, wanted, planned, request, later) or _changed_since(sidecar, prepared)
+        later, made_ns = {SIDECAR, prepared.container.card}, sidecar.stat().st_mtime_ns
+        inputs = (*prepared.snapshots, prepared.origin)
+        problem = _made_otherwise(found, wanted, planned, request, later) or changed_since(made_ns, *inputs)
         trials = _trials(found, place.parent)
     except (KeyError, TypeError, ValueError, AttributeError):
         problem, trials = "made in a way that its sidecar does not tell", ()
@@ -123,11 +125,10 @@ def _compared(content: dict[str, Any], *, judged: bool) -> dict[str, Any]:
     return kept | {"inputs": [{k: v for k, v in one.items() if k != "mean_weight"} for one in content["inputs"]]}
 
 
-def _changed_since(sidecar: Path, prepared: Prepared) -> str:
-    """Which file of a snapshot was written to after the forecast; a digest does not cover a trainer's state."""
-    made = sidecar.stat().st_mtime_ns
-    files = (file for snapshot in (*prepared.snapshots, prepared.origin) for file in snapshot.marks)
-    newer = next((file for file in files if file.stat().st_mtime_ns > made), None)
+def changed_since(made_ns: int, *snapshots: Snapshot) -> str:
+    """Which file of some snapshots was written to after an output; a digest does not cover a trainer's state."""
+    files = (file for snapshot in snapshots for file in snapshot.marks)
+    newer = next((file for file in files if file.stat().st_mtime_ns > made_ns), None)
     return f"and {newer} has changed since" if newer else ""
 
 

@@ -16,6 +16,7 @@ from farcast_cli.errors import FarcastError, OutputError, visible
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_ours, read_sidecar, sidecar_of
 from farcast_cli.records import TuneSidecar
+from farcast_cli.repeat import changed_since
 from farcast_cli.tune.delta import read_about
 from farcast_cli.tune.record import outcome_of
 
@@ -85,7 +86,7 @@ def repeated(place: Place, asked: TuneSidecar, snapshot: Snapshot) -> TuneOutcom
         OutputError: what is there was made of other files, or in another way.
     """
     found = place.read_record()
-    if problem := _made_otherwise(found, asked) or _changed_since(place.changed_ns(), snapshot):
+    if problem := _made_otherwise(found, asked) or changed_since(place.changed_ns(), snapshot):
         raise place.exists_already(problem)
     return outcome_of(found, place.path)
 
@@ -135,9 +136,3 @@ def _spelled(value: object) -> str:
     if isinstance(value, tuple):
         value = ", ".join(map(str, value)) or None
     return "none" if value is None else visible(str(value))
-
-
-def _changed_since(made_ns: int, snapshot: Snapshot) -> str:
-    """Which file of the checkpoint was written to after the output; a digest does not cover a trainer's state."""
-    newer = next((file for file in snapshot.marks if file.stat().st_mtime_ns > made_ns), None)
-    return f"and {newer} has changed since" if newer else ""
