@@ -6,10 +6,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from farcast_cli import system
-from farcast_cli.errors import FarcastError, OutputError, UsageError
+from farcast_cli.errors import FarcastError, OutputError
 from farcast_cli.evaluation.command import Command, Log, Stop, failure, is_log
-from farcast_cli.evaluation.judge import PLACEHOLDER, logs_of, with_path
+from farcast_cli.evaluation.judge import PLACEHOLDER, check_command, logs_of, with_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,16 +39,8 @@ class Hook:
     _ended: list[Ran] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not system.HAS_GROUPS:
-            raise UsageError(
-                f"{OPTION}: expected a system that can end a command with all that it started (Linux, macOS), found another one",
-                hint=f"leave {OPTION} out, and read the printed paths in a script",
-            )
-        if PLACEHOLDER not in self.command:
-            raise UsageError(
-                f"{OPTION} {self.command!r}: expected {PLACEHOLDER} in place of the checkpoint's path",
-                hint=f"{OPTION} 'sbatch resume.sh {PLACEHOLDER}'",
-            )
+        without = "read the printed paths in a script"
+        check_command(self.command, option=OPTION, without=without, example=f"sbatch resume.sh {PLACEHOLDER}")
 
     @property
     def is_running(self) -> bool:

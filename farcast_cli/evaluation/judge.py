@@ -88,16 +88,8 @@ class Evaluator:
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not system.HAS_GROUPS:
-            raise UsageError(
-                "--eval-cmd: expected a system that can end a command with all that it started (Linux, macOS), found another one",
-                hint="leave --eval-cmd out, and compare the forecast with the last checkpoint yourself",
-            )
-        if PLACEHOLDER not in self.command:
-            raise UsageError(
-                f"--eval-cmd {self.command!r}: expected {PLACEHOLDER} in place of the checkpoint's path",
-                hint="--eval-cmd 'python eval.py {ckpt}'",
-            )
+        without = "compare the forecast with the last checkpoint yourself"
+        check_command(self.command, option="--eval-cmd", without=without, example="python eval.py {ckpt}")
         if self.num_jobs < 1:
             raise UsageError(f"--jobs {self.num_jobs}: expected 1 or more")
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -108,6 +100,26 @@ class Evaluator:
 
     def command_for(self, checkpoint: Path) -> str:
         return with_path(self.command, checkpoint, option="--eval-cmd")
+
+
+def check_command(command: str, *, option: str, without: str, example: str) -> None:
+    """That a command can be run here, and takes the path of a checkpoint.
+
+    Args:
+        without: what to do where it cannot be run.
+
+    Raises:
+        UsageError: it cannot, or does not.
+    """
+    if not system.HAS_GROUPS:
+        raise UsageError(
+            f"{option}: expected a system that can end a command with all that it started (Linux, macOS), found another one",
+            hint=f"leave {option} out, and {without}",
+        )
+    if PLACEHOLDER not in command:
+        raise UsageError(
+            f"{option} {command!r}: expected {PLACEHOLDER} in place of the checkpoint's path", hint=f"{option} '{example}'"
+        )
 
 
 def with_path(command: str, checkpoint: Path, *, option: str) -> str:
