@@ -32,7 +32,7 @@ from farcast_cli.commands.options import (
     VerboseOption,
 )
 from farcast_cli.horizons import parse_horizons
-from farcast_cli.settings import env, fit_request
+from farcast_cli.settings import env
 
 EXAMPLES = "Example: farcast backtest --horizon 500,1000,2000"
 
@@ -77,23 +77,23 @@ def backtest(
     from farcast_cli.commands import render
     from farcast_cli.forecast.forecaster_file import load_fitted
 
-    of_folder = None
-    if directory:
-        of_folder = fit_request(
-            directory,
-            include=include,
-            exclude=exclude,
-            steps=steps,
-            pattern=pattern,
-            history=history,
-            sample=sample,
-            full=full,
-            ledger=ledger,
-            device=device,
-            io=io,
-            threads=threads,
-        )
-    run = fitted_by(of_folder, forecaster, context=context, quiet=quiet)
+    run = fitted_by(
+        directory,
+        forecaster,
+        context=context,
+        quiet=quiet,
+        include=include,
+        exclude=exclude,
+        steps=steps,
+        pattern=pattern,
+        history=history,
+        sample=sample,
+        full=full,
+        ledger=ledger,
+        device=device,
+        io=io,
+        threads=threads,
+    )
     fitted = load_fitted(run) if isinstance(run, Path) else run
     report = api.backtest(fitted, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
     if json_:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -110,23 +110,31 @@ def learn(request: FitRequest, *, quiet: bool) -> FitOutcome:
 
 
 def fitted_by(
-    request: FitRequest | None, forecaster: Path, *, context: typer.Context, needs: Sequence[str] = (), quiet: bool
+    directory: Path | None,
+    forecaster: Path,
+    *,
+    context: typer.Context,
+    needs: Sequence[str] = (),
+    quiet: bool,
+    **options: Any,
 ) -> Fitted | Path:
     """The forecaster of a folder, fitted in memory; its file where no folder is named.
 
     Args:
         needs: the options that speak of a folder.
+        options: of `fit_request`, which are for a folder.
 
     Raises:
         UsageError: the command line names both, or chooses parts of a folder that it does not name.
     """
-    if request is None:
+    if directory is None:
         lost = next((name for name in needs if is_given(context, name)), None)
         if lost:
             raise UsageError(
                 f"--{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR --{lost} ..."
             )
         return forecaster
+    request = fit_request(directory, **options)
     if is_given(context, "forecaster"):
         raise UsageError("expected a folder or --forecaster FILE, found both", hint="a folder is fitted in memory")
     return learn(request, quiet=quiet).fitted

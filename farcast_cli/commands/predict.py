@@ -46,7 +46,7 @@ from farcast_cli.commands.options import (
 )
 from farcast_cli.errors import NoForecastError
 from farcast_cli.log_to import parse_targets
-from farcast_cli.settings import check_layout, env, fit_request, horizons_of
+from farcast_cli.settings import check_layout, env, horizons_of
 
 if TYPE_CHECKING:
     from farcast_cli.api import Prediction
@@ -156,23 +156,24 @@ def predict(
     parse_targets(log_to)
     from farcast_cli.commands import render
 
-    of_folder = None
-    if directory:
-        of_folder = fit_request(
-            directory,
-            include=include,
-            exclude=exclude,
-            steps=steps,
-            pattern=pattern,
-            history=history,
-            sample=sample,
-            full=full,
-            ledger=ledger,
-            device=device,
-            io=io,
-            threads=threads,
-        )
-    run = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
+    run = fitted_by(
+        directory,
+        forecaster,
+        context=context,
+        needs=CHOOSING,
+        quiet=quiet,
+        include=include,
+        exclude=exclude,
+        steps=steps,
+        pattern=pattern,
+        history=history,
+        sample=sample,
+        full=full,
+        ledger=ledger,
+        device=device,
+        io=io,
+        threads=threads,
+    )
     with render.progress(quiet=quiet) as progress:
         done = api.predict(
             run,

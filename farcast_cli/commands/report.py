@@ -33,7 +33,7 @@ from farcast_cli.commands.options import (
 )
 from farcast_cli.commands.predict import CHOOSING
 from farcast_cli.errors import UsageError
-from farcast_cli.settings import env, fit_request
+from farcast_cli.settings import env
 
 if TYPE_CHECKING:
     from farcast_cli.api import Report
@@ -97,24 +97,25 @@ def report(
     form = "text" if text else form
     place = _place(output, form=form, as_json=json_)
     directory, forecaster = _source(target, forecaster, context)
-    of_folder = None
-    if directory:
-        of_folder = fit_request(
-            directory,
-            include=include,
-            exclude=exclude,
-            steps=steps,
-            pattern=pattern,
-            history=history,
-            sample=sample,
-            full=full,
-            ledger=ledger,
-            device=device,
-            io=io,
-            threads=threads,
-            losses=losses,
-        )
-    run = fitted_by(of_folder, forecaster, context=context, needs=CHOOSING, quiet=quiet)
+    run = fitted_by(
+        directory,
+        forecaster,
+        context=context,
+        needs=CHOOSING,
+        quiet=quiet,
+        include=include,
+        exclude=exclude,
+        steps=steps,
+        pattern=pattern,
+        history=history,
+        sample=sample,
+        full=full,
+        ledger=ledger,
+        device=device,
+        io=io,
+        threads=threads,
+        losses=losses,
+    )
     done = api.report(
         run,
         output=place,
