@@ -291,6 +291,8 @@ class _Watch:
             return
         request = request.over(history=kept.folder)
         found, past = find(request.fit, minimum=1)
+        if found.origin.step not in {snapshot.step for snapshot in kept.snapshots}:
+            return  # it changed while it was copied, so a later look takes it again
         yield from self._of_restart(found.origin.step, kept)
         steps = past.history.trajectory.steps
         if steps == self.history:

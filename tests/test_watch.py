@@ -23,6 +23,7 @@ import farcast_cli
 from farcast_cli import results
 from farcast_cli.commands import view
 from farcast_cli.errors import OutputError, TooFewSnapshotsError, UsageError
+from farcast_cli.progress import silent
 from farcast_cli.settings import fit_request
 from farcast_cli.watching import CommandEnded, LeapWritten, NewVerdict, Trouble, Waiting, WatchEnded, WatchRequest
 from farcast_cli.watching import watch as follow
@@ -30,7 +31,7 @@ from tests.conftest import clean_environment, loose_name, make_loose_run, popen_
 from tests.test_results import problems as problems_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from farcast_cli.watching import Event
 
@@ -121,6 +122,27 @@ def test_a_snapshot_that_changed_since_the_last_look_is_not_read_beside_one_that
     assert not (here / "kept/run" / loose_name(800)).with_suffix(".kept.safetensors").exists()
     (second,) = look(events, 1)
     assert second.step == 800
+
+
+def test_a_snapshot_that_changed_while_it_was_copied_is_judged_once_it_is_kept(here: Path) -> None:
+    make_loose_run(here / "run")
+    newest = here / "run" / loose_name(800)
+
+    def touch_the_newest(phase: str, total: int) -> Callable[[int], None]:
+        if phase == "keep" and not touched:
+            touched.append(phase)
+            os.utime(newest)
+        return silent(phase, total)
+
+    touched: list[str] = []
+    events = watching(until=800, progress=touch_the_newest)
+    (told,) = look(events, 3)
+    assert isinstance(told, Trouble)
+    assert "left out: it changed or was deleted while it was copied" in told.text
+    judged, ended = look(events, 2)
+    assert (judged.step, judged.num_snapshots) == (800, 8)
+    assert isinstance(ended, WatchEnded)
+    assert (here / "kept/run" / loose_name(800)).with_suffix(".kept.safetensors").is_file()
 
 
 def test_the_history_survives_the_trainers_rotation(here: Path) -> None:
@@ -245,7 +267,6 @@ def test_what_failed_is_tried_again_after_a_minute_though_nothing_changed(here: 
         ledger=Path("ledger.jsonl"), device="cpu", io="auto", threads=1,
     )  # fmt: skip
     times = [0.0]
-    from farcast_cli.progress import silent
     from farcast_cli.request import Request
 
     asked = WatchRequest(request, Request(ledgers=request.ledgers))
