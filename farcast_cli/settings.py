@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from farcast_cli import system
-from farcast_cli.choices import DEFAULT_SAMPLE, ClockName, CountersMode, Io, KeepForm, OptimizerMode, OutputLayout
+from farcast_cli.choices import (
+    DEFAULT_SAMPLE,
+    ClockName,
+    CountersMode,
+    Io,
+    KeepForm,
+    OptimizerMode,
+    OutputLayout,
+    StepFrom,
+    StepUnit,
+)
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.files.place import check_outside
+from farcast_cli.files.place import SIDECAR, check_outside
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 
 if TYPE_CHECKING:
@@ -54,12 +64,25 @@ def selection_of(
     pattern: str | None,
     *,
     history: Path | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
 ) -> Selection:
     """The part of a run that the options name."""
+    check_choice("--step-from", step_from, StepFrom)
+    check_choice("--unit", unit, StepUnit)
     from farcast_cli.run.selection import Selection
     from farcast_cli.run.steps import parse_steps
+    from farcast_cli.run.trust import StepRule
 
-    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()), history)
+    return Selection(
+        directory,
+        parse_steps(steps),
+        pattern or "",
+        tuple(include or ()),
+        tuple(exclude or ()),
+        history,
+        rule=StepRule(step_from, unit),
+    )
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -175,6 +198,21 @@ def check_choices(
     check_choice("--io", io, Io)
 
 
+def place_in_folder(name: str | None) -> str:
+    """The name of a checkpoint's file in a folder of its own; "" for none.
+
+    Raises:
+        UsageError: it is no plain name.
+    """
+    if name is None:
+        return ""
+    if not name or name != Path(name).name or name in {".", "..", SIDECAR} or name.startswith("."):
+        raise UsageError(
+            f"--place {name}: expected the plain name of a file, such as ckpt.pt", hint="-o OUT names the folder around it"
+        )
+    return name
+
+
 def check_layout(layout: OutputLayout, purpose: Purpose) -> None:
     """That an output to resume from can hold a trainer's state.
 
@@ -221,6 +259,8 @@ def fit_request(
     threads: int,
     losses: Path | None = None,
     history: Path | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
@@ -228,7 +268,7 @@ def fit_request(
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit)
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
 
 
@@ -244,6 +284,8 @@ def watch_request(
     io: Io,
     threads: int,
     keep: KeepForm,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
 ) -> WatchRequest:
     """What is kept and judged of a run that is watched.
 
@@ -255,6 +297,7 @@ def watch_request(
     if into is not None:
         check_outside(into / "any", directory, option="--into")
     options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "steps": None}
+    options |= {"step_from": step_from, "unit": unit}
     machine: Any = {"ledger": ledger, "device": device, "io": io, "threads": threads}
     fit = fit_request(directory, **options, **machine, sample=DEFAULT_SAMPLE, full=False, history=into)
     from farcast_cli.request import Request
@@ -278,7 +321,8 @@ def check_watch_options(interval: float, *, is_leaping: bool, on_leap: str | Non
 
 def narrowed(fitted: Fitted) -> str:
     """The options that chose what was read of a run, each with a blank before it."""
+    rule = "".join(f" {word}" for word in fitted.rule.options)
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)
+    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule

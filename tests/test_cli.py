@@ -538,12 +538,12 @@ NAMED_ONLY = {
     },
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast", "target"},
     "an argument that is nobody else's to give": {"command"},
-    "a place to write": {"output", "delta_out", "log_to", "into"},
+    "a place to write": {"output", "place", "delta_out", "log_to", "into"},
     "what is removed": {"last"},
     "a program": {"eval_cmd", "on_leap"},
     "what is written": {"leap"},
     "a check": {"even_if_worse", "overwrite", "gate", "holdout", "subsample", "seed", "maximize", "io"},
-    "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
+    "a check on the way": {"steps", "step_from", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
 }
 
 

@@ -69,6 +69,18 @@ class Container:
     """The origin's parts that are written beside the weights."""
     left_out: tuple[str, ...] = ()
     """The keys and files that are not."""
+    inner: str = ""
+    """The name of the file in a folder of its own, for a trainer that resumes from a folder with a file of that name."""
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the output itself is a file."""
+        return self.is_file and not self.inner
+
+    @property
+    def name_ending(self) -> str:
+        """What the output's name ends in."""
+        return self.ending if self.is_one_file else ""
 
     @property
     def form(self) -> str:
@@ -87,7 +99,7 @@ class Container:
 
     def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
         """A name of the origin's kind, with a mark, and with the container's ending."""
-        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
+        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.name_ending
 
     @property
     def notes(self) -> list[str]:
@@ -99,8 +111,27 @@ class Container:
         return [f"{what} in {_CONTAINERS[self.layout]}: {listed(self.left_out)}"]
 
 
-def settle(origin: Snapshot, asked: OutputLayout) -> Container:
-    """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for."""
+def settle(origin: Snapshot, asked: OutputLayout, *, inner: str = "") -> Container:
+    """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for.
+
+    Args:
+        inner: the name of the file in a folder of its own; "" for a forecast that lies as the origin does.
+
+    Raises:
+        UsageError: that name does not fit the output.
+    """
+    found = _settle(origin, asked)
+    if inner and not found.is_file:
+        raise UsageError(
+            f"--place {inner}: expected checkpoints that are one file, found {origin.path.name}, which is written as a folder",
+            hint="leave --place out: the printed path is the folder",
+        )
+    if inner and not inner.endswith(found.ending):
+        raise UsageError(f"--place {inner}: expected a name that ends in {found.ending}, as the file's own does")
+    return replace(found, inner=inner)
+
+
+def _settle(origin: Snapshot, asked: OutputLayout) -> Container:
     if asked == "hub":
         return _for_hub(origin)
     is_file = origin.path.is_file()
@@ -155,6 +186,11 @@ def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, targe
     Raises:
         UsageError: a tensor that the container cannot hold, or shards of what is never read in shards.
     """
+    found = _plan_converted(origin, advanced, rewrite, target)
+    return [replace(output, name=output.name or target.inner) for output in found]
+
+
+def _plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Container) -> list[OutputFile]:
     if target.layout == "same":
         return plan_outputs(origin, advanced, rewrite)
     advanced.notes += target.notes

@@ -27,7 +27,7 @@ from farcast_cli.optional import need
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
 from farcast_cli.trainers.base import ADAPTER_FILES, KEPT_KEY, Part, Snapshot
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_number_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -40,13 +40,13 @@ def forecast_name(origin: Snapshot, horizon: int, *, unit: Fraction = Fraction(1
         unit: what the number in the name counts per step.
         keep_step: the counters inside stay at the origin, and so does the name, marked as a leap.
     """
-    name, found = origin.path.name, find_step_in_name(origin.path.name)
+    name, found = origin.path.name, find_number_in_name(origin.path.name, origin.unit)
     moved = unit * horizon
     stem, ending = (origin.path.stem, origin.path.suffix) if origin.path.is_file() else (name, "")
     if keep_step:
         return f"{stem}-leap{horizon}{ending}"
     if found is None or moved.denominator != 1:
-        return f"{stem}-step{origin.step + horizon}{ending}"
+        return f"{stem}-{origin.unit}{origin.step + horizon}{ending}"
     digits = str(int(found[1]) + int(moved)).zfill(len(found[1]))
     return name[: found.start(1)] + digits + name[found.end(1) :]
 

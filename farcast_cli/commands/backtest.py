@@ -27,8 +27,10 @@ from farcast_cli.commands.options import (
     PurposeOption,
     QuietOption,
     SampleOption,
+    StepFromOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     VerboseOption,
 )
 from farcast_cli.horizons import parse_horizons
@@ -59,6 +61,8 @@ def backtest(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -86,6 +90,8 @@ def backtest(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         history=history,
         sample=sample,
         full=full,

@@ -23,8 +23,10 @@ from farcast_cli.commands.options import (
     PatternOption,
     QuietOption,
     SampleOption,
+    StepFromOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     VerboseOption,
     is_given,
 )
@@ -50,6 +52,8 @@ def fit(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -74,6 +78,8 @@ def fit(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         history=history,
         sample=sample,
         full=full,
@@ -128,10 +134,10 @@ def fitted_by(
         UsageError: the command line names both, or chooses parts of a folder that it does not name.
     """
     if directory is None:
-        lost = next((name for name in needs if is_given(context, name)), None)
+        lost = next((f"--{name.replace('_', '-')}" for name in needs if is_given(context, name)), None)
         if lost:
             raise UsageError(
-                f"--{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR --{lost} ..."
+                f"{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR {lost} ..."
             )
         return forecaster
     request = fit_request(directory, **options)

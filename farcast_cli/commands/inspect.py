@@ -17,7 +17,9 @@ from farcast_cli.commands.options import (
     LedgerOption,
     PatternOption,
     QuietOption,
+    StepFromOption,
     StepsOption,
+    UnitOption,
     VerboseOption,
 )
 from farcast_cli.settings import ledgers_of, prepare, selection_of
@@ -31,6 +33,8 @@ def inspect(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     history: HistoryOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
     json_: JsonOption = False,
@@ -46,7 +50,7 @@ def inspect(
     from farcast_cli.run.losses import losses_of
     from farcast_cli.run.selection import inspect as run
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit)
     found = run(selection)
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     worth = past.worth(losses_of(found.trajectory)) if past else None

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from farcast_cli import api
-from farcast_cli.commands.options import ConfigOption, JsonOption, PatternOption, QuietOption, StepsOption
+from farcast_cli.commands.options import (
+    ConfigOption,
+    JsonOption,
+    PatternOption,
+    QuietOption,
+    StepFromOption,
+    StepsOption,
+    UnitOption,
+)
 from farcast_cli.settings import env
 
 EXAMPLES = "Example: while sleep 60; do farcast keep ckpts/; done    # then: farcast fit ckpts/"
@@ -34,6 +42,8 @@ def keep(
     ] = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     json_: JsonOption = False,
     quiet: QuietOption = False,
     config: ConfigOption = None,
@@ -46,7 +56,17 @@ def keep(
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
-        done = api.keep(directory, into=into, sampled=sampled, last=last, steps=steps, pattern=pattern, progress=progress)
+        done = api.keep(
+            directory,
+            into=into,
+            sampled=sampled,
+            last=last,
+            steps=steps,
+            pattern=pattern,
+            step_from=step_from,
+            unit=unit,
+            progress=progress,
+        )
     if not quiet:
         render.keeping(done)
     if json_:

@@ -26,8 +26,10 @@ from farcast_cli.commands.options import (
     PurposeOption,
     QuietOption,
     SampleOption,
+    StepFromOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     choice,
     is_given,
 )
@@ -36,7 +38,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.settings import env
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Report
+    from farcast_cli.returned import Report
 
 EXAMPLES = "Examples: farcast report   |   farcast report ckpts/ -o run.png   |   farcast report --format markdown >> $GITHUB_STEP_SUMMARY"
 
@@ -81,6 +83,8 @@ def report(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -107,6 +111,8 @@ def report(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         history=history,
         sample=sample,
         full=full,

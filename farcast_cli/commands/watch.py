@@ -22,7 +22,9 @@ from farcast_cli.commands.options import (
     LogToOption,
     PatternOption,
     QuietOption,
+    StepFromOption,
     ThreadsOption,
+    UnitOption,
     choice,
 )
 from farcast_cli.settings import env
@@ -65,6 +67,8 @@ def watch(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     ledger: LedgerOption = DEFAULT_LEDGER,
     log_to: LogToOption = None,
     device: DeviceOption = "auto",
@@ -93,6 +97,8 @@ def watch(
             include=include,
             exclude=exclude,
             pattern=pattern,
+            step_from=step_from,
+            unit=unit,
             ledger=ledger,
             log_to=log_to,
             device=device,

@@ -15,6 +15,7 @@ from farcast_cli.forecast.memory import basis_of, check_memory_of, read_memory, 
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.run.alignment import align, since_last_change
 from farcast_cli.run.pace import Pace
+from farcast_cli.run.trust import StepRule
 from farcast_cli.state.rates import rate_at, read_pace
 from farcast_cli.state.trained import trained_in
 from farcast_cli.tensors import is_batch_norm_statistic
@@ -36,7 +37,7 @@ MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to 
 RISING = 1.01  # times the rate before
 
 
-def known_memory(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Memory | None, list[str]]:
+def known_memory(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str]]:
     """The memory of this run, and a note where there is one that is of no use.
 
     Raises:
@@ -47,8 +48,12 @@ def known_memory(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Mem
         return None, []
     origin = trajectory.origin
     check_memory_of(memory, trajectory.directory)
-    if pattern != memory.record.pattern:
+    if trajectory.pattern != memory.record.pattern:
         return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
+    rule = StepRule(memory.record.step_from, memory.record.unit)
+    if trajectory.rule != rule:
+        told = " ".join(rule.options) or "neither --step-from nor --unit"
+        return None, [f"{place} counts its steps by {told}: a new memory starts"]
     before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)
     if before is not None and not memory.began_at(before):
         return None, [f"{before.path.name} has changed since the last call: a new memory starts"]

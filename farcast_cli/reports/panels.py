@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli import __version__
 from farcast_cli.errors import listed, visible
-from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.forecast.words import chance, clock_line, counted, recent_half, shown_number
 from farcast_cli.headline import advised
 from farcast_cli.run.losses import LOSS_KINDS
 
@@ -150,7 +150,7 @@ def _directions(story: Story) -> Panel:
         message,
         "At each step, only the snapshots up to it count. A leap needs a high S and a low p.",
         "In the shaded zone farcast does not leap. With few snapshots p cannot be as small as 0.01, so its limit is higher there.",
-        Numbers(("step", "S", "recent S", "p", "leap"), rows),
+        Numbers((story.fitted.rule.unit, "S", "recent S", "p", "leap"), rows),
     )
 
 
@@ -161,7 +161,7 @@ def _backtest(story: Story) -> Panel:
     message = "The weights did not move." if chosen else "The history is too short to test a method."
     if chosen and math.isfinite(chosen.ratio):
         message = (
-            f"{method}, which predict uses, had {number(chosen.ratio)} of the error of no forecast, {horizon} steps ahead;"
+            f"{method}, which predict uses, had {number(chosen.ratio)} of the error of no forecast, {counted(horizon, story.fitted.rule.unit)} ahead;"
             f" as written, {number(chosen.ratio_as_written)}."
         )
     rows = tuple(
@@ -213,7 +213,7 @@ def _tensors(story: Story) -> Panel:
         "tensors",
         "Tensors by error",
         message,
-        f"Back-test ratio b of each tensor by {method}, {horizon} steps ahead: 0 is perfect, 1 is no better than no forecast.{some}{still}",
+        f"Back-test ratio b of each tensor by {method}, {counted(horizon, story.fitted.rule.unit)} ahead: 0 is perfect, 1 is no better than no forecast.{some}{still}",
         "",
         Numbers(("tensor", "values", "b"), rows),
     )
@@ -278,7 +278,10 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
     num_values = sum(math.prod(tensor.shape) for tensor in record.tensors)
     yield "run", record.directory
     yield "layout", record.layout
-    yield "snapshots", f"{len(steps)}, steps {steps[0]} to {steps[-1]}"
+    rule = story.fitted.rule
+    yield "snapshots", f"{len(steps)}, {rule.unit}s {steps[0]} to {steps[-1]}"
+    yield "unit", f"the {rule.unit}: every number of steps counts {rule.unit}s" if rule.unit != "step" else ""
+    yield "steps from", f"--step-from {rule.source}" if rule.source else ""
     yield "parameters", f"{num_values:,} in {len(record.tensors)} tensors"
     yield "element types", _counted(tensor.dtype for tensor in record.tensors)
     yield "copied", _counted(one.kind for one in story.fitted.copied) or "none"

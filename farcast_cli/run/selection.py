@@ -10,6 +10,7 @@ from farcast_cli.run.alignment import align, since_last_change
 from farcast_cli.run.kept import survey_all
 from farcast_cli.run.thinning import thinned
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Selection:
     """The folder of kept snapshots; None for the default one."""
     unsettled: frozenset[str] = frozenset()
     """Names of entries that are left out, because they changed a moment ago."""
+    rule: StepRule = BY_EVIDENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,13 @@ def inspect(selection: Selection) -> Inspection:
         TooFewSnapshotsError: no snapshot at all.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    trajectory = survey_all(selection.directory, steps=selection.steps, pattern=selection.pattern, history=selection.history)
+    trajectory = survey_all(
+        selection.directory,
+        steps=selection.steps,
+        pattern=selection.pattern,
+        rule=selection.rule,
+        history=selection.history,
+    )
     found, alignment, notes = list(trajectory.conflicts), None, tuple[str, ...]()
     fatal = next(iter(found), None)
     try:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from farcast_cli.choices import StepUnit
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import TensorEntry
 
@@ -126,6 +127,8 @@ class Snapshot:
     evidence: tuple[Evidence, ...]
     step: int = -1
     step_source: str = ""
+    unit: StepUnit = "step"
+    """What `step` counts."""
     not_streamable: frozenset[str] = frozenset()
     beside: tuple[tuple[str, str], ...] = ()
     """Weights that are not the run's own by any rule, and so are copied: (name, reason)."""
@@ -189,8 +192,8 @@ class Snapshot:
         """Whether it holds only a sample of some tensor's values."""
         return any(entry.sample for entry in self.tensors.values())
 
-    def settle(self, step: int, source: str) -> Snapshot:
-        return replace(self, step=step, step_source=source)
+    def settle(self, step: int, source: str, unit: StepUnit | None = None) -> Snapshot:
+        return replace(self, step=step, step_source=source, unit=unit or self.unit)
 
 
 class Clock(Protocol):

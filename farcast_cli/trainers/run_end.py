@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.trainers.base import Snapshot
 
+LAST_EPOCH_KEYS = ("max_epochs", "num_epochs", "num_train_epochs", "n_epochs", "epochs")
 LAST_STEP_KEYS = ("max_steps", "max_iters", "total_steps", "num_training_steps", "max_train_steps")
 SETTINGS_KEYS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "args", "config", "cfg", "train_config")
 """Where a payload keeps its settings: Lightning's first, then what hand-written loops call them."""
@@ -35,7 +36,7 @@ def end_of(
         epochs_key: a setting that counts epochs.
         steps_left: from a tree to the end of so many epochs; None where the tree does not tell.
     """
-    keys = (*LAST_STEP_KEYS, *([epochs_key] if epochs_key else []))
+    keys = LAST_EPOCH_KEYS if origin.unit == "epoch" else (*LAST_STEP_KEYS, *([epochs_key] if epochs_key else []))
     ended = end_by_schedules(origin)
     if ended:
         return ended
