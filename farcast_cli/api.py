@@ -227,10 +227,12 @@ def backtest(
     check_choice("--clock", clock, ClockName)
     fitted = _fitted(run, device, "auto", 0)
     from farcast_cli.forecast.judgement import report_backtest
+    from farcast_cli.prediction import within_run
     from farcast_cli.settings import device_name
 
     where = device_name(device)
-    return report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
+    found = report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
+    return within_run(found, fitted) if purpose == "resume" else found
 
 
 def report(

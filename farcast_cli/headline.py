@@ -53,8 +53,10 @@ def _advised(outcome: Outcome, purpose: Purpose) -> Advised:
 def _to_resume(outcome: Outcome) -> tuple[str, str]:
     decision = outcome.decision
     if decision.verdict == "forecast":
+        farther = " Its weights are farther from the later ones at first; the direction decides." if decision.is_farther else ""
         return f"Leap {counted(outcome.horizon, outcome.rule.unit)}", (
             f"The run keeps its direction. farcast supports resuming from a forecast of {outcome.rule.unit} {outcome.valid_step}."
+            f"{farther}"
         )
     causes = (
         (decision.is_over, "Nothing is left to skip"),

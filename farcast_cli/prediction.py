@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import Purpose
     from farcast_cli.forecast.backtest import Decision
+    from farcast_cli.forecast.judgement import BacktestReport
     from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
 
@@ -140,6 +141,25 @@ def proposed(fitted: Fitted, request: Request) -> tuple[Judged, str]:
         return judge(fitted, request), ""
     except FarcastError as error:
         return judge(fitted, replace(request, counters="keep")), str(error)
+
+
+def within_run(report: BacktestReport, fitted: Fitted) -> BacktestReport:
+    """A back-test to resume from whose verdicts know the end of the run, as `predict` does; unchanged if the files do not tell."""
+    try:
+        start = _open(fitted, len(fitted.steps) - 1, Request())
+    except FarcastError:
+        return report
+    decisions = {
+        horizon: (method, _within(decision, start, horizon)) for horizon, (method, decision) in report.decisions.items()
+    }
+    return replace(report, decisions=decisions)
+
+
+def _within(decision: Decision, start: Start, horizon: int) -> Decision:
+    if start.end is None or not start.ends_before(horizon) or decision.verdict != "forecast":
+        return decision
+    why = f"the run ends at {start.origin.unit} {start.end[1]}: a leap must end before that"
+    return replace(decision, verdict="abstain", reason=why, is_over=True)
 
 
 def origin_of(fitted: Fitted, request: Request) -> Start:

@@ -982,7 +982,7 @@ def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path
     before = tree_digest(work)
     done = call_cli("predict", "--horizon", 5000, cwd=work)
     assert (done.returncode, done.stdout) == (10, "")
-    assert "KEEP TRAINING: It is too early to tell: 5000 steps ahead is more than 1.5 times the history" in done.stderr
+    assert "KEEP TRAINING: It is too early to tell: a horizon of 5000 is more than 1.5 times the history" in done.stderr
     assert "--even-if-worse" in done.hints[0]
     assert tree_digest(work) == before
 

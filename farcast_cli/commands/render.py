@@ -324,16 +324,29 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         note(text)
     if done.worth:
         note(done.worth.told())
-    note(proposal(fitted, "resume"))
-    note("next: farcast predict, or farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
+    outcome = _proposed(fitted, "resume")
+    note(_would_say(outcome, "resume"))
+    ways = {
+        "farcast predict": outcome.decision.verdict == "forecast",
+        "keep training and fit again": not outcome.decision.is_over,
+    }
+    first = next((f"{way}, or " for way, holds in ways.items() if holds), "")
+    note(f"next: {first}farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
 
 
 def proposal(fitted: Fitted, purpose: Purpose) -> str:
     """What `predict` would say of a run, without a horizon."""
+    return _would_say(_proposed(fitted, purpose), purpose)
+
+
+def _proposed(fitted: Fitted, purpose: Purpose) -> Outcome:
     from farcast_cli.prediction import proposed
     from farcast_cli.request import Request
 
-    outcome = proposed(fitted, Request(purpose=purpose))[0].outcomes[0]
+    return proposed(fitted, Request(purpose=purpose))[0].outcomes[0]
+
+
+def _would_say(outcome: Outcome, purpose: Purpose) -> str:
     return f"farcast predict would say: {advised(outcome, purpose).line}"
 
 
@@ -500,7 +513,7 @@ def _expected(decision: Decision, purpose: Purpose) -> str:
 
 def _farther(decision: Decision, purpose: Purpose) -> str:
     """Why a forecast to resume from is written although its weights are farther from the later ones than the origin's."""
-    if purpose == "resume" and decision.expected > 1:
+    if purpose == "resume" and decision.is_farther:
         return " (the weights are farther from the real ones at first; S and p decide whether to resume)"
     return ""
 

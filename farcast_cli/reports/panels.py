@@ -26,6 +26,8 @@ MAX_METHODS = 3  # of a back-test, besides the one that predict uses
 MAX_EACH = 10  # of the most exact tensors, and of the least exact ones
 CASES = ("all warm: leap far", "a warm band along the diagonal: leap a short way", "pale: do not leap")
 """How to read the cosines."""
+_DECIDES = "S and p decide"
+"""The remark on a number above 1 where a leap is advised all the same."""
 NO_VALUE = "–"  # noqa: RUF001 - a dash is what a table shows for no number
 
 
@@ -82,10 +84,15 @@ def _deciding(found: Proposal) -> Iterator[tuple[str, str, str]]:
     decision = found.outcome.decision
     if found.purpose == "resume":
         yield from _of_direction(found)
+    overruled = found.purpose == "resume" and decision.verdict == "forecast"
     if math.isfinite(decision.ratio) and not decision.is_average:
-        yield "back-test b", shown_number(decision.ratio), "1: no better"
+        yield "back-test b", shown_number(decision.ratio), _DECIDES if overruled and decision.ratio > 1 else "1: no better"
     if math.isfinite(decision.expected):
-        yield "expected error", shown_number(decision.expected), "1: no forecast"
+        yield (
+            "expected error",
+            shown_number(decision.expected),
+            _DECIDES if overruled and decision.is_farther else "1: no forecast",
+        )
 
 
 def _of_direction(found: Proposal) -> Iterator[tuple[str, str, str]]:

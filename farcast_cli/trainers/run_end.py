@@ -30,7 +30,7 @@ def end_of(
 
     The origin's own step where its schedules have ended.
 
-    A number counts only if it is larger than the origin's step: a smaller one is of something else.
+    A number counts only if it is the origin's step or larger: a smaller one is of something else. Of epochs, only a larger one.
 
     Args:
         epochs_key: a setting that counts epochs.
@@ -46,9 +46,9 @@ def end_of(
             for where, value in _settings(tree, keys):
                 if not (epochs_key and where.endswith(f".{epochs_key}")):
                     ends.append((where, value))
-                elif steps_left and (left := steps_left(tree, value)) is not None:
+                elif steps_left and (left := steps_left(tree, value)):
                     ends.append((f"{where} = {value}, in steps", origin.step + left))
-            later = [end for end in ends if end[1] > origin.step]
+            later = [end for end in ends if end[1] >= origin.step]
             if later:
                 where, total = min(later, key=lambda end: end[1])
                 return f"{part.path} says {where}", total
