@@ -171,6 +171,15 @@ def test_epochs_are_the_unit_where_only_they_are_known(tmp_path: Path, call_cli:
     assert (written["epoch"], written["samples_seen"]) == (13, 65_000)
 
 
+def test_an_epoch_beside_a_score_in_the_name_is_the_unit_too(tmp_path: Path, call_cli: CallCli) -> None:
+    (tmp_path / "run").mkdir()
+    for epoch in range(1, 11):
+        torch.save(weights_at(100 * epoch), tmp_path / "run" / f"model_ep_{epoch}_sdr_{8 + epoch / 7:.4f}.ckpt")
+    assert "--unit epoch counts in epochs" in call_cli("fit", "run", cwd=tmp_path).stderr
+    done = call_cli("predict", "run", "--unit", "epoch", "--horizon", 2, cwd=tmp_path)
+    assert done.stdout == "forecasts/run/model_ep_12_sdr_9.4286.ckpt\n"
+
+
 def test_every_answer_tells_the_unit(tmp_path: Path, call_cli: CallCli) -> None:
     in_epochs(tmp_path / "run")
     chosen = ("run", "--unit", "epoch")

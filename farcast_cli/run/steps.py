@@ -31,7 +31,7 @@ from farcast_cli.run.trust import (
     without_constant,
 )
 from farcast_cli.trainers.base import Evidence, Snapshot
-from farcast_cli.trainers.names import ALIAS, MAX_DIGITS, varying_numbers
+from farcast_cli.trainers.names import ALIAS, MAX_DIGITS, find_epoch_in_name, varying_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -352,7 +352,8 @@ def _order_of(snapshots: Sequence[Snapshot]) -> _Order:
 
 def _named_epochs(snapshots: Sequence[Snapshot]) -> dict[str, int]:
     found = varying_numbers([snapshot.path.name for snapshot in snapshots])
-    return {name: number for name, (word, number) in found.items() if word}
+    told = {one.path.name: match for one in snapshots if (match := find_epoch_in_name(one.path.name))}
+    return {name: int(match[1]) for name, match in told.items()} | {name: n for name, (word, n) in found.items() if word}
 
 
 def _ask_for_steps(ordered: Sequence[Snapshot], order: _Order, directory: Path, rule: StepRule) -> Iterator[StepConflictError]:
