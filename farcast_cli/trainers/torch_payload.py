@@ -14,6 +14,7 @@ from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter
 from farcast_cli.formats.tree import dotted, find, walk
 from farcast_cli.tensors import FORECASTABLE
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.by_content import is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.run_end import end_of
@@ -30,7 +31,7 @@ STEP_KEYS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter
 
 
 def _recognises(path: Path) -> bool:
-    return path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and path.is_file()
+    return is_torch(path)
 
 
 def _read(path: Path) -> Snapshot:
