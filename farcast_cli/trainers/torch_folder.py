@@ -16,6 +16,7 @@ from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, counte
 from farcast_cli.trainers.weights_folder import Weights, as_one
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from farcast_cli.trainers.base import Evidence, EvidenceKind
@@ -32,10 +33,11 @@ def _recognises(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in NAMES)
 
 
-def _read(path: Path) -> Snapshot:
-    payload = _payload(path)
+def _read(path: Path, chosen: Sequence[str] = ()) -> Snapshot:
+    layout = torch_payload.LAYOUT.choosing(chosen)
+    payload = _payload(path, layout)
     ranks = sorted(path.glob("consolidated.*.pth")) if payload.path.name.startswith("consolidated.") else [payload.path]
-    inner = [payload, *(torch_payload.LAYOUT.read(file) for file in ranks if file != payload.path)]
+    inner = [payload, *(layout.read(file) for file in ranks if file != payload.path)]
     weights = as_one(path, (_weights(one, path, f"{rank}." if rank else "") for rank, one in enumerate(inner)))
     others, notes = side_parts(path, weights.parts)
     name = named_steps(path)
@@ -53,13 +55,13 @@ def _read(path: Path) -> Snapshot:
     )
 
 
-def _payload(path: Path) -> Snapshot:
+def _payload(path: Path, layout: Layout) -> Snapshot:
     """The first file of a usual name that holds weights, as the snapshot that it would be by itself."""
     without: list[NoWeightsError] = []
     for name in NAMES:
         if (path / name).is_file():
             try:
-                return torch_payload.LAYOUT.read(path / name)
+                return layout.read(path / name)
             except NoWeightsError as error:
                 without.append(error)
     raise without[0]
@@ -74,4 +76,4 @@ def _of(source: EvidenceKind, payload: Snapshot) -> tuple[Evidence, ...]:
     return tuple(item for item in payload.evidence if item.source == source)
 
 
-LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of))
+LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of), read_chosen=_read)
