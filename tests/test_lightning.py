@@ -471,7 +471,7 @@ def test_of_averaged_weights_the_live_ones_are_forecast_and_the_average_moves_wi
         )
         for a in (found, origin)
     )
-    assert error.norm() < 0.5 * move.norm()
+    assert error.norm() < 0.75 * move.norm()
     assert any(name == "state_dict.*" and "average" in reason for name, reason in beside(tmp_path / "run"))
 
 
