@@ -672,7 +672,8 @@ def test_a_second_network_and_an_average_of_the_weights_are_listed_as_copied(tmp
     fitted = fit_run(_payload_run(tmp_path / "run", payloads))
     listed = {record.name: record.reason for record in fitted.provenance.copied}
     assert {"disc.*", "ema.*"} <= listed.keys()
-    assert "not forecast" in listed["ema.*"]
+    assert "not forecast" in listed["disc.*"]
+    assert "moves with them" in listed["ema.*"]
 
 
 def test_a_device_in_a_payload_comes_back_as_one(tmp_path: Path) -> None:

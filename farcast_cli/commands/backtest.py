@@ -30,6 +30,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
+    WeightsOption,
 )
 from farcast_cli.horizons import parse_horizons
 from farcast_cli.settings import env
@@ -59,6 +60,7 @@ def backtest(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -85,6 +87,7 @@ def backtest(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,

@@ -19,6 +19,7 @@ from farcast_cli.commands.options import (
     QuietOption,
     StepsOption,
     VerboseOption,
+    WeightsOption,
 )
 from farcast_cli.settings import ledgers_of, prepare, selection_of
 
@@ -31,6 +32,7 @@ def inspect(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
     json_: JsonOption = False,
@@ -45,7 +47,7 @@ def inspect(
     from farcast_cli.run.losses import losses_of
     from farcast_cli.run.selection import inspect as run
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history, weights=weights)
     found = run(selection)
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     worth = past.worth(losses_of(found.trajectory)) if past else None

@@ -32,6 +32,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
+    WeightsOption,
     choice,
 )
 from farcast_cli.errors import NoForecastError
@@ -98,6 +99,7 @@ def leap(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     clock: ClockOption = None,
     optimizer: OptimizerOption = "copy",
     layout: LayoutOption = "same",
@@ -141,6 +143,7 @@ def leap(
             exclude=exclude,
             steps=steps,
             pattern=pattern,
+            weights=weights,
             clock=clock,
             optimizer=optimizer,
             layout=layout,

@@ -28,6 +28,7 @@ from farcast_cli.commands.options import (
     SampleOption,
     StepsOption,
     ThreadsOption,
+    WeightsOption,
     choice,
     is_given,
 )
@@ -81,6 +82,7 @@ def report(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -107,6 +109,7 @@ def report(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,

@@ -105,6 +105,8 @@ class Provenance(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     pattern: str = ""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights, where they were chosen."""
     kept: str = ""
     """The folder of the run's kept snapshots, if some of the snapshots lie there."""
     checksum: str = ""
@@ -364,7 +366,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
         )
     if not is_there:
         raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
-    layout = KEPT if record.is_kept else named(fitted.provenance.layout)
+    layout = KEPT if record.is_kept else named(fitted.provenance.layout).choosing(fitted.provenance.weights)
     snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
