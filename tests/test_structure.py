@@ -58,6 +58,7 @@ ORDER = (
     "trainers.base",
     "trainers.group_marks",
     "trainers.weights_folder",
+    "trainers.averages",
     "trainers.run_end",
     "trainers.kept",
     "trainers.loose_safetensors",
