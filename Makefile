@@ -22,7 +22,7 @@ help: ## say what the targets do
 
 setup: $(STAMP) ## make .venv with farcast and all that its tests need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt farcast_cli/engine/_kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $(STAMP)
@@ -94,4 +94,4 @@ sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info farcast_cli/engine/_kernel.*.so

@@ -117,6 +117,7 @@ ORDER = (
     "checkpoint.convert",
     "engine.__init__",
     "engine.casts",
+    "engine.native",
     "engine.reader",
     "engine.workers",
     "engine.linear",
