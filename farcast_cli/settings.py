@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from farcast_cli import system
 from farcast_cli.choices import (
+    DEFAULT_FORECASTER,
     DEFAULT_SAMPLE,
     ClockName,
     CountersMode,
@@ -66,6 +67,7 @@ def selection_of(
     history: Path | None = None,
     step_from: StepFrom | None = None,
     unit: StepUnit = "step",
+    weights: str | None = None,
 ) -> Selection:
     """The part of a run that the options name."""
     check_choice("--step-from", step_from, StepFrom)
@@ -74,15 +76,12 @@ def selection_of(
     from farcast_cli.run.steps import parse_steps
     from farcast_cli.run.trust import StepRule
 
-    return Selection(
-        directory,
-        parse_steps(steps),
-        pattern or "",
-        tuple(include or ()),
-        tuple(exclude or ()),
-        history,
-        rule=StepRule(step_from, unit),
-    )
+    keys = () if weights is None else tuple(key.strip() for key in weights.split(","))
+    if not all(keys):
+        raise UsageError(f"--weights {weights}: expected keys with commas between them, such as --weights g,d")
+    globs = tuple(include or ()), tuple(exclude or ())
+    rule = StepRule(step_from, unit)
+    return Selection(directory, parse_steps(steps), pattern or "", *globs, history, rule=rule, weights=keys)
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -261,6 +260,7 @@ def fit_request(
     history: Path | None = None,
     step_from: StepFrom | None = None,
     unit: StepUnit = "step",
+    weights: str | None = None,
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
@@ -268,7 +268,9 @@ def fit_request(
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit)
+    selection = selection_of(
+        directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit, weights=weights
+    )
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
 
 
@@ -279,6 +281,7 @@ def watch_request(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     pattern: str | None,
+    weights: str | None,
     ledger: Path,
     device: str,
     io: Io,
@@ -296,7 +299,7 @@ def watch_request(
     check_choice("--io", io, Io)
     if into is not None:
         check_outside(into / "any", directory, option="--into")
-    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "steps": None}
+    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "weights": weights, "steps": None}
     options |= {"step_from": step_from, "unit": unit}
     machine: Any = {"ledger": ledger, "device": device, "io": io, "threads": threads}
     fit = fit_request(directory, **options, **machine, sample=DEFAULT_SAMPLE, full=False, history=into)
@@ -324,5 +327,13 @@ def narrowed(fitted: Fitted) -> str:
     rule = "".join(f" {word}" for word in fitted.rule.options)
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
+    options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
     return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule
+
+
+def source_of(run: object, fitted: Fitted) -> str:
+    """What a command to paste needs to read the same run, with a blank before it; `run` is a place, or what was fitted."""
+    if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
+        return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
+    return f" {fitted.source}{narrowed(fitted)}"

@@ -32,6 +32,7 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     UnitOption,
     VerboseOption,
+    WeightsOption,
 )
 from farcast_cli.horizons import parse_horizons
 from farcast_cli.settings import env
@@ -63,6 +64,7 @@ def backtest(
     pattern: PatternOption = None,
     step_from: StepFromOption = None,
     unit: UnitOption = "step",
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -77,7 +79,6 @@ def backtest(
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
     parse_horizons(horizon)  # what cannot be is refused before the folder is read
-    from farcast_cli import answers
     from farcast_cli.commands import render
     from farcast_cli.forecast.forecaster_file import load_fitted
 
@@ -92,6 +93,7 @@ def backtest(
         pattern=pattern,
         step_from=step_from,
         unit=unit,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,
@@ -103,6 +105,8 @@ def backtest(
     fitted = load_fitted(run) if isinstance(run, Path) else run
     report = api.backtest(fitted, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_backtest(report))
     else:
         render.backtest(report, verbose=verbose)

@@ -28,6 +28,7 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     UnitOption,
     VerboseOption,
+    WeightsOption,
     is_given,
 )
 from farcast_cli.errors import UsageError
@@ -54,6 +55,7 @@ def fit(
     pattern: PatternOption = None,
     step_from: StepFromOption = None,
     unit: UnitOption = "step",
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -80,6 +82,7 @@ def fit(
         pattern=pattern,
         step_from=step_from,
         unit=unit,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,

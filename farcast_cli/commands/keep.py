@@ -16,6 +16,7 @@ from farcast_cli.commands.options import (
     StepFromOption,
     StepsOption,
     UnitOption,
+    WeightsOption,
 )
 from farcast_cli.settings import env
 
@@ -44,6 +45,7 @@ def keep(
     pattern: PatternOption = None,
     step_from: StepFromOption = None,
     unit: UnitOption = "step",
+    weights: WeightsOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     config: ConfigOption = None,
@@ -52,7 +54,6 @@ def keep(
 
     Call it after each save. It copies only what is not kept yet: weights and counters, without the optimiser's state.
     """
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
@@ -65,11 +66,14 @@ def keep(
             pattern=pattern,
             step_from=step_from,
             unit=unit,
+            weights=weights,
             progress=progress,
         )
     if not quiet:
         render.keeping(done)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_keep(done))
     else:
         render.paths(done.added)

@@ -35,6 +35,7 @@ from farcast_cli.commands.options import (
     ThreadsOption,
     UnitOption,
     VerboseOption,
+    WeightsOption,
     choice,
 )
 from farcast_cli.errors import NoForecastError
@@ -104,6 +105,7 @@ def leap(
     pattern: PatternOption = None,
     step_from: StepFromOption = None,
     unit: UnitOption = "step",
+    weights: WeightsOption = None,
     clock: ClockOption = None,
     optimizer: OptimizerOption = "copy",
     layout: LayoutOption = "same",
@@ -129,7 +131,6 @@ def leap(
     checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
     steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
@@ -151,6 +152,7 @@ def leap(
             pattern=pattern,
             step_from=step_from,
             unit=unit,
+            weights=weights,
             clock=clock,
             optimizer=optimizer,
             layout=layout,
@@ -169,6 +171,8 @@ def leap(
         _summary(done, counters=counters, dry_run=dry_run, verbose=verbose)
     render.unlogged(done.unlogged)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])

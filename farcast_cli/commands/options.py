@@ -37,7 +37,7 @@ CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
 FROM_ANY_FILE = frozenset(
     {
-        *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
+        *("include", "exclude", "pattern", "weights"),  # which tensors, and which entries of the folder that the user named
         "unit",  # what the run's steps are called; known steps refuse another
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
         *("grad_weight", "sample", "full", "sampled"),
@@ -64,6 +64,7 @@ PANELS = {
         "pattern",
         "step_from",
         "unit",
+        "weights",
         "history",
         "sampled",
         "last",
@@ -341,6 +342,14 @@ PlaceOption = Annotated[
         metavar="NAME",
         help="Write the checkpoint's file under this name into a folder of its own, and print the folder: for a trainer that"
         " resumes from a folder, such as nanoGPT with ckpt.pt.",
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("WEIGHTS"),
+        metavar="KEY[,KEY...]",
+        help="Keys of the networks to forecast in a torch file, such as g,d or state.model. By default all that are found.",
     ),
 ]
 HistoryOption = Annotated[

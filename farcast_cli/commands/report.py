@@ -30,6 +30,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     UnitOption,
+    WeightsOption,
     choice,
     is_given,
 )
@@ -85,6 +86,7 @@ def report(
     pattern: PatternOption = None,
     step_from: StepFromOption = None,
     unit: UnitOption = "step",
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -113,6 +115,7 @@ def report(
         pattern=pattern,
         step_from=step_from,
         unit=unit,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,
@@ -166,10 +169,11 @@ def _source(target: Path | None, forecaster: Path, context: typer.Context) -> tu
 
 def _tell(done: Report, *, form: PrintedForm | None, as_json: bool) -> None:
     """The path, or the report itself."""
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     if as_json:
+        from farcast_cli import answers
+
         render.as_json(answers.of_report(done.story, done.path))
     elif form:
         render.text(done.markdown() if form == "markdown" else done.text(is_plain=not render.has_blocks()))

@@ -25,6 +25,7 @@ from farcast_cli.commands.options import (
     StepFromOption,
     ThreadsOption,
     UnitOption,
+    WeightsOption,
     choice,
 )
 from farcast_cli.settings import env
@@ -69,6 +70,7 @@ def watch(
     pattern: PatternOption = None,
     step_from: StepFromOption = None,
     unit: UnitOption = "step",
+    weights: WeightsOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
     log_to: LogToOption = None,
     device: DeviceOption = "auto",
@@ -99,6 +101,7 @@ def watch(
             pattern=pattern,
             step_from=step_from,
             unit=unit,
+            weights=weights,
             ledger=ledger,
             log_to=log_to,
             device=device,

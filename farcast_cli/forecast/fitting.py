@@ -153,6 +153,7 @@ def find(request: FitRequest, *, minimum: int) -> tuple[Trajectory, Past]:
         rule=chosen.rule,
         history=chosen.history,
         unsettled=chosen.unsettled,
+        weights=chosen.weights,
         minimum=minimum,
     )
     return found, past_of(found, request.ledgers, chosen=chosen.steps, minimum=minimum)
@@ -257,6 +258,7 @@ def fit(
         pattern=trajectory.pattern,
         step_from=trajectory.rule.source,
         unit=trajectory.rule.unit,
+        weights=trajectory.weights,
         kept="" if trajectory.kept is None else str(trajectory.kept),
     )
     fitted = Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)

@@ -71,7 +71,7 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
     chosen = ask.selection
-    trajectory = discover(ask.directory, steps=chosen.steps, pattern=chosen.pattern, rule=chosen.rule)
+    trajectory = discover(ask.directory, steps=chosen.steps, pattern=chosen.pattern, rule=chosen.rule, weights=chosen.weights)
     start = start_at(ask.directory, trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
     place_of(
         ask.request, start, 1, settle(start.origin, ask.request.layout, inner=ask.request.place)
@@ -258,6 +258,7 @@ class _Call:
             pattern=self._ask.selection.pattern,
             step_from=self._ask.selection.rule.source,
             unit=self._ask.selection.rule.unit,
+            weights=self._ask.selection.weights,
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",

@@ -51,9 +51,13 @@ def known_memory(place: Path, trajectory: Trajectory) -> tuple[Memory | None, li
     if trajectory.pattern != memory.record.pattern:
         return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
     rule = StepRule(memory.record.step_from, memory.record.unit)
-    if trajectory.rule != rule:
-        told = " ".join(rule.options) or "neither --step-from nor --unit"
-        return None, [f"{place} counts its steps by {told}: a new memory starts"]
+    chosen = f"--weights {','.join(memory.record.weights)}" if memory.record.weights else "no --weights"
+    differences = (
+        (trajectory.rule != rule, f"counts its steps by {' '.join(rule.options) or 'neither --step-from nor --unit'}"),
+        (trajectory.weights != memory.record.weights, f"is of {chosen}"),
+    )
+    if other := next((text for differs, text in differences if differs), ""):
+        return None, [f"{place} {other}: a new memory starts"]
     before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)
     if before is not None and not memory.began_at(before):
         return None, [f"{before.path.name} has changed since the last call: a new memory starts"]

@@ -36,6 +36,8 @@ class Selection:
     unsettled: frozenset[str] = frozenset()
     """Names of entries that are left out, because they changed a moment ago."""
     rule: StepRule = BY_EVIDENCE
+    weights: tuple[str, ...] = ()
+    """The keys of the weights in each file; by default all networks that are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ def inspect(selection: Selection) -> Inspection:
         pattern=selection.pattern,
         rule=selection.rule,
         history=selection.history,
+        weights=selection.weights,
     )
     found, alignment, notes = list(trajectory.conflicts), None, tuple[str, ...]()
     fatal = next(iter(found), None)
