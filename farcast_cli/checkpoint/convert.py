@@ -37,6 +37,7 @@ from farcast_cli.formats.tree import grow
 from farcast_cli.state.advance import StateTree
 from farcast_cli.trainers import named
 from farcast_cli.trainers.base import ADAPTER_FILES, Network
+from farcast_cli.trainers.names import split_ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Container:
 
     def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
         """A name of the origin's kind, with a mark, and with the container's ending."""
-        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
+        return (split_ending(name)[0] if origin.path.is_file() else name) + mark + self.ending
 
     @property
     def notes(self) -> list[str]:
@@ -106,7 +107,7 @@ def settle(origin: Snapshot, asked: OutputLayout) -> Container:
     is_file = origin.path.is_file()
     held = {_container(part, origin) for part in _weight_parts(origin)}
     if asked == "same" or held == {asked}:
-        return Container("same", is_file, origin.path.suffix if is_file else "")
+        return Container("same", is_file, split_ending(origin.path.name)[1] if is_file else "")
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]

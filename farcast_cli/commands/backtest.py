@@ -75,7 +75,6 @@ def backtest(
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
     parse_horizons(horizon)  # what cannot be is refused before the folder is read
-    from farcast_cli import answers
     from farcast_cli.commands import render
     from farcast_cli.forecast.forecaster_file import load_fitted
 
@@ -100,6 +99,8 @@ def backtest(
     fitted = load_fitted(run) if isinstance(run, Path) else run
     report = api.backtest(fitted, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_backtest(report))
     else:
         render.backtest(report, verbose=verbose)

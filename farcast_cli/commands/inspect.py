@@ -42,7 +42,6 @@ def inspect(
 ) -> None:
     """List the snapshots, the evidence for their steps, the tensors to forecast and to copy, and the leaps of the run."""
     prepare("cpu")
-    from farcast_cli import answers
     from farcast_cli.commands import render
     from farcast_cli.forecast.history import past_of
     from farcast_cli.run.losses import losses_of
@@ -53,6 +52,8 @@ def inspect(
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     worth = past.worth(losses_of(found.trajectory)) if past else None
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_inspect(found, past, worth))
     else:
         render.inspection(found, past, worth, verbose=verbose)

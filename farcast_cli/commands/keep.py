@@ -43,7 +43,6 @@ def keep(
 
     Call it after each save. It copies only what is not kept yet: weights and counters, without the optimiser's state.
     """
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
@@ -53,6 +52,8 @@ def keep(
     if not quiet:
         render.keeping(done)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_keep(done))
     else:
         render.paths(done.added)

@@ -125,7 +125,6 @@ def leap(
     checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
     steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
@@ -163,6 +162,8 @@ def leap(
         _summary(done, counters=counters, dry_run=dry_run, verbose=verbose)
     render.unlogged(done.unlogged)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])

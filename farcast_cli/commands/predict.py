@@ -215,13 +215,14 @@ def predict(
 
 def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     """What came of it; ends with an exit code of its own where nothing was written."""
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     if not quiet:
         render.predictions(done.outcomes, done.notes(), done.request, hint=done.advice(), verbose=verbose)
     render.unlogged(done.unlogged)
     if as_json:
+        from farcast_cli import answers
+
         render.as_json(answers.of_predict(done.outcomes, dry_run=done.request.dry_run))
     elif not done.request.dry_run:
         render.paths(done.paths)

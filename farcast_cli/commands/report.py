@@ -163,10 +163,11 @@ def _source(target: Path | None, forecaster: Path, context: typer.Context) -> tu
 
 def _tell(done: Report, *, form: PrintedForm | None, as_json: bool) -> None:
     """The path, or the report itself."""
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     if as_json:
+        from farcast_cli import answers
+
         render.as_json(answers.of_report(done.story, done.path))
     elif form:
         render.text(done.markdown() if form == "markdown" else done.text(is_plain=not render.has_blocks()))

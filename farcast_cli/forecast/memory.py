@@ -56,7 +56,7 @@ class MemoryRecord(BaseModel):
     The bounds keep a damaged or a stranger's memory from naming other places, and its numbers from leaving arithmetic.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     kind: Literal["memory of leaps"] = "memory of leaps"
     schema_version: Literal[1] = SCHEMA_VERSION
     farcast_version: str = __version__

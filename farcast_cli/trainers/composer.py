@@ -19,6 +19,7 @@ from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import at, find
 from farcast_cli.trainers.base import Evidence, Layout, Network, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
+from farcast_cli.trainers.by_content import TORCH_ENDINGS, is_torch
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights
 
@@ -41,7 +42,7 @@ _WEIGHTS_ONLY = "saved with the weights only: Composer can load it only with loa
 
 def _recognises(path: Path) -> bool:
     """By its content: users name their files, and only Composer writes its environment into one."""
-    if path.suffix != ".pt" or not path.is_file():
+    if path.suffix in TORCH_ENDINGS - {".pt"} or not is_torch(path):
         return False
     try:
         return holds_text(path, MARK)

@@ -28,6 +28,7 @@ from farcast_cli.trainers.base import (
     name_evidence,
     weights_of,
 )
+from farcast_cli.trainers.by_content import TORCH_ENDINGS, is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS
@@ -52,7 +53,7 @@ _STEPS = (
 
 def _recognises(path: Path) -> bool:
     """By its content: `.ckpt` is a common ending, and only Lightning writes its version into the file."""
-    if path.suffix != ".ckpt" or not path.is_file():
+    if path.suffix in TORCH_ENDINGS - {".ckpt"} or not is_torch(path):
         return False
     try:
         return holds_text(path, VERSION_KEY)

@@ -13,6 +13,7 @@ from farcast_cli.formats.torch_pickle import TensorRef, iter_carried, iter_tenso
 from farcast_cli.formats.tree import at, dotted, find
 from farcast_cli.tensors import FORECASTABLE
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.by_content import is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.networks import find_networks, holds_optimizer
@@ -43,7 +44,7 @@ STEP_KEYS = (
 
 
 def _recognises(path: Path) -> bool:
-    return path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and path.is_file()
+    return is_torch(path)
 
 
 def _read(path: Path, chosen: Sequence[str] = ()) -> Snapshot:
