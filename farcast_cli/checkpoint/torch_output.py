@@ -46,7 +46,7 @@ class Storages:
 
 def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
     assert state.file is not None  # noqa: S101 - only torch files have storages
-    weights = at(state.tree, state.part.weights_key) if state.part.role in {"weights", "state"} else {}
+    weights = at(state.tree, state.part.weights_key) if state.part.role in {"weights", "twin", "state"} else {}
     mirror = at(state.tree, state.part.mirror_key) if rewrite.mirror and state.part.mirror_key else {}
     retyped = {
         ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype))

@@ -54,6 +54,7 @@ _PLAIN = {
     "torch.nn.functional": "relu relu6 elu selu celu leaky_relu gelu silu mish hardswish hardtanh sigmoid tanh softplus"
     " softmax log_softmax glu",
     "torch.serialization": "_get_layout",
+    "deepspeed.utils.tensor_fragment": "fragment_address",
 }
 _NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()}
 

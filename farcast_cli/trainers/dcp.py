@@ -1,78 +1,77 @@
 """torch.distributed.checkpoint folders, as FSDP trainers and torchtitan write them: `step-1000/` with `.metadata`.
 
-Lightning and Fabric put all but the weights and the optimizer into a torch file beside it, meta.pt.
+Lightning and Fabric put all but the weights and the optimizer into a torch file beside it, meta.pt. OLMo and loops of one's
+own put one or more such folders into the snapshot's: `step1000/model_and_optim/`, `step_1000/model/` and `step_1000/optim/`.
 
 Source: torch/distributed/checkpoint; pytorch/torchtitan, components/checkpoint.py, for the keys.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from farcast_cli.errors import NoWeightsError
-from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
-from farcast_cli.formats.tree import at, walk
-from farcast_cli.trainers.base import Layout, Part, Snapshot, name_evidence, weights_of
-from farcast_cli.trainers.folder_files import files_below
+from farcast_cli.formats.dcp_file import DcpFile, read_dcp
+from farcast_cli.formats.tree import at
+from farcast_cli.trainers.base import Layout, Snapshot, name_evidence
+from farcast_cli.trainers.dcp_parts import inner_checkpoints, is_dcp, parts_of, weights_in_dcp
+from farcast_cli.trainers.fsdp import has_fsdp
 from farcast_cli.trainers.side_files import beside, counted_steps, side_parts
-from farcast_cli.trainers.torch_payload import WEIGHT_KEYS, adam_evidence, other_weights, payload_evidence
+from farcast_cli.trainers.torch_payload import adam_evidence, other_weights, payload_evidence
+from farcast_cli.trainers.weights_folder import Weights, as_one
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from farcast_cli.formats.tree import TreePath
-
-ENDING = ".distcp"
-_DEPTH = 3  # levels below which weights are looked for, as in app.model
+    from farcast_cli.trainers.base import Evidence, Part
 
 
 def _recognises(path: Path) -> bool:
-    return path.is_dir() and ((path / METADATA).is_file() or any(path.glob(f"*{ENDING}")))
+    return is_dcp(path) or (path.is_dir() and not has_fsdp(path) and bool(inner_checkpoints(path)))
 
 
 def _read(path: Path) -> Snapshot:
-    found = read_dcp(path)
-    tree = found.as_torch.tree
-    key = _weights_key(path, tree)
-    weights = at(tree, key)
-    tensors, rough = weights_of(found.as_torch, weights)
-    known = {item.file for item in found.items}
-    own = [part for file, name in files_below(path) if (part := _part(file, name, found, key, known))]
-    others, notes = side_parts(path, own)
-    holder, name = at(tree, key[:-1]), name_evidence(path)
-    counted = payload_evidence(tree, found.as_torch) or counted_steps(others, name)
-    evidence = (*counted, *adam_evidence(found.as_torch, holder), *name)
+    found = [read_dcp(folder) for folder in ([path] if is_dcp(path) else inner_checkpoints(path))]
+    read = [_with_weights(one, path, alone=len(found) == 1) for one in found]
+    weights = as_one(path, read)
+    others, notes = side_parts(path, weights.parts)
+    name = name_evidence(path)
+    counted = tuple(item for one in found for item in payload_evidence(one.as_torch.tree, one.as_torch))[:1]
     return Snapshot(
         path,
         LAYOUT.name,
-        (*own, *others),
-        tensors,
-        evidence,
-        not_streamable=rough,
-        beside=(*other_weights(holder, key[-1:]), *beside(others)),
+        (*weights.parts, *others),
+        weights.tensors,
+        (*(counted or counted_steps(others, name)), *_adam(weights.parts), *name),
+        not_streamable=weights.rough,
+        beside=(*_other_weights(weights.parts), *beside(others)),
         notes=notes,
     )
 
 
-def _part(file: Path, name: str, found: DcpFile, key: TreePath, known: set[str]) -> Part | None:
-    """A file of the container itself; None for what lies beside it, such as Lightning's meta.pt."""
-    if name == METADATA:
-        return Part(file, name, "state", found, weights_key=key)
-    return Part(file, name, "data") if name in known else None
+def _with_weights(found: DcpFile, path: Path, *, alone: bool) -> Weights:
+    """A checkpoint of the snapshot's; one without weights holds the optimizer, if it is not the only one."""
+    try:
+        return weights_in_dcp(found, path)
+    except NoWeightsError:
+        if alone:
+            raise
+        is_optimizer = found.folder.name.startswith("optim")
+        return Weights(parts_of(found, path, "optimizer" if is_optimizer else "side-state"), {})
 
 
-def _weights_key(path: Path, tree: dict[Any, Any]) -> TreePath:
-    """Where the weights are: under one of the usual keys, the highest first; torchtitan keeps them at the top."""
-    nodes = walk(tree, enters=lambda path, node: isinstance(node, dict) and len(path) < _DEPTH - 1)
-    for above, holder in sorted(nodes, key=lambda found: len(found[0])):
-        for key in WEIGHT_KEYS:
-            if isinstance(holder, dict) and isinstance(holder.get(key), dict):
-                return (*above, key)
-    raise NoWeightsError(
-        f"{path}: no weights found: expected tensors, or a dict of them under {', '.join(WEIGHT_KEYS[:3])};"
-        f" found {sorted(map(str, tree))[:8]}",
-        hint="save the weights under 'model'",
-    )
+def _adam(parts: tuple[Part, ...]) -> tuple[Evidence, ...]:
+    """The step as an optimizer has counted it, beside the weights or in a checkpoint of its own."""
+    trees = ((part, part.content.as_torch) for part in parts if isinstance(part.content, DcpFile))
+    found = (adam_evidence(file, at(file.tree, part.weights_key[:-1])) for part, file in trees)
+    return next((item for item in found if item), ())
+
+
+def _other_weights(parts: tuple[Part, ...]) -> Iterator[tuple[str, str]]:
+    for part in parts:
+        if part.weights_key and isinstance(part.content, DcpFile):
+            yield from other_weights(at(part.content.as_torch.tree, part.weights_key[:-1]), part.weights_key[-1:])
 
 
 LAYOUT = Layout("dcp", _recognises, _read)
