@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -69,7 +69,6 @@ def _same(first: Any, second: Any) -> bool:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(rate=st.integers(1, 10**7), first=st.integers(0, 10**6), every=st.integers(1, 10**4), horizon=st.integers(1, 10**6))
 def test_a_counter_in_whole_units_per_step_is_extrapolated_exactly(rate: int, first: int, every: int, horizon: int) -> None:
     series = [(first + i * every, rate * (first + i * every)) for i in range(4)]
@@ -82,7 +81,6 @@ def test_a_counter_beyond_the_precision_of_floats_keeps_its_last_digit() -> None
     assert extrapolate(series, 1200) == tokens + 1100 * 524_289
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(length=st.integers(1, 500), every=st.integers(1, 300), horizon=st.integers(1, 5000))
 def test_an_epoch_is_the_number_of_whole_epochs_done_or_is_left_alone(length: int, every: int, horizon: int) -> None:
     """Whatever the epoch's length in steps: the answer is right or it is withheld."""
@@ -104,7 +102,6 @@ def _batches_done(step: int, *, per_epoch: int, accumulated: int) -> int:
     return batches
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     per_epoch=st.integers(2, 40),
     accumulated=st.integers(2, 6),
@@ -286,7 +283,7 @@ def test_a_counter_among_the_weights_moves_and_other_whole_numbers_stay(tmp_path
 
 def test_what_a_data_loader_pickled_for_itself_is_copied_and_said_where_it_changes(tmp_path: Path) -> None:
     def loader(step: int) -> dict[str, bytes]:
-        return {"dp_rank_0": pickle.dumps({"index": step}), "format": b"v1"}
+        return {"dp_rank_0": pickle.dumps({"index": step, "order": [step % 7, step % 11]}), "format": b"v1"}
 
     _payload_run(tmp_path, {step: {"step": step, "dataloader": loader(step)} for step in (10, 20, 30)})
     result = advance(discover(tmp_path).snapshots, 10)
@@ -672,7 +669,8 @@ def test_a_second_network_and_an_average_of_the_weights_are_listed_as_copied(tmp
     fitted = fit_run(_payload_run(tmp_path / "run", payloads))
     listed = {record.name: record.reason for record in fitted.provenance.copied}
     assert {"disc.*", "ema.*"} <= listed.keys()
-    assert "not forecast" in listed["ema.*"]
+    assert "not forecast" in listed["disc.*"]
+    assert "moves with them" in listed["ema.*"]
 
 
 def test_a_device_in_a_payload_comes_back_as_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which names a pickle may ask for. Nothing it names is ever called; this says what may be carried on to the output.
+"""Which names a pickle may ask for, and which keys it may have. Nothing it names is ever called; this says what may be carried on to the output.
 
 A checkpoint holds more than tensors: argparse namespaces, paths, numpy states, the user's own configuration classes.
 Those are data, and are carried as they are. A function, or a class of the standard library that does things
@@ -7,15 +7,25 @@ Those are data, and are carried as they are. A function, or a class of the stand
 
 from __future__ import annotations
 
+import builtins
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from typing import TYPE_CHECKING
 
+from farcast_cli.errors import UnsafeFileError
 from farcast_cli.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_KEY = 1_000  # objects that one key of a dict is made of
 
 _PLAIN = {
     "argparse": "Namespace",
-    "types": "SimpleNamespace",
+    "types": "SimpleNamespace GenericAlias",
+    "_io": "BytesIO StringIO",
+    "ipaddress": "IPv4Address IPv6Address IPv4Network IPv6Network",
     "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
     "pathlib._local": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
     "datetime": "date datetime time timedelta timezone",
@@ -25,17 +35,22 @@ _PLAIN = {
     "random": "Random",
     "array": "array _array_reconstructor",
     "functools": "partial",
-    "re": "_compile",
+    "re": "_compile RegexFlag",
     "time": "struct_time",
     "platform": "uname_result",
-    "collections": "OrderedDict Counter defaultdict deque ChainMap UserDict UserList",
-    "builtins": "set frozenset bytearray complex range slice object int float str bool list dict tuple bytes",
+    "http": "HTTPStatus",
+    "signal": "Signals",
+    "itertools": "count",
+    "collections": "OrderedDict Counter defaultdict deque ChainMap UserDict UserList UserString",
+    "builtins": "set frozenset bytearray complex range slice object int float str bool list dict tuple bytes"
+    " Ellipsis NotImplemented",
     "copyreg": "_reconstructor",
     "_codecs": "encode",
     "typing": "Any Union Optional List Dict Tuple",
     "numpy": "ndarray dtype matrix bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
     " longdouble clongdouble intc uintc longlong ulonglong complex64 complex128 str_ bytes_ void generic datetime64"
-    " timedelta64",
+    " timedelta64 recarray record",
+    "numpy.rec": "recarray record",
     "numpy.core.multiarray": "_reconstruct scalar",
     "numpy._core.multiarray": "_reconstruct scalar",
     "numpy.core.numeric": "_frombuffer",
@@ -56,7 +71,9 @@ _PLAIN = {
     "torch.serialization": "_get_layout",
     "deepspeed.utils.tensor_fragment": "fragment_address",
 }
-_NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()}
+_NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()} | {
+    f"builtins.{name}" for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)
+}
 
 _SYSTEM = sys.stdlib_module_names | {
     *("distutils", "imp", "asyncore", "asynchat", "smtpd", "binhex"),  # until Python 3.11
@@ -136,6 +153,16 @@ def is_data(module: str, name: str) -> bool:
     return _is_class(name) and not _is_active(module, name)
 
 
+def may_be_class(module: str, name: str) -> bool:
+    """Whether a name that is not written like a class's may be one of the user's own, as `v8Loss` is.
+
+    Only what makes an object of it without arguments and without a call proves that: a function has no instances.
+    """
+    today, last = _today(module, name)
+    is_own = not _is_known(module) and bool(_MODULE.fullmatch(today)) and last.isidentifier()
+    return is_own and not _is_active(today, last)
+
+
 def is_member(module: str, name: str, member: str) -> bool:
     """Whether `getattr` of a class by that name may stand for a member of an enum.
 
@@ -193,3 +220,18 @@ def _does_things(part: str) -> bool:
 def _is_class(name: str) -> bool:
     """Whether a (nested) name is written like classes are: `Config`, `_Mode`, `Outer.Inner`."""
     return all(part.lstrip("_")[:1].isupper() for part in name.split("."))
+
+
+def check_key(key: object) -> None:
+    """Refuse a key whose hash takes long, or that is made to collide with others: a key is hashed time and again.
+
+    Texts and bytes collide by chance alone, whole numbers of more than 64 bits at will.
+    """
+    waiting, num_objects = [key], 0
+    while waiting:
+        node = waiting.pop()
+        inner: Iterable[object] = node if isinstance(node, (tuple, frozenset)) else ()
+        num_objects += 1 + len(inner)  # type: ignore[arg-type]
+        if num_objects > MAX_KEY or (isinstance(node, int) and node.bit_length() > 64):  # noqa: PLR2004
+            raise UnsafeFileError("its pickle has keys that are made to take long")
+        waiting.extend(inner)

@@ -78,7 +78,7 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
         MixedRunsError: names or shapes of other tensors differ between snapshots.
     """
     origin, choice = snapshots[-1], _Choice(tuple(include), tuple(exclude))
-    flat = next((part.name for part in origin.parts if part.is_shard and part.weights_key), "")
+    flat = next((part.name for part in origin.parts if part.is_shard and part.weights_paths), "")
     if flat and (include or exclude):
         raise UsageError(
             f"--include and --exclude: {flat} has the weights of several layers joined into one tensor",

@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import NoWeightsError
+from farcast_cli.trainers.averages import is_average, with_averages
 from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
 from farcast_cli.trainers.deepspeed import counted, read_states, states_in
 from farcast_cli.trainers.fsdp import adam_in_shards, has_fsdp, read_fsdp
@@ -37,7 +38,8 @@ def _sources(path: Path) -> list[WeightFile]:
     first = find_weights(path, (*WEIGHT_FILES, *_HOOKED))
     if first:
         return [WeightFile(first), *_further_models(path)]
-    inner = [(find_weights(folder, (*WEIGHT_FILES, *_HOOKED)), folder.name) for folder in sorted(path.iterdir())]
+    models = [folder for folder in sorted(path.iterdir()) if not is_average(folder)]
+    inner = [(find_weights(folder, (*WEIGHT_FILES, *_HOOKED)), folder.name) for folder in models]
     return [WeightFile(file, f"{name}.") for file, name in inner if file]
 
 
@@ -56,6 +58,7 @@ def _read(path: Path) -> Snapshot:
             hint="farcast does not find weights under another name (a save hook?): save them under the usual name",
         )
     others, notes = side_parts(path, weights.parts)
+    others, averages = with_averages(path, others)
     return Snapshot(
         path,
         LAYOUT.name,
@@ -64,7 +67,7 @@ def _read(path: Path) -> Snapshot:
         _evidence(path, (*weights.parts, *others)),
         not_streamable=weights.rough,
         beside=tuple(beside(others)),
-        notes=notes,
+        notes=(*notes, *averages),
     )
 
 

@@ -17,27 +17,29 @@ from farcast_cli.trainers.base import Layout, Snapshot, name_evidence
 from farcast_cli.trainers.dcp_parts import inner_checkpoints, is_dcp, parts_of, weights_in_dcp
 from farcast_cli.trainers.fsdp import has_fsdp
 from farcast_cli.trainers.side_files import beside, counted_steps, side_parts
-from farcast_cli.trainers.torch_payload import adam_evidence, other_weights, payload_evidence
+from farcast_cli.trainers.torch_payload import adam_evidence, payload_evidence
 from farcast_cli.trainers.weights_folder import Weights, as_one
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
     from pathlib import Path
 
     from farcast_cli.trainers.base import Evidence, Part
+    from farcast_cli.trainers.networks import Networks
 
 
 def _recognises(path: Path) -> bool:
     return is_dcp(path) or (path.is_dir() and not has_fsdp(path) and bool(inner_checkpoints(path)))
 
 
-def _read(path: Path) -> Snapshot:
+def _read(path: Path, chosen: Sequence[str] = ()) -> Snapshot:
     found = [read_dcp(folder) for folder in ([path] if is_dcp(path) else inner_checkpoints(path))]
-    read = [_with_weights(one, path, alone=len(found) == 1) for one in found]
-    weights = as_one(path, read)
+    read = [_with_weights(one, path, chosen, alone=len(found) == 1) for one in found]
+    weights = as_one(path, (one for one, _ in read))
     others, notes = side_parts(path, weights.parts)
     name = name_evidence(path)
     counted = tuple(item for one in found for item in payload_evidence(one.as_torch.tree, one.as_torch))[:1]
+    told = (one for _, networks in read if networks for one in networks.told)
     return Snapshot(
         path,
         LAYOUT.name,
@@ -45,33 +47,28 @@ def _read(path: Path) -> Snapshot:
         weights.tensors,
         (*(counted or counted_steps(others, name)), *_adam(weights.parts), *name),
         not_streamable=weights.rough,
-        beside=(*_other_weights(weights.parts), *beside(others)),
+        beside=(*told, *beside(others)),
         notes=notes,
     )
 
 
-def _with_weights(found: DcpFile, path: Path, *, alone: bool) -> Weights:
+def _with_weights(found: DcpFile, path: Path, chosen: Sequence[str], *, alone: bool) -> tuple[Weights, Networks | None]:
     """A checkpoint of the snapshot's; one without weights holds the optimizer, if it is not the only one."""
+    is_optimizer = found.folder.name.startswith("optim")
     try:
-        return weights_in_dcp(found, path)
+        if alone or not is_optimizer:
+            return weights_in_dcp(found, path, chosen=chosen)
     except NoWeightsError:
         if alone:
             raise
-        is_optimizer = found.folder.name.startswith("optim")
-        return Weights(parts_of(found, path, "optimizer" if is_optimizer else "side-state"), {})
+    return Weights(parts_of(found, path, "optimizer" if is_optimizer else "side-state"), {}), None
 
 
 def _adam(parts: tuple[Part, ...]) -> tuple[Evidence, ...]:
     """The step as an optimizer has counted it, beside the weights or in a checkpoint of its own."""
     trees = ((part, part.content.as_torch) for part in parts if isinstance(part.content, DcpFile))
-    found = (adam_evidence(file, at(file.tree, part.weights_key[:-1])) for part, file in trees)
+    found = (adam_evidence(file, at(file.tree, part.networks[0].path[:-1])) for part, file in trees)
     return next((item for item in found if item), ())
 
 
-def _other_weights(parts: tuple[Part, ...]) -> Iterator[tuple[str, str]]:
-    for part in parts:
-        if part.weights_key and isinstance(part.content, DcpFile):
-            yield from other_weights(at(part.content.as_torch.tree, part.weights_key[:-1]), part.weights_key[-1:])
-
-
-LAYOUT = Layout("dcp", _recognises, _read)
+LAYOUT = Layout("dcp", _recognises, _read, read_chosen=_read)

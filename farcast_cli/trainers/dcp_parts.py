@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
-from farcast_cli.formats.tree import at, walk
-from farcast_cli.trainers.base import Part, weights_of
+from farcast_cli.trainers.base import Part, weights_in, weights_of
 from farcast_cli.trainers.names import find_step_in_name
-from farcast_cli.trainers.torch_payload import WEIGHT_KEYS
+from farcast_cli.trainers.networks import Networks, find_networks
 from farcast_cli.trainers.weights_folder import Weights
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from farcast_cli.formats.tree import TreePath
     from farcast_cli.trainers.base import Role
 
 ENDING = ".distcp"
-_DEPTH = 3  # levels below which weights are looked for, as in app.model
 
 
 def is_dcp(folder: Path) -> bool:
@@ -37,15 +35,19 @@ def is_snapshot_name(name: str) -> bool:
     return not name.startswith("optim") and ("epoch" in name or find_step_in_name(name) is not None)
 
 
-def weights_in_dcp(found: DcpFile, home: Path, prefix: str = "") -> Weights:
-    """The weights of a checkpoint in the snapshot's folder `home`, with its parts.
+def weights_in_dcp(found: DcpFile, home: Path, prefix: str = "", chosen: Sequence[str] = ()) -> tuple[Weights, Networks]:
+    """The weights of a checkpoint in the snapshot's folder `home`, with its parts; and where they lie in its tree.
+
+    Args:
+        chosen: the dotted keys of the networks; by default all that there are.
 
     Raises:
-        NoWeightsError: there are none under the usual keys.
+        NoWeightsError: there are none.
     """
-    key = _weights_key(found.folder, found.as_torch.tree)
-    tensors, rough = weights_of(found.as_torch, at(found.as_torch.tree, key))
-    return Weights(parts_of(found, home, "state", key), tensors, rough).under(prefix, home)
+    tree = found.as_torch.tree
+    weights = find_networks(found.folder, tree, chosen, may_be_bare=False)
+    tensors, rough = weights_of(found.as_torch, weights_in(found.folder, tree, weights.networks))
+    return Weights(parts_of(found, home, "state", weights), tensors, rough).under(prefix, home), weights
 
 
 def state_parts(folder: Path, home: Path, role: Role) -> tuple[Part, ...]:
@@ -53,27 +55,13 @@ def state_parts(folder: Path, home: Path, role: Role) -> tuple[Part, ...]:
     return parts_of(read_dcp(folder), home, role)
 
 
-def parts_of(found: DcpFile, home: Path, role: Role, key: TreePath = ()) -> tuple[Part, ...]:
+def parts_of(found: DcpFile, home: Path, role: Role, weights: Networks | None = None) -> tuple[Part, ...]:
     """The metadata, which stand for the whole, and the files of data that they name."""
     files = sorted({item.file for item in found.items})
     data = [Part(found.folder / file, _name(found.folder / file, home), "data") for file in files]
-    metadata = found.folder / METADATA
-    return Part(metadata, _name(metadata, home), role, found, weights_key=key), *data
+    part = Part(found.folder / METADATA, _name(found.folder / METADATA, home), role, found)
+    return replace(part, networks=weights.networks, averages=weights.averages) if weights else part, *data
 
 
 def _name(path: Path, home: Path) -> str:
     return path.relative_to(home).as_posix()
-
-
-def _weights_key(path: Path, tree: dict[Any, Any]) -> TreePath:
-    """Where the weights are: under one of the usual keys, the highest first; torchtitan keeps them at the top."""
-    nodes = walk(tree, enters=lambda path, node: isinstance(node, dict) and len(path) < _DEPTH - 1)
-    for above, holder in sorted(nodes, key=lambda found: len(found[0])):
-        for key in WEIGHT_KEYS:
-            if isinstance(holder, dict) and isinstance(holder.get(key), dict):
-                return (*above, key)
-    raise NoWeightsError(
-        f"{path}: no weights found: expected tensors, or a dict of them under {', '.join(WEIGHT_KEYS[:3])};"
-        f" found {sorted(map(str, tree))[:8]}",
-        hint="save the weights under 'model'",
-    )

@@ -20,7 +20,7 @@ from farcast_cli.errors import FileFormatError, shell_word
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
 from farcast_cli.formats.tree import find
-from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, is_step, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Network, Part, Snapshot, Trainer, is_step, name_evidence, weights_of
 from farcast_cli.trainers.run_end import end_by_schedules
 from farcast_cli.trainers.side_files import beside, side_parts
 from farcast_cli.trainers.torch_payload import adam_evidence
@@ -76,7 +76,7 @@ def read_states(path: Path) -> Weights:
         raise refusal(folder, f"{unknown[0]} is of a pipeline or of experts")
     read = [(file, read_torch_file(file)) for file in files]
     whole = as_one(path, (_weights(file, content, path) for file, content in read))
-    if not any(part.weights_key for part in whole.parts):
+    if not whole.tensors:
         raise refusal(folder, "no file has weights")
     return whole
 
@@ -88,7 +88,7 @@ def _weights(file: Path, content: TorchFile, path: Path) -> Weights:
     if optimizer:
         key = _pieces_key(tree, file)
         prefix = f"zero_pp_rank_{optimizer[1]}_mp_rank_{optimizer[2]}."
-        part = Part(file, name, "state", content, weights_key=key, known_as=file.name, is_shard=True)
+        part = Part(file, name, "state", content, networks=(Network(key),), known_as=file.name, is_shard=True)
         return Weights((part,), *weights_of(content, find(tree, key))).under(prefix, path)
     if any(_FLAT.search(str(key)) for key in tree.get("optimizer") or ()):
         raise refusal(file.parent, f"{file.name} has weights in float32 that are no piece of ZeRO's")
@@ -99,7 +99,7 @@ def _weights(file: Path, content: TorchFile, path: Path) -> Weights:
         )  # stage 3: all is in the pieces
     found = _MODEL.fullmatch(file.name)
     prefix = f"mp_rank_{found[2]}." if found and int(found[2]) else ""
-    part = Part(file, name, "state", content, weights_key=("module",), known_as=file.name)
+    part = Part(file, name, "state", content, networks=(Network(("module",)),), known_as=file.name)
     return Weights((part,), *weights_of(content, model)).under(prefix, path)
 
 

@@ -53,7 +53,7 @@ def read_fsdp(path: Path) -> Weights:
 
 def _read_one(entry: Path, path: Path, prefix: str) -> Weights:
     if entry.is_dir():
-        return weights_in_dcp(read_dcp(entry), path, prefix)
+        return weights_in_dcp(read_dcp(entry), path, prefix)[0]
     return read_weights(path, [WeightFile(entry, prefix)])
 
 

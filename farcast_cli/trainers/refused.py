@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from farcast_cli.errors import FileFormatError, shell_word
 from farcast_cli.trainers.base import Layout, Snapshot
 from farcast_cli.trainers.dcp_parts import is_dcp, is_snapshot_name
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ KINDS = (
         _is_megatron,
         "a Megatron checkpoint, which resumes from its own partitions",
         "Megatron-LM's tools/checkpoint/convert.py, or Megatron Bridge's export_ckpt, makes weights that farcast reads:"
-        " a folder step_N/ for each snapshot",
+        " a folder step_{step}/ for this snapshot",
     ),
     Refused(
         "fsdp",
@@ -101,7 +102,9 @@ def refuse(path: Path) -> None:
 
 
 def _raise(kind: Refused, path: Path) -> Snapshot:
-    raise FileFormatError(f"{path}: {kind.what}: not read yet", hint=kind.hint.format(path=shell_word(path)))
+    found = find_step_in_name(path.name)
+    names = {"path": shell_word(path), "step": found[1] if found else "N"}
+    raise FileFormatError(f"{path}: {kind.what}: not read yet", hint=kind.hint.format(**names))
 
 
 def _is_folder_of(kind: Refused, path: Path) -> bool:
