@@ -279,7 +279,7 @@ def _state_of(snapshot: Snapshot, part: Part) -> StateRecord:
     (history,) = load_histories([replace(snapshot, parts=(part,))]).values()
     _, tree, file = history.states[0]
     numbers = encoded(tree, file, without=part.weights_paths)
-    return StateRecord(name=part.name, role=part.role, is_read=part.content is not None, tree=numbers)
+    return StateRecord(name=part.key, role=part.role, is_read=part.content is not None, tree=numbers)
 
 
 def _is_held(state: StateRecord) -> bool:

@@ -139,6 +139,7 @@ def _settle(origin: Snapshot, asked: OutputLayout) -> Container:
     held = {_container(part, origin) for part in _weight_parts(origin)}
     if asked == "same" or held == {asked}:
         return Container("same", is_file, split_ending(origin.path.name)[1] if is_file else "")
+    _refuse_pieces(origin, asked)
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
@@ -149,8 +150,23 @@ def _settle(origin: Snapshot, asked: OutputLayout) -> Container:
     return Container(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
 
 
+def _refuse_pieces(origin: Snapshot, asked: OutputLayout) -> None:
+    """Refuse weights that are joined and cut into one piece for each process.
+
+    Raises:
+        UsageError: only the trainer's own tools take them apart.
+    """
+    piece = next((part.name for part in origin.parts if part.is_shard), "")
+    if piece:
+        raise UsageError(
+            f"--layout {asked}: {piece} is one process's piece of the weights",
+            hint="--layout same, then the converter of the trainer: farcast help formats",
+        )
+
+
 def _for_hub(origin: Snapshot) -> Container:
     """A folder with the weights and what a library needs to load them; the trainer's state stays behind."""
+    _refuse_pieces(origin, "hub")
     others = [part for part in _beside_weights(origin) if part.name != CARD]
     kept = files_for_hub(others)
     left_out = (*_state_keys(origin), *(part.name for part in others if part not in kept))

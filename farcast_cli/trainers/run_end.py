@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import Made
 from farcast_cli.formats.tree import dotted, walk
+from farcast_cli.trainers.base import tree_of
 from farcast_cli.trainers.schedules import ended_at, is_scheduler_state
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def end_by_schedules(origin: Snapshot) -> tuple[str, int] | None:
     """The origin's own step, and what says so, if every schedule of torch's own in the checkpoint has ended; else None."""
     found = []
     for part in origin.parts:
-        if part.role in _SCHEDULE_ROLES and isinstance(part.content, TorchFile):
-            nodes = walk(part.content.tree, enters=lambda _, node: not is_scheduler_state(node))
+        if part.role in _SCHEDULE_ROLES:
+            nodes = walk(tree_of(part), enters=lambda _, node: not is_scheduler_state(node))
             found += [(part.path, _ended(node)) for _, node in nodes if is_scheduler_state(node)]
     ends = [(path, end) for path, end in found if end]
     if not found or len(ends) < len(found):
