@@ -97,6 +97,7 @@ ORDER = (
     "state.counters",
     "state.files",
     "state.pickled",
+    "state.places",
     "state.trained",
     "state.advance",
     "state.metadata",

@@ -33,12 +33,13 @@ from farcast_cli.state.files import (
     scheduler_paths,
 )
 from farcast_cli.state.pickled import pickled_at
+from farcast_cli.state.places import places_at
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import LeapMark
 from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from fractions import Fraction
 
     from farcast_cli.choices import CountersMode, OptimizerMode
@@ -207,23 +208,12 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
     if state.part.role == "state" and not state.part.weights_key:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
-    for path in _changing_bytes(state.tree, history):
-        loop = pickled_at(history, path, target)
-        if loop is None:
-            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
-        else:
-            put(state.tree, path, loop.raw)
-            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+    apart = _advance_apart(state, history, target, result, clock)
     adam: list[Change] = []
-    by_clock: Collection[TreePath] = ()
-    if clock:
-        by_clock = clock.paths
-        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
-        result.notes.extend(clock.notes(name, state.tree))
     for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
         series = history.series(path)
         if (
-            any(path[: len(above)] == above for above in by_clock)
+            any(path[: len(above)] == above for above in apart)
             or not _counts(series, is_new=_is_new(state.tree, path, history))
             or _is_measured(path, value, series)
         ):
@@ -240,6 +230,31 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
     if adam:
         result.changes.append(Change(listed((one.where for one in adam), most=1), adam[0].old, adam[0].new))
+
+
+def _advance_apart(
+    state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None
+) -> set[TreePath]:
+    """Move what has a rule of its own: a trainer's clock, the place in the data; says where these are."""
+    name = state.part.name or state.part.path.name
+    apart: set[TreePath] = set()
+    if clock:
+        apart |= set(clock.paths)
+        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
+        result.notes.extend(clock.notes(name, state.tree))
+    for path in _changing_bytes(state.tree, history):
+        loop = pickled_at(history, path, target)
+        if loop is None:
+            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
+        else:
+            put(state.tree, path, loop.raw)
+            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+    for path, old, count in list(places_at(history, target)):
+        if not any(path[: len(above)] == above for above in apart):
+            put(state.tree, path, count)
+            result.changes.extend([Change(f"{name}: {dotted(path)}", old, count)] if count != old else [])
+            apart.add(path)
+    return apart
 
 
 def _changing_bytes(tree: object, history: StateHistory) -> list[TreePath]:
