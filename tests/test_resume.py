@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -331,6 +332,24 @@ def test_a_rate_that_moves_without_a_schedule_in_the_file_is_left_and_said(falls
     assert result.trees[""].tree["optimizer"]["param_groups"] == [group]
     expected = "step_40.pt: the learning rate stays at 2.5e-05: no schedule is saved; a loop that sets the rate at each step corrects it"
     assert result.notes == ([expected] if falls else [])
+
+
+def test_a_rate_without_a_schedule_is_found_where_the_groups_say_what_they_began_with(tmp_path: Path) -> None:
+    """As mmengine's, whose schedules compute each rate from the one before: one that stayed would stay wrong to the end."""
+
+    def state(step: int) -> dict[str, Any]:
+        rate = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * (step - 20) / 180)) / 2
+        return {"state": {}, "param_groups": [{"lr": rate, "initial_lr": 1e-3, "params": [0]}]}
+
+    schedule = {"last_step": 0, "begin": 20, "end": 200, "_last_value": [1e-3]}
+    payloads = {step: {"iter": step, "optimizer": state(step), "param_schedulers": [schedule]} for step in range(30, 101, 10)}
+    _payload_run(tmp_path, payloads)
+    result = advance(discover(tmp_path).snapshots, 50)
+    (group,) = result.trees[""].tree["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(state(150)["param_groups"][0]["lr"], rel=1e-9)
+    assert result.notes == [
+        "optimizer: its rate at the valid step is computed from the rates of the last snapshots: check the first resumed step"
+    ]
 
 
 def test_a_learning_rate_that_is_a_tensor_is_moved_like_a_number(tmp_path: Path) -> None:

@@ -36,7 +36,14 @@ from farcast_cli.state.pickled import pickled_at
 from farcast_cli.state.places import places_at
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import LeapMark
-from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
+from farcast_cli.trainers.schedules import (
+    INFERRED_NOTE,
+    advance_scheduler,
+    counter_path,
+    infer_rate,
+    is_scheduler_state,
+    rises_after,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -364,7 +371,8 @@ def _advance_schedules(
     set_by: dict[int, str] = {}
     if not schedulers:
         unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
-        result.notes.extend(_rates_left(result, histories, unread))
+        if unread or not _infer_rates(result, histories, target, total):
+            result.notes.extend(_rates_left(result, histories, unread))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = find(holder.tree, path)
@@ -402,6 +410,39 @@ def _advance_schedules(
                 result.notes.append(f"{where}: sets the same rates as {other}: the new rate is approximate")
         if note:
             result.notes.append(f"{where}: {note}")
+
+
+def _infer_rates(result: Advanced, histories: Mapping[str, StateHistory], target: int, total: int | None) -> bool:
+    """Set the rates that moved by the formula that explains them from those that the groups began with; whether it did.
+
+    A schedule that no file tells of may compute each rate from the one before, as mmengine's do.
+    """
+    found: list[tuple[StateTree, dict[str, Any], float, float]] = []
+    for name, state in result.trees.items():
+        groups = [group for one in param_groups(state.tree) for group in one]
+        rows = [(step, _rates_of(tree, file)) for step, tree, file in histories[name].states]
+        if any(len(rates) != len(groups) for _, rates in rows):
+            return False
+        for index, group in enumerate(groups):
+            seen = [(step, rates[index][0]) for step, rates in rows]
+            first = rows[-1][1][index][1]
+            if len({rate for _, rate in seen}) > 1:
+                rate = infer_rate(seen, first, target, total) if first else None
+                if rate is None:
+                    return False
+                found.append((state, group, seen[-1][1], rate))
+    for state, group, old, rate in found:
+        _write_back(group, {"lr": rate}, state)
+        result.changes.append(Change("optimizer: lr", old, rate))
+    if found:
+        result.notes.append(f"optimizer: {INFERRED_NOTE}")
+    return bool(found)
+
+
+def _rates_of(tree: Any, file: TorchFile | None) -> list[tuple[float, float]]:
+    """The rate of each parameter group, and the one that it began with; 0 where that is not kept."""
+    groups = (group for one in param_groups(tree) for group in as_numbers(one, file))
+    return [(float(group["lr"]), float(group.get("initial_lr") or 0)) for group in groups]
 
 
 def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], unread: Sequence[str]) -> Iterator[str]:
