@@ -41,7 +41,7 @@ from farcast_cli.formats.pickle_scan import iter_names
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import encode_pickle
 from tests import corpus
-from tests.conftest import STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
+from tests.conftest import PATIENCE_S, STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
 from tests.corpus import CASES, Calls, Case, make_hf_run, name_of, newest, torch_zip
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
         env=clean_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=2 * PATIENCE_S,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -161,6 +161,7 @@ FUNCTIONS = (
     *("torch._utils!_rebuild_tensor.__globals__", "torch.serialization!os.system", "torch.nn.modules.module!warnings.warn"),
     *("numpy.load", "numpy.testing._private.utils.runstring", "numpy.f2py.compile", "numpy.DataSource", "numpy.memmap"),
     *("accelerate.utils.other!os.system", "pandas.eval", "pandas.read_pickle", "pandas.io.common!os.system"),
+    *("_io.open", "_io.FileIO", "io.open_code", "signal.raise_signal", "itertools.starmap", "builtins.type"),
     *("six.exec_", "sympy.core.Popen", "dill.loads", "cloudpickle.loads", "joblib.popen.Popen", "mylib!Config.__subclasses__"),
     *("myos.spawnlp", "mylib.execvp", "mylib.posix_spawn", "mylib.forkpty", "mylib.fork_exec", "mylib.system", "mylib.popen2"),
     *("pexpect.run", "invoke.run", "pexpect.pty_spawn.spawn", "ptyprocess!PtyProcess.spawn", "anyio.run_process"),
@@ -194,6 +195,7 @@ DATA = (
     *("torch.distributed.tensor.DTensor", "transformers.training_args.TrainingArguments", "omegaconf.dictconfig.DictConfig"),
     *("torch.torch_version.TorchVersion", "torch.utils.data.sampler.RandomSampler", "platform.uname_result"),
     *("time.struct_time", "mylib.RunConfig", "mylib.SystemPrompt", "mylib.Executor", "mylib.Loader"),
+    *("_io.BytesIO", "_io.StringIO", "types.GenericAlias", "http.HTTPStatus", "builtins.ValueError", "ipaddress.IPv4Address"),
     *("transformers_modules.org.name-0a1b.configuration.Config", "__main__.Config", "mylib!Outer.Inner", "mylib._Mode"),
 )
 

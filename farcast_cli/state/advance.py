@@ -46,7 +46,7 @@ from farcast_cli.trainers.schedules import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from fractions import Fraction
 
     from farcast_cli.choices import CountersMode, OptimizerMode
@@ -212,12 +212,12 @@ def _is_batch_count(name: str) -> bool:
 
 
 def _advance_counters(state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None) -> None:
-    if state.part.role == "state" and not state.part.weights_key:
+    if state.part.role == "state" and state.part.is_bare:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
     apart = _advance_apart(state, history, target, result, clock)
     adam: list[Change] = []
-    for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
+    for path, value in list(_counters(state.tree, skip=state.part.weights_paths)):
         series = history.series(path)
         if (
             any(path[: len(above)] == above for above in apart)
@@ -311,14 +311,14 @@ def moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float
     return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
 
 
-def _counters(tree: Any, *, skip: TreePath) -> Iterator[tuple[TreePath, int | float | TensorRef]]:
+def _counters(tree: Any, *, skip: Collection[TreePath]) -> Iterator[tuple[TreePath, int | float | TensorRef]]:
     """Every value in a dict that may count: integers, a few floats, and the optimiser's `step` tensors.
 
     Left out: weights, schedules (they have rules of their own), and whatever remembers a best value.
     """
 
     def is_looked_at(path: TreePath, node: object) -> bool:
-        return is_counter(path) and not ((skip and path == skip) or is_scheduler_state(node))
+        return is_counter(path) and not (path in skip or is_scheduler_state(node))
 
     for path, node in walk(tree, enters=is_looked_at):
         if path and _may_count(node, path) and is_counter(path) and isinstance(at(tree, path[:-1]), dict):
