@@ -108,6 +108,7 @@ ORDER = (
     "state.counters",
     "state.files",
     "state.pickled",
+    "state.places",
     "state.trained",
     "state.advance",
     "state.metadata",

@@ -35,9 +35,17 @@ from farcast_cli.state.files import (
     scheduler_paths,
 )
 from farcast_cli.state.pickled import pickled_at
+from farcast_cli.state.places import places_at
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import LeapMark
-from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
+from farcast_cli.trainers.schedules import (
+    INFERRED_NOTE,
+    advance_scheduler,
+    counter_path,
+    infer_rate,
+    is_scheduler_state,
+    rises_after,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -214,23 +222,12 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
     result.notes.extend(f"{name}: {path} is copied as the origin has it: {why}" for path, why in _opaque(state.tree, history))
-    for path in _changing_bytes(state.tree, history):
-        loop = pickled_at(history, path, target)
-        if loop is None:
-            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
-        else:
-            put(state.tree, path, loop.raw)
-            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+    apart = _advance_apart(state, history, target, result, clock)
     adam: list[Change] = []
-    by_clock: Collection[TreePath] = ()
-    if clock:
-        by_clock = clock.paths
-        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
-        result.notes.extend(clock.notes(name, state.tree))
     for path, value in list(_counters(state.tree, skip=state.part.weights_paths)):
         series = history.series(path)
         if (
-            any(path[: len(above)] == above for above in by_clock)
+            any(path[: len(above)] == above for above in apart)
             or not _counts(series, is_new=_is_new(state.tree, path, history))
             or _is_measured(path, value, series)
         ):
@@ -256,6 +253,31 @@ def _opaque(tree: object, history: StateHistory) -> Iterator[tuple[str, str]]:
             seen = [numbers_in(find(earlier, path)) for _, earlier, _ in history.states]
             if any(len(one) == len(seen[-1]) and one != seen[-1] for one in seen):
                 yield dotted(path) or "all", _OBJECT.format(node.maker)
+
+
+def _advance_apart(
+    state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None
+) -> set[TreePath]:
+    """Move what has a rule of its own: a trainer's clock, the place in the data; says where these are."""
+    name = state.part.name or state.part.path.name
+    apart: set[TreePath] = set()
+    if clock:
+        apart |= set(clock.paths)
+        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
+        result.notes.extend(clock.notes(name, state.tree))
+    for path in _changing_bytes(state.tree, history):
+        loop = pickled_at(history, path, target)
+        if loop is None:
+            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
+        else:
+            put(state.tree, path, loop.raw)
+            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+    for path, old, count in list(places_at(history, target)):
+        if not any(path[: len(above)] == above for above in apart):
+            put(state.tree, path, count)
+            result.changes.extend([Change(f"{name}: {dotted(path)}", old, count)] if count != old else [])
+            apart.add(path)
+    return apart
 
 
 def _changing_bytes(tree: object, history: StateHistory) -> list[TreePath]:
@@ -364,7 +386,9 @@ def _advance_schedules(
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
     if not schedulers:
-        result.notes.extend(_rates_left(result, histories, _where_schedules_may_be(origin, result)))
+        is_unread = any(part.role == "other" and _MAY_SCHEDULE.search(part.name) for part in origin.parts)
+        if is_unread or not _infer_rates(result, histories, target, total):
+            result.notes.extend(_rates_left(result, histories, _where_schedules_may_be(origin, result)))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = find(holder.tree, path)
@@ -418,6 +442,39 @@ def _where_schedules_may_be(origin: Snapshot, result: Advanced) -> str:
 def _schedule_keys(tree: Any) -> Iterator[str]:
     """Keys that say that a schedule's state lies under them."""
     return (dotted(path) for path, node in walk(tree) if path and node and _SCHEDULE.search(str(path[-1])))
+
+
+def _infer_rates(result: Advanced, histories: Mapping[str, StateHistory], target: int, total: int | None) -> bool:
+    """Set the rates that moved by the formula that explains them from those that the groups began with; whether it did.
+
+    A schedule that no file tells of may compute each rate from the one before, as mmengine's do.
+    """
+    found: list[tuple[StateTree, dict[str, Any], float, float]] = []
+    for name, state in result.trees.items():
+        groups = [group for one in param_groups(state.tree) for group in one]
+        rows = [(step, _rates_of(tree, file)) for step, tree, file in histories[name].states]
+        if any(len(rates) != len(groups) for _, rates in rows):
+            return False
+        for index, group in enumerate(groups):
+            seen = [(step, rates[index][0]) for step, rates in rows]
+            first = rows[-1][1][index][1]
+            if len({rate for _, rate in seen}) > 1:
+                rate = infer_rate(seen, first, target, total) if first else None
+                if rate is None:
+                    return False
+                found.append((state, group, seen[-1][1], rate))
+    for state, group, old, rate in found:
+        _write_back(group, {"lr": rate}, state)
+        result.changes.append(Change("optimizer: lr", old, rate))
+    if found:
+        result.notes.append(f"optimizer: {INFERRED_NOTE}")
+    return bool(found)
+
+
+def _rates_of(tree: Any, file: TorchFile | None) -> list[tuple[float, float]]:
+    """The rate of each parameter group, and the one that it began with; 0 where that is not kept."""
+    groups = (group for one in param_groups(tree) for group in as_numbers(one, file))
+    return [(float(group["lr"]), float(group.get("initial_lr") or 0)) for group in groups]
 
 
 def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], why: str) -> Iterator[str]:
