@@ -266,7 +266,8 @@ def _sums(reading: _Reading) -> Iterator[Sums]:
     if device != "cpu":
         return _multiplied(workers.in_threads(num_tasks, partial(_Gatherer, reading), max(num_workers, 2)), device)
     pays = sum(task.num_bytes for task in reading.tasks) >= FORK_BYTES
-    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1)
+    by_kernel = native.KERNEL is not None and not all(task.is_kept for task in reading.tasks)
+    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1, by_kernel=by_kernel)
 
 
 def _multiplied(found: Iterator[Sums], device: str) -> Iterator[Sums]:
