@@ -12,6 +12,8 @@ LOWEST_TESTS := casts cli clock dcp discovery evaluation formats golden ledger p
 # The oldest safetensors is no oracle for the types that came later.
 LOWEST_BUT := not where_the_library_put_it and not by_the_safetensors_library
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start farcast a thousand times: without cached bytecode each start would compile all its modules.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune lowest site crash fuzz sample clean
 
