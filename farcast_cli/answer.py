@@ -48,7 +48,6 @@ CLOCK = "unit of b: `rate` (learning rate summed over the steps) or `steps`"
 PACE_AHEAD = "mean learning rate over the horizon, divided by the mean over the period before it; 1 if steps are counted"
 LENGTH_FACTOR = "factor on the update's length: `pace_ahead`, or 1 if it keeps its full length"
 UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`, nor if nothing was written)"
-NUM_ROWS = "number of rows to tune on, of rows for early stopping, of held-out rows"
 DRY_RUN = "`true` with `--dry-run`; absent otherwise"
 
 
