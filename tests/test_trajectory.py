@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import (
     FileFormatError,
@@ -399,10 +399,27 @@ def test_tensors_in_shards_are_found_in_the_shard_that_the_index_names(tmp_path:
     assert snapshot.tensors["norm.weight"].path.name == "model-00002-of-00002.safetensors"
 
 
-def test_loose_shards_without_an_index_are_no_snapshots(tmp_path: Path) -> None:
+def test_shards_by_themselves_are_no_snapshots(tmp_path: Path) -> None:
     (sharded(tmp_path / "step1000", 1000) / "model.safetensors.index.json").unlink()
-    with pytest.raises(TooFewSnapshotsError, match="no snapshots found"):
+    with pytest.raises(TooFewSnapshotsError, match="found one weights-folder checkpoint"):
         discover(tmp_path / "step1000")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_without_their_index_are_one_snapshot_if_all_that_their_names_count_are_there(
+    tmp_path: Path, ending: str
+) -> None:
+    for step in (1000, 2000):
+        folder = sharded(tmp_path / f"step{step}", step)
+        (folder / "model.safetensors.index.json").unlink()
+        for shard in folder.glob("*.safetensors") if ending == "bin" else ():
+            torch.save(load_file(shard), shard.with_suffix(".bin"))
+            shard.unlink()
+    (tmp_path / "step2000" / f"model-00002-of-00002.{ending}").unlink()
+    found = discover(tmp_path)
+    assert found.steps == (1000,)
+    assert found.origin.tensors.keys() == weights_at(1000).keys()
+    assert found.ignored[0].reason == f"half-written: shard model-00002-of-00002.{ending} is missing"
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

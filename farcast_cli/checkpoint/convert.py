@@ -33,10 +33,11 @@ from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import encode_pickle
-from farcast_cli.formats.tree import at, grow
+from farcast_cli.formats.tree import grow
 from farcast_cli.state.advance import StateTree
 from farcast_cli.trainers import named
-from farcast_cli.trainers.base import ADAPTER_FILES
+from farcast_cli.trainers.base import ADAPTER_FILES, Network
+from farcast_cli.trainers.names import split_ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Container:
 
     def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
         """A name of the origin's kind, with a mark, and with the container's ending."""
-        return (name.removesuffix(origin.path.suffix) if origin.path.is_file() else name) + mark + self.ending
+        return (split_ending(name)[0] if origin.path.is_file() else name) + mark + self.ending
 
     @property
     def notes(self) -> list[str]:
@@ -106,7 +107,7 @@ def settle(origin: Snapshot, asked: OutputLayout) -> Container:
     is_file = origin.path.is_file()
     held = {_container(part, origin) for part in _weight_parts(origin)}
     if asked == "same" or held == {asked}:
-        return Container("same", is_file, origin.path.suffix if is_file else "")
+        return Container("same", is_file, split_ending(origin.path.name)[1] if is_file else "")
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
@@ -235,8 +236,8 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
         return _torch_file("", tree_in(part, advanced, rewrite))
     if isinstance(part.content, TorchFile):
         state = advanced.trees[part.name]
-        alone = replace(part, weights_key=(), mirror_key=())
-        tree = at(state.tree, part.weights_key)
+        alone = replace(part, networks=(Network(),), averages=())
+        tree = part.weights_in(state.tree)
         return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed, state.forecast), rewrite)
     return _torch_file("", weights_in(part, advanced, rewrite))
 

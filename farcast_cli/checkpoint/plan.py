@@ -27,7 +27,7 @@ from farcast_cli.optional import need
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
 from farcast_cli.trainers.base import ADAPTER_FILES, KEPT_KEY, Part, Snapshot
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name, split_ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +42,7 @@ def forecast_name(origin: Snapshot, horizon: int, *, unit: Fraction = Fraction(1
     """
     name, found = origin.path.name, find_step_in_name(origin.path.name)
     moved = unit * horizon
-    stem, ending = (origin.path.stem, origin.path.suffix) if origin.path.is_file() else (name, "")
+    stem, ending = split_ending(name) if origin.path.is_file() else (name, "")
     if keep_step:
         return f"{stem}-leap{horizon}{ending}"
     if found is None or moved.denominator != 1:

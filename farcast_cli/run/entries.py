@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from farcast_cli.errors import ANY_COMMAND, SnapshotError, TooFewSnapshotsError, listed, shell_word
 from farcast_cli.files.place import sidecar_of
 from farcast_cli.files.reading import file_size, read_bytes
-from farcast_cli.trainers import named, recognise
-from farcast_cli.trainers.names import ALIAS, find_step_in_name, word_of_others
+from farcast_cli.run.nothing import nothing_found
+from farcast_cli.trainers import named, recognise, refuse_unread
+from farcast_cli.trainers.foreign import foreign_at
+from farcast_cli.trainers.names import find_step_in_name, is_alias, word_of_others
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,16 +32,17 @@ if TYPE_CHECKING:
 
 OWN_MARK = b'{"__metadata__":{"farcast":'
 """How the header of a forecaster file begins."""
-READ = (
-    "farcast reads folders of Hugging Face Trainer, Lightning, Composer, accelerate, Fabric and torch.distributed.checkpoint, and"
-    " .safetensors, .pt, .pth, .ckpt and .bin files"
-)
 MAX_FOLDERS = 500  # looked into for runs
 RUN_DEPTH = 3  # as in lightning_logs/version_0/checkpoints
 MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
 MIN_OTHERS = 2  # snapshots of which an average can be made
 LEAP_SNAPSHOTS = 3  # two stretches that agree
-_TEMPORARY = re.compile(r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.part$|\.(?:tmp|\w+-tmp)[-_.]?\w*$", re.IGNORECASE)
+_TEMPORARY = re.compile(
+    r"^te?mp[-_.]|[-_.](?:te?mp|partial|incomplete)$|\.(?:(?:file)?part|crdownload|(?:op)?download|aria2|!ut)$"
+    r"|\.(?:tmp|\w+-tmp)[-_.]?\w*$",
+    re.IGNORECASE,
+)
+"""Names of trainers, browsers and other programs for what they have not finished."""
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -47,9 +50,10 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
     """The entries that have a layout; everything else is noted with its reason."""
     if not directory.is_dir():
         what = "a file" if directory.exists() else "nothing"
+        above = f": {shell_word(directory.parent)}" if directory.exists() else ""
         raise TooFewSnapshotsError(
             f"{directory}: expected a folder of checkpoints, found {what}",
-            hint="name the folder that holds them",
+            hint=f"name the folder that holds them{above}",
             path=directory,
         )
     entries = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
@@ -67,12 +71,13 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
         _refuse_folder_of_runs(directory)
     alone = recognise(directory)
     if alone and not any(find_step_in_name(path.name) for path, _ in found):
+        refuse_unread(directory)
         raise TooFewSnapshotsError(
             f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
             hint=f"name the folder above it: {shell_word(directory.resolve().parent)}",
         )
     if not found:
-        raise _nothing_found(directory, pattern, findings)
+        raise _nothing_found(directory, pattern, findings, entries)
     unreadable = next((path for path, _ in found if not path.name.isprintable()), None)
     if unreadable:
         raise SnapshotError(f"{unreadable}: its name is no printable text", hint="rename it")
@@ -89,13 +94,19 @@ def _note_no_snapshots(
         if path not in taken:
             reason = _why_no_snapshot(path, kinds[path], shapes)
             looks_like_one = bool(reason) and named_within(path, steps)
-            findings.ignore(path, reason or "no checkpoint of a known layout", is_half_written=looks_like_one)
+            findings.ignore(path, reason or _what_it_is(path), is_half_written=looks_like_one)
+
+
+def _what_it_is(path: Path) -> str:
+    """What an entry is that nothing reads."""
+    kind = foreign_at(path)
+    return f"not read: {kind.what}" if kind else "no checkpoint of a known layout"
 
 
 def _made_of_others(paths: Sequence[Path]) -> dict[Path, str]:
     """The averages and choices among snapshots, with the reason; none where they are all that there is."""
     words = {path: word for path in paths if (word := word_of_others(path.name))}
-    others = [path for path in paths if path not in words and not ALIAS.match(path.stem)]
+    others = [path for path in paths if path not in words and not is_alias(path)]
     why = "made of other snapshots or chosen among them, no step of the run"
     return {path: f"{word!r} in its name: {why}" for path, word in words.items()} if len(others) >= MIN_OTHERS else {}
 
@@ -136,13 +147,16 @@ def _holds_snapshots(folder: Path) -> bool:
     return len(list(islice((path for path in islice(named_like, MAX_FOLDERS) if recognise(path)), 2))) > 1
 
 
-def _nothing_found(directory: Path, pattern: str, findings: Findings) -> TooFewSnapshotsError:
+def _nothing_found(directory: Path, pattern: str, findings: Findings, entries: Sequence[Path]) -> TooFewSnapshotsError:
     half_written = [ignored for ignored in findings.ignored if ignored.is_half_written]
     if half_written:
         return too_few(directory, 0, 1, half_written)
-    matching = f" that match --pattern {shlex.quote(pattern)}" if pattern else ""
-    hint = f"farcast inspect {shell_word(directory)} shows all" if pattern else READ
-    return TooFewSnapshotsError(f"{directory}: no snapshots found{matching}", hint=hint)
+    if not pattern:
+        return nothing_found(directory, entries)
+    return TooFewSnapshotsError(
+        f"{directory}: no snapshots found that match --pattern {shlex.quote(pattern)}",
+        hint=f"farcast inspect {shell_word(directory)} shows all",
+    )
 
 
 def _links_to_siblings(entries: Iterable[Path]) -> dict[Path, str]:
@@ -197,7 +211,7 @@ def run_entries(directory: Path, layout: str, pattern: str = "") -> Iterator[Pat
 
 def is_own_file(path: Path) -> bool:
     """Whether a file is a forecaster that `fit` wrote."""
-    if path.suffix != ".safetensors" or not path.is_file():
+    if not path.is_file():
         return False
     head = read_bytes(path, 0, min(file_size(path), len(OWN_MARK) + 8))
     return head[8:] == OWN_MARK

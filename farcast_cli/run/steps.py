@@ -18,7 +18,7 @@ from farcast_cli.errors import (
 from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
 from farcast_cli.run.trust import trusted
 from farcast_cli.trainers.base import Evidence, Snapshot, is_step, tree_of
-from farcast_cli.trainers.names import ALIAS, MAX_DIGITS, varying_numbers
+from farcast_cli.trainers.names import MAX_DIGITS, is_alias, is_copy, split_ending, varying_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -140,7 +140,7 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
     """The snapshots but `last`, `best` and their like without evidence; any other without evidence is a conflict."""
     kept = []
     for snapshot in snapshots:
-        if not snapshot.evidence and (ALIAS.match(snapshot.path.stem) or _is_last_of(snapshot, snapshots)):
+        if not snapshot.evidence and (is_alias(snapshot.path) or _is_last_of(snapshot, snapshots)):
             findings.ignore(snapshot.path, "unknown step")
             continue
         kept.append(snapshot)
@@ -161,7 +161,8 @@ def _with_numbers(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 
 def _is_last_of(snapshot: Snapshot, others: Sequence[Snapshot]) -> bool:
     """Whether a name is that of the others without their number, as a trainer names the last one."""
-    like = re.compile(re.escape(snapshot.path.stem) + r"[-_.]?\d+" + re.escape(snapshot.path.suffix))
+    stem, ending = split_ending(snapshot.path.name)
+    like = re.compile(re.escape(stem) + r"[-_.]?\d+" + re.escape(ending))
     return sum(like.fullmatch(other.path.name) is not None for other in others) > 1
 
 
@@ -181,7 +182,7 @@ def _in_order_of_saving(
     if not isinstance(wanted, StepList):
         findings.conflicts.extend(_ask_for_steps(ordered, order.words, directory))
         return ordered
-    named = [snapshot for snapshot in ordered if not ALIAS.match(snapshot.path.stem)]
+    named = [snapshot for snapshot in ordered if not is_alias(snapshot.path)]
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
     if chosen is None or len(set(map(order.key, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
@@ -214,7 +215,7 @@ def _order_of(snapshots: Sequence[Snapshot]) -> _Order:
 
     A copy has the time of copying, so times are the last resort.
     """
-    named = [snapshot for snapshot in snapshots if not ALIAS.match(snapshot.path.stem)]
+    named = [snapshot for snapshot in snapshots if not is_alias(snapshot.path)]
     epochs = _named_epochs(named)
     in_names = {s.path: epochs[s.path.name] for s in named if s.path.name in epochs}
     in_files = {s.path: epoch for s in named if (epoch := _epoch_in(s)) is not None}
@@ -307,7 +308,7 @@ def _without_duplicates(
     kept: list[Snapshot] = []
     collisions: list[list[Snapshot]] = []
     were_replaced = False
-    ordered = sorted(snapshots, key=lambda s: (s.step, number_of(s) is None, version_of(s), s.path.name))
+    ordered = sorted(snapshots, key=lambda s: (s.step, number_of(s) is None, is_copy(s.path.name), version_of(s), s.path.name))
     for step, group in itertools.groupby(ordered, key=lambda snapshot: snapshot.step):
         same = list(group)
         left, was_replaced = (same, False) if step < 0 else _without_copies(same, findings)

@@ -52,6 +52,15 @@ def trainer_of(snapshot: Snapshot) -> Trainer:
     return next(by_state, None) or named(snapshot.layout).trainer
 
 
+def refuse_unread(path: Path) -> None:
+    """Refuse a folder of a layout that is known and not read.
+
+    Raises:
+        FileFormatError: it is one; the hint names the tool that converts it.
+    """
+    refused.refuse(path)
+
+
 def recognise(path: Path) -> Layout | None:
     """The layout of what lies at `path`, judged by names (a `.ckpt` or `.pt` by whose it is); None if it is no checkpoint.
 

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 _MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash or a time
 _NUMBER = rf"(0*\d{{1,{MAX_DIGITS}}})(?![\da-z]|\.\d)"  # whole, and no 1k, 1e5, 2.5 or beginning of a hash
 _LONE = rf"(0*\d{{1,{_MAX_LONE_DIGITS}}})(?![\da-z]|\.\d)"
-_ENDINGS = re.compile(r"(?:-v\d+)?(?:\.(?:safetensors|kept|pt|pth|bin|ckpt|tar))*$")
+_ENDINGS = re.compile(
+    r"(?:-v\d+)?(?:\.(?:safetensors?|kept|pt|pth|bin|ckpt|tar|zip|model|th|sft|state|weights|chkpt|checkpoint|pkl))*$",
+    re.IGNORECASE,
+)
 _GLUED = re.compile(rf"(?<![a-z])(?:global[-_]?)?(?:(?:step|iter|iteration|update)s?|(?<!\d)ba)[-_=]?{_NUMBER}", re.IGNORECASE)
 _BEFORE = re.compile(
     rf"(?<![a-z\d.])(0*\d{{1,{MAX_DIGITS}}})(?:step|[-_]?(?:steps|iters|iterations|updates))(?![a-z\d])", re.IGNORECASE
@@ -22,10 +26,11 @@ _NO_STEPS = "epochs?|ep|seed|rank|fold|shard|part|stage|phase|trial|version|v"
 _BARE = re.compile(rf"^(?:(?!(?:{_NO_STEPS})[-_])[a-z]+[-_])?{_LONE}$", re.IGNORECASE)
 _DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$")
 
-ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
-"""The stem of a name that says which of the others it is, and no step."""
+_ALIAS = re.compile(r"(?:.*[-_.])?(?:last|latest|best|final|model|current|ema)(?:-v\d+)?$", re.IGNORECASE)
 _MADE_OF_OTHERS = re.compile(r"(?<![a-z])(?:avg|averaged?|ema|swa|mean|soup|merged?|best|top[-_]?k)(?![a-z])", re.IGNORECASE)
 
+_ENDING = re.compile(r"(?<=.)(?:\.(?:pth?|ckpt)\.tar|\.[a-z]\w*)$", re.IGNORECASE)
+_COPY = re.compile(r"^copy of |\(\d+\)| - copy|[-_. ]copy(?![a-z])", re.IGNORECASE)
 _DIGITS = re.compile(r"\d+")
 _MIN_ALIKE = 3  # names
 _EPOCH = re.compile(r"(?<![a-z])(?:epochs?|ep)[-_=]?$", re.IGNORECASE)
@@ -46,6 +51,30 @@ def find_step_in_name(name: str) -> re.Match[str] | None:
     told = _GLUED.search(stem) or _BEFORE.search(stem)
     lone = _CHECKPOINT.search(stem) or _BARE.search(stem)
     return told or (None if lone is None or _DATE.match(lone[1]) else lone)
+
+
+def is_alias(path: Path) -> bool:
+    """Whether a name says which of the others it is, and no step."""
+    return _ALIAS.match(split_ending(path.name)[0]) is not None
+
+
+def split_ending(name: str) -> tuple[str, str]:
+    """The stem and the ending of a file's name; a number behind a dot is no ending, and one of two words is whole.
+
+    >>> split_ending("step_5.pth.tar"), split_ending("step_5"), split_ending("loss_0.25")
+    (('step_5', '.pth.tar'), ('step_5', ''), ('loss_0.25', ''))
+    """
+    found = _ENDING.search(name)
+    return (name[: found.start()], found[0]) if found else (name, "")
+
+
+def is_copy(name: str) -> bool:
+    """Whether a name is that of a copy, as browsers and desktops give them.
+
+    >>> is_copy("step_500 (1).pt"), is_copy("Copy of step_500.pt"), is_copy("step_500.pt")
+    (True, True, False)
+    """
+    return _COPY.search(name) is not None
 
 
 def word_of_others(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, shell_word
 from farcast_cli.trainers.base import Layout, Snapshot
+from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,21 +67,21 @@ KINDS = (
         _is_zero,
         "a DeepSpeed checkpoint, which resumes from its own partitions",
         "DeepSpeed's zero_to_fp32.py (it lies beside the checkpoint) makes weights that farcast reads: python"
-        " {home}/zero_to_fp32.py {home} step_N{tag}; ds_to_universal.py makes a universal checkpoint, which is not read either",
+        " {home}/zero_to_fp32.py {home} step_{step}{tag}; ds_to_universal.py makes a universal checkpoint, which is not read either",
     ),
     Refused(
         "megatron",
         _is_megatron,
         "a Megatron checkpoint, which resumes from its own partitions",
         "Megatron-LM's tools/checkpoint/convert.py, or Megatron Bridge's export_ckpt, makes weights that farcast reads:"
-        " a folder step_N/ for each snapshot",
+        " a folder step_{step}/ for this snapshot",
     ),
     Refused(
         "fsdp",
         _is_fsdp,
         "an FSDP checkpoint of accelerate's, which resumes from its own shards",
-        "accelerate merge-weights {path}/pytorch_model_fsdp_0 step_N makes weights that farcast reads; where there is a"
-        " pytorch_model_fsdp.bin, copy it to step_N.bin",
+        "accelerate merge-weights {path}/pytorch_model_fsdp_0 step_{step} makes weights that farcast reads; where there is a"
+        " pytorch_model_fsdp.bin, copy it to step_{step}.bin",
     ),
     Refused(
         "torch-dcp",
@@ -106,9 +107,9 @@ def refuse(path: Path) -> None:
 def _raise(kind: Refused, path: Path) -> Snapshot:
     is_tag = (path.parent / "latest").is_file() or path.name.startswith("global_step")
     home, tag = (path.parent, f" --tag {shell_word(path.name)}") if is_tag else (path, "")
-    raise FileFormatError(
-        f"{path}: {kind.what}: not read yet", hint=kind.hint.format(path=shell_word(path), home=shell_word(home), tag=tag)
-    )
+    found = find_step_in_name(path.name)
+    names = {"path": shell_word(path), "home": shell_word(home), "tag": tag, "step": found[1] if found else "N"}
+    raise FileFormatError(f"{path}: {kind.what}: not read yet", hint=kind.hint.format(**names))
 
 
 def _is_folder_of(kind: Refused, path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FileFormatError, HalfWrittenError, SnapshotError, UnsafeFileError
 from farcast_cli.files.json_text import parse_json, parse_json_beside
 from farcast_cli.files.reading import file_size, read_bytes
+from farcast_cli.formats.file_kind import kind_of
 from farcast_cli.formats.safetensors_file import read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.trainers.base import ADAPTER_FILES, Part, find_weights, unique_tensors, weights_of
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from farcast_cli.formats.safetensors_file import SafetensorsFile
     from farcast_cli.tensors import TensorEntry
 
+MAX_SHARDS = 10_000
 MAX_JSON_BYTES = 1 << 27  # 128 MiB; a log of 400,000 steps takes half of it
 _WEIGHTS = re.compile(r"(?:^|/)(?!optim)[^/]*\.safetensors$|(?:model|weights|consolidated)[^/]*\.(?:bin|pth?)$")
+_SHARD = re.compile(r"(?!optim)(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 _SECOND_FILE = "a second file of weights: not forecast, copied from the last snapshot"
 _SECOND_ADAPTER = "an adapter next to the full weights, which the trainer loads: not forecast, copied from the last snapshot"
 
@@ -70,6 +73,11 @@ def find_adapters(folder: Path) -> list[WeightFile]:
     return [*([WeightFile(top)] if top else []), *(WeightFile(path, f"{name}.") for path, name in below if path)]
 
 
+def find_shards(folder: Path) -> Path | None:
+    """The first shard of weights in a folder without their index, which some programs do without."""
+    return next((file for file in sorted(folder.glob("*-of-*")) if _SHARD.fullmatch(file.name) and file.is_file()), None)
+
+
 def parse_json_of(path: Path) -> Any:
     """The value of a small JSON file.
 
@@ -111,7 +119,7 @@ def read_weights(folder: Path, sources: Iterable[WeightFile]) -> Weights:
 
 def _read_one(first: Path) -> Weights:
     if not first.name.endswith(".index.json"):
-        return _read_files([first])
+        return _read_files(_numbered(first) if _SHARD.fullmatch(first.name) else [first])
     index = read_json(first)
     found = _read_files(_shards(first.parent, first, index))
     _check_index(first, index["weight_map"], found.tensors)
@@ -119,7 +127,7 @@ def _read_one(first: Path) -> Weights:
 
 
 def _read_files(paths: Sequence[Path]) -> Weights:
-    if paths and paths[0].suffix == ".safetensors":
+    if paths and (paths[0].suffix == ".safetensors" or kind_of(paths[0]) == "safetensors"):
         files = [read_safetensors(path) for path in paths]
         return Weights(tuple(_part(file) for file in files), unique_tensors(files, paths[0].parent))
     tensors: dict[str, TensorEntry] = {}
@@ -149,6 +157,20 @@ def _shards(folder: Path, index_path: Path, index: dict[str, Any]) -> list[Path]
         if not (folder / name).is_file():
             raise HalfWrittenError(f"{folder}: shard {name} is missing", hint="the snapshot is incomplete: leave it out")
     return [folder / name for name in names]
+
+
+def _numbered(first: Path) -> list[Path]:
+    """All shards that the name of one counts."""
+    found = _SHARD.fullmatch(first.name)
+    assert found is not None  # noqa: S101 - the caller has looked
+    stem, _, count, ending = found.groups()
+    paths = [first.with_name(f"{stem}-{number:05}-of-{count}{ending}") for number in range(1, min(int(count), MAX_SHARDS) + 1)]
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing:
+        raise HalfWrittenError(
+            f"{first.parent}: shard {missing.name} is missing", hint="the snapshot is incomplete: leave it out"
+        )
+    return paths
 
 
 def _check_index(index_path: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
