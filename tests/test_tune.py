@@ -433,7 +433,7 @@ def test_numbers_are_read_as_torch_reads_them(name: str) -> None:
     np.testing.assert_array_equal(found, tensor.double().numpy())
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_no_split_into_stretches_changes_a_value_that_is_written(width: int, data: st.DataObject) -> None:
     random = np.random.default_rng(width)
