@@ -322,6 +322,7 @@ def of_tune(tuning: Tuning) -> results.TuneAnswer:
         z=verdict.z if verdict else None,
         tuned_before=tuning.tuned_loss[0] if verdict else None,
         tuned_after=tuning.tuned_loss[1] if verdict else None,
+        judged_by=verdict.judged_by if verdict else None,
         num_rows=tuning.num_rows,
         iterations=tuning.iterations,
         relative_change=tuning.sizes,

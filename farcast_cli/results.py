@@ -16,7 +16,6 @@ from farcast_cli.answer import (
     COHERENCE,
     DRY_RUN,
     LENGTH_FACTOR,
-    NUM_ROWS,
     PACE_AHEAD,
     RECENT,
     SIGNIFICANCE,
@@ -461,13 +460,14 @@ class TuneAnswer(Answer):
     verdict: Literal["tuned", "no significant gain", "applied"] = Field(
         description="`tuned`, `no significant gain`, or `applied`"
     )
-    held_out_before: Figure | None = Field(description="mean loss of the held-out rows, before; `null` with `--apply`")
+    held_out_before: Figure | None = Field(description="mean loss of rows not seen, before; `null` with `--apply`")
     held_out_after: Figure | None = Field(description="the same, after")
-    z: Figure | None = Field(description="gain on the held-out rows, in standard errors")
+    z: Figure | None = Field(description="gain on the rows not seen, in standard errors")
     tuned_before: Figure | None = Field(description="mean loss of the rows tuned on, before")
     tuned_after: Figure | None = Field(description="the same, after")
-    num_rows: tuple[int, int, int] = Field(description=NUM_ROWS)
-    iterations: int = Field(description="iteration with the lowest loss on the early-stopping rows")
+    judged_by: str | None = Field(description="what judged: `leave-one-out`, `5 folds` or `--val`; `null` with `--apply`")
+    num_rows: int = Field(description="number of rows, which are all tuned on")
+    iterations: int = Field(description="iterations, or ridges, until the lowest loss of rows left out")
     relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change, divided by the layer's norm")
     passes: int = Field(description="passes over the weights during tuning")
     bytes_read: int = Field(description="bytes of weights read: to tune, to write, to check")

@@ -42,7 +42,7 @@ FROM_ANY_FILE = frozenset(
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
         *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
-        *("layer", "bias", "loss", "activation", "head", "head_bias"),
+        *("layer", "bias", "loss", "activation", "head", "head_bias", "transposed"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
         *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
         *("form", "text"),  # in which a report is printed
@@ -53,7 +53,7 @@ FROM_ANY_FILE = frozenset(
 
 None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `step_from` lets evidence contradict, `purpose`
 and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `gain`, `max_gain` and `every` a longer leap, `io`
-may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
+may map files, `maximize` turns the judgement round; `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
     "Input": (
@@ -77,8 +77,8 @@ PANELS = {
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Watch": ("interval", "until", "once", "keep", "leap", "on_leap"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
-    "Layer": ("layer", "bias", "activation", "head", "head_bias"),
-    "Rows": ("data", "loss", "anchor", "holdout", "gate", "subsample", "seed"),
+    "Layer": ("layer", "bias", "activation", "head", "head_bias", "transposed"),
+    "Rows": ("data", "loss", "anchor", "val", "gate", "subsample", "seed"),
     "Solver": ("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge"),
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
@@ -94,6 +94,7 @@ PANELS = {
             "max_shard_size",
             "round_",
             "delta_out",
+            "lora_out",
             "apply",
             "even_if_worse",
             "overwrite",
@@ -444,7 +445,7 @@ MaximizeOption = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE
 OptimizerOption = Annotated[OptimizerMode, choice(OptimizerMode, "--optimizer", text="How to write the optimiser's state.")]
 DTypeOption = Annotated[OutputDType, choice(OutputDType, "--dtype", text="Element type of the output.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast with the same name.")
+    bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier output of farcast with the same name.")
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Write nothing; print what would be written, and its cost.")
@@ -455,8 +456,8 @@ RowsOption = Annotated[
     typer.Option(
         envvar=env("DATA"),
         metavar="FILE",
-        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels); at most twice as many rows as the"
-        " layer has outputs.",
+        help="A .safetensors, .npz or .pt file with x (inputs of the layer) and y (targets or labels). It may also hold out (the"
+        " model's outputs for these rows, which check the description), w (weights of rows) and groups (rows that belong together).",
     ),
 ]
 LayersOption = Annotated[
@@ -471,7 +472,11 @@ BiasesOption = Annotated[
 ]
 ActivationsOption = Annotated[
     list[str] | None,
-    choice(ActivationName, "--activation", text="Activation after the layer; one for all layers, or one for each."),
+    choice(
+        ActivationName,
+        "--activation",
+        text="Activation after the layer; one for all layers, or one for each. Needed with --head; gelu-tanh is GPT-2's gelu_new.",
+    ),
 ]
 TuneMethodOption = Annotated[
     str | None,

@@ -580,9 +580,8 @@ def tune_summary(tuning: Tuning) -> None:
         note(f"no significant gain: {verdict.reason}: nothing written")
         note("hint: use more rows, or rows closer to the model's real inputs; --gate X lowers the required gain")
         return
-    rows = " + ".join(map(str, tuning.num_rows))
     note(
-        f"{names}: {tuning.method}, {tuning.iterations} iterations on {rows} rows (tuned, early stop, held out),"
+        f"{names}: {tuning.method}, {tuning.iterations} iterations on all {tuning.num_rows} rows,"
         f" {tuning.num_passes} pass" + "es" * (tuning.num_passes != 1) + " over the weights"
     )
     changes = ", ".join(f"{share:.2g}" for share in tuning.sizes)
