@@ -70,14 +70,20 @@ def torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     file = state.file
     assert file is not None  # noqa: S101 - the caller's branch
     storages = plan_storages(state, rewrite)
-    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(encode_pickle(state.tree, storages.retyped)),)}
+    pickled = encode_pickle(state.tree, storages.retyped)
+    named = torch_records(file, pickled, {one.key: storages.pieces(state, one) for one in storages_of(state.tree)})
+    return OutputFile(state.part.name, tuple(zip_records(named)))
+
+
+def torch_records(file: TorchFile, pickled: bytes, held: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
+    """The records of a torch file with a new pickle and new storages (by key); its other records as they were."""
+    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(pickled),)}
     named |= {
         name: (Copy(file.path, record.offset, record.num_bytes),)
         for name, record in file.records.items()
         if not name.startswith(f"{file.prefix}/data/") and name not in named
     }
-    named |= {f"{file.prefix}/data/{one.key}": storages.pieces(state, one) for one in storages_of(state.tree)}
-    return OutputFile(state.part.name, tuple(zip_records(named)))
+    return named | {f"{file.prefix}/data/{key}": pieces for key, pieces in held.items()}
 
 
 _BESIDE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little", "version": b"3\n"}

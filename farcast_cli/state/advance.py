@@ -221,7 +221,8 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         ):
             continue  # a setting or a loss, not a counter
         where = f"{name}: {dotted(path)}"
-        new = moved(path, value, series, target)
+        told = clock.optimizer_count(series[-1][1]) if clock and _is_adam_step(path) else None
+        new = moved(path, value, series, target) if told is None else told
         if new is None:
             result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise steadily with the step")
             continue
@@ -340,7 +341,7 @@ def _advance_schedules(
     trainer = trainer_of(origin)
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
-    if not schedulers:
+    if not schedulers and not trainer.computes_rates:
         unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
         result.notes.extend(_rates_left(result, histories, unread))
     for index, (name, path) in enumerate(schedulers):
