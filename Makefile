@@ -12,6 +12,8 @@ LOWEST_TESTS := casts cli clock dcp discovery evaluation formats golden ledger p
 # The oldest safetensors is no oracle for the types that came later.
 LOWEST_BUT := not where_the_library_put_it and not by_the_safetensors_library
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start farcast a thousand times: without cached bytecode each start would compile all its modules.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune lowest site crash fuzz sample clean
 
@@ -20,7 +22,7 @@ help: ## say what the targets do
 
 setup: $(STAMP) ## make .venv with farcast and all that its tests need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt farcast_cli/engine/_kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $(STAMP)
@@ -92,4 +94,4 @@ sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info farcast_cli/engine/_kernel.*.so

@@ -55,7 +55,7 @@ DRY_RUN = "`true` with `--dry-run`; absent otherwise"
 class AnswerPart(BaseModel):
     """An object within an answer."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
 
 
 class Answer(AnswerPart):

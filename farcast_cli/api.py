@@ -33,8 +33,7 @@ from farcast_cli.choices import (
     Scope,
     StepNorm,
 )
-from farcast_cli.errors import shell_word
-from farcast_cli.horizons import in_steps, parse_horizons
+from farcast_cli.horizons import in_steps, parse_horizons, text_of
 from farcast_cli.log_to import check_apart, log_answer, logged_events, parse_targets, places_of
 from farcast_cli.progress import silent
 from farcast_cli.settings import (
@@ -52,6 +51,7 @@ from farcast_cli.settings import (
     prepare,
     resources_of,
     selection_of,
+    source_of,
     watch_request,
 )
 
@@ -77,7 +77,9 @@ if TYPE_CHECKING:
     """Steps ahead, or a text as on the command line: "1k", "20%"; or several."""
 
 
-def open_run(directory: Place, *, steps: str | None = None, pattern: str | None = None) -> Trajectory:
+def open_run(
+    directory: Place, *, steps: str | None = None, pattern: str | None = None, weights: str | None = None
+) -> Trajectory:
     """Find the snapshots of a run and read their headers; no tensor is read.
 
     Returns:
@@ -91,8 +93,8 @@ def open_run(directory: Place, *, steps: str | None = None, pattern: str | None 
     prepare("cpu")
     from farcast_cli.run.trajectory import discover
 
-    selection = selection_of(Path(directory), None, None, steps, pattern)
-    return discover(selection.directory, steps=selection.steps, pattern=selection.pattern)
+    chosen = selection_of(Path(directory), None, None, steps, pattern, weights=weights)
+    return discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, weights=chosen.weights)
 
 
 def fit(
@@ -103,6 +105,7 @@ def fit(
     exclude: Sequence[str] | None = None,
     steps: str | None = None,
     pattern: str | None = None,
+    weights: str | None = None,
     sample: int = DEFAULT_SAMPLE,
     full: bool = False,
     ledger: Place = DEFAULT_LEDGER,
@@ -139,6 +142,7 @@ def fit(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         sample=sample,
         full=full,
         ledger=Path(ledger),
@@ -163,6 +167,7 @@ def keep(
     last: int | None = None,
     steps: str | None = None,
     pattern: str | None = None,
+    weights: str | None = None,
     progress: Progress = silent,
 ) -> Keeping:
     """Copy the weights of checkpoints that are not kept yet, before the trainer deletes them.
@@ -183,7 +188,7 @@ def keep(
     from farcast_cli.keeping import KeepRequest
     from farcast_cli.keeping import keep as copy
 
-    selection = selection_of(Path(directory), None, None, steps, pattern)
+    selection = selection_of(Path(directory), None, None, steps, pattern, weights=weights)
     return copy(KeepRequest(selection, None if into is None else Path(into), last, sampled), progress)
 
 
@@ -206,7 +211,7 @@ def backtest(
         UsageError: no such method, or a horizon that cannot be.
         SnapshotError, FileFormatError: the run or the forecaster file cannot be used.
     """
-    horizons = parse_horizons(_text(horizon))
+    horizons = parse_horizons(text_of(horizon))
     check_choice("--for", purpose, Purpose)
     check_choice("--clock", clock, ClockName)
     fitted = _fitted(run, device, "auto", 0)
@@ -279,7 +284,7 @@ def report(
     fitted = _fitted(run, device, io, threads)
     check_output(place, fitted.directory, overwrite=overwrite)
     course = course_of(fitted, losses=None if losses is None else Path(losses), ledgers=ledgers_of(Path(ledger)))
-    story = tell(fitted, Request(purpose=purpose, source=_source(run, fitted), resources=resources), course)
+    story = tell(fitted, Request(purpose=purpose, source=source_of(run, fitted), resources=resources), course)
     write_report(story, place, overwrite=overwrite)
     return Report(story, place)
 
@@ -370,7 +375,7 @@ def predict(
         UsageError: options that make no sense.
         SnapshotError, FileFormatError, OutputError: nothing was written.
     """
-    horizons, shard_bytes = horizons_of(_text(horizon), to_step), parse_size(max_shard_size)
+    horizons, shard_bytes = horizons_of(text_of(horizon), to_step), parse_size(max_shard_size)
     check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, purpose)
     targets = parse_targets(log_to)
@@ -405,7 +410,7 @@ def predict(
         ledgers=ledgers_of(Path(ledger)),
         clock=clock,
         logs=places_of(targets),
-        source=_source(run, fitted),
+        source=source_of(run, fitted),
         narrowed=narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         evaluator=evaluator,
@@ -432,6 +437,7 @@ def leap(
     exclude: Sequence[str] | None = None,
     steps: str | None = None,
     pattern: str | None = None,
+    weights: str | None = None,
     clock: ClockName | None = None,
     optimizer: OptimizerMode = "copy",
     layout: OutputLayout = "same",
@@ -485,7 +491,7 @@ def leap(
         resources=resources,
         evaluator=evaluator,
     )
-    selection = selection_of(Path(directory), include, exclude, steps, pattern)
+    selection = selection_of(Path(directory), include, exclude, steps, pattern, weights=weights)
     done = call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
     answer = of_leap(done, dry_run=dry_run)
     return done if dry_run else replace(done, unlogged=log_answer(targets, "leap", answer, Path(directory)))
@@ -504,6 +510,7 @@ def watch(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     pattern: str | None = None,
+    weights: str | None = None,
     ledger: Place = DEFAULT_LEDGER,
     device: str = "auto",
     io: Io = "auto",
@@ -532,7 +539,14 @@ def watch(
     """
     targets, run = parse_targets(log_to), Path(directory)
     check_apart(targets, run)
-    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "ledger": Path(ledger), "device": device}
+    options: Any = {
+        "include": include,
+        "exclude": exclude,
+        "pattern": pattern,
+        "weights": weights,
+        "ledger": Path(ledger),
+        "device": device,
+    }
     request = watch_request(run, None if into is None else Path(into), **options, io=io, threads=threads, keep=keep)
     check_watch_options(interval, is_leaping=leap, on_leap=on_leap)
     from farcast_cli.evaluation.hook import Hook
@@ -567,17 +581,6 @@ def verify(forecast: Place, *, against: Place, reference: Place | None = None, p
     return compare(Path(forecast), Path(against), start, progress=progress)
 
 
-def _text(horizon: Horizon | None) -> str | None:
-    """A horizon as the command line has it.
-
-    >>> _text(500), _text(["1k", 20]), _text(None)
-    ('500', '1k,20', None)
-    """
-    if horizon is None or isinstance(horizon, str):
-        return horizon
-    return ",".join(map(str, [horizon] if isinstance(horizon, int) else horizon))
-
-
 def _fitted(run: Run, device: str, io: Io, threads: int) -> Fitted:
     """The forecaster of a run."""
     prepare(device, threads)
@@ -591,10 +594,3 @@ def _fitted(run: Run, device: str, io: Io, threads: int) -> Fitted:
     if Path(run).is_dir():
         return fit(run, device=device, io=io, threads=threads).fitted
     return load_fitted(Path(run))
-
-
-def _source(run: Run, fitted: Fitted) -> str:
-    """What a command to paste needs to read the same run, with a blank before it."""
-    if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
-        return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
-    return f" {fitted.source}{narrowed(fitted)}"

@@ -66,3 +66,14 @@ def in_steps(horizons: Sequence[Horizon], fitted: Fitted, *, origin: int | None 
     found = tuple(max(1, round(one * length)) if isinstance(one, Fraction) else one for one in horizons)
     _check_different(found, ",".join(map(str, found)))
     return found
+
+
+def text_of(horizon: int | str | Sequence[int | str] | None) -> str | None:
+    """A horizon as the command line has it.
+
+    >>> text_of(500), text_of(["1k", 20]), text_of(None)
+    ('500', '1k,20', None)
+    """
+    if horizon is None or isinstance(horizon, str):
+        return horizon
+    return ",".join(map(str, [horizon] if isinstance(horizon, int) else horizon))

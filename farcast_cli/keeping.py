@@ -131,6 +131,7 @@ def _found(selection: Selection) -> Trajectory:
                 steps=selection.steps,
                 pattern=selection.pattern,
                 unsettled=selection.unsettled,
+                weights=selection.weights,
                 minimum=0,
             )
         except FileFormatError as error:
@@ -273,7 +274,7 @@ def _states_of(snapshot: Snapshot, cautions: list[str]) -> Iterator[StateRecord]
 def _state_of(snapshot: Snapshot, part: Part) -> StateRecord:
     (history,) = load_histories([replace(snapshot, parts=(part,))]).values()
     _, tree, file = history.states[0]
-    numbers = encoded(tree, file, without=[key for key in (part.weights_key, part.mirror_key) if key])
+    numbers = encoded(tree, file, without=part.weights_paths)
     return StateRecord(name=part.name, role=part.role, is_read=part.content is not None, tree=numbers)
 
 

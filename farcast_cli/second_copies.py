@@ -4,12 +4,15 @@ A loop in bfloat16 keeps the weights again in float32 (master weights), and its 
 step. Lookahead keeps slow weights, and Schedule-free the point z: both pull the model towards them. Left at the origin, they
 undo a forecast. A copy is found by its values, a few KiB of each tensor; names alone decide nothing but a caution.
 
+Averages of the weights (EMA) lie beside the optimizer. They are found by their names, and move with the weights.
+
 Shapes: N values of a sample, C copies.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,8 @@ import numpy as np
 from farcast_cli.engine.casts import narrow, widen, work_type
 from farcast_cli.errors import listed
 from farcast_cli.files.reading import read_bytes
+from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import in_collection, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted, walk
 from farcast_cli.run.alignment import AlignedTensor
@@ -78,6 +83,7 @@ class _Copy:
     of: int
     trails: bool
     tensor: AlignedTensor
+    is_average: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,17 +116,21 @@ class SecondCopies:
         return {
             self.weights[copy.of].name: (copy.held.entry, number)
             for number, copy in enumerate(self.copies, self.first)
-            if not copy.trails and copy.held.entry.dtype.itemsize > self.weights[copy.of].entries[-1].dtype.itemsize
+            if not (copy.trails or copy.is_average)
+            and copy.held.entry.dtype.itemsize > self.weights[copy.of].entries[-1].dtype.itemsize
         }
 
 
-def find_copies(inputs: Inputs, snapshots: Sequence[Snapshot], origin: Snapshot) -> SecondCopies:
-    """The second copies of the weights in the origin's optimizer.
+def find_copies(
+    inputs: Inputs, snapshots: Sequence[Snapshot], origin: Snapshot, *, with_averages: bool = False
+) -> SecondCopies:
+    """The second copies of the weights in the origin's optimizer, and the averages of the weights beside them.
 
     Reads the optimizer's files of all snapshots where there is a copy, and a sample of each tensor that may be one.
 
     Args:
         snapshots: those that the forecast reads, in any order.
+        with_averages: whether the averages are asked for.
     """
     tensors = inputs.alignment.tensors
     first = len(tensors)
@@ -135,19 +145,42 @@ def find_copies(inputs: Inputs, snapshots: Sequence[Snapshot], origin: Snapshot)
             pairs.append((held, *found))
         elif held.is_ahead or _COPY.search(dotted(held.path)):
             lost.append(held)
-    if not pairs and not lost:
+    averages = list(_averages(origin)) if with_averages else []
+    if not pairs and not lost and not averages:
         return SecondCopies(first)
     history = _History(snapshots)
-    copies = tuple(
-        _Copy(held, of, trails, _trailing(held, tensors[of], inputs) if trails else history.aligned(held, tensors[of]))
-        for held, of, trails in pairs
+    copies = (
+        *(
+            _Copy(held, of, trails, _trailing(held, tensors[of], inputs) if trails else history.aligned(held, tensors[of]))
+            for held, of, trails in pairs
+        ),
+        *_average_copies(averages, inputs, history),
     )
     return SecondCopies(first, copies, tuple(_notes(copies, lost)), tensors)
 
 
+def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, history: _History) -> Iterator[_Copy]:
+    """The averages of tensors that are forecast, each forecast by the coefficients of its weight from its own history.
+
+    Where a snapshot lacks it, as a kept one does, it moves by the same step as its weight.
+    """
+    numbers = {tensor.name: number for number, tensor in enumerate(inputs.alignment.tensors)}
+    for name, held in averages:
+        if name not in numbers:
+            continue
+        weight = inputs.alignment.tensors[numbers[name]]
+        own = None if inputs.linear.moves else history.averaged(name, held, weight)
+        tensor = own or _trailing(held, weight, inputs)
+        yield _Copy(held, numbers[name], own is None, tensor, is_average=True)
+
+
 def _notes(copies: Sequence[_Copy], lost: Sequence[_Held]) -> Iterator[str]:
+    averages = Counter(dotted(copy.held.path[:-1]) for copy in copies if copy.is_average)
+    if averages:
+        told = (f"{name} ({count} tensors)" for name, count in averages.items())
+        yield f"averages of the weights, moved with them: {listed(told)}"
     for trails, what in ((False, "forecast with them"), (True, "near them, moved by the same step")):
-        names = [_named(copy.held) for copy in copies if copy.trails == trails]
+        names = [_named(copy.held) for copy in copies if copy.trails == trails and not copy.is_average]
         if names:
             yield f"second copies of the weights, {what}: {listed(names, most=1)}"
     if lost:
@@ -172,7 +205,7 @@ def _optimizer_tensors(snapshot: Snapshot) -> Iterator[_Held]:
     for name, history in load_histories([snapshot]).items():
         ((_, tree, file),) = history.states
         part = parts.get(name)
-        if file is None or part is None or (part.role == "state" and not part.weights_key):
+        if file is None or part is None or (part.role == "state" and part.is_bare):
             continue
         averages = any("weight_sum" in group for groups in param_groups(tree) for group in groups)
         for path, ref in _tensors_in_optimizers(tree, part):
@@ -180,12 +213,24 @@ def _optimizer_tensors(snapshot: Snapshot) -> Iterator[_Held]:
                 yield _Held(name, path, place_of(ref), file.entry(dotted(path), ref), averages and path[-1] == "z")
 
 
+def _averages(snapshot: Snapshot) -> Iterator[tuple[str, _Held]]:
+    """The tensors of a snapshot's averages, each with the name of its weight."""
+    for part in snapshot.parts:
+        content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
+        if not isinstance(content, TorchFile):
+            continue
+        for average in part.averages:
+            for ref, name in average.pairs:
+                if ref.dtype.name in FLOATING and ref.shape and is_streamable(ref):
+                    path = (*average.path, name)
+                    yield part.prefix + name, _Held(part.name, path, place_of(ref), content.entry(dotted(path), ref))
+
+
 def _tensors_in_optimizers(tree: Any, part: Part) -> Iterator[tuple[TreePath, Any]]:
     optimizers = [path for path, node in walk(tree, below=in_collection) if isinstance(node, dict) and "param_groups" in node]
-    weights = [key for key in (part.weights_key, part.mirror_key) if key]
     for path, ref in iter_tensors(tree):
         is_inside = part.role == "optimizer" or any(path[: len(above)] == above for above in optimizers)
-        is_weight = any(path[: len(key)] == key for key in weights)
+        is_weight = any(path[: len(key)] == key for key in part.weights_paths)
         if (is_inside or _OPTIMIZER.search(dotted(path))) and not is_weight and not _MOMENTS.intersection(path[-2:]):
             yield path, ref
 
@@ -197,10 +242,26 @@ class _History:
         self._of = {part.path: number for number, snapshot in enumerate(snapshots) for part in snapshot.parts}
         self._snapshots = snapshots
         self._read: dict[int, dict[tuple[str, TreePath], _Held]] = {}
+        self._averages: dict[int, dict[tuple[str, str], _Held]] = {}
 
     def aligned(self, held: _Held, weight: AlignedTensor) -> AlignedTensor:
         """A copy through the history; the weight itself where a snapshot lacks the copy, or has another value in it."""
         entries = [self._same(held, entry) or entry for entry in weight.entries[:-1]]
+        return AlignedTensor(_named(held), (*entries, held.entry))
+
+    def averaged(self, name: str, held: _Held, weight: AlignedTensor) -> AlignedTensor | None:
+        """The average of a weight through the history; None where a snapshot lacks it."""
+        entries = []
+        for entry in weight.entries[:-1]:
+            number = self._of.get(entry.path)
+            if number is None:
+                return None
+            if number not in self._averages:
+                self._averages[number] = {(one.part, of): one for of, one in _averages(self._snapshots[number])}
+            then = self._averages[number].get((held.part, name))
+            if then is None or then.layout != held.layout:
+                return None
+            entries.append(then.entry)
         return AlignedTensor(_named(held), (*entries, held.entry))
 
     def _same(self, held: _Held, weight: TensorEntry) -> TensorEntry | None:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from farcast_cli import system
-from farcast_cli.choices import DEFAULT_SAMPLE, ClockName, CountersMode, Io, KeepForm, OptimizerMode, OutputLayout
+from farcast_cli.choices import (
+    DEFAULT_FORECASTER,
+    DEFAULT_SAMPLE,
+    ClockName,
+    CountersMode,
+    Io,
+    KeepForm,
+    OptimizerMode,
+    OutputLayout,
+)
 from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.files.place import check_outside
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
@@ -54,12 +63,17 @@ def selection_of(
     pattern: str | None,
     *,
     history: Path | None = None,
+    weights: str | None = None,
 ) -> Selection:
     """The part of a run that the options name."""
     from farcast_cli.run.selection import Selection
     from farcast_cli.run.steps import parse_steps
 
-    return Selection(directory, parse_steps(steps), pattern or "", tuple(include or ()), tuple(exclude or ()), history)
+    keys = () if weights is None else tuple(key.strip() for key in weights.split(","))
+    if not all(keys):
+        raise UsageError(f"--weights {weights}: expected keys with commas between them, such as --weights g,d")
+    globs = tuple(include or ()), tuple(exclude or ())
+    return Selection(directory, parse_steps(steps), pattern or "", *globs, history, weights=keys)
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -221,6 +235,7 @@ def fit_request(
     threads: int,
     losses: Path | None = None,
     history: Path | None = None,
+    weights: str | None = None,
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
@@ -228,7 +243,7 @@ def fit_request(
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history, weights=weights)
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
 
 
@@ -239,6 +254,7 @@ def watch_request(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     pattern: str | None,
+    weights: str | None,
     ledger: Path,
     device: str,
     io: Io,
@@ -254,7 +270,7 @@ def watch_request(
     check_choice("--io", io, Io)
     if into is not None:
         check_outside(into / "any", directory, option="--into")
-    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "steps": None}
+    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "weights": weights, "steps": None}
     machine: Any = {"ledger": ledger, "device": device, "io": io, "threads": threads}
     fit = fit_request(directory, **options, **machine, sample=DEFAULT_SAMPLE, full=False, history=into)
     from farcast_cli.request import Request
@@ -280,5 +296,13 @@ def narrowed(fitted: Fitted) -> str:
     """The options that chose what was read of a run, each with a blank before it."""
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
+    options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
     return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)
+
+
+def source_of(run: object, fitted: Fitted) -> str:
+    """What a command to paste needs to read the same run, with a blank before it; `run` is a place, or what was fitted."""
+    if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
+        return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
+    return f" {fitted.source}{narrowed(fitted)}"

@@ -25,6 +25,7 @@ import farcast_cli.engine.output_files
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.cli import main
 from farcast_cli.engine import write as engine
+from farcast_cli.engine.native import VARIABLE
 from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import save_fitted
@@ -171,9 +172,13 @@ class CallCli(Protocol):
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would change the command's defaults or colours; it keeps the tests' state folder."""
+    """This process's environment without what would change the command's defaults or colours.
+
+    It keeps the tests' state folder, and the engine that is tested.
+    """
     unwanted = {"FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TTY_COMPATIBLE"}
-    return {key: value for key, value in os.environ.items() if not key.startswith("FARCAST_") and key not in unwanted}
+    unwanted |= {key for key in os.environ if key.startswith("FARCAST_")} - {VARIABLE}
+    return {key: value for key, value in os.environ.items() if key not in unwanted}
 
 
 def popen_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:

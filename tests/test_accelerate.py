@@ -314,6 +314,28 @@ def test_what_a_save_hook_wrote_in_place_of_the_model_is_forecast(tmp_path: Path
     assert json.loads((hooked / "unet" / "config.json").read_text()) == {"layers": 2}
 
 
+def test_an_average_of_the_weights_is_no_second_model_and_its_count_advances(tmp_path: Path) -> None:
+    """As in diffusers' training scripts: `unet_ema/` with EMAModel's settings in its config.json. Its decay follows the count."""
+    _train(tmp_path / "plain", tmp_path / "truth")
+    shutil.copytree(tmp_path / "plain", tmp_path / "run")
+    for folder in (tmp_path / "run").iterdir():
+        step = int(folder.name.removeprefix("step_"))
+        for name in ("unet", "unet_ema"):
+            (folder / name).mkdir()
+            shutil.copyfile(folder / "model.safetensors", folder / name / "diffusion_pytorch_model.safetensors")
+        (folder / "model.safetensors").unlink()
+        (folder / "unet" / "config.json").write_text(json.dumps({"layers": 2}))
+        ema = {"layers": 2, "decay": 0.999, "min_decay": 0.0, "optimization_step": step, "update_after_step": 0}
+        (folder / "unet_ema" / "config.json").write_text(json.dumps(ema))
+    assert {name.split(".")[0] for name in discover(tmp_path / "run").origin.tensors} == {"unet"}
+    (outcome,) = predict_run(fit_run(tmp_path / "run"), tmp_path / "step_90", horizons=[10])
+    average, origin = tmp_path / "step_90" / "unet_ema", tmp_path / "run" / "step_80" / "unet_ema"
+    assert json.loads((average / "config.json").read_text())["optimization_step"] == VALID
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (average / weights).read_bytes() == (origin / weights).read_bytes()
+    assert any(note.startswith("unet_ema: an average of the weights") for note in outcome.notes)
+
+
 def test_the_clock_adds_up_the_rates_that_accelerate_used_and_will_use(tmp_path: Path) -> None:
     loop, used = Loop(), []
     for step in range(1, 101):

@@ -40,6 +40,7 @@ SCHEDULES: Build = {
     "constant": lambda o: lr_scheduler.ConstantLR(o, 1.0),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH),
     "to a floor": lambda o: lr_scheduler.CosineAnnealingLR(o, LENGTH, 0.03),
+    "of its own": lambda o: lr_scheduler.LambdaLR(o, lambda count: 1 / (1 + count) ** 0.3),
     "to the end": lambda o: lr_scheduler.CosineAnnealingLR(o, 100),
     "steep": lambda o: lr_scheduler.CosineAnnealingLR(o, 120),
 }
@@ -289,7 +290,7 @@ def test_a_forecaster_of_an_older_farcast_counts_steps(tmp_path: Path) -> None:
 
 
 def test_a_forecast_past_the_rates_that_are_known_counts_steps_and_says_so(tmp_path: Path) -> None:
-    _train(tmp_path / "run", "to a floor")
+    _train(tmp_path / "run", "of its own")
     for path in (tmp_path / "run").iterdir():
         state = torch.load(path, weights_only=True)
         del state["scheduler"]

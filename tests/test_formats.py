@@ -6,10 +6,16 @@ import argparse
 import collections
 import datetime as dt
 import enum
+import http
+import io
+import ipaddress
+import itertools
 import json
 import os
 import pickle
 import random
+import re
+import signal
 import struct
 import subprocess
 import sys
@@ -512,6 +518,12 @@ def test_a_torch_file_that_asks_for_code_is_refused_and_runs_none_of_it(tmp_path
     assert caught.value.exit_code == 4
 
 
+def _written(data: bytes) -> io.BytesIO:
+    stream = io.BytesIO()
+    stream.write(data)
+    return stream
+
+
 def carried() -> dict[str, Any]:
     generator = np.random.default_rng(1)
     return {
@@ -533,6 +545,14 @@ def carried() -> dict[str, Any]:
         "dates": {"at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC), "took": dt.timedelta(seconds=3)},
         "a tensor inside": {"own": _Config("a", torch.arange(3.0), None), "w": torch.ones(2)},
         "a device": {"device": torch.device("cuda", 1), "w": torch.ones(2)},
+        "bytes in memory, as a module's extra state": {"w": torch.ones(2), "_extra_state": _written(b"amax")},
+        "plain objects of the standard library": {
+            "w": torch.ones(2),
+            "ids": (ipaddress.ip_address("10.0.0.1"), http.HTTPStatus.OK, signal.Signals.SIGTERM, re.IGNORECASE),
+            "kinds": (list[int], collections.UserString("a"), itertools.count(3), Ellipsis),
+            "errors": [ValueError("diverged"), KeyError("lr")],
+            "rows": np.rec.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f4")]),
+        },
         "a whole module": {"net": torch.nn.Linear(2, 2), "w": torch.ones(2)},
         "sparse": {"s": torch.eye(3).to_sparse(), "w": torch.ones(2)},
         "conjugated": {"c": torch.tensor([1 + 2j]).conj()},
@@ -563,6 +583,10 @@ def same(a: Any, b: Any) -> bool:  # noqa: PLR0911 - a kind a line
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
         return type(a) is type(b) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, io.BytesIO):
+        return type(a) is type(b) and (a.getvalue(), a.tell()) == (b.getvalue(), b.tell())
+    if isinstance(a, (Exception, itertools.count)):
+        return type(a) is type(b) and repr(a) == repr(b)
     if isinstance(a, (_Config, argparse.Namespace)):
         return type(a) is type(b) and same(vars(a), vars(b))
     return type(a) is type(b) and bool(a == b)

@@ -457,14 +457,21 @@ def test_without_moments_lightning_still_resumes_at_the_right_rate(mode: str, tm
 AVERAGED = Run({"every_n_train_steps": 7}, callbacks=(EMAWeightAveraging,))
 
 
-def test_of_averaged_weights_the_live_ones_are_forecast_and_the_average_stays(tmp_path: Path) -> None:
-    AVERAGED.go(tmp_path / "run", max_steps=42)
+def test_of_averaged_weights_the_live_ones_are_forecast_and_the_average_moves_with_them(tmp_path: Path) -> None:
+    AVERAGED.go(tmp_path / "run", max_steps=56)
     (outcome,) = predict_run(fitted(tmp_path / "run", 42), f"{tmp_path}/forecast/", horizons=(14,), method="line")
     assert outcome.path is not None
     found, origin = load(outcome.path), load(true_checkpoint(tmp_path / "run", 42))
     name = "net.0.weight"
     assert not torch.equal(found["current_model_state"][name], origin["current_model_state"][name])
-    assert all(torch.equal(value, origin["state_dict"][key]) for key, value in found["state_dict"].items() if "num_" not in key)
+    truth = load(true_checkpoint(tmp_path / "later", 56))
+    error, move = (
+        torch.cat(
+            [(a["state_dict"][key] - truth["state_dict"][key]).flatten() for key in truth["state_dict"] if "net.0" in key]
+        )
+        for a in (found, origin)
+    )
+    assert error.norm() < 0.75 * move.norm()
     assert any(name == "state_dict.*" and "average" in reason for name, reason in beside(tmp_path / "run"))
 
 

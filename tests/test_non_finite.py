@@ -100,6 +100,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 CUT_WAYS: dict[str, dict[str, Any]] = {
     "alone": {},
+    "alone, in numpy": {"kernel": False},
     "by two processes": {"num_threads": 2, "io": "pread"},
     "several horizons by three processes": {"num_threads": 3, "horizons": (100, 200)},
     "read in place": {"io": "mmap"},

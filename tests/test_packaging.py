@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import farcast_cli
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from email.message import Message
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +28,10 @@ FILES = (
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Containerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
     *("SECURITY.md", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py"),
 )
-NOT_SOURCE = shutil.ignore_patterns(".*", "*.egg-info", "*.py[cod]", "__pycache__", "build", "demo", "dist", "out", "site")
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "*.egg-info", "*.py[cod]", "*.so", "__pycache__", "build", "demo", "dist", "out", "site"
+)
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("cc") is None, reason="the kernel needs a C compiler")
 STEM = f"farcast-{farcast_cli.__version__}"
 
 
@@ -46,10 +51,11 @@ class Distributions:
             return message_from_string(file.read(f"{STEM}.dist-info/METADATA").decode())
 
 
-def build(kind: str, *, source: Path, output: Path) -> Path:
+def build(kind: str, *, source: Path, output: Path, env: Mapping[str, str] | None = None) -> Path:
     """What pip and build do with the backend of pyproject.toml, without a network or an environment of its own."""
     call = f"import sys, setuptools.build_meta as backend; backend.build_{kind}(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", call, str(output)], cwd=source, check=True, capture_output=True)
+    environment = os.environ | (env or {})
+    subprocess.run([sys.executable, "-c", call, str(output)], cwd=source, check=True, capture_output=True, env=environment)
     return next(path for path in output.iterdir() if path.suffix == {"sdist": ".gz", "wheel": ".whl"}[kind])
 
 
@@ -59,7 +65,13 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     shutil.copytree(ROOT, folder / "checkout", ignore=NOT_SOURCE)
     with tarfile.open(build("sdist", source=folder / "checkout", output=folder)) as file:
         file.extractall(folder, filter="data")
-    return Distributions(source=folder / STEM, wheel=build("wheel", source=folder / STEM, output=folder))
+    wheel = build("wheel", source=folder / STEM, output=folder, env={"FARCAST_ENGINE": "numpy"})
+    return Distributions(source=folder / STEM, wheel=wheel)
+
+
+def kernels_in(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as file:
+        return [name for name in file.namelist() if name.startswith("farcast_cli/engine/_kernel")]
 
 
 def files_below(folder: Path) -> set[str]:
@@ -81,7 +93,30 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions: Distributio
     names = distributions.names_in_wheel()
     assert {name.split("/")[0] for name in names} == {"farcast_cli", f"{STEM}.dist-info"}
     package = {name.removeprefix("farcast_cli/") for name in names if name.startswith("farcast_cli/")}
-    assert package == files_below(distributions.source / "farcast_cli")
+    assert package == files_below(distributions.source / "farcast_cli") - {"engine/_kernel.c"}
+
+
+@NEEDS_COMPILER
+def test_the_kernel_is_built_where_there_is_a_compiler_for_every_python_from_3_11_on(
+    distributions: Distributions, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(distributions.source, tmp_path / "source"))
+    wheel = build("wheel", source=source, output=tmp_path, env={"FARCAST_ENGINE": ""})
+    assert kernels_in(wheel) == ["farcast_cli/engine/_kernel.abi3.so"]
+    assert "-cp311-abi3-" in wheel.name
+
+
+def test_a_machine_without_a_compiler_builds_the_package_without_the_kernel(
+    distributions: Distributions, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(distributions.source, tmp_path / "source"))
+    assert kernels_in(build("wheel", source=source, output=tmp_path, env={"CC": "false", "FARCAST_ENGINE": ""})) == []
+
+
+def test_a_build_that_must_have_the_kernel_fails_without_a_compiler(distributions: Distributions, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(distributions.source, tmp_path / "source"))
+    with pytest.raises(subprocess.CalledProcessError):
+        build("wheel", source=source, output=tmp_path, env={"CC": "false", "FARCAST_ENGINE": "native"})
 
 
 def test_the_wheel_says_that_the_package_is_typed_and_under_which_licence(distributions: Distributions) -> None:

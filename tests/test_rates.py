@@ -133,10 +133,19 @@ def test_groups_with_schedules_of_their_own_count_steps_and_say_so(tmp_path: Pat
 
 def test_without_a_saved_schedule_the_rates_between_snapshots_lie_on_lines_and_later_ones_are_not_known(tmp_path: Path) -> None:
     optimizer = _sgd(0.1)
-    used = _train(tmp_path, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, LENGTH, 0.01), keep=["optimizer"])
+    of_its_own = lr_scheduler.LambdaLR(optimizer, lambda count: 1 / (1 + count) ** 0.3)
+    used = _train(tmp_path, optimizer, of_its_own, keep=["optimizer"])
     pace = _pace(tmp_path, ahead=30)
     assert pace.edges[-1] == 40
     assert pace.total(4, 40) == pytest.approx(sum(used[4:40]), rel=0.02)
+
+
+def test_a_half_wave_to_a_floor_is_found_in_the_rates_of_the_groups_alone(tmp_path: Path) -> None:
+    optimizer = _sgd(0.1)
+    used = _train(tmp_path, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, LENGTH, 0.01), keep=["optimizer"])
+    pace = _pace(tmp_path, ahead=30)
+    assert pace.edges[-1] == 70
+    assert pace.total(4, 70) == pytest.approx(sum(used[4:70]), rel=1e-9)
 
 
 def test_a_rate_that_follows_a_metric_stays_as_far_as_anybody_can_tell(tmp_path: Path) -> None:

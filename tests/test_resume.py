@@ -286,7 +286,7 @@ def test_a_counter_among_the_weights_moves_and_other_whole_numbers_stay(tmp_path
 
 def test_what_a_data_loader_pickled_for_itself_is_copied_and_said_where_it_changes(tmp_path: Path) -> None:
     def loader(step: int) -> dict[str, bytes]:
-        return {"dp_rank_0": pickle.dumps({"index": step}), "format": b"v1"}
+        return {"dp_rank_0": pickle.dumps({"index": step, "order": [step % 7, step % 11]}), "format": b"v1"}
 
     _payload_run(tmp_path, {step: {"step": step, "dataloader": loader(step)} for step in (10, 20, 30)})
     result = advance(discover(tmp_path).snapshots, 10)
@@ -672,7 +672,8 @@ def test_a_second_network_and_an_average_of_the_weights_are_listed_as_copied(tmp
     fitted = fit_run(_payload_run(tmp_path / "run", payloads))
     listed = {record.name: record.reason for record in fitted.provenance.copied}
     assert {"disc.*", "ema.*"} <= listed.keys()
-    assert "not forecast" in listed["ema.*"]
+    assert "not forecast" in listed["disc.*"]
+    assert "moves with them" in listed["ema.*"]
 
 
 def test_a_device_in_a_payload_comes_back_as_one(tmp_path: Path) -> None:

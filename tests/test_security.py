@@ -161,6 +161,7 @@ FUNCTIONS = (
     *("torch._utils!_rebuild_tensor.__globals__", "torch.serialization!os.system", "torch.nn.modules.module!warnings.warn"),
     *("numpy.load", "numpy.testing._private.utils.runstring", "numpy.f2py.compile", "numpy.DataSource", "numpy.memmap"),
     *("accelerate.utils.other!os.system", "pandas.eval", "pandas.read_pickle", "pandas.io.common!os.system"),
+    *("_io.open", "_io.FileIO", "io.open_code", "signal.raise_signal", "itertools.starmap", "builtins.type"),
     *("six.exec_", "sympy.core.Popen", "dill.loads", "cloudpickle.loads", "joblib.popen.Popen", "mylib!Config.__subclasses__"),
     *("myos.spawnlp", "mylib.execvp", "mylib.posix_spawn", "mylib.forkpty", "mylib.fork_exec", "mylib.system", "mylib.popen2"),
     *("pexpect.run", "invoke.run", "pexpect.pty_spawn.spawn", "ptyprocess!PtyProcess.spawn", "anyio.run_process"),
@@ -194,6 +195,7 @@ DATA = (
     *("torch.distributed.tensor.DTensor", "transformers.training_args.TrainingArguments", "omegaconf.dictconfig.DictConfig"),
     *("torch.torch_version.TorchVersion", "torch.utils.data.sampler.RandomSampler", "platform.uname_result"),
     *("time.struct_time", "mylib.RunConfig", "mylib.SystemPrompt", "mylib.Executor", "mylib.Loader"),
+    *("_io.BytesIO", "_io.StringIO", "types.GenericAlias", "http.HTTPStatus", "builtins.ValueError", "ipaddress.IPv4Address"),
     *("transformers_modules.org.name-0a1b.configuration.Config", "__main__.Config", "mylib!Outer.Inner", "mylib._Mode"),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine import native
 from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster import Options, Task, forecast
@@ -169,8 +170,20 @@ def predict_run(
     device: str = "cpu",
     io: Io = "auto",
     num_threads: int = 1,
+    kernel: bool = True,
     **request: Any,
 ) -> list[Outcome]:
-    """Forecast whatever the verdict, unless the request says otherwise."""
+    """Forecast whatever the verdict, unless the request says otherwise; in numpy where `kernel` is False."""
     asked = {"even_if_worse": True, "output": str(output), "resources": Resources(device, io, num_threads), **request}
-    return predict(fitted, Request(tuple(horizons), **asked), silent)
+    with nullcontext() if kernel else without_kernel():
+        return predict(fitted, Request(tuple(horizons), **asked), silent)
+
+
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """As in an installation that has no compiled kernel."""
+    held, native.KERNEL = native.KERNEL, None
+    try:
+        yield
+    finally:
+        native.KERNEL = held

@@ -58,7 +58,7 @@ def _content(member: ZippedFile, state: StateTree, storages: Storages) -> Record
 
     retyped = {own(one).key: own(one) for one in storages.retyped.values() if one.key.startswith(f"{name}/")}
     pickled = encode_pickle(with_storages(state.tree[name], own), retyped)
-    return torch_records(member.inner, pickled, {own(one).key: storages.pieces(state, one) for one in whole})
+    return torch_records(member.inner, Fixed(pickled), {own(one).key: storages.pieces(state, one) for one in whole})
 
 
 def _num_bytes(content: Records | Piece) -> int:

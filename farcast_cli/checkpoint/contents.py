@@ -58,7 +58,7 @@ def weights_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[Planned
     if isinstance(part.content, SafetensorsFile):
         return [rewrite.planned(entry) for entry in part.content.entries]
     source = _Source.of(_state_tree_of(part, advanced), rewrite)
-    found = list(_leaves(at(source.state.tree, part.weights_key)))
+    found = list(_leaves(part.weights_in(source.state.tree)))
     advanced.notes += _not_tensors((path, leaf) for path, leaf in found)
     advanced.notes += _tied(found)
     return [source.planned(path, leaf) for path, leaf in found if _is_tensor(leaf)]
@@ -80,9 +80,11 @@ def keys_beside_weights(part: Part) -> Iterator[str]:
     """What a state file holds beside the weights."""
     content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
     assert isinstance(content, TorchFile)  # noqa: S101 - what a state file is read into
-    for depth, key in enumerate(part.weights_key):
-        above = part.weights_key[:depth]
-        yield from (dotted((*above, other)) for other in at(content.tree, above) if other != key)
+    paths = {one.path for one in part.networks}
+    ways = {path[:depth] for path in paths for depth in range(len(path))}
+    yield from (
+        dotted((*way, key)) for way in sorted(ways, key=str) for key in at(content.tree, way) if (*way, key) not in paths | ways
+    )
 
 
 # --- torch files -----------------------------------------------------------------------------------------------------
@@ -239,9 +241,9 @@ def _offsets(item: Item) -> tuple[int, ...]:
 
 
 def _weights_in_dcp(part: Part, dcp: DcpFile, advanced: Advanced, rewrite: Rewrite) -> Iterator[Planned]:
-    state, key = advanced.trees[part.name], part.weights_key
+    state = advanced.trees[part.name]
     storages = plan_storages(state, rewrite)
-    weights = [(one.place[len(key) :], one) for one in _stored(dcp) if one.place[: len(key)] == key]
+    weights = [(name, one) for one in _stored(dcp) if (name := part.name_of(one.place)) is not None]
     advanced.notes += _not_tensors((path, None) for path, one in weights if one.shape is None)
     for path, one in weights:
         if one.shape is not None:

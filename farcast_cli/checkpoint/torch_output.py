@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.checkpoint.pieces import Copy, Fixed, OutputFile, Piece, Planned, Rewrite, Section, Values, Zeros
 from farcast_cli.errors import UsageError
+from farcast_cli.formats.pickled_module import is_module
 from farcast_cli.formats.torch_pickle import UNTYPED, StorageRef, TensorRef, encode_pickle, is_streamable, iter_tensors
 from farcast_cli.formats.torch_zip import frame
-from farcast_cli.formats.tree import at, dotted
+from farcast_cli.formats.tree import dotted, find
 from farcast_cli.state.advance import StateTree, storages_of
-from farcast_cli.tensors import DTYPES, DType, TensorEntry, row_major_strides
+from farcast_cli.tensors import DTYPES, FLOATING, DType, TensorEntry, row_major_strides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from farcast_cli.formats.torch_file import TorchFile
 
@@ -46,14 +47,11 @@ class Storages:
 
 def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
     assert state.file is not None  # noqa: S101 - only torch files have storages
-    weights = at(state.tree, state.part.weights_key) if state.part.role in {"weights", "state"} else {}
-    mirror = at(state.tree, state.part.mirror_key) if rewrite.mirror and state.part.mirror_key else {}
-    retyped = {
-        ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype))
-        for tree in (weights, mirror)
-        for _, ref in iter_tensors(tree)
-    }
-    overlays = _overlays(state.file, weights, rewrite, mirror)
+    weights = state.part.weights_in(state.tree) if state.part.role in {"weights", "state"} else {}
+    twins = _twins(state) if rewrite.mirror else {}
+    refs = (ref for refs in ((ref for _, ref in iter_tensors(weights)), *twins.values()) for ref in refs)
+    retyped = {ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype)) for ref in refs}
+    overlays = _overlays(state.file, weights, rewrite, twins)
     for (key, first, count), (entry, index) in state.forecast.items():
         overlays.setdefault(key, []).append((first, count, Values(entry, index, entry.dtype)))
     for (key, first, count), data in state.literals.items():
@@ -70,20 +68,32 @@ def torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     file = state.file
     assert file is not None  # noqa: S101 - the caller's branch
     storages = plan_storages(state, rewrite)
-    pickled = encode_pickle(state.tree, storages.retyped)
-    named = torch_records(file, pickled, {one.key: storages.pieces(state, one) for one in storages_of(state.tree)})
+    named = torch_records(
+        file, _pickle_of(state, storages), {one.key: storages.pieces(state, one) for one in storages_of(state.tree)}
+    )
     return OutputFile(state.part.name, tuple(zip_records(named)))
 
 
-def torch_records(file: TorchFile, pickled: bytes, held: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
+def torch_records(file: TorchFile, pickled: Piece, held: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
     """The records of a torch file with a new pickle and new storages (by key); its other records as they were."""
-    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (Fixed(pickled),)}
+    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (pickled,)}
     named |= {
         name: (Copy(file.path, record.offset, record.num_bytes),)
         for name, record in file.records.items()
         if not name.startswith(f"{file.prefix}/data/") and name not in named
     }
     return named | {f"{file.prefix}/data/{key}": pieces for key, pieces in held.items()}
+
+
+def _pickle_of(state: StateTree, storages: Storages) -> Piece:
+    """The file's pickle; the origin's own bytes if a module was pickled and nothing in the pickle changes."""
+    file = state.file
+    assert file is not None  # noqa: S101 - the caller's branch
+    new = encode_pickle(state.tree, storages.retyped)
+    if any(is_module(find(file.tree, one.path)) for one in state.part.networks) and new == encode_pickle(file.tree):
+        record = file.records[f"{file.prefix}/data.pkl"]
+        return Copy(file.path, record.offset, record.num_bytes)
+    return Fixed(new)
 
 
 _BESIDE = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little", "version": b"3\n"}
@@ -105,22 +115,39 @@ def zip_records(named: Mapping[str, tuple[Piece, ...]], *, start: int = 0) -> It
     yield Section((Fixed(framed.tail),))
 
 
-def _overlays(file: TorchFile, weights: Any, rewrite: Rewrite, mirror: Any) -> dict[str, list[tuple[int, int, Piece]]]:
+def _twins(state: StateTree) -> dict[str, list[TensorRef]]:
+    """The tensors of averages by the names of their weights."""
+    found: dict[str, list[TensorRef]] = {}
+    for ref, name in (pair for average in state.part.averages for pair in average.pairs):
+        found.setdefault(name, []).append(ref)
+    return found
+
+
+def _overlays(
+    file: TorchFile, weights: Any, rewrite: Rewrite, twins: Mapping[str, Sequence[TensorRef]]
+) -> dict[str, list[tuple[int, int, Piece]]]:
     """Replaced stretches of each storage: (first element, elements, piece).
 
     Args:
-        mirror: a tree of tensors that get the forecast of the weights of the same names.
+        twins: tensors that get the forecast of the weights of these names.
     """
-    twins = {keys: ref for keys, ref in iter_tensors(mirror) if is_streamable(ref)}
     found: dict[str, list[tuple[int, int, Piece]]] = {}
     for keys, ref in iter_tensors(weights):
         entry = file.entry(dotted(keys), ref)
         if any(entry.name in named for named in (rewrite.index_of, rewrite.batch_counts, rewrite.mapped)):
             (piece,) = rewrite.pieces(entry)
-            twin = twins.get(keys)
-            for place in (ref, twin) if twin and (twin.dtype, twin.stride) == (ref.dtype, ref.stride) else (ref,):
-                found.setdefault(place.storage.key, []).append((place.offset, entry.num_elements, piece))
+            found.setdefault(ref.storage.key, []).append((ref.offset, entry.num_elements, piece))
+            for twin in twins.get(entry.name, ()):
+                if is_streamable(twin) and twin.stride == ref.stride:
+                    found.setdefault(twin.storage.key, []).append((twin.offset, entry.num_elements, _for(twin, piece, rewrite)))
     return found
+
+
+def _for(twin: TensorRef, piece: Piece, rewrite: Rewrite) -> Piece:
+    """A weight's piece in the type of its average, which may be another."""
+    if not isinstance(piece, Values) or twin.dtype.name not in FLOATING:
+        return piece
+    return replace(piece, dtype=rewrite.out_dtype(twin.dtype))
 
 
 def _origins(state: StateTree, storage: StorageRef, dtype: DType, begin: int, end: int) -> Piece:

@@ -30,6 +30,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
+    WeightsOption,
 )
 from farcast_cli.horizons import parse_horizons
 from farcast_cli.settings import env
@@ -59,6 +60,7 @@ def backtest(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -73,7 +75,6 @@ def backtest(
 ) -> None:
     """Test every method inside the run's own history, and show the verdict."""
     parse_horizons(horizon)  # what cannot be is refused before the folder is read
-    from farcast_cli import answers
     from farcast_cli.commands import render
     from farcast_cli.forecast.forecaster_file import load_fitted
 
@@ -86,6 +87,7 @@ def backtest(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,
@@ -97,6 +99,8 @@ def backtest(
     fitted = load_fitted(run) if isinstance(run, Path) else run
     report = api.backtest(fitted, horizon=horizon, purpose=purpose, method=method, clock=clock, device=device)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_backtest(report))
     else:
         render.backtest(report, verbose=verbose)

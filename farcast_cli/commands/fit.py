@@ -26,6 +26,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
+    WeightsOption,
     is_given,
 )
 from farcast_cli.errors import UsageError
@@ -50,6 +51,7 @@ def fit(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -74,6 +76,7 @@ def fit(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,

@@ -19,6 +19,7 @@ from farcast_cli.commands.options import (
     QuietOption,
     StepsOption,
     VerboseOption,
+    WeightsOption,
 )
 from farcast_cli.settings import ledgers_of, prepare, selection_of
 
@@ -31,6 +32,7 @@ def inspect(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
     json_: JsonOption = False,
@@ -40,17 +42,18 @@ def inspect(
 ) -> None:
     """List the snapshots, the evidence for their steps, the tensors to forecast and to copy, and the leaps of the run."""
     prepare("cpu")
-    from farcast_cli import answers
     from farcast_cli.commands import render
     from farcast_cli.forecast.history import past_of
     from farcast_cli.run.losses import losses_of
     from farcast_cli.run.selection import inspect as run
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history)
+    selection = selection_of(directory, include, exclude, steps, pattern, history=history, weights=weights)
     found = run(selection)
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     worth = past.worth(losses_of(found.trajectory)) if past else None
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_inspect(found, past, worth))
     else:
         render.inspection(found, past, worth, verbose=verbose)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from farcast_cli import api
-from farcast_cli.commands.options import ConfigOption, JsonOption, PatternOption, QuietOption, StepsOption
+from farcast_cli.commands.options import ConfigOption, JsonOption, PatternOption, QuietOption, StepsOption, WeightsOption
 from farcast_cli.settings import env
 
 EXAMPLES = "Example: while sleep 60; do farcast keep ckpts/; done    # then: farcast fit ckpts/"
@@ -34,6 +34,7 @@ def keep(
     ] = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     config: ConfigOption = None,
@@ -42,14 +43,17 @@ def keep(
 
     Call it after each save. It copies only what is not kept yet: weights and counters, without the optimiser's state.
     """
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
-        done = api.keep(directory, into=into, sampled=sampled, last=last, steps=steps, pattern=pattern, progress=progress)
+        done = api.keep(
+            directory, into=into, sampled=sampled, last=last, steps=steps, pattern=pattern, weights=weights, progress=progress
+        )
     if not quiet:
         render.keeping(done)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_keep(done))
     else:
         render.paths(done.added)

@@ -32,6 +32,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
+    WeightsOption,
     choice,
 )
 from farcast_cli.errors import NoForecastError
@@ -98,6 +99,7 @@ def leap(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     clock: ClockOption = None,
     optimizer: OptimizerOption = "copy",
     layout: LayoutOption = "same",
@@ -123,7 +125,6 @@ def leap(
     checkpoint whose weights are ahead. The step, the schedule and the other counters stay, so that the run trains all its
     steps; --counters advance moves them too. The trainer may keep only one checkpoint.
     """
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     with render.progress(quiet=quiet) as progress:
@@ -142,6 +143,7 @@ def leap(
             exclude=exclude,
             steps=steps,
             pattern=pattern,
+            weights=weights,
             clock=clock,
             optimizer=optimizer,
             layout=layout,
@@ -160,6 +162,8 @@ def leap(
         _summary(done, counters=counters, dry_run=dry_run, verbose=verbose)
     render.unlogged(done.unlogged)
     if json_:
+        from farcast_cli import answers
+
         render.as_json(answers.of_leap(done, dry_run=dry_run))
     elif done.outcome.path and not dry_run:
         render.paths([done.outcome.path])

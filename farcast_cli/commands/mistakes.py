@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PREFIX = "FARCAST_"
-_WITHOUT_OPTION = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB", "STATE_DIR")}
-"""The variables that --eval-cmd gets, which may call farcast itself; and the place of the second ledgers."""
+_WITHOUT_OPTION = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB", "STATE_DIR", "ENGINE")}
+"""The variables that --eval-cmd gets, which may call farcast itself; the place of the second ledgers; and the engine."""
 _ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
 _PLACES = {

@@ -35,7 +35,7 @@ CONFIG_FILE = Path("farcast.toml")
 """Read where it lies in the working directory, though nobody named it. It may have come with a download."""
 FROM_ANY_FILE = frozenset(
     {
-        *("include", "exclude", "pattern"),  # which tensors, and which entries of the folder that the user named
+        *("include", "exclude", "pattern", "weights"),  # which tensors, and which entries of the folder that the user named
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
         *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
@@ -59,6 +59,7 @@ PANELS = {
         "exclude",
         "steps",
         "pattern",
+        "weights",
         "history",
         "sampled",
         "last",
@@ -309,6 +310,14 @@ PatternOption = Annotated[
     str | None,
     typer.Option(
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("WEIGHTS"),
+        metavar="KEY[,KEY...]",
+        help="Keys of the networks to forecast in a torch file, such as g,d or state.model. By default all that are found.",
     ),
 ]
 HistoryOption = Annotated[

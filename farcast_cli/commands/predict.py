@@ -42,6 +42,7 @@ from farcast_cli.commands.options import (
     StepsOption,
     ThreadsOption,
     VerboseOption,
+    WeightsOption,
     choice,
 )
 from farcast_cli.errors import NoForecastError
@@ -51,7 +52,7 @@ from farcast_cli.settings import check_layout, env, horizons_of
 if TYPE_CHECKING:
     from farcast_cli.api import Prediction
 
-CHOOSING = ("include", "exclude", "steps", "pattern", "history", "sample", "full")
+CHOOSING = ("include", "exclude", "steps", "pattern", "weights", "history", "sample", "full")
 """The options that choose what is read of a folder; a forecaster file has read it already."""
 EXAMPLES = (
     "Examples: farcast predict --horizon 1000   |   farcast predict ckpts/   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
@@ -136,6 +137,7 @@ def predict(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -166,6 +168,7 @@ def predict(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,
@@ -212,13 +215,14 @@ def predict(
 
 def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
     """What came of it; ends with an exit code of its own where nothing was written."""
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     if not quiet:
         render.predictions(done.outcomes, done.notes(), done.request, hint=done.advice(), verbose=verbose)
     render.unlogged(done.unlogged)
     if as_json:
+        from farcast_cli import answers
+
         render.as_json(answers.of_predict(done.outcomes, dry_run=done.request.dry_run))
     elif not done.request.dry_run:
         render.paths(done.paths)

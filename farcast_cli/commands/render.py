@@ -252,6 +252,7 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, 
 def _fit_command(trajectory: Trajectory) -> str:
     """With what the run cannot be read without."""
     words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
+    words += ["--weights", ",".join(trajectory.weights)] if trajectory.weights else []
     words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
     return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
 

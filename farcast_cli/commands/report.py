@@ -28,6 +28,7 @@ from farcast_cli.commands.options import (
     SampleOption,
     StepsOption,
     ThreadsOption,
+    WeightsOption,
     choice,
     is_given,
 )
@@ -81,6 +82,7 @@ def report(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
     full: FullOption = False,
@@ -107,6 +109,7 @@ def report(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        weights=weights,
         history=history,
         sample=sample,
         full=full,
@@ -160,10 +163,11 @@ def _source(target: Path | None, forecaster: Path, context: typer.Context) -> tu
 
 def _tell(done: Report, *, form: PrintedForm | None, as_json: bool) -> None:
     """The path, or the report itself."""
-    from farcast_cli import answers
     from farcast_cli.commands import render
 
     if as_json:
+        from farcast_cli import answers
+
         render.as_json(answers.of_report(done.story, done.path))
     elif form:
         render.text(done.markdown() if form == "markdown" else done.text(is_plain=not render.has_blocks()))

@@ -23,6 +23,7 @@ from farcast_cli.commands.options import (
     PatternOption,
     QuietOption,
     ThreadsOption,
+    WeightsOption,
     choice,
 )
 from farcast_cli.settings import env
@@ -65,6 +66,7 @@ def watch(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     pattern: PatternOption = None,
+    weights: WeightsOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
     log_to: LogToOption = None,
     device: DeviceOption = "auto",
@@ -93,6 +95,7 @@ def watch(
             include=include,
             exclude=exclude,
             pattern=pattern,
+            weights=weights,
             ledger=ledger,
             log_to=log_to,
             device=device,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from farcast_cli.engine import native
 from farcast_cli.engine.casts import narrow, widen
 from farcast_cli.engine.reader import Scratch
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.engine.casts import WorkType
+    from farcast_cli.engine.native import Kernel
     from farcast_cli.tensors import DType
 
 Array = Any
@@ -40,6 +42,8 @@ class Arithmetic(Protocol):
 
     xp: Any
     """numpy or torch: multiply, add, subtract, where, zeros_like."""
+    kernel: Kernel | None
+    """What does all of it at once, to the same bytes, where there is such a thing."""
 
     @property
     def num_bytes(self) -> int:
@@ -133,7 +137,7 @@ class HostArithmetic:
     xp: Any = np
 
     def __init__(self) -> None:
-        self._scratch = Scratch()
+        self._scratch, self.kernel = Scratch(), native.KERNEL
 
     @property
     def num_bytes(self) -> int:

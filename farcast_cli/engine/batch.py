@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from farcast_cli.engine import native
 from farcast_cli.engine.arithmetic import Coefficients, forecasts
 from farcast_cli.engine.casts import MAX_FINITE, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.engine.reader import Scratch, joined, non_finite
@@ -127,6 +128,7 @@ class Compute:
         self._scratch = Scratch()
         self._bytes_read = 0
         self._held: tuple[object, Coefficients] | None = None
+        self._held_update: tuple[Values, native.Update | None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -134,6 +136,44 @@ class Compute:
         return self._scratch.num_bytes + self._arithmetic.num_bytes
 
     def compute(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts:
+        return self._by_kernel(batch, buffers) or self._by_arrays(batch, buffers)
+
+    def _by_kernel(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts | None:
+        """In the compiled kernel; None where it does not serve, and where a result is not finite: arrays tell which one."""
+        kernel, update = self._arithmetic.kernel, self._update_of(batch)
+        if kernel is None or update is None:
+            return None
+        self._bytes_read = 0
+        origin = self._read(batch, None)
+        others = tuple(
+            self._read(batch, snapshot, f"other {number}") for number, snapshot in enumerate(self._inputs.others(batch.piece))
+        )
+        outs = tuple(self._output(batch, buffer, f"out {horizon}") for horizon, buffer in enumerate(buffers))
+        counts = np.array([segment.count for segment in batch.segments], np.int64)
+        unchanged = np.zeros(len(outs), np.int64)
+        non_negative, in_double = batch.piece.non_negative, work_type(batch.piece.entry.dtype) is np.float64
+        is_finite = kernel.combine(
+            (origin,),
+            others,
+            outs,
+            update.types,
+            update.moves,
+            update.bare,
+            counts,
+            update.weights,
+            update.gains,
+            unchanged,
+            non_negative,
+            in_double,
+        )
+        if not is_finite:
+            return None
+        for buffer, out in zip(buffers, outs, strict=True):
+            self._deliver(batch, buffer, out)
+        return Counts(self._bytes_read, 0, (batch.count,) * len(outs), tuple(unchanged.tolist()))
+
+    def _by_arrays(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts:
+        """One operation after another, on whole arrays."""
         piece, arithmetic = batch.piece, self._arithmetic
         self._bytes_read = 0
         origin = self._read(batch, None)
@@ -197,13 +237,38 @@ class Compute:
             return Coefficients(weights, moves=moves, bare=bare)
         return Coefficients(weights, [spread(of) for of in linear.gain], [spread(of) for of in linear.constant], moves, bare)
 
+    def _update_of(self, batch: Batch) -> native.Update | None:
+        """The same for the kernel; None where it does not serve."""
+        if len(batch.segments) > 1:
+            return self._update(batch)
+        if self._held_update is None or self._held_update[0] is not batch.piece:
+            self._held_update = batch.piece, self._update(batch)
+        return self._held_update[1]
+
+    def _update(self, batch: Batch) -> native.Update | None:
+        piece, linear, others = batch.piece, self._inputs.linear, self._inputs.others(batch.piece)
+        if piece.index is None:
+            return None
+        types = native.codes([self._inputs.entry(piece, t).dtype for t in others], piece.entry.dtype, piece.dtype)
+        if types is None:
+            return None
+        indices = np.array([segment.piece.index for segment in batch.segments], np.intp)
+        gains = np.stack([linear.gain[:, indices].T, linear.constant[:, indices].T], axis=-1)
+        return native.Update(
+            types,
+            bytes(t in linear.moves for t in others),
+            bytes(horizon in linear.bare for horizon in range(len(linear.weights))),
+            np.ascontiguousarray(linear.weights[:, indices][..., list(others)].transpose(1, 0, 2)),
+            np.ascontiguousarray(gains) if gains.any() else None,
+        )
+
     # --- bytes in and out ---------------------------------------------------------------------------------------------
 
-    def _read(self, batch: Batch, snapshot: int | None) -> NDArray[np.uint8]:
+    def _read(self, batch: Batch, snapshot: int | None, name: str = "other") -> NDArray[np.uint8]:
         """The batch's bytes at a snapshot, or at the origin as it lies there; neighbours in the file in one go."""
         stretches = joined(self._inputs.stretch(segment, snapshot) for segment in batch.segments)
         total = sum(num_bytes for _, _, num_bytes in stretches)
-        memory = self._arithmetic.memory("origin" if snapshot is None else "other", total)
+        memory = self._arithmetic.memory("origin" if snapshot is None else name, total)
         self._bytes_read += total
         if len(stretches) == 1:
             path, offset, _ = stretches[0]
@@ -214,12 +279,12 @@ class Compute:
             position += num_bytes
         return memory
 
-    def _output(self, batch: Batch, buffer: Buffer) -> NDArray[np.uint8]:
+    def _output(self, batch: Batch, buffer: Buffer, name: str = "out") -> NDArray[np.uint8]:
         """Where a batch's bytes are made: in the range itself where they lie there in one aligned stretch."""
         num_bytes = batch.count * batch.piece.dtype.itemsize
         if batch.is_in_place:
             return buffer.at(batch.segments[0].at, num_bytes)
-        return self._scratch.named("out", num_bytes, np.uint8)
+        return self._scratch.named(name, num_bytes, np.uint8)
 
     def _deliver(self, batch: Batch, buffer: Buffer, out: NDArray[np.uint8]) -> None:
         if batch.is_in_place:

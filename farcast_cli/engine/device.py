@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.engine.arithmetic import Array, Factor
     from farcast_cli.engine.casts import WorkType
+    from farcast_cli.engine.native import Kernel
     from farcast_cli.tensors import DType
 
 _WORK: dict[WorkType, torch.dtype] = {np.float32: torch.float32, np.float64: torch.float64}
@@ -33,6 +34,7 @@ class DeviceArithmetic:
     """torch on one device; every operation is enqueued on this worker's stream."""
 
     xp: Any = torch
+    kernel: Kernel | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -18,7 +18,7 @@ import numpy as np
 
 from farcast_cli import system
 from farcast_cli.checkpoint.pieces import Copy, Fixed, Values
-from farcast_cli.engine import workers
+from farcast_cli.engine import native, workers
 from farcast_cli.engine.arithmetic import HostArithmetic
 from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.checksums import combine
@@ -195,9 +195,14 @@ def _work(files: Sequence[Sequence[Placed]], paths: Sequence[Sequence[Path]], en
     range_bytes = max(MIN_RANGE_BYTES, most // len(horizons) // MIN_RANGE_BYTES * MIN_RANGE_BYTES)
     picked = replace(engine.inputs, linear=engine.inputs.linear.pick(horizons))
     ahead = engine.resources.num_workers if is_host else DEVICE_WORKERS
-    return Work(
-        picked, files, paths, ranges(files[0], range_bytes), engine.resources.io, BLOCK if is_host else range_bytes, ahead
-    )
+    block = _block(picked) if is_host else range_bytes
+    return Work(picked, files, paths, ranges(files[0], range_bytes), engine.resources.io, block, ahead)
+
+
+def _block(inputs: Inputs) -> int:
+    """Elements of a batch on the CPU. The kernel has a block at all snapshots at once, and little Python between two blocks."""
+    num_others = max(map(len, inputs.linear.others), default=0)
+    return min(BLOCK, native.block(num_others + 1)) if native.KERNEL and num_others else BLOCK
 
 
 def _run(work: Work, engine: Engine) -> Iterator[Filled]:

@@ -152,6 +152,7 @@ def find(request: FitRequest, *, minimum: int) -> tuple[Trajectory, Past]:
         pattern=chosen.pattern,
         history=chosen.history,
         unsettled=chosen.unsettled,
+        weights=chosen.weights,
         minimum=minimum,
     )
     return found, past_of(found, request.ledgers, chosen=chosen.steps, minimum=minimum)
@@ -254,6 +255,7 @@ def fit(
         include=tuple(include),
         exclude=tuple(exclude),
         pattern=trajectory.pattern,
+        weights=trajectory.weights,
         kept="" if trajectory.kept is None else str(trajectory.kept),
     )
     fitted = Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)

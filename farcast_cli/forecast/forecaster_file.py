@@ -54,7 +54,7 @@ _ARRAYS = {"steps", "gram", "sample.bounds", "sample.sizes", "sample.values"}
 class SnapshotRecord(BaseModel):
     """A snapshot as it was when it was read; `path` is relative to the run's folder, or to that of its kept snapshots."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     path: str
     step: int
     step_source: str
@@ -66,7 +66,7 @@ class SnapshotRecord(BaseModel):
 class TensorRecord(BaseModel):
     """A tensor that is forecast, as the last snapshot holds it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -78,7 +78,7 @@ class TensorRecord(BaseModel):
 class CopiedRecord(BaseModel):
     """A tensor that is taken over unchanged, and why."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     name: str
     reason: str
     of: str = ""
@@ -87,7 +87,7 @@ class CopiedRecord(BaseModel):
 class Provenance(BaseModel):
     """Of what a forecaster was made. `directory` and `kept` are relative to the forecaster file."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     schema_version: int = SCHEMA_VERSION
     farcast_version: str = __version__
     directory: str
@@ -105,6 +105,8 @@ class Provenance(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     pattern: str = ""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights, where they were chosen."""
     kept: str = ""
     """The folder of the run's kept snapshots, if some of the snapshots lie there."""
     checksum: str = ""
@@ -364,7 +366,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
         )
     if not is_there:
         raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
-    layout = KEPT if record.is_kept else named(fitted.provenance.layout)
+    layout = KEPT if record.is_kept else named(fitted.provenance.layout).choosing(fitted.provenance.weights)
     snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)

@@ -35,7 +35,7 @@ PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 class Leap(BaseModel):
     """A published forecast to resume from. In a ledger, `run` and `forecast` are relative to the ledger's folder."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     run: str
     origin_step: int
     valid_step: int

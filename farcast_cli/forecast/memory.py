@@ -56,13 +56,15 @@ class MemoryRecord(BaseModel):
     The bounds keep a damaged or a stranger's memory from naming other places, and its numbers from leaving arithmetic.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     kind: Literal["memory of leaps"] = "memory of leaps"
     schema_version: Literal[1] = SCHEMA_VERSION
     farcast_version: str = __version__
     run: str
     pattern: str = ""
     """Which entries of the folder are the run's."""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights, where they were chosen."""
     strides: dict[str, tuple[int, ...]] = {}
     """Of the tensors that are not stored in row-major order."""
     origin: str
@@ -225,7 +227,7 @@ def basis_of(memory: Memory, origin: Snapshot, *, include: Sequence[str], exclud
         lost = changed(where, memory.record)
         if lost:
             return lost
-        landing = open_snapshot(where)
+        landing = open_snapshot(where, memory.record.weights)
     try:
         shared = align([landing, origin] if landing else [origin], include=include, exclude=exclude)
     except FarcastError as error:

@@ -7,6 +7,7 @@ Those are data, and are carried as they are. A function, or a class of the stand
 
 from __future__ import annotations
 
+import builtins
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -15,7 +16,9 @@ from farcast_cli.tensors import DTYPES
 
 _PLAIN = {
     "argparse": "Namespace",
-    "types": "SimpleNamespace",
+    "types": "SimpleNamespace GenericAlias",
+    "_io": "BytesIO StringIO",
+    "ipaddress": "IPv4Address IPv6Address IPv4Network IPv6Network",
     "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
     "pathlib._local": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
     "datetime": "date datetime time timedelta timezone",
@@ -25,17 +28,22 @@ _PLAIN = {
     "random": "Random",
     "array": "array _array_reconstructor",
     "functools": "partial",
-    "re": "_compile",
+    "re": "_compile RegexFlag",
     "time": "struct_time",
     "platform": "uname_result",
-    "collections": "OrderedDict Counter defaultdict deque ChainMap UserDict UserList",
-    "builtins": "set frozenset bytearray complex range slice object int float str bool list dict tuple bytes",
+    "http": "HTTPStatus",
+    "signal": "Signals",
+    "itertools": "count",
+    "collections": "OrderedDict Counter defaultdict deque ChainMap UserDict UserList UserString",
+    "builtins": "set frozenset bytearray complex range slice object int float str bool list dict tuple bytes"
+    " Ellipsis NotImplemented",
     "copyreg": "_reconstructor",
     "_codecs": "encode",
     "typing": "Any Union Optional List Dict Tuple",
     "numpy": "ndarray dtype matrix bool_ bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
     " longdouble clongdouble intc uintc longlong ulonglong complex64 complex128 str_ bytes_ void generic datetime64"
-    " timedelta64",
+    " timedelta64 recarray record",
+    "numpy.rec": "recarray record",
     "numpy.core.multiarray": "_reconstruct scalar",
     "numpy._core.multiarray": "_reconstruct scalar",
     "numpy.core.numeric": "_frombuffer",
@@ -55,7 +63,9 @@ _PLAIN = {
     " softmax log_softmax glu",
     "torch.serialization": "_get_layout",
 }
-_NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()}
+_NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()} | {
+    f"builtins.{name}" for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)
+}
 
 _SYSTEM = sys.stdlib_module_names | {
     *("distutils", "imp", "asyncore", "asynchat", "smtpd", "binhex"),  # until Python 3.11
@@ -133,6 +143,16 @@ def is_data(module: str, name: str) -> bool:
     if module == "torch._utils" and name.startswith("_rebuild_") and name.isidentifier():
         return True
     return _is_class(name) and not _is_active(module, name)
+
+
+def may_be_class(module: str, name: str) -> bool:
+    """Whether a name that is not written like a class's may be one of the user's own, as `v8Loss` is.
+
+    Only what makes an object of it without arguments and without a call proves that: a function has no instances.
+    """
+    today, last = _today(module, name)
+    is_own = not _is_known(module) and bool(_MODULE.fullmatch(today)) and last.isidentifier()
+    return is_own and not _is_active(today, last)
 
 
 def is_member(module: str, name: str, member: str) -> bool:

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
-from farcast_cli.formats.pickle_names import GETATTR, is_data, is_member
+from farcast_cli.formats.pickle_names import GETATTR, is_data, is_member, may_be_class
 from farcast_cli.formats.tree import MAX_NODES, children, walk
 from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, is_dense
 
@@ -135,6 +135,13 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class _Getattr:
     """`getattr` itself, which no tree may hold."""
+
+    name: Name
+
+
+@dataclass(frozen=True, slots=True)
+class _Unproven:
+    """A name that may be a class, which only making an object of it shows; no tree may hold it."""
 
     name: Name
 
@@ -374,9 +381,11 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
         self.dispatch = _Budget(type(self).dispatch, MAX_COST + COST_PER_RECORD * num_records)  # type: ignore[misc]
         self._storages: dict[str, StorageRef] = {}
 
-    def find_class(self, module: str, name: str) -> Name | _Getattr:
+    def find_class(self, module: str, name: str) -> Name | _Getattr | _Unproven:
         if (module, name) in GETATTR:
             return _Getattr(Name(module, name))
+        if not is_data(module, name) and may_be_class(module, name):
+            return _Unproven(Name(module, name))
         if not is_data(module, name):
             raise UnsafeFileError(f"its pickle asks for {module}.{name}")
         return Name(module, name)
@@ -386,6 +395,8 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
         if isinstance(maker, _Getattr):
             self.stack.append(_member(maker.name, args))
             return
+        if isinstance(maker, _Unproven):
+            raise UnsafeFileError(f"its pickle asks for {maker.name}")
         if not isinstance(maker, Name) or not isinstance(args, tuple):
             raise UnsafeFileError("its pickle calls what is no name")
         known = _SAFE.get(str(maker))
@@ -393,6 +404,8 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
 
     def load_newobj(self) -> None:
         args, maker = self.stack.pop(), self.stack.pop()
+        if isinstance(maker, _Unproven) and args == ():
+            maker = maker.name
         if not isinstance(maker, Name) or not isinstance(args, tuple):
             raise UnsafeFileError("its pickle makes an object of what is no class")
         self.stack.append(Made(maker, args, "new"))
@@ -480,7 +493,7 @@ def decode_pickle(path: Path, raw: bytes, *, num_records: int = 0) -> object:
 
 def _check(tree: object, *, most: int) -> None:
     for _, node in walk(tree, below=_inside, most=most):
-        if isinstance(node, _Getattr):
+        if isinstance(node, (_Getattr, _Unproven)):
             raise UnsafeFileError(f"its pickle asks for {node.name}")
 
 

@@ -69,14 +69,15 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
-    trajectory = discover(ask.directory, steps=ask.selection.steps, pattern=ask.selection.pattern)
+    chosen = ask.selection
+    trajectory = discover(ask.directory, steps=chosen.steps, pattern=chosen.pattern, weights=chosen.weights)
     start = start_at(ask.directory, trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
     place_of(ask.request, start, 1, settle(start.origin, ask.request.layout))  # a bad name is refused at once
     place = memory_of(ask.folder, ask.directory)
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
         clear_left(place)
-    memory, notes = known_memory(place, trajectory, ask.selection.pattern)
+    memory, notes = known_memory(place, trajectory)
     if ask.request.output is None and (odd := note_on(place.parent, ask.directory)):
         notes.append(odd)
     is_again = memory is not None and memory.began_at(trajectory.origin)
@@ -249,6 +250,7 @@ class _Call:
             origin_step=origin.step,
             origin_digest=origin.full_digest,
             pattern=self._ask.selection.pattern,
+            weights=self._ask.selection.weights,
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",

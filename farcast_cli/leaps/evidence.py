@@ -36,7 +36,7 @@ MAX_HISTORY = 10  # snapshots that a first memory is made of: each is a file to 
 RISING = 1.01  # times the rate before
 
 
-def known_memory(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Memory | None, list[str]]:
+def known_memory(place: Path, trajectory: Trajectory) -> tuple[Memory | None, list[str]]:
     """The memory of this run, and a note where there is one that is of no use.
 
     Raises:
@@ -47,8 +47,10 @@ def known_memory(place: Path, trajectory: Trajectory, pattern: str) -> tuple[Mem
         return None, []
     origin = trajectory.origin
     check_memory_of(memory, trajectory.directory)
-    if pattern != memory.record.pattern:
+    if trajectory.pattern != memory.record.pattern:
         return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
+    if trajectory.weights != memory.record.weights:
+        return None, [f"{place} is of --weights {','.join(memory.record.weights) or 'by default'}: a new memory starts"]
     before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)
     if before is not None and not memory.began_at(before):
         return None, [f"{before.path.name} has changed since the last call: a new memory starts"]

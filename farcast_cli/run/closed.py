@@ -79,7 +79,7 @@ def closed(snapshot: Snapshot, shelf: Shelf) -> Snapshot:
     """The same without its tensors and the contents of its files."""
     if isinstance(snapshot.tensors, ClosedTensors):
         return snapshot
-    parts = tuple(replace(part, content=None) for part in snapshot.parts)
+    parts = tuple(replace(part, content=None, averages=()) for part in snapshot.parts)
     source = snapshot.source and replace(snapshot.source, states=())
     return replace(snapshot, parts=parts, tensors=ClosedTensors(snapshot, shelf), source=source)
 

@@ -85,12 +85,13 @@ def survey_all(
     pattern: str = "",
     history: Path | None = None,
     unsettled: Collection[str] = (),
+    weights: Sequence[str] = (),
 ) -> Trajectory:
     """The snapshots of a run, and the kept ones before the newest of them; all conflicts are in the result.
 
     Args:
         history: the folder of kept snapshots; by default the one in which `farcast keep` puts those of this run.
-        unsettled: as of `survey`.
+        unsettled, weights: as of `survey`.
 
     Raises:
         TooFewSnapshotsError: no snapshot in the run's folder, or no kept one in a folder that was named.
@@ -105,10 +106,10 @@ def survey_all(
             hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
         )
     if not kept:
-        own = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled)
+        own = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled, weights=weights)
         return replace(own, kept_notes=(*_unused(directory, folder), *odd))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
-    joined = _joined(survey(directory, steps=some, pattern=pattern, unsettled=unsettled), kept, folder, steps)
+    joined = _joined(survey(directory, steps=some, pattern=pattern, unsettled=unsettled, weights=weights), kept, folder, steps)
     return replace(joined, notes=(*joined.notes, *odd), kept_notes=(*joined.kept_notes, *odd))
 
 
@@ -140,6 +141,7 @@ def discover_all(
     pattern: str = "",
     history: Path | None = None,
     unsettled: Collection[str] = (),
+    weights: Sequence[str] = (),
     minimum: int = 1,
 ) -> Trajectory:
     """The same; the first conflict is raised.
@@ -149,7 +151,7 @@ def discover_all(
         MixedRunsError: a kept snapshot and one of the run are of the same step, and have other weights.
         SnapshotError, FileFormatError: as `discover`.
     """
-    found = survey_all(directory, steps=steps, pattern=pattern, history=history, unsettled=unsettled)
+    found = survey_all(directory, steps=steps, pattern=pattern, history=history, unsettled=unsettled, weights=weights)
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:

@@ -34,6 +34,8 @@ class Selection:
     """The folder of kept snapshots; None for the default one."""
     unsettled: frozenset[str] = frozenset()
     """Names of entries that are left out, because they changed a moment ago."""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights in each file; by default all networks that are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,13 @@ def inspect(selection: Selection) -> Inspection:
         TooFewSnapshotsError: no snapshot at all.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    trajectory = survey_all(selection.directory, steps=selection.steps, pattern=selection.pattern, history=selection.history)
+    trajectory = survey_all(
+        selection.directory,
+        steps=selection.steps,
+        pattern=selection.pattern,
+        history=selection.history,
+        weights=selection.weights,
+    )
     found, alignment, notes = list(trajectory.conflicts), None, tuple[str, ...]()
     fatal = next(iter(found), None)
     try:

@@ -36,6 +36,8 @@ class Trajectory:
     notes: tuple[str, ...]
     conflicts: tuple[SnapshotError, ...] = ()
     pattern: str = ""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights, where they were chosen."""
     kept: Path | None = None
     """The folder of kept snapshots, if some of the snapshots lie there."""
     kept_notes: tuple[str, ...] = ()
@@ -62,6 +64,7 @@ def discover(
     steps: StepRange | StepList | None = None,
     pattern: str = "",
     unsettled: Collection[str] = (),
+    weights: Sequence[str] = (),
     minimum: int = 1,
 ) -> Trajectory:
     """Find the snapshots of the run in a folder and settle their steps; reads headers only.
@@ -69,6 +72,7 @@ def discover(
     Args:
         pattern: a glob that the names of the run's entries match; "" for all.
         unsettled: names of entries that are left out, because they changed a moment ago.
+        weights: the keys of the weights in each file; by default all networks that are found.
 
     Raises:
         TooFewSnapshotsError: fewer than `minimum` snapshots.
@@ -76,7 +80,7 @@ def discover(
         MixedRunsError: two snapshots of the same step.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    found = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled, may_be_empty=minimum == 0)
+    found = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled, weights=weights, may_be_empty=minimum == 0)
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:
@@ -90,6 +94,7 @@ def survey(
     steps: StepRange | StepList | None = None,
     pattern: str = "",
     unsettled: Collection[str] = (),
+    weights: Sequence[str] = (),
     may_be_empty: bool = False,
 ) -> Trajectory:
     """The same with all conflicts in the result, where `discover` raises the first of them.
@@ -104,23 +109,27 @@ def survey(
     findings = Findings()
     with reading(directory):
         candidates = candidates_in(directory, pattern, steps, findings)
-        main = main_layout(candidates)
+        main = main_layout(candidates).choosing(weights)
         candidates = _settled(candidates, unsettled, findings)
         settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
-    found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern)
+    found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, tuple(weights))
     if not settled and not conflicts and not may_be_empty:
         raise too_few(directory, 0, 1, found.half_written)
     return found
 
 
-def open_snapshot(path: Path) -> Snapshot:
-    """One checkpoint by itself, its step settled by its own evidence (-1 where there is none)."""
+def open_snapshot(path: Path, weights: Sequence[str] = ()) -> Snapshot:
+    """One checkpoint by itself, its step settled by its own evidence (-1 where there is none).
+
+    Args:
+        weights: as of `discover`.
+    """
     layout = recognise(path)
     if layout is None:  # which has seen that the path can be looked at
         what = "no checkpoint here" if path.exists() else "no such file or folder"
         raise SnapshotError(f"{path}: {what}", path=path)
-    snapshot = read_snapshot(layout, path)
+    snapshot = read_snapshot(layout.choosing(weights), path)
     if snapshot.is_sample:
         raise SnapshotError(f"{path}: expected all weights, found a kept sample of them", hint=WHOLE, path=path)
     first = snapshot.evidence[0] if snapshot.evidence else None
@@ -163,7 +172,7 @@ def _read_all(
         if _is_left_out(path, kind, main, steps, findings):
             continue
         try:
-            snapshot = read_snapshot(kind, path)
+            snapshot = read_snapshot(main, path)
             refuse_unfinished(snapshot)
             snapshots.append(snapshot)
             num_open += len(snapshots[-1].tensors)
@@ -192,7 +201,7 @@ def _is_left_out(path: Path, kind: Layout, main: Layout, steps: StepRange | Step
         findings.ignore(path, "farcast's own file")
     elif kind.name in main.trainer.half_written and find_step_in_name(path.name):
         findings.ignore(path, f"half-written: {main.trainer.half_written[kind.name]}", is_half_written=True)
-    elif kind is not main:
+    elif kind.name != main.name:
         findings.ignore(path, f"a {kind.name} checkpoint among {main.name} ones")
     else:
         return False

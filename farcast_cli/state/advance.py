@@ -29,8 +29,10 @@ from farcast_cli.state.files import (
     observation,
     optimizer_states,
     param_groups,
+    schedule_at,
     scheduler_paths,
 )
+from farcast_cli.state.pickled import pickled_at
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import LeapMark
 from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
@@ -52,7 +54,7 @@ _FLOAT_COUNTERS = {"epoch", "step", "total_flos", "weight_sum"}  # the last one 
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
-_OPAQUE = "bytes that only its own loop can read, such as the place in the data"
+_OPAQUE = "bytes with more than counts that rise with the step, such as the place in the data: a resumed loop gets the origin's"
 _MAY_SCHEDULE = re.compile(r"sched|state|meta|train|\.(?:pkl|pickle)$", re.IGNORECASE)
 """Names of files that may hold a schedule where they could not be read."""
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
@@ -202,17 +204,23 @@ def _is_batch_count(name: str) -> bool:
 
 
 def _advance_counters(state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None) -> None:
-    if state.part.role == "state" and not state.part.weights_key:
+    if state.part.role == "state" and state.part.is_bare:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
-    result.notes.extend(f"{name}: {path} is copied as the origin has it: {_OPAQUE}" for path in _opaque(state.tree, history))
+    for path in _changing_bytes(state.tree, history):
+        loop = pickled_at(history, path, target)
+        if loop is None:
+            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
+        else:
+            put(state.tree, path, loop.raw)
+            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
     adam: list[Change] = []
     by_clock: Collection[TreePath] = ()
     if clock:
         by_clock = clock.paths
         result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
         result.notes.extend(clock.notes(name, state.tree))
-    for path, value in list(_counters(state.tree, skip=state.part.weights_key)):
+    for path, value in list(_counters(state.tree, skip=state.part.weights_paths)):
         series = history.series(path)
         if (
             any(path[: len(above)] == above for above in by_clock)
@@ -235,11 +243,10 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         result.changes.append(Change(listed((one.where for one in adam), most=1), adam[0].old, adam[0].new))
 
 
-def _opaque(tree: object, history: StateHistory) -> Iterator[str]:
+def _changing_bytes(tree: object, history: StateHistory) -> list[TreePath]:
     """What a loop pickled by itself, a data loader's place for one, where it changes from snapshot to snapshot."""
-    for path, node in walk(tree):
-        if isinstance(node, bytes) and any(find(earlier, path) != node for _, earlier, _ in history.states):
-            yield dotted(path)
+    nodes = [(path, node) for path, node in walk(tree) if isinstance(node, bytes)]
+    return [path for path, node in nodes if any(find(earlier, path) != node for _, earlier, _ in history.states)]
 
 
 def _counts(series: Sequence[tuple[int, int | float]], *, is_new: bool) -> bool:
@@ -283,14 +290,14 @@ def moved(path: TreePath, value: object, series: Sequence[tuple[int, int | float
     return float(f"{float(new):.12g}") if isinstance(value, float) else int(new)
 
 
-def _counters(tree: Any, *, skip: TreePath) -> Iterator[tuple[TreePath, int | float | TensorRef]]:
+def _counters(tree: Any, *, skip: Collection[TreePath]) -> Iterator[tuple[TreePath, int | float | TensorRef]]:
     """Every value in a dict that may count: integers, a few floats, and the optimiser's `step` tensors.
 
     Left out: weights, schedules (they have rules of their own), and whatever remembers a best value.
     """
 
     def is_looked_at(path: TreePath, node: object) -> bool:
-        return is_counter(path) and not ((skip and path == skip) or is_scheduler_state(node))
+        return is_counter(path) and not (path in skip or is_scheduler_state(node))
 
     for path, node in walk(tree, enters=is_looked_at):
         if path and _may_count(node, path) and is_counter(path) and isinstance(at(tree, path[:-1]), dict):
@@ -356,7 +363,7 @@ def _advance_schedules(
             why = "last_epoch does not rise steadily with the step"
             result.notes.append(f"{where} is unchanged: {why}, and its learning rate stays at the origin's")
             continue
-        plain = as_numbers(saved, holder.file)
+        plain = schedule_at(holder.tree, path, holder.file)
         owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
         if owner is None and optimizers:
             result.notes.append(f"{where}: its optimizer is unknown: no learning rate is changed")
@@ -373,7 +380,7 @@ def _advance_schedules(
         result.changes.extend(
             Change("optimizer: lr", old, group["lr"]) for old, group in zip(before, groups, strict=True) if old != group["lr"]
         )
-        _write_back(saved, plain, holder)
+        _write_back(saved, {key: plain[key] for key in saved}, holder)
         if owner:
             _write_back(owner[1], groups, owner[0])
             if set_by.setdefault(id(owner[1]), where) != where:

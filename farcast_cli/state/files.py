@@ -10,7 +10,7 @@ from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef
 from farcast_cli.formats.tree import find, walk, with_leaves
-from farcast_cli.trainers.schedules import Observation, is_scheduler_state
+from farcast_cli.trainers.schedules import Observation, is_scheduler_state, with_rates
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -39,14 +39,19 @@ class StateHistory:
         return found
 
 
+def schedule_at(tree: object, path: TreePath, file: TorchFile | None) -> Any:
+    """The state of a schedule as numbers; of one that saves its count alone, with the rates of its optimiser's groups."""
+    state = as_numbers(find(tree, path), file)
+    return with_rates(state, [as_numbers(groups, file) for groups in param_groups(tree)]) if isinstance(state, dict) else state
+
+
 def observation(tree: object, path: TreePath, file: TorchFile | None) -> Observation | None:
     """The rates of a schedule at a snapshot, and how often it had been stepped."""
-    state = find(tree, path)
+    state = schedule_at(tree, path, file)
     rates = state.get("_last_lr") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not isinstance(rates, list) or "last_epoch" not in state:
+    if not isinstance(rates, list) or "last_epoch" not in state:
         return None
-    numbers = [as_number(file, rate) if file else rate for rate in rates]
-    known = [float(rate) for rate in numbers if isinstance(rate, (int, float))]
+    known = [float(rate) for rate in rates if isinstance(rate, (int, float))]
     return Observation(int(state["last_epoch"]), tuple(known)) if len(known) == len(rates) else None
 
 

@@ -17,7 +17,7 @@ from farcast_cli.errors import FarcastError
 from farcast_cli.formats.tree import find
 from farcast_cli.run.pace import Pace
 from farcast_cli.state.counters import is_steady, schedule_count_at
-from farcast_cli.state.files import as_numbers, load_histories, param_groups, scheduler_paths
+from farcast_cli.state.files import as_numbers, load_histories, param_groups, schedule_at, scheduler_paths
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.schedules import counter_path, find_formula, rates_ahead
 from farcast_cli.trainers.torch_schedules import schedule_name
@@ -110,7 +110,7 @@ def _look(snapshot: Snapshot, unread: frozenset[Role]) -> _Seen:
     groups: list[list[dict[str, Any]]] = []
     for name, history in load_histories([replace(snapshot, parts=parts, source=kept)]).items():
         _, tree, file = history.states[0]
-        schedules |= {(name, *path): as_numbers(find(tree, path), file) for path in scheduler_paths(tree)}
+        schedules |= {(name, *path): schedule_at(tree, path, file) for path in scheduler_paths(tree)}
         groups += [
             [as_numbers({k: v for k, v in group.items() if k != "params"}, file) for group in one] for one in param_groups(tree)
         ]

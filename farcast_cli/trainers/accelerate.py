@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import NoWeightsError
+from farcast_cli.trainers.averages import is_average, with_averages
 from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
 from farcast_cli.trainers.run_end import end_by_schedules
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
@@ -35,7 +36,8 @@ def _sources(path: Path) -> list[WeightFile]:
     first = find_weights(path, (*WEIGHT_FILES, *_HOOKED))
     if first:
         return [WeightFile(first), *_further_models(path)]
-    inner = [(find_weights(folder, (*WEIGHT_FILES, *_HOOKED)), folder.name) for folder in sorted(path.iterdir())]
+    models = [folder for folder in sorted(path.iterdir()) if not is_average(folder)]
+    inner = [(find_weights(folder, (*WEIGHT_FILES, *_HOOKED)), folder.name) for folder in models]
     return [WeightFile(file, f"{name}.") for file, name in inner if file]
 
 
@@ -55,6 +57,7 @@ def _read(path: Path) -> Snapshot:
         )
     weights = read_weights(path, sources)
     others, notes = side_parts(path, weights.parts)
+    others, averages = with_averages(path, others)
     return Snapshot(
         path,
         LAYOUT.name,
@@ -63,7 +66,7 @@ def _read(path: Path) -> Snapshot:
         _evidence(path, others),
         not_streamable=weights.rough,
         beside=tuple(beside(others)),
-        notes=notes,
+        notes=(*notes, *averages),
     )
 
 

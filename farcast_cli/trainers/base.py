@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
-from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError
+from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError, UsageError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
 from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.pickled_module import as_state_dict
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle, refuse_half_written
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
-from farcast_cli.formats.tree import dotted
+from farcast_cli.formats.tree import at, dotted, grow
 from farcast_cli.tensors import sample_stretches
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import MAX_DIGITS, find_step_in_name
@@ -76,6 +77,22 @@ def is_step(value: object) -> TypeGuard[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class Network:
+    """Where the tensors of one network lie in a file's tree, and what their names begin with in the snapshot."""
+
+    path: TreePath = ()
+    prefix: TreePath = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """Where an average of a network lies in a file's tree; each of its tensors with the name of the weight that it averages."""
+
+    path: TreePath
+    pairs: tuple[tuple[TensorRef, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One file of a snapshot. `name` is its path inside the snapshot, "" where the snapshot is that one file."""
 
@@ -83,11 +100,35 @@ class Part:
     name: str
     role: Role
     content: SafetensorsFile | TorchFile | DcpFile | Mapping[str, Any] | None = None
-    weights_key: TreePath = ()
+    networks: tuple[Network, ...] = (Network(),)
+    """Where its weights lie in its tree; the whole tree by default."""
     prefix: str = ""
     """What the names of its tensors begin with in the snapshot, where several files have tensors of the same names."""
-    mirror_key: TreePath = ()
-    """Where an average of the weights lies, which users load in their place."""
+    averages: tuple[Average, ...] = ()
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a torch file is weights and nothing else."""
+        return self.networks == (Network(),)
+
+    @property
+    def weights_paths(self) -> frozenset[TreePath]:
+        """Where weights and their averages lie in a tree that holds more than them."""
+        paths = [one.path for one in self.networks] + [one.path for one in self.averages]
+        return frozenset(path for path in paths if path)
+
+    def weights_in(self, tree: Any) -> Any:
+        """The weights of a tree as one state dict.
+
+        Raises:
+            SnapshotError: two networks whose tensors would have the same names.
+        """
+        return weights_in(self.path, tree, self.networks)
+
+    def name_of(self, place: TreePath) -> TreePath | None:
+        """The name of a tensor at a place of the tree, in parts; None where it is no weight."""
+        found = next((one for one in self.networks if place[: len(one.path)] == one.path), None)
+        return None if found is None else (*found.prefix, *place[len(found.path) :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +340,21 @@ class Layout:
     names_are_steps: bool = True
     """Whether a snapshot of a step always bears that step as its number, so that others need not be opened."""
     trainer: Trainer = field(default_factory=Trainer)
+    read_chosen: Callable[[Path, Sequence[str]], Snapshot] | None = None
+    """How to read it where the keys of its weights are chosen; None where they lie in one place only."""
+
+    def choosing(self, keys: Sequence[str]) -> Layout:
+        """The same for the weights under these keys; by default all that there are.
+
+        Raises:
+            UsageError: the layout has its weights in one place.
+        """
+        if not keys:
+            return self
+        if self.read_chosen is None:
+            raise UsageError(f"--weights: a {self.name} snapshot has its weights in one place", hint="leave the option out")
+        read, chosen = self.read_chosen, tuple(keys)
+        return replace(self, read=lambda path: read(path, chosen))
 
 
 def _middle_of(entry: TensorEntry) -> bytes:
@@ -430,6 +486,27 @@ def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], f
         refs[name] = ref
     entries = {name: file.entry(name, ref) for name, ref in refs.items()}
     return entries, frozenset(name for name, ref in refs.items() if not is_streamable(ref))
+
+
+def weights_in(path: Path, tree: Any, networks: Sequence[Network]) -> Any:
+    """The networks of a tree as one state dict; a pickled module's state dict stands for it.
+
+    Raises:
+        SnapshotError: two networks whose tensors would have the same names.
+    """
+    if len(networks) == 1:
+        return as_state_dict(at(tree, networks[0].path))
+    found: dict[Any, Any] = {}
+    for one in networks:
+        if one.prefix:
+            grow(found, one.prefix, as_state_dict(at(tree, one.path)))
+    main: dict[Any, Any] = next((as_state_dict(at(tree, one.path)) for one in networks if not one.prefix), {})
+    twice = found.keys() & main.keys()
+    if twice:
+        raise SnapshotError(
+            f"{path}: tensors of two networks are called {min(twice)!r}", hint="--weights KEY chooses one network"
+        )
+    return main | found
 
 
 def tree_of(part: Part) -> object:

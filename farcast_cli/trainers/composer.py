@@ -18,7 +18,7 @@ from farcast_cli.errors import NoWeightsError, UnsafeFileError
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import at, find
-from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Network, Part, Snapshot, Trainer, holds_text, name_evidence, weights_of
 from farcast_cli.trainers.by_content import TORCH_ENDINGS, is_torch
 from farcast_cli.trainers.names import MAX_DIGITS
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights
@@ -61,7 +61,7 @@ def _read(path: Path) -> Snapshot:
     return Snapshot(
         path,
         LAYOUT.name,
-        (Part(path, "", "state", file, weights_key=WEIGHTS),),
+        (Part(path, "", "state", file, networks=(Network(WEIGHTS),)),),
         tensors,
         (*_batch(file.tree), *adam_evidence(file, optimizers.get("optimizers")), *name_evidence(path)),
         not_streamable=rough,

@@ -148,7 +148,39 @@ def _least(run: FormulaInputs, rate: float | None, factor: float | None) -> floa
     return rate / run.peak if rate is not None else factor or 0.0
 
 
-# --- what is known of a run in part ----------------------------------------------------------------------------------
+# --- torchtitan, and what is known of a run in part ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A warm-up, a level at the peak and a fall, as far as they are known."""
+
+    warmup: int = 0
+    counts_from: int = 0
+    """1 where the first step already takes a share of the peak, as in torchtitan."""
+    fall_from: float = math.inf
+    """The last count at the peak."""
+    fall_steps: float = 1.0
+    fall: str = "linear"
+    least: float = 0.0
+    """The share of the peak at the end of the fall."""
+    known_to: float = math.inf
+    """The last count of which the factor is known."""
+
+
+def rise_hold_fall(step: int, shape: Shape) -> float:
+    """The factor of a shape; NaN where it is not known.
+
+    Source: torchtitan/components/optimizer/lr_scheduler.py, `linear_warmup_stable_decay`, 0.3.
+    """
+    if step > shape.known_to:
+        return math.nan
+    if step < shape.warmup:
+        return (step + shape.counts_from) / shape.warmup
+    if step <= shape.fall_from:
+        return 1.0
+    progress = (step - shape.fall_from) / shape.fall_steps
+    return _above(_wave(progress, 0.5) if shape.fall == "cosine" else _FALLS[shape.fall](progress), shape.least)
 
 
 def held(_: int, *, factor: float) -> float:

@@ -58,7 +58,7 @@ Count = Annotated[int, Field(ge=0, lt=10**MAX_DIGITS)]
 class StateRecord(BaseModel):
     """The numbers of a state file; `tree` as `encoded` makes it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     name: str
     role: Role
     is_read: bool
@@ -71,7 +71,7 @@ class ViewRecord(BaseModel):
     With `sample`, only so many values lie there, as `sample_stretches` places them.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -81,7 +81,7 @@ class ViewRecord(BaseModel):
 class KeptRecord(BaseModel):
     """What a kept snapshot says of the checkpoint that it was copied from. `run` is relative to the file's folder."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
     schema_version: Literal[1] = 1
     farcast_version: str = __version__
     name: str

@@ -17,8 +17,10 @@ from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import find
 from farcast_cli.trainers.base import (
+    Average,
     Evidence,
     Layout,
+    Network,
     Part,
     Snapshot,
     Trainer,
@@ -30,6 +32,7 @@ from farcast_cli.trainers.by_content import TORCH_ENDINGS, is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS
+from farcast_cli.trainers.networks import AVERAGED, pairs_of
 from farcast_cli.trainers.run_end import end_of
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights, payload_evidence
 
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 
 EPOCHS_KEY = "max_epochs"
 WEIGHTS, LIVE = ("state_dict",), ("current_model_state",)
-_AVERAGED = "an average of the weights: copied for resuming; --for evaluation replaces it by the forecast"
 _RESUMED = {"loops", "optimizer_states", "lr_schedulers"}
 _WEIGHTS_ONLY = "saved with the weights only: trainer.fit(ckpt_path=...) cannot resume from it"
 _LOOP = "epoch_loop."
@@ -69,11 +71,12 @@ def _read(path: Path) -> Snapshot:
         raise NoWeightsError(f"{path}: a Lightning checkpoint whose {key[0]!r} holds no tensors")
     tensors, rough = weights_of(file, weights)
     average = f"{WEIGHTS[0]}.*"
-    beside = ((name, _AVERAGED if name == average else reason) for name, reason in other_weights(tree, key))
+    averages = (Average(WEIGHTS, tuple(pairs_of(tree.get(WEIGHTS[0]), weights))),) if averaged else ()
+    beside = ((name, AVERAGED if name == average else reason) for name, reason in other_weights(tree, key))
     return Snapshot(
         path,
         LAYOUT.name,
-        (Part(path, "", "state", file, weights_key=key, mirror_key=WEIGHTS if averaged else ()),),
+        (Part(path, "", "state", file, networks=(Network(key),), averages=averages),),
         tensors,
         (*_loop_evidence(tree), *payload_evidence(tree), *adam_evidence(file), *name_evidence(path)),
         not_streamable=rough,

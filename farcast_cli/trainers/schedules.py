@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError
 from farcast_cli.formats.tree import at
-from farcast_cli.trainers.formulas import FormulaInputs, constant_with_warmup, cosine, geometric, held, linear, rising
+from farcast_cli.trainers.falls import shapes
+from farcast_cli.trainers.formulas import (
+    FormulaInputs,
+    constant_with_warmup,
+    cosine,
+    geometric,
+    held,
+    linear,
+    rise_hold_fall,
+    rising,
+)
 from farcast_cli.trainers.torch_schedules import schedule_name, step_once
 
 if TYPE_CHECKING:
@@ -61,11 +71,19 @@ _WITHOUT_FORMULA = {"LambdaLR", "ReduceLROnPlateau"}
 
 
 def is_scheduler_state(tree: object) -> bool:
-    return (
-        isinstance(tree, dict)
-        and ("last_epoch" in tree or "_schedulers" in tree)
-        and any(key in tree for key in ("_last_lr", "base_lrs", "_schedulers"))
-    )
+    """Whether it is a schedule's state: its count with its rates, a chain, or the count alone, as torchtitan saves it."""
+    if not isinstance(tree, dict):
+        return False
+    known = any(key in tree for key in ("_last_lr", "base_lrs", "_schedulers"))
+    return (("last_epoch" in tree or "_schedulers" in tree) and known) or tree.keys() == {"last_epoch"}
+
+
+def with_rates(state: dict[str, Any], optimizers: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """A schedule's state with the rates that its optimiser's groups have, where it holds none and there is one optimiser."""
+    if state.keys() != {"last_epoch"} or len(optimizers) != 1 or not all("initial_lr" in group for group in optimizers[0]):
+        return state
+    (groups,) = optimizers
+    return state | {"base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups]}
 
 
 def counter_path(state: object) -> TreePath:
@@ -284,7 +302,7 @@ def _explains(formula: Formula, factors: Sequence[tuple[int, float]]) -> bool:
 
 
 def _formulas(seen: Sequence[tuple[int, float]], total: int | None) -> Iterator[Formula]:
-    """Transformers' schedules with every warm-up that the observations allow; then a constant factor per step."""
+    """Transformers' schedules with every warm-up that the observations allow; then other shapes, and a constant factor per step."""
     last, factor = seen[-1]
     if len({value for _, value in seen}) == 1:
         yield partial(held, factor=factor)
@@ -298,6 +316,7 @@ def _formulas(seen: Sequence[tuple[int, float]], total: int | None) -> Iterator[
         warmups = _whole((last - progress * end) / (1 - progress) if progress < 1 else None)
         yield from (partial(cosine, run=FormulaInputs(warmup, end)) for warmup in warmups if last >= warmup)
     yield from (partial(rising, run=FormulaInputs(warmup)) for warmup in peaks)
+    yield from (partial(rise_hold_fall, shape=shape) for shape in shapes(seen))
     if len(seen) >= MIN_FOR_A_FACTOR and factor > 0 and seen[0][1] > 0:
         yield partial(geometric, last=last, factor=factor, per_step=(factor / seen[0][1]) ** (1 / (last - seen[0][0])))
 

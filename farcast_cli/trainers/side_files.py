@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FileFormatError, NoWeightsError, UnsafeFileError
+from farcast_cli.errors import FileFormatError, UnsafeFileError
 from farcast_cli.files.reading import file_size
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
-from farcast_cli.formats.torch_pickle import iter_tensors
+from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
 from farcast_cli.tensors import FORECASTABLE
 from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import find_step_in_name
-from farcast_cli.trainers.torch_payload import adam_evidence, find_payload_weights, payload_evidence
+from farcast_cli.trainers.networks import WEIGHT_KEYS
+from farcast_cli.trainers.torch_payload import adam_evidence, payload_evidence
 from farcast_cli.trainers.weights_folder import parse_json_of, second_weights
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ def _role_of(name: str) -> Role:
 
 
 def _holds_weights(file: TorchFile) -> bool:
-    try:
-        _, weights = find_payload_weights(file.path, file.tree)
-    except NoWeightsError:
-        return False
-    return _num_weights(weights) > 0
+    """Whether a file beside the weights has some of its own: under a usual key, or bare."""
+    tree = file.tree if isinstance(file.tree, dict) else {}
+    usual = next((tree[key] for key in WEIGHT_KEYS if isinstance(tree.get(key), dict) and _num_weights(tree[key])), None)
+    is_bare = any(isinstance(value, TensorRef) for value in tree.values())
+    return usual is not None or (is_bare and _num_weights(tree) > 0)
 
 
 def _num_weights(tree: object) -> int:

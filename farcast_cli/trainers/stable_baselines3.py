@@ -18,7 +18,7 @@ from farcast_cli.formats.file_kind import kind_of
 from farcast_cli.formats.torch_bundle import read_bundle
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import find
-from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, is_step, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Network, Part, Snapshot, Trainer, is_step, name_evidence, weights_of
 from farcast_cli.trainers.by_content import is_by_content
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights
@@ -52,7 +52,7 @@ def _read(path: Path) -> Snapshot:
     return Snapshot(
         path,
         LAYOUT.name,
-        (Part(path, "", "state", file, weights_key=(WEIGHTS,)),),
+        (Part(path, "", "state", file, networks=(Network((WEIGHTS,)),)),),
         tensors,
         (*counted, *adam_evidence(file, others), *name_evidence(path)),
         not_streamable=rough,

@@ -17,6 +17,7 @@ from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, counte
 from farcast_cli.trainers.weights_folder import Weights, as_one
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from farcast_cli.trainers.base import Evidence, EvidenceKind
@@ -40,10 +41,11 @@ def _sources(path: Path) -> list[Path]:
     return [alone] if alone else usual
 
 
-def _read(path: Path) -> Snapshot:
-    payload = _payload(path)
+def _read(path: Path, chosen: Sequence[str] = ()) -> Snapshot:
+    layout = torch_payload.LAYOUT.choosing(chosen)
+    payload = _payload(path, layout)
     ranks = sorted(path.glob("consolidated.*.pth")) if payload.path.name.startswith("consolidated.") else [payload.path]
-    inner = [payload, *(torch_payload.LAYOUT.read(file) for file in ranks if file != payload.path)]
+    inner = [payload, *(layout.read(file) for file in ranks if file != payload.path)]
     weights = as_one(path, (_weights(one, path, f"{rank}." if rank else "") for rank, one in enumerate(inner)))
     others, notes = side_parts(path, weights.parts)
     name = named_steps(path)
@@ -61,12 +63,12 @@ def _read(path: Path) -> Snapshot:
     )
 
 
-def _payload(path: Path) -> Snapshot:
+def _payload(path: Path, layout: Layout) -> Snapshot:
     """The first file that holds weights, as the snapshot that it would be by itself."""
     without: list[NoWeightsError] = []
     for file in _sources(path):
         try:
-            return torch_payload.LAYOUT.read(file)
+            return layout.read(file)
         except NoWeightsError as error:
             without.append(error)
     raise without[0]
@@ -81,4 +83,4 @@ def _of(source: EvidenceKind, payload: Snapshot) -> tuple[Evidence, ...]:
     return tuple(item for item in payload.evidence if item.source == source)
 
 
-LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of))
+LAYOUT = Layout("torch-folder", _recognises, _read, names_are_steps=False, trainer=Trainer(end=end_of), read_chosen=_read)

@@ -8,46 +8,62 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import NoWeightsError
 from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
-from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_carried, iter_tensors
-from farcast_cli.formats.tree import dotted, find, walk
+from farcast_cli.formats.torch_pickle import TensorRef, iter_carried, iter_tensors
+from farcast_cli.formats.tree import at, dotted, find
 from farcast_cli.tensors import FORECASTABLE
 from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
 from farcast_cli.trainers.by_content import is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.names import MAX_DIGITS
+from farcast_cli.trainers.networks import find_networks, holds_optimizer
 from farcast_cli.trainers.run_end import end_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from farcast_cli.formats.tree import TreePath
 
-WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module", "network", "net", "params", "weights")
-STEP_KEYS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter", "num_steps", "steps")
-"""Keys that hold a step, the first that is there. litgpt's `iter_num` counts batches, and its `step_count` steps."""
+STEP_KEYS = (
+    "global_step",
+    "step",
+    "step_count",
+    "iteration",
+    "iter_num",
+    "iter",
+    "num_steps",
+    "steps",
+    "updates",
+    "num_updates",
+)
+"""Keys that hold a step, the first that is there. litgpt's `iter_num` counts batches, and its `step_count` steps.
+
+`updates` are those of an average, one a step (ultralytics).
+"""
 
 
 def _recognises(path: Path) -> bool:
     return is_torch(path)
 
 
-def _read(path: Path) -> Snapshot:
+def _read(path: Path, chosen: Sequence[str] = ()) -> Snapshot:
     file = read_torch_file(path)
-    key, weights = find_payload_weights(path, file.tree)
+    found = find_networks(path, file.tree, chosen)
+    part = Part(path, "", "state", file, networks=found.networks, averages=found.averages)
+    weights = part.weights_in(file.tree)
     tensors, rough = weights_of(file, weights)
-    evidence = (*payload_evidence(file.tree if key else {}, file), *adam_evidence(file), *name_evidence(path))
-    part = Part(path, "", "state", file, weights_key=key)
-    beside = (*(other_weights(file.tree, key) if key else ()), *_opaque_weights(weights))
+    holders = () if found.is_bare else tuple(dict.fromkeys(((), found.holder)))
+    counted = (payload_evidence(holder, file) for place in holders if isinstance(holder := at(file.tree, place), dict))
+    evidence = (*next((one for one in counted if one), ()), *adam_evidence(file), *name_evidence(path))
+    beside = (*found.told, *_opaque_weights(weights))
     return Snapshot(path, LAYOUT.name, (part,), tensors, evidence, not_streamable=rough, beside=beside)
 
 
 def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str, str]]:
     """State dicts beside the weights: a second network, or an average of the first."""
     for key, value in tree.items():
-        if (key,) == weights or not isinstance(value, dict) or _holds_optimizer(value):
+        if (key,) == weights or not isinstance(value, dict) or holds_optimizer(value):
             continue
         refs = [ref for _, ref in iter_tensors(value) if ref.dtype.name in FORECASTABLE and ref.shape]
         if refs:
@@ -57,44 +73,11 @@ def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str
             )
 
 
-def _holds_optimizer(tree: dict[Any, Any]) -> bool:
-    """Whether it is an optimizer's state, or that of a wrapper around one; the copies of the weights in it are told elsewhere."""
-    return any(isinstance(node, dict) and "param_groups" in node for _, node in walk(tree))
-
-
 def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Tensors among the weights that are no plain stretch of numbers: quantised, sparse, subclasses."""
     for keys, made in iter_carried(weights):
         if made.maker.name.startswith("_rebuild_"):
             yield dotted(keys), f"{made.maker.name.removeprefix('_rebuild_')} is not forecast"
-
-
-def find_payload_weights(path: Path, tree: object) -> tuple[TreePath, dict[str, Any]]:
-    """The key under which a payload holds its weights (none for a bare state dict), and the weights.
-
-    Raises:
-        NoWeightsError: there are none.
-    """
-    if isinstance(tree, dict):
-        for key in WEIGHT_KEYS:
-            if isinstance(tree.get(key), dict) and _holds_tensors(tree[key]):
-                return (key,), tree[key]
-        if any(isinstance(value, TensorRef) for value in tree.values()):
-            return (), tree
-    found = sorted(map(str, tree))[:8] if isinstance(tree, dict) else _kind(tree)
-    raise NoWeightsError(
-        f"{path}: no weights found: expected a state dict, or one under {', '.join(WEIGHT_KEYS[:3])}; found {found}",
-        hint="save the weights under 'model', or keep the file out of this folder",
-    )
-
-
-def _kind(tree: object) -> str:
-    return f"one object of class {tree.maker}" if isinstance(tree, Made) else type(tree).__name__
-
-
-def _holds_tensors(tree: dict[Any, Any]) -> bool:
-    nodes = walk(tree, enters=lambda _, node: isinstance(node, dict))
-    return any(isinstance(node, TensorRef) for _, node in nodes)
 
 
 def payload_evidence(tree: dict[Any, Any], file: TorchFile | None = None) -> tuple[Evidence, ...]:
@@ -131,4 +114,4 @@ def adam_evidence(file: TorchFile, tree: object = None) -> tuple[Evidence, ...]:
 
 
 TRAINER = Trainer(end=end_of, mark=mark_group, marks=marks_in_group)
-LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=TRAINER)
+LAYOUT = Layout("torch", _recognises, _read, names_are_steps=False, trainer=TRAINER, read_chosen=_read)

@@ -1,0 +1,208 @@
+"""The compiled kernel gives the bits of numpy's arithmetic, for every type, at every value, at any byte."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from farcast_cli.engine import native
+from farcast_cli.engine.arithmetic import Coefficients, HostArithmetic, forecasts
+from farcast_cli.engine.casts import MAX_FINITE, narrow, work_type
+from farcast_cli.tensors import DTYPES, FLOATING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from farcast_cli.engine.native import Kernel
+    from farcast_cli.tensors import DType
+
+COUNTS = (3, 1_500, 1, 1_024, 70)
+"""Elements of the segments of a batch; a block of the kernel holds 1,024."""
+NUM_ELEMENTS = sum(COUNTS)
+MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
+"""Bits of it."""
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    if native.KERNEL is None:
+        pytest.skip("this installation has no compiled kernel")
+    return native.KERNEL
+
+
+def at_an_odd_byte(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.concatenate([np.zeros(1, np.uint8), raw])[1:]
+
+
+def numbers(random: np.random.Generator, dtype: DType) -> NDArray[np.uint8]:
+    """Of each size down to the subnormal ones, and both zeros; none so large that a sum leaves the range of float16."""
+    raw = np.empty(NUM_ELEMENTS * dtype.itemsize, np.uint8)
+    narrow(random.normal(size=NUM_ELEMENTS) * 2.0 ** random.integers(-30, 5, NUM_ELEMENTS), dtype, raw)
+    bits, sign = raw.view(f"u{dtype.itemsize}"), 1 << (8 * dtype.itemsize - 1)
+    bits[::5] &= np.array(sign | (1 << MANTISSA[dtype.name]) - 1, bits.dtype)  # subnormal
+    bits[1::7] &= np.array(sign, bits.dtype)
+    return at_an_odd_byte(raw)
+
+
+@dataclass
+class Problem:
+    """A batch as the kernel takes it: raw values of the others and the origin, types, and an update."""
+
+    raws: list[NDArray[np.uint8]]
+    types: list[DType]
+    output: DType
+    weights: NDArray[np.float64]
+    gains: NDArray[np.float64] | None = None
+    moves: tuple[bool, ...] = ()
+    bare: tuple[bool, ...] = ()
+    non_negative: bool = False
+
+    @property
+    def num_horizons(self) -> int:
+        return int(self.weights.shape[1])
+
+
+def by_kernel(kernel: Kernel, problem: Problem) -> tuple[list[bytes], list[int]] | None:
+    """The outputs and how many elements are unchanged, by horizon; None where a result is not finite."""
+    types = native.codes(problem.types[:-1], problem.types[-1], problem.output)
+    assert types is not None
+    outs = tuple(
+        at_an_odd_byte(np.zeros(NUM_ELEMENTS * problem.output.itemsize, np.uint8)) for _ in range(problem.num_horizons)
+    )
+    unchanged = np.zeros(problem.num_horizons, np.int64)
+    is_finite = kernel.combine(
+        (problem.raws[-1],),
+        tuple(problem.raws[:-1]),
+        outs,
+        types,
+        bytes(problem.moves or len(problem.raws[:-1])),
+        bytes(problem.bare or problem.num_horizons),
+        np.array(COUNTS, np.int64),
+        problem.weights,
+        problem.gains,
+        unchanged,
+        problem.non_negative,
+        work_type(problem.types[-1]) is np.float64,
+    )
+    return ([out.tobytes() for out in outs], unchanged.tolist()) if is_finite else None
+
+
+def by_numpy(problem: Problem) -> tuple[list[bytes], list[int]] | None:
+    """The same by whole arrays."""
+    arithmetic, origin, work = HostArithmetic(), problem.types[-1], work_type(problem.types[-1])
+    horizons, others = range(problem.num_horizons), range(len(problem.raws) - 1)
+
+    def spread(numbers: NDArray[np.float64]) -> Any:
+        return arithmetic.spread(numbers, COUNTS, work)
+
+    gains, constants = (
+        ([spread(problem.gains[:, h, part]) for h in horizons] if problem.gains is not None else None) for part in (0, 1)
+    )
+    weights = [[spread(problem.weights[:, h, t]) for t in others] for h in horizons]
+    coefficients = Coefficients(weights, gains, constants, problem.moves, problem.bare)
+    outputs, unchanged = [], []
+    with arithmetic.context():
+        last = arithmetic.load(problem.raws[-1], origin, "last", work)
+        loaded = (
+            arithmetic.load(raw, dtype, "other", work) for raw, dtype in zip(problem.raws[:-1], problem.types[:-1], strict=True)
+        )
+        own = np.zeros(NUM_ELEMENTS * problem.output.itemsize, np.uint8)
+        arithmetic.store(last, problem.output, own)
+        same = problem.raws[-1] if origin is problem.output else own
+        for values in forecasts(arithmetic, last, loaded, coefficients, keep_zeros=True):
+            kept = (
+                np.where((values < 0) & (values > -np.inf), np.zeros_like(values), values) if problem.non_negative else values
+            )
+            out = np.zeros_like(own)
+            if not arithmetic.store(kept, problem.output, out):
+                return None
+            outputs.append(out.tobytes())
+            unchanged.append(int(np.all(out.reshape(NUM_ELEMENTS, -1) == same.reshape(NUM_ELEMENTS, -1), axis=1).sum()))
+    return outputs, unchanged
+
+
+def problem_of(seed: int, types: Sequence[str], output: str, *, num_horizons: int = 1, **more: Any) -> Problem:
+    random = np.random.default_rng(seed)
+    dtypes = [DTYPES[name] for name in types]
+    raws = [numbers(random, dtype) for dtype in dtypes]
+    still = NUM_ELEMENTS // 2 * dtypes[-1].itemsize
+    for raw, dtype in zip(raws, dtypes, strict=True):
+        if dtype is dtypes[-1]:
+            raw[:still] = raws[-1][:still]
+    weights = random.normal(size=(len(COUNTS), num_horizons, len(types) - 1)) / 8
+    return Problem(raws, dtypes, DTYPES[output], weights, **more)
+
+
+OUTPUTS = [
+    (origin, output)
+    for origin, output in itertools.product(FLOATING, FLOATING)
+    if native.codes([], DTYPES[origin], DTYPES[output])
+]
+
+
+@pytest.mark.parametrize(("origin", "output"), OUTPUTS)
+def test_a_forecast_has_numpys_bits(kernel: Kernel, origin: str, output: str) -> None:
+    """Of snapshots of the same type and of others, at one horizon and at several, with and without other snapshots."""
+    for seed, others in enumerate([[origin], [origin] * 4, [*FLOATING], []]):
+        problem = problem_of(seed, [*others, origin], output, num_horizons=1 + seed % 3)
+        expected = by_numpy(problem)
+        assert expected is not None
+        assert by_kernel(kernel, problem) == expected
+
+
+@pytest.mark.parametrize("origin", FLOATING)
+def test_a_gain_a_constant_moves_a_bare_update_and_a_variance_have_numpys_bits(kernel: Kernel, origin: str) -> None:
+    random = np.random.default_rng(0)
+    gains = random.normal(size=(len(COUNTS), 2, 2)) / 8
+    for more in ({"gains": gains}, {"moves": (True, False)}, {"bare": (False, True)}, {"non_negative": True}):
+        problem = problem_of(1, [origin] * 3, origin, num_horizons=2, **more)
+        expected = by_numpy(problem)
+        assert expected is not None
+        assert by_kernel(kernel, problem) == expected
+
+
+@pytest.mark.parametrize(("origin", "output"), OUTPUTS)
+def test_each_value_that_is_not_finite_is_noticed(kernel: Kernel, origin: str, output: str) -> None:
+    dtype = DTYPES[origin]
+    kinds = (np.nan, np.inf, -np.inf, MAX_FINITE[origin], -MAX_FINITE[origin])
+    for number, (value, place) in enumerate(itertools.product(kinds, (0, 1, 1_100, NUM_ELEMENTS - 1))):
+        problem = problem_of(2, [origin] * 3, output)
+        for raw in problem.raws:
+            raw[:] = 0
+        assert by_kernel(kernel, problem) is not None
+        arithmetic, raw = HostArithmetic(), problem.raws[number % 3]
+        with arithmetic.context():
+            arithmetic.store(np.array([value]), dtype, raw[place * dtype.itemsize : (place + 1) * dtype.itemsize])
+        found = by_kernel(kernel, problem)
+        assert found == by_numpy(problem)
+        assert np.isfinite(value) or found is None
+
+
+def test_buffers_that_are_too_short_are_refused(kernel: Kernel) -> None:
+    problem = problem_of(0, ["float32"] * 3, "float32")
+    problem.raws[0] = problem.raws[0][:-1]
+    with pytest.raises(ValueError, match="too short"):
+        by_kernel(kernel, problem)
+    problem.raws[0] = problem.raws[1]
+    problem.weights = problem.weights[:-1]
+    with pytest.raises(ValueError, match="sizes do not match"):
+        by_kernel(kernel, problem)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "says"), [("numpy", 0, "None"), ("", 0, ""), ("fast", 1, "expected native or numpy")]
+)
+def test_the_environment_chooses_the_engine(wanted: str, code: int, says: str) -> None:
+    call = [sys.executable, "-c", "from farcast_cli.engine import native; print(native.KERNEL)"]
+    done = subprocess.run(call, env=os.environ | {native.VARIABLE: wanted}, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert says in done.stdout + done.stderr
