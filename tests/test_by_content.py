@@ -148,7 +148,7 @@ def orbax(path: Path) -> None:
 
 
 CASES = {
-    "m_{}.h5": (holding(b"\x89HDF\r\n\x1a\n"), "2 .h5 files (HDF5, as Keras writes it)", "h5py"),
+    "m_{}.h5": (holding(b"\x89HDF\r\n\x1a\n"), "2 .h5 files (HDF5, as Keras writes it)", "model.load_weights"),
     "m_{}.keras": (holding(b"PK\3\4"), "2 .keras files (Keras models)", "keras.models.load_model"),
     "checkpoint_{}": (holding(b"\x82\xa4step\1"), "2 files without an ending (msgpack, as Flax writes it)", "flax"),
     "{}": (orbax, "2 folders (orbax, JAX's checkpoints)", "orbax.checkpoint"),
@@ -216,4 +216,4 @@ def test_every_command_gives_the_same_answer_and_json_has_it_too(command: str, t
     assert done.returncode == 3
     error = json.loads(done.stdout.splitlines()[-1])["error"]
     assert error["message"] == "run: no snapshots that farcast reads, but 1 .h5 file (HDF5, as Keras writes it)"
-    assert "h5py" in error["hint"]
+    assert "load_weights" in error["hint"]
