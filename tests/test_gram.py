@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -148,7 +148,6 @@ def test_a_large_tensors_matrix_is_that_of_its_sample_times_its_share(tmp_path: 
     np.testing.assert_allclose(np.diag(gram.matrix[0])[:4], whole, rtol=0.1)  # 4,096 samples: 1 / sqrt(2048) = 2 %, four sigma
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(num_elements=st.integers(1, 10**7), num_samples=st.integers(1000, 40_000))
 def test_a_sample_covers_its_tensor_evenly_from_the_first_element_to_the_last(num_elements: int, num_samples: int) -> None:
     pieces = sample_stretches(num_elements, num_samples)
@@ -161,7 +160,6 @@ def test_a_sample_covers_its_tensor_evenly_from_the_first_element_to_the_last(nu
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(keep=st.sets(st.integers(0, 7), min_size=1).map(sorted), seed=st.integers(0, 100))
 def test_restricting_to_some_snapshots_equals_starting_from_them(keep: list[int], seed: int) -> None:
     arrays = wander(seed, num_snapshots=8, sizes={"a": 20, "b": 3})
@@ -174,7 +172,6 @@ def test_restricting_to_some_snapshots_equals_starting_from_them(keep: list[int]
     np.testing.assert_array_equal(sample.restrict(keep).values, rows.values)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(keep=st.sets(st.integers(0, 7), min_size=1).map(sorted), seed=st.integers(0, 100))
 def test_a_change_of_basis_leaves_the_vector_what_it_is(keep: list[int], seed: int) -> None:
     values = wander(seed, num_snapshots=8, sizes={"a": 20})["a"]
@@ -185,7 +182,6 @@ def test_a_change_of_basis_leaves_the_vector_what_it_is(keep: list[int], seed: i
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-12)  # sums of eight numbers near 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(seed=st.integers(0, 100))
 def test_norms_are_those_of_the_vectors(seed: int) -> None:
     arrays = wander(seed, num_snapshots=6, sizes={"a": 20, "b": 3})

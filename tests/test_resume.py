@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -69,7 +69,6 @@ def _same(first: Any, second: Any) -> bool:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(rate=st.integers(1, 10**7), first=st.integers(0, 10**6), every=st.integers(1, 10**4), horizon=st.integers(1, 10**6))
 def test_a_counter_in_whole_units_per_step_is_extrapolated_exactly(rate: int, first: int, every: int, horizon: int) -> None:
     series = [(first + i * every, rate * (first + i * every)) for i in range(4)]
@@ -82,7 +81,6 @@ def test_a_counter_beyond_the_precision_of_floats_keeps_its_last_digit() -> None
     assert extrapolate(series, 1200) == tokens + 1100 * 524_289
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(length=st.integers(1, 500), every=st.integers(1, 300), horizon=st.integers(1, 5000))
 def test_an_epoch_is_the_number_of_whole_epochs_done_or_is_left_alone(length: int, every: int, horizon: int) -> None:
     """Whatever the epoch's length in steps: the answer is right or it is withheld."""
@@ -104,7 +102,6 @@ def _batches_done(step: int, *, per_epoch: int, accumulated: int) -> int:
     return batches
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     per_epoch=st.integers(2, 40),
     accumulated=st.integers(2, 6),
