@@ -223,7 +223,7 @@ def test_the_command_that_converts_a_partitioned_checkpoint_names_its_tag_and_th
     run = _make_refused(tmp_path / "run", "zero")
     with pytest.raises(FileFormatError) as caught:
         discover(run)
-    assert f"python {run}/zero_to_fp32.py {run} step_N --tag global_step100" in caught.value.hint
+    assert f"python {run}/zero_to_fp32.py {run} step_100 --tag global_step100" in caught.value.hint
 
 
 def test_partitions_beside_a_trainers_weights_are_refused_too(tmp_path: Path) -> None:
