@@ -121,6 +121,16 @@ def test_only_the_first_bytes_of_a_file_are_read_to_know_it(tmp_path: Path, monk
     assert asked == [512]
 
 
+def test_an_optimizers_file_beside_each_snapshot_is_no_snapshot(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "model{:06}.pt")
+    for step in STEPS:
+        state = {0: {"step": torch.tensor(float(step)), "exp_avg": torch.zeros(4)}}
+        torch.save({"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]}, run / f"opt{step:06}.pt")
+    found = discover(run)
+    assert found.steps == tuple(STEPS)
+    assert {ignored.reason for ignored in found.ignored} == {"it holds no weights"}
+
+
 def test_a_torchscript_file_under_an_ending_of_its_own_is_left_out(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "step_{}.pt")
     zipped("step_100/data/0")(run / "step_100.torchscript")  # its first record; torch.save's is the pickle
