@@ -121,6 +121,16 @@ def test_only_the_first_bytes_of_a_file_are_read_to_know_it(tmp_path: Path, monk
     assert asked == [512]
 
 
+def test_an_optimizers_file_beside_each_snapshot_is_no_snapshot(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "model{:06}.pt")
+    for step in STEPS:
+        state = {0: {"step": torch.tensor(float(step)), "exp_avg": torch.zeros(4)}}
+        torch.save({"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]}, run / f"opt{step:06}.pt")
+    found = discover(run)
+    assert found.steps == tuple(STEPS)
+    assert {ignored.reason for ignored in found.ignored} == {"it holds no weights"}
+
+
 def test_a_torchscript_file_under_an_ending_of_its_own_is_left_out(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "step_{}.pt")
     zipped("step_100/data/0")(run / "step_100.torchscript")  # its first record; torch.save's is the pickle
@@ -148,7 +158,7 @@ def orbax(path: Path) -> None:
 
 
 CASES = {
-    "m_{}.h5": (holding(b"\x89HDF\r\n\x1a\n"), "2 .h5 files (HDF5, as Keras writes it)", "h5py"),
+    "m_{}.h5": (holding(b"\x89HDF\r\n\x1a\n"), "2 .h5 files (HDF5, as Keras writes it)", "model.load_weights"),
     "m_{}.keras": (holding(b"PK\3\4"), "2 .keras files (Keras models)", "keras.models.load_model"),
     "checkpoint_{}": (holding(b"\x82\xa4step\1"), "2 files without an ending (msgpack, as Flax writes it)", "flax"),
     "{}": (orbax, "2 folders (orbax, JAX's checkpoints)", "orbax.checkpoint"),
@@ -193,15 +203,17 @@ def test_an_empty_folder_and_one_of_logs_are_told_apart(tmp_path: Path) -> None:
         discover(tmp_path)
 
 
-def test_inside_one_deepspeed_checkpoint_the_converter_is_named_as_beside_it(tmp_path: Path) -> None:
+def test_a_deepspeed_folder_of_a_pipeline_is_told_with_the_converters_command(tmp_path: Path) -> None:
     tag = tmp_path / "global_step500"
     tag.mkdir()
-    (tag / "mp_rank_00_model_states.pt").write_bytes(b"PK\3\4")
+    for name in ("mp_rank_00_model_states.pt", "layer_01-model_00-model_states.pt"):
+        torch.save({"w": torch.zeros(2)}, tag / name)
     (tmp_path / "latest").write_text(tag.name)
-    for folder in (tmp_path, tag):
-        with pytest.raises(FileFormatError, match="DeepSpeed") as caught:
-            discover(folder)
-        assert f"zero_to_fp32.py {tmp_path} step_500 --tag global_step500" in caught.value.hint
+    with pytest.raises(FileFormatError, match="DeepSpeed") as caught:
+        discover(tmp_path)
+    assert f"zero_to_fp32.py {tmp_path} step_500 --tag global_step500" in caught.value.hint
+    with pytest.raises(TooFewSnapshotsError, match="found one deepspeed checkpoint"):
+        discover(tag)
 
 
 @pytest.mark.parametrize(
@@ -216,4 +228,4 @@ def test_every_command_gives_the_same_answer_and_json_has_it_too(command: str, t
     assert done.returncode == 3
     error = json.loads(done.stdout.splitlines()[-1])["error"]
     assert error["message"] == "run: no snapshots that farcast reads, but 1 .h5 file (HDF5, as Keras writes it)"
-    assert "h5py" in error["hint"]
+    assert "load_weights" in error["hint"]

@@ -313,7 +313,7 @@ def test_a_pipeline_and_experts_are_refused_with_the_command_that_converts_them(
     run = _run(tmp_path, write, "global_step{}")
     with pytest.raises(FileFormatError, match="of a pipeline or of experts") as caught:
         discover(run)
-    assert f"python {run}/zero_to_fp32.py {run} step_N --tag global_step100" in caught.value.hint
+    assert f"python {run}/zero_to_fp32.py {run} step_100 --tag global_step100" in caught.value.hint
 
 
 def test_states_without_pieces_are_refused(classes: types.SimpleNamespace, tmp_path: Path) -> None:

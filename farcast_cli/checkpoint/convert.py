@@ -286,7 +286,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
     """A file by itself: of a dcp folder all that is in it, else the weights under their names."""
     if isinstance(part.content, DcpFile):
         return _torch_file("", tree_in(part, advanced, rewrite))
-    if isinstance(part.content, TorchFile):
+    if isinstance(part.content, TorchFile) and not part.content.members:
         state = advanced.trees[part.name]
         alone = replace(part, networks=(Network(),), averages=())
         tree = part.weights_in(state.tree)

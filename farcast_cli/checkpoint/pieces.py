@@ -83,6 +83,18 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """Sections [first, end) of a file that are one record of a zip; their CRC-32 as one is written to `checksums_at`.
+
+    Those of them that have no place for a checksum of their own are fixed bytes.
+    """
+
+    first: int
+    end: int
+    checksums_at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OutputFile:
     """An output file; `name` is its path inside the checkpoint, "" where the checkpoint is that one file."""
 
@@ -91,6 +103,7 @@ class OutputFile:
     mode: int = 0o666
     """Its permissions, and those of the folders that are made for it, within the umask."""
     folder_mode: int = 0o777
+    joined: tuple[Joined, ...] = ()
 
     @property
     def num_bytes(self) -> int:

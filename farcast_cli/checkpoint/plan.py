@@ -13,6 +13,7 @@ from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any
 
+from farcast_cli.checkpoint.bundle_output import bundle_output
 from farcast_cli.checkpoint.dcp_output import rewritten_folder
 from farcast_cli.checkpoint.pieces import Copy, Fixed, OutputFile, Planned, Rewrite, Section
 from farcast_cli.checkpoint.torch_output import torch_output
@@ -84,9 +85,7 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
     rewrite = rewrite.within(part.prefix)
     if part.name in advanced.trees:
         state = advanced.trees[part.name]
-        if isinstance(part.content, PickleFile):
-            return OutputFile(part.name, (Section((Fixed(encode_pickle(state.tree)),)),))
-        return torch_output(state, rewrite) if state.file else json_output(part.name, state.tree)
+        return _state_output(state, rewrite)
     if isinstance(part.content, SafetensorsFile):
         planned = [rewrite.planned(entry) for entry in part.content.entries]
         return safetensors_output(part.name, held_by_safetensors(planned), _metadata(part.content, rewrite))
@@ -96,6 +95,14 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")
     refuse_code_in(part.path)
     return OutputFile(part.name, (Section((Copy(part.path, 0, file_size(part.path)),)),))
+
+
+def _state_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
+    if isinstance(state.part.content, PickleFile):
+        return OutputFile(state.part.name, (Section((Fixed(encode_pickle(state.tree)),)),))
+    if state.file is None:
+        return json_output(state.part.name, state.tree)
+    return bundle_output(state.file, state, rewrite) if state.file.members else torch_output(state, rewrite)
 
 
 def json_output(name: str, tree: Any) -> OutputFile:

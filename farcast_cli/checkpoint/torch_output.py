@@ -68,14 +68,21 @@ def torch_output(state: StateTree, rewrite: Rewrite) -> OutputFile:
     file = state.file
     assert file is not None  # noqa: S101 - the caller's branch
     storages = plan_storages(state, rewrite)
-    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (_pickle_of(state, storages),)}
+    named = torch_records(
+        file, _pickle_of(state, storages), {one.key: storages.pieces(state, one) for one in storages_of(state.tree)}
+    )
+    return OutputFile(state.part.name, tuple(zip_records(named)))
+
+
+def torch_records(file: TorchFile, pickled: Piece, held: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
+    """The records of a torch file with a new pickle and new storages (by key); its other records as they were."""
+    named: dict[str, tuple[Piece, ...]] = {f"{file.prefix}/data.pkl": (pickled,)}
     named |= {
         name: (Copy(file.path, record.offset, record.num_bytes),)
         for name, record in file.records.items()
         if not name.startswith(f"{file.prefix}/data/") and name not in named
     }
-    named |= {f"{file.prefix}/data/{one.key}": storages.pieces(state, one) for one in storages_of(state.tree)}
-    return OutputFile(state.part.name, tuple(zip_records(named)))
+    return named | {f"{file.prefix}/data/{key}": pieces for key, pieces in held.items()}
 
 
 def _pickle_of(state: StateTree, storages: Storages) -> Piece:

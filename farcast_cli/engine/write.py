@@ -12,11 +12,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import numpy as np
 
 from farcast_cli import system
-from farcast_cli.checkpoint.pieces import Copy, Values
+from farcast_cli.checkpoint.pieces import Copy, Fixed, Values
 from farcast_cli.engine import native, workers
 from farcast_cli.engine.arithmetic import HostArithmetic
 from farcast_cli.engine.batch import Counts
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from farcast_cli.checkpoint.pieces import OutputFile
+    from farcast_cli.checkpoint.pieces import Joined, OutputFile
     from farcast_cli.engine.batch import Inputs
     from farcast_cli.engine.worker import Checksum, Filled
 
@@ -160,13 +161,34 @@ def _pass(
 
 
 def _filled_in(file: Placed, checksums: Mapping[int, Sequence[Checksum]]) -> Iterator[tuple[int, bytes]]:
-    """The sections' CRC-32 at their positions."""
+    """The CRC-32 of sections, and of those that are one record together, at their positions."""
+    known: dict[int, bytes] = {}
     for number, section in enumerate(file.output.sections):
         whole = 0
         for _, num_bytes, checksum in sorted(checksums.get(number, ())):
             whole = combine(whole, checksum, num_bytes)
-        for position in section.checksums_at:
-            yield position, whole.to_bytes(4, "little")
+        known |= dict.fromkeys(section.checksums_at, whole.to_bytes(4, "little"))
+        yield from ((position, known[position]) for position in section.checksums_at)
+    for joined in file.output.joined:
+        whole = _joined_checksum(file.output, joined, known)
+        yield from ((position, whole.to_bytes(4, "little")) for position in joined.checksums_at)
+
+
+def _joined_checksum(output: OutputFile, joined: Joined, known: Mapping[int, bytes]) -> int:
+    """The CRC-32 of sections as one, with the checksums that are filled in between them."""
+    whole, position = 0, sum(section.num_bytes for section in output.sections[: joined.first])
+    for section in output.sections[joined.first : joined.end]:
+        if section.checksums_at:
+            checksum = int.from_bytes(known[section.checksums_at[0]], "little")
+        else:
+            data = bytearray(b"".join(piece.data for piece in section.pieces if isinstance(piece, Fixed)))
+            for place, filled in known.items():
+                if position <= place < position + len(data):
+                    data[place - position : place - position + len(filled)] = filled
+            checksum = crc32(data)
+        whole = combine(whole, checksum, section.num_bytes)
+        position += section.num_bytes
+    return whole
 
 
 def _work(files: Sequence[Sequence[Placed]], paths: Sequence[Sequence[Path]], engine: Engine, horizons: Sequence[int]) -> Work:

@@ -27,6 +27,14 @@ MAX_PICKLE_BYTES = 1 << 28  # 256 MiB: names and numbers only, a million tensors
 
 
 @dataclass(frozen=True, slots=True)
+class ZippedFile:
+    """A record of a zip of torch files, and the torch file that it is, if it is one."""
+
+    record: ZipMember
+    inner: TorchFile | None
+
+
+@dataclass(frozen=True, slots=True)
 class TorchFile:
     """A torch file's object tree and records. The tree belongs to the reader, who may edit it."""
 
@@ -36,6 +44,8 @@ class TorchFile:
     prefix: str
     num_bytes: int
     digest: str
+    members: tuple[ZippedFile, ...] = ()
+    """Where it stands for a zip of torch files, that zip's records in order."""
 
     def storage_record(self, storage: StorageRef) -> ZipMember:
         return self.records[f"{self.prefix}/data/{storage.key}"]
@@ -81,7 +91,7 @@ def is_torch_zip(path: Path) -> bool:
 def read_torch_stretch(path: Path, start: int, size: int) -> TorchFile:
     """The same for a torch file that is the stretch [start, start + size) of another."""
     stretch = Span(path, start, size)
-    records = _read_records(stretch)
+    records = read_records(stretch)
     pickled = _pickle_record(path, records)
     prefix = pickled.name.removesuffix("/data.pkl")
     _check_byte_order(stretch, records.get(f"{prefix}/byteorder"))
@@ -157,7 +167,8 @@ def _not_a_zip(path: Path, head: bytes) -> FileFormatError:
     )
 
 
-def _read_records(stretch: Span) -> dict[str, ZipMember]:
+def read_records(stretch: Span) -> dict[str, ZipMember]:
+    """A zip's records by name, each stored plainly, none there twice, no two sharing bytes."""
     records: dict[str, ZipMember] = {}
     folded: set[str] = set()
     for info in directory(stretch):

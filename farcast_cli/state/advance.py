@@ -233,7 +233,8 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         ):
             continue  # a setting or a loss, not a counter
         where = f"{name}: {dotted(path)}"
-        new = moved(path, value, series, target)
+        told = clock.optimizer_count(series[-1][1]) if clock and _is_adam_step(path) else None
+        new = moved(path, value, series, target) if told is None else told
         if new is None:
             result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise steadily with the step")
             continue
@@ -385,7 +386,7 @@ def _advance_schedules(
     trainer = trainer_of(origin)
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
-    if not schedulers:
+    if not schedulers and not trainer.computes_rates:
         is_unread = any(part.role == "other" and _MAY_SCHEDULE.search(part.name) for part in origin.parts)
         if is_unread or not _infer_rates(result, histories, target, total):
             result.notes.extend(_rates_left(result, histories, _where_schedules_may_be(origin, result)))

@@ -165,7 +165,10 @@ def _without_schedule(seen: Sequence[_Seen], known: Sequence[tuple[int, float]],
     if len({rate for _, rate in known}) == 1:
         return known[0][0], partial(_always, known[0][1])
     first = max((group.get("initial_lr") or 0.0 for one in seen[-1].groups for group in one), default=0.0)
-    formula = find_formula(known, first, trainer_of(last).num_steps(last))
+    trainer = trainer_of(last)
+    if trainer.computes_rates and (named := trainer.formula(last)):
+        return _believed(named, known)
+    formula = find_formula(known, first, trainer.num_steps(last))
     return _believed(lambda step: first * formula(step), known) if formula else (known[-1][0], None)
 
 

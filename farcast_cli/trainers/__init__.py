@@ -16,6 +16,7 @@ from farcast_cli.trainers import (
     lightning,
     loose_safetensors,
     refused,
+    stable_baselines3,
     torch_folder,
     torch_payload,
 )
@@ -38,6 +39,7 @@ LAYOUTS: tuple[Layout, ...] = (
     loose_safetensors.LAYOUT,
     lightning.LAYOUT,
     composer.LAYOUT,
+    stable_baselines3.LAYOUT,
     torch_payload.LAYOUT,
 )
 

@@ -270,6 +270,9 @@ class Clock(Protocol):
     def schedule_count(self, path: TreePath) -> int | None:
         """How often the schedule at a path has been stepped by then; None where the clock does not tell."""
 
+    def optimizer_count(self, count: float) -> int | None:
+        """An optimiser's own count by then, from the origin's; None where its own rate tells."""
+
 
 def _never(_: object) -> bool:
     return False
@@ -323,6 +326,8 @@ class Trainer:
     """The learning rates of the run's log by step, in order."""
     logged_losses: Callable[[Snapshot], tuple[list[tuple[int, float]], list[tuple[int, float]]]] = _no_losses
     """The losses of the run's log by step: those of training, those of evaluation."""
+    computes_rates: bool = False
+    """Whether it computes its learning rates when it resumes, whatever its optimisers' groups hold."""
     log_lags: tuple[int, ...] = (0,)
     """By how many steps the log's entries may lag behind the rate of the next step."""
     mark: Callable[[Any, LeapMark], None] = _not_marked

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 _WITH_TAR = frozenset({".pt.tar", ".pth.tar", ".ckpt.tar"})
 """Of torch files that are no tar, as the ImageNet example of torch calls them."""
-_OTHER_ENDINGS = frozenset({".safetensors", ".part", ".py", ".json", ".txt"})
+_OTHER_ENDINGS = frozenset(
+    {".safetensors", ".part", ".py", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".log", ".csv", ".md"}
+    | {".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4", ".wav", ".html", ".pdf"}
+)
+"""Of what is no torch file: there may be thousands of samples, and none is opened."""
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|random|args|sampler|loader|dl_state", re.IGNORECASE)
 _BACKUP = re.compile(r"(?:\.(?:bak|backup|old|orig|sav|swp)[-_.]?\d*|~)$", re.IGNORECASE)
 _MAY_BE_TORCH: frozenset[FileKind] = frozenset({"torch", "old torch", "pickle", "unknown", "zip", "msgpack"})
@@ -34,7 +38,7 @@ def is_torch(path: Path) -> bool:
         return path.is_file() and kind_of(path) in _MAY_BE_TORCH
     if split_ending(path.name)[1] in _WITH_TAR:
         return path.is_file() and kind_of(path) in {"torch", "old torch"}
-    return is_by_content(path, "torch") or is_by_content(path, "old torch")
+    return is_by_content(path, "torch", "old torch")
 
 
 def lone_file(folder: Path, kind: FileKind) -> Path | None:
@@ -52,7 +56,7 @@ def _may_hold_weights(path: Path) -> bool:
     return not path.name.startswith(".") and not _NO_WEIGHTS.search(path.name) and path.is_file()
 
 
-def is_by_content(path: Path, kind: FileKind) -> bool:
-    """Whether a file is of a kind by its first bytes and may be a snapshot: no backup, and with a number in its name."""
+def is_by_content(path: Path, *kinds: FileKind) -> bool:
+    """Whether a file is of one of these kinds by its first bytes and may be a snapshot: no backup, and with a number in its name."""
     is_named = path.suffix not in _OTHER_ENDINGS and re.search(r"\d", path.name) and not _BACKUP.search(path.name)
-    return bool(is_named) and path.is_file() and kind_of(path) == kind
+    return bool(is_named) and path.is_file() and kind_of(path) in kinds

@@ -203,6 +203,10 @@ class TimestampClock:
         """By its own rate: Composer steps its schedules with the batches, or with the epochs."""
         return
 
+    def optimizer_count(self, _: float) -> None:
+        """By its own rate."""
+        return
+
 
 def _clock(states: Sequence[tuple[int, Any]], target: int) -> TimestampClock | None:
     stamps = [stamp for _, tree in states if (stamp := _stamp(tree))]

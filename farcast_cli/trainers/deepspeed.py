@@ -117,9 +117,11 @@ def refusal(folder: Path, why: str) -> FileFormatError:
     """The error for a checkpoint that is not read, with the command that makes weights of it."""
     home = folder.parent if (folder.parent / "latest").is_file() or folder.name.startswith("global_step") else folder
     tag = f" --tag {shell_word(folder.name)}" if home != folder else ""
+    number = re.search(r"\d+$", folder.name)
+    out = f"step_{number[0] if number else 'N'}"
     return FileFormatError(
         f"{folder}: a DeepSpeed checkpoint of a kind that is not read yet: {why}",
-        hint=f"python {shell_word(home)}/zero_to_fp32.py {shell_word(home)} step_N{tag} makes weights that farcast reads;"
+        hint=f"python {shell_word(home)}/zero_to_fp32.py {shell_word(home)} {out}{tag} makes weights that farcast reads;"
         " a forecast of them has no optimizer and no counters",
     )
 

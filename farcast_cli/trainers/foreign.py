@@ -70,12 +70,14 @@ _KINDS = (
     ),
     Foreign(
         "Keras models",
-        f"in Python, keras.models.load_model each and take its weights by path; {_AS_SAFETENSORS}",
+        'in that folder: python -c "import glob, keras, safetensors.numpy as st; [st.save_file({v.path: v.numpy() for v in'
+        " keras.models.load_model(f).variables}, f + '.safetensors') for f in glob.glob('*.keras')]\"",
         _file(kind="keras", ending="keras"),
     ),
     Foreign(
         "HDF5, as Keras writes it",
-        f"in Python, load the weights of each with Keras or h5py; {_AS_SAFETENSORS}",
+        "in Python, build the model; for each, model.load_weights(FILE) and safetensors.numpy.save_file({v.path: v.numpy() for v in"
+        " model.variables}, 'step_N.safetensors')",
         _file(kind="hdf5", ending="h5|hdf5"),
     ),
     Foreign(

@@ -428,6 +428,9 @@ class LoopsClock:
         moved = self.rhythm.schedule_count(rule, self.target) - self.rhythm.schedule_count(rule, self.origin.place)
         return int(count + moved)
 
+    def optimizer_count(self, _: float) -> None:
+        """By its own rate."""
+
     def move(self, tree: dict[str, Any]) -> list[tuple[str, int, int]]:
         """Move the loops and the step and epoch beside them: one line for each of the loops' counters."""
         loop = tree["loops"][_FIT]
@@ -478,6 +481,9 @@ class StillLoops:
         yield f"{name}: loops stay at the origin: their pattern is unknown; the trainer continues counting from there"
 
     def schedule_count(self, _: TreePath) -> None:
+        return None
+
+    def optimizer_count(self, _: float) -> None:
         return None
 
 

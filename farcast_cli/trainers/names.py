@@ -16,7 +16,7 @@ _MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash 
 _NUMBER = rf"(0*\d{{1,{MAX_DIGITS}}})(?![\da-z]|\.\d)"  # whole, and no 1k, 1e5, 2.5 or beginning of a hash
 _LONE = rf"(0*\d{{1,{_MAX_LONE_DIGITS}}})(?![\da-z]|\.\d)"
 _ENDINGS = re.compile(
-    r"(?:-v\d+)?(?:\.(?:safetensors?|kept|pt|pth|bin|ckpt|tar|zip|model|th|sft|state|weights|chkpt|checkpoint|pkl))*$",
+    r"(?:-v\d+)?(?:\.(?:safetensors?|kept|pt|pth|bin|ckpt|tar|zip|model|th|sft|state|weights|chkpt|checkpoint|pkl|keras))*$",
     re.IGNORECASE,
 )
 _GLUED = re.compile(rf"(?<![a-z])(?:global[-_]?)?(?:(?:step|iter|iteration|update)s?|(?<!\d)ba)[-_=]?{_NUMBER}", re.IGNORECASE)

@@ -72,6 +72,8 @@ def find_networks(path: Path, tree: object, chosen: Sequence[str] = (), *, may_b
     Raises:
         NoWeightsError: there are none, or none under a key that was chosen.
     """
+    if isinstance(tree, dict) and "param_groups" in tree and "state" in tree:
+        raise _no_weights(path, tree)  # an optimiser's state by itself, as the second file of a snapshot
     found = dict(_state_dicts(tree))
     if chosen:
         paths = [_path_of(path, tree, key, found) for key in chosen]
