@@ -1,10 +1,10 @@
 """The gate's record: tunings that help, that help a little, and that cannot help, with and without the gate.
 
-    python bench/tune_gate.py
+    python bench/tune_gate.py [SEEDS]
 
 Rows are drawn from a model that is the checkpoint's own with its layer changed by some size, and noise. At size 0 the
 checkpoint is what the rows were drawn from: no change of it is better on rows to come, and whatever is written is harm.
-Early stopping alone writes where any iteration was better than none on its own few rows.
+The choice alone writes where any place of the path but the start was best for rows left out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from farcast_cli.run.trajectory import open_snapshot
-from farcast_cli.tune.data import read_data, split
+from farcast_cli.tune.data import folds_of, read_data
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.one_layer import Settings
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 NUM_INPUTS, WIDTH, NUM_ROWS, NUM_FRESH, NUM_SEEDS = 24, 128, 128, 4000, 25
 NOISE = 0.5  # of the standard deviation of what is behind it
 SIZES = {"cannot help": 0.0, "help a little": 0.25, "help": 1.0}  # of the layer's change, as a share of the layer
-GATES = (0.0, 2.0, 3.0)
+GATES = (0.0, 1.0, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,18 @@ def drawn(outputs: Array, kind: Kind, random: Any) -> NDArray[Any]:
 
 
 def one(kind: Kind, size: float, seed: int, folder: Path) -> dict[str, Any]:
-    """What early stopping alone would do, what the gate says, and whether what would be written is better on fresh rows."""
+    """What the choice alone would do, what the gate says, and whether what would be written is better on fresh rows."""
     case = make(kind, size, seed, folder)
     data = read_data(case.path, kind.loss)
-    splits = split(data, holdout=0.25, seed=seed)
-    found = solve(case.model, data, splits, Settings(kind.method))
-    verdict = judge(found.before[splits.gate], found.after[splits.gate], data.groups[splits.gate], threshold=0)
+    is_closed = case.model.is_linear and kind.method == "gauss-newton"
+    found = solve(case.model, data, folds_of(data, seed=seed, one_by_one=is_closed), Settings(kind.method))
+    verdict = judge(found.before, found.left_out, data.groups, threshold=0)
     losses = [
         case.model.objective.row_losses(case.model.pre(case.inputs, deltas), case.targets).mean()
         for deltas in ((), found.deltas)
     ]
     return {
-        "written": found.best > 0,
+        "written": found.place > 0,
         "z": verdict.z,
         "harm": bool(losses[1] > losses[0]),
         "ratio": float(losses[1] / losses[0]),
@@ -118,7 +119,7 @@ def one(kind: Kind, size: float, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def gate_record(num_seeds: int = NUM_SEEDS) -> dict[str, dict[str, dict[str, Any]]]:
-    """Counts by what should come of it and by kind: written by early stopping alone and by gates, and how many did harm."""
+    """Counts by what should come of it and by kind: written by the choice alone and by gates, and how many did harm."""
     record: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as work:
         for name, size in SIZES.items():
@@ -139,7 +140,7 @@ def counts(runs: list[dict[str, Any]]) -> dict[str, Any]:
     written = [run for run in runs if run["written"]]
     found: dict[str, Any] = {
         "tunings": len(runs),
-        "early stopping writes": len(written),
+        "the choice writes": len(written),
         "of these harm": sum(run["harm"] for run in written),
         "worst": max((run["ratio"] for run in written), default=1.0),
     }
@@ -150,4 +151,4 @@ def counts(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(gate_record(), indent=2))
+    print(json.dumps(gate_record(int(sys.argv[1]) if len(sys.argv) > 1 else NUM_SEEDS), indent=2))

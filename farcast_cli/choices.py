@@ -18,6 +18,10 @@ OutputDType = Literal["source", "float32", "bfloat16", "float16"]
 OutputLayout = Literal["same", "safetensors", "pt", "dcp", "hub"]
 PrintedForm = Literal["markdown", "text"]
 Verdict = Literal["forecast", "abstain", "untestable"]
+StepFrom = Literal["name", "adam", "payload", "metadata", "trainer"]
+"""Which evidence for the steps is right, if the user says so."""
+StepUnit = Literal["step", "epoch"]
+"""What the steps of a run count."""
 
 Io = Literal["auto", "pread", "mmap"]
 """How files are read and written.
@@ -29,7 +33,7 @@ saves a copy, but a file that is cut short while it is read, or a disk that fail
 
 SolverName = Literal["gauss-newton", "gradient-descent"]
 LossName = Literal["mse", "cross-entropy"]
-ActivationName = Literal["none", "relu", "gelu", "tanh"]
+ActivationName = Literal["none", "relu", "gelu", "gelu-tanh", "silu", "tanh"]
 Rounding = Literal["nearest", "stochastic"]
 
 KeepForm = Literal["sampled", "weights"]
@@ -38,7 +42,7 @@ KeepForm = Literal["sampled", "weights"]
 DEFAULT_INTERVAL = 10.0  # seconds between two looks at a run: a snapshot counts at the second look
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 MOMENTUM = 0.9
-HOLDOUT = 0.25
+FOLDS = 5  # of the rows to tune on, each left out once
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")
 DEFAULT_FOLDER = Path("forecasts")

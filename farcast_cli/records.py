@@ -10,13 +10,13 @@ from farcast_cli.answer import (
     CLOCK,
     COHERENCE,
     LENGTH_FACTOR,
-    NUM_ROWS,
     PACE_AHEAD,
     RECENT,
     SIGNIFICANCE,
     Answer,
     AnswerPart,
     AsGiven,
+    CountedSteps,
     Figure,
     PortablePath,
     Seconds,
@@ -102,7 +102,7 @@ class MomentumEntry(AnswerPart):
     stretches: int = Field(description="number of stretches in the memory")
 
 
-class ForecastSidecar(Answer):
+class ForecastSidecar(CountedSteps, Answer):
     """The sidecar of what `predict` or `leap` wrote."""
 
     name: str = Field(description="the output's name")
@@ -157,7 +157,8 @@ class HeldOut(AnswerPart):
     before: Figure = Field(description="their mean loss, before")
     after: Figure = Field(description="the same, after")
     z: Figure | None = Field(description="gain, in standard errors; `null` if it is infinite")
-    rows: int = Field(description="how many they are, each distinct one counted once")
+    rows: int = Field(description="how many they are; copies, and rows of one group, count once")
+    judged_by: str = Field(description="`leave-one-out`, `5 folds` or `--val`")
 
 
 class TunedOn(AnswerPart):
@@ -178,12 +179,14 @@ class TuneOptions(AnswerPart):
     head_bias: str | None = Field(description="`--head-bias`")
     anchor: str | None = Field(description="`--anchor`, relative to the output's folder")
     anchor_sha256: str | None = Field(description="SHA-256 of that whole file")
+    transposed: bool = Field(description="`--transposed`")
+    val: str | None = Field(description="`--val`, relative to the output's folder")
+    val_sha256: str | None = Field(description="SHA-256 of that whole file")
     iterations: int | None = Field(description="`--iterations`; `null` for the method's own")
     rate: Figure | None = Field(description="`--rate`; `null` if it was computed from the curvature")
-    momentum: Figure = Field(description="`--momentum`")
-    weight_decay: Figure = Field(description="`--weight-decay`")
-    ridge: Figure = Field(description="`--ridge`")
-    holdout: Figure = Field(description="`--holdout`")
+    momentum: Figure | None = Field(description="`--momentum`; `null` for the default")
+    weight_decay: Figure | None = Field(description="`--weight-decay`; `null` for none")
+    ridge: Figure | None = Field(description="`--ridge`; `null` if rows left out choose it, or for none")
     subsample: int | None = Field(description="`--subsample`")
 
 
@@ -199,9 +202,8 @@ class TuneSidecar(Answer):
     held_out: HeldOut | None = Field(default=None, description="the rows that judge; absent with `--apply`")
     gate: Figure | None = Field(default=None, description="`--gate`; absent with `--apply`")
     tuned: TunedOn | None = Field(default=None, description="the rows tuned on; absent with `--apply`")
-    num_rows: tuple[int, int, int] | None = Field(default=None, description=f"{NUM_ROWS}; absent with `--apply`")
     iterations: int | None = Field(
-        default=None, description="iteration with the lowest loss on the early-stopping rows; absent with `--apply`"
+        default=None, description="iterations, or ridges, until the lowest loss of rows left out; absent with `--apply`"
     )
     relative_change: tuple[Figure, ...] = Field(
         default=(), description="norm of each layer's change, divided by the layer's norm; absent with `--apply`"

@@ -16,7 +16,6 @@ from farcast_cli.answer import (
     COHERENCE,
     DRY_RUN,
     LENGTH_FACTOR,
-    NUM_ROWS,
     PACE_AHEAD,
     RECENT,
     SIGNIFICANCE,
@@ -24,6 +23,7 @@ from farcast_cli.answer import (
     Answer,
     AnswerPart,
     AsGiven,
+    CountedSteps,
     Figure,
     KnownStep,
     PortablePath,
@@ -93,7 +93,7 @@ class WorthEntry(AnswerPart):
     is_limit: bool = Field(description="`true` if the curve is too short to tell more steps than `steps_sooner`")
 
 
-class InspectAnswer(Answer):
+class InspectAnswer(CountedSteps, Answer):
     """`farcast inspect --json`."""
 
     layout: str = Field(description="name of the layout, see `farcast help formats`")
@@ -118,7 +118,7 @@ class InspectAnswer(Answer):
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
-class FitAnswer(Answer):
+class FitAnswer(CountedSteps, Answer):
     """`farcast fit --json`."""
 
     forecaster: PortablePath | None = Field(
@@ -151,7 +151,7 @@ class KeptEntry(AnswerPart):
     checkpoint_bytes: int = Field(description="size of the checkpoint that it was copied from")
 
 
-class KeepAnswer(Answer):
+class KeepAnswer(CountedSteps, Answer):
     """`farcast keep --json`."""
 
     folder: PortablePath = Field(description="the folder of the kept snapshots")
@@ -191,7 +191,7 @@ class DecisionEntry(AnswerPart):
     reason: str = Field(description="why")
 
 
-class BacktestAnswer(Answer):
+class BacktestAnswer(CountedSteps, Answer):
     """`farcast backtest --json`."""
 
     origin_step: int = Field(description="step of the last snapshot")
@@ -217,7 +217,7 @@ class TrialEntry(AnswerPart):
     seconds: Seconds = Field(description="seconds that the command took")
 
 
-class Forecast(AnswerPart):
+class Forecast(CountedSteps):
     """One horizon's forecast."""
 
     path: PortablePath | None = Field(description="path of the forecast; `null` if none was written")
@@ -268,7 +268,7 @@ class PredictManyAnswer(Answer):
     dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
-class LeapAnswer(Answer):
+class LeapAnswer(CountedSteps, Answer):
     """`farcast leap --json`."""
 
     path: PortablePath | None = Field(description="the checkpoint to resume from; `null` if there is no leap")
@@ -305,7 +305,7 @@ class LeapAnswer(Answer):
 # --- watch -----------------------------------------------------------------------------------------------------------
 
 
-class WatchAnswer(Answer):
+class WatchAnswer(CountedSteps, Answer):
     """`farcast watch --json`: one object on each line, for each event. A key that does not belong to the event is absent."""
 
     event: Literal["judged", "leap", "command", "problem", "waiting", "end"] = Field(
@@ -460,13 +460,14 @@ class TuneAnswer(Answer):
     verdict: Literal["tuned", "no significant gain", "applied"] = Field(
         description="`tuned`, `no significant gain`, or `applied`"
     )
-    held_out_before: Figure | None = Field(description="mean loss of the held-out rows, before; `null` with `--apply`")
+    held_out_before: Figure | None = Field(description="mean loss of rows not seen, before; `null` with `--apply`")
     held_out_after: Figure | None = Field(description="the same, after")
-    z: Figure | None = Field(description="gain on the held-out rows, in standard errors")
+    z: Figure | None = Field(description="gain on the rows not seen, in standard errors")
     tuned_before: Figure | None = Field(description="mean loss of the rows tuned on, before")
     tuned_after: Figure | None = Field(description="the same, after")
-    num_rows: tuple[int, int, int] = Field(description=NUM_ROWS)
-    iterations: int = Field(description="iteration with the lowest loss on the early-stopping rows")
+    judged_by: str | None = Field(description="what judged: `leave-one-out`, `5 folds` or `--val`; `null` with `--apply`")
+    num_rows: int = Field(description="number of rows, which are all tuned on")
+    iterations: int = Field(description="iterations, or ridges, until the lowest loss of rows left out")
     relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change, divided by the layer's norm")
     passes: int = Field(description="passes over the weights during tuning")
     bytes_read: int = Field(description="bytes of weights read: to tune, to write, to check")

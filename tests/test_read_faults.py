@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-TUNE = ("tune", "run/step_000800.safetensors", "--layer", "wide.weight", "--loss", "mse", "--iterations", "2")
+TUNE = ("tune", "run/step_000800.safetensors", "--layer", "wide.weight", "--loss", "mse")
 SWEPT: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "inspect": ("loose", errno.EIO, ("inspect", "run")),
     "inspect on a network": ("hf", errno.ESTALE, ("inspect", "run")),

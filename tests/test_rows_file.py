@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farcast_cli.errors import DataError, FileFormatError, SnapshotError, UnsafeFileError, UsageError
+from farcast_cli.errors import DataError, FileFormatError, SnapshotError, UnsafeFileError
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data
 from farcast_cli.tune.rows_file import BLOCK_BYTES, MAX_HEADER_BYTES, open_rows
@@ -218,6 +218,18 @@ def test_rows_of_several_blocks_are_all_read_and_drawn_by_their_place(tmp_path: 
         read_data(tmp_path / "bad.npz", "cross-entropy", draw=Draw(1, seed=0))
 
 
+def hole(path: Path, num_rows: int) -> None:
+    """Rows of zeros that take no room on disk."""
+    places, at = {}, 0
+    for name, width in (("x", NUM_INPUTS), ("y", NUM_OUTPUTS)):
+        places[name] = {"dtype": "U8", "shape": [num_rows, width], "data_offsets": [at, at + num_rows * width]}
+        at += num_rows * width
+    header = json.dumps(places).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + at)
+
+
 def bomb(path: Path, num_rows: int) -> None:
     """Rows of zeros, which a zip stores in a thousandth of their size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
@@ -229,11 +241,13 @@ def bomb(path: Path, num_rows: int) -> None:
     assert path.stat().st_size < 1 << 20
 
 
-def test_a_small_file_that_unpacks_to_much_is_refused_by_its_headers_alone(tmp_path: Path, layer: Weight) -> None:
-    bomb(tmp_path / "rows.npz", 1 << 18)
+def test_rows_of_more_numbers_than_memory_is_given_for_are_refused_by_their_headers_alone(
+    tmp_path: Path, layer: Weight
+) -> None:
+    hole(tmp_path / "rows.safetensors", 1 << 22)
     tracemalloc.start()
-    with pytest.raises(UsageError, match="262144 rows, more than twice the 64 outputs"):
-        read_data(tmp_path / "rows.npz", "mse", fit=Fit([layer], NUM_OUTPUTS))
+    with pytest.raises(DataError, match=r"4194304 rows of 64, 2\.0 GiB in float64"):
+        read_data(tmp_path / "rows.safetensors", "mse", fit=Fit([layer], NUM_OUTPUTS))
     assert tracemalloc.get_traced_memory()[1] < BLOCK_BYTES
     tracemalloc.stop()
 

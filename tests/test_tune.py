@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NUM_INPUTS, NUM_OUTPUTS, NUM_CLASSES, NUM_ROWS = 24, 96, 8, 160
 LAYER = ("--layer", "fc.weight", "--bias", "fc.bias", "--activation", "relu", "--head", "out.weight", "--head-bias", "out.bias")
 CALL = ("tune", "step_10.safetensors", *LAYER, "--data", "rows.npz", "--loss", "mse")
+DESCENT = (*CALL, "-o", "t.safetensors", "--method", "gradient-descent")
 
 
 def quiet(_phase: str, _total: int) -> Callable[[int], None]:
@@ -147,7 +148,7 @@ def test_the_json_has_the_promised_keys(work: Path, call_cli: CallCli) -> None:
     assert (content["path"], content["verdict"], content["method"]) == ("tuned.safetensors", "tuned", "gauss-newton")
     assert content["held_out_after"] < 0.3 * content["held_out_before"]
     assert content["z"] > 3
-    assert content["num_rows"] == [100, 20, 40]
+    assert (content["num_rows"], content["judged_by"]) == (160, "5 folds")
     assert content["passes"] == 1
     assert content["bytes_written"] == (work / "tuned.safetensors").stat().st_size
 
@@ -432,7 +433,7 @@ def test_numbers_are_read_as_torch_reads_them(name: str) -> None:
     np.testing.assert_array_equal(found, tensor.double().numpy())
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_no_split_into_stretches_changes_a_value_that_is_written(width: int, data: st.DataObject) -> None:
     random = np.random.default_rng(width)
@@ -474,8 +475,9 @@ def test_a_delta_added_later_is_the_checkpoint_that_tuning_would_have_written(wo
 def test_a_delta_holds_factors_of_the_rank_of_the_rows_tuned_on(work: Path) -> None:
     tuned(work, output=None, delta_out=work / "delta.safetensors")
     (delta,) = read_deltas(work / "delta.safetensors")
-    assert delta.factors.shape == (100, NUM_OUTPUTS)
-    assert delta.directions.shape == (100, NUM_INPUTS + 1)
+    assert delta.factors.shape[1] == NUM_OUTPUTS
+    assert delta.directions.shape[1] == NUM_INPUTS + 1
+    assert len(delta.factors) == len(delta.directions) <= NUM_INPUTS + 1
     assert (delta.layer, delta.bias, delta.scale) == ("fc.weight", "fc.bias", 1.0)
 
 
@@ -495,9 +497,9 @@ def test_where_nothing_is_gained_nothing_is_written_and_the_exit_code_says_so(wo
     assert (content["path"], content["verdict"]) == (None, "no significant gain")
 
 
-def test_what_early_stopping_took_for_a_gain_by_chance_is_not_written(work: Path) -> None:
+def test_what_the_choice_took_for_a_gain_by_chance_is_not_written(work: Path) -> None:
     """Rows of the model itself, with noise: these few say that an iteration helped, and so do those held out, a little."""
-    weights, random = make_weights(), np.random.default_rng(107)
+    weights, random = make_weights(), np.random.default_rng(113)
     inputs = random.normal(size=(NUM_ROWS, NUM_INPUTS))
     own = outputs_of(weights, inputs)
     np.savez(work / "rows.npz", x=inputs, y=own + 0.5 * random.normal(size=own.shape))
@@ -540,14 +542,13 @@ def test_rows_that_repeat_are_allowed_and_said(work: Path, call_cli: CallCli) ->
     assert "20 of 180 rows have the x of another row" in done.stderr
 
 
-def test_the_gate_judges_the_held_out_rows_and_each_once(work: Path, call_cli: CallCli) -> None:
+def test_the_gate_counts_copies_in_a_file_once(work: Path, call_cli: CallCli) -> None:
     rows = load_rows(work)
     np.savez(work / "rows.npz", x=np.tile(rows.x[:96], (2, 1)), y=np.tile(rows.y[:96], (2, 1)))
-    done = call_cli(*CALL, "-o", "tuned.safetensors", "--holdout", 0.45, "--gate", 0, "--json", cwd=work)
-    num_rows = json.loads(done.stdout)["num_rows"]
-    assert num_rows[1] < num_rows[2]
+    done = call_cli(*CALL, "-o", "tuned.safetensors", "--gate", 0, "--json", cwd=work)
+    assert json.loads(done.stdout)["num_rows"] == 192
     sidecar = json.loads((work / "tuned.safetensors.farcast.json").read_text())
-    assert sidecar["held_out"]["rows"] == num_rows[2] / 2
+    assert sidecar["held_out"]["rows"] == 96
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -588,7 +589,8 @@ def with_option(name: str, *values: str) -> tuple[str, ...]:
         (with_option("--data", "nothing.npz"), 4, ("nothing.npz", "No such file")),
         (with_option("--loss", "l1"), 2, ("--loss l1", "mse, cross-entropy")),
         (with_option("--loss", "cross-entropy"), 3, ("labels", "float32")),
-        (with_option("--activation", "silu"), 2, ("--activation silu", "gelu")),
+        (with_option("--activation", "swish"), 2, ("--activation swish", "silu")),
+        (with_option("--activation"), 2, ("--activation with --head", "relu")),
         (with_option("-o"), 2, ("-o OUT", "--delta-out")),
         (with_option("-o", "step_10.safetensors"), 2, ("is the checkpoint itself", "never changes its input")),
         (with_option("-o", "rows.npz"), 5, ("rows.npz", "exists already")),
@@ -597,9 +599,17 @@ def with_option(name: str, *values: str) -> tuple[str, ...]:
         (with_option("-o", "tuned.pt"), 2, ("ends in .safetensors",)),
         ((*CALL, "-o", "t.safetensors", "--method", "adam"), 2, ("--method adam", "no low rank", "gauss-newton")),
         ((*CALL, "-o", "t.safetensors", "--method", "lbfgs"), 2, ("--method lbfgs", "gradient-descent")),
-        ((*CALL, "-o", "t.safetensors", "--holdout", ".1"), 3, ("16 of 160 rows", "at least 32", "the gate", "320")),
-        ((*CALL, "-o", "t.safetensors", "--holdout", "1.5"), 2, ("--holdout 1.5", "share")),
-        ((*CALL, "-o", "t.safetensors", "--subsample", "60"), 3, ("15 of 60 rows", "at least 32")),
+        ((*CALL, "-o", "t.safetensors", "--subsample", "30"), 3, ("30 rows", "at least 32")),
+        ((*CALL, "-o", "t.safetensors", "--ridge", "-1"), 2, ("--ridge -1", "finite number of 0 or more")),
+        ((*CALL, "-o", "t.safetensors", "--ridge", "nan"), 2, ("--ridge nan", "finite number of 0 or more")),
+        ((*CALL, "-o", "t.safetensors", "--gate", "-99"), 2, ("--gate -99", "finite number of 0 or more")),
+        ((*CALL, "-o", "t.safetensors", "--gate", "inf"), 2, ("--gate inf", "finite number")),
+        ((*DESCENT, "--rate", "0"), 2, ("--rate 0", "finite number above 0")),
+        ((*DESCENT, "--momentum", "1"), 2, ("--momentum 1", "below 1")),
+        ((*DESCENT, "--weight-decay", "-1"), 2, ("--weight-decay -1",)),
+        ((*CALL, "-o", "t.safetensors", "--rate", "1"), 2, ("--rate needs --method gradient-descent",)),
+        ((*CALL, "-o", "t.safetensors", "--momentum", ".5"), 2, ("--momentum needs --method gradient-descent",)),
+        ((*CALL, "--lora-out", "adapter", "-o", "t.safetensors"), 2, ("one of -o OUT, --delta-out FILE and --lora-out DIR",)),
         ((*CALL, "-o", "t.safetensors", "--weight-decay", ".1"), 2, ("--weight-decay", "--ridge")),
         ((*CALL, "-o", "t.safetensors", "--layer", "out.weight"), 2, ("one --bias for each",)),
         ((*CALL, "-o", "t.safetensors", "--anchor", "rows.npz"), 3, ("--anchor", "no input is left to tune")),
@@ -631,7 +641,7 @@ def spoil(work: Path, **arrays: np.ndarray[Any, Any]) -> None:
     [
         (lambda rows: {"y": rows.y[:-1]}, ("as many rows", "[160, 24]", "[159, 8]")),
         (lambda rows: {"x": rows.x[:, :-1]}, ("x: expected 24 columns", "96 x 24", "found 23")),
-        (lambda rows: {"x": np.repeat(rows.x, 4, axis=1)}, ("expected 24 columns", "found 96", "Conv1D", "transpose")),
+        (lambda rows: {"x": np.repeat(rows.x, 4, axis=1)}, ("expected 24 columns", "found 96", "Conv1D", "--transposed")),
         (lambda rows: {"y": rows.y[:, :3]}, ("y: expected 8 columns", "found 3")),
         (lambda rows: {"x": np.where(rows.x == rows.x[5, 3], np.nan, rows.x)}, ("x holds nan", "row 5, column 3")),
         (lambda rows: {"y": np.where(rows.y == rows.y[7, 2], np.inf, rows.y)}, ("y holds inf", "row 7, column 2")),
@@ -668,14 +678,6 @@ def test_pickled_objects_among_the_rows_are_not_loaded(work: Path, call_cli: Cal
 def test_a_file_that_is_no_zip_is_refused(work: Path, call_cli: CallCli) -> None:
     (work / "rows.npz").write_bytes(b"nonsense")
     refused(call_cli, work, 4, ("rows.npz", "numpy"), *CALL, "-o", "tuned.safetensors")
-
-
-def test_more_rows_than_tuning_pays_for_are_refused_with_the_size_of_a_subsample(work: Path, call_cli: CallCli) -> None:
-    rows = make_rows(make_weights(), num_rows=2 * NUM_OUTPUTS + 1)
-    np.savez(work / "rows.npz", x=rows.x, y=rows.y)
-    words = ("193 rows", "twice the 96 outputs", "cheaper", "--subsample 192")
-    refused(call_cli, work, 2, words, *CALL, "-o", "tuned.safetensors")
-    assert call_cli(*CALL, "-o", "tuned.safetensors", "--subsample", 192, cwd=work).returncode == 0
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])

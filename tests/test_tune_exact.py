@@ -24,18 +24,17 @@ from farcast_cli.tune.one_layer import (
     POOR,
     POWER_ITERATIONS,
     SHRINK,
+    Point,
     Problem,
     Rows,
     Settings,
-    Tuned,
     largest_curvature,
-    tune,
+    walk,
 )
-from farcast_cli.tune.solve import _beside_anchors
+from farcast_cli.tune.ridge import Ridge
+from farcast_cli.tune.solve import _beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
@@ -44,7 +43,15 @@ ITERATIONS = 200
 TOLERANCE = 1e-12  # of the first loss
 TO_THE_END: Any = {"inner_iterations": 400, "inner_tolerance": 1e-13}
 """Conjugate gradients that solve the damped system, as the oracle does; by default they stop earlier."""
-ACTIVATIONS = ("none", "relu", "gelu", "tanh")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu-tanh", "silu", "tanh")
+MODULES = {
+    "none": nn.Identity(),
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "gelu-tanh": nn.GELU("tanh"),
+    "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
+}
 NUM_ROWS, NUM_INPUTS, NUM_OUTPUTS, NUM_CLASSES, NUM_ANCHORS = 7, 11, 6, 4, 3
 
 
@@ -57,16 +64,23 @@ class Case:
     targets: Array
     objective: Objective
     anchors: Array | None = None
+    is_dual: bool = True
+
+    @property
+    def directions(self) -> Array:
+        """D: the rows, or what anchors leave of them; or a basis of the inputs, or of what anchors leave of that."""
+        if self.anchors is None:
+            return self.inputs if self.is_dual else np.eye(self.inputs.shape[1])
+        return _beside(self.inputs, self.anchors)[not self.is_dual]
 
     @property
     def problem(self) -> Problem:
-        directions = self.inputs if self.anchors is None else _beside_anchors(self.inputs, self.anchors)
-        return Problem(self.objective, Rows(self.inputs @ self.weights.T, self.inputs @ directions.T, self.targets))
+        rows = Rows(self.inputs @ self.weights.T, self.inputs @ self.directions.T, self.targets)
+        return Problem(self.objective, rows, self.is_dual)
 
     def outputs(self, weights: torch.Tensor) -> torch.Tensor:
         """By torch's own modules."""
-        act = {"none": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "tanh": nn.Tanh()}[self.objective.activation]
-        out: torch.Tensor = act(torch.from_numpy(self.inputs) @ weights.T)
+        out: torch.Tensor = MODULES[self.objective.activation](torch.from_numpy(self.inputs) @ weights.T)
         if self.objective.head is not None and self.objective.head_bias is not None:
             out = out @ torch.from_numpy(self.objective.head).T + torch.from_numpy(self.objective.head_bias)
         return out
@@ -85,9 +99,11 @@ class Case:
         return np.eye(self.inputs.shape[1]) - np.linalg.pinv(self.anchors) @ self.anchors
 
 
-def make_case(loss: Any, activation: Any, *, with_head: bool, anchored: bool = False, seed: int = 0) -> Case:
+def make_case(
+    loss: Any, activation: Any, *, with_head: bool, anchored: bool = False, seed: int = 0, num_rows: int = NUM_ROWS
+) -> Case:
     random = np.random.default_rng(seed)
-    extended = np.hstack([random.normal(size=(NUM_ROWS, NUM_INPUTS)), np.ones((NUM_ROWS, 1))])
+    extended = np.hstack([random.normal(size=(num_rows, NUM_INPUTS)), np.ones((num_rows, 1))])
     anchors = np.hstack([random.normal(size=(NUM_ANCHORS, NUM_INPUTS)), np.ones((NUM_ANCHORS, 1))]) if anchored else None
     weights = random.normal(size=(NUM_OUTPUTS, NUM_INPUTS + 1)) / 3
     head = random.normal(size=(NUM_CLASSES, NUM_OUTPUTS)) / math.sqrt(NUM_OUTPUTS) if with_head else None
@@ -105,7 +121,7 @@ def dense_descent(case: Case, settings: Settings) -> list[float]:
     weights = nn.Parameter(torch.from_numpy(case.weights.copy()))
     start, kept = torch.from_numpy(case.weights), torch.from_numpy(case.kept)
     assert settings.rate is not None
-    optimizer = torch.optim.SGD([weights], lr=settings.rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD([weights], lr=settings.rate, momentum=settings.inertia, weight_decay=settings.decay)
     losses = []
     for _ in range(settings.num_iterations + 1):
         optimizer.zero_grad()
@@ -113,7 +129,7 @@ def dense_descent(case: Case, settings: Settings) -> list[float]:
         losses.append(loss.item())
         loss.backward()  # type: ignore[no-untyped-call]
         assert weights.grad is not None
-        weights.grad = weights.grad @ kept + settings.ridge * (weights.detach() - start)
+        weights.grad = weights.grad @ kept + settings.pull * (weights.detach() - start)
         optimizer.step()
     return losses
 
@@ -126,7 +142,7 @@ def dense_newton(case: Case, settings: Settings) -> list[float]:
     weights = start.clone()
 
     def total(at: torch.Tensor) -> float:
-        return case.loss(at).item() + settings.ridge / 2 * float(((at - start) ** 2).sum())
+        return case.loss(at).item() + settings.pull / 2 * float(((at - start) ** 2).sum())
 
     def system(at: torch.Tensor) -> tuple[Array, Array]:
         """The Gauss-Newton matrix and the gradient of the loss, where anchors let W move."""
@@ -145,18 +161,18 @@ def dense_newton(case: Case, settings: Settings) -> list[float]:
         return kept @ (jacobian.T @ bend @ jacobian) @ kept, kept @ gradient
 
     matrix, gradient = system(weights)
-    largest = dense_largest(matrix, gradient) + settings.ridge
+    largest = dense_largest(matrix, gradient) + settings.pull
     damping = FIRST_DAMPING * largest
     losses = []
     for _ in range(settings.num_iterations + 1):
         losses.append(case.loss(weights).item())
         matrix, gradient = system(weights)
-        right = -(gradient + settings.ridge * (weights - start).numpy().reshape(-1))
+        right = -(gradient + settings.pull * (weights - start).numpy().reshape(-1))
         for _ in range(MAX_TRIES):
-            step = np.linalg.solve(matrix + (damping + settings.ridge) * np.eye(len(matrix)), right)
+            step = np.linalg.solve(matrix + (damping + settings.pull) * np.eye(len(matrix)), right)
             trial = weights + torch.from_numpy(step.reshape(shape))
             gained = total(weights) - total(trial)
-            bent = step @ matrix @ step + settings.ridge * (step @ step)
+            bent = step @ matrix @ step + settings.pull * (step @ step)
             share = gained / (right @ step - bent / 2)
             damping = max(damping * (SHRINK if share > GOOD else GROW if share < POOR else 1), LEAST_DAMPING * largest)
             if gained > LEAST_GAIN * losses[0]:
@@ -183,8 +199,17 @@ def assert_same_path(found: list[float], expected: list[float]) -> None:
     assert abs(found[-1] - expected[-1]) <= TOLERANCE * expected[0]
 
 
-def run(case: Case, settings: Settings) -> Tuned:
-    return tune(case.problem, settings)
+@dataclass(frozen=True)
+class Walked:
+    """A path to its end: its losses, and the last point."""
+
+    losses: list[float]
+    point: Point
+
+
+def run(case: Case, settings: Settings) -> Walked:
+    path = list(walk(case.problem, settings))
+    return Walked([loss for _, loss in path], path[-1][0])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -240,17 +265,65 @@ def test_gauss_newton_without_a_head_is_dense_gauss_newton(loss: str, activation
     assert_same_path(run(case, settings).losses, dense_newton(case, settings))
 
 
+@pytest.mark.parametrize("method", ["gauss-newton", "gradient-descent"])
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
 @pytest.mark.parametrize("anchored", [False, True])
-def test_the_closed_form_is_the_dense_ridge_regression(anchored: bool) -> None:  # noqa: FBT001
-    case = make_case("mse", "none", with_head=False, anchored=anchored)
-    ridge = 0.03
-    inputs = case.inputs @ case.kept
-    residual = case.targets - case.inputs @ case.weights.T
-    matrix = inputs.T @ inputs + ridge * residual.size / 2 * np.eye(inputs.shape[1])
-    change = np.linalg.solve(matrix, inputs.T @ residual).T @ case.kept
-    expected = float(((residual - case.inputs @ change.T) ** 2).mean())
-    found = run(case, Settings(ridge=ridge)).losses
-    assert abs(found[-1] - expected) <= TOLERANCE * found[0]
+def test_the_primal_form_is_the_dual_one(method: Any, loss: str, anchored: bool) -> None:  # noqa: FBT001
+    case = make_case(loss, "silu", with_head=True, anchored=anchored)
+    settings = Settings(method, 60, ridge=0.01, **TO_THE_END)
+    dual, primal = run(case, settings), run(replace(case, is_dual=False), settings)
+    assert_same_path(primal.losses, dual.losses)
+    changes = [
+        walked.point.factors.T @ one.directions for walked, one in ((dual, case), (primal, replace(case, is_dual=False)))
+    ]
+    np.testing.assert_allclose(changes[1], changes[0], atol=1e-7)
+
+
+@pytest.mark.parametrize("is_dual", [False, True])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("num_rows", [NUM_ROWS, 40])
+def test_the_closed_form_is_the_dense_ridge_regression_and_leaves_each_row_out(
+    is_dual: bool,  # noqa: FBT001
+    anchored: bool,  # noqa: FBT001
+    num_rows: int,
+) -> None:
+    """By solving for every row left out, with weights of rows."""
+    case = make_case("mse", "none", with_head=False, anchored=anchored, num_rows=num_rows)
+    case = replace(case, is_dual=is_dual)
+    shares = np.random.default_rng(4).uniform(0.5, 2, num_rows)
+    shares /= shares.sum()
+    rows, mu = case.problem.rows, 0.03
+    residual = rows.targets - rows.base
+    free = case.inputs @ case.kept
+
+    def changed(kept: NDArray[np.bool_]) -> NDArray[Any]:
+        weighted = free[kept].T * shares[kept]
+        return np.linalg.solve(weighted @ free[kept] + mu * np.eye(free.shape[1]), weighted @ residual[kept]).T
+
+    found = Ridge.of(rows.overlap, shares, is_dual=is_dual, num_outputs=NUM_OUTPUTS)
+    for part in (slice(0, 2), slice(2, None)):  # as it comes in blocks of outputs
+        found.add(residual[:, part])
+    everything = np.ones(num_rows, bool)
+    fitted = ((residual - free @ changed(everything).T) ** 2).mean(axis=1)
+    alone = [float(((residual[row] - changed(np.arange(num_rows) != row) @ free[row]) ** 2).mean()) for row in range(num_rows)]
+    np.testing.assert_allclose(found.fitted(mu), fitted, rtol=1e-9)
+    np.testing.assert_allclose(found.losses([mu])[0], alone, rtol=1e-9)
+    np.testing.assert_allclose(found.factors(mu).T @ case.directions, changed(everything) @ case.kept, atol=1e-10)
+
+
+@pytest.mark.parametrize("is_dual", [False, True])
+def test_the_closed_form_judges_rows_that_are_left_out_together(is_dual: bool) -> None:  # noqa: FBT001
+    case = replace(make_case("mse", "none", with_head=False, num_rows=30), is_dual=is_dual)
+    rows, mu, tuned, left = case.problem.rows, 0.03, slice(0, 20), slice(20, None)
+    residual, inputs = rows.targets - rows.base, case.inputs
+    shares = np.full(20, 1 / 20)
+    overlap = rows.overlap[tuned, tuned] if is_dual else rows.overlap[tuned]
+    others = rows.overlap[left, tuned] if is_dual else rows.overlap[left]
+    found = Ridge.of(overlap, shares, is_dual=is_dual, left_out=others)
+    found.add(residual[tuned], residual[left])
+    matrix = inputs[tuned].T @ inputs[tuned] / 20 + mu * np.eye(inputs.shape[1])
+    change = np.linalg.solve(matrix, inputs[tuned].T @ residual[tuned] / 20).T
+    np.testing.assert_allclose(found.losses([mu])[0], ((residual[left] - inputs[left] @ change.T) ** 2).mean(axis=1), rtol=1e-9)
 
 
 def test_the_weights_are_the_dense_ones_too() -> None:
@@ -266,7 +339,7 @@ def test_anchors_keep_their_pre_activations_to_rounding() -> None:
     case = make_case("mse", "relu", with_head=True, anchored=True)
     assert case.anchors is not None
     point = run(case, Settings()).point
-    change = point.factors.T @ _beside_anchors(case.inputs, case.anchors)
+    change = point.factors.T @ case.directions
     assert np.linalg.norm(change) > 0.1
     assert np.abs(case.anchors @ change.T).max() < 1e-13
 
@@ -311,9 +384,7 @@ def test_the_normal_distribution_function_is_that_of_the_c_library() -> None:
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=40))
 def test_activations_and_slopes_are_torchs(activation: Any, values: list[float]) -> None:
     pre = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    act: Callable[[torch.Tensor], torch.Tensor]
-    act = {"none": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "tanh": nn.Tanh()}[activation]
-    out = act(pre)
+    out = MODULES[activation](pre)
     out.sum().backward()
     assert pre.grad is not None
     found, slope = activate(activation, np.array(values)), slope_of(activation, np.array(values))

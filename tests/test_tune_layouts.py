@@ -318,9 +318,7 @@ def tune_inner(checkpoint: Path, output: Path, weights: Weights, prefix: str = I
     layer, bias = weights[f"{prefix}.weight"].numpy(), weights[f"{prefix}.bias"].numpy()
     inputs = np.random.default_rng(1).normal(size=(num_rows, layer.shape[1])) * 0.1
     np.savez(output.parent / "rows.npz", x=inputs, y=inputs @ layer.T + bias + SHIFT)
-    request = TuneRequest(
-        checkpoint, (f"{prefix}.weight",), output.parent / "rows.npz", "mse", (f"{prefix}.bias",), holdout=0.5
-    )
+    request = TuneRequest(checkpoint, (f"{prefix}.weight",), output.parent / "rows.npz", "mse", (f"{prefix}.bias",))
     assert tune_checkpoint(replace(request, output=output), quiet).path == output
 
 

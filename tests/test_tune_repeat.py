@@ -73,7 +73,8 @@ def differs(call_cli: CallCli, work: Path, *call: object) -> str:
         (*CALL, "-o", "new.safetensors", "--anchor", "anchors.npz", "--iterations", "9", "--ridge", "1e-4"),
         (*CALL, "-o", "new.safetensors", "--method", "gradient-descent", "--rate", "0.3", "--weight-decay", "1e-5"),
         ("tune", "step_10.pt", *CALL[2:], "-o", "new.pt", "--round", "stochastic", "--seed", "7"),
-        (*FOLDER, "-o", "new", "--subsample", "150", "--holdout", "0.3", "--gate", "2.5"),
+        (*FOLDER, "-o", "new", "--subsample", "150", "--val", "rows.npz", "--gate", "2.5"),
+        (*CALL, "--lora-out", "new"),
         (*CALL, "--delta-out", "new.safetensors"),
         (*APPLY, "-o", "new.safetensors"),
     ],
@@ -124,20 +125,22 @@ OTHER: dict[str, tuple[tuple[str, ...], str]] = {
     "anchor": (("--anchor", "anchors.npz"), "--anchor none, now anchors.npz (SHA-256 "),
     "tune_method": (("--method", "gradient-descent"), "--method gauss-newton, now gradient-descent"),
     "iterations": (("--iterations", "30"), "--iterations none, now 30"),
-    "rate": (("--rate", "0.5"), "--rate none, now 0.5"),
-    "momentum": (("--momentum", "0.5"), "--momentum 0.9, now 0.5"),
-    "weight_decay": (
-        ("--weight-decay", "0.5", "--method", "gradient-descent"),
-        "--method gauss-newton, now gradient-descent; --weight-decay 0.0, now 0.5",
-    ),
-    "ridge": (("--ridge", "0.5"), "--ridge 0.0, now 0.5"),
-    "holdout": (("--holdout", "0.3"), "--holdout 0.25, now 0.3"),
+    **{
+        key: (
+            (f"--{key.replace('_', '-')}", "0.5", "--method", "gradient-descent"),
+            f"--method gauss-newton, now gradient-descent; --{key.replace('_', '-')} none, now 0.5",
+        )
+        for key in ("rate", "momentum", "weight_decay")
+    },
+    "ridge": (("--ridge", "0.5"), "--ridge none, now 0.5"),
+    "val": (("--val", "rows.npz"), "--val none, now rows.npz (SHA-256 "),
+    "transposed": (("--transposed",), "--transposed False, now True"),
     "gate": (("--gate", "2"), "--gate 3.0, now 2.0"),
     "subsample": (("--subsample", "150"), "--subsample none, now 150"),
     "round_": (("--round", "stochastic"), "--round nearest, now stochastic"),
     "seed": (("--seed", "1"), "--seed 0, now 1"),
 }
-ELSEWHERE = {"checkpoint", "data", "output", "delta_out", "apply"}
+ELSEWHERE = {"checkpoint", "data", "output", "delta_out", "lora_out", "apply", "overwrite"}
 """Arguments with tests of their own."""
 SAME_RESULT = {"threads", "json_", "quiet", "verbose", "config"}
 
@@ -145,12 +148,12 @@ SAME_RESULT = {"threads", "json_", "quiet", "verbose", "config"}
 def changed_call(options: tuple[str, ...]) -> tuple[str, ...]:
     """The usual call with other values of some options."""
     call = list(CALL)
-    for name, value in zip(options[::2], options[1::2], strict=True):
+    for name, value in zip(options[::2], options[1::2], strict=False):
         if name in call:
             call[call.index(name) + 1] = value
         else:
             call += [name, value]
-    return tuple(call)
+    return (*call, *options[len(options) // 2 * 2 :])
 
 
 @pytest.mark.parametrize("where", [("-o", TUNED), ("--delta-out", DELTA)])
@@ -194,7 +197,7 @@ def test_another_delta_and_another_checkpoint_are_named(work: Path, call_cli: Ca
     assert differs(call_cli, work, *APPLY, "-o", TUNED).endswith("exists already, made without --apply")
     assert "--seed 0, now 1" in differs(call_cli, work, *APPLY, "--seed", "1", "-o", ADDED)
     (work / DELTA).unlink()
-    tuned(work, output=None, delta_out=work / DELTA, holdout=0.3)
+    tuned(work, output=None, delta_out=work / DELTA, gate=2.0)
     assert f"made with --apply {DELTA} (SHA-256 " in differs(call_cli, work, *APPLY, "-o", ADDED)
     (work / "other").mkdir()
     shutil.copy2(work / "step_10.safetensors", work / "other")
@@ -257,7 +260,8 @@ def test_a_delta_file_of_an_earlier_version_stays_and_can_be_applied(work: Path,
         metadata = file.metadata()
     about = json.loads(metadata["about"])
     del metadata["sha256"], about["options"]["iterations"], about["data"]["sha256"]
-    save_file(load_file(work / DELTA), work / DELTA, metadata=metadata | {"about": json.dumps(about)})
+    wide = {name: value.double() for name, value in load_file(work / DELTA).items()}  # which they were then
+    save_file(wide, work / DELTA, metadata=metadata | {"about": json.dumps(about)})
     assert "made in a way that its record does not tell" in differs(call_cli, work, *CALL, "--delta-out", DELTA)
     assert call_cli(*APPLY, "-o", ADDED, cwd=work).returncode == 0
 
@@ -275,3 +279,26 @@ def test_rows_that_change_during_the_tuning_are_refused(work: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.npz: changed during the tuning"):
         tune_checkpoint(request_in(work), progress)
     assert not {TUNED, f"{TUNED}.farcast.json"} & tree_digest(work).keys()
+
+
+# --- --overwrite -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where",
+    [("-o", TUNED), ("--delta-out", DELTA), ("--lora-out", "adapter")],
+)
+def test_overwrite_replaces_what_tune_wrote_and_nothing_else(where: tuple[str, ...], work: Path, call_cli: CallCli) -> None:
+    call = (*CALL, "--iterations", "3", *where)
+    if where[1] == "adapter":
+        assert call_cli(*CALL, *where, cwd=work).returncode == 0
+    before = tree_digest(work)
+    assert call_cli(*call, cwd=work).returncode == 5
+    done = call_cli(*call, "--overwrite", cwd=work)
+    assert (done.returncode, done.stdout) == (0, f"{where[1]}\n"), done
+    assert tree_digest(work) != before
+    place = work / where[1] / "adapter_model.safetensors" if where[1] == "adapter" else work / where[1]
+    flip(place)
+    before = tree_digest(work)
+    assert call_cli(*call, "--overwrite", cwd=work).returncode == 5
+    assert tree_digest(work) == before

@@ -22,7 +22,9 @@ from farcast_cli.choices import (
     Rounding,
     Scope,
     SolverName,
+    StepFrom,
     StepNorm,
+    StepUnit,
 )
 from farcast_cli.commands.mistakes import nearest, refuse_addresses, refuse_more, unknown_variables
 from farcast_cli.errors import ANY_COMMAND, FarcastError, UsageError, shell_word
@@ -36,10 +38,11 @@ CONFIG_FILE = Path("farcast.toml")
 FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern", "weights"),  # which tensors, and which entries of the folder that the user named
+        "unit",  # what the run's steps are called; known steps refuse another
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
         *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
-        *("layer", "bias", "loss", "activation", "head", "head_bias"),
+        *("layer", "bias", "loss", "activation", "head", "head_bias", "transposed"),
         *("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge", "round_"),  # judged by the gate
         *("device", "threads", "jobs", "eval_timeout", "dry_run", "json_", "quiet", "verbose"),
         *("form", "text"),  # in which a report is printed
@@ -48,9 +51,9 @@ FROM_ANY_FILE = frozenset(
 )
 """The options that a file which nobody named may set. All others need a file that the user named.
 
-None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `purpose`
+None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `step_from` lets evidence contradict, `purpose`
 and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `gain`, `max_gain` and `every` a longer leap, `io`
-may map files, `maximize` turns the judgement round; `holdout`, `subsample` and `seed` choose the rows that judge.
+may map files, `maximize` turns the judgement round; `subsample` and `seed` choose the rows that judge.
 """
 PANELS = {
     "Input": (
@@ -59,6 +62,8 @@ PANELS = {
         "exclude",
         "steps",
         "pattern",
+        "step_from",
+        "unit",
         "weights",
         "history",
         "sampled",
@@ -72,14 +77,15 @@ PANELS = {
     "Horizon": ("horizon", "to_step", "origin", "every", "purpose"),
     "Watch": ("interval", "until", "once", "keep", "leap", "on_leap"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
-    "Layer": ("layer", "bias", "activation", "head", "head_bias"),
-    "Rows": ("data", "loss", "anchor", "holdout", "gate", "subsample", "seed"),
+    "Layer": ("layer", "bias", "activation", "head", "head_bias", "transposed"),
+    "Rows": ("data", "loss", "anchor", "val", "gate", "subsample", "seed"),
     "Solver": ("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge"),
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
     "Output": (
         *(
             "output",
+            "place",
             "into",
             "form",
             "text",
@@ -88,6 +94,7 @@ PANELS = {
             "max_shard_size",
             "round_",
             "delta_out",
+            "lora_out",
             "apply",
             "even_if_worse",
             "overwrite",
@@ -312,6 +319,32 @@ PatternOption = Annotated[
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
     ),
 ]
+StepFromOption = Annotated[
+    StepFrom | None,
+    choice(
+        StepFrom,
+        "--step-from",
+        text="Evidence that tells the steps, where evidence disagrees: the names, Adam's count, the counter in the files, the"
+        " metadata, or the trainer's state. By default farcast chooses, and stops if it cannot.",
+    ),
+]
+UnitOption = Annotated[
+    StepUnit,
+    choice(
+        StepUnit,
+        "--unit",
+        text="What the steps of the run count. epoch is for a run of which only the epochs are known; horizons then are epochs.",
+    ),
+]
+PlaceOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("PLACE"),
+        metavar="NAME",
+        help="Write the checkpoint's file under this name into a folder of its own, and print the folder: for a trainer that"
+        " resumes from a folder, such as nanoGPT with ckpt.pt.",
+    ),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
@@ -377,7 +410,7 @@ ClockOption = Annotated[
     choice(
         ClockName,
         "--clock",
-        text="Unit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
+        text="StepUnit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
         " resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]
@@ -412,7 +445,7 @@ MaximizeOption = Annotated[bool, typer.Option("--maximize", envvar=env("MAXIMIZE
 OptimizerOption = Annotated[OptimizerMode, choice(OptimizerMode, "--optimizer", text="How to write the optimiser's state.")]
 DTypeOption = Annotated[OutputDType, choice(OutputDType, "--dtype", text="Element type of the output.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier forecast with the same name.")
+    bool, typer.Option("--overwrite", envvar=env("OVERWRITE"), help="Replace an earlier output of farcast with the same name.")
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", envvar=env("DRY_RUN"), help="Write nothing; print what would be written, and its cost.")
@@ -423,8 +456,8 @@ RowsOption = Annotated[
     typer.Option(
         envvar=env("DATA"),
         metavar="FILE",
-        help="A .safetensors or .npz file with x (inputs of the layer) and y (targets or labels); at most twice as many rows as the"
-        " layer has outputs.",
+        help="A .safetensors, .npz or .pt file with x (inputs of the layer) and y (targets or labels). It may also hold out (the"
+        " model's outputs for these rows, which check the description), w (weights of rows) and groups (rows that belong together).",
     ),
 ]
 LayersOption = Annotated[
@@ -439,7 +472,11 @@ BiasesOption = Annotated[
 ]
 ActivationsOption = Annotated[
     list[str] | None,
-    choice(ActivationName, "--activation", text="Activation after the layer; one for all layers, or one for each."),
+    choice(
+        ActivationName,
+        "--activation",
+        text="Activation after the layer; one for all layers, or one for each. Needed with --head; gelu-tanh is GPT-2's gelu_new.",
+    ),
 ]
 TuneMethodOption = Annotated[
     str | None,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from farcast_cli.choices import DEFAULT_GATE, HOLDOUT, MOMENTUM, ActivationName, LossName
+from farcast_cli.choices import DEFAULT_GATE, FOLDS, MOMENTUM, ActivationName, LossName
 from farcast_cli.commands.options import (
     ActivationsOption,
     BiasesOption,
@@ -15,6 +15,7 @@ from farcast_cli.commands.options import (
     JsonOption,
     LayersOption,
     LossOption,
+    OverwriteOption,
     QuietOption,
     RoundOption,
     RowsOption,
@@ -50,9 +51,25 @@ def tune(
     head_bias: Annotated[
         str | None, typer.Option(envvar=env("HEAD_BIAS"), metavar="KEY", help="Name of the bias of the head.")
     ] = None,
+    transposed: Annotated[
+        bool,
+        typer.Option(
+            "--transposed",
+            envvar=env("TRANSPOSED"),
+            help="The layers are stored as inputs x outputs, as GPT-2's Conv1D is; so is the head, if it fits that way.",
+        ),
+    ] = False,
     anchor: Annotated[
         Path | None,
         typer.Option(envvar=env("ANCHOR"), metavar="FILE", help="File of rows x for which the layer's output must not change."),
+    ] = None,
+    val: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=env("VAL"),
+            metavar="FILE",
+            help=f"File of other rows that judge the result. Default: rows of --data that are left out, one by one or in {FOLDS} folds.",
+        ),
     ] = None,
     tune_method: TuneMethodOption = None,
     iterations: Annotated[
@@ -70,22 +87,25 @@ def tune(
             envvar=env("RATE"), metavar="X", help="Learning rate of gradient descent; by default computed from the curvature."
         ),
     ] = None,
-    momentum: Annotated[float, typer.Option(envvar=env("MOMENTUM"), help="Momentum of gradient descent.")] = MOMENTUM,
+    momentum: Annotated[
+        float | None,
+        typer.Option(envvar=env("MOMENTUM"), metavar="X", help=f"Momentum of gradient descent. Default: {MOMENTUM}."),
+    ] = None,
     weight_decay: Annotated[
-        float, typer.Option(envvar=env("WEIGHT_DECAY"), min=0, help="Weight decay of gradient descent: a pull towards 0.")
-    ] = 0.0,
+        float | None,
+        typer.Option(envvar=env("WEIGHT_DECAY"), metavar="X", help="Weight decay of gradient descent: a pull towards 0."),
+    ] = None,
     ridge: Annotated[
-        float, typer.Option(envvar=env("RIDGE"), min=0, help="Strength of the pull towards the checkpoint's own weights.")
-    ] = 0.0,
-    holdout: Annotated[
-        float,
+        float | None,
         typer.Option(
-            envvar=env("HOLDOUT"),
-            help="Share of rows held out to accept or reject the result. Half as many again are used for early stopping.",
+            envvar=env("RIDGE"),
+            metavar="X",
+            help="Strength of the pull towards the checkpoint's own weights. Default: chosen by rows left out for a last layer with"
+            " mse, else 0.",
         ),
-    ] = HOLDOUT,
+    ] = None,
     gate: Annotated[
-        float, typer.Option(envvar=env("GATE"), help="Required gain on the held-out rows, in standard errors.")
+        float, typer.Option(envvar=env("GATE"), help="Required gain on rows that were not seen, in standard errors.")
     ] = DEFAULT_GATE,
     subsample: Annotated[
         int | None,
@@ -93,7 +113,7 @@ def tune(
     ] = None,
     round_: RoundOption = "nearest",
     seed: Annotated[
-        int, typer.Option(envvar=env("SEED"), min=0, help="Seed of the row splits and of stochastic rounding.")
+        int, typer.Option(envvar=env("SEED"), min=0, help="Seed of the folds, of --subsample and of stochastic rounding.")
     ] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", envvar=env("OUTPUT"), metavar="OUT", help="The tuned checkpoint to write.")
@@ -106,17 +126,22 @@ def tune(
             help="Write only the change, as low-rank factors, instead of a checkpoint.",
         ),
     ] = None,
+    lora_out: Annotated[
+        Path | None,
+        typer.Option(envvar=env("LORA_OUT"), metavar="DIR", help="Write only the change, as a peft adapter of LoRA's form."),
+    ] = None,
     apply: Annotated[
         Path | None,
         typer.Option(envvar=env("APPLY"), metavar="FILE", help="Add a change that --delta-out wrote, instead of tuning."),
     ] = None,
+    overwrite: OverwriteOption = False,
     threads: ThreadsOption = 0,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Adapt a wide layer to labelled rows; write it only if the loss on held-out rows improves significantly."""
+    """Adapt a layer to labelled rows; write it only if the loss on rows that it has not seen improves significantly."""
     num_threads = prepare("cpu", threads)
     from farcast_cli.commands import render
     from farcast_cli.tune.delta import Rounded
@@ -127,8 +152,10 @@ def tune(
     rounded = Rounded(round_, seed)
     with render.progress(quiet=quiet) as progress:
         if apply is not None:
-            check_given({"--layer": layer, "--data": data, "--delta-out": delta_out}, {"-o": output}, of="--apply")
-            outcome = apply_deltas(checkpoint, apply, cast("Path", output), rounded, num_threads=num_threads, progress=progress)
+            unwanted = {"--layer": layer, "--data": data, "--delta-out": delta_out, "--lora-out": lora_out}
+            check_given(unwanted, {"-o": output}, of="--apply")
+            how: dict[str, Any] = {"overwrite": overwrite, "num_threads": num_threads, "progress": progress}
+            outcome = apply_deltas(checkpoint, apply, cast("Path", output), rounded, **how)
         else:
             check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
             layers = tuple(layer or ())
@@ -139,17 +166,20 @@ def tune(
                 cast("Path", data),
                 cast("LossName", loss),
                 tuple(bias or ()),
-                cast("tuple[ActivationName, ...]", tuple(activation or ("none",))),
+                cast("tuple[ActivationName, ...]", tuple(activation or ())),
                 head,
                 head_bias,
+                transposed,
                 anchor,
+                val,
                 Settings(method, iterations, rate, momentum, weight_decay, ridge),
-                holdout=holdout,
                 gate=gate,
                 subsample=subsample,
                 rounded=rounded,
                 output=output,
                 delta_out=delta_out,
+                lora_out=lora_out,
+                overwrite=overwrite,
                 num_threads=num_threads,
             )
             outcome = tune_checkpoint(request, progress)

@@ -1,8 +1,9 @@
-"""The labelled rows: read from a file, seen to fit the layer, and split into those tuned on, those that stop, those that judge.
+"""The labelled rows: read from a file, seen to fit the layer, and put into folds.
 
-Knows what a person can get wrong in such a file. x holds inputs of the (first) layer, y its targets, or labels.
+Knows what a person can get wrong in such a file. x holds inputs of the (first) layer, y its targets, or labels. Three more arrays
+may be there: `out`, what the model gave for these rows; `w`, the rows' weights; `groups`, numbers of what belongs together.
 
-Shapes: x (n, m_in), y (n, k) or labels (n,).
+Shapes: x (n, m_in), y (n, k) or labels (n,), out (n, k), w and groups (n,).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.choices import HOLDOUT
-from farcast_cli.errors import DataError, UsageError
+from farcast_cli.choices import FOLDS
+from farcast_cli.errors import DataError
 from farcast_cli.tune.gate import MIN_ROWS
 from farcast_cli.tune.rows_file import open_rows
 
@@ -29,37 +30,34 @@ if TYPE_CHECKING:
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
+    Numbers = NDArray[np.int64]
 
-EARLY_SHARE = 0.5  # of the held-out share: the early-stopping rows, a noisier choice than the gate's
 MAX_NUMBERS = 1 << 27  # of x, and of y, that are kept: 1 GiB of float64
+_BY_CLASS = "save labels as whole numbers from 0: y.astype('int64')"
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Rows in float64 (labels: int64). `groups` has equal numbers for rows of equal x."""
+    """Rows in float64 (labels: int64)."""
 
     path: Path
     inputs: Array
     targets: NDArray[Any]
-    groups: NDArray[np.int64]
+    groups: Numbers
+    """Equal numbers, from 0, for rows of equal x and for rows that the file says belong together."""
+    shares: Array
+    """The rows' weights, which sum to 1."""
+    out: Array | None = None
+    num_copies: int = 0
+    """Rows whose x an earlier one has."""
 
     @property
     def num_rows(self) -> int:
         return len(self.inputs)
 
     @property
-    def num_copies(self) -> int:
-        """Rows whose x an earlier one has."""
-        return self.num_rows - int(self.groups.max(initial=-1)) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """Which rows are tuned on, which stop the tuning early, and which judge what came of it."""
-
-    tuned: NDArray[np.int64]
-    early: NDArray[np.int64]
-    gate: NDArray[np.int64]
+    def num_groups(self) -> int:
+        return int(self.groups.max(initial=-1)) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,44 +75,46 @@ class Draw:
     count: int
     seed: int
 
-    def of(self, num_rows: int) -> NDArray[np.int64]:
+    def of(self, num_rows: int) -> Numbers:
         if self.count >= num_rows:
             return np.arange(num_rows)
         return np.sort(np.random.default_rng(self.seed).permutation(num_rows)[: self.count])
 
 
 def read_data(path: Path, loss: LossName, *, fit: Fit | None = None, draw: Draw | None = None) -> Data:
-    """Read x and y, whatever their element type, and check them; what their headers tell is checked before they are read.
+    """Read the rows, whatever their element type, and check them; what their headers tell is checked before they are read.
 
     All rows are looked at, some MiB at a time, and those drawn are kept.
 
     Raises:
-        FileFormatError: no such file, none of the two formats, or damaged.
-        DataError: x or y is missing, of the wrong kind, shape or width, or holds NaN, infinity or labels outside the outputs.
-        UsageError: more rows than tuning pays for.
+        FileFormatError: no such file, none of the formats, or damaged.
+        DataError: an array is missing, of the wrong kind, shape or width, or holds NaN, infinity or labels outside the outputs.
     """
-    arrays = open_rows(path, ("x", "y"))
+    arrays = open_rows(path, ("x", "y"), optional=("out", "w", "groups"))
     x, y = arrays["x"], arrays["y"]
     _check_matrix(x)
-    (_check_labels if loss == "cross-entropy" else _check_matrix)(y)
-    if x.shape[0] != y.shape[0]:
-        raise DataError(
-            f"{path}: expected as many rows of y as of x, found x {list(x.shape)} and y {list(y.shape)}",
-            hint="each row of y belongs to the same row of x",
-        )
-    num_kept = min(draw.count, x.shape[0]) if draw else x.shape[0]
+    is_labels = loss == "cross-entropy" or _names_classes(y, fit)
+    (_check_labels if is_labels else _check_matrix)(y)
+    for array in arrays.values():
+        if array.shape[0] != x.shape[0]:
+            raise DataError(
+                f"{path}: expected as many rows of {array.name} as of x, found x {list(x.shape)} and {array.name} {list(array.shape)}",
+                hint=f"each row of {array.name} belongs to the same row of x",
+            )
     if fit:
-        _check_fit(x, y, fit, loss=loss, num_kept=num_kept)
-    for array in (x, y):
-        _check_size(array, num_kept)
+        _check_fit(arrays, fit, is_labels=is_labels)
+    for array in arrays.values():
+        _check_size(array, min(draw.count, x.shape[0]) if draw else x.shape[0])
     rows = draw.of(x.shape[0]) if draw else np.arange(x.shape[0])
     inputs, moves = _read_rows(x, rows)
     if not moves:
         raise DataError(f"{path}: x is constant: all {x.shape[0]} rows are the same", hint="save one row for each example")
-    targets, _ = _read_rows(y, rows, labels=loss == "cross-entropy")
-    if fit and loss == "cross-entropy":
+    targets, _ = _read_rows(y, rows, as_numbers=is_labels)
+    if fit and is_labels:
         _check_range(path, targets, rows, fit.num_outputs)
-    return Data(path, inputs, targets, _groups(inputs))
+    groups, num_copies = _groups(inputs, _read_numbers(arrays.get("groups"), rows))
+    out = _read_rows(arrays["out"], rows)[0] if "out" in arrays else None
+    return Data(path, inputs, targets, groups, _shares(arrays.get("w"), rows), out, num_copies)
 
 
 def read_anchors(path: Path, layer: Weight) -> Array:
@@ -126,71 +126,80 @@ def read_anchors(path: Path, layer: Weight) -> Array:
     return _read_rows(x, np.arange(x.shape[0]))[0]
 
 
-def split(data: Data, *, holdout: float, seed: int) -> Splits:
-    """Draw the held-out and the early-stopping rows by the seed; copies of a row are never on two sides.
+def check_enough(data: Data, *, what: str) -> None:
+    """See that there are rows enough to judge by.
 
     Raises:
-        UsageError: a share that is none, or one that leaves too few rows.
+        DataError: there are fewer.
     """
-    if not 0 < holdout < 1 / (1 + EARLY_SHARE):
-        raise UsageError(f"--holdout {holdout:g}: expected a share between 0 and {1 / (1 + EARLY_SHARE):.2f}")
-    order = np.random.default_rng(seed).permutation(int(data.groups.max()) + 1)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    sizes = np.cumsum(np.bincount(data.groups)[order])
-    to_gate = int(np.searchsorted(sizes, round(holdout * data.num_rows))) + 1
-    to_early = int(np.searchsorted(sizes, round((1 + EARLY_SHARE) * holdout * data.num_rows))) + 1
-    rank = place[data.groups]
-    found = Splits(
-        *(np.flatnonzero(chosen) for chosen in (rank >= to_early, (rank >= to_gate) & (rank < to_early), rank < to_gate))
-    )
-    if len(found.gate) < MIN_ROWS or to_gate < MIN_ROWS // 2:
-        need = int(np.ceil(MIN_ROWS / holdout))
+    if data.num_rows < MIN_ROWS or data.num_groups < MIN_ROWS // 2:
         raise DataError(
-            f"{data.path}: the gate would use {len(found.gate)} of {data.num_rows} rows, {to_gate} of them different:"
+            f"{data.path}: {what} {data.num_rows} rows, {data.num_groups} of them different or in groups of their own:"
             f" expected at least {MIN_ROWS}, half of them different",
-            hint=f"give at least {need} rows, or hold out a larger share with --holdout",
+            hint="give more rows",
         )
-    if not len(found.tuned) or not len(found.early):
-        raise UsageError(f"--holdout {holdout:g}: leaves no rows to tune on", hint=f"--holdout {HOLDOUT}")
-    return found
+
+
+def folds_of(data: Data, *, seed: int, one_by_one: bool) -> Numbers:
+    """Which rows are left out together, numbered from 0: each by itself, or `FOLDS` folds drawn by the seed.
+
+    Rows of one group are never in two folds.
+    """
+    if one_by_one and data.num_groups == data.num_rows:
+        return data.groups
+    order = np.random.default_rng(seed).permutation(data.num_groups)
+    sizes = np.bincount(data.groups)
+    filled, fold_of = np.zeros(min(FOLDS, data.num_groups)), np.empty(data.num_groups, np.int64)
+    for group in order:
+        fold_of[group] = fold = int(np.argmin(filled))
+        filled[fold] += sizes[group]
+    return np.asarray(fold_of[data.groups])
 
 
 # --- before it is read -----------------------------------------------------------------------------------------------
 
 
+def _names_classes(y: StoredArray, fit: Fit | None) -> bool:
+    """Whether y holds labels where targets may stand: whole numbers, one a row, beside several outputs."""
+    return fit is not None and fit.num_outputs > 1 and y.dtype.kind in "iu" and y.shape[1:] in {(), (1,)}
+
+
 def _check_matrix(array: StoredArray) -> None:
     """Rows of numbers; a y of one dimension is one column."""
     is_column = array.name == "y" and len(array.shape) == 1
-    if (len(array.shape) != 2 and not is_column) or not all(array.shape) or array.dtype.kind not in "fiu":  # noqa: PLR2004 - rows of numbers
-        found = f"{array.dtype} of shape {list(array.shape)}"
-        raise DataError(f"{array.path}: {array.name}: expected rows of numbers, found {found}")
+    if (len(array.shape) == 2 or is_column) and all(array.shape) and array.dtype.kind in "fiu":  # noqa: PLR2004 - rows of numbers
+        return
+    hint = ""
+    if len(array.shape) == 3:  # noqa: PLR2004 - texts of tokens
+        hint = f"one row for each token: {array.name}.reshape(-1, {array.shape[2]}), and groups with the number of its text for each"
+    elif array.dtype.kind == "b":
+        hint = _BY_CLASS if array.name == "y" else f"{array.name}.astype('float32')"
+    raise DataError(
+        f"{array.path}: {array.name}: expected rows of numbers, found {array.dtype} of shape {list(array.shape)}", hint=hint
+    )
 
 
 def _check_labels(array: StoredArray) -> None:
-    if array.shape[1:] not in {(), (1,)} or not array.shape or array.dtype.kind not in "iu":
-        raise DataError(
-            f"{array.path}: y: expected whole-numbered labels, one a row, for cross-entropy, found {array.dtype}"
-            f" of shape {list(array.shape)}",
-            hint="--loss mse takes targets",
-        )
+    if array.shape[1:] in {(), (1,)} and array.shape and array.dtype.kind in "iu":
+        return
+    is_one_hot = len(array.shape) == 2 and array.shape[1] > 1  # noqa: PLR2004 - a column for each class
+    raise DataError(
+        f"{array.path}: y: expected whole-numbered labels, one a row, for cross-entropy, found {array.dtype}"
+        f" of shape {list(array.shape)}",
+        hint="if y is one-hot: y.argmax(axis=1); --loss mse takes targets" if is_one_hot else _BY_CLASS,
+    )
 
 
-def _check_fit(x: StoredArray, y: StoredArray, fit: Fit, *, loss: LossName, num_kept: int) -> None:
-    _check_width(x, fit.layers[0])
-    columns = y.shape[1] if len(y.shape) > 1 else 1
-    if loss == "mse" and columns != fit.num_outputs:
-        raise DataError(
-            f"{y.path}: y: expected {fit.num_outputs} columns, one for each output, found {columns}",
-            hint="y contains targets of the layer, or of the head if there is one",
-        )
-    narrowest = min(layer.num_outputs for layer in fit.layers)
-    if num_kept > 2 * narrowest:
-        raise UsageError(
-            f"{x.path}: {num_kept} rows, more than twice the {narrowest} outputs of the layer: ordinary training"
-            " is cheaper there",
-            hint=f"--subsample {2 * narrowest} or fewer tunes on some of them",
-        )
+def _check_fit(arrays: dict[str, StoredArray], fit: Fit, *, is_labels: bool) -> None:
+    _check_width(arrays["x"], fit.layers[0])
+    for name in ("out",) if is_labels else ("out", "y"):
+        array = arrays.get(name)
+        columns = 0 if array is None else array.shape[1] if len(array.shape) > 1 else 1
+        if array is not None and (columns != fit.num_outputs or len(array.shape) > 2):  # noqa: PLR2004 - rows of numbers
+            raise DataError(
+                f"{array.path}: {name}: expected {fit.num_outputs} columns, one for each output, found {columns}",
+                hint=f"{name} contains {'targets' if name == 'y' else 'outputs'} of the layer, or of the head if there is one",
+            )
 
 
 def _check_width(x: StoredArray, layer: Weight, *, what: str = "x") -> None:
@@ -198,11 +207,10 @@ def _check_width(x: StoredArray, layer: Weight, *, what: str = "x") -> None:
     if found == width:
         return
     shape = f"{layer.name} is {layer.num_outputs} x {width}, outputs x inputs"
-    hint = (
-        f"{layer.name} may be stored as inputs x outputs, as GPT-2's Conv1D is: save its transpose as a linear layer"
-        if found == layer.num_outputs
-        else "x holds the inputs of the layer, not of the model"
-    )
+    hint = "x holds the inputs of the layer, not of the model"
+    if found == layer.num_outputs:
+        kind = "is not stored" if layer.is_transposed else "may be stored"
+        hint = f"{layer.name} {kind} as inputs x outputs, as GPT-2's Conv1D is: {'leave out' if layer.is_transposed else 'add'} --transposed"
     raise DataError(f"{x.path}: {what}: expected {width} columns ({shape}), found {found}", hint=hint)
 
 
@@ -210,18 +218,18 @@ def _check_size(array: StoredArray, num_rows: int) -> None:
     if num_rows * prod(array.shape[1:]) > MAX_NUMBERS:
         raise DataError(
             f"{array.path}: {array.name}: expected at most {MAX_NUMBERS} numbers, found {num_rows} rows of"
-            f" {prod(array.shape[1:])}",
-            hint="save fewer rows",
+            f" {prod(array.shape[1:])}, {num_rows * prod(array.shape[1:]) / 2**27:.1f} GiB in float64",
+            hint=f"--subsample {MAX_NUMBERS // prod(array.shape[1:])} uses some of them",
         )
 
 
 # --- as it is read ---------------------------------------------------------------------------------------------------
 
 
-def _read_rows(array: StoredArray, chosen: NDArray[np.int64], *, labels: bool = False) -> tuple[NDArray[Any], bool]:
-    """The chosen rows of an array, in their order, as float64 (n, columns) or labels (n,); and whether any two rows differ."""
-    shape = (len(chosen),) if labels else (len(chosen), prod(array.shape[1:]))
-    kept = np.empty(shape, np.int64 if labels else np.float64)
+def _read_rows(array: StoredArray, chosen: Numbers, *, as_numbers: bool = False) -> tuple[NDArray[Any], bool]:
+    """The chosen rows of an array, in their order, as float64 (n, columns) or whole numbers (n,); and whether any two rows differ."""
+    shape = (len(chosen),) if as_numbers else (len(chosen), prod(array.shape[1:]))
+    kept = np.empty(shape, np.int64 if as_numbers else np.float64)
     first, differ, start = None, False, 0
     for block in array.blocks():
         _check_finite(array, block, start)
@@ -244,7 +252,7 @@ def _check_finite(array: StoredArray, block: NDArray[Any], start: int) -> None:
         )
 
 
-def _check_range(path: Path, labels: NDArray[np.int64], rows: NDArray[np.int64], num_outputs: int) -> None:
+def _check_range(path: Path, labels: Numbers, rows: Numbers, num_outputs: int) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= num_outputs))
     if len(wrong):
         raise DataError(
@@ -253,6 +261,44 @@ def _check_range(path: Path, labels: NDArray[np.int64], rows: NDArray[np.int64],
         )
 
 
-def _groups(inputs: Array) -> NDArray[np.int64]:
+def _read_numbers(array: StoredArray | None, rows: Numbers) -> Numbers | None:
+    if array is None:
+        return None
+    if len(array.shape) != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"{array.path}: groups: expected one whole number a row, found {array.dtype} of shape {list(array.shape)}",
+            hint="numpy.unique(names, return_inverse=True)[1] numbers names",
+        )
+    return np.asarray(_read_rows(array, rows, as_numbers=True)[0])
+
+
+def _shares(array: StoredArray | None, rows: Numbers) -> Array:
+    if array is None:
+        return np.full(len(rows), 1 / len(rows))
+    if len(array.shape) != 1 or array.dtype.kind not in "fiu":
+        raise DataError(f"{array.path}: w: expected one weight a row, found {array.dtype} of shape {list(array.shape)}")
+    weights = _read_rows(array, rows)[0][:, 0]
+    if (weights <= 0).any():
+        row = int(rows[np.argmax(weights <= 0)])
+        raise DataError(
+            f"{array.path}: w: expected weights above 0, found {weights[weights <= 0][0]:g} in row {row}",
+            hint="leave out rows that do not count",
+        )
+    return np.asarray(weights / weights.sum())
+
+
+def _groups(inputs: Array, told: Numbers | None) -> tuple[Numbers, int]:
+    """Numbers from 0 of rows that belong together: of equal x, or of one group; and how many rows are copies."""
     known: dict[bytes, int] = {}
-    return np.array([known.setdefault(row.tobytes(), len(known)) for row in inputs], dtype=np.int64)
+    own = np.array([known.setdefault(row.tobytes(), len(known)) for row in inputs], dtype=np.int64)
+    groups = own if told is None else told
+    while True:  # a copy joins the groups of both rows
+        least = np.full(own.max() + 1, np.iinfo(np.int64).max)
+        np.minimum.at(least, own, groups)
+        if told is None or (least[own] == groups).all():
+            break
+        _, told = np.unique(groups, return_inverse=True)
+        by_group = np.full(told.max() + 1, np.iinfo(np.int64).max)
+        np.minimum.at(by_group, told, least[own])
+        groups = by_group[told]
+    return np.unique(groups, return_inverse=True)[1].astype(np.int64), len(inputs) - len(known)

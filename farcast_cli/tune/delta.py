@@ -3,7 +3,8 @@
     W = c W_0 + U^T D
 
 A delta file is a safetensors file with, for layer i, `i.factors` (r, m_out), `i.directions` (r, m_in, one more with a
-bias) and `i.scale`, in float64. Its metadata say for which weights it was made, how, and the SHA-256 of all its values.
+bias) in float32 and `i.scale` in float64. Its metadata say for which weights it was made, how, and the SHA-256 of all its
+values.
 
 Shapes: r directions, N elements of a stretch.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FORMAT = "farcast tune 1"
+TOLERANCE = 1e-4  # of the norm of a change: what fewer directions may leave of it
 GROUP_ELEMENTS = 1 << 17
 """Rows are always multiplied in the same groups of about so many elements, however a tensor is split: a sum's rounding
 may depend on how many rows a product has."""
@@ -55,10 +58,49 @@ class Delta:
     directions: Array
     checksum: int
     """Of the bytes of W_0, which it was made for."""
+    is_transposed: bool = False
 
     def applied(self, base: Array, overlap: Array) -> Array:
         """Z (n, m_out) of rows from their Z_0 and their inner products with D (n, r)."""
         return self.scale * base + overlap @ self.factors
+
+    @property
+    def size(self) -> float:
+        """|U^T D|."""
+        return math.sqrt(max(float(np.vdot(self.directions @ self.directions.T, self.factors @ self.factors.T)), 0.0))
+
+
+def multiplied(matrix: Array, columns: Array) -> Array:
+    """M C in the memory of C, some columns at a time; M (s, r) with s <= r."""
+    width = max(1, GROUP_ELEMENTS // max(1, len(columns)))
+    for start in range(0, columns.shape[1], width):
+        part = slice(start, start + width)
+        columns[: len(matrix), part] = matrix @ columns[:, part]
+    return columns[: len(matrix)]
+
+
+def truncated(factors: Array, directions: Array | None) -> tuple[Array, Array]:
+    """The same U^T D, up to `TOLERANCE`, by the fewest directions, which are orthonormal; in float32's numbers.
+
+    Args:
+        factors: (r, m_out); taken over.
+        directions: (r, m_in); None where they are the axes.
+
+    Returns:
+        U (r', m_out) and D (r', m_in).
+    """
+    basis = None
+    if directions is not None:
+        basis, mixed = np.linalg.qr(directions.T)
+        factors = multiplied(mixed, factors)
+    squares, turn = np.linalg.eigh(factors @ factors.T)
+    left = np.cumsum(np.maximum(squares, 0))
+    turn = turn[:, left > TOLERANCE**2 * left[-1]][:, ::-1]
+    kept = turn.T if basis is None else turn.T @ basis.T
+    made = multiplied(turn.T, factors)
+    for row in made:
+        row[:] = row.astype(np.float32)
+    return made, kept.astype(np.float32).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +115,12 @@ def maps_of(delta: Delta, weight: Weight, rounded: Rounded) -> dict[str, ValueMa
     """What becomes of each tensor of a layer, by its name: the shards of the weight, and of the bias."""
     width = weight.num_inputs
     made: dict[str, ValueMap] = {}
+    left, right = delta.factors, delta.directions[:, :width]
+    if weight.is_transposed:
+        left, right = right, left
     for number, shard in enumerate(weight.shards):
-        rows = delta.factors[:, shard.first : shard.first + shard.num_rows]
-        made[shard.entry.name] = _Map(delta.scale, rows, delta.directions[:, :width], shard.entry.dtype, rounded, number)
+        rows = left[:, shard.first : shard.first + shard.num_rows]
+        made[shard.entry.name] = _Map(delta.scale, rows, right, shard.entry.dtype, rounded, number)
     for number, shard in enumerate(weight.bias):
         rows = delta.factors[:, shard.first : shard.first + shard.num_rows]
         made[shard.entry.name] = _Map(delta.scale, rows, delta.directions[:, width:], shard.entry.dtype, rounded, -1 - number)
@@ -125,9 +170,9 @@ class _Map:
 def write_deltas(path: Path, deltas: Sequence[Delta], about: str, *, like: Path) -> None:
     """Write a delta file; `about`, its record, goes into its metadata. `like` is the checkpoint that it belongs to."""
     arrays = _arrays(deltas)
-    layers = [{"layer": d.layer, "bias": d.bias, "checksum": d.checksum} for d in deltas]
+    layers = [{"layer": d.layer, "bias": d.bias, "checksum": d.checksum, "transposed": d.is_transposed} for d in deltas]
     metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": about, "sha256": _digest(arrays)}
-    header = encode_header(((name, DTYPES["float64"], array.shape) for name, array in arrays.items()), metadata)
+    header = encode_header(((name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()), metadata)
     with open_new(path, like=like) as file:
         file.write(header)
         for array in arrays.values():
@@ -169,17 +214,17 @@ def read_about(path: Path) -> str:
     return read_safetensors(path).metadata.get("about", "")
 
 
-def _arrays(deltas: Sequence[Delta]) -> dict[str, Array]:
+def _arrays(deltas: Sequence[Delta]) -> dict[str, Any]:
     """What a delta file holds, by name."""
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Any] = {}
     for number, delta in enumerate(deltas):
-        arrays[f"{number}.directions"] = delta.directions
-        arrays[f"{number}.factors"] = delta.factors
+        arrays[f"{number}.directions"] = delta.directions.astype(np.float32)
+        arrays[f"{number}.factors"] = delta.factors.astype(np.float32)
         arrays[f"{number}.scale"] = np.array([delta.scale])
     return arrays
 
 
-def _digest(arrays: Mapping[str, Array]) -> str:
+def _digest(arrays: Mapping[str, Any]) -> str:
     whole = hashlib.sha256()
     for array in arrays.values():
         whole.update(np.ascontiguousarray(array).data)
@@ -194,10 +239,10 @@ def _delta(path: Path, number: int, about: Any, entries: dict[str, TensorEntry])
         raise ValueError(f"layer {number} is described wrongly")
     if not all(np.isfinite(values).all() for values in (directions, factors, scale)):
         raise FileFormatError(f"{path}: holds NaN or infinity", hint="write it again with --delta-out")
-    return Delta(layer, bias, float(scale[0]), factors, directions, checksum)
+    return Delta(layer, bias, float(scale[0]), factors, directions, checksum, about.get("transposed", False) is True)
 
 
 def _array(entry: TensorEntry) -> Array:
-    if entry.dtype.name != "float64":
+    if entry.dtype.name not in {"float32", "float64"}:
         raise ValueError(f"{entry.name} is {entry.dtype.name}")
     return read_tensor(entry)[0].reshape(entry.shape).astype(np.float64)

@@ -1,9 +1,11 @@
 """What is made small: activation, head and loss of the layer's pre-activations, with their derivatives.
 
-    h = act(Z),   o = h H^T + c (or h itself without a head),   loss = mean over rows of l(o_i, y_i)
+    h = act(Z),   o = h H^T + c (or h itself without a head),   loss = sum over rows of s_i l(o_i, y_i)
 
-mse:            l = mean_j (o_ij - y_ij)^2
+mse:            l = mean_j (o_ij - y_ij)^2, of labels with y_ij = 1 for the label j, else 0
 cross-entropy:  l = log sum_j exp(o_ij) - o_i,y_i
+
+The shares s of the rows sum to 1; None is 1 / n for each.
 
 Shapes: n rows, m outputs of the layer, k outputs in all (k = m without a head); Z (n, m), H (k, m), o (n, k).
 """
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _ERF_END = 6.5  # beyond it 1 - erf is below 4e-20
 _ERF_DEGREE = 19  # of the polynomial below; the largest error measured is 7e-16, and more terms round worse
+_TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715  # of gelu-tanh
 _CHUNK = 1 << 14  # numbers that stay in a core's cache while a polynomial of them is computed
 
 
@@ -54,63 +57,69 @@ class Objective:
         """L of each row, (n,)."""
         return self._row_losses(self.outputs(pre), targets)
 
-    def value(self, pre: Array, targets: Targets) -> float:
-        return float(self.row_losses(pre, targets).mean())
+    def value(self, pre: Array, targets: Targets, shares: Array | None = None) -> float:
+        return mean_of(self.row_losses(pre, targets), shares)
 
-    def value_and_gradient(self, pre: Array, targets: Targets) -> tuple[float, Array]:
-        """The mean loss, and its gradient by the pre-activations (n, m)."""
+    def value_and_gradient(self, pre: Array, targets: Targets, shares: Array | None = None) -> tuple[float, Array]:
+        """The loss, and its gradient by the pre-activations (n, m)."""
         out = self.outputs(pre)
-        back = out - targets if self.loss == "mse" else _softmax(out)
+        value = mean_of(self._row_losses(out, targets), shares)
         if self.loss == "mse":
-            value = float(np.vdot(back, back)) / back.size
-            back *= 2 / back.size
+            back = out - in_columns(targets, out.shape[1])
+            back *= 2 / out.shape[1]
         else:
-            value = float(self._row_losses(out, targets).mean())
+            back = softmax(out)
             back[np.arange(len(out)), targets.astype(np.intp)] -= 1
-            back /= len(out)
-        return value, self._pull_back(pre, back)
-
-    def curvature(self, pre: Array) -> Callable[[Array], Array]:
-        """The Gauss-Newton matrix of the mean loss at Z, J^T (d2 l / d o2) J, as what it makes of a direction (n, m)."""
+        back = np.asarray(back * _column(shares, len(out)))
+        back = back if self.head is None else np.asarray(back @ self.head)
         slope = slope_of(self.activation, pre)
-        likely = _softmax(self.outputs(pre)) if self.loss == "cross-entropy" else None
+        if slope is not None:
+            back *= slope
+        return value, back
+
+    def curvature(self, pre: Array, shares: Array | None = None) -> Callable[[Array], Array]:
+        """The Gauss-Newton matrix of the loss at Z, J^T (d2 l / d o2) J, as what it makes of a direction (n, m)."""
+        slope = slope_of(self.activation, pre)
+        likely = softmax(self.outputs(pre)) if self.loss == "cross-entropy" else None
+        column = _column(shares, len(pre))
 
         def apply(direction: Array) -> Array:
             moved = direction if slope is None else direction * slope
             moved = moved if self.head is None else moved @ self.head.T
             if likely is None:
-                moved = moved * (2 / moved.size)
+                moved = moved * (2 / moved.shape[1] * column)
             else:
-                moved = likely * (moved - (likely * moved).sum(axis=1, keepdims=True)) / len(pre)
-            back = moved if self.head is None else moved @ self.head
+                moved = likely * (moved - (likely * moved).sum(axis=1, keepdims=True)) * column
+            back = np.asarray(moved if self.head is None else moved @ self.head)
             return back if slope is None else back * slope
 
         return apply
 
-    def jacobian(self, pre: Array) -> Array:
-        """D o_q / d Z of each row, (k, n, m): what a head makes of the activation's slope."""
-        assert self.head is not None  # noqa: S101 - the caller's branch
-        slope = slope_of(self.activation, pre)
-        if slope is None:
-            return np.asarray(np.broadcast_to(self.head[:, None, :], (len(self.head), *pre.shape)))
-        return np.asarray(self.head[:, None, :] * slope)
-
     def _row_losses(self, out: Array, targets: Targets) -> Array:
         if self.loss == "mse":
-            return np.asarray(((out - targets) ** 2).mean(axis=1))
+            return np.asarray(((out - in_columns(targets, out.shape[1])) ** 2).mean(axis=1))
         top = out.max(axis=1)
         logs = np.log(np.exp(out - top[:, None]).sum(axis=1)) + top
         return np.asarray(logs - out[np.arange(len(out)), targets.astype(np.intp)])
 
-    def _pull_back(self, pre: Array, back: Array) -> Array:
-        back = back if self.head is None else np.asarray(back @ self.head)
-        slope = slope_of(self.activation, pre)
-        if slope is not None:
-            back *= slope
-        return back
+
+def in_columns(targets: Targets, count: int, first: int = 0) -> Array:
+    """Columns [first, first + count) of targets (n, k), or of what labels (n,) stand for: 1 for the label, else 0."""
+    if targets.ndim == 1:
+        return np.asarray(targets[:, None] == np.arange(first, first + count), np.float64)
+    return np.asarray(targets[:, first : first + count])
 
 
-def _softmax(out: Array) -> Array:
+def mean_of(losses: Array, shares: Array | None) -> float:
+    return float(losses.mean()) if shares is None else float(losses @ shares)
+
+
+def _column(shares: Array | None, num_rows: int) -> Array | float:
+    return 1 / num_rows if shares is None else shares[:, None]
+
+
+def softmax(out: Array) -> Array:
+    """The probabilities (n, k) of outputs."""
     raised = np.exp(out - out.max(axis=1, keepdims=True))
     raised /= raised.sum(axis=1, keepdims=True)
     return np.asarray(raised)
@@ -120,12 +129,13 @@ def _softmax(out: Array) -> Array:
 
 
 def activate(name: ActivationName, pre: Array) -> Array:
-    """act(z), elementwise. gelu is the exact one, z Phi(z), not its approximation by tanh."""
+    """act(z), elementwise. gelu is the exact one, z Phi(z); gelu-tanh approximates Phi by tanh, as GPT-2 has it."""
     if name == "relu":
         return np.maximum(pre, 0)
     if name == "tanh":
         return np.tanh(pre)
-    return pre * normal_cdf(pre) if name == "gelu" else pre
+    gate = _gate(name, pre)
+    return pre if gate is None else pre * gate[0]
 
 
 def slope_of(name: ActivationName, pre: Array) -> Array | None:
@@ -134,8 +144,20 @@ def slope_of(name: ActivationName, pre: Array) -> Array | None:
         return (pre > 0).astype(np.float64)
     if name == "tanh":
         return np.asarray(1 - np.tanh(pre) ** 2)
+    gate = _gate(name, pre)
+    return None if gate is None else gate[0] + pre * gate[1]
+
+
+def _gate(name: ActivationName, pre: Array) -> tuple[Array, Array] | None:
+    """g(z) and g'(z) of an activation z g(z)."""
     if name == "gelu":
-        return np.asarray(normal_cdf(pre) + pre * np.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi))
+        return normal_cdf(pre), np.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
+    if name == "silu":
+        gate = 0.5 + 0.5 * np.tanh(0.5 * pre)
+        return gate, gate * (1 - gate)
+    if name == "gelu-tanh":
+        bent = np.tanh(_TANH_SCALE * (pre + _TANH_CUBE * pre**3))
+        return 0.5 + 0.5 * bent, 0.5 * (1 - bent * bent) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * pre * pre)
     return None
 
 

@@ -6,18 +6,22 @@ make of W_0 is
 
     W = c W_0 + U^T D,      Z = X W^T = c Z_0 + K U,      Z_0 = X W_0^T,  K = X D^T
 
-and an iteration costs O(n^2 m): c, U and Z move, W_0 is not touched. In these coordinates <U, V> of W-space is
-tr(U^T K V) for the rows that are tuned on, so that conjugate gradients take the very steps they would take there.
+and an iteration moves c, U and Z; W_0 is not touched. There are two forms:
+
+    dual    D = the rows tuned on, K (n, n): a gradient by Z is one by U; <U, V> of W-space is tr(U^T K V); 2 n^2 m a product
+    primal  D = a basis of the inputs, K = X (n, m_in): a gradient by U is K^T g; <U, V> is tr(U^T V); 4 n m_in m
+
+The dual form is the cheaper one up to n = 2 m_in, and holds less up to n = m_in.
 
 Source: the claim (pay m^2 once, then less per iteration) is the abstract's of Song, Zhang, Zhang, "Training
 Multi-Layer Over-Parametrized Neural Network in Subquadratic Time" (arXiv 2112.07628); the algorithm is our derivation.
 
-Shapes: n rows tuned on, m outputs of the layer, k outputs of the head; X, D (n, m_in), U, Z (n, m), K (n, n).
+Shapes: n rows tuned on, m outputs of the layer, r directions; X (n, m_in), D (r, m_in), U (r, m), Z (n, m), K (n, r).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,16 +41,12 @@ if TYPE_CHECKING:
 
 ITERATIONS = {"gauss-newton": 30, "gradient-descent": 300}
 PATIENCE = {"gauss-newton": 5, "gradient-descent": 30}
-"""Iterations without a better loss on the early-stopping rows, after which a method ends."""
-RIDGES = tuple(10.0**exponent for exponent in range(1, -9, -1))
-"""Of the closed form, as shares of the mean of K's diagonal; the early-stopping rows choose."""
-DIRECT_ROWS, DIRECT_BYTES = 1024, 64 << 20  # n k, and bytes of the Jacobian, up to which its Gram matrix is solved directly
+"""Iterations without a better loss on rows that are left out, after which a method ends."""
 CG_ITERATIONS, CG_TOLERANCE = 40, 1e-3
 """Of an inner solve: a tighter one changes the path, and neither where it ends nor how soon."""
 POWER_ITERATIONS = 12
-TRIANGLE = 64  # rows of a triangular system that are solved at once
 FIRST_DAMPING = 1.0
-"""Of the largest curvature. From there the early-stopping rows choose on a finer path than from 0.001. Labels of unseen
+"""Of the largest curvature. From there the rows left out choose on a finer path than from 0.001. Labels of unseen
 characters: a loss of 2.94 against 3.05, and beside anchors 3.46 against none. Targets as noisy as they are large: of 25
 tunings that should help 25 begin and 2 do harm, against 11 and 8. Some six iterations more are the price."""
 LEAST_DAMPING = 1e-6  # of the largest curvature; below, a step amplifies rounding
@@ -58,11 +58,12 @@ GOOD, POOR = 0.75, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows by all that is needed of them: Z_0 (n, m), X D^T (n, r) and the targets, (n, k) or labels (n,)."""
+    """Rows by all that is needed of them: Z_0 (n, m), K (n, r), the targets, (n, k) or labels (n,), and the shares (n,)."""
 
     base: Array
     overlap: Array
     targets: NDArray[Any]
+    shares: Array | None = None
 
     def pre(self, point: Point) -> Array:
         """Their pre-activations at a point, (n, m)."""
@@ -78,33 +79,53 @@ class Point:
     scale: float
     factors: Array
 
-    def copy(self) -> Point:
-        return Point(self.scale, self.factors.copy())
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The rows tuned on, those that stop it early (none: it runs to its end), and what is made small."""
+    """The rows tuned on, in which form, and what is made small."""
 
     objective: Objective
-    tuned: Rows
-    early: Rows | None = None
+    rows: Rows
+    is_dual: bool = True
 
     @property
     def start(self) -> Point:
-        return Point(1.0, np.zeros((self.tuned.overlap.shape[1], self.tuned.base.shape[1])))
+        return Point(1.0, np.zeros((self.rows.overlap.shape[1], self.rows.base.shape[1])))
+
+    def value(self, pre: Array) -> float:
+        return self.objective.value(pre, self.rows.targets, self.rows.shares)
+
+    def value_and_gradient(self, pre: Array) -> tuple[float, Array]:
+        """The loss, and its gradient by U."""
+        loss, gradient = self.objective.value_and_gradient(pre, self.rows.targets, self.rows.shares)
+        return loss, self._by_factors(gradient)
+
+    def curvature(self, pre: Array) -> Callable[[Array], Array]:
+        """What the Gauss-Newton matrix makes of a direction that is given by its K V."""
+        by_pre = self.objective.curvature(pre, self.rows.shares)
+        return lambda moved: self._by_factors(by_pre(moved))
+
+    def inner(self, one: Array, other: Array, moved: Array) -> float:
+        """<U, V> of W-space; `moved` is K V."""
+        return float(np.vdot(one, moved if self.is_dual else other))
+
+    def _by_factors(self, gradient: Array) -> Array:
+        return gradient if self.is_dual else self.rows.overlap.T @ gradient
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to tune. `ridge` pulls towards W_0, `weight_decay` towards 0; a rate of None is found from the curvature."""
+    """How to tune. `ridge` pulls towards W_0, `weight_decay` towards 0; a rate of None is found from the curvature.
+
+    A ridge of None is chosen by rows left out where there is a closed form, and is 0 elsewhere.
+    """
 
     method: SolverName = "gauss-newton"
     iterations: int | None = None
     rate: float | None = None
-    momentum: float = MOMENTUM
-    weight_decay: float = 0.0
-    ridge: float = 0.0
+    momentum: float | None = None
+    weight_decay: float | None = None
+    ridge: float | None = None
     inner_iterations: int = CG_ITERATIONS
     inner_tolerance: float = CG_TOLERANCE
 
@@ -112,46 +133,34 @@ class Settings:
     def num_iterations(self) -> int:
         return ITERATIONS[self.method] if self.iterations is None else self.iterations
 
+    @property
+    def pull(self) -> float:
+        """Towards W_0."""
+        return self.ridge or 0.0
 
-@dataclass(slots=True)
-class Tuned:
-    """Where the tuning ended: the best point by the early-stopping rows, and the losses on the way to its last."""
+    @property
+    def decay(self) -> float:
+        return self.weight_decay or 0.0
 
-    point: Point
-    losses: list[float] = field(default_factory=list)
-    early_losses: list[float] = field(default_factory=list)
-    best: int = 0
+    @property
+    def inertia(self) -> float:
+        """The momentum."""
+        return MOMENTUM if self.momentum is None else self.momentum
 
 
-def tune(problem: Problem, settings: Settings) -> Tuned:
-    """Iterate until the early-stopping rows stop it, or to the end where there are none.
+def walk(problem: Problem, settings: Settings, first: Point | None = None) -> Iterator[tuple[Point, float]]:
+    """The path of a method: (point, loss) before each iteration, without ridge or decay. It ends where the loss is not finite.
 
-    `losses[t]` is the loss of the rows tuned on after t iterations, without ridge or decay.
+    Args:
+        first: where Gauss-Newton goes from the start, before it steps.
     """
-    if settings.method == "gradient-descent":
-        path = descend(problem, settings)
-    elif problem.objective.loss == "mse" and problem.objective.activation == "none" and problem.objective.head is None:
-        return _follow(closed_form(problem, settings), problem, len(RIDGES) + 1, len(RIDGES) + 1)
-    else:
-        path = newton(problem, settings)
-    return _follow(path, problem, settings.num_iterations, PATIENCE[settings.method])
-
-
-def _follow(path: Iterator[tuple[Point, float]], problem: Problem, iterations: int, patience: int) -> Tuned:
-    found = Tuned(problem.start)
+    path = descend(problem, settings) if settings.method == "gradient-descent" else newton(problem, settings, first)
     for iteration, (point, loss) in enumerate(path):
-        found.losses.append(loss)
-        score = loss
-        if problem.early is not None:
-            score = problem.objective.value(problem.early.pre(point), problem.early.targets)
-            found.early_losses.append(score)
-            if score < min(found.early_losses[:-1], default=np.inf):
-                found.point, found.best = point.copy(), iteration
-        else:
-            found.point, found.best = point, iteration
-        if iteration >= iterations or iteration - found.best >= patience or not np.isfinite(score):
-            break
-    return found
+        if not np.isfinite(loss):
+            return
+        yield point, loss
+        if iteration >= settings.num_iterations:
+            return
 
 
 # --- gradient descent ------------------------------------------------------------------------------------------------
@@ -164,21 +173,20 @@ def descend(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float
 
     In coordinates V = v_c W_0 + V_U^T D, and W - W_0 = (c - 1) W_0 + U^T D.
     """
-    rows, objective = problem.tuned, problem.objective
     point, velocity, scale_velocity = problem.start, np.zeros_like(problem.start.factors), 0.0
-    pull = settings.weight_decay + settings.ridge
+    pull = settings.decay + settings.pull
     rate = settings.rate
     while True:
-        loss, gradient = objective.value_and_gradient(rows.pre(point), rows.targets)
+        loss, gradient = problem.value_and_gradient(problem.rows.pre(point))
         yield point, loss
         if rate is None:
             rate = 1 / (largest_curvature(problem, point) + pull)
         if pull:
             gradient += pull * point.factors
-        velocity *= settings.momentum
+        velocity *= settings.inertia
         velocity += gradient
-        scale_velocity *= settings.momentum
-        scale_velocity += settings.weight_decay * point.scale + settings.ridge * (point.scale - 1)
+        scale_velocity *= settings.inertia
+        scale_velocity += settings.decay * point.scale + settings.pull * (point.scale - 1)
         np.multiply(velocity, rate, out=gradient)
         point.factors -= gradient
         point.scale -= rate * scale_velocity
@@ -186,45 +194,25 @@ def descend(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float
 
 def largest_curvature(problem: Problem, point: Point) -> float:
     """The largest eigenvalue of the Gauss-Newton matrix in W-space, by power iteration from the gradient."""
-    rows = problem.tuned
-    pre = rows.pre(point)
-    curvature = problem.objective.curvature(pre)
-    _, vector = problem.objective.value_and_gradient(pre, rows.targets)
+    pre = problem.rows.pre(point)
+    curvature = problem.curvature(pre)
+    _, vector = problem.value_and_gradient(pre)
     largest = 0.0
     for _ in range(POWER_ITERATIONS):
-        moved = rows.overlap @ vector
-        square = float(np.vdot(vector, moved))
+        moved = problem.rows.overlap @ vector
+        square = problem.inner(vector, vector, moved)
         if square <= 0:
             break
         image = curvature(moved)
-        largest = max(largest, float(np.vdot(image, moved)) / square)
+        largest = max(largest, problem.inner(image, vector, moved) / square)
         vector = image / np.sqrt(square)
     return largest or 1.0
-
-
-# --- closed form -----------------------------------------------------------------------------------------------------
-
-
-def closed_form(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float]]:
-    """Squared loss without activation: (K + mu I) U = Y - Z_0, from the start to ever smaller mu, or to the ridge's own.
-
-    mu = ridge n m / 2 for the mean over n rows and m outputs. One eigendecomposition of K serves all.
-    """
-    rows = problem.tuned
-    residual = rows.targets - rows.base
-    yield problem.start, float((residual**2).mean())
-    values, vectors = np.linalg.eigh(rows.overlap)
-    turned = vectors.T @ residual
-    mean = float(values.mean())
-    for mu in [settings.ridge * residual.size / 2] if settings.ridge else [share * mean for share in RIDGES]:
-        point = Point(1.0, vectors @ (turned / (np.maximum(values, 0) + mu)[:, None]))
-        yield point, float(((residual - rows.overlap @ point.factors) ** 2).mean())
 
 
 # --- Gauss-Newton ----------------------------------------------------------------------------------------------------
 
 
-def newton(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float]]:
+def newton(problem: Problem, settings: Settings, first: Point | None = None) -> Iterator[tuple[Point, float]]:
     """Gauss-Newton with Levenberg and Marquardt's damping: (point, loss) before each step.
 
     Minimises the loss + ridge / 2 |W - W_0|^2. Ends where no damping makes a step that helps.
@@ -232,17 +220,14 @@ def newton(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float]
     Source: Marquardt, "An algorithm for least-squares estimation of nonlinear parameters" (1963); damping times the
     identity, as Levenberg has it, since inputs of a layer have one scale.
     """
-    rows, objective = problem.tuned, problem.objective
-    is_direct = objective.loss == "mse" and objective.head is not None and _fits(rows, len(objective.head))
-    search = _Search.begin(problem, settings.ridge)
+    search = _Search.begin(problem, settings)
     place: _Place | None = search.place(problem.start)
+    if first is not None and place is not None:
+        yield place.point, place.loss
+        place = search.place(first)
     while place is not None:
         yield place.point, place.loss
-        pre = rows.pre(place.point)
-        _, gradient = objective.value_and_gradient(pre, rows.targets)
-        gradient += settings.ridge * place.point.factors
-        solve = _by_gram(problem, pre, place.point, settings) if is_direct else _by_cg(problem, pre, gradient, settings)
-        place = search.improved(place, gradient, solve)
+        place = search.improved(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,30 +244,35 @@ class _Search:
     """Damped steps until one helps; the damping follows how well the quadratic model foretold the gain."""
 
     problem: Problem
-    ridge: float
+    settings: Settings
     damping: float
     least_damping: float
     least_gain: float
 
     @classmethod
-    def begin(cls, problem: Problem, ridge: float) -> _Search:
-        largest = largest_curvature(problem, problem.start) + ridge
-        search = cls(problem, ridge, FIRST_DAMPING * largest, LEAST_DAMPING * largest, 0.0)
+    def begin(cls, problem: Problem, settings: Settings) -> _Search:
+        largest = largest_curvature(problem, problem.start) + settings.pull
+        search = cls(problem, settings, FIRST_DAMPING * largest, LEAST_DAMPING * largest, 0.0)
         search.least_gain = LEAST_GAIN * search.place(problem.start).loss
         return search
 
     def place(self, point: Point) -> _Place:
-        moved = self.problem.tuned.overlap @ point.factors
-        loss = self.problem.objective.value(self.problem.tuned.base + moved, self.problem.tuned.targets)
-        return _Place(point, loss, loss + self.ridge / 2 * float(np.vdot(point.factors, moved)))
+        moved = self.problem.rows.overlap @ point.factors
+        loss = self.problem.value(self.problem.rows.base + moved)
+        return _Place(point, loss, loss + self.settings.pull / 2 * self.problem.inner(point.factors, point.factors, moved))
 
-    def improved(self, place: _Place, gradient: Array, solve: Callable[[float], Array]) -> _Place | None:
+    def improved(self, place: _Place) -> _Place | None:
         """The next place, or None where no damping makes a step that helps."""
+        pre = self.problem.rows.pre(place.point)
+        _, gradient = self.problem.value_and_gradient(pre)
+        gradient += self.settings.pull * place.point.factors
+        curvature = self.problem.curvature(pre)
         for _ in range(MAX_TRIES):
-            step = solve(self.damping)
+            step = self._solved(curvature, gradient)
             trial = self.place(Point(1.0, place.point.factors + step))
-            moved = self.problem.tuned.overlap @ step
-            promised = (self.damping * float(np.vdot(step, moved)) - float(np.vdot(gradient, moved))) / 2
+            moved = self.problem.rows.overlap @ step
+            inner = self.problem.inner
+            promised = (self.damping * inner(step, step, moved) - inner(gradient, step, moved)) / 2
             self._learn((place.total - trial.total) / promised if promised > 0 else 0.0)
             if trial.total < place.total - self.least_gain:
                 return trial
@@ -293,91 +283,28 @@ class _Search:
         factor = SHRINK if share > GOOD else GROW if share < POOR else 1
         self.damping = max(self.damping * factor, self.least_damping)
 
+    def _solved(self, curvature: Callable[[Array], Array], gradient: Array) -> Array:
+        """The damped step V (r, m) by conjugate gradients: (J^T L J + (damping + ridge) I) V = - gradient.
 
-def _fits(rows: Rows, num_outputs: int) -> bool:
-    size = len(rows.base) * num_outputs
-    return size <= DIRECT_ROWS and 8 * size * rows.base.shape[1] <= DIRECT_BYTES
-
-
-def _by_gram(problem: Problem, pre: Array, point: Point, settings: Settings) -> Callable[[float], Array]:
-    """The damped step V (n, m) for mse behind a head, from the Gram matrix of the Jacobian, (k n, k n).
-
-    With J_(q,i) = A_qi d_i^T, A_q = H_q o act'(Z), s = 2 / (n k) and t = damping + ridge:
-
-        J J^T  = (A A^T) o K
-        alpha  = (J J^T + t / s I)^-1 (r - ridge / t J U)
-        V      = - sum_q alpha_q o A_q - ridge / t U
-    """
-    rows, ridge = problem.tuned, settings.ridge
-    jacobian = problem.objective.jacobian(pre)
-    num_outputs, num_rows, width = jacobian.shape
-    flat = np.ascontiguousarray(jacobian).reshape(num_outputs * num_rows, width)
-    gram = flat @ flat.T
-    gram *= np.tile(rows.overlap, (num_outputs, num_outputs))
-    residual = (problem.objective.outputs(pre) - rows.targets).T.reshape(-1)
-    moved = np.einsum("qnm,nm->qn", jacobian, rows.overlap @ point.factors).reshape(-1) if ridge else 0.0
-    share = 2 / residual.size
-
-    def make(damping: float) -> Array:
-        whole = damping + ridge
-        damped = gram + whole / share * np.eye(len(gram))
-        alpha = solve_by_cholesky(damped, residual - ridge / whole * moved)
-        step = -np.einsum("qn,qnm->nm", alpha.reshape(num_outputs, num_rows), jacobian)
-        return np.asarray(step - ridge / whole * point.factors if ridge else step)
-
-    return make
-
-
-def solve_by_cholesky(matrix: Array, right: Array) -> Array:
-    """The solution (N,) of a positive definite system; numpy has the factor, and no solver for a triangle.
-
-    The triangle is solved in blocks: each is a small system, and what is known so far is a product.
-    """
-    lower: Array = np.linalg.cholesky(matrix).astype(np.float64, copy=False)
-    return _solve_lower(lower[::-1, ::-1].T, _solve_lower(lower, right)[::-1])[::-1]
-
-
-def _solve_lower(lower: Array, right: Array) -> Array:
-    solution = right.copy()
-    for start in range(0, len(right), TRIANGLE):
-        block = slice(start, start + TRIANGLE)
-        known = lower[block, :start] @ solution[:start]
-        solution[block] = np.linalg.solve(lower[block, block], solution[block] - known)
-    return solution
-
-
-def _by_cg(problem: Problem, pre: Array, gradient: Array, settings: Settings) -> Callable[[float], Array]:
-    """The damped step V (n, m) from matrix-free conjugate gradients: (J^T L J + (damping + ridge) I) V = - gradient.
-
-    Inner products are those of W-space, tr(A^T K B), so that the steps are those of dense conjugate gradients.
-    """
-    curvature = problem.objective.curvature(pre)
-
-    def make(damping: float) -> Array:
-        return _conjugate_gradients(curvature, -gradient, problem.tuned.overlap, damping + settings.ridge, settings)
-
-    return make
-
-
-def _conjugate_gradients(
-    curvature: Callable[[Array], Array], right: Array, gram: Array, damping: float, settings: Settings
-) -> Array:
-    solution, rest = np.zeros_like(right), right.copy()
-    moved = gram @ rest
-    way, way_moved = rest.copy(), moved.copy()
-    square = first = float(np.vdot(rest, moved))
-    for _ in range(settings.inner_iterations):
-        image = curvature(way_moved) + damping * way
-        bend = float(np.vdot(image, way_moved))
-        if bend <= 0:
-            break
-        length = square / bend
-        solution += length * way
-        rest -= length * image
-        moved = gram @ rest
-        before, square = square, float(np.vdot(rest, moved))
-        if square <= settings.inner_tolerance**2 * first:
-            break
-        way = rest + square / before * way
-        way_moved = moved + square / before * way_moved
-    return solution
+        L is the curvature of the loss by the outputs. Products and inner products are those of W-space.
+        """
+        overlap, inner, damping = self.problem.rows.overlap, self.problem.inner, self.damping + self.settings.pull
+        solution, rest = np.zeros_like(gradient), -gradient
+        moved = overlap @ rest
+        way, way_moved = rest.copy(), moved.copy()
+        square = first = inner(rest, rest, moved)
+        for _ in range(self.settings.inner_iterations):
+            image = curvature(way_moved) + damping * way
+            bend = inner(image, way, way_moved)
+            if bend <= 0:
+                break
+            length = square / bend
+            solution += length * way
+            rest -= length * image
+            moved = overlap @ rest
+            before, square = square, inner(rest, rest, moved)
+            if square <= self.settings.inner_tolerance**2 * first:
+                break
+            way = rest + square / before * way
+            way_moved = moved + square / before * way_moved
+        return solution

@@ -43,9 +43,10 @@ def judged(asked: TuneSidecar, outcome: TuneOutcome, verdict: GateResult) -> Tun
     before, after = outcome.tuned_loss
     return asked.model_copy(
         update={
-            "held_out": HeldOut(before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_rows),
-            "tuned": TunedOn(before=before, after=after, rows=outcome.num_rows[0]),
-            "num_rows": outcome.num_rows,
+            "held_out": HeldOut(
+                before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_rows, judged_by=verdict.judged_by
+            ),
+            "tuned": TunedOn(before=before, after=after, rows=outcome.num_rows),
             "iterations": outcome.iterations,
             "relative_change": outcome.sizes,
             "notes": outcome.notes,
@@ -62,8 +63,8 @@ def outcome_of(record: TuneSidecar, place: Path) -> TuneOutcome:
     z = float("inf") if held_out.z is None else held_out.z
     return replace(
         outcome,
-        verdict=GateResult(held_out.before, held_out.after, z, record.gate, held_out.rows),
-        num_rows=record.num_rows or outcome.num_rows,
+        verdict=GateResult(held_out.before, held_out.after, z, record.gate, held_out.rows, held_out.judged_by),
+        num_rows=tuned.rows,
         iterations=record.iterations or 0,
         tuned_loss=(tuned.before, tuned.after),
         sizes=record.relative_change,
@@ -88,7 +89,7 @@ def _asked(snapshot: Snapshot, place: Path, *, layers: Sequence[str], method: st
 
 
 def _options(request: TuneRequest, home: Path) -> TuneOptions:
-    settings, anchor = request.settings, request.anchor
+    settings, anchor, val = request.settings, request.anchor, request.val
     return TuneOptions(
         loss=request.loss,
         activation=request.activations,
@@ -97,11 +98,13 @@ def _options(request: TuneRequest, home: Path) -> TuneOptions:
         head_bias=request.head_bias,
         anchor=None if anchor is None else relative(anchor, home),
         anchor_sha256=None if anchor is None else sha256_of(anchor),
+        transposed=request.is_transposed,
+        val=None if val is None else relative(val, home),
+        val_sha256=None if val is None else sha256_of(val),
         iterations=settings.iterations,
         rate=settings.rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         ridge=settings.ridge,
-        holdout=request.holdout,
         subsample=request.subsample,
     )

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from farcast_cli.errors import FarcastError, OutputError, visible
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_ours, read_sidecar, sidecar_of
+from farcast_cli.files.staged import refuse_existing
 from farcast_cli.records import TuneSidecar
 from farcast_cli.repeat import changed_since
 from farcast_cli.tune.delta import read_about
@@ -23,6 +24,7 @@ from farcast_cli.tune.record import outcome_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from farcast_cli.files.staged import Check
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.request import TuneOutcome
 
@@ -34,6 +36,7 @@ class Place:
     path: Path
     option: str
     is_file: bool
+    overwrite: bool = False
 
     @property
     def is_delta(self) -> bool:
@@ -45,7 +48,9 @@ class Place:
         return os.path.lexists(self.path)
 
     def exists_already(self, why: str) -> OutputError:
-        return OutputError(f"{self.path}: exists already, {why}", hint=f"choose another place with {self.option}")
+        return OutputError(
+            f"{self.path}: exists already, {why}", hint=f"--overwrite replaces it; {self.option} OTHER writes elsewhere"
+        )
 
     def read_record(self) -> TuneSidecar:
         """What an output says of itself. Reads a delta file whole, and three blocks of each file of a checkpoint.
@@ -59,8 +64,13 @@ class Place:
             raise self.exists_already("made in a way that its record does not tell") from error
 
     def check_record(self, _path: Path) -> None:
-        """See that what has the name can be compared with a request."""
+        """See that what has the name can be compared with a request, or replaced: it is what `tune` wrote, unchanged."""
         self.read_record()
+
+    @property
+    def check(self) -> Check:
+        """Of what has the name right before the output gets it."""
+        return self.check_record if self.overwrite else refuse_existing
 
     def _content(self) -> object:
         try:
@@ -125,8 +135,9 @@ def _options(record: TuneSidecar) -> dict[str, object]:
     if record.delta is not None:
         files["--apply"] = _File(record.delta_sha256, record.delta)
     if options := record.options:
-        named |= {"gate": record.gate, **options.model_dump(exclude={"anchor", "anchor_sha256"})}
+        named |= {"gate": record.gate, **options.model_dump(exclude={"anchor", "anchor_sha256", "val", "val_sha256"})}
         files["--anchor"] = options.anchor and _File(options.anchor_sha256, options.anchor)
+        files["--val"] = options.val and _File(options.val_sha256, options.val)
     if record.data:
         files["--data"] = _File(record.data.sha256, record.data.path)
     return {f"--{key.replace('_', '-')}": value for key, value in named.items()} | files

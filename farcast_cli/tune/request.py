@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from farcast_cli.choices import DEFAULT_GATE, HOLDOUT
+from farcast_cli.choices import DEFAULT_GATE
 from farcast_cli.tune.delta import Rounded
 from farcast_cli.tune.one_layer import Settings
 
@@ -25,17 +25,20 @@ class TuneRequest:
     data: Path
     loss: LossName
     biases: tuple[str, ...] = ()
-    activations: tuple[ActivationName, ...] = ("none",)
+    activations: tuple[ActivationName, ...] = ()
     head: str | None = None
     head_bias: str | None = None
+    is_transposed: bool = False
     anchor: Path | None = None
+    val: Path | None = None
     settings: Settings = field(default_factory=Settings)
-    holdout: float = HOLDOUT
     gate: float = DEFAULT_GATE
     subsample: int | None = None
     rounded: Rounded = field(default_factory=Rounded)
     output: Path | None = None
     delta_out: Path | None = None
+    lora_out: Path | None = None
+    overwrite: bool = False
     num_threads: int = 1
 
 
@@ -47,8 +50,7 @@ class TuneOutcome:
     method: str
     verdict: GateResult | None = None
     path: Path | None = None
-    num_rows: tuple[int, int, int] = (0, 0, 0)
-    """Tuned on, that stop it early, held out."""
+    num_rows: int = 0
     iterations: int = 0
     tuned_loss: tuple[float, float] = (0.0, 0.0)
     """Of the rows tuned on, before and after."""

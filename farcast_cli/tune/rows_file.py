@@ -23,6 +23,8 @@ import numpy as np
 from farcast_cli.errors import DataError, FarcastError, FileFormatError, UnsafeFileError, UsageError
 from farcast_cli.files.reading import Input, file_size, read_bytes
 from farcast_cli.formats.safetensors_file import read_safetensors
+from farcast_cli.formats.torch_file import read_torch_file
+from farcast_cli.formats.torch_pickle import TensorRef
 from farcast_cli.tensors import FLOATING
 from farcast_cli.tune.numbers import decode
 
@@ -44,7 +46,7 @@ _ENCRYPTED = 0x1 | 0x40  # of a zip member's flags
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _PREFIX = {(1, 0): 10, (2, 0): 12}
 """Bytes of an .npy before its header, by version; a later one is for names that plain numbers do not have."""
-_NUMBERS = re.compile(r"[<>|=]?(?:f[248]|[iu][1248])")
+_NUMBERS = re.compile(r"[<>|=]?(?:f[248]|[iu][1248])|\|b1")
 _Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 """Shape, whether it is stored by columns, element type."""
 _DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError)
@@ -61,23 +63,24 @@ class StoredArray:
     blocks: Callable[[], Iterator[NDArray[Any]]]
 
 
-def open_rows(path: Path, names: tuple[str, ...]) -> dict[str, StoredArray]:
-    """The named arrays of a .safetensors or .npz file, of which only headers are read.
+def open_rows(path: Path, names: tuple[str, ...], *, optional: tuple[str, ...] = ()) -> dict[str, StoredArray]:
+    """The named arrays of a .safetensors, .npz or .pt file, of which only headers are read; the optional ones, where they are there.
 
     Raises:
-        FileFormatError: no such file, none of the two formats, or damaged.
+        FileFormatError: no such file, none of these formats, or damaged.
         UnsafeFileError: an array of pickled objects.
         DataError: an array is missing, is there twice, or holds no plain numbers.
     """
-    if path.suffix not in {".safetensors", ".npz"}:
-        raise UsageError(f"{path}: expected a .safetensors or .npz file with {' and '.join(names)}")
-    size = file_size(path)  # which says that it is not there
-    found = _in_safetensors(path, names, size) if path.suffix == ".safetensors" else _in_npz(path, names)
+    if path.suffix not in _READERS:
+        raise UsageError(f"{path}: expected a .safetensors, .npz or .pt file with {' and '.join(names)}")
+    file_size(path)  # which says that it is not there
+    found = _READERS[path.suffix](path, (*names, *optional))
     for name in names:
         if name not in found:
             raise DataError(f"{path}: no array {name!r}", hint="x contains the inputs of the layer, y its targets or labels")
-        if not found[name].shape:
-            raise DataError(f"{path}: {name}: expected rows of numbers, found {found[name].dtype} of shape []")
+    for name, array in found.items():
+        if not array.shape:
+            raise DataError(f"{path}: {name}: expected rows of numbers, found {array.dtype} of shape []")
     return found
 
 
@@ -88,7 +91,8 @@ def _rows_at_once(shape: tuple[int, ...], itemsize: int) -> int:
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def _in_safetensors(path: Path, names: tuple[str, ...], size: int) -> dict[str, StoredArray]:
+def _in_safetensors(path: Path, names: tuple[str, ...]) -> dict[str, StoredArray]:
+    size = file_size(path)
     length = int.from_bytes(read_bytes(path, 0, min(size, 8)), "little")
     if MAX_HEADER_BYTES < length < size:
         raise FileFormatError(
@@ -101,7 +105,9 @@ def _in_safetensors(path: Path, names: tuple[str, ...], size: int) -> dict[str, 
 def _stored(entry: TensorEntry) -> StoredArray:
     kind = entry.dtype.name
     if kind not in FLOATING and kind not in _INTEGERS:
-        raise DataError(f"{entry.path}: {entry.name} is {kind}: expected plain numbers")
+        raise DataError(
+            f"{entry.path}: {entry.name} is {kind}: expected plain numbers", hint=f"{entry.name}.long() or .float()"
+        )
 
     def values(raw: bytes) -> NDArray[Any]:
         return decode(raw, entry.dtype) if kind in FLOATING else np.frombuffer(raw, _INTEGERS[kind])
@@ -115,6 +121,23 @@ def _stored(entry: TensorEntry) -> StoredArray:
             yield values(raw).reshape(rows, *entry.shape[1:])
 
     return StoredArray(entry.path, entry.name, entry.shape, values(b"").dtype, blocks)
+
+
+def _in_torch(path: Path, names: tuple[str, ...]) -> dict[str, StoredArray]:
+    """The tensors of a dict that torch.save wrote; nothing else of it is made."""
+    tree = read_torch_file(path)
+    if not isinstance(tree.tree, dict):
+        raise DataError(f"{path}: expected a dict of tensors", hint="torch.save({'x': ..., 'y': ...}, FILE)")
+    found = {}
+    for name in names:
+        value = tree.tree.get(name)
+        if isinstance(value, TensorRef):
+            found[name] = _stored(tree.entry(name, value))
+            if tree.entry(name, value).strides:
+                raise DataError(f"{path}: {name} is not stored row by row", hint=f"{name}.contiguous()")
+        elif value is not None:
+            raise DataError(f"{path}: {name}: expected a tensor, found none", hint=f"torch.as_tensor({name})")
+    return found
 
 
 # --- npz -------------------------------------------------------------------------------------------------------------
@@ -250,3 +273,6 @@ def _read(path: Path, info: zipfile.ZipInfo, stream: Any, num_bytes: int) -> NDA
             raise _damaged(path, f"{info.filename}: ends early: {num_bytes - done} bytes are missing")
         done += count
     return found
+
+
+_READERS = {".safetensors": _in_safetensors, ".npz": _in_npz, ".pt": _in_torch}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import isfinite
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from farcast_cli.choices import SolverName
+from farcast_cli.choices import ActivationName, SolverName
 from farcast_cli.errors import DataError, OutputError, SnapshotError, UsageError
 from farcast_cli.files.reading import mark_of
 from farcast_cli.files.staged import staged
 from farcast_cli.run.trajectory import open_snapshot
+from farcast_cli.sidecar import files_of, write_sidecar
 from farcast_cli.trainers.base import unchanged
-from farcast_cli.tune.data import Draw, Fit, read_anchors, read_data, split
+from farcast_cli.tune.adapter import check_adaptable, write_adapter
+from farcast_cli.tune.data import Draw, Fit, check_enough, folds_of, read_anchors, read_data
 from farcast_cli.tune.delta import read_deltas, write_deltas
+from farcast_cli.tune.description import check_description
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.record import asked_to_apply, asked_to_tune, judged
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from farcast_cli.progress import Progress
     from farcast_cli.records import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
-    from farcast_cli.tune.data import Data, Splits
+    from farcast_cli.tune.data import Data
     from farcast_cli.tune.delta import Delta, Rounded
     from farcast_cli.tune.gate import GateResult
     from farcast_cli.tune.request import TuneRequest
@@ -46,9 +50,9 @@ MAX_HEAD_BYTES = 128 << 20
 
 
 def tune_checkpoint(request: TuneRequest, progress: Progress) -> TuneOutcome:
-    """Tune layers of a checkpoint on labelled rows; write it where the held-out rows are the better for it.
+    """Tune layers of a checkpoint on labelled rows; write it where rows that were not seen are the better for it.
 
-    Reads each layer once to tune it (several layers: as often as they are refreshed), once to write, once to check.
+    Reads each layer once to tune it (several layers: twice an iteration), once to write, once to check.
 
     Raises:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
@@ -58,29 +62,25 @@ def tune_checkpoint(request: TuneRequest, progress: Progress) -> TuneOutcome:
     snapshot = open_snapshot(request.checkpoint)
     place = _place_of(request, snapshot)
     check_place_of(place, snapshot)
-    if place.is_taken:
+    if place.is_taken and not place.overwrite:
         return repeated(place, asked_to_tune(request, snapshot, place.path), snapshot)
     files = _marks_of(request)
     model = _model_of(request, snapshot)
-    data, splits, anchors, notes = _data_of(request, model)
+    work = _Work(request, snapshot, model, *_data_of(request, model))
     with unchanged([snapshot], copied=snapshot):
         told = progress("tune", 0)
-        solved = solve(model, data, splits, request.settings, anchors=anchors)
+        work.tune()
         told(0)
-        gate = splits.gate
-        verdict = judge(solved.before[gate], solved.after[gate], data.groups[gate], threshold=request.gate)
-        outcome = _outcome(request, solved, verdict, splits)
-        outcome = replace(outcome, notes=(*notes, *_left_alone(snapshot), *solved.notes))
-        if verdict.is_accepted:
-            about = judged(asked_to_tune(request, snapshot, place.path), outcome, verdict)
+        outcome = work.outcome()
+        if work.verdict.is_accepted:
+            about = judged(asked_to_tune(request, snapshot, place.path), outcome, work.verdict)
             _check_kept_files(files)
-            work = _Work(request, snapshot, model, data, splits, solved)
-            outcome = _publish(work, replace(outcome, path=place.path), about, progress)
+            outcome = _publish(work, replace(outcome, path=place.path), place, about, progress)
     return replace(outcome, bytes_read=_bytes_read(model) + outcome.bytes_read, seconds=time.monotonic() - started)
 
 
 def apply_deltas(
-    checkpoint: Path, file: Path, output: Path, rounded: Rounded, *, num_threads: int, progress: Progress
+    checkpoint: Path, file: Path, output: Path, rounded: Rounded, *, overwrite: bool, num_threads: int, progress: Progress
 ) -> TuneOutcome:
     """Add the deltas of a file to the checkpoint that they were made for.
 
@@ -89,14 +89,14 @@ def apply_deltas(
     """
     started = time.monotonic()
     snapshot = open_snapshot(checkpoint)
-    place = Place(output, "-o", is_file=snapshot.path.is_file())
+    place = Place(output, "-o", is_file=snapshot.path.is_file(), overwrite=overwrite)
     check_place_of(place, snapshot)
     deltas = read_deltas(file)
     layers = tuple(delta.layer for delta in deltas)
     asked = asked_to_apply(file, snapshot, output, layers=layers, rounded=rounded)
-    if place.is_taken:
+    if place.is_taken and not place.overwrite:
         return repeated(place, asked, snapshot)
-    weights = [find_weight(snapshot, delta.layer, delta.bias) for delta in deltas]
+    weights = [find_weight(snapshot, delta.layer, delta.bias, is_transposed=delta.is_transposed) for delta in deltas]
     with unchanged([snapshot], copied=snapshot):
         bases = [_base_of(weight, delta, file) for weight, delta in zip(weights, deltas, strict=True)]
 
@@ -108,7 +108,7 @@ def apply_deltas(
         outcome = TuneOutcome(layers, "apply", path=output, notes=tuple(_left_alone(snapshot)))
         about = asked.model_copy(update={"notes": outcome.notes})
         changes = list(zip(weights, deltas, strict=True))
-        done = write_tuned(snapshot, changes, Writing(output, rounded, about, check, num_threads), progress)
+        done = write_tuned(snapshot, changes, Writing(place, rounded, about, check, num_threads), progress)
     num_bytes = sum(weight.bytes_read for weight in weights) + done.bytes_read
     return replace(outcome, bytes_read=num_bytes, bytes_written=done.bytes_written, seconds=time.monotonic() - started)
 
@@ -162,41 +162,79 @@ def method_named(name: str | None, *, num_layers: int) -> SolverName:
 
 
 def _check_options(request: TuneRequest) -> None:
+    _check_layers(request)
+    _check_numbers(request)
     settings, several = request.settings, len(request.layers) > 1
-    if len(set(request.layers)) != len(request.layers):
-        raise UsageError(f"--layer {request.layers[0]}: given twice")
-    if request.biases and len(request.biases) != len(request.layers):
-        raise UsageError(f"expected one --bias for each --layer, found {len(request.biases)} for {len(request.layers)}")
-    if len(request.activations) not in {1, len(request.layers)}:
+    if sum(place is not None for place in (request.output, request.delta_out, request.lora_out)) != 1:
         raise UsageError(
-            f"expected one --activation, or one for each --layer, found {len(request.activations)} for {len(request.layers)}"
+            "expected one of -o OUT, --delta-out FILE and --lora-out DIR", hint="-o OUT writes the tuned checkpoint"
         )
-    if (request.output is None) == (request.delta_out is None):
-        raise UsageError("expected one of -o OUT and --delta-out FILE", hint="-o OUT writes the tuned checkpoint")
-    if request.head_bias and not request.head:
-        raise UsageError("--head-bias without --head", hint="--head KEY")
     if several and settings.method == "gauss-newton":
         raise UsageError("--method gauss-newton tunes one layer", hint="--method gradient-descent tunes several")
-    if settings.method == "gauss-newton" and settings.weight_decay:
-        raise UsageError("--weight-decay needs --method gradient-descent", hint="--ridge pulls towards the checkpoint instead")
     if request.anchor and settings.weight_decay:
         raise UsageError(
             "--weight-decay changes the rows that --anchor keeps", hint="--ridge pulls towards the checkpoint instead"
         )
     if request.anchor and several:
         raise UsageError("--anchor works with one layer, found several", hint="tune one layer, or leave it out")
+    if request.lora_out:
+        check_adaptable(request.layers, weight_decay=settings.weight_decay)
+
+
+def _check_layers(request: TuneRequest) -> None:
+    several = len(request.layers) > 1
+    if len(set(request.layers)) != len(request.layers):
+        raise UsageError(f"--layer {request.layers[0]}: given twice")
+    if request.biases and len(request.biases) != len(request.layers):
+        raise UsageError(f"expected one --bias for each --layer, found {len(request.biases)} for {len(request.layers)}")
+    if (request.head or several) and not request.activations:
+        raise UsageError(
+            f"expected --activation {'for several layers' if several else 'with --head'}: what follows the layer, or none",
+            hint=f"--activation {'|'.join(get_args(ActivationName))}",
+        )
+    if len(request.activations) not in {0, 1, len(request.layers)}:
+        raise UsageError(
+            f"expected one --activation, or one for each --layer, found {len(request.activations)} for {len(request.layers)}"
+        )
+    if request.head_bias and not request.head:
+        raise UsageError("--head-bias without --head", hint="--head KEY")
+
+
+def _check_numbers(request: TuneRequest) -> None:
+    """See that every number is one that makes sense, and that the method reads it."""
+    own = request.settings
+    decays = {"--rate": own.rate, "--momentum": own.momentum, "--weight-decay": own.weight_decay}
+    for option, value in {**decays, "--ridge": own.ridge, "--gate": request.gate}.items():
+        if value is not None and not (isfinite(value) and value >= 0 and (option != "--rate" or value > 0)):
+            above = "above 0" if option == "--rate" else "of 0 or more"
+            raise UsageError(f"{option} {value:g}: expected a finite number {above}")
+    if own.momentum is not None and own.momentum >= 1:
+        raise UsageError(f"--momentum {own.momentum:g}: expected a number below 1", hint="--momentum 0.9")
+    if own.method == "gauss-newton":
+        for option, value in decays.items():
+            if value is not None:
+                hint = "--ridge pulls towards the checkpoint instead" if option == "--weight-decay" else "leave it out"
+                raise UsageError(f"{option} needs --method gradient-descent", hint=hint)
+        if own.iterations is not None and _has_closed_form(request):
+            raise UsageError("--iterations: a last layer with --loss mse has a closed form", hint="leave it out")
+
+
+def _has_closed_form(request: TuneRequest) -> bool:
+    return request.loss == "mse" and not request.head and request.activations in {(), ("none",)} and len(request.layers) == 1
 
 
 def _place_of(request: TuneRequest, snapshot: Snapshot) -> Place:
     if request.output is not None:
-        return Place(request.output, "-o", is_file=snapshot.path.is_file())
+        return Place(request.output, "-o", is_file=snapshot.path.is_file(), overwrite=request.overwrite)
+    if request.lora_out is not None:
+        return Place(request.lora_out, "--lora-out", is_file=False, overwrite=request.overwrite)
     assert request.delta_out is not None  # noqa: S101 - _check_options has seen to it
-    return Place(request.delta_out, "--delta-out", is_file=True)
+    return Place(request.delta_out, "--delta-out", is_file=True, overwrite=request.overwrite)
 
 
 def _marks_of(request: TuneRequest) -> dict[Path, Mark]:
     """The files of rows, as they are before they are read, which says what is missing."""
-    return {path: mark_of(path) for path in (request.data, request.anchor) if path is not None and path.is_file()}
+    return {path: mark_of(path) for path in (request.data, request.val, request.anchor) if path is not None and path.is_file()}
 
 
 def _check_kept_files(marks: Mapping[Path, Mark]) -> None:
@@ -208,7 +246,10 @@ def _check_kept_files(marks: Mapping[Path, Mark]) -> None:
 
 def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
     biases = request.biases or (None,) * len(request.layers)
-    weights = tuple(find_weight(snapshot, layer, bias) for layer, bias in zip(request.layers, biases, strict=True))
+    weights = tuple(
+        find_weight(snapshot, layer, bias, is_transposed=request.is_transposed)
+        for layer, bias in zip(request.layers, biases, strict=True)
+    )
     for before, after in pairwise(weights):
         if before.num_outputs != after.num_inputs:
             raise UsageError(
@@ -216,7 +257,8 @@ def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
                 f" found {after.num_inputs}",
                 hint="name the layers in forward order",
             )
-    activations = request.activations * (len(weights) if len(request.activations) == 1 else 1)
+    activations = request.activations or ("none",)
+    activations *= len(weights) if len(activations) == 1 else 1
     head, bias = _head_of(request, snapshot, weights[-1])
     return Model(weights, activations[:-1], Objective(request.loss, activations[-1], head, bias))
 
@@ -224,9 +266,10 @@ def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
 def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[Any, Any]:
     if request.head is None:
         return None, None
-    shards = find_matrix(snapshot, "--head", request.head)
-    rows = sum(shard.num_rows for shard in shards)
-    width = shards[0].entry.shape[1]
+    find_matrix(snapshot, "--head", request.head)  # which says what is wrong with it
+    matrix = find_weight(snapshot, request.head)
+    turned = request.is_transposed and last.num_outputs == matrix.num_outputs
+    rows, width = (matrix.num_inputs, matrix.num_outputs) if turned else (matrix.num_outputs, matrix.num_inputs)
     if width != last.num_outputs:
         raise UsageError(
             f"{snapshot.path}: --head {request.head}: expected {last.num_outputs} inputs, the outputs of {last.name}, found {width}",
@@ -237,38 +280,23 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
             f"{snapshot.path}: --head {request.head} is {rows} x {width}: too large for tune's memory",
             hint="leave the head out and give targets of the layer itself as y, with --loss mse",
         )
-    head = np.concatenate([block.copy() for _, block in find_weight(snapshot, request.head).blocks()])
-    return head, None if request.head_bias is None else find_vector(snapshot, "--head-bias", request.head_bias, rows)
+    head = np.concatenate([block.copy() for _, block in matrix.blocks()])
+    bias = None if request.head_bias is None else find_vector(snapshot, "--head-bias", request.head_bias, rows)
+    return np.ascontiguousarray(head.T) if turned else head, bias
 
 
-def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Splits, Any, tuple[str, ...]]:
+def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Data | None, Any]:
+    """The rows, those of --val, and the anchors."""
     head = model.objective.head
     fit = Fit(model.weights, model.weights[-1].num_outputs if head is None else len(head))
     draw = Draw(request.subsample, request.rounded.seed) if request.subsample is not None else None
     data = read_data(request.data, request.loss, fit=fit, draw=draw)
-    anchors = read_anchors(request.anchor, model.weights[0]) if request.anchor else None
-    notes = []
-    if data.num_copies:
-        notes.append(
-            f"{data.num_copies} of {data.num_rows} rows have the x of another row: such rows stay together, and the gate counts them once"
-        )
-    return data, split(data, holdout=request.holdout, seed=request.rounded.seed), anchors, tuple(notes)
+    val = read_data(request.val, request.loss, fit=fit) if request.val else None
+    check_enough(data if val is None else val, what="the gate would use")
+    return data, val, read_anchors(request.anchor, model.weights[0]) if request.anchor else None
 
 
 # --- what came of it -------------------------------------------------------------------------------------------------
-
-
-def _outcome(request: TuneRequest, solved: Solved, verdict: GateResult, splits: Splits) -> TuneOutcome:
-    return TuneOutcome(
-        request.layers,
-        request.settings.method,
-        verdict,
-        num_rows=(len(splits.tuned), len(splits.early), len(splits.gate)),
-        iterations=solved.best,
-        tuned_loss=(float(solved.before[splits.tuned].mean()), float(solved.after[splits.tuned].mean())),
-        sizes=solved.sizes,
-        num_passes=solved.num_passes,
-    )
 
 
 def _left_alone(snapshot: Snapshot) -> Iterator[str]:
@@ -281,42 +309,106 @@ def _bytes_read(model: Model) -> int:
     return sum(weight.bytes_read for weight in model.weights)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Work:
-    """A tuning that was accepted, and all that it came from."""
+    """A tuning: what it is asked for, what it comes from, and what came of it."""
 
     request: TuneRequest
     snapshot: Snapshot
     model: Model
     data: Data
-    splits: Splits
-    solved: Solved
+    val: Data | None
+    anchors: Any
+    solved: Solved = field(init=False)
+    verdict: GateResult = field(init=False)
+    suspicious: tuple[str, ...] = ()
+    judging: dict[str, tuple[Data, Any, Any]] = field(default_factory=dict)
+    """Rows with their losses before and after, which the written file must keep."""
+
+    def tune(self) -> None:
+        """Tune, and judge."""
+        request, data, val = self.request, self.data, self.val
+        is_closed = self.model.is_linear and request.settings.method == "gauss-newton"
+        folds = folds_of(data, seed=request.rounded.seed, one_by_one=is_closed)
+        if data.out is not None:
+            check_description(self.model, data, self.snapshot, np.empty(0))
+        self.solved = solved = solve(self.model, data, folds, request.settings, anchors=self.anchors)
+        if data.out is None:
+            self.suspicious = check_description(self.model, data, self.snapshot, solved.before)
+        self.judging["tuned"] = (data, solved.before, solved.after)
+        how = "leave-one-out" if folds.max() + 1 == data.num_rows else f"{folds.max() + 1} folds"
+        before, after, groups, shares = solved.before, solved.left_out, data.groups, data.shares
+        if val is not None:
+            before = self.model.row_losses(val.inputs, val.targets)
+            after = self.model.row_losses(val.inputs, val.targets, solved.deltas)
+            groups, shares, how = val.groups, val.shares, "--val"
+            self.judging["--val"] = (val, before, after)
+        self.verdict = judge(before, after, groups, shares=shares, threshold=request.gate, judged_by=how)
+        if not solved.place:  # what rows left out chose is the start
+            self.verdict = replace(self.verdict, after=self.verdict.before, z=0.0)
+
+    def outcome(self) -> TuneOutcome:
+        """What is told of it."""
+        data, solved = self.data, self.solved
+        return TuneOutcome(
+            self.request.layers,
+            self.request.settings.method,
+            self.verdict,
+            num_rows=data.num_rows,
+            iterations=solved.place,
+            tuned_loss=(float(solved.before @ data.shares), float(solved.after @ data.shares)),
+            sizes=solved.sizes,
+            num_passes=solved.num_passes,
+            notes=(*self._notes(), *self.suspicious, *_left_alone(self.snapshot), *solved.notes),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        data, (first, *_) = self.data, self.model.weights
+        if data.num_copies:
+            yield (
+                f"{data.num_copies} of {data.num_rows} rows have the x of another row: such rows stay together, and the gate counts"
+                " them once"
+            )
+        if data.num_rows > 2 * first.num_inputs and self.request.settings.method == "gradient-descent":
+            yield (
+                f"{data.num_rows} rows, more than twice the {first.num_inputs} inputs of {first.name}: an iteration costs as much"
+                " as one of ordinary training"
+            )
+        if self.request.head and self.val is None:
+            yield (
+                "rows that the head or the layer was trained on cannot judge: their losses are too small before and after;"
+                " --val FILE judges by other rows"
+            )
 
     def check(self, written: Sequence[Weight]) -> None:
         """See that the losses are still what they were."""
         again = replace(self.model, weights=tuple(written))
-        found = self.model.objective.row_losses(again.pre(self.data.inputs), self.data.targets)
-        for what, chosen in (("tuned", self.splits.tuned), ("held-out", self.splits.gate)):
-            check_kept(self.solved.before[chosen], self.solved.after[chosen], found[chosen], what)
+        for what, (data, before, after) in self.judging.items():
+            check_kept(before, after, again.row_losses(data.inputs, data.targets), what)
 
 
-def _publish(work: _Work, outcome: TuneOutcome, about: TuneSidecar, progress: Progress) -> TuneOutcome:
-    """Write the checkpoint, or the deltas alone, with their record."""
-    request, snapshot, place = work.request, work.snapshot, outcome.path
-    assert place is not None  # noqa: S101 - the caller has set it
-    if request.output is None:
-        return replace(outcome, bytes_written=_publish_deltas(work.solved.deltas, place, about, like=snapshot.path))
-    changes = list(zip(work.model.weights, work.solved.deltas, strict=True))
+def _publish(work: _Work, outcome: TuneOutcome, place: Place, about: TuneSidecar, progress: Progress) -> TuneOutcome:
+    """Write the checkpoint, or the change alone, with its record."""
+    request, snapshot, deltas = work.request, work.snapshot, work.solved.deltas
+    if place.option == "--delta-out":
+        return replace(outcome, bytes_written=_publish_deltas(deltas, place, about, like=snapshot.path))
+    if place.option == "--lora-out":
+        with staged(place.path, check=place.check, option=place.option) as hidden:
+            write_adapter(hidden, deltas, snapshot.path.resolve())
+            files = files_of(hidden)
+            write_sidecar(hidden, None, about.model_copy(update={"files": files}))
+        return replace(outcome, bytes_written=sum(file.bytes for file in files))
+    changes = list(zip(work.model.weights, deltas, strict=True))
     writing = Writing(place, request.rounded, about, work.check, request.num_threads)
     done = write_tuned(snapshot, changes, writing, progress)
     return replace(outcome, bytes_read=done.bytes_read, bytes_written=done.bytes_written)
 
 
-def _publish_deltas(deltas: Sequence[Delta], place: Path, about: TuneSidecar, *, like: Path) -> int:
+def _publish_deltas(deltas: Sequence[Delta], place: Place, about: TuneSidecar, *, like: Path) -> int:
     """The size of the file; its permissions are those of the checkpoint."""
-    with staged(place) as hidden:
+    with staged(place.path, check=place.check) as hidden:
         write_deltas(hidden, deltas, about.as_json(), like=like)
         for delta, again in zip(deltas, read_deltas(hidden), strict=True):
             if not np.array_equal(delta.factors, again.factors) or not np.array_equal(delta.directions, again.directions):
-                raise OutputError(f"{place}: its content differs from what was written", hint="check the disk")
+                raise OutputError(f"{place.path}: its content differs from what was written", hint="check the disk")
         return hidden.stat().st_size

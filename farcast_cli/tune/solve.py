@@ -1,34 +1,44 @@
-"""From layers and rows to deltas: reads the weights, tunes, and computes exactly what the deltas make of every row.
+"""From layers and rows to deltas: reads the weights, chooses how far to go by rows left out, and tunes on all rows.
 
-Shapes: n rows in all; Z (n, m) pre-activations of the last layer.
+Shapes: n rows in all; m outputs of the last layer; d inputs of the first, with one for its bias; p places of a path.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.errors import DataError
-from farcast_cli.tune.delta import Delta
-from farcast_cli.tune.layers import Stack, tune_layers
-from farcast_cli.tune.objective import activate
-from farcast_cli.tune.one_layer import Problem, Rows, Settings, tune
+from farcast_cli.errors import DataError, UsageError
+from farcast_cli.tune.delta import Delta, truncated
+from farcast_cli.tune.gate import Choice, choose
+from farcast_cli.tune.layers import Descent, Layer
+from farcast_cli.tune.objective import activate, in_columns, softmax
+from farcast_cli.tune.one_layer import PATIENCE, Point, Problem, Rows, Settings, walk
+from farcast_cli.tune.ridge import Ridge
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from farcast_cli.choices import ActivationName
-    from farcast_cli.tune.data import Data, Splits
+    from farcast_cli.tune.data import Data
     from farcast_cli.tune.objective import Objective
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
+    Numbers = NDArray[np.int64]
 
 ANCHORED = 1e-9  # of a row's length: what anchors leave below it is rounding
+MAX_TOGETHER = 1 << 21  # outputs of rows that are computed in one pass: 16 MiB
+MAX_SCALED = 1 << 20  # outputs of rows up to which a last layer's path begins at the scaled closed form
+SCALED_EVERY, SCALES = 5, tuple(2.0 ** (half / 2) for half in range(13))  # ridges, and factors of the fit, that are tried
+LARGEST = 1e100  # of a loss that is not finite, or larger
+ARRAYS, MAX_BYTES = 10, 2 << 30
+"""Arrays of n x m numbers that an iterative method holds at once, and the bytes that it may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,12 @@ class Model:
     weights: tuple[Weight, ...]
     between: tuple[ActivationName, ...]
     objective: Objective
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether there is a closed form."""
+        after = self.objective
+        return len(self.weights) == 1 and after.loss == "mse" and after.activation == "none" and after.head is None
 
     def pre(self, inputs: Array, deltas: Sequence[Delta] = ()) -> Array:
         """Z (n, m) of the last layer, with the deltas if any, in one pass over each layer."""
@@ -49,17 +65,24 @@ class Model:
                 pre = deltas[number].applied(pre, extended @ deltas[number].directions.T)
         return pre
 
+    def row_losses(self, inputs: Array, targets: NDArray[Any], deltas: Sequence[Delta] = ()) -> Array:
+        """L of each row, (n,), some rows at a time."""
+        widest = max(weight.num_outputs for weight in self.weights)
+        count = max(1, MAX_TOGETHER // widest)
+        parts = [slice(start, start + count) for start in range(0, len(inputs), count)]
+        return np.concatenate([self.objective.row_losses(self.pre(inputs[p], deltas), targets[p]) for p in parts])
+
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """What a tuning came to: the deltas, each row's loss without and with them, and how it went."""
+    """What a tuning came to: the deltas, each row's loss before, after, and by a tuning without it, and how it went."""
 
     deltas: tuple[Delta, ...]
     before: Array
     after: Array
-    losses: list[float]
-    early_losses: list[float]
-    best: int
+    left_out: Array
+    place: int
+    """Of the path that was gone: 0 where no step helped."""
     sizes: tuple[float, ...]
     """||W - W_0|| / ||W_0|| of each layer."""
     num_passes: int
@@ -67,72 +90,289 @@ class Solved:
     notes: tuple[str, ...] = field(default=())
 
 
-def solve(model: Model, data: Data, splits: Splits, settings: Settings, *, anchors: Array | None = None) -> Solved:
-    """Tune on some rows until others stop it.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A place of a path: what rows lose there, and the deltas, while it stands there."""
+
+    row_losses: Callable[[], Array]
+    """Of the rows left out, (q,); of those tuned on where none are left out."""
+    deltas: Callable[[], tuple[Delta, ...]]
+
+
+def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, anchors: Array | None = None) -> Solved:
+    """Choose how far to go by rows left out, then go there with all rows.
+
+    Args:
+        folds: (n,) which rows are left out together; numbers from 0.
 
     Raises:
-        DataError: anchors that leave nothing to tune.
+        DataError: anchors that leave nothing to tune, or more numbers than there is memory for.
         NonFiniteError: a weight that holds NaN or infinity.
     """
-    if len(model.weights) > 1:
-        return _solve_several(model, data, splits, settings)
-    (weight,) = model.weights
-    inputs = weight.extended(data.inputs)
-    base = weight.forward(inputs)
-    directions = inputs[splits.tuned] if anchors is None else _beside_anchors(inputs[splits.tuned], weight.extended(anchors))
-    rows = Rows(base, inputs @ directions.T, data.targets)
-    problem = Problem(model.objective, _some(rows, splits.tuned), _some(rows, splits.early))
-    found = tune(problem, settings)
-    delta = Delta(weight.name, weight.bias_name, found.point.scale, found.point.factors, directions, weight.checksum)
-    after = model.objective.row_losses(delta.applied(base, rows.overlap), data.targets)
+    passes = sum(weight.num_passes for weight in model.weights)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if model.is_linear and settings.method == "gauss-newton":
+            found = _closed(model.weights[0], data, folds, settings, anchors)
+        else:
+            _check_memory(model, data)
+            walks = _Several(model, data, settings) if len(model.weights) > 1 else _One.of(model, data, settings, anchors)
+            found = _iterated(walks, data, folds, settings)
+    num_passes = sum(weight.num_passes for weight in model.weights) - passes
     return Solved(
-        (delta,),
-        model.objective.row_losses(base, data.targets),
-        after,
-        found.losses,
-        found.early_losses,
-        found.best,
-        (_size(delta, base[splits.tuned], rows.overlap[splits.tuned], weight.square),),
-        weight.num_passes,
+        found.deltas,
+        found.before,
+        found.after,
+        found.choice.losses,
+        found.choice.place,
+        tuple(_size(delta, weight) for delta, weight in zip(found.deltas, model.weights, strict=True)),
+        num_passes,
+        found.notes,
     )
 
 
-def _some(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
-    return Rows(rows.base[chosen], rows.overlap[chosen], rows.targets[chosen])
+@dataclass(frozen=True, slots=True)
+class _Found:
+    deltas: tuple[Delta, ...]
+    before: Array
+    after: Array
+    choice: Choice
+    notes: tuple[str, ...] = ()
 
 
-def _beside_anchors(inputs: Array, anchors: Array) -> Array:
-    """What of the inputs (n, m_in) is orthogonal to all anchor rows: a change along it leaves the anchors' Z as it was.
+def _size(delta: Delta, weight: Weight) -> float:
+    """||W - W_0|| / ||W_0||; with weight decay, without what W_0 and the change have in common."""
+    away = abs(delta.scale - 1) * np.sqrt(weight.square)
+    return float(np.hypot(delta.size, away) / np.sqrt(weight.square)) if weight.square else np.inf
 
-    The projection is taken twice, which makes it exact to rounding.
+
+def _check_memory(model: Model, data: Data) -> None:
+    num_rows, num_outputs = data.num_rows, sum(weight.num_outputs for weight in model.weights)
+    size = min(num_rows, model.weights[0].num_inputs)
+    whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
+    need = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
+    if need > MAX_BYTES:
+        raise UsageError(
+            f"{data.path}: {num_rows} rows of {num_outputs} outputs would take some {need / 2**30:.1f} GiB of memory:"
+            f" expected at most {MAX_BYTES >> 30} GiB",
+            hint="--subsample N uses fewer rows; for a last layer alone, --loss mse takes labels and much less memory",
+        )
+
+
+# --- the closed form -------------------------------------------------------------------------------------------------
+
+
+def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, anchors: Array | None) -> _Found:
+    """One pass over W_0. Each row is left out by itself where it may be; else each fold is, and has sums of its own."""
+    space = _Space.of(weight.extended(data.inputs), None if anchors is None else weight.extended(anchors))
+    is_alone = len(folds) == folds.max() + 1
+    everything = np.arange(data.num_rows)
+    shape: dict[str, Any] = {"is_dual": space.is_dual, "num_outputs": weight.num_outputs}
+    whole = Ridge.of(space.part(everything), data.shares, **shape)
+    parts = [] if is_alone else [(everything[folds != fold], everything[folds == fold]) for fold in range(folds.max() + 1)]
+    sums = [
+        Ridge.of(
+            space.part(tuned),
+            data.shares[tuned] / data.shares[tuned].sum(),
+            is_dual=space.is_dual,
+            left_out=space.part(tuned, left),
+        )
+        for tuned, left in parts
+    ]
+    lengths = np.zeros(data.num_rows)
+    for first, base in weight.outputs(space.inputs):
+        residual = in_columns(data.targets, base.shape[1], first) - base
+        lengths += (residual**2).sum(axis=1)
+        whole.add(residual)
+        for one, (tuned, left) in zip(sums, parts, strict=True):
+            one.add(residual[tuned], residual[left])
+    before = lengths / weight.num_outputs
+    table = [before[None]]
+    strengths = whole.strengths(settings.ridge)
+    if is_alone:
+        table.append(whole.losses(strengths))
+    else:
+        table.append(np.empty((len(strengths), data.num_rows)))
+        for one, (_, left) in zip(sums, parts, strict=True):
+            table[1][:, left] = one.losses(one.strengths(settings.ridge))
+    choice = choose(np.concatenate(table), folds, data.shares)
+    if not choice.place:
+        nothing = _delta(weight, 1.0, np.zeros((1, weight.num_outputs)), np.zeros((1, space.inputs.shape[1])))
+        return _Found((nothing,), before, before, choice)
+    mu = strengths[choice.place - 1]
+    after = whole.fitted(mu)
+    delta = _delta(weight, 1.0, whole.factors(mu), space.directions(everything))
+    how = "" if settings.ridge is not None else ", chosen by rows left out"
+    return _Found((delta,), before, after, choice, (f"{weight.name}: ridge {2 * mu / weight.num_outputs:.3g}{how}",))
+
+
+def _delta(weight: Weight, scale: float, factors: Array, directions: Array | None) -> Delta:
+    factors, directions = truncated(factors, directions)
+    return Delta(weight.name, weight.bias_name, scale, factors, directions, weight.checksum, weight.is_transposed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """The inputs in the coordinates that a change has: dual up to n = d, primal beyond."""
+
+    inputs: Array
+    """(n, d), and below what anchors leave of them, with the basis of that in the primal form, (r, d)."""
+    free: Array
+    basis: Array | None
+    overlap: Array
+    is_dual: bool
+
+    @classmethod
+    def of(cls, inputs: Array, anchors: Array | None) -> _Space:
+        free, basis = inputs, None
+        if anchors is not None:
+            free, basis = _beside(inputs, anchors)
+        is_dual = len(inputs) <= inputs.shape[1]
+        overlap = inputs @ free.T if is_dual else inputs if basis is None else inputs @ basis.T
+        return cls(inputs, free, basis, overlap, is_dual)
+
+    def part(self, tuned: Numbers, rows: Numbers | None = None) -> Array:
+        """K of some rows, beside the rows that are tuned on; of these themselves by default."""
+        rows = tuned if rows is None else rows
+        chosen = self.overlap if len(rows) == len(self.overlap) else self.overlap[rows]
+        return chosen[:, tuned] if self.is_dual and len(tuned) < len(self.overlap) else chosen
+
+    def directions(self, tuned: Numbers) -> Array | None:
+        return self.free[tuned] if self.is_dual else self.basis
+
+
+def _beside(inputs: Array, anchors: Array) -> tuple[Array, Array]:
+    """What of the inputs (n, d) is orthogonal to all anchor rows, and a basis (r, d) of all that is.
+
+    A change along it leaves the anchors' Z as it was. The projection is taken twice, which makes it exact to rounding.
     """
-    _, sizes, basis = np.linalg.svd(anchors, full_matrices=False)
-    basis = basis[sizes > sizes[0] * len(anchors) * np.finfo(np.float64).eps]
-    left: Array = inputs - inputs @ basis.T @ basis
-    left = left - left @ basis.T @ basis
+    _, sizes, axes = np.linalg.svd(anchors)
+    rank = int((sizes > sizes[0] * len(anchors) * np.finfo(np.float64).eps).sum())
+    held, basis = axes[:rank], axes[rank:]
+    left: Array = inputs - inputs @ held.T @ held
+    left = left - left @ held.T @ held
     if np.linalg.norm(left) <= ANCHORED * np.linalg.norm(inputs):
         raise DataError(
-            f"--anchor: {len(anchors)} rows span all inputs ({len(basis)} dimensions of {inputs.shape[1]}): no input is left to tune",
+            f"--anchor: {len(anchors)} rows span all inputs ({rank} dimensions of {inputs.shape[1]}): no input is left to tune",
             hint="give fewer anchor rows",
         )
-    return left
+    return left, basis
 
 
-def _size(delta: Delta, base: Array, overlap: Array, square: float) -> float:
-    """||W - W_0|| / ||W_0||, from <W_0, U^T D> = <U, Z_0> (c is 1 where there are anchors) and |U^T D|^2 = <U, K U>."""
-    away = delta.scale - 1
-    cross = float(np.vdot(delta.factors, base)) if away else 0.0
-    own = float(np.vdot(delta.factors, overlap @ delta.factors))
-    return float(np.sqrt(max(away * away * square + 2 * away * cross + own, 0.0) / square)) if square else np.inf
+# --- iterations ------------------------------------------------------------------------------------------------------
 
 
-def _solve_several(model: Model, data: Data, splits: Splits, settings: Settings) -> Solved:
-    chosen = np.concatenate([splits.tuned, splits.early])
-    stack = Stack(model.weights, model.between, model.objective)
-    before = model.objective.row_losses(model.pre(data.inputs), data.targets)
-    found = tune_layers(stack, data.inputs[chosen], data.targets[chosen], settings, num_tuned=len(splits.tuned))
-    num_passes = sum(weight.num_passes for weight in model.weights)
-    after = model.objective.row_losses(model.pre(data.inputs, found.deltas), data.targets)
-    return Solved(
-        found.deltas, before, after, found.losses, found.early_losses, found.best, found.sizes, num_passes, found.notes
-    )
+@dataclass(frozen=True, slots=True)
+class _One:
+    """One layer: read once, however many paths begin at it."""
+
+    weight: Weight
+    model: Model
+    data: Data
+    settings: Settings
+    space: _Space
+    base: Array
+
+    @classmethod
+    def of(cls, model: Model, data: Data, settings: Settings, anchors: Array | None) -> _One:
+        (weight,) = model.weights
+        space = _Space.of(weight.extended(data.inputs), None if anchors is None else weight.extended(anchors))
+        return cls(weight, model, data, settings, space, weight.forward(space.inputs))
+
+    def path(self, tuned: Numbers, left: Numbers) -> Iterator[Step]:
+        problem = Problem(self.model.objective, self._rows(tuned, tuned), self.space.is_dual)
+        judging = self._rows(tuned, left if len(left) else tuned)
+        for point, _ in walk(problem, self.settings, self._first(problem)):
+            yield Step(
+                partial(self._losses, judging, point),
+                partial(self._deltas, point, tuned),
+            )
+
+    def _first(self, problem: Problem) -> Point | None:
+        """For a last layer with labels: the closed form's fit of what the probabilities miss, scaled.
+
+        The ridge and the scale have the least cross-entropy of rows left out, one by one, among the rows tuned on.
+        """
+        rows, after = problem.rows, self.model.objective
+        is_last = after.loss == "cross-entropy" and after.activation == "none" and after.head is None
+        if not is_last or self.settings.method != "gauss-newton" or self.settings.ridge or rows.base.size > MAX_SCALED:
+            return None
+        assert rows.shares is not None  # noqa: S101 - `_rows` has set them
+        missed = in_columns(rows.targets, rows.base.shape[1]) - softmax(rows.base)
+        fit = Ridge.of(rows.overlap, rows.shares, is_dual=self.space.is_dual, num_outputs=rows.base.shape[1])
+        fit.add(missed)
+        least, best = np.inf, (0.0, 1.0)
+        for mu in fit.strengths(None)[::SCALED_EVERY]:
+            change = fit.change(missed, mu)
+            for scale in SCALES:
+                loss = after.value(rows.base + scale * change, rows.targets, rows.shares)
+                if loss < least:
+                    least, best = loss, (mu, scale)
+        return Point(1.0, best[1] * fit.factors(best[0]))
+
+    def _losses(self, rows: Rows, point: Point) -> Array:
+        return self.model.objective.row_losses(rows.pre(point), rows.targets)
+
+    def _deltas(self, point: Point, tuned: Numbers) -> tuple[Delta, ...]:
+        return (_delta(self.weight, point.scale, point.factors.copy(), self.space.directions(tuned)),)
+
+    def _rows(self, tuned: Numbers, rows: Numbers) -> Rows:
+        shares = self.data.shares[rows]
+        base = self.base if len(rows) == len(self.base) else self.base[rows]
+        return Rows(base, self.space.part(tuned, rows), self.data.targets[rows], shares / shares.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Several:
+    """Several layers: all but the first are read twice an iteration."""
+
+    model: Model
+    data: Data
+    settings: Settings
+
+    def path(self, tuned: Numbers, left: Numbers) -> Iterator[Step]:
+        rows = np.concatenate([tuned, left])
+        inputs, shares = self.data.inputs[rows], self.data.shares[tuned]
+        first, *later = self.model.weights
+        layers = [Layer.at_start(first, inputs, len(tuned)), *(Layer.at_start(one, None, 0) for one in later)]
+        after = self.model.objective
+        targets = self.data.targets[rows]
+        descent = Descent(layers, self.model.between, after, targets, self.settings, len(tuned), shares / shares.sum())
+
+        def deltas() -> tuple[Delta, ...]:
+            own = (first.extended(self.data.inputs[tuned]), *(None for _ in later))
+            return tuple(_delta(one.weight, one.scale, one.factors.copy(), d) for one, d in zip(layers, own, strict=True))
+
+        for losses in descent.walk():
+            yield Step(partial(np.asarray, losses[len(tuned) :] if len(left) else losses), deltas)
+
+
+def _iterated(walks: _One | _Several, data: Data, folds: Numbers, settings: Settings) -> _Found:
+    """The paths of the folds, then that of all rows to the place that the rows left out have chosen."""
+    everything = np.arange(data.num_rows)
+    patience, parts = PATIENCE[settings.method], []
+    for fold in range(folds.max() + 1):
+        left = everything[folds == fold]
+        losses: list[Array] = []
+        shares, least, best = data.shares[left], np.inf, 0
+        for step in walks.path(everything[folds != fold], left):
+            losses.append(np.nan_to_num(step.row_losses(), nan=LARGEST, posinf=LARGEST))
+            if (loss := shares @ losses[-1]) < least:
+                least, best = loss, len(losses) - 1
+            if len(losses) - 1 - best >= patience:
+                break
+        parts.append((left, losses))
+    table = np.empty((max(len(losses) for _, losses in parts), data.num_rows))
+    for left, losses in parts:
+        table[:, left] = losses + [losses[-1]] * (len(table) - len(losses))
+    choice = choose(table, folds, data.shares)
+    before, taken = np.empty(0), None
+    for place, step in enumerate(walks.path(everything, everything[:0])):
+        before = step.row_losses() if not place else before
+        taken = step
+        if place == choice.place:
+            break
+    assert taken is not None  # noqa: S101 - the start is always there
+    notes: tuple[str, ...] = ()
+    if len(table) == 1 or table[-1].max() >= LARGEST:
+        notes = (f"{settings.method} diverged: the losses grow without bound: lower --rate",)
+    return _Found(taken.deltas(), before, taken.row_losses(), choice, notes)

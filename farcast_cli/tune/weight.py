@@ -2,7 +2,7 @@
 
 Knows which tensors can be tuned at all, and how the shards of one are joined.
 
-Shapes: W (m_out, m_in); with a bias the inputs get a last element 1, so that W has a last column b.
+Shapes: W (m_out, m_in), stored so or transposed; with a bias the inputs get a last element 1, so that W has a last column b.
 """
 
 from __future__ import annotations
@@ -60,20 +60,28 @@ class Weight:
 
     name: str
     shards: tuple[Shard, ...]
+    """Of the matrix as it is stored."""
     bias: tuple[Shard, ...] = ()
+    is_transposed: bool = False
+    """Whether it is stored as inputs x outputs, as GPT-2's Conv1D is."""
     num_passes: int = 0
     bytes_read: int = 0
     square: float = field(default=0.0)
     """The squared norm, and below the checksum: of the last pass."""
     checksum: int = 0
+    _biases: NDArray[np.floating] = field(default_factory=lambda: np.empty(0))
 
     @property
     def num_outputs(self) -> int:
-        return sum(shard.num_rows for shard in self.shards)
+        return self._stored_shape[self.is_transposed]
 
     @property
     def num_inputs(self) -> int:
-        return self.shards[0].entry.shape[1]
+        return self._stored_shape[not self.is_transposed]
+
+    @property
+    def _stored_shape(self) -> tuple[int, int]:
+        return sum(shard.num_rows for shard in self.shards), self.shards[0].entry.shape[1]
 
     @property
     def path(self) -> Path:
@@ -97,49 +105,76 @@ class Weight:
 
     def forward(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """X W^T (n, m_out) for extended inputs (n, m_in or m_in + 1), in one pass."""
+        if self.is_transposed:
+            out = np.zeros((len(inputs), self.num_outputs))
+            for first, rows in self.blocks():
+                out += inputs[:, first : first + len(rows)] @ rows
+            return out + inputs[:, -1:] * self._biases if self.bias else out
         out = np.empty((len(inputs), self.num_outputs))
-        for first, rows in self.blocks():
-            np.matmul(inputs, rows.T, out=out[:, first : first + len(rows)])
+        for first, part in self.outputs(inputs):
+            out[:, first : first + part.shape[1]] = part
         return out
+
+    def outputs(self, inputs: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The same, some outputs at a time, as (first output, (n, b)), in one pass; all at once where W is stored transposed."""
+        if self.is_transposed:
+            yield 0, self.forward(inputs)
+            return
+        count = max(1, BLOCK_BYTES // (8 * max(1, len(inputs))))
+        for first, rows in self.blocks():
+            for start in range(0, len(rows), count):
+                yield first + start, inputs @ rows[start : start + count].T
 
     def backward(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
         """G W (n, m_in or m_in + 1) for gradients (n, m_out), in one pass."""
         out = np.zeros((len(gradients), self.num_inputs + bool(self.bias)))
         for first, rows in self.blocks():
-            out += gradients[:, first : first + len(rows)] @ rows
+            part = slice(first, first + len(rows))
+            if self.is_transposed:
+                out[:, part] = gradients @ rows.T
+            else:
+                out += gradients[:, part] @ rows
+        if self.is_transposed and self.bias:
+            out[:, -1] = gradients @ self._biases
         return out
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """The rows in order, as (first row, float64 (R, m_in or m_in + 1)), in memory that the next block takes over.
+        """The stored rows in order, as (first row, float64 (R, columns)), in memory that the next block takes over.
+
+        The last column is the bias; where W is stored transposed, the bias is no part of it.
 
         Raises:
             NonFiniteError: a row that holds NaN or infinity.
         """
         self.num_passes += 1
         self.square, self.checksum = 0.0, 0
-        width = self.num_inputs + bool(self.bias)
+        stored_width = self._stored_shape[1]
+        self._biases = np.concatenate([self._read_all(shard) for shard in self.bias]) if self.bias else np.empty(0)
+        has_column = bool(self.bias) and not self.is_transposed
+        if self.is_transposed:
+            self.square += float(np.vdot(self._biases, self._biases))
+        width = stored_width + has_column
         num_rows = max(1, BLOCK_BYTES // (8 * width))
         block = np.empty((num_rows, width))
-        raw = aligned(num_rows * self.num_inputs * 8)
-        biases = np.concatenate([self._read_all(shard) for shard in self.bias]) if self.bias else None
+        raw = aligned(num_rows * stored_width * 8)
         reader = Reader()
         for shard in self.shards:
             for start in range(0, shard.num_rows, num_rows):
                 count = min(num_rows, shard.num_rows - start)
                 rows = block[:count]
-                rows[:, : self.num_inputs] = self._read(reader, shard, start, count, raw)
-                if biases is not None:
-                    rows[:, -1] = biases[shard.first + start : shard.first + start + count]
+                rows[:, :stored_width] = self._read(reader, shard, start, count, raw)
+                if has_column:
+                    rows[:, -1] = self._biases[shard.first + start : shard.first + start + count]
                 self._check(shard.entry, rows)
                 yield shard.first + start, rows
 
     def _read(self, reader: Reader, shard: Shard, start: int, count: int, raw: NDArray[np.uint8]) -> NDArray[np.floating]:
-        row_bytes = self.num_inputs * shard.entry.dtype.itemsize
+        row_bytes = shard.entry.shape[1] * shard.entry.dtype.itemsize
         memory = raw[: count * row_bytes]
         reader.fill(shard.entry.path, shard.entry.offset + start * row_bytes, memory)
         self.bytes_read += len(memory)
         self.checksum = zlib.crc32(memory.data, self.checksum)
-        return decode(memory, shard.entry.dtype).reshape(count, self.num_inputs)
+        return decode(memory, shard.entry.dtype).reshape(count, shard.entry.shape[1])
 
     def _read_all(self, shard: Shard) -> NDArray[np.floating]:
         values, raw = read_tensor(shard.entry)
@@ -169,7 +204,7 @@ def read_tensor(entry: TensorEntry, integers: str = "") -> tuple[NDArray[Any], b
     return (np.frombuffer(raw, integers) if integers else decode(raw, entry.dtype)), raw
 
 
-def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None) -> Weight:
+def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None, *, is_transposed: bool = False) -> Weight:
     """A layer of a checkpoint, seen to be one that can be tuned.
 
     Raises:
@@ -177,7 +212,7 @@ def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None) -> Weig
         SnapshotError: integers, quantised, tied to another tensor, or not stored row by row.
     """
     shards = find_matrix(snapshot, "--layer", layer)
-    weight = Weight(layer, shards)
+    weight = Weight(layer, shards, is_transposed=is_transposed)
     _check_tied(snapshot, weight.entries, layer)
     if bias is None:
         return weight
@@ -190,7 +225,7 @@ def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None) -> Weig
             f" found {shape}"
         )
     _check_tied(snapshot, found, bias)
-    return Weight(layer, shards, _in_order(found))
+    return Weight(layer, shards, _in_order(found), is_transposed)
 
 
 def find_matrix(snapshot: Snapshot, option: str, key: str) -> tuple[Shard, ...]:

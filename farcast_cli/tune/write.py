@@ -79,7 +79,7 @@ def check_place_of(place: Place, snapshot: Snapshot) -> None:
 class Writing:
     """Where and how a checkpoint is written, and what must hold before it is published."""
 
-    place: Path
+    place: Place
     rounded: Rounded
     about: TuneSidecar
     """The provenance, but for the files."""
@@ -103,13 +103,13 @@ def write_tuned(
     plan = with_modes(plan_outputs(snapshot, moved, Rewrite({}, mapped=maps)), snapshot)
     told = progress("write", sum(output.num_bytes for output in plan))
     with staging() as outputs:
-        hidden = outputs.add(writing.place)
+        hidden = outputs.add(writing.place.path, check=writing.place.check)
         beside = None
         if snapshot.path.is_file():
-            beside = outputs.add(sidecar_of(writing.place, is_file=True), check=check_sidecar_ours)
+            beside = outputs.add(sidecar_of(writing.place.path, is_file=True), check=check_sidecar_ours)
         written = _write_plan(plan, hidden, num_threads=writing.num_threads, told=told)
         again = open_snapshot(hidden)
-        layers = [find_weight(again, weight.name, weight.bias_name) for weight, _ in changes]
+        layers = [find_weight(again, one.name, one.bias_name, is_transposed=one.is_transposed) for one, _ in changes]
         writing.check(layers)
         write_sidecar(hidden, beside, writing.about.model_copy(update={"files": files_of(hidden)}))
     return replace(written, bytes_read=written.bytes_read + sum(layer.bytes_read for layer in layers))
