@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start farcast a thousand times: without cached bytecode each start would compile all its modules.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune lowest site crash fuzz sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune bench-limits lowest site crash fuzz sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -71,6 +71,9 @@ bench-pretrained: setup ## the same in fine-tuning a pretrained model, some seve
 
 bench-tune: setup ## what tuning a layer costs, against dense training and LoRA
 	$(BIN)/python bench/tune.py
+
+bench-limits: setup ## CPU time of what must take none, on input of many parts
+	$(BIN)/python bench/limits.py
 
 lowest: ## quick tests with the lowest version of every dependency that pyproject.toml allows, but torch
 	$(PYTHON) -m venv --clear $(LOWEST)

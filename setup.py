@@ -15,7 +15,7 @@ RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:)[^)]*\)")
 PICTURE = re.compile(r"<img\b[^>]*>\s*")
 ENGINE = os.environ.get("FARCAST_ENGINE", "")
 EXACT = ["-ffp-contract=off", "-fno-fast-math"]  # every operation rounds by itself
-FAST = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]  # change no result
+FAST = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 KERNEL = Extension(
     "farcast_cli.engine._kernel",
     ["farcast_cli/engine/_kernel.c"],

@@ -5,6 +5,7 @@ rival, pair by pair. Prints and saves the ratios (median, least, most) with the 
 
     python bench/speed.py            up to 2 billion parameters; 40 GB of disk, half an hour
     python bench/speed.py --quick    up to 100 million parameters; under five minutes
+    python bench/speed.py --engines  both engines in turns, the compiled kernel and numpy, on 0.3 and 1.2 billion parameters
 
 mergekit is measured where `--mergekit` names its command; it wants other versions of its libraries than the tests do, so
 `make bench` puts it into an environment of its own.
@@ -60,10 +61,10 @@ class Row:
         wall = ""
         if self.theirs:
             found = self.ratios("wall_s")
+            cpu = self.ratios("cpu_s")
             wall = f"wall {statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
-            wall += (
-                f" cpu {statistics.median(self.ratios('cpu_s')):.2f} memory {statistics.median(self.ratios('peak_mib')):.2f};"
-            )
+            wall += f" cpu {statistics.median(cpu):.2f} ({min(cpu):.2f}-{max(cpu):.2f})"
+            wall += f" memory {statistics.median(self.ratios('peak_mib')):.2f};"
         mine = (
             f"{statistics.median(u.wall_s for u in self.ours):.2f} s, cpu {statistics.median(u.cpu_s for u in self.ours):.2f} s"
         )
@@ -91,10 +92,11 @@ def children(pid: int) -> list[int]:
     return found + [below for child in found for below in children(child)]
 
 
-def measure(command: list[str], cwd: Path) -> Usage:
+def measure(command: list[str], cwd: Path, engine: str = "") -> Usage:
     """Run a command to its end; fails if it fails."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment = os.environ | {"FARCAST_ENGINE": engine}
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0.0
     while True:
         pid, status, used = os.wait4(process.pid, os.WNOHANG)
@@ -132,9 +134,23 @@ class Bench:
         fixture("check", run, self.work / "out", HORIZON)
         return run
 
-    def ours(self, *arguments: str) -> Usage:
-        shutil.rmtree(self.work / "out", ignore_errors=True)
-        return measure([*FARCAST, *arguments], self.work)
+    def ours(self, *arguments: str, engine: str = "") -> Usage:
+        for name in ("copy", "out"):
+            shutil.rmtree(self.work / name, ignore_errors=True)
+        return measure([*FARCAST, *arguments], self.work, engine)
+
+    def compare_engines(self, what: str, arguments: list[str], against: str, rival: list[str]) -> None:
+        """The kernel, numpy and the rival in turns: each engine against the rival, and one against the other."""
+        native, numpy, rivals = list[Usage](), list[Usage](), list[Usage]()
+        for _ in range(self.rounds):
+            native.append(self.ours(*arguments, engine="native"))
+            numpy.append(self.ours(*arguments, engine="numpy"))
+            rivals.append(measure(rival, self.work))
+        for engine, found in (("native", native), ("numpy", numpy)):
+            self.rows.append(Row(f"{what}, {engine}", against, "-", found, rivals))
+        self.rows.append(Row(f"{what}, native", "numpy", "-", native, numpy))
+        for row in self.rows[-3:]:
+            print(row.text(), flush=True)
 
     def compare(
         self, what: str, arguments: list[str], against: str, rival: list[str], target: str, *, cold: bool = False
@@ -143,8 +159,8 @@ class Bench:
         for _ in range(self.rounds):
             self.chill() if cold else None
             row.ours.append(self.ours(*arguments))
-            for name in ("copy", "out"):
-                shutil.rmtree(self.work / name, ignore_errors=True)
+            shutil.rmtree(self.work / "copy", ignore_errors=True)
+            shutil.rmtree(self.work / "out", ignore_errors=True)
             if rival:
                 self.chill() if cold else None
                 row.theirs.append(measure(rival, self.work))
@@ -240,6 +256,19 @@ def over_shapes(bench: Bench, one: int, single: int, many: int) -> None:
         shutil.rmtree(run)
 
 
+def over_engines(bench: Bench, sizes: list[int]) -> None:
+    """Each engine on each size."""
+    for size in sizes:
+        run, name = bench.make("transformer", size, "bfloat16"), f"{size / 1e9:.2g} B bf16"
+        blend = ["predict", "--horizon", str(HORIZON), "--even-if-worse", "-o", "out", "-q"]
+        for what, arguments in (("line", LINE), ("blend", blend)):
+            bench.compare_engines(f"predict {what}, {name}", arguments, "cp + fsync of the output", copying(run))
+        full = ["fit", str(run), "-q", "--full", "-o", "full.safetensors"]
+        cat = ["sh", "-c", f"cat {run}/*/*.safetensors > /dev/null"]
+        bench.compare_engines(f"fit --full, {name}", full, "cat of all snapshots", cat)
+        shutil.rmtree(run)
+
+
 def starting(bench: Bench) -> None:
     run = bench.work / "start"
     fixture("make", run, "transformer", 200_000_000, "bfloat16", 1)
@@ -248,9 +277,18 @@ def starting(bench: Bench) -> None:
     shutil.rmtree(run)
 
 
+def whole(bench: Bench, *, is_quick: bool) -> None:
+    starting(bench)
+    over_shapes(bench, *((40_000_000, 40_000_000, 10_000_000) if is_quick else (1_000_000_000, 500_000_000, 30_000_000)))
+    over_sizes(bench, [30_000_000, 100_000_000] if is_quick else [100_000_000, 500_000_000, 2_000_000_000])
+    against_copying(bench, 100_000_000 if is_quick else 1_236_000_000)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small files")
+    parser.add_argument("--engines", action="store_true", help="only the two engines in turns; 30 GB of disk")
+    parser.add_argument("--size", type=float, action="append", help="billions of parameters for --engines, once or more often")
     parser.add_argument("--rounds", type=int, help="pairs of each comparison: 3, or 2 with --quick")
     parser.add_argument("--mergekit", type=Path, help="the mergekit-yaml command")
     parser.add_argument("--dir", type=Path, help="where the fixtures go; a temporary folder by default")
@@ -258,12 +296,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         mergekit = str(options.mergekit.absolute()) if options.mergekit else None
         bench = Bench(Path(folder), options.rounds or (2 if options.quick else 3), mergekit)
-        starting(bench)
-        over_shapes(
-            bench, *((40_000_000, 40_000_000, 10_000_000) if options.quick else (1_000_000_000, 500_000_000, 30_000_000))
-        )
-        over_sizes(bench, [30_000_000, 100_000_000] if options.quick else [100_000_000, 500_000_000, 2_000_000_000])
-        against_copying(bench, 100_000_000 if options.quick else 1_236_000_000)
+        if options.engines:
+            over_engines(bench, [round(size * 1e9) for size in options.size or (0.3, 1.236)])
+        else:
+            whole(bench, is_quick=options.quick)
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     saved = HERE / "out" / "speed.json"
     saved.parent.mkdir(exist_ok=True)

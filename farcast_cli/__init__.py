@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Prediction, Report, backtest, fit, keep, leap, open_run, predict, report, verify, watch
+    from farcast_cli.api import backtest, fit, keep, leap, open_run, predict, report, verify, watch
     from farcast_cli.errors import (
         FarcastError,
         FileFormatError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SnapshotError,
         UsageError,
     )
+    from farcast_cli.returned import Prediction, Report
 
 __version__ = "0.2.0"
 __all__ = [
@@ -59,7 +60,7 @@ if not TYPE_CHECKING:  # else every misspelt name would have a type
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        home = "errors" if name.endswith("Error") else "api"
+        home = "errors" if name.endswith("Error") else "returned" if name.istitle() else "api"
         return getattr(import_module(f"{__name__}.{home}"), name)
 
     def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation
 
+from farcast_cli.choices import StepFrom, StepUnit  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.files.reading import portable
 
 DIGITS = 10  # of a figure in a sidecar; the same sums on other processors differ in the fourteenth or later
@@ -48,6 +49,8 @@ CLOCK = "unit of b: `rate` (learning rate summed over the steps) or `steps`"
 PACE_AHEAD = "mean learning rate over the horizon, divided by the mean over the period before it; 1 if steps are counted"
 LENGTH_FACTOR = "factor on the update's length: `pace_ahead`, or 1 if it keeps its full length"
 UNCHANGED = "share of the forecast values that equal the origin's after rounding (not measured by `--dry-run`, nor if nothing was written)"
+STEP_FROM = "`--step-from`: the evidence that tells the steps; absent without"
+UNIT = "what every step and horizon counts: `epoch` with `--unit epoch`; absent for steps"
 DRY_RUN = "`true` with `--dry-run`; absent otherwise"
 
 
@@ -55,6 +58,13 @@ class AnswerPart(BaseModel):
     """An object within an answer."""
 
     model_config = ConfigDict(defer_build=True, frozen=True)
+
+
+class CountedSteps(AnswerPart):
+    """How the steps of a run were counted, if the user said so."""
+
+    step_from: StepFrom | None = Field(default=None, description=STEP_FROM)
+    unit: StepUnit = Field(default="step", description=UNIT)
 
 
 class Answer(AnswerPart):

@@ -37,6 +37,8 @@ def of_inspect(found: Inspection, past: Past | None, worth: Worth | None = None)
     leap, problem = (past.history.leap, past.problem) if past else (None, None)
     return results.InspectAnswer(
         schema_version=1,
+        step_from=trajectory.rule.source,
+        unit=trajectory.rule.unit,
         layout=trajectory.layout,
         snapshots=tuple(
             results.SnapshotEntry(
@@ -89,6 +91,8 @@ def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     return results.FitAnswer(
         schema_version=1,
+        step_from=fitted.rule.source,
+        unit=fitted.rule.unit,
         forecaster=path,
         origin_step=fitted.steps[-1],
         num_snapshots=len(fitted.steps),
@@ -108,6 +112,8 @@ def of_fit(done: FitOutcome, path: Path | None) -> results.FitAnswer:
 def of_keep(done: Keeping) -> results.KeepAnswer:
     return results.KeepAnswer(
         schema_version=1,
+        step_from=done.rule.source,
+        unit=done.rule.unit,
         folder=done.folder,
         added=done.added,
         removed=done.removed,
@@ -128,6 +134,8 @@ def of_backtest(report: BacktestReport) -> results.BacktestAnswer:
     verdicts = {str(horizon): decision.verdict for horizon, (_, decision) in decisions.items()}
     return results.BacktestAnswer(
         schema_version=1,
+        step_from=report.rule.source,
+        unit=report.rule.unit,
         origin_step=report.origin_step,
         coherence=report.steady.coherence,
         significance=report.steady.significance.p,
@@ -210,6 +218,8 @@ def of_predict(outcomes: Sequence[Outcome], *, dry_run: bool) -> results.Predict
 def _forecast(outcome: Outcome) -> results.Forecast:
     decision = outcome.decision
     return results.Forecast(
+        step_from=outcome.rule.source,
+        unit=outcome.rule.unit,
         path=outcome.path,
         origin_step=outcome.origin_step,
         valid_step=outcome.valid_step,
@@ -245,6 +255,8 @@ def of_leap(done: Leapt, *, dry_run: bool) -> results.LeapAnswer:
     outcome, momentum = done.outcome, done.momentum
     return results.LeapAnswer(
         schema_version=1,
+        step_from=outcome.rule.source,
+        unit=outcome.rule.unit,
         path=outcome.path,
         origin=done.origin,
         origin_step=outcome.origin_step,
@@ -282,9 +294,11 @@ def _of_event(event: Event) -> dict[str, Any]:
         case watching.NewVerdict():
             own = {"num_snapshots", "verdict", "words", "reason", "horizon", "coherence", "significance", "ratio"}
             found = {name: getattr(event, name) for name in own}
-            return found | {"event": "judged", "origin_step": event.step, "since_leap": event.leap}
-        case watching.LeapWritten(step, path, valid_step, existed):
-            return {"event": "leap", "origin_step": step, "path": path, "valid_step": valid_step, "existed": existed}
+            told = {"step_from": event.rule.source, "unit": event.rule.unit, "since_leap": event.leap}
+            return found | told | {"event": "judged", "origin_step": event.step}
+        case watching.LeapWritten(step, path, valid_step, existed, unit):
+            found = {"origin_step": step, "path": path, "valid_step": valid_step, "existed": existed}
+            return found | {"event": "leap", "unit": unit}
         case watching.CommandEnded(checkpoint, log, seconds, failed):
             return {"event": "command", "path": checkpoint, "log": log, "seconds": seconds, "failed": failed or None}
         case watching.Trouble(text, hint):

@@ -13,7 +13,7 @@ FarcastError with `exit_code` and `hint`; its text names the option, as on the c
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,14 @@ from farcast_cli.choices import (
     OutputLayout,
     Purpose,
     Scope,
+    StepFrom,
     StepNorm,
+    StepUnit,
 )
 from farcast_cli.horizons import in_steps, parse_horizons, text_of
 from farcast_cli.log_to import check_apart, log_answer, logged_events, parse_targets, places_of
 from farcast_cli.progress import silent
+from farcast_cli.returned import Prediction, Report
 from farcast_cli.settings import (
     check_choice,
     check_choices,
@@ -48,6 +51,7 @@ from farcast_cli.settings import (
     ledgers_of,
     narrowed,
     parse_size,
+    place_in_folder,
     prepare,
     resources_of,
     selection_of,
@@ -64,8 +68,7 @@ if TYPE_CHECKING:
     from farcast_cli.keeping import Keeping
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.progress import Progress
-    from farcast_cli.reports.story import Story
-    from farcast_cli.request import Outcome, Request
+    from farcast_cli.request import Outcome
     from farcast_cli.results import VerifyAnswer
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.watching import Event
@@ -78,7 +81,13 @@ if TYPE_CHECKING:
 
 
 def open_run(
-    directory: Place, *, steps: str | None = None, pattern: str | None = None, weights: str | None = None
+    directory: Place,
+    *,
+    steps: str | None = None,
+    pattern: str | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
+    weights: str | None = None,
 ) -> Trajectory:
     """Find the snapshots of a run and read their headers; no tensor is read.
 
@@ -93,8 +102,8 @@ def open_run(
     prepare("cpu")
     from farcast_cli.run.trajectory import discover
 
-    chosen = selection_of(Path(directory), None, None, steps, pattern, weights=weights)
-    return discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, weights=chosen.weights)
+    chosen = selection_of(Path(directory), None, None, steps, pattern, step_from=step_from, unit=unit, weights=weights)
+    return discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, rule=chosen.rule, weights=chosen.weights)
 
 
 def fit(
@@ -105,6 +114,8 @@ def fit(
     exclude: Sequence[str] | None = None,
     steps: str | None = None,
     pattern: str | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
     weights: str | None = None,
     sample: int = DEFAULT_SAMPLE,
     full: bool = False,
@@ -142,6 +153,8 @@ def fit(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         weights=weights,
         sample=sample,
         full=full,
@@ -167,6 +180,8 @@ def keep(
     last: int | None = None,
     steps: str | None = None,
     pattern: str | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
     weights: str | None = None,
     progress: Progress = silent,
 ) -> Keeping:
@@ -188,7 +203,7 @@ def keep(
     from farcast_cli.keeping import KeepRequest
     from farcast_cli.keeping import keep as copy
 
-    selection = selection_of(Path(directory), None, None, steps, pattern, weights=weights)
+    selection = selection_of(Path(directory), None, None, steps, pattern, step_from=step_from, unit=unit, weights=weights)
     return copy(KeepRequest(selection, None if into is None else Path(into), last, sampled), progress)
 
 
@@ -216,34 +231,12 @@ def backtest(
     check_choice("--clock", clock, ClockName)
     fitted = _fitted(run, device, "auto", 0)
     from farcast_cli.forecast.judgement import report_backtest
+    from farcast_cli.prediction import within_run
     from farcast_cli.settings import device_name
 
     where = device_name(device)
-    return report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The evidence on a run: its `story` in numbers, and the file that tells it, if one was written."""
-
-    story: Story
-    path: Path | None
-
-    def markdown(self) -> str:
-        """The same for the summary of a CI job."""
-        from farcast_cli.reports.text import markdown
-
-        return markdown(self.story)
-
-    def _repr_markdown_(self) -> str:
-        """What a notebook shows."""
-        return self.markdown()
-
-    def text(self, *, is_plain: bool = False) -> str:
-        """The same for a terminal of 44 columns; in ASCII if it is to be plain."""
-        from farcast_cli.reports.text import terminal
-
-        return terminal(self.story, is_plain=is_plain)
+    found = report_backtest(fitted, in_steps(horizons, fitted), method=method, purpose=purpose, clock=clock, device=where)
+    return within_run(found, fitted) if purpose == "resume" else found
 
 
 def report(
@@ -289,50 +282,13 @@ def report(
     return Report(story, place)
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What came of a call of `predict`: one outcome for each horizon."""
-
-    fitted: Fitted
-    request: Request
-    outcomes: tuple[Outcome, ...]
-    unlogged: tuple[str, ...] = ()
-    """Where the numbers could not be logged, and why."""
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The checkpoints that are there now."""
-        return tuple(outcome.path for outcome in self.outcomes if outcome.path)
-
-    @property
-    def path(self) -> Path | None:
-        """The first of them; None if the history does not support a forecast."""
-        return next(iter(self.paths), None)
-
-    @property
-    def reason(self) -> str:
-        """Why the first horizon's verdict is what it is."""
-        return self.outcomes[0].decision.reason
-
-    def notes(self) -> list[str]:
-        """What a person should know before using the forecasts. Looks for newer snapshots."""
-        from farcast_cli.prediction import default_notes
-
-        return default_notes(self.fitted, self.request, self.outcomes)
-
-    def advice(self) -> str:
-        """What to do if nothing was written, in one line; empty otherwise. Reads headers at most."""
-        from farcast_cli.advice import advice
-
-        return "" if self.paths else advice(self.fitted, self.request, self.outcomes)
-
-
 def predict(
     run: Run = DEFAULT_FORECASTER,
     *,
     horizon: Horizon | None = None,
     to_step: int | None = None,
     output: Place | None = None,
+    place: str | None = None,
     purpose: Purpose = "resume",
     method: str | None = None,
     step_norm: StepNorm | None = None,
@@ -365,6 +321,7 @@ def predict(
     Args:
         horizon: steps after the origin; chosen by evidence if neither it nor `to_step` is given.
         output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+        place: the name of the checkpoint's file, for a trainer that resumes from a folder; the checkpoint is then a folder.
         log_to: as for `fit`; a dry run logs nothing.
 
     Returns:
@@ -378,6 +335,7 @@ def predict(
     horizons, shard_bytes = horizons_of(text_of(horizon), to_step), parse_size(max_shard_size)
     check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, purpose)
+    inner = place_in_folder(place)
     targets = parse_targets(log_to)
     for name, value, allowed in (("--for", purpose, Purpose), ("--step-norm", step_norm, StepNorm), ("--scope", scope, Scope)):
         check_choice(name, value, allowed)
@@ -404,6 +362,7 @@ def predict(
         layout=layout,
         max_shard_bytes=shard_bytes,
         output=None if output is None else os.fspath(output),
+        place=inner,
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -432,11 +391,14 @@ def leap(
     gain: float | None = None,
     max_gain: float | None = None,
     output: Place | None = None,
+    place: str | None = None,
     counters: CountersMode = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     steps: str | None = None,
     pattern: str | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
     weights: str | None = None,
     clock: ClockName | None = None,
     optimizer: OptimizerMode = "copy",
@@ -469,9 +431,9 @@ def leap(
     check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, "resume")
     targets = parse_targets(log_to, Path(directory))
-    place = None if output is None else os.fspath(output)
+    where, inner = None if output is None else os.fspath(output), place_in_folder(place)
     resources = resources_of(device, io, threads)
-    check_leap_options(every=every, gain=gain, max_gain=max_gain, output=place)
+    check_leap_options(every=every, gain=gain, max_gain=max_gain, output=where)
     from farcast_cli.answers import of_leap
     from farcast_cli.leaps.ask import Ask
     from farcast_cli.leaps.call import leap as call
@@ -481,7 +443,8 @@ def leap(
         optimizer=optimizer,
         counters=counters,
         layout=layout,
-        output=place,
+        output=where,
+        place=inner,
         even_if_worse=even_if_worse,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -491,7 +454,7 @@ def leap(
         resources=resources,
         evaluator=evaluator,
     )
-    selection = selection_of(Path(directory), include, exclude, steps, pattern, weights=weights)
+    selection = selection_of(Path(directory), include, exclude, steps, pattern, step_from=step_from, unit=unit, weights=weights)
     done = call(Ask(request, selection, every, gain, max_gain, None if losses is None else Path(losses)), progress)
     answer = of_leap(done, dry_run=dry_run)
     return done if dry_run else replace(done, unlogged=log_answer(targets, "leap", answer, Path(directory)))
@@ -510,6 +473,8 @@ def watch(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     pattern: str | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
     weights: str | None = None,
     ledger: Place = DEFAULT_LEDGER,
     device: str = "auto",
@@ -539,14 +504,8 @@ def watch(
     """
     targets, run = parse_targets(log_to), Path(directory)
     check_apart(targets, run)
-    options: Any = {
-        "include": include,
-        "exclude": exclude,
-        "pattern": pattern,
-        "weights": weights,
-        "ledger": Path(ledger),
-        "device": device,
-    }
+    options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "step_from": step_from, "unit": unit}
+    options |= {"weights": weights, "ledger": Path(ledger), "device": device}
     request = watch_request(run, None if into is None else Path(into), **options, io=io, threads=threads, keep=keep)
     check_watch_options(interval, is_leaping=leap, on_leap=on_leap)
     from farcast_cli.evaluation.hook import Hook

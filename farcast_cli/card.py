@@ -156,6 +156,7 @@ def _section(numbers: dict[str, Any], outcome: Outcome, request: Request) -> Ite
         "",
         f"The origin, the last snapshot that was used, is of step {numbers['origin_step']}.",
         f"The weights are for step {numbers['valid_step']}.",
+        *(["Every step on this card is an epoch."] if numbers.get("unit") == "epoch" else []),
         "",
         "| step of the snapshot | mean weight |",
         "| --- | --- |",

@@ -18,6 +18,10 @@ OutputDType = Literal["source", "float32", "bfloat16", "float16"]
 OutputLayout = Literal["same", "safetensors", "pt", "dcp", "hub"]
 PrintedForm = Literal["markdown", "text"]
 Verdict = Literal["forecast", "abstain", "untestable"]
+StepFrom = Literal["name", "adam", "payload", "metadata", "trainer"]
+"""Which evidence for the steps is right, if the user says so."""
+StepUnit = Literal["step", "epoch"]
+"""What the steps of a run count."""
 
 Io = Literal["auto", "pread", "mmap"]
 """How files are read and written.

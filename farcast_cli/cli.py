@@ -68,11 +68,20 @@ shows it for each trainer. `farcast help` lists the other topics.""",
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="With --version: also what computes, native or numpy.")
+    ] = False,
 ) -> None:
     if version:
-        sys.stdout.write(f"farcast {__version__}\n")
+        sys.stdout.write(f"farcast {__version__}{_engine() if verbose else ''}\n")
     elif context.invoked_subcommand is None:
         sys.stdout.write(context.get_help() + "\n")
+
+
+def _engine() -> str:
+    from farcast_cli.engine.native import KERNEL
+
+    return " (numpy)" if KERNEL is None else " (native)"
 
 
 app.command(cls=Grouped, epilog=inspect.EXAMPLES)(inspect.inspect)

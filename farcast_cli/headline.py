@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from farcast_cli.forecast.words import counted
+
 if TYPE_CHECKING:
     from farcast_cli.choices import Purpose
     from farcast_cli.forecast.significance import Significance
@@ -39,7 +41,9 @@ def advised(outcome: Outcome, purpose: Purpose, *, is_one_of_many: bool = False)
 
 def _advised(outcome: Outcome, purpose: Purpose) -> Advised:
     if outcome.method == CONTROL and outcome.decision.verdict == "forecast":
-        return Advised(f"Write a control for step {outcome.valid_step}", "It has the origin's weights: no weight moves.")
+        return Advised(
+            f"Write a control for {outcome.rule.unit} {outcome.valid_step}", "It has the origin's weights: no weight moves."
+        )
     if purpose == "evaluation":
         return Advised(*_to_evaluate(outcome))
     over = outcome.decision.is_over
@@ -49,8 +53,10 @@ def _advised(outcome: Outcome, purpose: Purpose) -> Advised:
 def _to_resume(outcome: Outcome) -> tuple[str, str]:
     decision = outcome.decision
     if decision.verdict == "forecast":
-        return f"Leap {outcome.horizon} steps", (
-            f"The run keeps its direction. farcast supports resuming from a forecast of step {outcome.valid_step}."
+        farther = " Its weights are farther from the later ones at first; the direction decides." if decision.is_farther else ""
+        return f"Leap {counted(outcome.horizon, outcome.rule.unit)}", (
+            f"The run keeps its direction. farcast supports resuming from a forecast of {outcome.rule.unit} {outcome.valid_step}."
+            f"{farther}"
         )
     causes = (
         (decision.is_over, "Nothing is left to skip"),
@@ -69,10 +75,13 @@ def _to_evaluate(outcome: Outcome) -> tuple[str, str]:
     if decision.verdict != "forecast":
         return "Evaluate the last snapshot", f"No forecast is expected to be nearer to later weights: {decision.reason}."
     if decision.is_average:
-        return f"Evaluate the {outcome.method} at step {outcome.valid_step}", (
+        return f"Evaluate the {outcome.method} at {outcome.rule.unit} {outcome.valid_step}", (
             "It combines the last snapshots, so that the weights lose their noise. Do not resume from it."
         )
-    return f"Evaluate a forecast of step {outcome.valid_step}", f"{decision.reason.capitalize()}. Do not resume from it."
+    return (
+        f"Evaluate a forecast of {outcome.rule.unit} {outcome.valid_step}",
+        f"{decision.reason.capitalize()}. Do not resume from it.",
+    )
 
 
 def sureness(significance: Significance) -> str:

@@ -22,12 +22,13 @@ from farcast_cli.run.alignment import align
 from farcast_cli.run.closed import reopened
 from farcast_cli.run.kept import conflicts_of, default_folder, is_of, kept_in
 from farcast_cli.run.trajectory import discover
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 from farcast_cli.state.files import STATE_ROLES, load_histories
 from farcast_cli.tensors import DType, Stretch, TensorEntry, sample_stretches
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import unchanged
 from farcast_cli.trainers.kept import ENDING, KeptRecord, StateRecord, ViewRecord, encoded
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_number_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,7 @@ class Keeping:
     added: tuple[Path, ...]
     removed: tuple[Path, ...]
     cautions: tuple[str, ...]
+    rule: StepRule = BY_EVIDENCE
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +109,7 @@ def keep(request: KeepRequest, progress: Progress) -> Keeping:
     removed = [snapshot.path for snapshot in present[: -(last or len(present) + 1)]]
     for path in removed:
         _remove(path)
-    return Keeping(run, folder, present[len(removed) :], tuple(added), tuple(removed), tuple(cautions))
+    return Keeping(run, folder, present[len(removed) :], tuple(added), tuple(removed), tuple(cautions), found.rule)
 
 
 def _size_of(snapshot: Snapshot, request: KeepRequest) -> int:
@@ -130,6 +132,7 @@ def _found(selection: Selection) -> Trajectory:
                 selection.directory,
                 steps=selection.steps,
                 pattern=selection.pattern,
+                rule=selection.rule,
                 unsettled=selection.unsettled,
                 weights=selection.weights,
                 minimum=0,
@@ -182,7 +185,7 @@ def _refuse(place: Path) -> None:
 def _name_of(snapshot: Snapshot) -> str:
     """The checkpoint's own name, with its step if it has none: a loop may save all its checkpoints under one name."""
     name = snapshot.path.name.removesuffix(".safetensors")
-    step = "" if find_step_in_name(snapshot.path.name) else f"-step_{snapshot.step}"
+    step = "" if find_number_in_name(snapshot.path.name, snapshot.unit) else f"-{snapshot.unit}_{snapshot.step}"
     return f"{name}{step}{ENDING}"
 
 
@@ -241,6 +244,7 @@ def _write(
         layout=snapshot.layout,
         run=relative(request.selection.directory, home),
         pattern=request.selection.pattern,
+        unit=snapshot.unit,
         bytes=snapshot.num_bytes,
         digest=snapshot.full_digest,
         views={tensor.entry.name: tensor.view for tensor in tensors if tensor.view},
@@ -275,7 +279,7 @@ def _state_of(snapshot: Snapshot, part: Part) -> StateRecord:
     (history,) = load_histories([replace(snapshot, parts=(part,))]).values()
     _, tree, file = history.states[0]
     numbers = encoded(tree, file, without=part.weights_paths)
-    return StateRecord(name=part.name, role=part.role, is_read=part.content is not None, tree=numbers)
+    return StateRecord(name=part.key, role=part.role, is_read=part.content is not None, tree=numbers)
 
 
 def _is_held(state: StateRecord) -> bool:

@@ -67,7 +67,7 @@ def place_of(request: Request, start: Start, horizon: int, container: Container,
     refuse_no_place(request.output)
     if len(request.horizons) > 1 or request.output.endswith(("/", os.sep)):
         return Path(request.output) / name
-    ending = container.ending
+    ending = container.name_ending
     if not request.output.endswith(ending):
         why = f", as {origin.path.name} does" if container.layout == "same" else ""
         raise UsageError(

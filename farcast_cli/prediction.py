@@ -34,13 +34,14 @@ from farcast_cli.request import ENDED, Outcome, Prepared, Request, Start
 from farcast_cli.run.trajectory import WHOLE
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_number_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from farcast_cli.choices import Purpose
     from farcast_cli.forecast.backtest import Decision
+    from farcast_cli.forecast.judgement import BacktestReport
     from farcast_cli.progress import Progress
     from farcast_cli.trainers.base import Snapshot
 
@@ -119,7 +120,15 @@ def judge(fitted: Fitted, request: Request) -> Judged:
     decisions = [_decide(method, _judged(fitted, task), request, start) for task in tasks]
     outcomes = (
         Outcome(
-            int(task.horizon), fitted.steps[index], method.name, decision, task.pace, task.pace_ahead, task.length_factor, notes
+            int(task.horizon),
+            fitted.steps[index],
+            method.name,
+            decision,
+            task.pace,
+            task.pace_ahead,
+            task.length_factor,
+            notes,
+            fitted.rule,
         )
         for task, decision in zip(tasks, decisions, strict=True)
     )
@@ -132,6 +141,25 @@ def proposed(fitted: Fitted, request: Request) -> tuple[Judged, str]:
         return judge(fitted, request), ""
     except FarcastError as error:
         return judge(fitted, replace(request, counters="keep")), str(error)
+
+
+def within_run(report: BacktestReport, fitted: Fitted) -> BacktestReport:
+    """A back-test to resume from whose verdicts know the end of the run, as `predict` does; unchanged if the files do not tell."""
+    try:
+        start = _open(fitted, len(fitted.steps) - 1, Request())
+    except FarcastError:
+        return report
+    decisions = {
+        horizon: (method, _within(decision, start, horizon)) for horizon, (method, decision) in report.decisions.items()
+    }
+    return replace(report, decisions=decisions)
+
+
+def _within(decision: Decision, start: Start, horizon: int) -> Decision:
+    if start.end is None or not start.ends_before(horizon) or decision.verdict != "forecast":
+        return decision
+    why = f"the run ends at {start.origin.unit} {start.end[1]}: a leap must end before that"
+    return replace(decision, verdict="abstain", reason=why, is_over=True)
 
 
 def origin_of(fitted: Fitted, request: Request) -> Start:
@@ -237,10 +265,10 @@ def plan(fitted: Fitted, judged: Judged) -> Prepared:
 def _prepare(fitted: Fitted, request: Request, start: Start, horizons: Sequence[int], linear: LinearMap) -> Prepared:
     opened = {index: start.origin if index == start.index else reopen(fitted, index) for index in linear.used}
     _refuse_samples([opened[index] for index in linear.used] + [start.origin])
-    container = settle(start.origin, request.layout)
+    container = settle(start.origin, request.layout, inner=request.place)
     run, unit = fitted.directory, _name_unit(fitted)
     paths = [place_of(request, start, horizon, container, unit=unit) for horizon in horizons]
-    is_file = container.is_file
+    is_file = container.is_one_file
     same = None if request.overwrite else partial(check_unchanged, is_file=is_file, run=run)  # publish compares how it was made
     claim(paths, run, request, is_file=is_file, existing=same)
     used = [opened[index] for index in linear.used]
@@ -277,7 +305,10 @@ def _history(fitted: Fitted, opened: Mapping[int, Snapshot], last: int) -> list[
 
 def _name_unit(fitted: Fitted) -> Fraction:
     """What the numbers in the snapshots' names count per step: 1, or less where a name is a save index."""
-    found = [(record.step, find_step_in_name(Path(record.path).name)) for record in fitted.provenance.snapshots]
+    found = [
+        (record.step, find_number_in_name(Path(record.path).name, fitted.provenance.unit))
+        for record in fitted.provenance.snapshots
+    ]
     numbers = [(step, int(match[1])) for step, match in found if match]
     if len(numbers) < 2 or numbers[0][0] == numbers[-1][0]:  # noqa: PLR2004 - a rate takes two
         return Fraction(1)

@@ -143,7 +143,7 @@ def _stage(work: Publication, prepared: Prepared, path: Path, *, may_stay_empty:
 
     The sidecar is added last and so published first: a forecast that can be seen has its provenance.
     """
-    is_file, overwrite = prepared.container.is_file, work.request.overwrite
+    is_file, overwrite = prepared.container.is_one_file, work.request.overwrite
     place = work.outputs.add(
         path, check=existing_check(work.run, overwrite=overwrite, is_file=is_file), may_stay_empty=may_stay_empty
     )
@@ -204,7 +204,7 @@ def judged_origin(prepared: Prepared, place: Path, progress: Progress) -> Path:
     Args:
         place: of the output to come. Candidates lie beside it, each in a folder of its own.
     """
-    if prepared.container.layout == "same":
+    if prepared.container.layout == "same" and not prepared.container.inner:
         return prepared.origin.path
     copied = place.parent / "strength-0" / place.name
     write_candidate(only(prepared, 0, 0.0), copied, progress)

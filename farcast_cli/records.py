@@ -16,6 +16,7 @@ from farcast_cli.answer import (
     Answer,
     AnswerPart,
     AsGiven,
+    CountedSteps,
     Figure,
     PortablePath,
     Seconds,
@@ -101,7 +102,7 @@ class MomentumEntry(AnswerPart):
     stretches: int = Field(description="number of stretches in the memory")
 
 
-class ForecastSidecar(Answer):
+class ForecastSidecar(CountedSteps, Answer):
     """The sidecar of what `predict` or `leap` wrote."""
 
     name: str = Field(description="the output's name")

@@ -53,7 +53,7 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
     Raises:
         OutputError: what is there was made in another way.
     """
-    place, is_file = prepared.paths[index], prepared.container.is_file
+    place, is_file = prepared.paths[index], prepared.container.is_one_file
     if request.overwrite or not os.path.lexists(place):
         return None
     check_unchanged(place, is_file=is_file, run=prepared.run)

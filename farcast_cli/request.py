@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.forecaster import Options
 from farcast_cli.run.pace import STEPS, Pace
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,8 @@ class Request:
     layout: OutputLayout = "same"
     max_shard_bytes: int | None = None
     output: str | None = None
+    place: str = ""
+    """The name of the checkpoint's file in a folder of its own; "" for a forecast that lies as the snapshots do."""
     even_if_worse: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -78,6 +81,8 @@ class Outcome:
     """What the step's length was multiplied by: `pace_ahead`, or 1 where it keeps its full length."""
     chosen: tuple[str, ...] = ()
     """What was chosen for the user, and why."""
+    rule: StepRule = BY_EVIDENCE
+    """How the user had the steps of the run told."""
     path: Path | None = None
     existed: bool = False
     """The same request wrote it before, and nothing was written now."""

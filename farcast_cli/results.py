@@ -23,6 +23,7 @@ from farcast_cli.answer import (
     Answer,
     AnswerPart,
     AsGiven,
+    CountedSteps,
     Figure,
     KnownStep,
     PortablePath,
@@ -92,7 +93,7 @@ class WorthEntry(AnswerPart):
     is_limit: bool = Field(description="`true` if the curve is too short to tell more steps than `steps_sooner`")
 
 
-class InspectAnswer(Answer):
+class InspectAnswer(CountedSteps, Answer):
     """`farcast inspect --json`."""
 
     layout: str = Field(description="name of the layout, see `farcast help formats`")
@@ -117,7 +118,7 @@ class InspectAnswer(Answer):
 # --- fit and backtest ------------------------------------------------------------------------------------------------
 
 
-class FitAnswer(Answer):
+class FitAnswer(CountedSteps, Answer):
     """`farcast fit --json`."""
 
     forecaster: PortablePath | None = Field(
@@ -150,7 +151,7 @@ class KeptEntry(AnswerPart):
     checkpoint_bytes: int = Field(description="size of the checkpoint that it was copied from")
 
 
-class KeepAnswer(Answer):
+class KeepAnswer(CountedSteps, Answer):
     """`farcast keep --json`."""
 
     folder: PortablePath = Field(description="the folder of the kept snapshots")
@@ -190,7 +191,7 @@ class DecisionEntry(AnswerPart):
     reason: str = Field(description="why")
 
 
-class BacktestAnswer(Answer):
+class BacktestAnswer(CountedSteps, Answer):
     """`farcast backtest --json`."""
 
     origin_step: int = Field(description="step of the last snapshot")
@@ -216,7 +217,7 @@ class TrialEntry(AnswerPart):
     seconds: Seconds = Field(description="seconds that the command took")
 
 
-class Forecast(AnswerPart):
+class Forecast(CountedSteps):
     """One horizon's forecast."""
 
     path: PortablePath | None = Field(description="path of the forecast; `null` if none was written")
@@ -267,7 +268,7 @@ class PredictManyAnswer(Answer):
     dry_run: bool = Field(default=False, description=DRY_RUN)
 
 
-class LeapAnswer(Answer):
+class LeapAnswer(CountedSteps, Answer):
     """`farcast leap --json`."""
 
     path: PortablePath | None = Field(description="the checkpoint to resume from; `null` if there is no leap")
@@ -304,7 +305,7 @@ class LeapAnswer(Answer):
 # --- watch -----------------------------------------------------------------------------------------------------------
 
 
-class WatchAnswer(Answer):
+class WatchAnswer(CountedSteps, Answer):
     """`farcast watch --json`: one object on each line, for each event. A key that does not belong to the event is absent."""
 
     event: Literal["judged", "leap", "command", "problem", "waiting", "end"] = Field(

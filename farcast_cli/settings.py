@@ -18,9 +18,11 @@ from farcast_cli.choices import (
     KeepForm,
     OptimizerMode,
     OutputLayout,
+    StepFrom,
+    StepUnit,
 )
 from farcast_cli.errors import UsageError, shell_word
-from farcast_cli.files.place import check_outside
+from farcast_cli.files.place import SIDECAR, check_outside
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 
 if TYPE_CHECKING:
@@ -63,17 +65,23 @@ def selection_of(
     pattern: str | None,
     *,
     history: Path | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
     weights: str | None = None,
 ) -> Selection:
     """The part of a run that the options name."""
+    check_choice("--step-from", step_from, StepFrom)
+    check_choice("--unit", unit, StepUnit)
     from farcast_cli.run.selection import Selection
     from farcast_cli.run.steps import parse_steps
+    from farcast_cli.run.trust import StepRule
 
     keys = () if weights is None else tuple(key.strip() for key in weights.split(","))
     if not all(keys):
         raise UsageError(f"--weights {weights}: expected keys with commas between them, such as --weights g,d")
     globs = tuple(include or ()), tuple(exclude or ())
-    return Selection(directory, parse_steps(steps), pattern or "", *globs, history, weights=keys)
+    rule = StepRule(step_from, unit)
+    return Selection(directory, parse_steps(steps), pattern or "", *globs, history, rule=rule, weights=keys)
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -189,6 +197,21 @@ def check_choices(
     check_choice("--io", io, Io)
 
 
+def place_in_folder(name: str | None) -> str:
+    """The name of a checkpoint's file in a folder of its own; "" for none.
+
+    Raises:
+        UsageError: it is no plain name.
+    """
+    if name is None:
+        return ""
+    if not name or name != Path(name).name or name in {".", "..", SIDECAR} or name.startswith("."):
+        raise UsageError(
+            f"--place {name}: expected the plain name of a file, such as ckpt.pt", hint="-o OUT names the folder around it"
+        )
+    return name
+
+
 def check_layout(layout: OutputLayout, purpose: Purpose) -> None:
     """That an output to resume from can hold a trainer's state.
 
@@ -235,6 +258,8 @@ def fit_request(
     threads: int,
     losses: Path | None = None,
     history: Path | None = None,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
     weights: str | None = None,
 ) -> FitRequest:
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
@@ -243,7 +268,9 @@ def fit_request(
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history, weights=weights)
+    selection = selection_of(
+        directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit, weights=weights
+    )
     return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
 
 
@@ -260,6 +287,8 @@ def watch_request(
     io: Io,
     threads: int,
     keep: KeepForm,
+    step_from: StepFrom | None = None,
+    unit: StepUnit = "step",
 ) -> WatchRequest:
     """What is kept and judged of a run that is watched.
 
@@ -271,6 +300,7 @@ def watch_request(
     if into is not None:
         check_outside(into / "any", directory, option="--into")
     options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "weights": weights, "steps": None}
+    options |= {"step_from": step_from, "unit": unit}
     machine: Any = {"ledger": ledger, "device": device, "io": io, "threads": threads}
     fit = fit_request(directory, **options, **machine, sample=DEFAULT_SAMPLE, full=False, history=into)
     from farcast_cli.request import Request
@@ -294,11 +324,12 @@ def check_watch_options(interval: float, *, is_leaping: bool, on_leap: str | Non
 
 def narrowed(fitted: Fitted) -> str:
     """The options that chose what was read of a run, each with a blank before it."""
+    rule = "".join(f" {word}" for word in fitted.rule.options)
     chosen = fitted.provenance
     options = [("--pattern", chosen.pattern)] if chosen.pattern else []
     options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
     options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options)
+    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule
 
 
 def source_of(run: object, fitted: Fitted) -> str:

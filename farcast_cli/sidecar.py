@@ -63,6 +63,8 @@ def compose(
     home, decision = outcome.path.resolve().parent, outcome.decision
     return ForecastSidecar(
         schema_version=1,
+        step_from=outcome.rule.source,
+        unit=outcome.rule.unit,
         name=portable(outcome.path.name),
         farcast_version=__version__,
         origin_step=outcome.origin_step,

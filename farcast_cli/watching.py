@@ -22,6 +22,7 @@ from farcast_cli.keeping import KeepRequest, keep
 from farcast_cli.reports.story import propose
 from farcast_cli.run.closed import reopened
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 from farcast_cli.trainers import recognise, trainer_of
 from farcast_cli.trainers.names import find_step_in_name
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
     from pathlib import Path
 
-    from farcast_cli.choices import Verdict
+    from farcast_cli.choices import StepUnit, Verdict
     from farcast_cli.evaluation.hook import Hook
     from farcast_cli.forecast.fitting import FitRequest
     from farcast_cli.forecast.forecaster_file import Fitted
@@ -100,6 +101,7 @@ class NewVerdict:
     coherence: float = math.nan
     significance: float = math.nan
     ratio: float = math.nan
+    rule: StepRule = BY_EVIDENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class LeapWritten:
     valid_step: int
     existed: bool
     """It was there already, and nothing was written now."""
+    unit: StepUnit = "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +344,7 @@ class _Watch:
             yield from self._tell(f"no leap from step {step}: the trainer deleted a checkpoint while it was read", hint=TWO)
             return
         if outcome.path:
-            yield LeapWritten(step, outcome.path, outcome.valid_step, outcome.existed)
+            yield LeapWritten(step, outcome.path, outcome.valid_step, outcome.existed, outcome.rule.unit)
             if self.hook and not outcome.existed:
                 self.hook.start(outcome.path)
 
@@ -431,7 +434,7 @@ def judge(request: WatchRequest, found: Trajectory, past: Past, progress: Progre
     if count < MIN_SNAPSHOTS:
         since = " since the leap" if leap else ""
         reason = f"{count} snapshot{'s' * (count != 1)}{since}, {MIN_SNAPSHOTS} are needed"
-        return NewVerdict(step, count, landed, "untestable", f"keep training: {reason}", reason), None
+        return NewVerdict(step, count, landed, "untestable", f"keep training: {reason}", reason, rule=found.rule), None
     fitted = fit_planned(plan_found(request.fit, found, past), progress).fitted
     proposal = propose(fitted, request.judge)
     outcome, decision = proposal.outcome, proposal.outcome.decision
@@ -447,6 +450,7 @@ def judge(request: WatchRequest, found: Trajectory, past: Past, progress: Progre
         decision.coherence,
         decision.significance.p,
         decision.ratio,
+        fitted.rule,
     ), fitted
 
 

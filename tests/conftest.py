@@ -12,28 +12,31 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import farcast_cli.engine.output_files
 from farcast_cli.choices import DEFAULT_SAMPLE
-from farcast_cli.cli import main
+from farcast_cli.cli import app, main
 from farcast_cli.engine import write as engine
 from farcast_cli.engine.native import VARIABLE
 from farcast_cli.forecast import accumulate as accumulation
 from farcast_cli.forecast.fitting import fit
 from farcast_cli.forecast.forecaster_file import save_fitted
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
+from tests.forks import build_commands_once
 from tests.tiny import torch_settings_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 STEPS = tuple(range(100, 900, 100))
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -44,10 +47,26 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 TIME_CONSTANT = 600.0  # steps; slow against the run, so that its second half still moves like its first
 NOISE = 1e-3  # of a weight, per snapshot
+LONGEST = (
+    *("test_crash.py", "test_leap.py", "test_marks.py", "test_systems.py", "test_non_finite.py", "test_in_trainer.py"),
+    *("test_periodic.py", "test_loop.py", "test_two_processes.py", "test_security.py", "test_engine.py", "test_lightning.py"),
+)
+PATIENCE_S = 300.0  # for what ends within a second or two, but for a machine that is very busy
+
+hypothesis.settings.register_profile(
+    "farcast", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)  # a busy machine is no failure
+hypothesis.settings.load_profile("farcast")
+build_commands_once(app)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the tables of tests/golden anew")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: a worker that began one of them last would work alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_configure() -> None:
@@ -145,6 +164,14 @@ def tree_digest(top: Path) -> dict[str, str]:
         path.relative_to(top).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(top.rglob("*"))
     }
+
+
+def wait_until(done: Callable[[], object], what: str) -> None:
+    """Wait for an event, however slow the machine is; `what` says what did not happen."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""Runs the real command on Linux without what macOS or Windows lacks; prints one JSON line for each call.
+"""Runs the real command on Linux without what macOS or Windows lacks; answers each call by one JSON line.
 
-    python -m tests.other_systems SYSTEM < CALLS      CALLS is a JSON list of [folder, [argument, ...]]
+    python -m tests.other_systems SYSTEM < CALLS      each line of CALLS is a JSON list: [folder, [argument, ...]]
 
-What a system lacks is removed before farcast is imported, and what it does in another way is done so. Each call is a forked
-process, because to import torch takes a second. Not imitated: paths with backslashes and drives, rights, real locks.
+What a system lacks is removed before farcast is imported, and what it does in another way is done so. Not
+imitated: paths with backslashes and drives, rights, real locks.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import builtins
 import ctypes
 import errno
 import fcntl
-import importlib
 import io
-import json
 import mmap
 import os
-import pkgutil
 import resource
 import shutil
 import signal
 import sys
-import traceback
 import zoneinfo
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +31,8 @@ import rich.progress
 import safetensors.torch
 import torch.distributed.checkpoint
 import typer
+
+from tests.forks import import_all, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -262,15 +260,6 @@ def _locking() -> ModuleType:
 # --- the calls -------------------------------------------------------------------------------------------------------
 
 
-def import_all() -> None:
-    """farcast, once for all calls, and only now that the system is another one; not what is for import by a training."""
-    import farcast_cli
-
-    for module in pkgutil.walk_packages(farcast_cli.__path__, "farcast_cli."):
-        if module.name.split(".")[1] not in {"hf", "lightning", "live", "loop"}:
-            importlib.import_module(module.name)
-
-
 def small_tasks() -> None:
     """Small outputs in many ranges, by several workers and past the page cache, as large ones are."""
     from farcast_cli.engine import output_files, workers, write
@@ -293,39 +282,11 @@ def _told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
-def called(folder: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """A call of the command in a folder."""
-    from farcast_cli.cli import main
-
-    code: object = 1
-    said, errors = io.StringIO(), io.StringIO()
-    os.chdir(folder)
-    sys.argv = ["farcast", *arguments]
-    with redirect_stdout(said), redirect_stderr(errors):
-        try:
-            main()
-        except SystemExit as stopped:
-            code = stopped.code
-        except BaseException:  # noqa: BLE001 - a bug, to be reported
-            traceback.print_exc()
-    return {"code": code, "stdout": said.getvalue(), "stderr": errors.getvalue(), "used": sorted(USED)}
-
-
-def in_a_fork(folder: str, arguments: Sequence[str]) -> None:
-    sys.stdout.flush()
-    if not REAL.fork():
-        answer = called(folder, arguments)
-        os.write(1, json.dumps(answer).encode() + b"\n")
-        os._exit(0)
-    os.wait()
-
-
 def run(system: str) -> None:
     {"linux": lambda: None, "macos": become_macos, "windows": become_windows}[system]()
-    import_all()
+    import_all()  # only now that the system is another one
     small_tasks()
-    for folder, arguments in json.load(sys.stdin):
-        in_a_fork(folder, arguments)
+    serve(lambda: sorted(USED))
 
 
 if __name__ == "__main__":

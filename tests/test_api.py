@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_THE_TERMINAL = {"context", "json_", "quiet", "verbose", "config"}
-OF_FIT = {"include", "exclude", "steps", "pattern", "history", "sample", "full"}
+OF_FIT = {"include", "exclude", "steps", "pattern", "step_from", "unit", "weights", "history", "sample", "full"}
 """The options that choose from a folder: `fit` has them, and what it returns is passed on."""
 
 

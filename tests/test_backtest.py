@@ -476,7 +476,7 @@ def test_fewer_than_six_snapshots_or_a_horizon_over_one_and_a_half_histories_are
     far = make_task(arrays, STEPS, 1651)
     for task, reason in (
         (few, "the history has 5 snapshots: a test needs 6"),
-        (far, "1651 steps ahead is more than 1.5 times the history of 1100 steps"),
+        (far, "a horizon of 1651 is more than 1.5 times the history of 1100"),
     ):
         decision = decide(METHODS[name], task, purpose)
         assert (decision.verdict, decision.reason) == ("untestable", reason)

@@ -538,12 +538,12 @@ NAMED_ONLY = {
     },
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast", "target"},
     "an argument that is nobody else's to give": {"command"},
-    "a place to write": {"output", "delta_out", "lora_out", "log_to", "into"},
+    "a place to write": {"output", "place", "delta_out", "lora_out", "log_to", "into"},
     "what is removed": {"last"},
     "a program": {"eval_cmd", "on_leap"},
     "what is written": {"leap"},
     "a check": {"even_if_worse", "overwrite", "gate", "val", "subsample", "seed", "maximize", "io"},
-    "a check on the way": {"steps", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
+    "a check on the way": {"steps", "step_from", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
 }
 
 
@@ -982,7 +982,7 @@ def test_a_horizon_beyond_the_history_writes_nothing_and_ends_with_10(work: Path
     before = tree_digest(work)
     done = call_cli("predict", "--horizon", 5000, cwd=work)
     assert (done.returncode, done.stdout) == (10, "")
-    assert "KEEP TRAINING: It is too early to tell: 5000 steps ahead is more than 1.5 times the history" in done.stderr
+    assert "KEEP TRAINING: It is too early to tell: a horizon of 5000 is more than 1.5 times the history" in done.stderr
     assert "--even-if-worse" in done.hints[0]
     assert tree_digest(work) == before
 

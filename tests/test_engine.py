@@ -77,7 +77,7 @@ def test_the_forecast_is_the_whole_tensors_linear_map_to_rounding(dtype: torch.d
         np.testing.assert_allclose(written[name].double().numpy(), expected, rtol=0, atol=scale * ROUNDING[dtype])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32 - 1), num_tensors=st.integers(1, 3), num_snapshots=st.integers(2, 6))
 def test_the_map_over_snapshots_equals_the_coefficients_over_increments(
     seed: int, num_tensors: int, num_snapshots: int

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.errors import FileFormatError, NonFiniteError
+from farcast_cli.errors import NonFiniteError
 from farcast_cli.run.trajectory import discover
 from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
 
@@ -176,22 +176,12 @@ def test_of_a_mixture_the_layout_of_most_is_taken_and_all_else_is_listed_with_th
 
 
 REFUSED = {
-    "zero": ("global_step{}", ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"), "zero_to_fp32.py"),
-    "zero-bf16": ("global_step{}", ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",), "zero_to_fp32.py"),
-    "zero-within": ("step_{}", ("latest", "global_step9/mp_rank_00_model_states.pt"), "zero_to_fp32.py"),
-    "zero-pipeline": ("global_step{}", ("layer_01-model_00-model_states.pt",), "zero_to_fp32.py"),
-    "zero-universal": ("global_step{}_universal", ("zero/layer.weight/fp32.pt",), "zero_to_fp32.py"),
-    "zero-accelerate": (
-        "checkpoint_{}",
-        ("pytorch_model/mp_rank_00_model_states.pt", "random_states_0.pkl", "scheduler.bin"),
-        "zero_to_fp32.py",
-    ),
+    "zero-universal": ("global_step{}_universal", ("zero/layer.weight/fp32.pt",), "global_stepN/"),
     "megatron": ("iter_{:07d}", ("mp_rank_00/model_optim_rng.pt",), "tools/checkpoint/convert.py"),
     "megatron-pipeline": ("iter_{:07d}", ("mp_rank_00_000/model_optim_rng.pt",), "tools/checkpoint/convert.py"),
     "megatron-dist": ("iter_{:07d}", (".metadata", "common.pt", "__0_0.distcp"), "tools/checkpoint/convert.py"),
-    "fsdp": ("step_{}", ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata", "random_states_0.pkl"), "merge-weights"),
-    "fsdp-full": ("step_{}", ("pytorch_model_fsdp.bin", "optimizer.bin", "random_states_0.pkl"), "pytorch_model_fsdp.bin"),
-    "fabric-fsdp": ("step-{}", ("lit_model.pth/.metadata", "lit_model.pth/__0_0.distcp"), "dcp_to_torch"),
+    "fsdp-ranks": ("step_{}", ("pytorch_model_fsdp_0_rank0.bin", "random_states_0.pkl"), "SHARDED_STATE_DICT"),
+    "around": ("epochs-{}", ("epoch1/.metadata", "epoch1/__0_0.distcp"), "dcp_to_torch"),
 }
 
 
@@ -217,24 +207,6 @@ def test_state_in_one_piece_per_process_is_refused_with_the_tool_that_converts_i
     assert "not read yet" in done.errors[0]
     assert REFUSED[kind][2] in done.hints[0]
     assert call_cli("inspect", tmp_path / "run", cwd=tmp_path).returncode == 4
-
-
-def test_the_command_that_converts_a_partitioned_checkpoint_names_its_tag_and_the_folder_above(tmp_path: Path) -> None:
-    run = _make_refused(tmp_path / "run", "zero")
-    with pytest.raises(FileFormatError) as caught:
-        discover(run)
-    assert f"python {run}/zero_to_fp32.py {run} step_N --tag global_step100" in caught.value.hint
-
-
-def test_partitions_beside_a_trainers_weights_are_refused_too(tmp_path: Path) -> None:
-    """The Trainer resumes from the partitions, whatever the weights beside them."""
-
-    def add(folder: Path) -> None:
-        (folder / "global_step9").mkdir()
-        (folder / "global_step9" / "mp_rank_00_model_states.pt").write_bytes(b"")
-
-    with pytest.raises(FileFormatError, match="a DeepSpeed checkpoint"):
-        discover(_edited(tmp_path, add))
 
 
 def test_files_of_a_loop_of_ones_own_are_not_taken_for_partitions(tmp_path: Path) -> None:

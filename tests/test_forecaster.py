@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farcast_cli.engine.linear import LinearMap
@@ -161,7 +161,6 @@ def test_matched_steps_are_as_long_as_the_matched_move(horizon: float) -> None:
     np.testing.assert_allclose(_norms(step_of("k5", arrays, STEPS, horizon, step_norm="match")), stretched, rtol=ALGEBRA)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(size=st.floats(1e-6, 1e6), norm=st.sampled_from(["match", "match-plain", "clip", "free"]))
 def test_a_steps_norm_is_set_by_the_formula_whatever_its_size(size: float, norm: StepNorm) -> None:
     arrays = wander(14, num_snapshots=9, sizes={"w": 50})

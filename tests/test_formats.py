@@ -41,6 +41,7 @@ from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
 from farcast_cli.tensors import BY_CODE, DTYPES
 from farcast_cli.trainers.weights_folder import MAX_JSON_BYTES, read_json
+from tests.conftest import PATIENCE_S
 
 SAFETENSORS_NAMES = sorted(dtype.name for dtype in BY_CODE.values() if not dtype.bits)  # of whole bytes, as torch has them
 TORCH_NAMES = sorted(DTYPES)
@@ -77,7 +78,7 @@ def written(tree: dict[str, Any]) -> bytes:
     return b"".join(parts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     tree=st.dictionaries(st.text(max_size=5), VALUES, max_size=4),
     log=st.lists(VALUES, max_size=6),
@@ -235,7 +236,7 @@ def with_header(header: object, data: bytes = b"", *, length: int | None = None)
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(position=st.integers(0, HEADER_END - 1), value=st.integers(0, 255))
 def test_a_changed_byte_in_a_safetensors_header_is_read_or_refused_and_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, position: int, value: int
@@ -256,7 +257,7 @@ def test_a_safetensors_file_cut_short_anywhere_is_refused(tmp_path: Path) -> Non
             read_raw_safetensors(tmp_path, GOOD[:length])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(raw=st.binary(max_size=200))
 def test_random_bytes_are_no_safetensors_file(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     with pytest.raises(FileFormatError):
@@ -656,7 +657,9 @@ def test_lists_that_hold_each_other_a_quintillion_times_over_are_refused_or_read
         "try: read_torch_file(Path(sys.argv[1]))\nexcept FarcastError: pass\nprint('ended')"
     )
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=root, capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], cwd=root, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     assert done.stdout == "ended\n"
 
 
@@ -691,7 +694,7 @@ def read_or_refuse(path: Path) -> TorchFile | None:
         return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_changed_byte_in_a_torch_pickle_gives_a_tree_or_farcasts_own_error(
     saved: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -707,7 +710,7 @@ def test_a_changed_byte_in_a_torch_pickle_gives_a_tree_or_farcasts_own_error(
     assert all(entry.offset + entry.num_bytes <= len(raw) for entry in entries)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_changed_byte_anywhere_in_a_torch_file_gives_a_tree_or_farcasts_own_error(
     saved: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

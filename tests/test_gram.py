@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine import native
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.forecast.accumulate import KEPT_SAMPLE, MIN_KEPT, accumulate, bytes_to_sample
 from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover
 from farcast_cli.tensors import sample_stretches
-from tests.tiny import basis, save_safetensors, statistic, stored, wander, write_run
+from tests.tiny import basis, save_safetensors, statistic, stored, wander, without_kernel, write_run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -31,6 +34,15 @@ STEPS = (100, 200, 300, 450, 500)
 SIZES = {"a": 300, "b": 1, "c": 4000}
 FLOAT64_SUM = 1e-12  # of the largest entry: sums of some thousand products in float64, in another order
 FLOAT32_SUM = 1e-7  # of the two vectors' norms: increments rounded to float32 (6e-8), sums of 2,048 products (2e-8)
+
+
+@pytest.fixture(params=["native", "numpy"])
+def engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of the two that multiply in float32."""
+    if request.param == "native" and native.KERNEL is None:
+        pytest.skip("this installation has no compiled kernel")
+    with nullcontext() if request.param == "native" else without_kernel():
+        yield
 
 
 def _accumulated(folder: Path, *, num_samples: int | None = DEFAULT_SAMPLE) -> tuple[Gram, Sample]:
@@ -73,6 +85,7 @@ def _assert_close_by_norms(found: NDArray[np.float64], expected: NDArray[np.floa
     np.testing.assert_array_less(np.abs(found - expected), FLOAT32_SUM * norms[..., :, None] * norms[..., None, :])
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("num_elements", [16_385, 50_001, 200_000, (1 << 20) + 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_full_pass_over_a_large_tensor_multiplies_in_float32_and_adds_up_in_float64(
@@ -87,13 +100,15 @@ def test_a_full_pass_over_a_large_tensor_multiplies_in_float32_and_adds_up_in_fl
         np.testing.assert_allclose(gram.matrix[0], expected, rtol=0, atol=1e-11 * np.abs(expected).max())
 
 
-def test_very_many_snapshots_are_multiplied_as_matrices(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("engine")
+def test_very_many_snapshots_are_multiplied_alike(tmp_path: Path) -> None:
     steps = tuple(range(100, 2100, 100))
     run = write_run(tmp_path, wander(2, num_snapshots=20, sizes={"w": 30_000}), steps)
     gram, _ = _accumulated(run, num_samples=None)
     _assert_close_by_norms(gram.matrix[0], _oracle(stored(run, steps, "w")))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("size", [1e-25, 1e22])
 def test_what_float32_cannot_square_is_multiplied_in_float64(size: float, tmp_path: Path) -> None:
     values = size * wander(3, num_snapshots=5, sizes={"w": 20_000})["w"]
@@ -102,12 +117,14 @@ def test_what_float32_cannot_square_is_multiplied_in_float64(size: float, tmp_pa
     _assert_close_by_norms(gram.matrix[0], _oracle(stored(run, STEPS, "w")))
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_frozen_tensor_counts_as_still_in_a_full_pass(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"w": np.repeat(np.linspace(-1, 1, 20_000)[None], 5, axis=0)}, STEPS)
     gram, _ = _accumulated(run, num_samples=None)
     assert not gram.matrix[0, :4].any()
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_full_pass_refuses_or_forgives_what_is_not_finite_as_a_sample_does(tmp_path: Path) -> None:
     values = wander(4, num_snapshots=5, sizes={"w": 20_000})["w"]
     values[:, 7] = -np.inf
@@ -119,6 +136,7 @@ def test_a_full_pass_refuses_or_forgives_what_is_not_finite_as_a_sample_does(tmp
         _accumulated(write_run(tmp_path / "nan", {"w": values}, STEPS), num_samples=None)
 
 
+@pytest.mark.usefixtures("engine")
 def test_the_size_of_the_stretches_changes_only_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path, wander(2, num_snapshots=5, sizes={"w": 50_000}), STEPS)
     whole, _ = _accumulated(run, num_samples=None)
@@ -148,7 +166,6 @@ def test_a_large_tensors_matrix_is_that_of_its_sample_times_its_share(tmp_path: 
     np.testing.assert_allclose(np.diag(gram.matrix[0])[:4], whole, rtol=0.1)  # 4,096 samples: 1 / sqrt(2048) = 2 %, four sigma
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(num_elements=st.integers(1, 10**7), num_samples=st.integers(1000, 40_000))
 def test_a_sample_covers_its_tensor_evenly_from_the_first_element_to_the_last(num_elements: int, num_samples: int) -> None:
     pieces = sample_stretches(num_elements, num_samples)
@@ -161,7 +178,6 @@ def test_a_sample_covers_its_tensor_evenly_from_the_first_element_to_the_last(nu
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(keep=st.sets(st.integers(0, 7), min_size=1).map(sorted), seed=st.integers(0, 100))
 def test_restricting_to_some_snapshots_equals_starting_from_them(keep: list[int], seed: int) -> None:
     arrays = wander(seed, num_snapshots=8, sizes={"a": 20, "b": 3})
@@ -174,7 +190,6 @@ def test_restricting_to_some_snapshots_equals_starting_from_them(keep: list[int]
     np.testing.assert_array_equal(sample.restrict(keep).values, rows.values)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(keep=st.sets(st.integers(0, 7), min_size=1).map(sorted), seed=st.integers(0, 100))
 def test_a_change_of_basis_leaves_the_vector_what_it_is(keep: list[int], seed: int) -> None:
     values = wander(seed, num_snapshots=8, sizes={"a": 20})["a"]
@@ -185,7 +200,6 @@ def test_a_change_of_basis_leaves_the_vector_what_it_is(keep: list[int], seed: i
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-12)  # sums of eight numbers near 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(seed=st.integers(0, 100))
 def test_norms_are_those_of_the_vectors(seed: int) -> None:
     arrays = wander(seed, num_snapshots=6, sizes={"a": 20, "b": 3})

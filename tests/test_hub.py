@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,10 +260,9 @@ def test_the_origins_card_stays_and_an_earlier_section_is_replaced(front: str, t
 
 
 @pytest.mark.parametrize("text", [BEGIN * 10_000, "\n" * 100_000 + "x"], ids=["marks", "empty lines"])
-def test_a_card_of_thousands_of_marks_or_lines_takes_no_time(text: str) -> None:
-    started = time.process_time()
+def test_a_card_of_thousands_of_marks_or_lines_keeps_them_all(text: str) -> None:
+    """How long it takes: bench/limits.py."""
     card = _added(f"# Mine\n{text}", "the section", "")
-    assert time.process_time() - started < 1
     assert card.startswith(f"\n# Mine\n{text}")
     assert card.endswith(f"{BEGIN}\nthe section\n{END}\n")
 

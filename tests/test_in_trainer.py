@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import shutil
@@ -129,6 +130,12 @@ def trained(
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@functools.cache
+def weights_without_leaps() -> dict[str, torch.Tensor]:
+    """Of the language model at the end of its training, for all tests that compare with them."""
+    return weights(trained(language_model(), texts()).model)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -323,7 +330,7 @@ def loss_of(model: Any) -> torch.Tensor:
 
 def test_a_loss_that_is_measured_leaves_no_trace_where_there_is_no_leap() -> None:
     """Not in the weights, nor in the random state that dropout draws from."""
-    plain = trained(language_model(), texts())
+    plain = weights_without_leaps()
     calls = []
 
     def loss(model: Any) -> torch.Tensor:
@@ -333,7 +340,7 @@ def test_a_loss_that_is_measured_leaves_no_trace_where_there_is_no_leap() -> Non
     asked = trained(language_model(), texts(), options={"loss": loss, "max_gain": 0.01})
     assert len(calls) == 3 * 7
     assert marks(asked.state.log_history) == []
-    assert equal(weights(plain.model), weights(asked.model))
+    assert equal(plain, weights(asked.model))
 
 
 def test_a_loss_lets_the_gain_rise_above_one() -> None:
@@ -346,10 +353,10 @@ def test_a_loss_lets_the_gain_rise_above_one() -> None:
 def test_a_loss_that_is_none_leaves_the_run_as_it_was(
     returned: float | None, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = trained(language_model(), texts())
+    plain = weights_without_leaps()
     asked = trained(language_model(), texts(), options={"loss": lambda _: returned})
     assert words in caplog.text
-    assert equal(weights(plain.model), weights(asked.model))
+    assert equal(plain, weights(asked.model))
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from farcast_cli.errors import UsageError
 from farcast_cli.results import ErrorAnswer
-from tests.conftest import fit_run, make_loose_run, popen_cli, run_cli
+from tests.conftest import fit_run, make_loose_run, popen_cli, run_cli, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,13 +89,10 @@ def test_a_run_that_inspect_cannot_use_has_its_own_answer(tmp_path: Path, call_c
 
 
 def test_an_interrupt_is_one_object(work: Path) -> None:
-    slow = ("predict", "--horizon", 100, "--eval-cmd", "touch started; sleep 60; : {ckpt}", "--json")
+    slow = ("predict", "--horizon", 100, "--eval-cmd", "touch started; sleep 1000; : {ckpt}", "--json")
     with popen_cli(*slow, cwd=work) as process:
-        for _ in range(1200):
-            if (work / "started").exists():
-                break
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGTERM)
+        wait_until(lambda: (work / "started").exists() or process.poll() is not None, "the command was not started")
+        process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate()
     assert process.returncode == 130
     assert json.loads(stdout)["error"]["code"] == 130

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from farcast_cli import __version__
 from farcast_cli.engine import native
 from farcast_cli.engine.arithmetic import Coefficients, HostArithmetic, forecasts
 from farcast_cli.engine.casts import MAX_FINITE, narrow, work_type
 from farcast_cli.tensors import DTYPES, FLOATING
+from tests.conftest import run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -198,11 +198,17 @@ def test_buffers_that_are_too_short_are_refused(kernel: Kernel) -> None:
         by_kernel(kernel, problem)
 
 
+BUILT = "numpy" if native.KERNEL is None else "native"
+
+
 @pytest.mark.parametrize(
-    ("wanted", "code", "says"), [("numpy", 0, "None"), ("", 0, ""), ("fast", 1, "expected native or numpy")]
+    ("wanted", "code", "says"),
+    [
+        ("numpy", 0, f"farcast {__version__} (numpy)"),
+        ("", 0, f"farcast {__version__} ({BUILT})"),
+        ("fast", 2, "error: FARCAST_ENGINE=fast: expected native or numpy"),
+    ],
 )
-def test_the_environment_chooses_the_engine(wanted: str, code: int, says: str) -> None:
-    call = [sys.executable, "-c", "from farcast_cli.engine import native; print(native.KERNEL)"]
-    done = subprocess.run(call, env=os.environ | {native.VARIABLE: wanted}, capture_output=True, text=True, check=False)
-    assert done.returncode == code
-    assert says in done.stdout + done.stderr
+def test_the_environment_chooses_the_engine_and_the_version_names_it(wanted: str, code: int, says: str, tmp_path: Path) -> None:
+    done = run_cli("--version", "-v", cwd=tmp_path, env={native.VARIABLE: wanted})
+    assert (done.returncode, (done.stdout + done.stderr).strip()) == (code, says)

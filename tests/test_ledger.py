@@ -18,7 +18,7 @@ from farcast_cli.forecast.forecaster_file import load_fitted
 from farcast_cli.forecast.history import History, since_last_leap
 from farcast_cli.forecast.ledger import Leap, read_leaps, recorded
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS, discover
-from tests.conftest import clean_environment, tree_digest
+from tests.conftest import PATIENCE_S, clean_environment, tree_digest
 from tests.tiny import write_run
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def test_processes_that_record_at_once_lose_nothing(tmp_path: Path) -> None:
     )
     environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     processes = [subprocess.Popen([sys.executable, "-c", code, str(number)], env=environment) for number in range(num)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * num
+    assert [process.wait(timeout=PATIENCE_S) for process in processes] == [0] * num
     found = [(leap.origin_step, leap.valid_step) for leap in read_leaps(ledger, tmp_path / "run")]
     assert found == [(number, 1000 * (number + 1) + i) for number in range(num) for i in range(each)]
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import torch
@@ -17,9 +14,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint._traverse import set_element
 
 from farcast_cli.formats.tree import grow
-from tests.conftest import loose_name, make_loose_run, make_torch_run
+from tests.conftest import clean_environment, loose_name, make_loose_run, make_torch_run
+from tests.forks import Said, Server
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.conftest import CallCli
 
 NO_FORECAST = 10
@@ -29,21 +29,26 @@ SAMPLES = ROOT / "sample_checkpoints"
 BLOCKED = ("torch", "huggingface_hub", "matplotlib")
 
 
-def without(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run farcast where the optional packages cannot be imported."""
-    code = f"import sys; sys.argv[0] = 'farcast'; sys.modules.update(dict.fromkeys({BLOCKED!r}))\nfrom farcast_cli.cli import main\nmain()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+class Without(Protocol):
+    """Runs farcast where the optional packages cannot be imported."""
+
+    def __call__(self, *arguments: object, cwd: Path) -> Said: ...
 
 
-def told(done: subprocess.CompletedProcess[str]) -> str:
+@pytest.fixture(scope="module")
+def without() -> Iterator[Without]:
+    server = Server("tests.forks", *BLOCKED, environment=clean_environment())
+    yield server.call
+    server.close()
+
+
+def told(done: Said) -> str:
     """The error of a command, in one line of what was said."""
     return " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("sample", ["huggingface", "safetensors", "plain"])
-def test_every_command_of_the_main_job_works_without_torch(sample: str, tmp_path: Path) -> None:
+def test_every_command_of_the_main_job_works_without_torch(sample: str, tmp_path: Path, without: Without) -> None:
     run = SAMPLES / sample
     for arguments in (("inspect", run), ("fit", run), ("backtest",), ("leap", run, "-o", "leaps/")):
         assert without(*arguments, cwd=tmp_path).returncode in {0, NO_FORECAST}, arguments
@@ -55,7 +60,9 @@ def test_every_command_of_the_main_job_works_without_torch(sample: str, tmp_path
 
 
 @pytest.mark.parametrize("run_name", ["huggingface", "plain", "of AdamW and a cosine"])
-def test_a_forecast_to_resume_from_has_the_same_bytes_without_torch(run_name: str, tmp_path: Path, call_cli: CallCli) -> None:
+def test_a_forecast_to_resume_from_has_the_same_bytes_without_torch(
+    run_name: str, tmp_path: Path, call_cli: CallCli, without: Without
+) -> None:
     """Counters, schedule and optimiser state too."""
     arguments = ("--horizon", 100, "--even-if-worse")
     of_torch = run_name not in {"huggingface", "plain"}
@@ -74,7 +81,7 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if "farcast" not in path.name}
 
 
-def test_float16_has_the_same_bits_without_torch(tmp_path: Path, call_cli: CallCli) -> None:
+def test_float16_has_the_same_bits_without_torch(tmp_path: Path, call_cli: CallCli, without: Without) -> None:
     make_loose_run(tmp_path / "run", dtype=torch.float16)
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     arguments = ("predict", "--horizon", 100, "--even-if-worse", "-o")
@@ -84,7 +91,7 @@ def test_float16_has_the_same_bits_without_torch(tmp_path: Path, call_cli: CallC
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_torch_file_is_made_of_any_run_without_torch(tmp_path: Path, call_cli: CallCli) -> None:
+def test_a_torch_file_is_made_of_any_run_without_torch(tmp_path: Path, call_cli: CallCli, without: Without) -> None:
     make_loose_run(tmp_path / "run")
     assert call_cli("fit", "run", cwd=tmp_path).returncode == 0
     done = without("predict", "--horizon", 100, "--even-if-worse", "--layout", "pt", "-o", "made.pt", cwd=tmp_path)
@@ -92,7 +99,9 @@ def test_a_torch_file_is_made_of_any_run_without_torch(tmp_path: Path, call_cli:
     assert torch.load(tmp_path / "made.pt", weights_only=True).keys() == load_file(tmp_path / "run" / loose_name(800)).keys()
 
 
-def test_the_rates_of_a_schedule_of_torchs_own_are_known_without_torch(tmp_path: Path, call_cli: CallCli) -> None:
+def test_the_rates_of_a_schedule_of_torchs_own_are_known_without_torch(
+    tmp_path: Path, call_cli: CallCli, without: Without
+) -> None:
     make_torch_run(tmp_path / "run")
     assert without("fit", "run", cwd=tmp_path).returncode == 0
     one, other = (run("backtest", "--json", cwd=tmp_path) for run in (call_cli, without))
@@ -111,7 +120,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_needs_torch_is_one_line_with_the_command_that_installs_it(what: str, tmp_path: Path) -> None:
+def test_what_needs_torch_is_one_line_with_the_command_that_installs_it(what: str, tmp_path: Path, without: Without) -> None:
     arguments, words, extra = REFUSED[what]
     make_torch_run(tmp_path / "run")
     assert without("fit", "run", cwd=tmp_path).returncode == 0
@@ -123,7 +132,7 @@ def test_what_needs_torch_is_one_line_with_the_command_that_installs_it(what: st
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sharding_anew_needs_the_hubs_package_and_says_so(tmp_path: Path) -> None:
+def test_sharding_anew_needs_the_hubs_package_and_says_so(tmp_path: Path, without: Without) -> None:
     assert without("fit", SAMPLES / "huggingface", cwd=tmp_path).returncode == 0
     done = without("predict", "--horizon", 100, "--even-if-worse", "--max-shard-size", "1MB", cwd=tmp_path)
     assert done.returncode == 2, done
@@ -131,7 +140,7 @@ def test_sharding_anew_needs_the_hubs_package_and_says_so(tmp_path: Path) -> Non
     assert "pip install 'farcast[hub]'" in told(done)
 
 
-def test_a_page_and_a_picture_need_matplotlib_and_say_so_and_text_does_not(tmp_path: Path) -> None:
+def test_a_page_and_a_picture_need_matplotlib_and_say_so_and_text_does_not(tmp_path: Path, without: Without) -> None:
     for place in ("report.html", "report.png"):
         done = without("report", SAMPLES / "plain", "-o", place, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, ""), done
@@ -142,7 +151,7 @@ def test_a_page_and_a_picture_need_matplotlib_and_say_so_and_text_does_not(tmp_p
         assert without("report", SAMPLES / "plain", *arguments, cwd=tmp_path).returncode == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(paths=st.lists(st.lists(st.sampled_from(["a", "b", 0, 1, 2]), min_size=1, max_size=4).map(tuple), max_size=6))
 def test_a_tree_grows_as_torchs_own_function_grows_it(paths: list[tuple[str | int, ...]]) -> None:
     """Where that fails, on paths that contradict each other, ours need not agree."""

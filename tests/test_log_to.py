@@ -86,8 +86,9 @@ class Told(Answer):
 
 def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom farcast_cli.log_to import log_answer, parse_targets\n"
-        "from tests.test_log_to import Told\n"
+        "import sys\nfrom pathlib import Path\nfrom farcast_cli.answer import Answer\n"
+        "from farcast_cli.log_to import log_answer, parse_targets\n"
+        "class Told(Answer):\n    'Anything.'\n    origin_step: int\n    text: str\n"
         "for step in range(50):\n"
         "    told = Told(schema_version=1, origin_step=step, text=sys.argv[1] * 20_000)\n"
         "    assert log_answer(parse_targets(['jsonl:log']), 'fit', told, Path('run')) == ()\n"

@@ -24,7 +24,7 @@ from farcast_cli.errors import FileFormatError
 from farcast_cli.forecast.worth import LeapSpan, Worth, worth_of
 from farcast_cli.run.losses import LossLog, losses_of
 from farcast_cli.run.trajectory import Trajectory, discover
-from tests.conftest import clean_environment, make_loose_run
+from tests.conftest import PATIENCE_S, clean_environment, make_loose_run
 from tests.rounds import train_by_trainer
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def test_a_fifo_is_never_waited_for(name: str, run: Trajectory) -> None:
         env=environment,
         text=True,
         capture_output=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         check=False,
     )
     found, refused = done.stdout.splitlines()

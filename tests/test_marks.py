@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -136,14 +135,13 @@ def test_marks_that_are_no_steps_are_none(work: Path, call_cli: CallCli) -> None
     assert _json(call_cli("fit", "run", "--json", cwd=work, env=NOWHERE))["leap"] is None
 
 
-def test_twenty_thousand_marks_stall_no_command(work: Path) -> None:
+def test_twenty_thousand_marks_are_twenty_thousand_leaps(work: Path) -> None:
+    """How long it takes: bench/limits.py."""
     state = work / "run" / "checkpoint-160" / "trainer_state.json"
     content = json.loads(state.read_text())
     content["log_history"] = [{"step": one, "farcast_leap_from": one, "farcast_leap_to": one + 1} for one in range(20_000)]
     state.write_text(json.dumps(content))
-    trajectory, started = discover(work / "run"), time.process_time()
-    found = known_leaps(None, trajectory).leaps
-    assert time.process_time() - started < 5
+    found = known_leaps(None, discover(work / "run")).leaps
     assert [leap.origin_step for leap in found] == list(range(20_000))
     assert all(leap.is_certain for leap in found)
 

@@ -489,7 +489,7 @@ def test_lfd2_trains_alike_each_time() -> None:
     assert_same_steps(step_of("lfd2", arrays, STEPS, 200), step_of("lfd2", arrays, STEPS, 200), 0)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000))
 def test_lfd2s_loss_in_the_history_is_below_that_of_persistence(seed: int) -> None:
     arrays = wander(seed, num_snapshots=9, sizes={"w": 60})

@@ -31,7 +31,7 @@ from farcast_cli.reports.text import COLUMNS
 from farcast_cli.request import Request
 from farcast_cli.run.losses import LossLog
 from farcast_cli.run.trajectory import discover
-from tests.conftest import STEPS, loose_name, make_loose_run, tree_digest, weights_at
+from tests.conftest import PATIENCE_S, STEPS, loose_name, make_loose_run, tree_digest, weights_at
 
 if TYPE_CHECKING:
     from tests.conftest import CallCli
@@ -578,7 +578,7 @@ def test_a_browser_shows_a_page_without_overflow_and_with_text_that_can_be_read(
     framed = tmp_path / "framed.html"
     framed.write_text(MEASURE.format(width=width, page=html.escape(page(in_a_long_folder(sample_story)))))
     command = ["chromium", *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", framed.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     found = re.search(r"<title>(\d+) (\d+) ([\d.]+) (\d+)</title>", done.stdout)
     assert found, done.stderr
     assert int(found[1]) <= int(found[2]) == width

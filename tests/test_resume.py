@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -69,7 +70,6 @@ def _same(first: Any, second: Any) -> bool:
 # --- counters --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(rate=st.integers(1, 10**7), first=st.integers(0, 10**6), every=st.integers(1, 10**4), horizon=st.integers(1, 10**6))
 def test_a_counter_in_whole_units_per_step_is_extrapolated_exactly(rate: int, first: int, every: int, horizon: int) -> None:
     series = [(first + i * every, rate * (first + i * every)) for i in range(4)]
@@ -82,7 +82,6 @@ def test_a_counter_beyond_the_precision_of_floats_keeps_its_last_digit() -> None
     assert extrapolate(series, 1200) == tokens + 1100 * 524_289
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(length=st.integers(1, 500), every=st.integers(1, 300), horizon=st.integers(1, 5000))
 def test_an_epoch_is_the_number_of_whole_epochs_done_or_is_left_alone(length: int, every: int, horizon: int) -> None:
     """Whatever the epoch's length in steps: the answer is right or it is withheld."""
@@ -104,7 +103,6 @@ def _batches_done(step: int, *, per_epoch: int, accumulated: int) -> int:
     return batches
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     per_epoch=st.integers(2, 40),
     accumulated=st.integers(2, 6),
@@ -295,6 +293,32 @@ def test_what_a_data_loader_pickled_for_itself_is_copied_and_said_where_it_chang
     assert note.startswith("step_30.pt: dataloader.dp_rank_0 is copied as the origin has it")
 
 
+@pytest.mark.parametrize(
+    ("horizon", "epoch", "samples"), [(10, 3, 80), (5, 3, 40), (30, 4, 80), (40, 4, 160), (41, 5, 8)], ids=str
+)
+def test_a_loaders_samples_start_again_with_its_epochs(horizon: int, epoch: int, samples: int, tmp_path: Path) -> None:
+    """As litdata's in litgpt: 160 samples an epoch, 8 a step; at its end the epoch has all of them."""
+
+    def loader(step: int) -> dict[str, Any]:
+        seen = {"current_epoch": (8 * step - 1) // 160 + 1, "num_samples_yielded": (8 * step - 1) % 160 + 1}
+        return {"dataset": {**seen, "batch_size": 4}, **seen, "latest_worker_idx": 0}
+
+    _payload_run(tmp_path, {step: {"step_count": step, "train_dataloader": loader(step)} for step in range(5, 41, 5)})
+    result = advance(discover(tmp_path).snapshots, horizon)
+    assert result.trees[""].tree["train_dataloader"] == loader(40 + horizon)
+    assert loader(40 + horizon)["dataset"] == {"current_epoch": epoch, "num_samples_yielded": samples, "batch_size": 4}
+    assert result.notes == []
+
+
+def test_a_loader_whose_epochs_differ_in_length_stays(tmp_path: Path) -> None:
+    seen = {10: (1, 80), 20: (1, 160), 30: (2, 80), 40: (3, 0), 50: (3, 80), 60: (4, 40)}
+    states = {step: {"step": step, "loader": {"epoch": epoch, "samples": samples}} for step, (epoch, samples) in seen.items()}
+    _payload_run(tmp_path, states)
+    result = advance(discover(tmp_path).snapshots, 10)
+    assert result.trees[""].tree["loader"]["samples"] == 40
+    assert any("loader.samples stays at 40" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("falls", [True, False])
 def test_a_rate_that_moves_without_a_schedule_in_the_file_is_left_and_said(falls: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """As nanoGPT, which sets it at each step; a loop that does not would resume at the old one."""
@@ -305,6 +329,24 @@ def test_a_rate_that_moves_without_a_schedule_in_the_file_is_left_and_said(falls
     assert result.trees[""].tree["optimizer"]["param_groups"] == [group]
     expected = "step_40.pt: the learning rate stays at 2.5e-05: no schedule is saved; a loop that sets the rate at each step corrects it"
     assert result.notes == ([expected] if falls else [])
+
+
+def test_a_rate_without_a_schedule_is_found_where_the_groups_say_what_they_began_with(tmp_path: Path) -> None:
+    """As mmengine's, whose schedules compute each rate from the one before: one that stayed would stay wrong to the end."""
+
+    def state(step: int) -> dict[str, Any]:
+        rate = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * (step - 20) / 180)) / 2
+        return {"state": {}, "param_groups": [{"lr": rate, "initial_lr": 1e-3, "params": [0]}]}
+
+    schedule = {"last_step": 0, "begin": 20, "end": 200, "_last_value": [1e-3]}
+    payloads = {step: {"iter": step, "optimizer": state(step), "param_schedulers": [schedule]} for step in range(30, 101, 10)}
+    _payload_run(tmp_path, payloads)
+    result = advance(discover(tmp_path).snapshots, 50)
+    (group,) = result.trees[""].tree["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(state(150)["param_groups"][0]["lr"], rel=1e-9)
+    assert result.notes == [
+        "optimizer: its rate at the valid step is computed from the rates of the last snapshots: check the first resumed step"
+    ]
 
 
 def test_a_learning_rate_that_is_a_tensor_is_moved_like_a_number(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from farcast_cli.formats.pickle_scan import iter_names
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import encode_pickle
 from tests import corpus
-from tests.conftest import STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
+from tests.conftest import PATIENCE_S, STEPS, CallCli, clean_environment, fit_run, make_loose_run, make_torch_run, tree_digest
 from tests.corpus import CASES, Calls, Case, make_hf_run, name_of, newest, torch_zip
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
         env=clean_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=2 * PATIENCE_S,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
 import pickle
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
+from farcast_cli.errors import UnsafeFileError
 from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
@@ -97,16 +101,117 @@ def _optimizer(step: int) -> dict[str, Any]:
     return {"state": {}, "param_groups": [{"lr": 0.1 / step, "params": [0]}]}
 
 
+class Program:
+    """What farcast does not carry: a function that starts programs."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (subprocess.getoutput, ("true",))
+
+
 def test_no_schedule_is_saved_is_said_only_where_no_file_may_hold_one(tmp_path: Path) -> None:
     def bare(folder: Path, step: int) -> None:
         torch.save(_optimizer(step), folder / "optim.pt")
 
-    def pickled(folder: Path, step: int) -> None:
-        bare(folder, step)
-        (folder / "scheduler.pkl").write_bytes(pickle.dumps({"last_epoch": step, "_last_lr": [0.1 / step]}))
+    def own(folder: Path, step: int) -> None:
+        torch.save(_optimizer(step) | {"lr_scheduler": {"last_batch_iteration": step}}, folder / "optim.pt")
 
-    _, without = _forecast(tmp_path / "bare", "torch", bare)
-    _, unread = _forecast(tmp_path / "pickled", "torch", pickled)
-    assert any("no schedule is saved" in note for note in without.notes)
-    assert not any("no schedule is saved" in note for note in unread.notes)
-    assert any("a schedule may be in scheduler.pkl, which is copied" in note for note in unread.notes)
+    def packed(folder: Path, step: int) -> None:
+        bare(folder, step)
+        (folder / "scheduler.pkl").write_bytes(gzip.compress(pickle.dumps({"last_epoch": step})))
+
+    def told(kind: Callable[[Path, int], None]) -> str:
+        _, outcome = _forecast(tmp_path / kind.__name__, "torch", kind)
+        (note,) = [note for note in outcome.notes if "learning rate stays" in note]
+        return note
+
+    assert "no schedule is saved" in told(bare)
+    assert "the schedule in optim.pt: lr_scheduler is of a kind that farcast does not know" in told(own)
+    assert "a schedule may be in scheduler.pkl, which is copied" in told(packed)
+
+
+# --- pickles and subfolders ------------------------------------------------------------------------------------------
+
+
+def _unpickled(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_counters_in_a_plain_pickle_move_on(kind: str, protocol: int, tmp_path: Path) -> None:
+    def beside(folder: Path, step: int) -> None:
+        state = {"step": step, "seen": [1, "ü", b"\xff"], "tokens": 512 * step, "args": argparse.Namespace(lr=0.1)}
+        (folder / "progress.pkl").write_bytes(pickle.dumps(state, protocol))
+
+    forecast, _ = _forecast(tmp_path, kind, beside)
+    told = _unpickled(forecast / "progress.pkl")
+    assert told == {"step": 900, "seen": [1, "ü", b"\xff"], "tokens": 512 * 900, "args": argparse.Namespace(lr=0.1)}
+
+
+def test_the_schedule_in_a_plain_pickle_moves_on_with_the_rate(tmp_path: Path) -> None:
+    def beside(folder: Path, step: int) -> None:
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 850, gamma=0.5)
+        (folder / "scheduler.pkl").write_bytes(pickle.dumps(schedule.state_dict() | {"last_epoch": step}))
+        torch.save(optimizer.state_dict(), folder / "optim.pt")
+
+    forecast, _ = _forecast(tmp_path, "torch", beside)
+    assert _unpickled(forecast / "scheduler.pkl")["last_epoch"] == 900
+    assert torch.load(forecast / "optim.pt")["param_groups"][0]["lr"] == 0.05
+
+
+def test_counters_in_subfolders_and_under_other_endings_move_on(tmp_path: Path) -> None:
+    def beside(folder: Path, step: int) -> None:
+        (folder / "state").mkdir()
+        torch.save({"samples": 32 * step}, folder / "state" / "rank_0.pt")
+        (folder / "state" / "progress.json").write_text(json.dumps({"tokens": 64 * step}))
+        torch.save({"batches": 4 * step}, folder / "trainer.ckpt")
+        (folder / "notes.bin").write_bytes(b"no torch file")
+
+    forecast, outcome = _forecast(tmp_path, "safetensors", beside)
+    assert torch.load(forecast / "state" / "rank_0.pt") == {"samples": 32 * 900}
+    assert json.loads((forecast / "state" / "progress.json").read_text()) == {"tokens": 64 * 900}
+    assert torch.load(forecast / "trainer.ckpt") == {"batches": 4 * 900}
+    assert (forecast / "notes.bin").read_bytes() == b"no torch file"
+    assert not any("notes.bin" in note for note in outcome.notes)
+
+
+def test_further_files_of_a_trainers_folder_move_on(tmp_path: Path) -> None:
+    def beside(folder: Path, step: int) -> None:
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 5000, "log_history": []}))
+        (folder / "curriculum.json").write_text(json.dumps({"samples": 32 * step}))
+        (folder / "callback.pkl").write_bytes(pickle.dumps({"tokens": 64 * step}))
+
+    forecast, _ = _forecast(tmp_path, "safetensors", beside)
+    assert json.loads((forecast / "curriculum.json").read_text()) == {"samples": 32 * 900}
+    assert _unpickled(forecast / "callback.pkl") == {"tokens": 64 * 900}
+
+
+def test_a_pickle_that_would_run_something_stops_the_forecast(tmp_path: Path) -> None:
+    def beside(folder: Path, _: int) -> None:
+        (folder / "progress.pkl").write_bytes(pickle.dumps(Program()))
+
+    with pytest.raises(UnsafeFileError, match=r"progress\.pkl"):
+        _forecast(tmp_path, "torch", beside)
+
+
+def test_two_pickles_in_one_file_are_copied_and_it_is_told(tmp_path: Path) -> None:
+    def beside(folder: Path, step: int) -> None:
+        (folder / "progress.pkl").write_bytes(pickle.dumps({"tokens": step}) + pickle.dumps({"more": step}))
+
+    forecast, outcome = _forecast(tmp_path, "torch", beside)
+    assert (forecast / "progress.pkl").read_bytes() == (tmp_path / "run" / "step-800" / "progress.pkl").read_bytes()
+    assert any("progress.pkl is copied with the origin's counters: " in note for note in outcome.notes)
+
+
+def test_numbers_that_rise_in_an_object_of_the_loops_own_are_told(tmp_path: Path) -> None:
+    def beside(folder: Path, step: int) -> None:
+        torch.save({"state": argparse.Namespace(consumed=64 * step), "args": argparse.Namespace(lr=3)}, folder / "loop.pt")
+
+    _, outcome = _forecast(tmp_path, "torch", beside)
+    (note,) = [note for note in outcome.notes if "loop.pt" in note]
+    assert note == (
+        "loop.pt: state is copied as the origin has it: an object of the loop's own class argparse.Namespace, whose numbers"
+        " change along the run"
+    )

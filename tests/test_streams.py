@@ -7,7 +7,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from farcast_cli.forecast.ledger import read_leaps
-from tests.conftest import clean_environment, make_torch_run, run_cli
+from tests.conftest import clean_environment, make_torch_run, run_cli, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,9 +99,7 @@ def test_with_all_streams_closed_no_output_file_gets_their_number(work: Path) ->
 )
 def test_a_reader_that_goes_away_changes_nothing(work: Path, arguments: str, code: int) -> None:
     done = through_shell(f"(sleep 0.2; farcast {arguments}; echo $? >code) | true", work)
-    deadline = time.monotonic() + 60
-    while not ((work / "code").exists() and (work / "code").read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: (work / "code").exists() and (work / "code").read_text(), "the command did not end")
     assert (work / "code").read_text() == f"{code}\n"
     assert done.stderr == b""
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from farcast_cli import system
+from farcast_cli.engine import native
 from farcast_cli.files.hidden import MARK
 from farcast_cli.files.reading import seen_from
 from tests.conftest import clean_environment, make_loose_run, run_cli, tree_digest
 from tests.crash.commands import COMMANDS, EVEN, make_bases
+from tests.forks import Said, Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,31 +47,6 @@ LOOKS = (
 Calls = list[tuple[Path, tuple[str, ...]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What came of a call on an imitated system; `used` are the calls of that system and the ways of working."""
-
-    code: int
-    stdout: str
-    stderr: str
-    used: list[str]
-
-
-def imitate(name: str, calls: Calls, home: Path) -> list[Said]:
-    """The calls, one after another, on another system."""
-    environment = clean_environment() | {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(home / "state")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.other_systems", name],
-        input=json.dumps([(str(folder), arguments) for folder, arguments in calls]),
-        env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [Said(**json.loads(line)) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
@@ -83,11 +56,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Imitations:
-    """All calls on each system, made when they are first asked for."""
+    """A process for each system, started when it is first asked for, and what came of the calls of all commands on it."""
 
     def __init__(self, bases: Path, home: Path) -> None:
         self._bases, self._home = bases, home
+        self._systems: dict[str, Server] = {}
         self._said: dict[str, list[Said]] = {}
+
+    def call(self, name: str, folder: Path, arguments: tuple[str, ...]) -> Said:
+        """What comes of a call on a system."""
+        if name not in self._systems:
+            environment = clean_environment() | {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(self.folder(name) / "state")}
+            self._systems[name] = Server("tests.other_systems", name, environment=environment)
+        return self._systems[name].call(*arguments, cwd=folder)
+
+    def close(self) -> None:
+        for server in self._systems.values():
+            server.close()
 
     def folder(self, name: str) -> Path:
         return self._home / name
@@ -104,13 +89,15 @@ class Imitations:
                 if command.name in CHOSEN:
                     shutil.copytree(self._bases / command.base, self.folder(name) / command.name)
             shutil.copytree(self._bases / "large", self.folder(name) / "large")
-            self._said[name] = imitate(name, self.calls(name), self.folder(name))
+            self._said[name] = [self.call(name, folder, arguments) for folder, arguments in self.calls(name)]
         return self._said[name]
 
 
 @pytest.fixture(scope="module")
-def imitations(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Imitations:
-    return Imitations(bases, tmp_path_factory.mktemp("systems"))
+def imitations(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Imitations]:
+    found = Imitations(bases, tmp_path_factory.mktemp("systems"))
+    yield found
+    found.close()
 
 
 def test_every_command_works_on_this_system(tmp_path: Path) -> None:
@@ -134,20 +121,22 @@ OWN_CALLS = {"macos": {"F_FULLFSYNC", "F_NOCACHE", "in_threads", "renamex_np"}, 
 def test_another_system_gives_the_same_answers_and_bytes_by_its_own_calls(name: str, imitations: Imitations) -> None:
     plain, others = imitations.said("linux"), imitations.said(name)
     for (folder, arguments), one, other in zip(imitations.calls(name), plain, others, strict=True):
-        assert (one.code, one.stdout) == (other.code, other.stdout), (folder.name, arguments, other.stderr)
-    assert {said.code for said in others} == {0, 10}
+        assert (one.returncode, one.stdout) == (other.returncode, other.stdout), (folder.name, arguments, other.stderr)
+    assert {said.returncode for said in others} == {0, 10}
     for folder in sorted(path for path in imitations.folder("linux").iterdir() if path.name != "state"):
         assert tree_digest(imitations.folder(name) / folder.name) == tree_digest(folder), folder.name
-    assert {one for said in plain for one in said.used} == {"in_processes"}
+    assert {one for said in plain for one in said.used} == {"in_threads" if native.KERNEL else "in_processes"}
     assert {one for said in others for one in said.used} == OWN_CALLS[name]
 
 
 @imitated
-def test_without_process_groups_an_evaluation_command_is_refused_in_one_line(bases: Path, tmp_path: Path) -> None:
+def test_without_process_groups_an_evaluation_command_is_refused_in_one_line(
+    bases: Path, imitations: Imitations, tmp_path: Path
+) -> None:
     work = Path(shutil.copytree(bases / "loose", tmp_path / "work"))
     arguments = ("predict", "run", "--horizon", "20", "--eval-cmd", "echo {ckpt} 1.0")
-    (said,) = imitate("windows", [(work, arguments)], tmp_path)
-    assert said.code == 2
+    said = imitations.call("windows", work, arguments)
+    assert said.returncode == 2
     assert [line for line in said.stderr.splitlines() if line.startswith("error: ")] == [
         "error: --eval-cmd: expected a system that can end a command with all that it started (Linux, macOS), found another one"
     ]
@@ -176,14 +165,15 @@ def left(final: Path, *, is_locked: bool) -> Iterator[Path]:
 @pytest.mark.parametrize("is_locked", [False, True])
 def test_on_windows_a_hidden_folder_is_cleared_unless_its_process_lives(
     bases: Path,
+    imitations: Imitations,
     tmp_path: Path,
     is_locked: bool,  # noqa: FBT001
 ) -> None:
     work = Path(shutil.copytree(bases / "loose", tmp_path / "work"))
     with left(work / "out/a.safetensors", is_locked=is_locked) as hidden:
         arguments = ("predict", "run", "--horizon", "20", EVEN, "-o", "out/a.safetensors")
-        (said,) = imitate("windows", [(work, arguments)], tmp_path)
-        assert said.code == (5 if is_locked else 0), said
+        said = imitations.call("windows", work, arguments)
+        assert said.returncode == (5 if is_locked else 0), said
         assert ("another farcast is writing this output" in said.stderr) == is_locked
         assert hidden.exists() == is_locked
         assert (work / "out/a.safetensors").exists() != is_locked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farcast_cli.forecast.timeline import Timeline
@@ -21,7 +21,6 @@ def _fitted_slope(points: list[float]) -> np.ndarray[tuple[int, ...], np.dtype[n
     return np.asarray(np.polyfit(points, weights, 1)[0])
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(step=st.floats(100, 800))
 def test_a_place_between_snapshots_is_interpolated(step: float) -> None:
     found = Timeline(STEPS, 800.0).at(step) @ basis(VALUES)
@@ -66,7 +65,6 @@ def test_the_mean_over_a_window_is_taken_along_the_chords(first: float, last: fl
     np.testing.assert_allclose(found, shares @ VALUES - VALUES[0], rtol=0, atol=ROUNDING)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(ends=st.lists(st.integers(100, 800), min_size=2, max_size=2, unique=True).map(sorted))
 def test_the_mean_over_a_window_is_the_mean_of_all_its_steps(ends: list[int]) -> None:
     """Of the middles between whole steps: no snapshot lies between two of those, so that the sum is exact."""
@@ -96,7 +94,6 @@ def test_the_slope_over_a_window_is_the_least_squares_slope_of_its_snapshots(
     np.testing.assert_allclose(found, _fitted_slope(points), rtol=0, atol=ROUNDING)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(ends=st.lists(st.floats(100, 800), min_size=2, max_size=2, unique=True).map(sorted))
 def test_a_slope_sees_nothing_behind_the_end_of_its_window(ends: list[float]) -> None:
     """But for the next snapshot, towards which its end is interpolated."""

@@ -131,7 +131,7 @@ def exactly(value: Any) -> Any:
     return type(value), value.hex() if isinstance(value, float) else value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), rates=RATES, is_adam=st.booleans(), before=st.integers(0, 30), count=st.integers(1, 29))
 @pytest.mark.parametrize("name", [*CLASSES, *NESTS])
 def test_state_and_groups_are_what_torch_makes_of_them(
@@ -148,7 +148,7 @@ def test_state_and_groups_are_what_torch_makes_of_them(
     assert exactly((state, groups)) == exactly(saved(optimizer, schedule))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), count=st.integers(1, 29))
 @pytest.mark.parametrize("set_back", [{"last_epoch": -1}, {"_step_count": 0}])
 @pytest.mark.parametrize("name", CLASSES)
@@ -184,7 +184,7 @@ def test_the_last_step_of_a_phase_is_of_that_phase(max_lr: float, *, three_phase
 NEWER_KEYS = ("_is_initial", "_get_lr_called_within_step", "_last_lr", "verbose")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), count=st.integers(1, 29))
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_state_of_an_older_torch_has_the_same_rates_and_gets_no_new_key(name: str, data: st.DataObject, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,10 @@ from farcast_cli.engine.batch import Inputs
 from farcast_cli.engine.linear import LinearMap
 from farcast_cli.engine.ranges import Placed, ranges
 from farcast_cli.engine.worker import Work, Worker
-from farcast_cli.engine.workers import alone, in_order, in_processes, in_threads
+from farcast_cli.engine.workers import MAX_THREADS, alone, in_order, in_processes, in_threads, on_cores
 from farcast_cli.errors import OutputError, SnapshotError
 from farcast_cli.run.alignment import Alignment
+from tests.conftest import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,6 +57,16 @@ def _well(_: int) -> None:
     pass
 
 
+def _slow(_: int) -> None:
+    time.sleep(0.001)
+
+
+def _interrupted(number: int) -> None:
+    _slow(number)
+    if number == 20:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def _killed(number: int) -> None:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -82,6 +94,29 @@ def test_an_error_of_a_worker_arrives_with_its_hint(way: str) -> None:
     with pytest.raises(SnapshotError, match="tensor 3 is odd") as caught:
         list(WAYS[way](_refused))
     assert caught.value.hint == "leave it out"
+
+
+def test_the_kernels_workers_are_few_threads_and_all_others_processes() -> None:
+    def processes(num_workers: int, *, by_kernel: bool) -> set[int]:
+        return {done.process for done in on_cores(40, partial(_Worker, _slow), num_workers, by_kernel=by_kernel)}
+
+    assert processes(MAX_THREADS, by_kernel=True) == {os.getpid()}
+    assert os.getpid() not in processes(MAX_THREADS + 1, by_kernel=True) | processes(2, by_kernel=False)
+
+
+def test_an_interrupt_ends_threads_and_closes_each_of_their_workers() -> None:
+    closed: list[int] = []
+
+    class Closing(_Worker):
+        def close(self) -> None:
+            closed.append(1)
+
+    before = threading.active_count()
+    results = in_threads(1000, partial(Closing, _interrupted), 3)
+    with pytest.raises(KeyboardInterrupt):
+        list(results)
+    assert 1 <= len(closed) <= 3
+    assert threading.active_count() == before
 
 
 def test_a_killed_worker_is_an_output_error_that_says_so() -> None:
@@ -128,17 +163,14 @@ def test_workers_die_with_a_parent_that_is_killed() -> None:
 
         def sleep(_: int) -> None:
             os.write(writing, os.getpid().to_bytes(4, "little"))
-            time.sleep(60)
+            time.sleep(1000)
 
         list(in_processes(1, partial(_Worker, sleep), 1, FORK))
         os._exit(0)
     worker = int.from_bytes(os.read(reading, 4), "little")
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    deadline = time.monotonic() + 10
-    while _runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not _runs(worker)
+    wait_until(lambda: not _runs(worker), "the worker lives on")
     os.close(reading)
     os.close(writing)
 

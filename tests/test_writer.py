@@ -6,30 +6,28 @@ import errno
 import os
 import resource
 import signal
-import time
+import subprocess
+import sys
 import zipfile
 import zlib
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
+import farcast_cli
 from farcast_cli.engine.output_files import _write_all
 from farcast_cli.errors import OutputError
 from farcast_cli.files.staged import staged
 from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_zip import frame
-from tests.conftest import fit_run, make_loose_run, make_torch_run, popen_cli, run_cli, tree_digest
+from tests.conftest import clean_environment, fit_run, make_loose_run, make_torch_run, run_cli, tree_digest
 
 if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-MID_WRITE_BYTES = 1 << 20
+    from collections.abc import Callable
 
 
 def anything(_: Path) -> None:
@@ -237,70 +235,74 @@ def test_a_zip_that_farcast_writes_is_one_that_torch_and_farcast_read(tmp_path: 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def big_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose forecast (59 MB) takes long enough to be met in the middle, and its forecaster beside it."""
-    folder = tmp_path_factory.mktemp("big")
-    (folder / "run").mkdir()
-    base = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
-    for step in range(100, 700, 100):
-        moved = (base * (1 + step / 1000)).to(torch.bfloat16)
-        save_file({f"layers.{i}.weight": moved.clone() for i in range(7)}, folder / "run" / f"step_{step:06d}.safetensors")
-    fit_run(folder / "run", folder / "forecaster.safetensors")
-    return folder
+STOPS = """
+import os, signal, sys
+from farcast_cli.cli import main
+write = os.pwrite
+
+def pwrite(fd, data, offset):
+    os.pwrite = write
+    done = write(fd, data[: len(data) // 2], offset)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return done
+
+os.pwrite = pwrite
+main()
+"""
+"""The command, which stops itself in the middle of the first write to its output; whoever continues it lets it go on."""
 
 
-def start_and_wait_for_bytes(work: Path, out: Path, arguments: Sequence[object]) -> subprocess.Popen[str]:
-    """A `farcast predict` that has begun to write, stopped there: its hidden folder holds a part of the output."""
-    process = popen_cli("predict", "--horizon", 100, "-o", out, "--threads", 1, *arguments, cwd=work)
-    while process.poll() is None:
-        for hidden in hidden_of(out):
-            written = hidden / out.name
-            if written.exists() and written.stat().st_size > MID_WRITE_BYTES:
-                process.send_signal(signal.SIGSTOP)  # a busy machine may let it end before the test goes on
-                return process
-        time.sleep(0.002)
-    pytest.fail(f"it ended before it was met: {process.communicate()}")
+def stopped_in_a_write(work: Path, out: Path) -> subprocess.Popen[str]:
+    """A `farcast predict` whose hidden folder holds a part of the output."""
+    command = [sys.executable, "-c", STOPS, "predict", "--horizon", "100", "-o", str(out), "--threads", "1"]
+    environment = clean_environment() | {"PYTHONPATH": str(Path(farcast_cli.__file__).parent.parent)}
+    process = subprocess.Popen(command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ended = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    assert ended.si_code == os.CLD_STOPPED, process.communicate()
+    (hidden,) = hidden_of(out)
+    assert (hidden / out.name).exists()
+    return process
 
 
-def test_a_killed_forecast_leaves_no_output_and_the_next_one_succeeds(big_run: Path, tmp_path: Path) -> None:
-    out, before = tmp_path / "step_000700.safetensors", tree_digest(big_run / "run")
-    process = start_and_wait_for_bytes(big_run, out, ())
+def test_a_killed_forecast_leaves_no_output_and_the_next_one_succeeds(work: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "out" / "step_000900.safetensors", tree_digest(work / "run")
+    process = stopped_in_a_write(work, out)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
     assert [(hidden / out.name).exists() for hidden in hidden_of(out)] == [True]
-    done = run_cli("predict", "--horizon", 100, "-o", out, cwd=big_run)
+    done = run_cli("predict", "--horizon", 100, "-o", out, cwd=work)
     assert (done.returncode, done.stdout) == (0, f"{out}\n")
-    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.safetensors.farcast.json"}
-    assert tree_digest(big_run / "run") == before
+    assert tree_digest(out.parent).keys() == {out.name, "step_000900.safetensors.farcast.json"}
+    assert tree_digest(work / "run") == before
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_forecast_ends_with_130_and_leaves_nothing(big_run: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    process = start_and_wait_for_bytes(big_run, tmp_path / "step_000700.safetensors", ())
+def test_an_interrupted_forecast_ends_with_130_and_leaves_nothing(work: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    process = stopped_in_a_write(work, tmp_path / "out" / "step_000900.safetensors")
     process.send_signal(sent)
     process.send_signal(signal.SIGCONT)
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (130, "")
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
-    assert tree_digest(tmp_path) == {}
+    assert list((tmp_path / "out").rglob("*")) == []
 
 
-def test_a_second_forecast_to_the_same_place_is_refused_while_the_first_one_completes(big_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "step_000700.safetensors"
-    process = start_and_wait_for_bytes(big_run, out, ())
+def test_a_second_forecast_to_the_same_place_is_refused_while_the_first_one_completes(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "step_000900.safetensors"
+    process = stopped_in_a_write(work, out)
     try:
-        second = run_cli("predict", "--horizon", 100, "-o", out, cwd=big_run)
+        second = run_cli("predict", "--horizon", 100, "-o", out, cwd=work)
     finally:
         process.send_signal(signal.SIGCONT)
     stdout, _ = process.communicate()
     assert (second.returncode, second.stdout) == (5, "")
     assert "another farcast is writing this output" in second.errors[0]
     assert (process.returncode, stdout) == (0, f"{out}\n")
-    assert tree_digest(tmp_path).keys() == {out.name, "step_000700.safetensors.farcast.json"}
+    assert tree_digest(out.parent).keys() == {out.name, "step_000900.safetensors.farcast.json"}
 
 
 def _limit_files(num_bytes: int) -> None:

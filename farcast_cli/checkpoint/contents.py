@@ -52,9 +52,9 @@ def weights_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[Planned
     Raises:
         UsageError: a tensor that cannot be taken out of its file by itself.
     """
+    rewrite = rewrite.within(part.prefix)
     if isinstance(part.content, DcpFile):
         return list(_weights_in_dcp(part, part.content, advanced, rewrite))
-    rewrite = rewrite.within(part.prefix)
     if isinstance(part.content, SafetensorsFile):
         return [rewrite.planned(entry) for entry in part.content.entries]
     source = _Source.of(_state_tree_of(part, advanced), rewrite)

@@ -70,6 +70,18 @@ class Container:
     """The origin's parts that are written beside the weights."""
     left_out: tuple[str, ...] = ()
     """The keys and files that are not."""
+    inner: str = ""
+    """The name of the file in a folder of its own, for a trainer that resumes from a folder with a file of that name."""
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the output itself is a file."""
+        return self.is_file and not self.inner
+
+    @property
+    def name_ending(self) -> str:
+        """What the output's name ends in."""
+        return self.ending if self.is_one_file else ""
 
     @property
     def form(self) -> str:
@@ -88,7 +100,7 @@ class Container:
 
     def renamed(self, name: str, origin: Snapshot, *, mark: str = "") -> str:
         """A name of the origin's kind, with a mark, and with the container's ending."""
-        return (split_ending(name)[0] if origin.path.is_file() else name) + mark + self.ending
+        return (split_ending(name)[0] if origin.path.is_file() else name) + mark + self.name_ending
 
     @property
     def notes(self) -> list[str]:
@@ -100,14 +112,34 @@ class Container:
         return [f"{what} in {_CONTAINERS[self.layout]}: {listed(self.left_out)}"]
 
 
-def settle(origin: Snapshot, asked: OutputLayout) -> Container:
-    """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for."""
+def settle(origin: Snapshot, asked: OutputLayout, *, inner: str = "") -> Container:
+    """What a forecast from this origin becomes; `same` where the origin is in the container that is asked for.
+
+    Args:
+        inner: the name of the file in a folder of its own; "" for a forecast that lies as the origin does.
+
+    Raises:
+        UsageError: that name does not fit the output.
+    """
+    found = _settle(origin, asked)
+    if inner and not found.is_file:
+        raise UsageError(
+            f"--place {inner}: expected checkpoints that are one file, found {origin.path.name}, which is written as a folder",
+            hint="leave --place out: the printed path is the folder",
+        )
+    if inner and not inner.endswith(found.ending):
+        raise UsageError(f"--place {inner}: expected a name that ends in {found.ending}, as the file's own does")
+    return replace(found, inner=inner)
+
+
+def _settle(origin: Snapshot, asked: OutputLayout) -> Container:
     if asked == "hub":
         return _for_hub(origin)
     is_file = origin.path.is_file()
     held = {_container(part, origin) for part in _weight_parts(origin)}
     if asked == "same" or held == {asked}:
         return Container("same", is_file, split_ending(origin.path.name)[1] if is_file else "")
+    _refuse_pieces(origin, asked)
     with_state = any(part.role == "state" for part in _weight_parts(origin))
     is_one = asked != "dcp" and (is_file or (asked == "pt" and "dcp" in held))
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
@@ -118,8 +150,23 @@ def settle(origin: Snapshot, asked: OutputLayout) -> Container:
     return Container(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
 
 
+def _refuse_pieces(origin: Snapshot, asked: OutputLayout) -> None:
+    """Refuse weights that are joined and cut into one piece for each process.
+
+    Raises:
+        UsageError: only the trainer's own tools take them apart.
+    """
+    piece = next((part.name for part in origin.parts if part.is_shard), "")
+    if piece:
+        raise UsageError(
+            f"--layout {asked}: {piece} is one process's piece of the weights",
+            hint="--layout same, then the converter of the trainer: farcast help formats",
+        )
+
+
 def _for_hub(origin: Snapshot) -> Container:
     """A folder with the weights and what a library needs to load them; the trainer's state stays behind."""
+    _refuse_pieces(origin, "hub")
     others = [part for part in _beside_weights(origin) if part.name != CARD]
     kept = files_for_hub(others)
     left_out = (*_state_keys(origin), *(part.name for part in others if part not in kept))
@@ -156,6 +203,11 @@ def plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, targe
     Raises:
         UsageError: a tensor that the container cannot hold, or shards of what is never read in shards.
     """
+    found = _plan_converted(origin, advanced, rewrite, target)
+    return [replace(output, name=output.name or target.inner) for output in found]
+
+
+def _plan_converted(origin: Snapshot, advanced: Advanced, rewrite: Rewrite, target: Container) -> list[OutputFile]:
     if target.layout == "same":
         return plan_outputs(origin, advanced, rewrite)
     advanced.notes += target.notes

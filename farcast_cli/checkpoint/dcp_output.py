@@ -11,6 +11,7 @@ import copy
 import pickle
 from dataclasses import replace
 from itertools import groupby
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.checkpoint.pieces import Copy, Fixed, OutputFile, Piece, Planned, Section
@@ -39,11 +40,12 @@ DCP_FILE = "__0_0.distcp"
 def rewritten_folder(dcp: DcpFile, state: StateTree, rewrite: Rewrite) -> list[OutputFile]:
     """The origin's files with the items that changed written anew, and metadata that say where all of them lie now."""
     items, metadata = copy.deepcopy((dcp.items, dcp.metadata))
+    folder = PurePosixPath(state.part.name).parent
     storages = plan_storages(state, rewrite)
     outputs = []
     for name, group in groupby(sorted(items, key=lambda item: item.stretch), key=lambda item: item.file):
         its_items = list(group)
-        output, stretches = _items_file(name, (_rewritten(dcp, item, state, storages) for item in its_items))
+        output, stretches = _items_file(str(folder / name), (_rewritten(dcp, item, state, storages) for item in its_items))
         outputs.append(output)
         for item, (offset, length) in zip(its_items, stretches, strict=True):
             item.info.states[0] |= {"offset": offset, "length": length}

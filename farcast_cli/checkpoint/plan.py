@@ -21,13 +21,15 @@ from farcast_cli.files.json_text import UnreadList, encode_json
 from farcast_cli.files.reading import file_size, mode_of
 from farcast_cli.formats.copied_file import refuse_code_in
 from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.pickle_file import PickleFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile, encode_header
 from farcast_cli.formats.torch_file import TorchFile
+from farcast_cli.formats.torch_pickle import encode_pickle
 from farcast_cli.optional import need
 from farcast_cli.state.advance import Advanced, StateTree
 from farcast_cli.trainers import named
 from farcast_cli.trainers.base import ADAPTER_FILES, KEPT_KEY, Part, Snapshot
-from farcast_cli.trainers.names import find_step_in_name, split_ending
+from farcast_cli.trainers.names import find_number_in_name, split_ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -40,13 +42,13 @@ def forecast_name(origin: Snapshot, horizon: int, *, unit: Fraction = Fraction(1
         unit: what the number in the name counts per step.
         keep_step: the counters inside stay at the origin, and so does the name, marked as a leap.
     """
-    name, found = origin.path.name, find_step_in_name(origin.path.name)
+    name, found = origin.path.name, find_number_in_name(origin.path.name, origin.unit)
     moved = unit * horizon
     stem, ending = split_ending(name) if origin.path.is_file() else (name, "")
     if keep_step:
         return f"{stem}-leap{horizon}{ending}"
     if found is None or moved.denominator != 1:
-        return f"{stem}-step{origin.step + horizon}{ending}"
+        return f"{stem}-{origin.unit}{origin.step + horizon}{ending}"
     digits = str(int(found[1]) + int(moved)).zfill(len(found[1]))
     return name[: found.start(1)] + digits + name[found.end(1) :]
 
@@ -74,7 +76,7 @@ def plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[OutputFi
     if part.name in advanced.dropped or part.role == "data":
         return []
     if isinstance(part.content, DcpFile):
-        return rewritten_folder(part.content, advanced.trees[part.name], rewrite)
+        return rewritten_folder(part.content, advanced.trees[part.name], rewrite.within(part.prefix))
     return [_plan_file(part, advanced, rewrite)]
 
 
@@ -82,11 +84,13 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
     rewrite = rewrite.within(part.prefix)
     if part.name in advanced.trees:
         state = advanced.trees[part.name]
+        if isinstance(part.content, PickleFile):
+            return OutputFile(part.name, (Section((Fixed(encode_pickle(state.tree)),)),))
         return torch_output(state, rewrite) if state.file else json_output(part.name, state.tree)
     if isinstance(part.content, SafetensorsFile):
         planned = [rewrite.planned(entry) for entry in part.content.entries]
         return safetensors_output(part.name, held_by_safetensors(planned), _metadata(part.content, rewrite))
-    if isinstance(part.content, TorchFile) and part.role in {"weights", "state"}:
+    if isinstance(part.content, TorchFile) and part.role in {"weights", "twin", "state"}:
         return torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")

@@ -23,8 +23,10 @@ from farcast_cli.commands.options import (
     PatternOption,
     QuietOption,
     SampleOption,
+    StepFromOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     VerboseOption,
     WeightsOption,
     is_given,
@@ -51,6 +53,8 @@ def fit(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
@@ -76,6 +80,8 @@ def fit(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         weights=weights,
         history=history,
         sample=sample,
@@ -131,10 +137,10 @@ def fitted_by(
         UsageError: the command line names both, or chooses parts of a folder that it does not name.
     """
     if directory is None:
-        lost = next((name for name in needs if is_given(context, name)), None)
+        lost = next((f"--{name.replace('_', '-')}" for name in needs if is_given(context, name)), None)
         if lost:
             raise UsageError(
-                f"--{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR --{lost} ..."
+                f"{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR {lost} ..."
             )
         return forecaster
     request = fit_request(directory, **options)

@@ -17,7 +17,9 @@ from farcast_cli.commands.options import (
     LedgerOption,
     PatternOption,
     QuietOption,
+    StepFromOption,
     StepsOption,
+    UnitOption,
     VerboseOption,
     WeightsOption,
 )
@@ -32,6 +34,8 @@ def inspect(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     weights: WeightsOption = None,
     history: HistoryOption = None,
     ledger: LedgerOption = DEFAULT_LEDGER,
@@ -47,7 +51,9 @@ def inspect(
     from farcast_cli.run.losses import losses_of
     from farcast_cli.run.selection import inspect as run
 
-    selection = selection_of(directory, include, exclude, steps, pattern, history=history, weights=weights)
+    selection = selection_of(
+        directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit, weights=weights
+    )
     found = run(selection)
     past = None if found.fatal else past_of(found.trajectory, ledgers_of(ledger), chosen=selection.steps, minimum=0)
     worth = past.worth(losses_of(found.trajectory)) if past else None

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from farcast_cli import api
-from farcast_cli.commands.options import ConfigOption, JsonOption, PatternOption, QuietOption, StepsOption, WeightsOption
+from farcast_cli.commands.options import (
+    ConfigOption,
+    JsonOption,
+    PatternOption,
+    QuietOption,
+    StepFromOption,
+    StepsOption,
+    UnitOption,
+    WeightsOption,
+)
 from farcast_cli.settings import env
 
 EXAMPLES = "Example: while sleep 60; do farcast keep ckpts/; done    # then: farcast fit ckpts/"
@@ -34,6 +43,8 @@ def keep(
     ] = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     weights: WeightsOption = None,
     json_: JsonOption = False,
     quiet: QuietOption = False,
@@ -47,7 +58,16 @@ def keep(
 
     with render.progress(quiet=quiet) as progress:
         done = api.keep(
-            directory, into=into, sampled=sampled, last=last, steps=steps, pattern=pattern, weights=weights, progress=progress
+            directory,
+            into=into,
+            sampled=sampled,
+            last=last,
+            steps=steps,
+            pattern=pattern,
+            step_from=step_from,
+            unit=unit,
+            weights=weights,
+            progress=progress,
         )
     if not quiet:
         render.keeping(done)

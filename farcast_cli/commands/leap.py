@@ -28,9 +28,12 @@ from farcast_cli.commands.options import (
     OptimizerOption,
     OverwriteOption,
     PatternOption,
+    PlaceOption,
     QuietOption,
+    StepFromOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     VerboseOption,
     WeightsOption,
     choice,
@@ -86,6 +89,7 @@ def leap(
             help="Path of the checkpoint, or of a folder if it ends in /; the memory is written next to it. Default: forecasts/RUN/, where RUN is the name of the run's folder.",
         ),
     ] = None,
+    place: PlaceOption = None,
     counters: Annotated[
         CountersMode,
         choice(
@@ -99,6 +103,8 @@ def leap(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     weights: WeightsOption = None,
     clock: ClockOption = None,
     optimizer: OptimizerOption = "copy",
@@ -138,11 +144,14 @@ def leap(
             gain=gain,
             max_gain=max_gain,
             output=output,
+            place=place,
             counters=counters,
             include=include,
             exclude=exclude,
             steps=steps,
             pattern=pattern,
+            step_from=step_from,
+            unit=unit,
             weights=weights,
             clock=clock,
             optimizer=optimizer,
@@ -173,9 +182,11 @@ def leap(
 
 def _summary(done: Leapt, *, counters: CountersMode, dry_run: bool, verbose: bool) -> None:
     from farcast_cli.commands import render
+    from farcast_cli.forecast.words import counted
 
     outcome, momentum, reason = done.outcome, done.momentum, done.outcome.decision.reason
-    head = f"step {outcome.origin_step}"
+    unit = outcome.rule.unit
+    head, length = f"{unit} {outcome.origin_step}", counted(outcome.horizon, unit)
     for text in done.notes:
         render.note(text if text.startswith("caution: ") else f"note: {text}")
     if done.worth:
@@ -187,10 +198,10 @@ def _summary(done: Leapt, *, counters: CountersMode, dry_run: bool, verbose: boo
             f"{head}: no training since the last call, so its leap is given again, whatever the options; train on for a new one"
         )
     elif dry_run:
-        render.note(f"{head}: would leap {outcome.horizon} steps: {reason}; {_counters(outcome, counters)}")
+        render.note(f"{head}: would leap {length}: {reason}; {_counters(outcome, counters)}")
     else:
         render.note(
-            f"{head}: a leap of {outcome.horizon} steps: {reason}; {_counters(outcome, counters)};"
+            f"{head}: a leap of {length}: {reason}; {_counters(outcome, counters)};"
             f" {render.size(outcome.bytes_written)} in {outcome.seconds:.1f} s"
         )
         render.copied_note(outcome.copied, verbose=verbose)
@@ -203,12 +214,16 @@ def _summary(done: Leapt, *, counters: CountersMode, dry_run: bool, verbose: boo
     if outcome.decision.verdict != "forecast":
         render.note(f"go on from {done.origin}")
     if not done.is_again and not done.is_last:
-        when = f"{done.every} more steps" if momentum.count else "the next stretch, about 2 % of the run,"
+        when = (
+            f"{counted(done.every, unit).replace(' ', ' more ')}"
+            if momentum.count
+            else "the next stretch, about 2 % of the run,"
+        )
         render.note(f"call again after {when} of training")
 
 
 def _counters(outcome: Outcome, counters: CountersMode) -> str:
     """At which step the trainer goes on."""
     if counters == "advance":
-        return f"the counters advance to step {outcome.valid_step}"
-    return f"the counters stay at step {outcome.origin_step}"
+        return f"the counters advance to {outcome.rule.unit} {outcome.valid_step}"
+    return f"the counters stay at {outcome.rule.unit} {outcome.origin_step}"

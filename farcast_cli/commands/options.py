@@ -22,7 +22,9 @@ from farcast_cli.choices import (
     Rounding,
     Scope,
     SolverName,
+    StepFrom,
     StepNorm,
+    StepUnit,
 )
 from farcast_cli.commands.mistakes import nearest, refuse_addresses, refuse_more, unknown_variables
 from farcast_cli.errors import ANY_COMMAND, FarcastError, UsageError, shell_word
@@ -36,6 +38,7 @@ CONFIG_FILE = Path("farcast.toml")
 FROM_ANY_FILE = frozenset(
     {
         *("include", "exclude", "pattern", "weights"),  # which tensors, and which entries of the folder that the user named
+        "unit",  # what the run's steps are called; known steps refuse another
         *("horizon", "to_step", "origin", "method", "scope", "clock"),  # judged by the back-test
         *("grad_weight", "sample", "full", "sampled"),
         *("optimizer", "dtype", "layout", "max_shard_size"),  # what is written where the user says
@@ -48,7 +51,7 @@ FROM_ANY_FILE = frozenset(
 )
 """The options that a file which nobody named may set. All others need a file that the user named.
 
-None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `purpose`
+None of these names a place to read or to write, runs a program, or weakens a check. `steps` reads across a leap, `step_from` lets evidence contradict, `purpose`
 and `counters` skip the ledger or the run's end, `scale` and `step_norm` write another step than the back-test judges, `gain`, `max_gain` and `every` a longer leap, `io`
 may map files, `maximize` turns the judgement round; `subsample` and `seed` choose the rows that judge.
 """
@@ -59,6 +62,8 @@ PANELS = {
         "exclude",
         "steps",
         "pattern",
+        "step_from",
+        "unit",
         "weights",
         "history",
         "sampled",
@@ -80,6 +85,7 @@ PANELS = {
     "Output": (
         *(
             "output",
+            "place",
             "into",
             "form",
             "text",
@@ -313,6 +319,32 @@ PatternOption = Annotated[
         envvar=env("PATTERN"), metavar="GLOB", help="Read only entries with matching names; for a folder with several runs."
     ),
 ]
+StepFromOption = Annotated[
+    StepFrom | None,
+    choice(
+        StepFrom,
+        "--step-from",
+        text="Evidence that tells the steps, where evidence disagrees: the names, Adam's count, the counter in the files, the"
+        " metadata, or the trainer's state. By default farcast chooses, and stops if it cannot.",
+    ),
+]
+UnitOption = Annotated[
+    StepUnit,
+    choice(
+        StepUnit,
+        "--unit",
+        text="What the steps of the run count. epoch is for a run of which only the epochs are known; horizons then are epochs.",
+    ),
+]
+PlaceOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar=env("PLACE"),
+        metavar="NAME",
+        help="Write the checkpoint's file under this name into a folder of its own, and print the folder: for a trainer that"
+        " resumes from a folder, such as nanoGPT with ckpt.pt.",
+    ),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
@@ -378,7 +410,7 @@ ClockOption = Annotated[
     choice(
         ClockName,
         "--clock",
-        text="Unit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
+        text="StepUnit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
         " resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]

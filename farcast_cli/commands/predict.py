@@ -34,25 +34,28 @@ from farcast_cli.commands.options import (
     OptimizerOption,
     OverwriteOption,
     PatternOption,
+    PlaceOption,
     PurposeOption,
     QuietOption,
     SampleOption,
     ScopeOption,
+    StepFromOption,
     StepNormOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     VerboseOption,
     WeightsOption,
     choice,
 )
 from farcast_cli.errors import NoForecastError
 from farcast_cli.log_to import parse_targets
-from farcast_cli.settings import check_layout, env, horizons_of
+from farcast_cli.settings import check_layout, env, horizons_of, place_in_folder
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Prediction
+    from farcast_cli.returned import Prediction
 
-CHOOSING = ("include", "exclude", "steps", "pattern", "weights", "history", "sample", "full")
+CHOOSING = ("include", "exclude", "steps", "pattern", "step_from", "unit", "weights", "history", "sample", "full")
 """The options that choose what is read of a folder; a forecaster file has read it already."""
 EXAMPLES = (
     "Examples: farcast predict --horizon 1000   |   farcast predict ckpts/   |   farcast predict --horizon 500,1000,2000 -o leaps/   |   "
@@ -91,6 +94,7 @@ def predict(
             " Default: forecasts/RUN/NAME, where RUN is the name of the run's folder.",
         ),
     ] = None,
+    place: PlaceOption = None,
     purpose: PurposeOption = "resume",
     method: MethodOption = None,
     step_norm: StepNormOption = None,
@@ -137,6 +141,8 @@ def predict(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
@@ -155,6 +161,7 @@ def predict(
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
     horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
     check_layout(layout, purpose)
+    place_in_folder(place)
     parse_targets(log_to)
     from farcast_cli.commands import render
 
@@ -168,6 +175,8 @@ def predict(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         weights=weights,
         history=history,
         sample=sample,
@@ -183,6 +192,7 @@ def predict(
             horizon=horizon,
             to_step=to_step,
             output=output,
+            place=place,
             purpose=purpose,
             method=method,
             step_norm=step_norm,

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.text import Text
 
+from farcast_cli.commands.cautions import cautions_of
 from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
 from farcast_cli.errors import listed, printable, shell_word, visible
-from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.forecast.words import chance, clock_line, counted, recent_half, shown_number
 from farcast_cli.headline import advised
 from farcast_cli.progress import silent
 
@@ -211,7 +212,8 @@ def inspection(found: Inspection, past: Past | None, worth: Worth | None, *, ver
 
 
 def _snapshot_columns(snapshots: Sequence[Snapshot]) -> Iterator[Column]:
-    yield Column("step", _texts(s.step if s.step >= 0 else "?" for s in snapshots), "right")
+    unit = snapshots[0].unit if snapshots else "step"
+    yield Column(unit, _texts(s.step if s.step >= 0 else "?" for s in snapshots), "right")
     yield Column("source", _texts(s.step_source for s in snapshots), rank=1)
     yield Column("snapshot", _texts(s.path.name for s in snapshots), least=LEAST_NAME)
     yield Column("size", _texts(size(s.num_bytes) for s in snapshots), "right")
@@ -222,7 +224,7 @@ def _evidence(snapshots: Sequence[Snapshot], *, verbose: bool) -> Iterator[str]:
     for s in snapshots:
         if verbose or s.step < 0 or any(e.step != s.step for e in s.evidence):
             told = ", ".join(e.where + ("" if e.step == s.step else f" = {e.step}") for e in s.evidence)
-            yield f"evidence for step {s.step if s.step >= 0 else '?'} of {s.path.name}: {told or 'none'}"
+            yield f"evidence for {s.unit} {s.step if s.step >= 0 else '?'} of {s.path.name}: {told or 'none'}"
 
 
 def _of_leaps(console: Console, past: Past) -> list[str]:
@@ -252,6 +254,7 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, 
 def _fit_command(trajectory: Trajectory) -> str:
     """With what the run cannot be read without."""
     words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
+    words += trajectory.rule.options
     words += ["--weights", ",".join(trajectory.weights)] if trajectory.weights else []
     words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
     return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
@@ -302,32 +305,7 @@ def keeping(done: Keeping) -> None:
 
 def fit_cautions(plan: FitPlan) -> None:
     """What a person should know of the folder before its run is forecast."""
-    found, history = plan.found, plan.past.history
-    folder = shell_word(found.directory)
-    if plan.replaced:
-        note(f"note: {plan.request.output} is the forecaster of another run, {plan.replaced}: it is replaced")
-    if found.ignored:
-        entries = "entry" if len(found.ignored) == 1 else "entries"
-        note(f"{len(found.ignored)} {entries} left out (farcast inspect {folder} lists them)")
-    for ignored in found.half_written[:MAX_NAMES]:
-        note(f"caution: {ignored.path.name} left out: {ignored.reason}")
-    if len(found.half_written) > MAX_NAMES:
-        note(f"caution: {len(found.half_written) - MAX_NAMES} more snapshots left out")
-    if history.leap:
-        note(
-            f"the run resumed from {history.leap.name}, a leap to step {history.leap.resumes_after}:"
-            f" fit uses the {len(history.trajectory.snapshots)} snapshots after it, not the {history.num_before} before it"
-            " (--steps FROM:TO overrides this)"
-        )
-    if plan.usable.begins:
-        note(plan.usable.begins)
-    for leap in plan.past.unused:
-        if found.steps[0] <= leap.resumes_after < found.steps[-1]:
-            note(
-                f"note: {leap.name} is a forecast of this run: if training resumed from it, the chosen steps contain the leap at step"
-                f" {leap.resumes_after}, which the forecaster would take for training"
-            )
-    for text in filter(None, (*found.kept_notes, *plan.past.cautions, plan.usable.left_out, plan.unread)):
+    for text in cautions_of(plan):
         note(text)
 
 
@@ -335,7 +313,7 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
-        f"fitted {len(fitted.steps)} snapshots, steps {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors forecast,"
+        f"fitted {len(fitted.steps)} snapshots, {record.unit}s {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors forecast,"
         f" {len(record.copied)} copied,"
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
@@ -347,16 +325,29 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         note(text)
     if done.worth:
         note(done.worth.told())
-    note(proposal(fitted, "resume"))
-    note("next: farcast predict, or farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
+    outcome = _proposed(fitted, "resume")
+    note(_would_say(outcome, "resume"))
+    ways = {
+        "farcast predict": outcome.decision.verdict == "forecast",
+        "keep training and fit again": not outcome.decision.is_over,
+    }
+    first = next((f"{way}, or " for way, holds in ways.items() if holds), "")
+    note(f"next: {first}farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
 
 
 def proposal(fitted: Fitted, purpose: Purpose) -> str:
     """What `predict` would say of a run, without a horizon."""
+    return _would_say(_proposed(fitted, purpose), purpose)
+
+
+def _proposed(fitted: Fitted, purpose: Purpose) -> Outcome:
     from farcast_cli.prediction import proposed
     from farcast_cli.request import Request
 
-    outcome = proposed(fitted, Request(purpose=purpose))[0].outcomes[0]
+    return proposed(fitted, Request(purpose=purpose))[0].outcomes[0]
+
+
+def _would_say(outcome: Outcome, purpose: Purpose) -> str:
     return f"farcast predict would say: {advised(outcome, purpose).line}"
 
 
@@ -370,7 +361,7 @@ def _direction(fitted: Fitted, steady: Steadiness, *, verbose: bool) -> str:
     if not verbose:
         return f"direction of the run: {known}"
     found = direction_ahead(fitted)
-    ahead = f"to resume from a forecast {found.horizon} steps ahead"
+    ahead = f"to resume from a forecast {counted(found.horizon, fitted.rule.unit)} ahead"
     verdict = (
         f"steady enough {ahead}, if its back-test passes" if found.is_steady else f"not steady enough {ahead} ({found.reason})"
     )
@@ -380,7 +371,8 @@ def _direction(fitted: Fitted, steady: Steadiness, *, verbose: bool) -> str:
 def backtest(report: BacktestReport, *, verbose: bool) -> None:
     """The verdicts first, then the numbers of the best methods and of the chosen one."""
     console, steady = stdout(), report.steady
-    console.print(f"back-test at origin {report.origin_step}")
+    unit = report.rule.unit
+    console.print(f"back-test at origin {report.origin_step}" + (f"; the unit is the {unit}" if unit != "step" else ""))
     for horizon, (method, decision) in report.decisions.items():
         console.print(f"horizon {horizon}, {method}: [bold]{decision.verdict}[/] ({escape(decision.reason)})")
     has_coherence = math.isfinite(steady.coherence)
@@ -466,7 +458,7 @@ def predictions(outcomes: Sequence[Outcome], notes: Sequence[str], request: Requ
 def _result(outcome: Outcome, *, purpose: Purpose, dry_run: bool, verbose: bool) -> Iterator[str]:
     """The path; with -v the numbers that decided."""
     decision = outcome.decision
-    head = f"step {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
+    head = f"{outcome.rule.unit} {outcome.origin_step} + {outcome.horizon}: {decision.verdict}"
     if outcome.path is None:
         yield f"{head}: nothing written"
     elif outcome.existed:
@@ -522,7 +514,7 @@ def _expected(decision: Decision, purpose: Purpose) -> str:
 
 def _farther(decision: Decision, purpose: Purpose) -> str:
     """Why a forecast to resume from is written although its weights are farther from the later ones than the origin's."""
-    if purpose == "resume" and decision.expected > 1:
+    if purpose == "resume" and decision.is_farther:
         return " (the weights are farther from the real ones at first; S and p decide whether to resume)"
     return ""
 

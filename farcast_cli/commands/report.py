@@ -26,8 +26,10 @@ from farcast_cli.commands.options import (
     PurposeOption,
     QuietOption,
     SampleOption,
+    StepFromOption,
     StepsOption,
     ThreadsOption,
+    UnitOption,
     WeightsOption,
     choice,
     is_given,
@@ -37,7 +39,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.settings import env
 
 if TYPE_CHECKING:
-    from farcast_cli.api import Report
+    from farcast_cli.returned import Report
 
 EXAMPLES = "Examples: farcast report   |   farcast report ckpts/ -o run.png   |   farcast report --format markdown >> $GITHUB_STEP_SUMMARY"
 
@@ -82,6 +84,8 @@ def report(
     exclude: ExcludeOption = None,
     steps: StepsOption = None,
     pattern: PatternOption = None,
+    step_from: StepFromOption = None,
+    unit: UnitOption = "step",
     weights: WeightsOption = None,
     history: HistoryOption = None,
     sample: SampleOption = DEFAULT_SAMPLE,
@@ -109,6 +113,8 @@ def report(
         exclude=exclude,
         steps=steps,
         pattern=pattern,
+        step_from=step_from,
+        unit=unit,
         weights=weights,
         history=history,
         sample=sample,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from farcast_cli.choices import StepUnit
     from farcast_cli.watching import Event
 
 WORK_S = 60.0  # between two lines on long work
@@ -66,12 +67,13 @@ class _Seen:
     """What a last line tells."""
 
     step: int | None = None
+    unit: StepUnit = "step"
     num_verdicts: int = 0
     num_leaps: int = 0
 
     def add(self, event: Event) -> None:
         if isinstance(event, NewVerdict):
-            self.step, self.num_verdicts = event.step, self.num_verdicts + 1
+            self.step, self.unit, self.num_verdicts = event.step, event.rule.unit, self.num_verdicts + 1
         elif isinstance(event, LeapWritten) and not event.existed:
             self.num_leaps += 1
 
@@ -79,7 +81,7 @@ class _Seen:
         if self.step is None:
             return f"{_now()} watch ended: {why}; no snapshot was seen"
         counts = [_counted(self.num_verdicts, "verdict"), *([_counted(self.num_leaps, "leap")] if self.num_leaps else [])]
-        return f"{_now()} watch ended: {why}; newest step {self.step}, {', '.join(counts)}"
+        return f"{_now()} watch ended: {why}; newest {self.unit} {self.step}, {', '.join(counts)}"
 
 
 def _counted(count: int, what: str) -> str:
@@ -109,9 +111,9 @@ def line(event: Event, seen: _Seen) -> str:
     """An event for people."""
     match event:
         case NewVerdict():
-            return f"{_now()} step {event.step}: {event.words}{_figures(event)}"
-        case LeapWritten(_, path, valid_step, existed):
-            return f"{_now()} {'already there' if existed else 'wrote'} {path}, a forecast of step {valid_step}"
+            return f"{_now()} {event.rule.unit} {event.step}: {event.words}{_figures(event)}"
+        case LeapWritten(_, path, valid_step, existed, unit):
+            return f"{_now()} {'already there' if existed else 'wrote'} {path}, a forecast of {unit} {valid_step}"
         case CommandEnded(_, log, seconds, failed):
             return f"{_now()} the command of --on-leap {failed or 'ended well'}, after {age(seconds)}; its output is in {log}"
         case Trouble(text, hint):

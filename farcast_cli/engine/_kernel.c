@@ -8,7 +8,7 @@
    interpreter lock. Buffers may begin at any byte. The loops are plain: the compiler makes vector code of them, with gcc on
    x86-64 Linux once for each generation of processors, from which the loader chooses.
 
-   Shapes: S segments of N elements together, T snapshots other than the origin, H horizons, R = T + 1 rows of a product. */
+   Shapes: S segments, T snapshots other than the origin, H horizons. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -24,8 +24,10 @@
 #endif
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__x86_64__) && defined(__GLIBC__)
 #define PER_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define PART 256 /* products that are added up in float32: some thirty in each lane of a register of eight or sixteen */
 #else
 #define PER_PROCESSOR
+#define PART 128
 #endif
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
@@ -34,7 +36,7 @@
 #endif
 
 enum { F32, BF16, F16, F64 };
-enum { BLOCK = 1024, LANES = 16, MAX_FILES = 4096 };
+enum { BLOCK = 1024, SIDE = 2, LINE = 64 };
 static const Py_ssize_t SIZE[] = {4, 2, 2, 8};
 typedef const char *restrict Raw;
 
@@ -185,44 +187,63 @@ COMBINE(double, combine_double, widen_double, narrow_double)
 
 /* --- products -------------------------------------------------------------------------------------------------------- */
 
-/* Add to products (R, R) those of the rows w_0, d_1 .. and ones: in float32 over LANES sums of a block, and in double from
-   there on. `rows`: R + 1 blocks. `moved` (T): whether a row has a value that is not 0. Here T counts all snapshots. */
-PER_PROCESSOR static void multiply(
-    const char *const *raws, const char *types, Py_ssize_t T, Py_ssize_t count, double *products, char *moved, float *rows) {
-    const Py_ssize_t R = T + 1;
-    float *restrict before = rows + R * BLOCK;
+#ifdef __GNUC__
+typedef float Partial; /* -fopenmp-simd makes it as many sums side by side as a register has lanes */
+#else
+typedef double Partial;
+#endif
+
+/* Add the products of SIDE rows a with SIDE rows b, n values of a block each, to `out`, whose rows are P long. */
+INLINE void add_tile(const float *a, const float *b, Py_ssize_t n, double *out, Py_ssize_t P) {
+    const float *restrict a0 = a, *restrict a1 = a + BLOCK, *restrict b0 = b, *restrict b1 = b + BLOCK;
+    for (Py_ssize_t at = 0; at < n; at += PART) {
+        const Py_ssize_t end = n - at < PART ? n : at + PART;
+        Partial s00 = 0, s01 = 0, s10 = 0, s11 = 0;
+#pragma omp simd reduction(+ : s00, s01, s10, s11)
+        for (Py_ssize_t i = at; i < end; i++) {
+            s00 += a0[i] * b0[i];
+            s01 += a0[i] * b1[i];
+            s10 += a1[i] * b0[i];
+            s11 += a1[i] * b1[i];
+        }
+        out[0] += s00;
+        out[1] += s01;
+        out[P] += s10;
+        out[P + 1] += s11;
+    }
+}
+
+/* Add to products (P, P) those of the T rows w_0, d_1 .., and to `totals` (T) their sums: in float32 over a part of a block, and
+   in double from there on. T counts all snapshots here, P is the next multiple of SIDE; tiles right of the diagonal are left out.
+   `rows`: P + 1 blocks. `moved` (T): whether a row has a value other than 0. */
+PER_PROCESSOR static void multiply(const char *const *raws, const char *types, Py_ssize_t T, Py_ssize_t count, double *products,
+                                   double *totals, char *moved, float *rows) {
+    const Py_ssize_t P = (T + SIDE - 1) / SIDE * SIDE;
+    float *restrict before = rows + P * BLOCK;
+    memset(rows, 0, (size_t)P * BLOCK * 4);
     for (Py_ssize_t at = 0, n; at < count; at += n) {
         n = count - at < BLOCK ? count - at : BLOCK;
-        const Py_ssize_t whole = (n + LANES - 1) / LANES * LANES;
-        for (Py_ssize_t t = 0; t < R; t++) {
+        for (Py_ssize_t t = 0; t < T; t++) {
             float *restrict row = rows + t * BLOCK;
+            Partial sum = 0;
             uint32_t any = 0;
-            if (t == T) for (Py_ssize_t i = 0; i < n; i++) row[i] = 1;
-            else widen_float(raws[t] + at * SIZE[(int)types[t]], types[t], row, n);
-            for (Py_ssize_t i = n; i < whole; i++) row[i] = 0;
-            if (t == T) break;
+            widen_float(raws[t] + at * SIZE[(int)types[t]], types[t], row, n);
             if (t == 0) memcpy(before, row, (size_t)n * 4);
             else for (Py_ssize_t i = 0; i < n; i++) {
                 const float value = row[i];
                 row[i] = value - before[i];
                 before[i] = value;
             }
-            for (Py_ssize_t i = 0; i < n; i++) any |= row[i] != 0;
+#pragma omp simd reduction(+ : sum) reduction(| : any)
+            for (Py_ssize_t i = 0; i < n; i++) {
+                sum += row[i];
+                any |= row[i] != 0;
+            }
+            totals[t] += sum;
             moved[t] |= any != 0;
         }
-        for (Py_ssize_t r = 0; r < R; r++) for (Py_ssize_t c = 0; c <= r; c += 4) { /* a row with four others */
-            const Py_ssize_t four = r - c < 4 ? r - c : 3;
-            const float *a = rows + r * BLOCK, *b[4];
-            float sums[4][LANES] = {{0}};
-            for (Py_ssize_t k = 0; k < 4; k++) b[k] = rows + (c + (k < four ? k : four)) * BLOCK;
-            for (Py_ssize_t i = 0; i < whole; i += LANES) for (int k = 0; k < 4; k++)
-                for (int j = 0; j < LANES; j++) sums[k][j] += a[i + j] * b[k][i + j];
-            for (Py_ssize_t k = 0; k <= four; k++) {
-                double sum = 0;
-                for (int j = 0; j < LANES; j++) sum += sums[k][j];
-                products[r * R + c + k] += sum;
-            }
-        }
+        for (Py_ssize_t r = 0; r < T; r += SIDE) for (Py_ssize_t c = 0; c <= r; c += SIDE)
+            add_tile(rows + r * BLOCK, rows + c * BLOCK, n, products + r * P + c, P);
     }
 }
 
@@ -297,25 +318,26 @@ static PyObject *combine(PyObject *self, PyObject *arguments) {
 
 static PyObject *products(PyObject *self, PyObject *arguments) {
     PyObject *snapshots, *result = NULL;
-    Py_buffer types, out, moved;
+    Py_buffer types, out, totals, moved;
     Held from = {0};
     Py_ssize_t n;
-    if (!PyArg_ParseTuple(arguments, "O!y*nw*w*", &PyTuple_Type, &snapshots, &types, &n, &out, &moved)) return NULL;
-    const Py_ssize_t T = PyTuple_Size(snapshots);
-    float *rows = malloc((size_t)(T + 2) * BLOCK * 4);
-    if (types.len != T || out.len != 8 * (T + 1) * (T + 1) || moved.len != T) {
+    if (!PyArg_ParseTuple(arguments, "O!y*nw*w*w*", &PyTuple_Type, &snapshots, &types, &n, &out, &totals, &moved)) return NULL;
+    const Py_ssize_t T = PyTuple_Size(snapshots), P = (T + SIDE - 1) / SIDE * SIDE;
+    char *memory = malloc((size_t)(P + 1) * BLOCK * 4 + LINE);
+    if (types.len != T || out.len != 8 * P * P || totals.len != 8 * T || moved.len != T) {
         PyErr_SetString(PyExc_ValueError, "sizes do not match");
-    } else if (!rows) {
+    } else if (!memory) {
         PyErr_NoMemory();
     } else if (hold(&from, snapshots, types.buf, 1, n, PyBUF_SIMPLE)) {
+        float *rows = (float *)(memory + (LINE - (uintptr_t)memory % LINE) % LINE);
         Py_BEGIN_ALLOW_THREADS
-        multiply((const char *const *)from.pointers, types.buf, T, n, out.buf, moved.buf, rows);
+        multiply((const char *const *)from.pointers, types.buf, T, n, out.buf, totals.buf, moved.buf, rows);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }
-    free(rows);
+    free(memory);
     let_go(&from);
-    PyBuffer_Release(&types), PyBuffer_Release(&out), PyBuffer_Release(&moved);
+    PyBuffer_Release(&types), PyBuffer_Release(&out), PyBuffer_Release(&totals), PyBuffer_Release(&moved);
     return result;
 }
 

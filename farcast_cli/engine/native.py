@@ -1,8 +1,8 @@
 """The compiled kernel (`_kernel.c`): whether this installation has it, and what it takes.
 
-It computes what `arithmetic` and `casts` compute, to the same bytes, in a fraction of the time: it takes a block through all
-operations while the block is in the nearest cache, and needs no interpreter lock, so that threads work side by side. It is
-built where there is a C compiler. FARCAST_ENGINE=numpy switches it off, FARCAST_ENGINE=native insists on it.
+It computes what `arithmetic` and `casts` compute, to the same bytes, and inner products, to rounding, in a fraction of the time:
+it takes a block through all operations while the block is in the nearest cache, and needs no interpreter lock, so that threads
+work side by side. It is built where there is a C compiler. FARCAST_ENGINE=numpy switches it off, FARCAST_ENGINE=native insists on it.
 
 Shapes: S segments, T snapshots other than the origin, H horizons.
 """
@@ -28,6 +28,8 @@ _CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}
 _BLOCK = 1 << 17  # elements of a batch: Python between two calls then costs a tenth
 _BLOCK_BYTES = 4 << 20  # of a batch at all snapshots together, as float32
 _MIN_BLOCK = 1 << 12
+SIDE = 2
+"""Products are made in tiles of so many rows."""
 
 
 class Kernel(Protocol):
@@ -57,15 +59,24 @@ class Kernel(Protocol):
             unchanged: (H,) int64, to which the elements with the origin's own bits are added.
         """
 
-    def products(
-        self, snapshots: tuple[NDArray[Any], ...], types: bytes, count: int, out: NDArray[Any], moved: NDArray[Any], /
+    def products(  # noqa: PLR0917 - likewise
+        self,
+        snapshots: tuple[NDArray[Any], ...],
+        types: bytes,
+        count: int,
+        products: NDArray[Any],
+        totals: NDArray[Any],
+        moved: NDArray[Any],
+        /,
     ) -> None:
-        """Add inner products of the rows w_0, d_1 .., 1 to the lower triangle of `out`, (R, R) float64.
+        """Add up inner products of the rows w_0, d_1 .. of T snapshots, in float32 over some hundred values, in float64 from there on.
 
         Args:
-            snapshots: raw values of each, one after the other.
+            snapshots: raw values of each, one after the other, at any byte.
             count: how many.
-            moved: a byte for each snapshot, set where its row has a value other than 0.
+            products: (P, P) float64, P the next even number, to whose lower triangle they are added.
+            totals: (T,) float64, to which the sums of the rows are added.
+            moved: (T,) bytes, set where a row has a value other than 0.
         """
 
 
@@ -101,11 +112,15 @@ def codes(others: Sequence[DType], origin: DType, output: DType) -> bytes | None
 
     float64 to float16 is left to numpy and torch, which round it once and twice.
     """
-    types = [dtype.name for dtype in (*others, origin, output)]
-    in_double = origin.name == "float64"
-    if output.name == ("float16" if in_double else "float64") or not _CODES.keys() >= set(types):
+    if output.name == ("float16" if origin.name == "float64" else "float64"):
         return None
-    return bytes(_CODES[name] for name in types)
+    return codes_of([*others, origin, output])
+
+
+def codes_of(types: Sequence[DType]) -> bytes | None:
+    """Element types as the kernel takes them; None if it does not know one."""
+    names = [dtype.name for dtype in types]
+    return bytes(_CODES[name] for name in names) if all(name in _CODES for name in names) else None
 
 
 def block(num_snapshots: int) -> int:

@@ -236,10 +236,15 @@ def read_values(reader: Reader, tensors: Sequence[TensorStretches], out: Floats,
             np.copyto(row, found)
 
 
-def _raw(reader: Reader, stretches: Iterable[FileStretch], scratch: Scratch) -> NDArray[np.uint8]:
+def read_raw(reader: Reader, tensor: TensorStretches, scratch: Scratch) -> tuple[NDArray[np.uint8], ...]:
+    """The bytes of stretches at all snapshots at once."""
+    return tuple(_raw(reader, tensor.at(t), scratch, f"raw {t}") for t in range(len(tensor.entries)))
+
+
+def _raw(reader: Reader, stretches: Iterable[FileStretch], scratch: Scratch, name: str = "raw") -> NDArray[np.uint8]:
     """Stretches of files, one behind the other."""
     found = joined(stretches)
-    raw = scratch.named("raw", sum(num_bytes for _, _, num_bytes in found), np.uint8)
+    raw = scratch.named(name, sum(num_bytes for _, _, num_bytes in found), np.uint8)
     if len(found) == 1:
         path, offset, _ = found[0]
         return reader.raw(path, offset, raw)

@@ -1,7 +1,8 @@
-"""Workers that take tasks by number: processes on the CPU, threads for a GPU or where the system cannot fork, or none.
+"""Workers that take tasks by number: threads where most of the work needs no interpreter lock, else processes, or none.
 
-Processes, because Python holds its interpreter lock between two numpy operations: two threads on two cores get little more
-done than one. They are forked, so that they share what was planned, and die with the process that made them.
+The compiled kernel and a GPU work without Python's interpreter lock. numpy gives it up for single operations only: two threads
+on two cores then get little more done than one. Processes are forked, so that they share what was planned, and die with the
+process that made them. A system that cannot fork has threads.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkContext, ForkProcess
     from multiprocessing.sharedctypes import Synchronized
 
+MAX_THREADS = 4
+"""With the kernel a worker holds the lock for a fifth of its time, so that more of them would wait for one another."""
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
 
@@ -46,13 +49,20 @@ class TaskWorker(Protocol[Result_co]):
     def close(self) -> None: ...
 
 
-def on_cores(num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int) -> Iterator[Result]:
-    """In so many processes or threads, as far as there are tasks for them; in this one, where one is enough."""
+def on_cores(
+    num_tasks: int, make: Callable[[], TaskWorker[Result]], num_workers: int, *, by_kernel: bool = False
+) -> Iterator[Result]:
+    """In so many threads or processes, as far as there are tasks for them; in this thread, where one is enough."""
     needed = min(num_workers, num_tasks)
     if needed <= 1:
         return alone(num_tasks, make)
-    context = system.fork_context()
+    context = None if are_threads(needed, by_kernel=by_kernel) else system.fork_context()
     return in_processes(num_tasks, make, needed, context) if context else in_threads(num_tasks, make, needed)
+
+
+def are_threads(num_workers: int, *, by_kernel: bool) -> bool:
+    """Whether threads do as much as processes, which take more memory."""
+    return by_kernel and num_workers <= MAX_THREADS
 
 
 def alone(num_tasks: int, make: Callable[[], TaskWorker[Result]]) -> Iterator[Result]:

@@ -126,6 +126,8 @@ def rehearse(outputs: Sequence[OutputFile], engine: Engine, folder: Path) -> Reh
     rate = write_rate(folder)
     own = system.peak_bytes()  # with one worker's memory
     others = num_workers * (FORKED_BYTES + worker.num_bytes) if num_workers > 1 else 0
+    if workers.are_threads(num_workers, by_kernel=_is_for_kernel(work.inputs)):
+        others = (num_workers - 1) * worker.num_bytes
     return Rehearsal(max(making, total / rate if rate else 0.0), None if own is None else own + others)
 
 
@@ -177,10 +179,14 @@ def _work(files: Sequence[Sequence[Placed]], paths: Sequence[Sequence[Path]], en
     return Work(picked, files, paths, ranges(files[0], range_bytes), engine.resources.io, block, ahead)
 
 
+def _is_for_kernel(inputs: Inputs) -> bool:
+    """Whether the compiled kernel does most of the work: there are forecasts to compute, and not only bytes to copy."""
+    return native.KERNEL is not None and any(inputs.linear.others)
+
+
 def _block(inputs: Inputs) -> int:
     """Elements of a batch on the CPU. The kernel has a block at all snapshots at once, and little Python between two blocks."""
-    num_others = max(map(len, inputs.linear.others), default=0)
-    return min(BLOCK, native.block(num_others + 1)) if native.KERNEL and num_others else BLOCK
+    return min(BLOCK, native.block(1 + max(map(len, inputs.linear.others)))) if _is_for_kernel(inputs) else BLOCK
 
 
 def _run(work: Work, engine: Engine) -> Iterator[Filled]:
@@ -192,7 +198,8 @@ def _run(work: Work, engine: Engine) -> Iterator[Filled]:
 
         device = torch.device(engine.resources.device)
         return workers.in_threads(num_tasks, lambda: Worker(work, DeviceArithmetic(device)), min(DEVICE_WORKERS, num_tasks))
-    return workers.on_cores(num_tasks, partial(_host_worker, work), _num_workers(work, engine))
+    by_kernel = _is_for_kernel(work.inputs)
+    return workers.on_cores(num_tasks, partial(_host_worker, work), _num_workers(work, engine), by_kernel=by_kernel)
 
 
 def _num_workers(work: Work, engine: Engine) -> int:

@@ -221,6 +221,14 @@ def _list_or_none(place: Path) -> list[dict[str, Any]] | None:
         return None
 
 
+def only_file_of(place: Path) -> Path | None:
+    """The checkpoint's file in a folder that farcast wrote around it; None where the folder is anything else."""
+    told = (read_sidecar(place / SIDECAR) or {}).get("files")
+    names = [one.get("name") for one in told if isinstance(one, dict)] if isinstance(told, list) else []
+    found = place / local(names[0]) if len(names) == 1 and isinstance(names[0], str) else None
+    return found if found and found.parent == place and found.is_file() else None
+
+
 def read_sidecar(sidecar: Path) -> dict[str, Any] | None:
     """What a sidecar says; None where there is none, or something else."""
     try:

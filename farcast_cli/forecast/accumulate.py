@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.choices import DEFAULT_SAMPLE
-from farcast_cli.engine import workers
+from farcast_cli.engine import native, workers
 from farcast_cli.engine.casts import work_type
 from farcast_cli.engine.reader import (
     MAX_STRETCH,
@@ -26,12 +26,13 @@ from farcast_cli.engine.reader import (
     Resources,
     Scratch,
     TensorStretches,
+    read_raw,
     read_trajectory,
     read_values,
     stretches,
 )
 from farcast_cli.forecast.gram import Gram, Sample
-from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis
+from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis, whole_products
 from farcast_cli.tensors import Stretch, sample_stretches
 
 if TYPE_CHECKING:
@@ -190,20 +191,33 @@ class _Summer:
         return sums
 
     def _full_products(self, span: TensorStretches) -> NDArray[np.float64]:
-        entries, (whole,) = span.entries, span.stretches
-        products = np.zeros((len(entries) + 1, len(entries) + 1))
-        for stretch in stretches(whole.count, num_snapshots=len(entries), itemsize=4):
-            products += self._products(TensorStretches(entries, (Stretch(whole.start + stretch.start, stretch.count),)))
+        if (found := self._by_kernel(span)) is not None:
+            return found
+        products = np.zeros((len(span.entries) + 1, len(span.entries) + 1))
+        for part in _parts(span):
+            products += self._products(part)
         return products
+
+    def _by_kernel(self, span: TensorStretches) -> NDArray[np.float64] | None:
+        """The same in the compiled kernel; None where it does not serve, or float32 does not hold the products."""
+        kernel, types = native.KERNEL, native.codes_of([entry.dtype for entry in span.entries])
+        if kernel is None or types is None or not _in_float32(span):
+            return None
+        num_rows = -(-len(types) // native.SIDE) * native.SIDE
+        lower, totals, moved = np.zeros((num_rows, num_rows)), np.zeros(len(types)), np.zeros(len(types), np.uint8)
+        for part in _parts(span):
+            kernel.products(read_raw(self._reader, part, self._scratch), types, part.count, lower, totals, moved)
+        products = whole_products(lower, totals, span.count)
+        return products if are_held(products, lambda row: bool(moved[row])) else None
 
     def _products(self, tensor: TensorStretches) -> NDArray[np.float64]:
         """In float32 where the values are of such types and it can hold their products."""
-        if all(work_type(entry.dtype) is np.float32 for entry in tensor.entries):
+        if _in_float32(tensor):
             basis = self._memory((tensor,), np.float32)
             read_values(self._reader, (tensor,), basis[:-1], self._scratch)
             with np.errstate(all="ignore"):  # what is not finite, or becomes so, is looked for afterwards
                 products = inner_products(to_basis(basis))
-            if are_held(products, basis):
+            if are_held(products, lambda row: bool(basis[row].any())):
                 return products
         basis = self._memory((tensor,), np.float64)
         read_trajectory(self._reader, (tensor,), basis[:-1], self._scratch)
@@ -229,6 +243,18 @@ class _Gatherer(_Summer):
         return Sums(number, kept=kept, basis=to_basis(basis) if task.is_summed else None)
 
 
+def _in_float32(tensor: TensorStretches) -> bool:
+    """Whether the values are of such types."""
+    return all(work_type(entry.dtype) is np.float32 for entry in tensor.entries)
+
+
+def _parts(span: TensorStretches) -> Iterator[TensorStretches]:
+    """A stretch of a tensor in parts, each of which fits the budget at all snapshots together."""
+    (whole,) = span.stretches
+    for part in stretches(whole.count, num_snapshots=len(span.entries), itemsize=4):
+        yield TensorStretches(span.entries, (Stretch(whole.start + part.start, part.count),))
+
+
 def _products_of_each(basis: Floats, tensors: Sequence[TensorStretches]) -> NDArray[np.float64]:
     """(K, R, R) of the basis (R, N) of K tensors, one behind the other."""
     ends = np.cumsum([tensor.count for tensor in tensors])
@@ -240,7 +266,8 @@ def _sums(reading: _Reading) -> Iterator[Sums]:
     if device != "cpu":
         return _multiplied(workers.in_threads(num_tasks, partial(_Gatherer, reading), max(num_workers, 2)), device)
     pays = sum(task.num_bytes for task in reading.tasks) >= FORK_BYTES
-    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1)
+    by_kernel = native.KERNEL is not None and not all(task.is_kept for task in reading.tasks)
+    return workers.on_cores(num_tasks, partial(_Summer, reading), num_workers if pays else 1, by_kernel=by_kernel)
 
 
 def _multiplied(found: Iterator[Sums], device: str) -> Iterator[Sums]:

@@ -74,6 +74,11 @@ class Decision:
     is_over: bool = False
     """The run has no step left to leap over."""
 
+    @property
+    def is_farther(self) -> bool:
+        """Whether the forecast's weights are expected to be farther from the later ones than the origin's; nan is not."""
+        return self.expected > 1
+
 
 @dataclass(frozen=True, slots=True)
 class Steadiness:
@@ -185,7 +190,7 @@ def untestable(task: Task) -> str:
     if timeline.num_snapshots < MIN_SNAPSHOTS:
         return f"the history has {timeline.num_snapshots} snapshots: a test needs {MIN_SNAPSHOTS}"
     if task.horizon > MAX_HORIZON * timeline.length:
-        return f"{task.horizon:.0f} steps ahead is more than {MAX_HORIZON} times the history of {timeline.length:.0f} steps"
+        return f"a horizon of {task.horizon:.0f} is more than {MAX_HORIZON} times the history of {timeline.length:.0f}"
     return ""
 
 

@@ -150,6 +150,7 @@ def find(request: FitRequest, *, minimum: int) -> tuple[Trajectory, Past]:
         chosen.directory,
         steps=chosen.steps,
         pattern=chosen.pattern,
+        rule=chosen.rule,
         history=chosen.history,
         unsettled=chosen.unsettled,
         weights=chosen.weights,
@@ -255,6 +256,8 @@ def fit(
         include=tuple(include),
         exclude=tuple(exclude),
         pattern=trajectory.pattern,
+        step_from=trajectory.rule.source,
+        unit=trajectory.rule.unit,
         weights=trajectory.weights,
         kept="" if trajectory.kept is None else str(trajectory.kept),
     )

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from farcast_cli import __version__
+from farcast_cli.choices import StepFrom, StepUnit  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
@@ -31,11 +32,12 @@ from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
+from farcast_cli.run.trust import StepRule
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
 from farcast_cli.trainers.base import read_snapshot
 from farcast_cli.trainers.kept import LAYOUT as KEPT
-from farcast_cli.trainers.names import find_step_in_name, word_of_others
+from farcast_cli.trainers.names import find_number_in_name, word_of_others
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,6 +107,9 @@ class Provenance(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     pattern: str = ""
+    step_from: StepFrom | None = None
+    """Which evidence told the steps, if the user said so."""
+    unit: StepUnit = "step"
     weights: tuple[str, ...] = ()
     """The keys of the weights, where they were chosen."""
     kept: str = ""
@@ -122,6 +127,11 @@ class Fitted:
     directory: Path
     kept: Path | None = None
     """The folder of the run's kept snapshots, if some of the snapshots lie there."""
+
+    @property
+    def rule(self) -> StepRule:
+        """How the user had the steps told."""
+        return StepRule(self.provenance.step_from, self.provenance.unit)
 
     def path_of(self, record: SnapshotRecord) -> Path:
         """Where a snapshot lies."""
@@ -367,7 +377,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     if not is_there:
         raise SnapshotError(f"{path}: removed since the forecaster was fitted", hint=again)
     layout = KEPT if record.is_kept else named(fitted.provenance.layout).choosing(fitted.provenance.weights)
-    snapshot = read_snapshot(layout, path).settle(record.step, record.step_source)
+    snapshot = read_snapshot(layout, path).settle(record.step, record.step_source, fitted.provenance.unit)
     if snapshot.digest != record.digest:
         raise SnapshotError(f"{path}: changed since the forecaster was fitted", hint=again)
     return snapshot
@@ -396,11 +406,12 @@ def newer_snapshots(fitted: Fitted) -> list[str]:
     """Snapshots in the run's folder, by name, that came after the fit; nothing is opened."""
     known = {record.path for record in fitted.provenance.snapshots if not record.is_kept}
     origin = fitted.provenance.snapshots[-1].path
-    last = find_step_in_name(origin)
+    unit = fitted.provenance.unit
+    last = find_number_in_name(origin, unit)
     try:
         entries = run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)
         names = [path.name for path in entries if word_of_others(path.name) in {"", word_of_others(origin)}]
     except (OSError, FileFormatError):
         return []
-    numbered = [(int(match[1]), name) for name in names if (match := find_step_in_name(name)) and name not in known]
+    numbered = [(int(match[1]), name) for name in names if (match := find_number_in_name(name, unit)) and name not in known]
     return [name for number, name in sorted(numbered) if last and number > int(last[1])]

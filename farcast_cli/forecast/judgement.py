@@ -31,6 +31,7 @@ from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.forecast.words import shown_number
 from farcast_cli.run.alignment import quoted
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,6 +54,7 @@ class BacktestReport:
     pace: Pace
     reasons: tuple[str, ...]
     """Why `auto` chose as it did."""
+    rule: StepRule = BY_EVIDENCE
 
 
 def report_backtest(
@@ -81,6 +83,7 @@ def report_backtest(
         decisions,
         pace,
         tuple(dict.fromkeys(why for _, why in chosen.values() if why)),
+        fitted.rule,
     )
 
 

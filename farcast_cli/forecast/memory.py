@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from farcast_cli import __version__
 from farcast_cli.checkpoint.pieces import Copy, OutputFile, Planned, Values
 from farcast_cli.checkpoint.plan import safetensors_output
-from farcast_cli.choices import ClockName  # noqa: TC001 - pydantic reads the annotations
+from farcast_cli.choices import ClockName, StepFrom, StepUnit  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.errors import FarcastError, FileFormatError, OutputError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import list_files
@@ -63,6 +63,8 @@ class MemoryRecord(BaseModel):
     run: str
     pattern: str = ""
     """Which entries of the folder are the run's."""
+    step_from: StepFrom | None = None
+    unit: StepUnit = "step"
     weights: tuple[str, ...] = ()
     """The keys of the weights, where they were chosen."""
     strides: dict[str, tuple[int, ...]] = {}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from farcast_cli.engine.casts import Floats
@@ -55,12 +57,27 @@ def _chunk_products(rows: Floats) -> NDArray[np.float64]:
     return products
 
 
-def are_held(products: NDArray[np.float64], rows: Floats) -> bool:
-    """Whether float32 could hold the products of these rows: none is too large or not finite, none is lost as too small."""
+def are_held(products: NDArray[np.float64], moved: Callable[[int], bool]) -> bool:
+    """Whether float32 could hold these products (R, R): none is too large or not finite, none is lost as too small.
+
+    Args:
+        moved: whether increment number t, from 1 on, has a value other than 0; asked where its square is small.
+    """
     if not bool(np.isfinite(products).all()):
         return False
-    small = np.diag(products)[:-2] < _TINY * rows.shape[1]
-    return not any(bool(row.any()) for row, is_small in zip(rows[1:-1], small, strict=True) if is_small)
+    small = np.diag(products)[:-2] < _TINY * products[-1, -1]
+    return not any(moved(int(index) + 1) for index in np.flatnonzero(small))
+
+
+def whole_products(lower: NDArray[np.float64], totals: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Products (R, R) in the order d_1 .., w_0, 1 from the kernel's: a lower triangle of (T, T) at least, and sums (T,)."""
+    num_rows = len(totals)
+    products = np.empty((num_rows + 1, num_rows + 1))
+    products[:-1, :-1] = np.tril(lower[:num_rows, :num_rows])
+    products[:-1, :-1] += np.tril(lower[:num_rows, :num_rows], -1).T
+    products[-1, :-1] = products[:-1, -1] = totals
+    products[-1, -1] = count
+    return in_basis_order(products)
 
 
 def in_basis_order(products: NDArray[np.float64]) -> NDArray[np.float64]:

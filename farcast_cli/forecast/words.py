@@ -6,8 +6,18 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from farcast_cli.choices import StepUnit
     from farcast_cli.forecast.significance import Significance
     from farcast_cli.run.pace import Pace
+
+
+def counted(number: int, unit: StepUnit) -> str:
+    """A number of steps or epochs.
+
+    >>> counted(1, "epoch"), counted(3, "step")
+    ('1 epoch', '3 steps')
+    """
+    return f"{number} {unit}" + "s" * (number != 1)
 
 
 def shown_number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Which names a pickle may ask for. Nothing it names is ever called; this says what may be carried on to the output.
+"""Which names a pickle may ask for, and which keys it may have. Nothing it names is ever called; this says what may be carried on to the output.
 
 A checkpoint holds more than tensors: argparse namespaces, paths, numpy states, the user's own configuration classes.
 Those are data, and are carried as they are. A function, or a class of the standard library that does things
@@ -11,8 +11,15 @@ import builtins
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from typing import TYPE_CHECKING
 
+from farcast_cli.errors import UnsafeFileError
 from farcast_cli.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_KEY = 1_000  # objects that one key of a dict is made of
 
 _PLAIN = {
     "argparse": "Namespace",
@@ -62,6 +69,7 @@ _PLAIN = {
     "torch.nn.functional": "relu relu6 elu selu celu leaky_relu gelu silu mish hardswish hardtanh sigmoid tanh softplus"
     " softmax log_softmax glu",
     "torch.serialization": "_get_layout",
+    "deepspeed.utils.tensor_fragment": "fragment_address",
 }
 _NAMES = {f"{module}.{name}" for module, names in _PLAIN.items() for name in names.split()} | {
     f"builtins.{name}" for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)
@@ -212,3 +220,18 @@ def _does_things(part: str) -> bool:
 def _is_class(name: str) -> bool:
     """Whether a (nested) name is written like classes are: `Config`, `_Mode`, `Outer.Inner`."""
     return all(part.lstrip("_")[:1].isupper() for part in name.split("."))
+
+
+def check_key(key: object) -> None:
+    """Refuse a key whose hash takes long, or that is made to collide with others: a key is hashed time and again.
+
+    Texts and bytes collide by chance alone, whole numbers of more than 64 bits at will.
+    """
+    waiting, num_objects = [key], 0
+    while waiting:
+        node = waiting.pop()
+        inner: Iterable[object] = node if isinstance(node, (tuple, frozenset)) else ()
+        num_objects += 1 + len(inner)  # type: ignore[arg-type]
+        if num_objects > MAX_KEY or (isinstance(node, int) and node.bit_length() > 64):  # noqa: PLR2004
+            raise UnsafeFileError("its pickle has keys that are made to take long")
+        waiting.extend(inner)

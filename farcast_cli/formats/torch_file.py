@@ -73,6 +73,11 @@ def read_torch_file(path: Path) -> TorchFile:
     return read_torch_stretch(path, 0, size)
 
 
+def is_torch_zip(path: Path) -> bool:
+    """Whether a file begins as a zip does."""
+    return read_bytes(path, 0, min(file_size(path), len(ZIP_MARK))) == ZIP_MARK
+
+
 def read_torch_stretch(path: Path, start: int, size: int) -> TorchFile:
     """The same for a torch file that is the stretch [start, start + size) of another."""
     stretch = Span(path, start, size)

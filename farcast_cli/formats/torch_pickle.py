@@ -11,12 +11,12 @@ import codecs
 import io
 import pickle
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
-from farcast_cli.formats.pickle_names import GETATTR, is_data, is_member, may_be_class
+from farcast_cli.formats.pickle_names import GETATTR, check_key, is_data, is_member, may_be_class
 from farcast_cli.formats.tree import MAX_NODES, children, walk
 from farcast_cli.tensors import BY_STORAGE, DTYPES, DType, is_dense
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 MAX_DIMS = 64  # torch's own
-MAX_KEY = 1_000  # objects that one key of a dict is made of
 MAX_COST = 8_000_000  # see _Budget
 COST_PER_RECORD = 128  # a tensor in an optimiser's state takes some 90
 UNTYPED = DType("untyped", 1)
@@ -87,6 +86,8 @@ class TensorRef:
     stride: tuple[int, ...]
     requires_grad: bool = False
     is_parameter: bool = False
+    attributes: dict[str, Any] | None = field(default=None, compare=False)
+    """Python attributes that somebody gave it: plain values."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -263,6 +264,16 @@ def _rebuild_parameter(*args: Any) -> TensorRef | Made:
     return TensorRef(ref.storage, ref.dtype, ref.offset, ref.shape, ref.stride, bool(args[1]), is_parameter=True)
 
 
+def _rebuild_from_type(*args: Any) -> TensorRef | Made:
+    """A tensor with attributes is that tensor; one of a subclass is carried."""
+    match args:
+        case (Name(name="_rebuild_tensor_v2"), Name(module="torch", name="Tensor"), tuple(inner), dict(state)):
+            ref = _rebuild_tensor_v2(*inner)
+            if isinstance(ref, TensorRef) and all(isinstance(value, (str, int, float)) for value in state.values()):
+                return replace(ref, attributes=state)
+    return Made(_name("torch._tensor", "_rebuild_from_type_v2"), args)
+
+
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     """Protocol 2 spells bytes as `_codecs.encode(text, 'latin1')`."""
     if not isinstance(text, str) or encoding != "latin1":
@@ -310,25 +321,11 @@ def _with_checked_keys(items: object) -> Iterable[Any]:
         yield item
 
 
-def check_key(key: object) -> None:
-    """Refuse a key whose hash takes long, or that is made to collide with others: a key is hashed time and again.
-
-    Texts and bytes collide by chance alone, whole numbers of more than 64 bits at will.
-    """
-    waiting, num_objects = [key], 0
-    while waiting:
-        node = waiting.pop()
-        inner: Iterable[object] = node if isinstance(node, (tuple, frozenset)) else ()
-        num_objects += 1 + len(inner)  # type: ignore[arg-type]
-        if num_objects > MAX_KEY or (isinstance(node, int) and node.bit_length() > 64):  # noqa: PLR2004
-            raise UnsafeFileError("its pickle has keys that are made to take long")
-        waiting.extend(inner)
-
-
 _SAFE: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": _size,
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _counter,
@@ -340,7 +337,6 @@ _SAFE: dict[str, Callable[..., Any]] = {
     "__builtin__.frozenset": _frozen_set,
 }
 """Calls that make plain data, or a stand-in of ours, from checked arguments."""
-
 _BANNED = {
     *(pickle.OBJ, pickle.INST, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
     *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
@@ -552,7 +548,11 @@ class _Pickler(pickle._Pickler):  # noqa: SLF001
         if ref.is_parameter:
             args = (Made(_name("torch._utils", kind), args), ref.requires_grad, OrderedDict())
             kind = "_rebuild_parameter"
-        self._save_call(ref, _name("torch._utils", kind), args, pickle.REDUCE)
+        maker = _name("torch._utils", kind)
+        if ref.attributes is not None:
+            args = (maker, _name("torch", "Tensor"), args, ref.attributes)
+            maker = _name("torch._tensor", "_rebuild_from_type_v2")
+        self._save_call(ref, maker, args, pickle.REDUCE)
 
     def save_size(self, size: Size) -> None:
         self._save_call(size, _name("torch", "Size"), (tuple(size),), pickle.REDUCE)

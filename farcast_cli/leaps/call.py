@@ -40,6 +40,7 @@ from farcast_cli.records import LeaptOn, MomentumEntry
 from farcast_cli.request import Outcome
 from farcast_cli.run.losses import losses_of
 from farcast_cli.run.trajectory import discover
+from farcast_cli.run.trust import StepRule
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers.base import unchanged
 
@@ -70,9 +71,11 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
     chosen = ask.selection
-    trajectory = discover(ask.directory, steps=chosen.steps, pattern=chosen.pattern, weights=chosen.weights)
+    trajectory = discover(ask.directory, steps=chosen.steps, pattern=chosen.pattern, rule=chosen.rule, weights=chosen.weights)
     start = start_at(ask.directory, trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
-    place_of(ask.request, start, 1, settle(start.origin, ask.request.layout))  # a bad name is refused at once
+    place_of(
+        ask.request, start, 1, settle(start.origin, ask.request.layout, inner=ask.request.place)
+    )  # a bad name is refused at once
     place = memory_of(ask.folder, ask.directory)
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
@@ -100,7 +103,9 @@ def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
         )
     verdict, reason = ("forecast", "") if path else ("abstain", record.reason)
     decision = Decision(verdict, math.nan, math.nan, reason)  # type: ignore[arg-type]
-    outcome = Outcome(record.horizon, record.origin_step, "momentum", decision, path=path)
+    outcome = Outcome(
+        record.horizon, record.origin_step, "momentum", decision, path=path, rule=StepRule(record.step_from, record.unit)
+    )
     return Leapt(
         outcome,
         record.momentum,
@@ -123,7 +128,7 @@ class _Call:
         self._trajectory, self._progress = trajectory, progress
         self._told: list[str] = []
         self._check_memory = partial(check_memory_ours, run=ask.directory)
-        self._container = settle(trajectory.origin, ask.request.layout)
+        self._container = settle(trajectory.origin, ask.request.layout, inner=ask.request.place)
         self._start = start
         self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
         before = found.memory.record if found.memory else None
@@ -198,7 +203,8 @@ class _Call:
     def _outcome(self, gain: float, reason: str, said: Heard) -> Outcome:
         decision = Decision("forecast" if gain else "abstain", math.nan, math.nan, reason)
         horizon = max(1, round(gain * self._found.time.every)) if gain else 0
-        return Outcome(horizon, self._start.origin.step, "momentum", decision, trials=said.trials)
+        rule = self._trajectory.rule
+        return Outcome(horizon, self._start.origin.step, "momentum", decision, trials=said.trials, rule=rule)
 
     @property
     def _stem(self) -> str:
@@ -230,7 +236,7 @@ class _Call:
         assert self._after is not None  # noqa: S101 - a gain has a direction
         request, run = self._request, self._ask.directory
         prepared = self._prepared([gain * self._found.time.ahead * self._after.mean], [outcome.horizon])
-        claim(prepared.paths, run, request, is_file=self._container.is_file)
+        claim(prepared.paths, run, request, is_file=self._container.is_one_file)
         count, share = self._after.momentum.count, self._after.momentum.share
         work = Publication(request, run, LeaptOn(stretches=count), outputs, self._progress, self._told)
         momentum = MomentumEntry(gain=gain, share=share, stretches=count)
@@ -250,6 +256,8 @@ class _Call:
             origin_step=origin.step,
             origin_digest=origin.full_digest,
             pattern=self._ask.selection.pattern,
+            step_from=self._ask.selection.rule.source,
+            unit=self._ask.selection.rule.unit,
             weights=self._ask.selection.weights,
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
             landing_step=moved if path else origin.step,

@@ -15,6 +15,7 @@ from farcast_cli.forecast.memory import basis_of, check_memory_of, read_memory, 
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.run.alignment import align, since_last_change
 from farcast_cli.run.pace import Pace
+from farcast_cli.run.trust import StepRule
 from farcast_cli.state.rates import rate_at, read_pace
 from farcast_cli.state.trained import trained_in
 from farcast_cli.tensors import is_batch_norm_statistic
@@ -49,8 +50,14 @@ def known_memory(place: Path, trajectory: Trajectory) -> tuple[Memory | None, li
     check_memory_of(memory, trajectory.directory)
     if trajectory.pattern != memory.record.pattern:
         return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
-    if trajectory.weights != memory.record.weights:
-        return None, [f"{place} is of --weights {','.join(memory.record.weights) or 'by default'}: a new memory starts"]
+    rule = StepRule(memory.record.step_from, memory.record.unit)
+    chosen = f"--weights {','.join(memory.record.weights)}" if memory.record.weights else "no --weights"
+    differences = (
+        (trajectory.rule != rule, f"counts its steps by {' '.join(rule.options) or 'neither --step-from nor --unit'}"),
+        (trajectory.weights != memory.record.weights, f"is of {chosen}"),
+    )
+    if other := next((text for differs, text in differences if differs), ""):
+        return None, [f"{place} {other}: a new memory starts"]
     before = next((one for one in trajectory.snapshots[:-1] if one.step == memory.record.origin_step), None)
     if before is not None and not memory.began_at(before):
         return None, [f"{before.path.name} has changed since the last call: a new memory starts"]

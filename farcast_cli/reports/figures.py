@@ -209,7 +209,7 @@ def _drawn(story: Story) -> list[Panel]:
 
 def _draw_head(sheet: Sheet, story: Story) -> None:
     said = headline(story)
-    kicker = f"farcast report · {short_name(story)} · step {story.fitted.steps[-1]}"
+    kicker = f"farcast report · {short_name(story)} · {story.fitted.rule.unit} {story.fitted.steps[-1]}"
     sheet.write(0, 36, kicker, fontsize=TEXT, color=LIGHT["muted"])
     sheet.write(0, 78, said.title, fontsize=40, weight="bold")
     for line, (text, colour) in enumerate(((said.why, "ink"), (said.sure, "muted"))):

@@ -68,7 +68,7 @@ def _head(story: Story) -> str:
     )
     numbers = f'<dl class="numbers">{cells}</dl>' if cells else ""
     return f"""<header>
-<p class="kicker">farcast report · <span>{_text(short_name(story))}</span> · step {story.fitted.steps[-1]}</p>
+<p class="kicker">farcast report · <span>{_text(short_name(story))}</span> · {story.fitted.rule.unit} {story.fitted.steps[-1]}</p>
 <h1>{_text(said.title)}</h1>
 <p class="why">{_prose(said.why)}</p>
 {sure}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli import __version__
 from farcast_cli.errors import listed, visible
-from farcast_cli.forecast.words import chance, clock_line, recent_half, shown_number
+from farcast_cli.forecast.words import chance, clock_line, counted, recent_half, shown_number
 from farcast_cli.headline import advised
 from farcast_cli.run.losses import LOSS_KINDS
 
@@ -26,6 +26,8 @@ MAX_METHODS = 3  # of a back-test, besides the one that predict uses
 MAX_EACH = 10  # of the most exact tensors, and of the least exact ones
 CASES = ("all warm: leap far", "a warm band along the diagonal: leap a short way", "pale: do not leap")
 """How to read the cosines."""
+_DECIDES = "S and p decide"
+"""The remark on a number above 1 where a leap is advised all the same."""
 NO_VALUE = "–"  # noqa: RUF001 - a dash is what a table shows for no number
 
 
@@ -82,10 +84,15 @@ def _deciding(found: Proposal) -> Iterator[tuple[str, str, str]]:
     decision = found.outcome.decision
     if found.purpose == "resume":
         yield from _of_direction(found)
+    overruled = found.purpose == "resume" and decision.verdict == "forecast"
     if math.isfinite(decision.ratio) and not decision.is_average:
-        yield "back-test b", shown_number(decision.ratio), "1: no better"
+        yield "back-test b", shown_number(decision.ratio), _DECIDES if overruled and decision.ratio > 1 else "1: no better"
     if math.isfinite(decision.expected):
-        yield "expected error", shown_number(decision.expected), "1: no forecast"
+        yield (
+            "expected error",
+            shown_number(decision.expected),
+            _DECIDES if overruled and decision.is_farther else "1: no forecast",
+        )
 
 
 def _of_direction(found: Proposal) -> Iterator[tuple[str, str, str]]:
@@ -150,7 +157,7 @@ def _directions(story: Story) -> Panel:
         message,
         "At each step, only the snapshots up to it count. A leap needs a high S and a low p.",
         "In the shaded zone farcast does not leap. With few snapshots p cannot be as small as 0.01, so its limit is higher there.",
-        Numbers(("step", "S", "recent S", "p", "leap"), rows),
+        Numbers((story.fitted.rule.unit, "S", "recent S", "p", "leap"), rows),
     )
 
 
@@ -161,7 +168,7 @@ def _backtest(story: Story) -> Panel:
     message = "The weights did not move." if chosen else "The history is too short to test a method."
     if chosen and math.isfinite(chosen.ratio):
         message = (
-            f"{method}, which predict uses, had {number(chosen.ratio)} of the error of no forecast, {horizon} steps ahead;"
+            f"{method}, which predict uses, had {number(chosen.ratio)} of the error of no forecast, {counted(horizon, story.fitted.rule.unit)} ahead;"
             f" as written, {number(chosen.ratio_as_written)}."
         )
     rows = tuple(
@@ -213,7 +220,7 @@ def _tensors(story: Story) -> Panel:
         "tensors",
         "Tensors by error",
         message,
-        f"Back-test ratio b of each tensor by {method}, {horizon} steps ahead: 0 is perfect, 1 is no better than no forecast.{some}{still}",
+        f"Back-test ratio b of each tensor by {method}, {counted(horizon, story.fitted.rule.unit)} ahead: 0 is perfect, 1 is no better than no forecast.{some}{still}",
         "",
         Numbers(("tensor", "values", "b"), rows),
     )
@@ -278,7 +285,10 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
     num_values = sum(math.prod(tensor.shape) for tensor in record.tensors)
     yield "run", record.directory
     yield "layout", record.layout
-    yield "snapshots", f"{len(steps)}, steps {steps[0]} to {steps[-1]}"
+    rule = story.fitted.rule
+    yield "snapshots", f"{len(steps)}, {rule.unit}s {steps[0]} to {steps[-1]}"
+    yield "unit", f"the {rule.unit}: every number of steps counts {rule.unit}s" if rule.unit != "step" else ""
+    yield "steps from", f"--step-from {rule.source}" if rule.source else ""
     yield "parameters", f"{num_values:,} in {len(record.tensors)} tensors"
     yield "element types", _counted(tensor.dtype for tensor in record.tensors)
     yield "copied", _counted(one.kind for one in story.fitted.copied) or "none"

@@ -167,7 +167,7 @@ def course_of(fitted: Fitted, *, losses: Path | None, ledgers: Ledgers | None) -
         FarcastError: the named log cannot be read.
     """
     try:
-        trajectory = discover(fitted.directory, pattern=fitted.provenance.pattern)
+        trajectory = discover(fitted.directory, pattern=fitted.provenance.pattern, rule=fitted.rule)
         known = known_leaps(ledgers, trajectory).leaps
         made = _in_turn(made_leaps(trajectory, known))
     except FarcastError as error:

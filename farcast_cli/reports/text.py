@@ -42,7 +42,7 @@ def terminal(story: Story, *, is_plain: bool = False) -> str:
 
 def _terminal(story: Story, *, is_plain: bool) -> Iterator[str]:
     said = headline(story)
-    yield from _filled(f"farcast report: {short_name(story)}, step {story.fitted.steps[-1]}")
+    yield from _filled(f"farcast report: {short_name(story)}, {story.fitted.rule.unit} {story.fitted.steps[-1]}")
     yield ""
     yield from _filled(said.title.upper())
     yield from _filled(said.why)
@@ -118,7 +118,7 @@ def markdown(story: Story) -> str:
         *(part for panel in panels(story) for part in _panel(panel)),
         "## The run in facts",
         _rows(("what", "value"), facts(story)),
-        f"farcast {__version__}, run {_inert(short_name(story))}, step {story.fitted.steps[-1]}",
+        f"farcast {__version__}, run {_inert(short_name(story))}, {story.fitted.rule.unit} {story.fitted.steps[-1]}",
     ]
     return "\n\n".join(parts) + "\n"
 

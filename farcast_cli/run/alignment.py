@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, TypeVar
 
-from farcast_cli.errors import MixedRunsError, SnapshotError
+from farcast_cli.errors import MixedRunsError, SnapshotError, UsageError
 from farcast_cli.run.closed import are_alike
 from farcast_cli.run.quantised import quantised_owner
 from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
@@ -78,6 +78,12 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
         MixedRunsError: names or shapes of other tensors differ between snapshots.
     """
     origin, choice = snapshots[-1], _Choice(tuple(include), tuple(exclude))
+    flat = next((part.name for part in origin.parts if part.is_shard and part.weights_paths), "")
+    if flat and (include or exclude):
+        raise UsageError(
+            f"--include and --exclude: {flat} has the weights of several layers joined into one tensor",
+            hint="leave the options out: tensors are chosen by name, and this one has no part of its own for each layer",
+        )
     named = [_Named.of(snapshot, choice) for snapshot in snapshots]
     for before in named[:-1]:
         if changes := _changes(before, named[-1], choice):

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 OWN_MARK = b'{"__metadata__":{"farcast":'
 """How the header of a forecaster file begins."""
+READ = (
+    "farcast reads folders of Hugging Face Trainer, Lightning, Composer, accelerate, Fabric and torch.distributed.checkpoint, and"
+    " .safetensors, .pt, .pth, .ckpt and .bin files"
+)
+MADE_OF_OTHERS = "made of other snapshots or chosen among them, no step of the run"
 MAX_FOLDERS = 500  # looked into for runs
 RUN_DEPTH = 3  # as in lightning_logs/version_0/checkpoints
 MAX_HALF_WRITTEN = 4  # in a message, where each comes with its reason
@@ -107,8 +112,9 @@ def _made_of_others(paths: Sequence[Path]) -> dict[Path, str]:
     """The averages and choices among snapshots, with the reason; none where they are all that there is."""
     words = {path: word for path in paths if (word := word_of_others(path.name))}
     others = [path for path in paths if path not in words and not is_alias(path)]
-    why = "made of other snapshots or chosen among them, no step of the run"
-    return {path: f"{word!r} in its name: {why}" for path, word in words.items()} if len(others) >= MIN_OTHERS else {}
+    return (
+        {path: f"{word!r} in its name: {MADE_OF_OTHERS}" for path, word in words.items()} if len(others) >= MIN_OTHERS else {}
+    )
 
 
 def _refuse_folder_of_runs(directory: Path) -> None:

@@ -14,6 +14,7 @@ from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.entries import too_few
 from farcast_cli.run.steps import StepList, StepRange, first_of
 from farcast_cli.run.trajectory import Trajectory, survey
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 from farcast_cli.trainers import recognise
 from farcast_cli.trainers.base import Snapshot, read_snapshot
 from farcast_cli.trainers.kept import LAYOUT
@@ -83,6 +84,7 @@ def survey_all(
     *,
     steps: StepRange | StepList | None = None,
     pattern: str = "",
+    rule: StepRule = BY_EVIDENCE,
     history: Path | None = None,
     unsettled: Collection[str] = (),
     weights: Sequence[str] = (),
@@ -106,10 +108,11 @@ def survey_all(
             hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
         )
     if not kept:
-        own = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled, weights=weights)
+        own = survey(directory, steps=steps, pattern=pattern, rule=rule, unsettled=unsettled, weights=weights)
         return replace(own, kept_notes=(*_unused(directory, folder), *odd))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
-    joined = _joined(survey(directory, steps=some, pattern=pattern, unsettled=unsettled, weights=weights), kept, folder, steps)
+    own = survey(directory, steps=some, pattern=pattern, rule=rule, unsettled=unsettled, weights=weights)
+    joined = _joined(own, kept, folder, steps)
     return replace(joined, notes=(*joined.notes, *odd), kept_notes=(*joined.kept_notes, *odd))
 
 
@@ -139,6 +142,7 @@ def discover_all(
     *,
     steps: StepRange | StepList | None = None,
     pattern: str = "",
+    rule: StepRule = BY_EVIDENCE,
     history: Path | None = None,
     unsettled: Collection[str] = (),
     weights: Sequence[str] = (),
@@ -151,7 +155,9 @@ def discover_all(
         MixedRunsError: a kept snapshot and one of the run are of the same step, and have other weights.
         SnapshotError, FileFormatError: as `discover`.
     """
-    found = survey_all(directory, steps=steps, pattern=pattern, history=history, unsettled=unsettled, weights=weights)
+    found = survey_all(
+        directory, steps=steps, pattern=pattern, rule=rule, history=history, unsettled=unsettled, weights=weights
+    )
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:

@@ -14,7 +14,7 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from farcast_cli.errors import FarcastError, FileFormatError, shell_word
+from farcast_cli.errors import FarcastError, FileFormatError, UsageError, shell_word
 from farcast_cli.files.reading import open_input, open_read_only, reading
 from farcast_cli.optional import need
 from farcast_cli.trainers import trainer_of
@@ -71,6 +71,10 @@ def losses_of(trajectory: Trajectory, named: Path | None = None) -> LossLog | No
         FileFormatError: the named log holds no steps, or no loss.
         UsageError: the named log is TensorBoard's, and its package is not installed.
     """
+    if trajectory.rule.unit != "step":
+        if named is not None:
+            raise UsageError(f"--losses {named}: a log counts steps, and the unit of this run is the {trajectory.rule.unit}")
+        return None
     if named is not None:
         found = _read(named)
         if not found:

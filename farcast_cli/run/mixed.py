@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import MAX_LISTED, MixedRunsError
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_number_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from farcast_cli.trainers.base import Snapshot
 
 _VERSION = re.compile(r"-v(\d+)(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+")
 _MIN_OF_A_RUN = 2  # snapshots; a single one may have been saved again by hand
 _PACE_OF_COPYING = 10**9  # ns from one file to the next; files that came faster were copied, or edited by a program
 
@@ -31,9 +32,14 @@ def saved_at(snapshot: Snapshot) -> int:
 
 def number_of(snapshot: Snapshot) -> re.Match[str] | None:
     """The step in a name; its last number where only the names of the whole run tell that it is one."""
-    found = find_step_in_name(snapshot.path.name)
+    found = find_number_in_name(snapshot.path.name, snapshot.unit)
     is_told = any(item.source == "name" for item in snapshot.evidence)
     return found or (re.search(r"(\d+)(?=\D*$)", snapshot.path.stem) if is_told else None)
+
+
+def shape_of(snapshot: Snapshot) -> str:
+    """A name without its numbers, and without Lightning's version."""
+    return _NUMBER.sub("#", plain_name(snapshot))
 
 
 def version_of(snapshot: Snapshot) -> int:

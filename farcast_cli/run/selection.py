@@ -10,6 +10,7 @@ from farcast_cli.run.alignment import align, since_last_change
 from farcast_cli.run.kept import survey_all
 from farcast_cli.run.thinning import thinned
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Selection:
     """The folder of kept snapshots; None for the default one."""
     unsettled: frozenset[str] = frozenset()
     """Names of entries that are left out, because they changed a moment ago."""
+    rule: StepRule = BY_EVIDENCE
     weights: tuple[str, ...] = ()
     """The keys of the weights in each file; by default all networks that are found."""
 
@@ -87,6 +89,7 @@ def inspect(selection: Selection) -> Inspection:
         selection.directory,
         steps=selection.steps,
         pattern=selection.pattern,
+        rule=selection.rule,
         history=selection.history,
         weights=selection.weights,
     )

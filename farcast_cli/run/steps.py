@@ -8,25 +8,40 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import (
+    MixedRunsError,
     SnapshotError,
     StepConflictError,
     TooFewSnapshotsError,
     UsageError,
     listed,
+    printable,
     shell_word,
 )
-from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, two_runs, two_versions, version_of
-from farcast_cli.run.trust import trusted
-from farcast_cli.trainers.base import Evidence, Snapshot, is_step, tree_of
-from farcast_cli.trainers.names import MAX_DIGITS, is_alias, is_copy, split_ending, varying_numbers
+from farcast_cli.run.epochs import epoch_in, in_epochs, known_steps
+from farcast_cli.run.mixed import begun_anew, number_of, plain_name, saved_at, shape_of, two_runs, two_versions, version_of
+from farcast_cli.run.trust import (
+    BY_EVIDENCE,
+    KINDS,
+    WORDS,
+    StepRule,
+    chosen,
+    sources_in,
+    trusted,
+    with_evidence_of,
+    without_constant,
+)
+from farcast_cli.trainers.base import Evidence, Snapshot
+from farcast_cli.trainers.names import MAX_DIGITS, find_epoch_in_name, is_alias, is_copy, split_ending, varying_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from farcast_cli.choices import StepFrom
     from farcast_cli.trainers.base import EvidenceKind
 
 _MIN_FOR_A_RATE = 3
+_SHOWN_ENDS = 4  # of a series of names, at each end
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +122,114 @@ class Findings:
     def ignore(self, path: Path, reason: str, *, is_half_written: bool = False) -> None:
         self.ignored.append(Ignored(path, reason, is_half_written))
 
+    def add(self, others: Findings) -> None:
+        self.ignored += others.ignored
+        self.notes += others.notes
+        self.conflicts += others.conflicts
+
 
 def settle_steps(
-    snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
+    snapshots: Sequence[Snapshot],
+    wanted: StepRange | StepList | None,
+    directory: Path,
+    findings: Findings,
+    rule: StepRule = BY_EVIDENCE,
 ) -> list[Snapshot]:
-    """The snapshots of the wanted steps in their order; step -1 where nothing tells it, which is a conflict."""
-    snapshots = _with_numbers(snapshots)
-    told = any(snapshot.evidence for snapshot in snapshots)
-    known = _with_evidence(snapshots, findings) if told else _in_order_of_saving(snapshots, wanted, directory, findings)
-    found = trusted(known)
-    findings.notes.extend(found.notes)
+    """The snapshots of the wanted steps in their order; step -1 where nothing tells it, which is a conflict.
+
+    Where evidence disagrees, the hints and notes name each `--step-from` with which nothing stands against the run any more.
+    """
+    own = Findings()
+    settled, outvoted = _settle(snapshots, wanted, directory, own, rule)
+    if rule.source is None and (own.conflicts or outvoted):
+        ways = _ways_out(snapshots, wanted, directory, rule)
+        own.notes = [text + _instead(outvoted.get(text), ways) for text in own.notes]
+        _hint_at(ways, own.conflicts)
+    findings.add(own)
+    return settled
+
+
+def _settle(
+    snapshots: Sequence[Snapshot],
+    wanted: StepRange | StepList | None,
+    directory: Path,
+    findings: Findings,
+    rule: StepRule,
+) -> tuple[list[Snapshot], dict[str, EvidenceKind]]:
+    """The same by one rule; and the notes on kinds of evidence that do not tell the steps, each with its kind."""
+    if rule.unit == "epoch" and any(snapshot.unit == "step" for snapshot in snapshots):
+        conflict = known_steps(snapshots, directory)
+        findings.conflicts += [conflict] if conflict else []
+        snapshots = in_epochs(snapshots)
+    snapshots = _with_numbers(snapshots, is_asked=rule.source == "name" or _is_constant(snapshots))
+    if rule.source is None:
+        snapshots, notes = without_constant(snapshots)
+        findings.notes.extend(notes)
+    else:
+        snapshots = _asked_for(rule.source, snapshots, directory, findings)
+    if any(snapshot.evidence for snapshot in snapshots):
+        known = _with_evidence(snapshots, findings, rule)
+    else:
+        known = _in_order_of_saving(snapshots, wanted, directory, findings, rule) if rule.source is None else list(snapshots)
+    found = trusted(known) if rule.source is None else chosen(known, rule.source)
+    findings.notes.extend(text for _, text in found.notes)
     settled = [s.settle(s.evidence[0].step, s.evidence[0].source) if s.evidence else s for s in found.snapshots]
-    chosen = [s for s in settled if wanted is None or s.step < 0 or s.step in wanted]
-    _cross_check(settled, {snapshot.path for snapshot in chosen}, found.others, findings)
+    within = [s for s in settled if wanted is None or s.step < 0 or s.step in wanted]
+    _cross_check(settled, {snapshot.path for snapshot in within}, found.others, findings)
     if isinstance(wanted, StepList):
-        _check_listed(chosen, wanted, directory, findings)
-    return _without_duplicates(chosen, directory, findings, is_chosen=wanted is not None)
+        _check_listed(within, wanted, directory, findings)
+    kept = _without_duplicates(within, directory, findings, is_chosen=wanted is not None)
+    return kept, {text: kind for kind, text in found.notes}
+
+
+# --- the user's choice of evidence -----------------------------------------------------------------------------------
+
+
+def _is_constant(snapshots: Sequence[Snapshot]) -> bool:
+    """Whether all evidence of all snapshots is one number, which tells them not apart."""
+    return len({item.step for snapshot in snapshots for item in snapshot.evidence}) == 1
+
+
+def _asked_for(source: StepFrom, snapshots: Sequence[Snapshot], directory: Path, findings: Findings) -> list[Snapshot]:
+    """The snapshots with the evidence that the user asks for; it is a conflict if none has it."""
+    told = with_evidence_of(source, snapshots)
+    if not any(snapshot.evidence for snapshot in told):
+        others = listed(sources_in(snapshots)) or "none"
+        findings.conflicts.append(
+            StepConflictError(
+                f"{directory}: --step-from {source}: expected {WORDS[source]}, found no snapshot that has it",
+                hint=f"evidence for the steps: {others}; without --step-from, farcast chooses among it",
+            )
+        )
+    return told
+
+
+def _ways_out(
+    snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, rule: StepRule
+) -> dict[StepFrom, str]:
+    """The values of `--step-from` with which nothing stands against the run, and the steps that it then has, in words."""
+    found: dict[StepFrom, list[int]] = {}
+    for source in dict.fromkeys((*sources_in(snapshots), "name")):
+        trial = Findings()
+        settled, _ = _settle(snapshots, wanted, directory, trial, replace(rule, source=source))
+        steps = [snapshot.step for snapshot in settled]
+        if not trial.conflicts and 1 < len(steps) >= len(snapshots) / 2 and steps not in found.values():
+            found[source] = steps
+    return {source: f"{steps[0]} to {steps[-1]}" for source, steps in found.items()}
+
+
+def _instead(kind: EvidenceKind | None, ways: Mapping[StepFrom, str]) -> str:
+    source = next((source for source in ways if KINDS[source] == kind), None)
+    return f" (--step-from {source} takes it instead)" if source else ""
+
+
+def _hint_at(ways: Mapping[StepFrom, str], conflicts: Sequence[SnapshotError]) -> None:
+    """Name the ways out in the hints: first where evidence disagrees, last where there seem to be two runs."""
+    told = ", ".join(f"--step-from {source} if {WORDS[source]} is right (steps {steps})" for source, steps in ways.items())
+    for error in conflicts if told else ():
+        if isinstance(error, (StepConflictError, MixedRunsError)):
+            first, last = (told, error.hint) if isinstance(error, StepConflictError) else (error.hint, told)
+            error.hint = printable(f"{first}; or {last}")
 
 
 def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotError:
@@ -136,7 +243,7 @@ def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotErr
 # --- snapshots without evidence --------------------------------------------------------------------------------------
 
 
-def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Snapshot]:
+def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings, rule: StepRule) -> list[Snapshot]:
     """The snapshots but `last`, `best` and their like without evidence; any other without evidence is a conflict."""
     kept = []
     for snapshot in snapshots:
@@ -145,16 +252,21 @@ def _with_evidence(snapshots: Sequence[Snapshot], findings: Findings) -> list[Sn
             continue
         kept.append(snapshot)
         if not snapshot.evidence:
-            findings.conflicts.append(_nothing_tells(snapshot.path))
+            findings.conflicts.append(_nothing_tells(snapshot.path, rule))
     return kept
 
 
-def _with_numbers(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The same; where none has evidence and names are equal but for one number, that is their step."""
-    names = [] if any(snapshot.evidence for snapshot in snapshots) else [snapshot.path.name for snapshot in snapshots]
+def _with_numbers(snapshots: Sequence[Snapshot], *, is_asked: bool) -> list[Snapshot]:
+    """The same; where none has evidence and names are equal but for one number, that is their step.
+
+    Args:
+        is_asked: evidence of other kinds does not matter, because the user asks for the names.
+    """
+    has_any = any(item.source == "name" or not is_asked for snapshot in snapshots for item in snapshot.evidence)
+    names = [] if has_any else [snapshot.path.name for snapshot in snapshots]
     steps = {name: number for name, (word, number) in varying_numbers(names).items() if not word}
     return [
-        replace(s, evidence=(Evidence("name", s.path.name, steps[s.path.name]),)) if s.path.name in steps else s
+        replace(s, evidence=(*s.evidence, Evidence("name", s.path.name, steps[s.path.name]))) if s.path.name in steps else s
         for s in snapshots
     ]
 
@@ -166,21 +278,27 @@ def _is_last_of(snapshot: Snapshot, others: Sequence[Snapshot]) -> bool:
     return sum(like.fullmatch(other.path.name) is not None for other in others) > 1
 
 
-def _nothing_tells(path: Path) -> StepConflictError:
+def _nothing_tells(path: Path, rule: StepRule) -> StepConflictError:
+    if rule.source is not None:
+        return StepConflictError(
+            f"{path}: --step-from {rule.source}: expected {WORDS[rule.source]}, found none",
+            hint="leave --step-from out, or move the file out of this folder",
+        )
+    unit = rule.unit
     return StepConflictError(
-        f"{path}: unknown step: expected a counter in the file or a number in the name",
-        hint="add its step to its name, such as step_1000, or move it out of this folder",
+        f"{path}: unknown {unit}: expected {'an epoch' if unit == 'epoch' else 'a counter'} in the file or a number in the name",
+        hint=f"add its {unit} to its name, such as {unit}_1000, or move it out of this folder",
     )
 
 
 def _in_order_of_saving(
-    snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings
+    snapshots: Sequence[Snapshot], wanted: StepRange | StepList | None, directory: Path, findings: Findings, rule: StepRule
 ) -> list[Snapshot]:
     """Snapshots none of which has evidence: a list of steps gives them theirs, by their epochs or else by their times."""
     order = _order_of(snapshots)
     ordered = sorted(snapshots, key=lambda snapshot: (order.key(snapshot), snapshot.path.name))
     if not isinstance(wanted, StepList):
-        findings.conflicts.extend(_ask_for_steps(ordered, order.words, directory))
+        findings.conflicts.extend(_ask_for_steps(ordered, order, directory, rule))
         return ordered
     named = [snapshot for snapshot in ordered if not is_alias(snapshot.path)]
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
@@ -197,7 +315,7 @@ def _in_order_of_saving(
         if snapshot not in chosen:
             findings.ignore(snapshot.path, "unknown step")
     pairs = list(zip(chosen, wanted.steps, strict=True))
-    told = listed(f"{snapshot.path.name} = {step}" for snapshot, step in pairs)
+    told = _first_and_last([f"{snapshot.path.name} = {step}" for snapshot, step in pairs])
     findings.notes.append(f"steps as --steps lists them, {order.words}: {told}")
     return [replace(snapshot, evidence=(Evidence("order", f"--steps, {order.words}", step),)) for snapshot, step in pairs]
 
@@ -208,6 +326,13 @@ class _Order:
 
     key: Callable[[Snapshot], int]
     words: str
+    is_of_epochs: bool = False
+
+
+def _first_and_last(words: Sequence[str]) -> str:
+    """A series of any length, whose ends must be seen: a wrong order shows there."""
+    few = len(words) <= 2 * _SHOWN_ENDS + 1
+    return ", ".join(words if few else (*words[:_SHOWN_ENDS], "...", *words[-_SHOWN_ENDS:]))
 
 
 def _order_of(snapshots: Sequence[Snapshot]) -> _Order:
@@ -218,38 +343,34 @@ def _order_of(snapshots: Sequence[Snapshot]) -> _Order:
     named = [snapshot for snapshot in snapshots if not is_alias(snapshot.path)]
     epochs = _named_epochs(named)
     in_names = {s.path: epochs[s.path.name] for s in named if s.path.name in epochs}
-    in_files = {s.path: epoch for s in named if (epoch := _epoch_in(s)) is not None}
+    in_files = {s.path: epoch for s in named if (epoch := epoch_in(s)) is not None}
     whole = [one for one in (in_names, in_files) if len(set(one.values())) == len(named)]
     orders = [sorted(one, key=one.__getitem__) for one in whole]
     if not whole or orders[0] != orders[-1]:
         return _Order(saved_at, "oldest file first")
-    return _Order(lambda snapshot: whole[0].get(snapshot.path, -1), "first epoch first")
+    return _Order(lambda snapshot: whole[0].get(snapshot.path, -1), "first epoch first", is_of_epochs=True)
 
 
 def _named_epochs(snapshots: Sequence[Snapshot]) -> dict[str, int]:
     found = varying_numbers([snapshot.path.name for snapshot in snapshots])
-    return {name: number for name, (word, number) in found.items() if word}
+    told = {one.path.name: match for one in snapshots if (match := find_epoch_in_name(one.path.name))}
+    return {name: int(match[1]) for name, match in told.items()} | {name: n for name, (word, n) in found.items() if word}
 
 
-def _epoch_in(snapshot: Snapshot) -> int | None:
-    """The epoch at the top of a payload."""
-    trees = (tree_of(part) for part in snapshot.parts if part.role == "state")
-    found = next((tree.get("epoch") for tree in trees if isinstance(tree, dict)), None)
-    return found if is_step(found) else None
-
-
-def _ask_for_steps(ordered: Sequence[Snapshot], words: str, directory: Path) -> Iterator[StepConflictError]:
+def _ask_for_steps(ordered: Sequence[Snapshot], order: _Order, directory: Path, rule: StepRule) -> Iterator[StepConflictError]:
     if len(ordered) == 1:
-        yield _nothing_tells(ordered[0].path)
+        yield _nothing_tells(ordered[0].path, rule)
     elif ordered:
+        epochs = "; or --unit epoch counts in epochs" if order.is_of_epochs else ""
+        count, unit = len(ordered), rule.unit
         yield StepConflictError(
-            f"{directory}: unknown steps of its {len(ordered)} snapshots; {words} they are {_in_words(ordered)}",
-            hint=f"--steps 100,200,300 assigns the steps in that order, {len(ordered)} of them; or add the step to each name",
+            f"{directory}: unknown {unit}s of its {count} snapshots; {order.words} they are {_in_words(ordered)}",
+            hint=f"--steps 100,200,300 assigns the {unit}s in that order, {count} of them{epochs}; or add the {unit} to each name",
         )
 
 
 def _in_words(snapshots: Sequence[Snapshot]) -> str:
-    return listed(snapshot.path.name for snapshot in snapshots)
+    return _first_and_last([snapshot.path.name for snapshot in snapshots])
 
 
 def _check_listed(chosen: Sequence[Snapshot], wanted: StepList, directory: Path, findings: Findings) -> None:
@@ -337,14 +458,16 @@ def _check_order_of_saving(kept: Sequence[Snapshot], directory: Path, findings: 
 def _without_copies(same: Sequence[Snapshot], findings: Findings) -> tuple[list[Snapshot], bool]:
     """What is left of the snapshots of one step, and whether one replaced another.
 
-    A copy without a number in its name, and a snapshot with the same weights, are left out. Of Lightning's NAME and
+    A copy without a number in its name, and a snapshot with the same weights, are left out; names that are equal but for their
+    numbers, with different weights, are no copies. Of Lightning's NAME and
     NAME-v1 with different weights, the one that was saved last stays: the trainer adds -vN where NAME is there already.
     """
     left, was_replaced = [same[0]], False
     for snapshot in same[1:]:
         twin = next((other for other in left if snapshot.has_weights_of(other)), None)
         older = next((other for other in left if plain_name(other) == plain_name(snapshot)), None)
-        if number_of(snapshot) is None:
+        in_series = any(shape_of(other) == shape_of(snapshot) for other in left) and not twin
+        if number_of(snapshot) is None and not in_series:
             findings.ignore(snapshot.path, f"the same step as {left[0].path.name}")
         elif twin:
             findings.ignore(snapshot.path, f"the same step and weights as {twin.path.name}")

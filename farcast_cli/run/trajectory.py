@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, NoWeightsError, SnapshotError
+from farcast_cli.files.place import only_file_of
 from farcast_cli.files.reading import reading
 from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
 from farcast_cli.run.entries import candidates_in, is_output, is_own_file, main_layout, named_within, run_entries, too_few
 from farcast_cli.run.steps import Findings, Ignored, StepList, StepRange, first_of, settle_steps
+from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 from farcast_cli.trainers import recognise
 from farcast_cli.trainers.base import Layout, Snapshot, read_snapshot, refuse_unfinished
-from farcast_cli.trainers.names import find_step_in_name
+from farcast_cli.trainers.names import find_step_in_name, says_step
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -36,6 +38,7 @@ class Trajectory:
     notes: tuple[str, ...]
     conflicts: tuple[SnapshotError, ...] = ()
     pattern: str = ""
+    rule: StepRule = BY_EVIDENCE
     weights: tuple[str, ...] = ()
     """The keys of the weights, where they were chosen."""
     kept: Path | None = None
@@ -63,6 +66,7 @@ def discover(
     *,
     steps: StepRange | StepList | None = None,
     pattern: str = "",
+    rule: StepRule = BY_EVIDENCE,
     unsettled: Collection[str] = (),
     weights: Sequence[str] = (),
     minimum: int = 1,
@@ -71,6 +75,7 @@ def discover(
 
     Args:
         pattern: a glob that the names of the run's entries match; "" for all.
+        rule: how the user has the steps told.
         unsettled: names of entries that are left out, because they changed a moment ago.
         weights: the keys of the weights in each file; by default all networks that are found.
 
@@ -80,7 +85,9 @@ def discover(
         MixedRunsError: two snapshots of the same step.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    found = survey(directory, steps=steps, pattern=pattern, unsettled=unsettled, weights=weights, may_be_empty=minimum == 0)
+    found = survey(
+        directory, steps=steps, pattern=pattern, rule=rule, unsettled=unsettled, weights=weights, may_be_empty=minimum == 0
+    )
     if found.conflicts:
         raise first_of(found.conflicts, directory)
     if len(found.snapshots) < minimum:
@@ -93,6 +100,7 @@ def survey(
     *,
     steps: StepRange | StepList | None = None,
     pattern: str = "",
+    rule: StepRule = BY_EVIDENCE,
     unsettled: Collection[str] = (),
     weights: Sequence[str] = (),
     may_be_empty: bool = False,
@@ -111,9 +119,13 @@ def survey(
         candidates = candidates_in(directory, pattern, steps, findings)
         main = main_layout(candidates).choosing(weights)
         candidates = _settled(candidates, unsettled, findings)
-        settled = settle_steps(_read_all(candidates, main, steps, findings), steps, directory, findings)
+        by_name = steps if main.names_are_steps and rule == BY_EVIDENCE else None
+        settled = settle_steps(_read_all(candidates, main, by_name, findings), steps, directory, findings, rule)
+    rule = replace(rule, unit=settled[0].unit) if settled else rule  # kept snapshots know theirs
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
-    found = Trajectory(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, tuple(weights))
+    found = Trajectory(
+        directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, rule, tuple(weights)
+    )
     if not settled and not conflicts and not may_be_empty:
         raise too_few(directory, 0, 1, found.half_written)
     return found
@@ -126,6 +138,8 @@ def open_snapshot(path: Path, weights: Sequence[str] = ()) -> Snapshot:
         weights: as of `discover`.
     """
     layout = recognise(path)
+    if layout is None and (inner := only_file_of(path)) is not None:
+        return open_snapshot(inner)
     if layout is None:  # which has seen that the path can be looked at
         what = "no checkpoint here" if path.exists() else "no such file or folder"
         raise SnapshotError(f"{path}: {what}", path=path)
@@ -164,6 +178,9 @@ def _read_all(
     """Open every candidate of the run; what is half-written, gone or without weights is noted and left out.
 
     Where all together have very many tensors, they are closed again.
+
+    Args:
+        steps: what a name must be within; None if the names do not tell.
     """
     snapshots: list[Snapshot] = []
     without: list[NoWeightsError] = []
@@ -195,7 +212,7 @@ def _read_all(
 
 def _is_left_out(path: Path, kind: Layout, main: Layout, steps: StepRange | StepList | None, findings: Findings) -> bool:
     """Whether a candidate is not opened; notes why."""
-    if main.names_are_steps and not named_within(path, steps):
+    if says_step(path.name) and not named_within(path, steps):
         findings.ignore(path, "outside --steps")
     elif is_own_file(path):
         findings.ignore(path, "farcast's own file")

@@ -1,4 +1,4 @@
-"""Which kind of evidence tells the steps of a run where the usual order of trust cannot be right for the whole of it."""
+"""Which kind of evidence tells the steps of a run: the user's choice, or what the evidence shows where the usual order cannot be right."""
 
 from __future__ import annotations
 
@@ -9,10 +9,43 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from farcast_cli.choices import StepFrom, StepUnit
     from farcast_cli.trainers.base import Evidence, EvidenceKind, Snapshot
 
+KINDS: dict[StepFrom, EvidenceKind] = {
+    "payload": "payload",
+    "adam": "adam step",
+    "name": "name",
+    "metadata": "metadata",
+    "trainer": "trainer state",
+}
+"""The kind of evidence that each value of `--step-from` means."""
+WORDS: dict[StepFrom, str] = {
+    "payload": "the counter in the files",
+    "adam": "Adam's count",
+    "name": "the number in the names",
+    "metadata": "the metadata",
+    "trainer": "the trainer's state",
+}
 _MIN_TO_AGREE = 3  # snapshots
 _INDEPENDENT: tuple[EvidenceKind, ...] = ("payload", "adam step", "name", "metadata")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRule:
+    """How the user has the steps of a run told: by which evidence, None for the usual order, and in which unit."""
+
+    source: StepFrom | None = None
+    unit: StepUnit = "step"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The same as words of a command."""
+        source = () if self.source is None else ("--step-from", self.source)
+        return (*source, *(("--unit", self.unit) if self.unit != "step" else ()))
+
+
+BY_EVIDENCE = StepRule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +53,7 @@ class Trusted:
     """Snapshots with their trusted evidence first, and a note on each kind that counts something else."""
 
     snapshots: tuple[Snapshot, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[tuple[EvidenceKind, str], ...] = ()
     others: frozenset[EvidenceKind] = frozenset()
 
 
@@ -45,6 +78,39 @@ def trusted(snapshots: Sequence[Snapshot]) -> Trusted:
     if first in within and "adam step" in whole and "adam step" not in within:
         return _led_by("adam step", snapshots, outvoted=within, why="it starts anew with each epoch, and adam step counts on")
     return Trusted(tuple(snapshots))
+
+
+def without_constant(snapshots: Sequence[Snapshot]) -> tuple[list[Snapshot], tuple[str, ...]]:
+    """The snapshots without each counter that says the same in all of them while their names tell steps apart, and notes on it."""
+    names = _steps(snapshots, "name")
+    if len(names) < max(len(snapshots), _MIN_TO_AGREE) or len(set(names.values())) < len(snapshots):
+        return list(snapshots), ()
+    others = [kind for kind in _INDEPENDENT if kind != "name"]
+    constant = {
+        kind for kind in others if len(told := _steps(snapshots, kind)) == len(snapshots) and len(set(told.values())) == 1
+    }
+    items = [item for item in snapshots[0].evidence if item.source in constant]
+    notes = tuple(f"{item.source} ({item.where}) is {item.step} in every snapshot, and so no step" for item in items)
+    left = [replace(one, evidence=tuple(item for item in one.evidence if item.source not in constant)) for one in snapshots]
+    return left, notes
+
+
+def with_evidence_of(source: StepFrom, snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """The snapshots; one that lacks that evidence loses the rest of its own."""
+    return [one if _item(one, KINDS[source]) else replace(one, evidence=()) for one in snapshots]
+
+
+def chosen(snapshots: Sequence[Snapshot], source: StepFrom) -> Trusted:
+    """The evidence that the user says is right; every other kind may say what it likes, which is noted."""
+    others: set[EvidenceKind] = {item.source for one in snapshots for item in one.evidence} - {KINDS[source]}
+    found = _led_by(KINDS[source], snapshots, outvoted=others, why=f"--step-from {source}")
+    return replace(found, others=frozenset(others))
+
+
+def sources_in(snapshots: Sequence[Snapshot]) -> list[StepFrom]:
+    """The values of `--step-from` that some of the snapshots have evidence for."""
+    found = {item.source for snapshot in snapshots for item in snapshot.evidence}
+    return [source for source, kind in KINDS.items() if kind in found]
 
 
 def _first_kind(snapshots: Sequence[Snapshot]) -> EvidenceKind | None:
@@ -96,9 +162,10 @@ def _led_by(
     return Trusted(ordered, tuple(_notes(ordered, outvoted or set(), why)), frozenset(outvoted or ()))
 
 
-def _notes(ordered: Sequence[Snapshot], outvoted: set[EvidenceKind], why: str) -> Iterator[str]:
-    last = max(ordered, key=lambda snapshot: snapshot.evidence[0].step)
+def _notes(ordered: Sequence[Snapshot], outvoted: set[EvidenceKind], why: str) -> Iterator[tuple[EvidenceKind, str]]:
     for kind in sorted(outvoted):
-        item = _item(last, kind)
-        if item:
-            yield f"{kind} ({item.where}) counts something else, {item.step} at step {last.evidence[0].step}: {why}"
+        told = [(one.evidence[0].step, item) for one in ordered if one.evidence and (item := _item(one, kind))]
+        odd = [(step, item) for step, item in told if item.step != step]
+        if odd:
+            step, item = max(odd, key=lambda pair: pair[0])
+            yield kind, f"{kind} ({item.where}) counts something else, {item.step} at step {step}: {why}"

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FileFormatError, listed
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.dcp_file import DcpFile
-from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
+from farcast_cli.formats.pickled_module import is_module
+from farcast_cli.formats.torch_pickle import Made, StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
 from farcast_cli.formats.tree import at, dotted, find, put, walk
 from farcast_cli.state.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
 from farcast_cli.state.files import (
@@ -26,6 +27,7 @@ from farcast_cli.state.files import (
     StateHistory,
     as_numbers,
     load_histories,
+    numbers_in,
     observation,
     optimizer_states,
     param_groups,
@@ -33,9 +35,17 @@ from farcast_cli.state.files import (
     scheduler_paths,
 )
 from farcast_cli.state.pickled import pickled_at
+from farcast_cli.state.places import places_at
 from farcast_cli.trainers import trainer_of
 from farcast_cli.trainers.base import LeapMark
-from farcast_cli.trainers.schedules import advance_scheduler, counter_path, is_scheduler_state, rises_after
+from farcast_cli.trainers.schedules import (
+    INFERRED_NOTE,
+    advance_scheduler,
+    counter_path,
+    infer_rate,
+    is_scheduler_state,
+    rises_after,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -55,8 +65,11 @@ _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|sav
 _STARTS_AGAIN = re.compile(r"patience|wait_count|bad_epoch|in_epoch|since|remaining")
 """Keys of what starts again from zero, though it may rise with the step for a while."""
 _OPAQUE = "bytes with more than counts that rise with the step, such as the place in the data: a resumed loop gets the origin's"
+_OBJECT = "an object of the loop's own class {}, whose numbers change along the run"
 _MAY_SCHEDULE = re.compile(r"sched|state|meta|train|\.(?:pkl|pickle)$", re.IGNORECASE)
 """Names of files that may hold a schedule where they could not be read."""
+_SCHEDULE = re.compile(r"schedulers?$|schedules?$|lr_sched$", re.IGNORECASE)
+"""Keys of a schedule's state."""
 _FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "exp_inf"}
 _PACK = {"float32": "<f", "float64": "<d", "int64": "<q", "int32": "<i"}
 
@@ -170,6 +183,7 @@ def _is_rewritten(state: StateTree, history: StateHistory) -> bool:
     """Whether a state file is another than the origin's, which is copied as it is otherwise."""
     return (
         state.part.role == "state"
+        or isinstance(state.part.content, DcpFile)
         or bool(state.literals or state.zeroed or state.forecast)
         or state.tree != history.states[-1][1]
     )
@@ -207,23 +221,13 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
     if state.part.role == "state" and state.part.is_bare:
         return  # a bare state dict: weights and buffers, no counters
     name = state.part.name or state.part.path.name
-    for path in _changing_bytes(state.tree, history):
-        loop = pickled_at(history, path, target)
-        if loop is None:
-            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
-        else:
-            put(state.tree, path, loop.raw)
-            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+    result.notes.extend(f"{name}: {path} is copied as the origin has it: {why}" for path, why in _opaque(state.tree, history))
+    apart = _advance_apart(state, history, target, result, clock)
     adam: list[Change] = []
-    by_clock: Collection[TreePath] = ()
-    if clock:
-        by_clock = clock.paths
-        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
-        result.notes.extend(clock.notes(name, state.tree))
     for path, value in list(_counters(state.tree, skip=state.part.weights_paths)):
         series = history.series(path)
         if (
-            any(path[: len(above)] == above for above in by_clock)
+            any(path[: len(above)] == above for above in apart)
             or not _counts(series, is_new=_is_new(state.tree, path, history))
             or _is_measured(path, value, series)
         ):
@@ -240,6 +244,40 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         (adam if _is_adam_step(path) else result.changes).append(Change(where, series[-1][1], new))
     if adam:
         result.changes.append(Change(listed((one.where for one in adam), most=1), adam[0].old, adam[0].new))
+
+
+def _opaque(tree: object, history: StateHistory) -> Iterator[tuple[str, str]]:
+    """Objects of a loop's own classes whose numbers change from snapshot to snapshot; and what they are."""
+    for path, node in walk(tree):
+        if isinstance(node, Made) and not is_module(node) and not node.maker.name.startswith("_rebuild_"):
+            seen = [numbers_in(find(earlier, path)) for _, earlier, _ in history.states]
+            if any(len(one) == len(seen[-1]) and one != seen[-1] for one in seen):
+                yield dotted(path) or "all", _OBJECT.format(node.maker)
+
+
+def _advance_apart(
+    state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None
+) -> set[TreePath]:
+    """Move what has a rule of its own: a trainer's clock, the place in the data; says where these are."""
+    name = state.part.name or state.part.path.name
+    apart: set[TreePath] = set()
+    if clock:
+        apart |= set(clock.paths)
+        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
+        result.notes.extend(clock.notes(name, state.tree))
+    for path in _changing_bytes(state.tree, history):
+        loop = pickled_at(history, path, target)
+        if loop is None:
+            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
+        else:
+            put(state.tree, path, loop.raw)
+            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+    for path, old, count in list(places_at(history, target)):
+        if not any(path[: len(above)] == above for above in apart):
+            put(state.tree, path, count)
+            result.changes.extend([Change(f"{name}: {dotted(path)}", old, count)] if count != old else [])
+            apart.add(path)
+    return apart
 
 
 def _changing_bytes(tree: object, history: StateHistory) -> list[TreePath]:
@@ -348,8 +386,9 @@ def _advance_schedules(
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
     if not schedulers:
-        unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
-        result.notes.extend(_rates_left(result, histories, unread))
+        is_unread = any(part.role == "other" and _MAY_SCHEDULE.search(part.name) for part in origin.parts)
+        if is_unread or not _infer_rates(result, histories, target, total):
+            result.notes.extend(_rates_left(result, histories, _where_schedules_may_be(origin, result)))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = find(holder.tree, path)
@@ -363,7 +402,8 @@ def _advance_schedules(
             result.notes.append(f"{where} is unchanged: {why}, and its learning rate stays at the origin's")
             continue
         plain = schedule_at(holder.tree, path, holder.file)
-        owner = _owner(plain, optimizers, index if len(optimizers) == len(schedulers) else None)
+        owners = _owners(plain, optimizers, index if len(optimizers) == len(schedulers) else None, holder.part)
+        owner = owners[0] if owners else None
         if owner is None and optimizers:
             result.notes.append(f"{where}: its optimizer is unknown: no learning rate is changed")
         groups = as_numbers(owner[1], owner[0].file) if owner else []
@@ -380,7 +420,7 @@ def _advance_schedules(
             Change("optimizer: lr", old, group["lr"]) for old, group in zip(before, groups, strict=True) if old != group["lr"]
         )
         _write_back(saved, {key: plain[key] for key in saved}, holder)
-        if owner:
+        for owner in owners:
             _write_back(owner[1], groups, owner[0])
             if set_by.setdefault(id(owner[1]), where) != where:
                 other = set_by[id(owner[1])]
@@ -389,7 +429,55 @@ def _advance_schedules(
             result.notes.append(f"{where}: {note}")
 
 
-def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], unread: Sequence[str]) -> Iterator[str]:
+def _where_schedules_may_be(origin: Snapshot, result: Advanced) -> str:
+    """Why a learning rate that follows a schedule cannot be moved on, in words."""
+    own = [f"{name}: {key}" for name, state in result.trees.items() for key in _schedule_keys(state.tree)]
+    own += [part.name for part in origin.parts if part.role == "scheduler" and part.name in result.trees]
+    if own:
+        return f"the schedule in {listed(own)} is of a kind that farcast does not know"
+    unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
+    return f"a schedule may be in {listed(unread)}, which is copied" if unread else "no schedule is saved"
+
+
+def _schedule_keys(tree: Any) -> Iterator[str]:
+    """Keys that say that a schedule's state lies under them."""
+    return (dotted(path) for path, node in walk(tree) if path and node and _SCHEDULE.search(str(path[-1])))
+
+
+def _infer_rates(result: Advanced, histories: Mapping[str, StateHistory], target: int, total: int | None) -> bool:
+    """Set the rates that moved by the formula that explains them from those that the groups began with; whether it did.
+
+    A schedule that no file tells of may compute each rate from the one before, as mmengine's do.
+    """
+    found: list[tuple[StateTree, dict[str, Any], float, float]] = []
+    for name, state in result.trees.items():
+        groups = [group for one in param_groups(state.tree) for group in one]
+        rows = [(step, _rates_of(tree, file)) for step, tree, file in histories[name].states]
+        if any(len(rates) != len(groups) for _, rates in rows):
+            return False
+        for index, group in enumerate(groups):
+            seen = [(step, rates[index][0]) for step, rates in rows]
+            first = rows[-1][1][index][1]
+            if len({rate for _, rate in seen}) > 1:
+                rate = infer_rate(seen, first, target, total) if first else None
+                if rate is None:
+                    return False
+                found.append((state, group, seen[-1][1], rate))
+    for state, group, old, rate in found:
+        _write_back(group, {"lr": rate}, state)
+        result.changes.append(Change("optimizer: lr", old, rate))
+    if found:
+        result.notes.append(f"optimizer: {INFERRED_NOTE}")
+    return bool(found)
+
+
+def _rates_of(tree: Any, file: TorchFile | None) -> list[tuple[float, float]]:
+    """The rate of each parameter group, and the one that it began with; 0 where that is not kept."""
+    groups = (group for one in param_groups(tree) for group in as_numbers(one, file))
+    return [(float(group["lr"]), float(group.get("initial_lr") or 0)) for group in groups]
+
+
+def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], why: str) -> Iterator[str]:
     """Learning rates that moved along the run, where no file says by what schedule."""
     for name, state in result.trees.items():
         _, first, file = histories[name].states[0]
@@ -400,23 +488,24 @@ def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], unread:
             )
             if old != new:
                 where = state.part.name or state.part.path.name
-                why = f"a schedule may be in {listed(unread)}, which is copied" if unread else "no schedule is saved"
                 yield f"{where}: the learning rate stays at {new[0]:.6g}: {why}; a loop that sets the rate at each step corrects it"
 
 
-def _owner(
-    schedule: dict[str, Any], optimizers: Sequence[tuple[StateTree, list[dict[str, Any]]]], index: int | None
-) -> tuple[StateTree, list[dict[str, Any]]] | None:
-    """The optimiser whose rates the schedule last set; by position where that tells nothing."""
+def _owners(
+    schedule: dict[str, Any], optimizers: Sequence[tuple[StateTree, list[dict[str, Any]]]], index: int | None, part: Part
+) -> Sequence[tuple[StateTree, list[dict[str, Any]]]]:
+    """The optimiser whose rates the schedule in a part last set; all pieces of one; by position where that tells nothing."""
     rates = schedule.get("_last_lr")
     fitting = [
         (state, groups) for state, groups in optimizers if [g.get("lr") for g in as_numbers(groups, state.file)] == rates
     ]
+    if fitting and not part.is_shard and all(state.part.is_shard for state, _ in fitting):
+        return fitting
     if index is not None and (not fitting or optimizers[index] in fitting):
-        return optimizers[index]
+        return [optimizers[index]]
     if len(fitting) == 1 or (fitting and index is not None):
-        return fitting[0]
-    return optimizers[0] if len(optimizers) == 1 else None
+        return fitting[:1]
+    return optimizers if len(optimizers) == 1 else ()
 
 
 _NESTED = (dict, list, TensorRef)
@@ -439,7 +528,7 @@ def _write_back(saved: Any, moved: Any, state: StateTree) -> None:
 
 
 def _treat_optimizers(state: StateTree, mode: OptimizerMode, result: Advanced, trainer: Trainer) -> None:
-    if isinstance(state.part.content, DcpFile) and mode in {"drop", "reset"}:
+    if (isinstance(state.part.content, DcpFile) or state.part.is_shard) and mode in {"drop", "reset"}:
         _zero_optimizers(state, result)
         return
     if mode == "drop":
@@ -460,7 +549,8 @@ def _zero_optimizers(state: StateTree, result: Advanced) -> None:
     places = {place_of(ref) for ref in refs} - state.forecast.keys()  # zeros would be the weights of the next step
     state.literals = {place: data for place, data in state.literals.items() if place not in places}
     state.zeroed |= places
-    result.notes.append(f"{len(places)} optimizer tensors set to zero instead of left out: the loader needs every key")
+    if places:
+        result.notes.append(f"{len(places)} optimizer tensors set to zero instead of left out: the loader needs every key")
 
 
 def _drop_optimizer(state: StateTree, result: Advanced, trainer: Trainer) -> None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.pickle_file import PickleFile
 from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
-from farcast_cli.formats.torch_pickle import TensorRef
-from farcast_cli.formats.tree import find, walk, with_leaves
+from farcast_cli.formats.torch_pickle import Made, TensorRef
+from farcast_cli.formats.tree import children, find, walk, with_leaves
 from farcast_cli.trainers.schedules import Observation, is_scheduler_state, with_rates
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.trainers.base import Role, Snapshot
@@ -93,19 +94,30 @@ def as_numbers(tree: Any, file: TorchFile | None) -> Any:
     return with_leaves(tree, plain)
 
 
+def numbers_in(tree: object) -> list[int]:
+    """The whole numbers of a tree, those of carried objects among them, in order."""
+
+    def held(node: object) -> Iterable[tuple[Any, Any]] | None:
+        return enumerate(node) if isinstance(node, (Made, tuple)) else children(node)
+
+    return [node for _, node in walk(tree, below=held) if isinstance(node, int)]
+
+
 def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STATE_ROLES) -> dict[str, StateHistory]:
-    """The state files of the last snapshots by part name; the origin has all of them, older ones may lack some.
+    """The state files of the last snapshots by part name in the last one, which has all of them; older ones may lack some.
 
     Kept snapshots have their numbers.
     """
-    by_name: dict[str, list[tuple[int, Any, TorchFile | None]]] = {}
+    by_key: dict[str, list[tuple[int, Any, TorchFile | None]]] = {}
     for snapshot in snapshots:
         for part in snapshot.parts:
             if part.role in roles:
                 content = part.content if part.content is not None else read_torch_file(part.path)
                 content = content.as_torch if isinstance(content, DcpFile) else content
                 file = content if isinstance(content, TorchFile) else None
-                by_name.setdefault(part.name, []).append((snapshot.step, file.tree if file else content, file))
+                tree = content.tree if isinstance(content, (TorchFile, PickleFile)) else content
+                by_key.setdefault(part.key, []).append((snapshot.step, tree, file))
         for state in snapshot.source.states if snapshot.source else ():
-            by_name.setdefault(state.name, []).append((snapshot.step, state.tree, None))
-    return {name: StateHistory(tuple(states)) for name, states in by_name.items()}
+            by_key.setdefault(state.name, []).append((snapshot.step, state.tree, None))
+    names = {part.key: part.name for part in snapshots[-1].parts}
+    return {names.get(key, key): StateHistory(tuple(states)) for key, states in by_key.items()}

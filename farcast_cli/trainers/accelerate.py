@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from farcast_cli.errors import NoWeightsError
 from farcast_cli.trainers.averages import is_average, with_averages
 from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
+from farcast_cli.trainers.deepspeed import counted, read_states, states_in
+from farcast_cli.trainers.fsdp import adam_in_shards, has_fsdp, read_fsdp
 from farcast_cli.trainers.run_end import end_by_schedules
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
-from farcast_cli.trainers.weights_folder import WeightFile, read_weights
+from farcast_cli.trainers.weights_folder import WeightFile, Weights, read_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +30,7 @@ _HOOKED = ("pytorch_lora_weights.safetensors", *ADAPTER_FILES)
 
 
 def _recognises(path: Path) -> bool:
-    return path.is_dir() and ((path / "optimizer.bin").is_file() or any(path.glob("random_states_*.pkl")))
+    return path.is_dir() and ((path / "optimizer.bin").is_file() or any(path.glob("random_states_*.pkl")) or has_fsdp(path))
 
 
 def _sources(path: Path) -> list[WeightFile]:
@@ -49,13 +51,12 @@ def _further_models(path: Path) -> list[WeightFile]:
 
 
 def _read(path: Path) -> Snapshot:
-    sources = _sources(path)
-    if not sources:
+    weights = _weights(path)
+    if not weights.tensors:
         raise NoWeightsError(
             f"{path}: an accelerate save_state folder without a model's weights: expected model.safetensors",
             hint="farcast does not find weights under another name (a save hook?): save them under the usual name",
         )
-    weights = read_weights(path, sources)
     others, notes = side_parts(path, weights.parts)
     others, averages = with_averages(path, others)
     return Snapshot(
@@ -63,16 +64,28 @@ def _read(path: Path) -> Snapshot:
         LAYOUT.name,
         (*weights.parts, *others),
         weights.tensors,
-        _evidence(path, others),
+        _evidence(path, (*weights.parts, *others)),
         not_streamable=weights.rough,
         beside=tuple(beside(others)),
         notes=(*notes, *averages),
     )
 
 
+def _weights(path: Path) -> Weights:
+    if has_fsdp(path):
+        return read_fsdp(path)
+    return read_states(path) if states_in(path) else read_weights(path, _sources(path))
+
+
 def _evidence(path: Path, others: tuple[Part, ...]) -> tuple[Evidence, ...]:
     """Adam's count, or a name that says `step`; where there is neither, the schedule's count, then the save's number."""
-    return by_trust(adam_steps(others), named_steps(path, glued=True)) or scheduled_steps(others) or named_steps(path)
+    engine = tuple(counted(others)) if states_in(path) else ()
+    return (
+        engine
+        or by_trust(adam_in_shards(others) or adam_steps(others), named_steps(path, glued=True))
+        or scheduled_steps(others)
+        or named_steps(path)
+    )
 
 
 TRAINER = Trainer(

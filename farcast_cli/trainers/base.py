@@ -11,6 +11,7 @@ from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, Unr
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
 from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.pickle_file import PickleFile
 from farcast_cli.formats.pickled_module import as_state_dict
 from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle, refuse_half_written
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from farcast_cli.choices import StepUnit
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import TensorEntry
 
@@ -39,7 +41,10 @@ KEPT_KEY = "farcast_kept"
 """The key of the metadata that a kept snapshot is recognised by."""
 
 _TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".pkl"})
-Role = Literal["weights", "weights-index", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"]
+Role = Literal[
+    "weights", "weights-index", "twin", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"
+]
+"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast."""
 _UNREAD_STATE: frozenset[Role] = frozenset({"optimizer", "scheduler", "side-state", "state", "other"})
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
@@ -99,12 +104,16 @@ class Part:
     path: Path
     name: str
     role: Role
-    content: SafetensorsFile | TorchFile | DcpFile | Mapping[str, Any] | None = None
+    content: SafetensorsFile | TorchFile | DcpFile | PickleFile | Mapping[str, Any] | None = None
     networks: tuple[Network, ...] = (Network(),)
     """Where its weights lie in its tree; the whole tree by default."""
     prefix: str = ""
     """What the names of its tensors begin with in the snapshot, where several files have tensors of the same names."""
     averages: tuple[Average, ...] = ()
+    known_as: str = ""
+    """Its name in all snapshots of the run, where `name` tells the step."""
+    is_shard: bool = False
+    """Whether it is one process's piece of a state, whose other pieces are other parts."""
 
     @property
     def is_bare(self) -> bool:
@@ -129,6 +138,11 @@ class Part:
         """The name of a tensor at a place of the tree, in parts; None where it is no weight."""
         found = next((one for one in self.networks if place[: len(one.path)] == one.path), None)
         return None if found is None else (*found.prefix, *place[len(found.path) :])
+
+    @property
+    def key(self) -> str:
+        """What it is known by from snapshot to snapshot."""
+        return self.known_as or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +181,8 @@ class Snapshot:
     evidence: tuple[Evidence, ...]
     step: int = -1
     step_source: str = ""
+    unit: StepUnit = "step"
+    """What `step` counts."""
     not_streamable: frozenset[str] = frozenset()
     beside: tuple[tuple[str, str], ...] = ()
     """Weights that are not the run's own by any rule, and so are copied: (name, reason)."""
@@ -230,8 +246,8 @@ class Snapshot:
         """Whether it holds only a sample of some tensor's values."""
         return any(entry.sample for entry in self.tensors.values())
 
-    def settle(self, step: int, source: str) -> Snapshot:
-        return replace(self, step=step, step_source=source)
+    def settle(self, step: int, source: str, unit: StepUnit | None = None) -> Snapshot:
+        return replace(self, step=step, step_source=source, unit=unit or self.unit)
 
 
 class Clock(Protocol):
@@ -507,7 +523,7 @@ def weights_in(path: Path, tree: Any, networks: Sequence[Network]) -> Any:
 def tree_of(part: Part) -> object:
     """The object tree of a state file; None where the part is none, or was not read."""
     content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
-    return content.tree if isinstance(content, TorchFile) else None
+    return content.tree if isinstance(content, (TorchFile, PickleFile)) else None
 
 
 def holds_text(path: Path, text: str) -> bool:

@@ -1,6 +1,7 @@
 """torch.distributed.checkpoint folders, as FSDP trainers and torchtitan write them: `step-1000/` with `.metadata`.
 
-Lightning and Fabric put all but the weights and the optimizer into a torch file beside it, meta.pt.
+Lightning and Fabric put all but the weights and the optimizer into a torch file beside it, meta.pt. OLMo and loops of one's
+own put one or more such folders into the snapshot's: `step1000/model_and_optim/`, `step_1000/model/` and `step_1000/optim/`.
 
 Source: torch/distributed/checkpoint; pytorch/torchtitan, components/checkpoint.py, for the keys.
 """
@@ -9,53 +10,65 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
+from farcast_cli.errors import NoWeightsError
+from farcast_cli.formats.dcp_file import DcpFile, read_dcp
 from farcast_cli.formats.tree import at
-from farcast_cli.trainers.base import Layout, Part, Snapshot, name_evidence, weights_in, weights_of
-from farcast_cli.trainers.folder_files import files_below
-from farcast_cli.trainers.networks import Networks, find_networks
+from farcast_cli.trainers.base import Layout, Snapshot, name_evidence
+from farcast_cli.trainers.dcp_parts import inner_checkpoints, is_dcp, parts_of, weights_in_dcp
+from farcast_cli.trainers.fsdp import has_fsdp
 from farcast_cli.trainers.side_files import beside, counted_steps, side_parts
 from farcast_cli.trainers.torch_payload import adam_evidence, payload_evidence
+from farcast_cli.trainers.weights_folder import Weights, as_one
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-ENDING = ".distcp"
+    from farcast_cli.trainers.base import Evidence, Part
+    from farcast_cli.trainers.networks import Networks
 
 
 def _recognises(path: Path) -> bool:
-    return path.is_dir() and ((path / METADATA).is_file() or any(path.glob(f"*{ENDING}")))
+    return is_dcp(path) or (path.is_dir() and not has_fsdp(path) and bool(inner_checkpoints(path)))
 
 
 def _read(path: Path, chosen: Sequence[str] = ()) -> Snapshot:
-    found = read_dcp(path)
-    tree = found.as_torch.tree
-    weights = find_networks(path, tree, chosen, may_be_bare=False)
-    tensors, rough = weights_of(found.as_torch, weights_in(path, tree, weights.networks))
-    known = {item.file for item in found.items}
-    own = [part for file, name in files_below(path) if (part := _part(file, name, found, weights, known))]
-    others, notes = side_parts(path, own)
-    holder, name = at(tree, weights.holder), name_evidence(path)
-    counted = payload_evidence(tree, found.as_torch) or counted_steps(others, name)
-    evidence = (*counted, *adam_evidence(found.as_torch, holder), *name)
+    found = [read_dcp(folder) for folder in ([path] if is_dcp(path) else inner_checkpoints(path))]
+    read = [_with_weights(one, path, chosen, alone=len(found) == 1) for one in found]
+    weights = as_one(path, (one for one, _ in read))
+    others, notes = side_parts(path, weights.parts)
+    name = name_evidence(path)
+    counted = tuple(item for one in found for item in payload_evidence(one.as_torch.tree, one.as_torch))[:1]
+    told = (one for _, networks in read if networks for one in networks.told)
     return Snapshot(
         path,
         LAYOUT.name,
-        (*own, *others),
-        tensors,
-        evidence,
-        not_streamable=rough,
-        beside=(*weights.told, *beside(others)),
+        (*weights.parts, *others),
+        weights.tensors,
+        (*(counted or counted_steps(others, name)), *_adam(weights.parts), *name),
+        not_streamable=weights.rough,
+        beside=(*told, *beside(others)),
         notes=notes,
     )
 
 
-def _part(file: Path, name: str, found: DcpFile, weights: Networks, known: set[str]) -> Part | None:
-    """A file of the container itself; None for what lies beside it, such as Lightning's meta.pt."""
-    if name == METADATA:
-        return Part(file, name, "state", found, networks=weights.networks, averages=weights.averages)
-    return Part(file, name, "data") if name in known else None
+def _with_weights(found: DcpFile, path: Path, chosen: Sequence[str], *, alone: bool) -> tuple[Weights, Networks | None]:
+    """A checkpoint of the snapshot's; one without weights holds the optimizer, if it is not the only one."""
+    is_optimizer = found.folder.name.startswith("optim")
+    try:
+        if alone or not is_optimizer:
+            return weights_in_dcp(found, path, chosen=chosen)
+    except NoWeightsError:
+        if alone:
+            raise
+    return Weights(parts_of(found, path, "optimizer" if is_optimizer else "side-state"), {}), None
+
+
+def _adam(parts: tuple[Part, ...]) -> tuple[Evidence, ...]:
+    """The step as an optimizer has counted it, beside the weights or in a checkpoint of its own."""
+    trees = ((part, part.content.as_torch) for part in parts if isinstance(part.content, DcpFile))
+    found = (adam_evidence(file, at(file.tree, part.networks[0].path[:-1])) for part, file in trees)
+    return next((item for item in found if item), ())
 
 
 LAYOUT = Layout("dcp", _recognises, _read, read_chosen=_read)

@@ -24,22 +24,22 @@ from farcast_cli.trainers.base import (
     marks_of,
     name_evidence,
 )
-from farcast_cli.trainers.folder_files import files_below
+from farcast_cli.trainers.deepspeed import read_states, states_in
+from farcast_cli.trainers.fsdp import has_fsdp, read_fsdp
 from farcast_cli.trainers.refused import refuse
+from farcast_cli.trainers.side_files import beside, side_parts
 from farcast_cli.trainers.transformers_rates import named_formula
-from farcast_cli.trainers.weights_folder import WeightFile, find_adapters, read_json, read_weights, second_weights
+from farcast_cli.trainers.weights_folder import WeightFile, Weights, find_adapters, read_json, read_weights, with_twins
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 STATE_FILE = "trainer_state.json"
 _LOG = "log_history"
 MARK = ("step", "farcast_leap_from", "farcast_leap_to")
 MAX_LOG_BYTES = 1 << 24
-_TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "scheduler.pt": "scheduler"}
-
-
+_TORCH_ROLES: dict[str, Role] = {"optimizer.pt": "optimizer", "optimizer.bin": "optimizer", "scheduler.pt": "scheduler"}
 _ONE_FILE = ("model.safetensors", "pytorch_model.bin")
 _MISSING = (
     "{} is missing: a Trainer then skips optimizer.pt and scheduler.pt both, and starts the learning rate again at warm-up"
@@ -48,7 +48,7 @@ _MISSING = (
 
 
 def _recognises(path: Path) -> bool:
-    return (path / STATE_FILE).is_file() and bool(_sources(path))
+    return (path / STATE_FILE).is_file() and bool(has_fsdp(path) or states_in(path) or _sources(path))
 
 
 def _sources(path: Path) -> list[WeightFile]:
@@ -62,31 +62,44 @@ def _sources(path: Path) -> list[WeightFile]:
 
 def _read(path: Path) -> Snapshot:
     refuse(path)
-    weights = read_weights(path, _sources(path))
-    known = {part.name for part in weights.parts}
+    weights = _weights(path)
     state = read_json(path / STATE_FILE, log=_LOG)
-    others = [_part(file, name, state) for file, name in files_below(path) if name not in known]
+    known = [*weights.parts, *_own_files(path, state)]
+    others, notes = side_parts(path, known)
+    has_optimizer = any(part.role == "optimizer" or part.is_shard for part in known)
     step = state.get("global_step")
     if not is_step(step):
         raise FileFormatError(f"{path / STATE_FILE}: expected a global_step, found {str(step)[:40]}")
     evidence = (Evidence("trainer state", f"{STATE_FILE} global_step", step), *name_evidence(path))
-    missing = [name for name in _TORCH_ROLES if not (path / name).is_file()]
+    missing = [] if has_optimizer else ["optimizer.pt"]
+    missing += [] if any(part.role == "scheduler" for part in known) else ["scheduler.pt"]
     return Snapshot(
         path,
         LAYOUT.name,
-        (*weights.parts, *others),
+        (*known, *others),
         weights.tensors,
         evidence,
         not_streamable=weights.rough,
-        beside=second_weights(others),
-        notes=(_MISSING.format(" and ".join(missing)),) if missing else (),
+        beside=tuple(beside(others)),
+        notes=(*((_MISSING.format(" and ".join(missing)),) if missing else ()), *notes),
     )
 
 
-def _part(path: Path, name: str, state: dict[str, object]) -> Part:
-    if name == STATE_FILE:
-        return Part(path, name, "trainer-state", state)
-    return Part(path, name, _TORCH_ROLES.get(name, "other"))
+def _weights(path: Path) -> Weights:
+    """Under FSDP or DeepSpeed the Trainer loads what these saved; the whole weights beside it are for users."""
+    sources = _sources(path)
+    if not (has_fsdp(path) or states_in(path)):
+        return read_weights(path, sources)
+    loaded = read_fsdp(path) if has_fsdp(path) else read_states(path)
+    return with_twins(loaded, read_weights(path, sources), path) if sources else loaded
+
+
+def _own_files(path: Path, state: dict[str, object]) -> Iterator[Part]:
+    """The files of the Trainer's own state."""
+    yield Part(path / STATE_FILE, STATE_FILE, "trainer-state", state)
+    for name, role in _TORCH_ROLES.items():
+        if (path / name).is_file():
+            yield Part(path / name, name, role)
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------

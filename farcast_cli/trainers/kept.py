@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from farcast_cli import __version__
+from farcast_cli.choices import StepUnit  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.errors import FileFormatError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import file_size, local, read_bytes
@@ -90,6 +91,7 @@ class KeptRecord(BaseModel):
     layout: str
     run: str
     pattern: str
+    unit: StepUnit = "step"
     bytes: Count
     digest: str
     views: dict[str, ViewRecord]
@@ -181,6 +183,7 @@ def _read(path: Path) -> Snapshot:
         (Part(path, "", "weights", file),),
         {entry.name: entry for entry in file.entries},
         (Evidence("metadata", record.evidence, record.step),),
+        unit=record.unit,
         notes=_notes(record),
         source=source,
     )

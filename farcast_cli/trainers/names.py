@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from farcast_cli.choices import StepUnit
+
 MAX_DIGITS = 15  # of a step; a longer number in a name is a hash or a date
 _MAX_LONE_DIGITS = 9  # a lone number is taken on trust; a longer one is a hash or a time
 _NUMBER = rf"(0*\d{{1,{MAX_DIGITS}}})(?![\da-z]|\.\d)"  # whole, and no 1k, 1e5, 2.5 or beginning of a hash
@@ -34,6 +36,7 @@ _COPY = re.compile(r"^copy of |\(\d+\)| - copy|[-_. ]copy(?![a-z])", re.IGNORECA
 _DIGITS = re.compile(r"\d+")
 _MIN_ALIKE = 3  # names
 _EPOCH = re.compile(r"(?<![a-z])(?:epochs?|ep)[-_=]?$", re.IGNORECASE)
+_EPOCH_NUMBER = re.compile(rf"(?<![a-z])(?:epochs?|ep)[-_=]?{_NUMBER}", re.IGNORECASE)
 _OTHER_NUMBER = re.compile(
     r"(?<![a-z])(?:seed|rank|fold|shard|part|stage|phase|trial|version|v)[-_=]?$|\d\.$|\d[a-z]$|(?<!\d)(?:19|20)\d\d[-_.]?(?:\d\d[-_.]?)?$",
     re.IGNORECASE,
@@ -51,6 +54,22 @@ def find_step_in_name(name: str) -> re.Match[str] | None:
     told = _GLUED.search(stem) or _BEFORE.search(stem)
     lone = _CHECKPOINT.search(stem) or _BARE.search(stem)
     return told or (None if lone is None or _DATE.match(lone[1]) else lone)
+
+
+def says_step(name: str) -> bool:
+    """Whether a word beside the number says that it is the step; a lone number may count anything, such as epochs."""
+    stem = _ENDINGS.sub("", name)
+    return any(pattern.search(stem) for pattern in (_GLUED, _BEFORE, _CHECKPOINT))
+
+
+def find_epoch_in_name(name: str) -> re.Match[str] | None:
+    """The number of a name that follows the word for an epoch; group 1 holds the digits."""
+    return _EPOCH_NUMBER.search(_ENDINGS.sub("", name))
+
+
+def find_number_in_name(name: str, unit: StepUnit) -> re.Match[str] | None:
+    """The number of a name that is its step; its epoch, if epochs are counted and the name tells one."""
+    return (find_epoch_in_name(name) if unit == "epoch" else None) or find_step_in_name(name)
 
 
 def is_alias(path: Path) -> bool:

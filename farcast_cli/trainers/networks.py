@@ -111,13 +111,14 @@ def _state_dicts(tree: object) -> Iterator[tuple[TreePath, Any]]:
     """The dicts of tensors, lists of them in averages, and modules that may be networks, with their keys; none within another."""
     waiting: list[tuple[TreePath, Any]] = [((), tree)]
     while waiting:
-        key, node = waiting.pop(0)
+        key, node = waiting.pop()
         if key and _is_none(key, node):
             continue
         if _is_state_dict(key, node):
             yield key, node
         elif isinstance(node, dict) and len(key) < MAX_DEPTH:
-            waiting[:0] = [((*key, inner), value) for inner, value in node.items()]
+            inner = [((*key, name), value) for name, value in node.items() if isinstance(value, (dict, list, Made))]
+            waiting += reversed(inner)
 
 
 def _is_none(key: TreePath, node: object) -> bool:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, shell_word
 from farcast_cli.trainers.base import Layout, Snapshot
+from farcast_cli.trainers.dcp_parts import is_dcp, is_snapshot_name
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-_ZERO = re.compile(r"(?:.*zero_pp_rank_\d+_)?(?:mp_rank_\d+_(?:model|optim)|layer_\d+-model_\d+-model)_states\.pt")
 _MEGATRON = {"model_optim_rng.pt", "model_rng.pt", "distrib_optim.pt"}
-_FSDP = re.compile(r"pytorch_model_fsdp(?:_\d+)?(?:_rank\d+)?(?:\.bin)?")
+_FSDP = re.compile(r"pytorch_model_fsdp(?:_\d+)?_rank\d+\.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,8 @@ class Refused:
     hint: str
 
 
-def _is_zero(path: Path) -> bool:
-    """A tag's folder, the folder that holds tags and `latest`, or a universal checkpoint."""
-    is_universal = path.name.endswith("_universal") and (path / "zero").is_dir()
-    return is_universal or any(_ZERO.fullmatch(file.name) for file in _two_levels(path, "*_states.pt"))
+def _is_universal(path: Path) -> bool:
+    return any(path.glob("zero/*/fp32.pt"))
 
 
 def _is_megatron(path: Path) -> bool:
@@ -48,12 +46,13 @@ def _is_megatron(path: Path) -> bool:
 
 
 def _is_fsdp(path: Path) -> bool:
+    """Weights in one torch file for each process."""
     return any(_FSDP.fullmatch(entry.name) for entry in path.glob("pytorch_model_fsdp*"))
 
 
 def _holds_dcp(path: Path) -> bool:
-    """A folder with a distributed checkpoint in a folder of its own; one by itself is read."""
-    return any((file.parent / ".metadata").is_file() for file in path.glob("*/*.distcp"))
+    """A folder of distributed checkpoints that are snapshots by their names; other folders of a snapshot's are read with it."""
+    return any(is_snapshot_name(file.parent.name) and is_dcp(file.parent) for file in path.glob("*/*.distcp"))
 
 
 def _two_levels(path: Path, pattern: str) -> Iterator[Path]:
@@ -63,11 +62,10 @@ def _two_levels(path: Path, pattern: str) -> Iterator[Path]:
 
 KINDS = (
     Refused(
-        "deepspeed",
-        _is_zero,
-        "a DeepSpeed checkpoint, which resumes from its own partitions",
-        "DeepSpeed's zero_to_fp32.py (it lies beside the checkpoint) makes weights that farcast reads: python"
-        " {home}/zero_to_fp32.py {home} step_{step}{tag}; ds_to_universal.py makes a universal checkpoint, which is not read either",
+        "deepspeed-universal",
+        _is_universal,
+        "a universal checkpoint of DeepSpeed's",
+        "give the folder that it was made from: farcast reads global_stepN/ itself",
     ),
     Refused(
         "megatron",
@@ -79,9 +77,8 @@ KINDS = (
     Refused(
         "fsdp",
         _is_fsdp,
-        "an FSDP checkpoint of accelerate's, which resumes from its own shards",
-        "accelerate merge-weights {path}/pytorch_model_fsdp_0 step_{step} makes weights that farcast reads; where there is a"
-        " pytorch_model_fsdp.bin, copy it to step_{step}.bin",
+        "an FSDP checkpoint with one torch file for each process, which resumes from these alone",
+        "save with SHARDED_STATE_DICT and use_dcp=True, or with FULL_STATE_DICT: farcast reads both",
     ),
     Refused(
         "torch-dcp",
@@ -105,10 +102,8 @@ def refuse(path: Path) -> None:
 
 
 def _raise(kind: Refused, path: Path) -> Snapshot:
-    is_tag = (path.parent / "latest").is_file() or path.name.startswith("global_step")
-    home, tag = (path.parent, f" --tag {shell_word(path.name)}") if is_tag else (path, "")
     found = find_step_in_name(path.name)
-    names = {"path": shell_word(path), "home": shell_word(home), "tag": tag, "step": found[1] if found else "N"}
+    names = {"path": shell_word(path), "step": found[1] if found else "N"}
     raise FileFormatError(f"{path}: {kind.what}: not read yet", hint=kind.hint.format(**names))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import Made
 from farcast_cli.formats.tree import dotted, walk
+from farcast_cli.trainers.base import tree_of
 from farcast_cli.trainers.schedules import ended_at, is_scheduler_state
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.trainers.base import Snapshot
 
+LAST_EPOCH_KEYS = ("max_epochs", "num_epochs", "num_train_epochs", "n_epochs", "epochs")
 LAST_STEP_KEYS = ("max_steps", "max_iters", "total_steps", "num_training_steps", "max_train_steps")
 SETTINGS_KEYS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "args", "config", "cfg", "train_config")
 """Where a payload keeps its settings: Lightning's first, then what hand-written loops call them."""
@@ -29,13 +31,13 @@ def end_of(
 
     The origin's own step where its schedules have ended.
 
-    A number counts only if it is larger than the origin's step: a smaller one is of something else.
+    A number counts only if it is the origin's step or larger: a smaller one is of something else. Of epochs, only a larger one.
 
     Args:
         epochs_key: a setting that counts epochs.
         steps_left: from a tree to the end of so many epochs; None where the tree does not tell.
     """
-    keys = (*LAST_STEP_KEYS, *([epochs_key] if epochs_key else []))
+    keys = LAST_EPOCH_KEYS if origin.unit == "epoch" else (*LAST_STEP_KEYS, *([epochs_key] if epochs_key else []))
     ended = end_by_schedules(origin)
     if ended:
         return ended
@@ -45,9 +47,9 @@ def end_of(
             for where, value in _settings(tree, keys):
                 if not (epochs_key and where.endswith(f".{epochs_key}")):
                     ends.append((where, value))
-                elif steps_left and (left := steps_left(tree, value)) is not None:
+                elif steps_left and (left := steps_left(tree, value)):
                     ends.append((f"{where} = {value}, in steps", origin.step + left))
-            later = [end for end in ends if end[1] > origin.step]
+            later = [end for end in ends if end[1] >= origin.step]
             if later:
                 where, total = min(later, key=lambda end: end[1])
                 return f"{part.path} says {where}", total
@@ -58,8 +60,8 @@ def end_by_schedules(origin: Snapshot) -> tuple[str, int] | None:
     """The origin's own step, and what says so, if every schedule of torch's own in the checkpoint has ended; else None."""
     found = []
     for part in origin.parts:
-        if part.role in _SCHEDULE_ROLES and isinstance(part.content, TorchFile):
-            nodes = walk(part.content.tree, enters=lambda _, node: not is_scheduler_state(node))
+        if part.role in _SCHEDULE_ROLES:
+            nodes = walk(tree_of(part), enters=lambda _, node: not is_scheduler_state(node))
             found += [(part.path, _ended(node)) for _, node in nodes if is_scheduler_state(node)]
     ends = [(path, end) for path, end in found if end]
     if not found or len(ends) < len(found):

@@ -1,20 +1,23 @@
 """What lies beside the weights in a folder: state files to move on, everything else to copy, and what they say of the step.
 
-A state file is a torch file or a JSON object that loops of all kinds save beside the weights: optimizer.bin, scheduler.pt,
-train.pt, meta.pt, custom_checkpoint_0.pkl, progress.json. Random states, samplers, settings and arguments are copied unread.
+A state file is a torch file, a JSON object or a plain pickle that loops of all kinds save beside the weights, in subfolders too:
+optimizer.bin, scheduler.pt, train/rank0.pt, custom_checkpoint_0.pkl, progress.json. Random states, samplers, settings and
+arguments are copied unread.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, UnsafeFileError
 from farcast_cli.files.reading import file_size
-from farcast_cli.formats.torch_file import TorchFile, read_torch_file
+from farcast_cli.formats.pickle_file import is_pickle, read_pickle
+from farcast_cli.formats.torch_file import TorchFile, is_torch_zip, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
 from farcast_cli.tensors import FORECASTABLE
-from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence
+from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence, tree_of
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import find_step_in_name
 from farcast_cli.trainers.networks import WEIGHT_KEYS
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_STATE = re.compile(r"[^/]*\.(?:pth?|json)|(?:optim|sched|lr_sched|scaler)[^/]*\.bin|custom_checkpoint_\d+\.pkl", re.IGNORECASE)
+_STATE = re.compile(r".*\.(?:pth?|json|bin|ckpt|tar|pkl|pickle)", re.IGNORECASE)
+_SURE = re.compile(r".*\.(?:pth?|json)|(?:optim|sched|lr_sched|scaler).*\.bin|custom_checkpoint_\d+\.pkl", re.IGNORECASE)
+"""Names of files that are what their ending says; others are looked at first."""
+_PICKLE = re.compile(r"\.(?:pkl|pickle)$", re.IGNORECASE)
 _LEFT_ALONE = re.compile(r"rng|random|sampler|dl_state|dataloader|args|tokenizer|model|weights|consolidated", re.IGNORECASE)
 """Names of what is not moved on: random states, the place in the data, arguments, and second files of weights."""
 _SETTINGS = re.compile(r"config|index|vocab|special_tokens|processor|added_tokens|chat_template", re.IGNORECASE)
@@ -53,16 +59,26 @@ def _read_side(path: Path, name: str) -> tuple[Part, str]:
         stays = f"{name} is copied: a resumed loop gets the batches that followed the origin" if _LOADERS.search(name) else ""
         return Part(path, name, role), stays
     try:
-        if name.endswith(".json"):
-            return _read_json(path, name), ""
-        file = read_torch_file(path)
+        part = _read_by_kind(path, name, role)
     except FileFormatError as error:
         if role != "side-state" and not isinstance(error, UnsafeFileError):
             raise  # an optimiser's or a schedule's file that is damaged
         return Part(path, name, "other"), f"{name} is copied with the origin's counters: {error}"
-    if role == "side-state" and _holds_weights(file):
+    if role == "side-state" and isinstance(part.content, TorchFile) and _holds_weights(part.content):
         return Part(path, name, "other"), f"{name} is copied: it contains other weights, which stay at the origin"
-    return Part(path, name, role, file), ""
+    return part, ""
+
+
+def _read_by_kind(path: Path, name: str, role: Role) -> Part:
+    """A state file as what it is; as any other file where its name does not say and its content is none of these."""
+    if name.endswith(".json"):
+        return _read_json(path, name)
+    if not is_torch_zip(path):
+        if _PICKLE.search(name) and is_pickle(path):
+            return Part(path, name, role, read_pickle(path))
+        if not _SURE.fullmatch(PurePosixPath(name).name):
+            return Part(path, name, "other")
+    return Part(path, name, role, read_torch_file(path))
 
 
 def _read_json(path: Path, name: str) -> Part:
@@ -74,13 +90,17 @@ def _read_json(path: Path, name: str) -> Part:
 
 
 def _role_of(name: str) -> Role:
-    if not _STATE.fullmatch(name) or _LEFT_ALONE.search(name) or (name.endswith(".json") and _SETTINGS.search(name)):
+    if (
+        not _STATE.fullmatch(name)
+        or _LEFT_ALONE.search(PurePosixPath(name).name)
+        or (name.endswith(".json") and _SETTINGS.search(name))
+    ):
         return "other"
     if name.endswith(".json"):
         return "side-state"
     if "sched" in name.lower():
         return "scheduler"
-    return "optimizer" if name.lower().startswith("optim") else "side-state"
+    return "optimizer" if PurePosixPath(name).name.lower().startswith("optim") else "side-state"
 
 
 def _holds_weights(file: TorchFile) -> bool:
@@ -112,7 +132,10 @@ def beside(parts: Iterable[Part]) -> Iterator[tuple[str, str]]:
 
 def counted_steps(parts: Iterable[Part], name: tuple[Evidence, ...]) -> tuple[Evidence, ...]:
     """The step by the counter of a loop's own state file, unless the folder's name has another: it may count anything."""
-    found = _first(payload_evidence(file.tree, file) for file in _files(parts, "side-state") if isinstance(file.tree, dict))
+    states = ((part.content, tree_of(part)) for part in parts if part.role == "side-state")
+    found = _first(
+        payload_evidence(tree, file if isinstance(file, TorchFile) else None) for file, tree in states if isinstance(tree, dict)
+    )
     return found if not name or (found and found[0].step == name[0].step) else ()
 
 
@@ -123,8 +146,8 @@ def adam_steps(parts: Iterable[Part]) -> tuple[Evidence, ...]:
 
 def scheduled_steps(parts: Iterable[Part]) -> tuple[Evidence, ...]:
     """How often a schedule was stepped: once a step, once for each process, or once an epoch."""
-    for part, file in ((part, part.content) for part in parts if part.role == "scheduler"):
-        count = file.tree.get("last_epoch") if isinstance(file, TorchFile) and isinstance(file.tree, dict) else None
+    for part, tree in ((part, tree_of(part)) for part in parts if part.role == "scheduler"):
+        count = tree.get("last_epoch") if isinstance(tree, dict) else None
         if isinstance(count, int) and count >= 0:
             return (Evidence("scheduler", f"{part.name} last_epoch", count),)
     return ()

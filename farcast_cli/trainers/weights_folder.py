@@ -66,6 +66,21 @@ def as_one(folder: Path, several: Iterable[Weights]) -> Weights:
     return whole
 
 
+def with_twins(whole: Weights, again: Weights, path: Path) -> Weights:
+    """Weights, and those that the snapshot holds again in files that its trainer does not load, though users do.
+
+    What has the names and shapes of the weights is their twin: it gets the same forecast. Anything else counts by itself.
+    """
+    if all(_are_alike(whole.tensors.get(name), entry) for name, entry in again.tensors.items()):
+        twins = (replace(part, role="twin" if part.role == "weights" else "other") for part in again.parts)
+        return replace(whole, parts=(*whole.parts, *twins))
+    return as_one(path, (whole, again))
+
+
+def _are_alike(one: TensorEntry | None, other: TensorEntry) -> bool:
+    return one is not None and (one.shape, one.strides) == (other.shape, other.strides)
+
+
 def find_adapters(folder: Path) -> list[WeightFile]:
     """The adapters that PEFT saved: the default one in the folder, those with a name in subfolders of that name."""
     top = find_weights(folder, ADAPTER_FILES)

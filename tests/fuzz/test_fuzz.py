@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from farcast_cli.errors import FarcastError, FileFormatError
+from tests.conftest import PATIENCE_S
 from tests.fuzz import mutate
 from tests.fuzz.harness import Harness, Target, Watch
 from tests.fuzz.targets import TARGETS
@@ -32,7 +33,7 @@ def tallies() -> dict[str, dict[str, Any]]:
     """All targets in a process of its own, whose memory is limited."""
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.fuzz", "--cases", str(NUM_CASES), "--json"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return {tally["name"]: tally for tally in json.loads(done.stdout)}
 
