@@ -47,6 +47,7 @@ from farcast_cli.settings import (
     check_watch_options,
     evaluator_of,
     fit_request,
+    here,
     horizons_of,
     ledgers_of,
     narrowed,
@@ -550,6 +551,6 @@ def _fitted(run: Run, device: str, io: Io, threads: int) -> Fitted:
         return run.fitted
     if isinstance(run, Fitted):
         return run
-    if Path(run).is_dir():
-        return fit(run, device=device, io=io, threads=threads).fitted
-    return load_fitted(Path(run))
+    if (place := here(run)).is_dir():
+        return fit(place, device=device, io=io, threads=threads).fitted
+    return load_fitted(place)

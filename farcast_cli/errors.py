@@ -70,9 +70,9 @@ def _again(kind: type[FarcastError], message: str, hint: str, path: Path | None)
 
 
 def _path_in(message: str) -> Path | None:
-    """The path before the colon; an option with its value is none, nor are words."""
+    """The path before the colon; an option with its value is none, nor are words, nor an address."""
     name, colon, _ = message.partition(": ")
-    if not colon or name.startswith("-"):
+    if not colon or name.startswith("-") or "://" in name:
         return None
     has_form = os.sep in name and not set(name) & set(" '\"`")
     return Path(name) if has_form or os.path.lexists(name) else None
@@ -80,13 +80,30 @@ def _path_in(message: str) -> Path | None:
 
 def printable(text: str) -> str:
     """A text as a terminal may show it: names from files may hold escape sequences, and be as long as they like."""
+    text = as_addresses(text)
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE - 500]} ... {text[-400:]}"
     return visible(text)
 
 
+_instead: dict[str, str] = {}
+
+
+def say_instead(path: str, address: str) -> None:
+    """Have every text for a person name a folder by the address that it stands for."""
+    _instead[path] = address
+
+
+def as_addresses(text: str) -> str:
+    """A text with the addresses in place of the folders that stand for them."""
+    for path, address in _instead.items():
+        text = text.replace(path, address)
+    return text
+
+
 def visible(text: str) -> str:
     """A text of any length without what a terminal would obey or cannot show."""
+    text = as_addresses(text)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -17,6 +17,7 @@ EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
     "matplotlib": "report",
+    "fsspec": "remote",
 }
 """The optional packages, and the extra of farcast that installs each."""
 

@@ -12,6 +12,7 @@ from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.evaluation.judge import best_trial, logs_of
 from farcast_cli.files.place import check_sidecar_ours, sidecar_of
+from farcast_cli.files.reading import fetch, file_size, source_of
 from farcast_cli.files.staged import staging
 from farcast_cli.forecast.ledger import Leap
 from farcast_cli.forecast.state_ledger import recorded_in_both
@@ -74,10 +75,21 @@ def publish(
 def _write(work: Publication, prepared: Prepared, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Write every horizon: in one pass, or each at the strength that the user's command prefers."""
     evaluator = work.request.evaluator
+    _fetch(work, prepared)
     with unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin):
         if evaluator is None:
             return [outcome for outcome, _ in write_all(work, prepared, outcomes)]
         return [_write_best(work, evaluator, only(prepared, i), outcome) for i, outcome in enumerate(outcomes)]
+
+
+def _fetch(work: Publication, prepared: Prepared) -> None:
+    """Have the files here that the forecasts are made of, where the run is on a remote store."""
+    files = {
+        entry.path for snapshot in prepared.snapshots for entry in snapshot.tensors.values()
+    } | prepared.origin.marks.keys()
+    remote = [(file, 0, file_size(file)) for file in sorted(files) if source_of(file) is not None]
+    if remote:
+        fetch(remote, work.progress("fetch", sum(num_bytes for _, _, num_bytes in remote)))
 
 
 def write_all(

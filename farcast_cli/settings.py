@@ -81,7 +81,32 @@ def selection_of(
         raise UsageError(f"--weights {weights}: expected keys with commas between them, such as --weights g,d")
     globs = tuple(include or ()), tuple(exclude or ())
     rule = StepRule(step_from, unit)
-    return Selection(directory, parse_steps(steps), pattern or "", *globs, history, rule=rule, weights=keys)
+    return Selection(here(directory), parse_steps(steps), pattern or "", *globs, history, rule=rule, weights=keys)
+
+
+def here(place: str | os.PathLike[str]) -> Path:
+    """A place of files: an address on a remote store becomes the folder on this machine that stands for it.
+
+    Raises:
+        UsageError: an address with a password, or a package for its store is missing.
+        SnapshotError, FileFormatError, OutputError: nothing is there, it cannot be asked, or there is no place for the folder.
+    """
+    path = Path(place)
+    if os.path.lexists(path):
+        return path
+    from farcast_cli.remote.store import address_of
+
+    address = address_of(os.fspath(place))
+    if address is None:
+        return path
+    from farcast_cli.remote.mirror import mirrored
+
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    try:  # the standard has relative paths ignored
+        cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"  # noqa: PTH117 - of a text
+    except RuntimeError as error:
+        raise UsageError(f"{address}: a user without a home has no cache folder", hint="XDG_CACHE_HOME=DIR") from error
+    return mirrored(address, cache / "farcast" / "remote")
 
 
 def ledgers_of(ledger: Path) -> Ledgers:
@@ -334,6 +359,6 @@ def narrowed(fitted: Fitted) -> str:
 
 def source_of(run: object, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it; `run` is a place, or what was fitted."""
-    if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
+    if isinstance(run, (str, os.PathLike)) and not here(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
     return f" {fitted.source}{narrowed(fitted)}"

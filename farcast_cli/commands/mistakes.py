@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError, listed, shell_word
+from farcast_cli.settings import here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,6 +19,8 @@ _WITHOUT_OPTION = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "
 """The variables that --eval-cmd gets, which may call farcast itself; the place of the second ledgers; and the engine."""
 _ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
+REMOTE = {"inspect", "fit", "backtest", "report", "predict"}
+"""The commands that read a run where it is."""
 _PLACES = {
     *("directory", "checkpoint", "forecast", "against", "reference", "forecaster"),
     *("data", "anchor", "apply", "output", "delta_out", "ledger"),
@@ -28,6 +31,8 @@ _COPIES = {
     "gs": "gsutil -m cp -r {address} .",
     "hf": "huggingface-cli download {repository} --local-dir {name}",
 }
+
+_UPLOADS = {"s3": "aws s3 cp --recursive OUT", "gs": "gsutil -m cp -r OUT"}
 
 
 def refuse_more(context: Any) -> None:
@@ -55,20 +60,25 @@ def refuse_more(context: Any) -> None:
     )
 
 
-def refuse_addresses(context: Any) -> None:
-    """Refuse an address of some storage where a path is expected.
+def resolve_addresses(context: Any) -> None:
+    """Open the run at an address, for a command that reads one; refuse any other address where a path is expected.
 
     Raises:
         UsageError: with the command that copies it here.
+        FarcastError: what `settings.here` raises.
     """
+    directory = context.params.get("directory")
+    if context.info_name in REMOTE and directory is not None:
+        context.params["directory"] = here(directory)
     for parameter in context.command.params:
         value = context.params.get(parameter.name)
         is_read = parameter.name not in _WRITTEN
         found = _ADDRESS.fullmatch(str(value)) if isinstance(value, (str, Path)) and parameter.name in _PLACES else None
         if found and not os.path.lexists(str(value)):
             address = f"{found[1]}://{found[2]}"
-            hint = _copy_of(found[1], found[2].rstrip("/")) if is_read else "write to a local path, then copy it"
-            raise UsageError(f"{address}: farcast reads and writes local files only", hint=hint)
+            hint = _copy_of(found[1], found[2].rstrip("/")) if is_read else _upload_of(found[1], address)
+            what = "this command reads local files only" if is_read else "farcast writes local files only"
+            raise UsageError(f"{address}: {what}", hint=hint)
 
 
 def _copy_of(scheme: str, rest: str) -> str:
@@ -76,6 +86,11 @@ def _copy_of(scheme: str, rest: str) -> str:
     name, address = shell_word(rest.rsplit("/", 1)[-1]), shell_word(f"{scheme}://{rest}")
     repository = shell_word("/".join(rest.removeprefix("datasets/").split("/")[:2]))
     return _COPIES.get(scheme, "curl -LO {address}").format(address=address, name=name, repository=repository)
+
+
+def _upload_of(scheme: str, address: str) -> str:
+    command = f": {_UPLOADS[scheme]} {shell_word(address)}" if scheme in _UPLOADS else ""
+    return f"write to a local path, then copy it{command}"
 
 
 def unknown_variables(context: Any) -> list[str]:

@@ -26,7 +26,7 @@ from farcast_cli.choices import (
     StepNorm,
     StepUnit,
 )
-from farcast_cli.commands.mistakes import nearest, refuse_addresses, refuse_more, unknown_variables
+from farcast_cli.commands.mistakes import nearest, refuse_more, resolve_addresses, unknown_variables
 from farcast_cli.errors import ANY_COMMAND, FarcastError, UsageError, shell_word
 from farcast_cli.settings import MIN_SAMPLE, check_choice, env
 
@@ -151,7 +151,7 @@ class Grouped(TyperCommand):
         if ctx.resilient_parsing:  # for the completion of a line that is not finished
             return args
         refuse_more(ctx)
-        refuse_addresses(ctx)
+        resolve_addresses(ctx)
         if strangers := [] if ctx.params.get("quiet") else unknown_variables(ctx):
             from farcast_cli.commands import render
 

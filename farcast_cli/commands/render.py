@@ -21,7 +21,7 @@ from rich.text import Text
 
 from farcast_cli.commands.cautions import cautions_of
 from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
-from farcast_cli.errors import listed, printable, shell_word, visible
+from farcast_cli.errors import as_addresses, listed, printable, shell_word, visible
 from farcast_cli.forecast.words import chance, clock_line, counted, recent_half, shown_number
 from farcast_cli.headline import advised
 from farcast_cli.progress import silent
@@ -117,7 +117,7 @@ def _write_bytes(text: str) -> None:
 
 
 def as_json(answer: Answer) -> None:
-    sys.stdout.write(answer.as_json() + "\n")
+    sys.stdout.write(as_addresses(answer.as_json()) + "\n")
 
 
 def text(content: str) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from farcast_cli.engine.linear import LinearMap
     from farcast_cli.engine.output_files import Buffer
     from farcast_cli.engine.ranges import Batch, Segment
-    from farcast_cli.engine.reader import FileStretch, Reader
+    from farcast_cli.engine.reader import Reader
+    from farcast_cli.files.reading import FileStretch
     from farcast_cli.run.alignment import AlignedTensor, Alignment
     from farcast_cli.tensors import TensorEntry
 

@@ -18,7 +18,7 @@ import numpy as np
 from farcast_cli import system
 from farcast_cli.engine.casts import widen
 from farcast_cli.errors import NonFiniteError
-from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading
+from farcast_cli.files.reading import ends_early, open_read_only, read_into, reading, source_of
 from farcast_cli.tensors import Stretch
 
 if TYPE_CHECKING:
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import Io
     from farcast_cli.engine.casts import Floats
+    from farcast_cli.files.reading import FileStretch
     from farcast_cli.tensors import TensorEntry
 
-FileStretch = tuple["Path", int, int]
-"""Bytes of a file: path, first byte, number of bytes."""
 PAGE = 4096
 LINE = 64  # of a processor's cache: a kernel copies to memory that begins elsewhere at a sixth of the speed (AMD, Linux 6)
 STRETCH_BYTES = 8 << 20  # of float32 or float64 working memory that one stretch takes at all its snapshots
@@ -87,15 +86,16 @@ class Reader:
     def fill(self, path: Path, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill `out` from byte `offset` of a file."""
         file = self._file(path)
-        if self._is_mapped:
+        if file.is_mapped:
             np.copyto(out, file.view(offset, len(out)))
         else:
             read_into(file.fd, out.data, offset, path)
 
     def raw(self, path: Path, offset: int, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """As many bytes of a file as `memory` has: in that memory, or in place where files are mapped (read-only)."""
-        if self._is_mapped:
-            return self._file(path).view(offset, len(memory))
+        file = self._file(path)
+        if file.is_mapped:
+            return file.view(offset, len(memory))
         self.fill(path, offset, memory)
         return memory
 
@@ -118,15 +118,15 @@ class Reader:
         if path not in files:
             if len(files) >= _MAX_OPEN:
                 files.pop(next(iter(files)))
-            files[path] = _OpenFile(path)
+            files[path] = _OpenFile(path, is_mapped=self._is_mapped and source_of(path) is None)
         return files[path]
 
 
 class _OpenFile:
     """A descriptor, and a mapping where one is asked for, that are closed with their last reference."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, open_read_only(path)
+    def __init__(self, path: Path, *, is_mapped: bool) -> None:
+        self.path, self.is_mapped, self.fd = path, is_mapped, open_read_only(path)
         self._map: mmap.mmap | None = None
         self._seen: list[tuple[int, int]] = []
 

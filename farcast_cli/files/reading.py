@@ -11,14 +11,14 @@ import io
 import os
 import stat
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from farcast_cli import system
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnreadableError, shell_word
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
     from _typeshed import WriteableBuffer
 
@@ -29,6 +29,64 @@ _HINTS = {
 }
 LONGEST_NAME = 200  # bytes; most filesystems hold 255, and an ending and the name of a hidden folder add up to 40
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
+FileStretch = tuple[Path, int, int]
+"""Bytes of a file: path, first byte, number of bytes."""
+Mark = tuple[int, int, int]
+"""What tells a file from the same file after a change: its size, its time of change in ns, its inode."""
+
+
+class Source(Protocol):
+    """Where the bytes of a folder come from whose files are here in name and size only."""
+
+    prefix: str
+    """What the paths of its files begin with."""
+
+    def fetch(self, stretches: Iterable[FileStretch], tell: Callable[[int], None] = ..., /) -> None: ...
+
+    def mark_of(self, path: Path, /) -> Mark | None: ...
+
+    def look_again(self) -> None: ...
+
+
+_sources: list[Source] = []
+
+
+def add_source(source: Source) -> None:
+    """Have every read of a file in its folder ask it first."""
+    _sources.append(source)
+
+
+def remove_source(source: Source) -> None:
+    _sources.remove(source)
+
+
+def source_of(path: Path) -> Source | None:
+    """Where a file's bytes come from; None for a file that is here."""
+    for text in (os.fspath(path), os.path.realpath(path)) if _sources else ():
+        for source in _sources:
+            if text.startswith(source.prefix) and f"{os.sep}.." not in text:
+                return source
+    return None
+
+
+def fetch(stretches: Iterable[FileStretch], tell: Callable[[int], None] = lambda _: None) -> None:
+    """See that bytes of files that are not here yet are, in few requests; files that are here cost nothing."""
+    wanted: dict[int, list[FileStretch]] = {}
+    known: dict[Path, int | None] = {}
+    for path, offset, count in stretches if _sources else ():
+        if path not in known:
+            source = source_of(path)
+            known[path] = None if source is None else _sources.index(source)
+        if (index := known[path]) is not None:
+            wanted.setdefault(index, []).append((path, offset, count))
+    for index, found in wanted.items():
+        _sources[index].fetch(found, tell)
+
+
+def look_again(paths: Iterable[Path]) -> None:
+    """Have the marks of files be those of now."""
+    for source in {id(found): found for path in paths if _sources and (found := source_of(path))}.values():
+        source.look_again()
 
 
 @contextmanager
@@ -104,6 +162,8 @@ def open_read_only(path: Path) -> int:
 
 def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     """Fill `buffer` (bytes) from byte `offset` of an open file."""
+    if _sources:
+        fetch([(path, offset, len(buffer))])
     done = 0
     while done < len(buffer):
         try:  # not `reading`, whose block costs some microseconds, a good part of a short read
@@ -122,15 +182,22 @@ class Input(io.FileIO):
         self._path = path
         super().__init__(open_read_only(path), "rb")
 
+    def _fetch(self, size: int | None) -> None:
+        if _sources:
+            fetch([(self._path, self.tell(), file_size(self._path) if size is None or size < 0 else size)])
+
     def read(self, size: int | None = -1, /) -> bytes:
+        self._fetch(size)
         with reading(self._path):
             return super().read(size) or b""
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        self._fetch(memoryview(buffer).nbytes)
         with reading(self._path):
             return super().readinto(buffer)
 
     def readall(self) -> bytes:
+        self._fetch(None)
         with reading(self._path):
             return super().readall() or b""
 
@@ -169,11 +236,10 @@ def file_size(path: Path) -> int:
     return mark_of(path)[0]
 
 
-Mark = tuple[int, int, int]
-"""What tells a file from the same file after a change: its size, its time of change in ns, its inode."""
-
-
 def mark_of(path: Path) -> Mark:
+    source = source_of(path)
+    if source is not None and (mark := source.mark_of(path)) is not None:
+        return mark
     with reading(path):
         found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino

@@ -31,6 +31,7 @@ from farcast_cli.engine.reader import (
     read_values,
     stretches,
 )
+from farcast_cli.files.reading import fetch
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis, whole_products
 from farcast_cli.tensors import Stretch, sample_stretches
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.engine.casts import Floats, WorkType
+    from farcast_cli.files.reading import FileStretch
     from farcast_cli.run.alignment import Alignment
     from farcast_cli.trainers.base import Snapshot
 
@@ -73,6 +75,7 @@ def accumulate(
     reading = _Reading(_tasks(alignment, num_samples, resources), resources, _num_kept(num_snapshots, num_tensors))
     products = np.zeros((num_tensors, num_snapshots + 1, num_snapshots + 1))
     seen = np.zeros(num_tensors)
+    fetch(stretch for task in reading.tasks for stretch in task.in_files)
     bounds = np.concatenate([[0], np.cumsum([min(n, reading.num_kept) for n in reading.counts])]).astype(np.int64)
     values = np.empty((bounds[-1], num_snapshots), np.float32)
     for task, sums in zip(reading.tasks, workers.in_order(_sums(reading)), strict=True):
@@ -126,6 +129,11 @@ class _Task:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.stretches)
+
+    @property
+    def in_files(self) -> Iterator[FileStretch]:
+        """What of the files is read."""
+        return (found for tensor in self.stretches for t in range(len(tensor.entries)) for found in tensor.at(t))
 
 
 def _tasks(alignment: Alignment, num_samples: int | None, resources: Resources) -> tuple[_Task, ...]:

@@ -29,6 +29,7 @@ from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
+from farcast_cli.remote.mirror import revived
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
@@ -296,7 +297,7 @@ def load_fitted(path: Path) -> Fitted:
             hint="write it again with farcast fit CKPTS",
         )
     kept = path.parent / provenance.kept if provenance.kept else None
-    return Fitted(gram, sample, provenance, path.parent / provenance.directory, kept)
+    return Fitted(gram, sample, provenance, revived(path.parent / provenance.directory), kept)
 
 
 def _array(entry: TensorEntry) -> NDArray[Any]:

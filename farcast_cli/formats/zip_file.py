@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError, UnsafeFileError
-from farcast_cli.files.reading import read_bytes
+from farcast_cli.files.reading import fetch, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,6 +112,7 @@ def directory(stretch: Span) -> list[zipfile.ZipInfo]:
         raise HalfWrittenError(f"{stretch.path}: not a whole zip file: {error}", hint=SAVE_AGAIN) from error
     if begin not in _told_directories(stretch):
         raise damaged(stretch.path, "its directory of records is not where its end says")
+    fetch((stretch.path, stretch.start + info.header_offset, _LOCAL_BYTES) for info in infos)
     return infos
 
 

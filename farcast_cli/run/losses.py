@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from farcast_cli.errors import FarcastError, FileFormatError, UsageError, shell_word
-from farcast_cli.files.reading import open_input, open_read_only, reading
+from farcast_cli.files.reading import fetch, file_size, open_input, open_read_only, reading
 from farcast_cli.optional import need
 from farcast_cli.trainers import trainer_of
 
@@ -218,6 +218,7 @@ def _scalars(path: Path) -> dict[str, Logged]:
         files = sorted(file for file in path.iterdir() if "tfevents" in file.name) if path.is_dir() else [path]
     for file in files:
         os.close(open_read_only(file))  # TensorBoard opens whatever it is, and waits for the writer of a FIFO
+    fetch((file, 0, file_size(file)) for file in files)
     try:
         return _by_tensorboard(path)
     except Exception as error:  # an event file that was cut or forged fails in its library in many ways

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError, UsageError
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import Mark, file_size, mark_of, read_bytes, reading
+from farcast_cli.files.reading import Mark, file_size, look_again, mark_of, read_bytes, reading
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.pickle_file import PickleFile
 from farcast_cli.formats.pickled_module import as_state_dict
@@ -433,6 +433,7 @@ def unchanged(snapshots: Sequence[Snapshot], *, copied: Snapshot | None = None) 
 
 
 def _check_unchanged(snapshots: Sequence[Snapshot], copied: Snapshot | None) -> None:
+    look_again(snapshot.path / "any" for snapshot in snapshots)
     for snapshot in snapshots:
         for part in snapshot.parts:
             is_read = part.role != "other" or (copied is not None and snapshot.path == copied.path)

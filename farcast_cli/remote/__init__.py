@@ -1,0 +1,1 @@
+"""Runs on a remote store: their files are here in name and size, and each byte comes when it is first read."""

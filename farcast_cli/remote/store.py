@@ -1,0 +1,149 @@
+"""A folder on a remote store, by its address: what is in it, and ranges of its files. All use of fsspec is here.
+
+Credentials are fsspec's own, from the environment or its configuration: farcast takes, prints and writes none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from farcast_cli.errors import FarcastError, TooFewSnapshotsError, UnreadableError, UnsafeFileError, UsageError
+from farcast_cli.optional import need
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_ADDRESS = re.compile(r"(s3|gs|gcs|hf|az|abfs|memory):/{1,2}(?=[^/])(.+)", re.DOTALL)
+"""pathlib makes one slash of two."""
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
+"""What the extra does not install."""
+IN_FLIGHT = 64  # requests
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"max_pool_connections": IN_FLIGHT}}}
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "created", "mtime", "LastModified", "last_modified")
+"""Where the filesystems of fsspec tell one version of a file from another."""
+_CREDENTIALS = "farcast uses the credentials of fsspec: see docs/remote.md"
+
+
+def address_of(text: str) -> str | None:
+    """The address that a text is, in one form; None where it is a path.
+
+    >>> address_of("s3:/bucket/run/"), address_of("C:/run"), address_of("https://host/run")
+    ('s3://bucket/run', None, None)
+
+    Raises:
+        UsageError: it holds a password or a query; the message does not repeat them.
+    """
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        return None
+    scheme, rest = found[1], found[2].rstrip("/")
+    if "@" in rest.split("/", 1)[0] or "?" in rest:
+        raise UsageError(f"{scheme}://...: an address with a password or a query is refused", hint=_CREDENTIALS)
+    return f"{scheme}://{rest}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of the folder: its path on the store, its bytes, and a number that another version of it has not."""
+
+    key: str
+    num_bytes: int
+    version: int
+
+
+class Store:
+    """A folder on a remote store."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._open: tuple[int, Any, str] | None = None
+
+    def _files(self) -> tuple[Any, str]:
+        """The filesystem and the folder's path on it; a forked worker has a filesystem of its own."""
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), *self._connect())
+        return self._open[1:]
+
+    def _connect(self) -> tuple[Any, str]:
+        need("fsspec", self.address)
+        from fsspec.config import conf
+        from fsspec.core import url_to_fs
+
+        scheme = self.address.partition("://")[0]
+        try:
+            return url_to_fs(self.address, **(_OPTIONS.get(scheme, {}) | conf.get(scheme, {})))  # type: ignore[no-any-return]
+        except ImportError as error:
+            package = _PACKAGES.get(scheme)
+            command = f"pip install {package}" if package else "pip install 'farcast[remote]'"
+            raise UsageError(f"{self.address}: its store needs a package: {error}", hint=command) from error
+        except Exception as error:  # each store has errors of its own
+            raise self._failed(self.address, error) from error
+
+    def listed(self) -> dict[str, RemoteFile]:
+        """All files below the folder, by their names relative to it, as the store has them now.
+
+        Raises:
+            UsageError: a package is missing.
+            TooFewSnapshotsError: there are none.
+            UnreadableError: the store cannot be asked.
+        """
+        files, top = self._files()
+        try:
+            files.invalidate_cache()
+            found: Mapping[str, Mapping[str, Any]] = files.find(top, detail=True)
+        except FileNotFoundError:
+            found = {}
+        except Exception as error:
+            raise self._failed(self.address, error) from error
+        listed = {
+            name: RemoteFile(key, int(info["size"] or 0), _version(info))
+            for key, info in found.items()
+            if info.get("type") == "file" and (name := _name_in(key, top)) and not name.endswith("/")
+        }
+        for name in listed:
+            if not set(name.split("/")).isdisjoint({"", ".", ".."}) or "\\" in name or not name.isprintable():
+                raise UnsafeFileError(f"{self.address}: a file is called {name!r}", hint="copy the run to a local folder")
+        if not listed:
+            raise TooFewSnapshotsError(
+                f"{self.address}: expected a folder of checkpoints, found no files", hint="check the address"
+            )
+        return listed
+
+    def read(self, file: RemoteFile, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of a file; fewer where it has become shorter.
+
+        Raises:
+            UnreadableError: the store does not give them.
+        """
+        files, _ = self._files()
+        try:  # without a cache, which would read ahead; stores that read many ranges at once have none
+            options = {} if files.async_impl else {"cache_type": "none"}
+            found: bytes = files.cat_file(file.key, start=begin, end=end, **options)
+        except FarcastError:
+            raise
+        except Exception as error:
+            raise self._failed(f"{self.address.partition('://')[0]}://{file.key.lstrip('/')}", error) from error
+        return found
+
+    def _failed(self, what: str, error: Exception) -> UnreadableError:
+        return UnreadableError(f"{what}: cannot be read: {type(error).__name__}: {error}", hint=_hint_for(error))
+
+
+def _hint_for(error: Exception) -> str:
+    is_refused = isinstance(error, PermissionError) or "redential" in f"{type(error).__name__} {error}"
+    return _CREDENTIALS if is_refused else "check the connection, then run the command again"
+
+
+def _name_in(key: str, top: str) -> str:
+    """A file's name below the folder; "" for what is not below it."""
+    inside = f"{top.strip('/')}/"
+    return key.lstrip("/").removeprefix(inside) if key.lstrip("/").startswith(inside) else ""
+
+
+def _version(info: Mapping[str, Any]) -> int:
+    told = repr([str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None])
+    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
