@@ -22,7 +22,9 @@ _ADDRESS = re.compile(r"(s3|gs|gcs|hf|az|abfs|memory):/{1,2}(?=[^/])(.+)", re.DO
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 """What the extra does not install."""
 IN_FLIGHT = 64  # requests
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"max_pool_connections": IN_FLIGHT}}}
+_S3 = {"max_pool_connections": IN_FLIGHT, "connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+"""s3fs tries again itself; with botocore's tries inside each of its own, a broken connection took four minutes to be an error."""
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": _S3}}
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "created", "mtime", "LastModified", "last_modified")
 """Where the filesystems of fsspec tell one version of a file from another."""
 _CREDENTIALS = "farcast uses the credentials of fsspec: see docs/remote.md"
