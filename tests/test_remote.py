@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farcast_cli import api
+from farcast_cli.engine.reader import Reader
 from farcast_cli.errors import SnapshotError, UnreadableError, UsageError
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.remote import mirror
 from farcast_cli.remote.spans import JOINED_GAP, MAX_REQUEST, Spans, requests
 from farcast_cli.remote.store import address_of
+from farcast_cli.settings import here
 from tests.conftest import CallCli, make_loose_run
 
 if TYPE_CHECKING:
@@ -71,10 +74,10 @@ def test_a_remote_run_gives_the_forecast_of_the_same_run_here(name: str, tmp_pat
     shutil.copytree(SAMPLES / name, tmp_path / "here" / name)
     upload(SAMPLES / name, f"memory://store/{name}")
     (tmp_path / "there").mkdir()
-    here = call_cli("predict", name, "-o", "out/", cwd=tmp_path / "here")
+    local = call_cli("predict", name, "-o", "out/", cwd=tmp_path / "here")
     there = call_cli("predict", f"memory://store/{name}", "-o", "out/", cwd=tmp_path / "there")
-    assert (there.returncode, there.stdout) == (0, here.stdout)
-    assert there.stderr.splitlines()[0] == here.stderr.splitlines()[0]
+    assert (there.returncode, there.stdout) == (0, local.stdout)
+    assert there.stderr.splitlines()[0] == local.stderr.splitlines()[0]
     assert "cache" not in there.stderr
     assert files_in(tmp_path / "there" / "out") == files_in(tmp_path / "here" / "out") != {}
 
@@ -82,19 +85,44 @@ def test_a_remote_run_gives_the_forecast_of_the_same_run_here(name: str, tmp_pat
 @pytest.mark.parametrize("io", ["auto", "mmap"])
 def test_fit_fetches_a_small_part_and_learns_the_same_numbers(io: Any, tmp_path: Path) -> None:
     run = upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
-    here, there = api.fit(run, io=io), api.fit(RUN, io=io)
-    assert np.array_equal(here.fitted.gram.matrix, there.fitted.gram.matrix)
-    assert np.array_equal(here.fitted.sample.values, there.fitted.sample.values)
+    local, there = api.fit(run, io=io), api.fit(RUN, io=io)
+    assert np.array_equal(local.fitted.gram.matrix, there.fitted.gram.matrix)
+    assert np.array_equal(local.fitted.sample.values, there.fitted.sample.values)
     whole = sum(path.stat().st_size for path in run.iterdir())
     assert whole > 40 << 20
     assert fetched().num_bytes < 0.04 * whole
     assert fetched().num_requests < 50 * len(STEPS)
 
 
+def test_no_file_of_a_store_is_mapped(tmp_path: Path) -> None:
+    run = upload(make_loose_run(tmp_path / "run", STEPS[:1], shapes=LARGE))
+    name = "step_000100.safetensors"
+    found = np.zeros(1000, np.uint8)
+    Reader("mmap").fill(here(RUN) / name, 3_000_000, found)
+    assert found.tobytes() == (run / name).read_bytes()[3_000_000:3_001_000]
+    assert np.any(found)
+
+
+def test_predict_fetches_whole_files_and_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
+    monkeypatch.chdir(tmp_path)
+    phases: dict[str, list[int]] = {}
+
+    def progress(phase: str, total: int) -> Callable[[int], None]:
+        phases[phase] = [total]
+        return phases[phase].append
+
+    done = api.predict(RUN, horizon=100, method="persistence", output="out.safetensors", even_if_worse=True, progress=progress)
+    assert done.path is not None
+    total, *told = phases["fetch"]
+    assert total == (run / "step_000600.safetensors").stat().st_size
+    assert 0.8 * total < sum(told) <= total
+
+
 def test_all_values_are_those_of_the_run_here(tmp_path: Path) -> None:
     run = upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
-    here, there = api.fit(run, full=True, io="mmap"), api.fit(RUN, full=True, io="mmap")
-    assert np.array_equal(here.fitted.gram.matrix, there.fitted.gram.matrix)
+    local, there = api.fit(run, full=True, io="mmap"), api.fit(RUN, full=True, io="mmap")
+    assert np.array_equal(local.fitted.gram.matrix, there.fitted.gram.matrix)
 
 
 def test_the_files_go_and_a_forecaster_leads_to_the_run_again(tmp_path: Path, cache: Path, call_cli: CallCli) -> None:
@@ -135,6 +163,18 @@ def test_a_file_that_changes_on_the_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match=r"memory://store/run/step_000400\.safetensors: changed while it was read"):
         api.fit(RUN, progress=change, output=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_times_of_saving_are_those_of_the_store(tmp_path: Path) -> None:
+    """In the order of saving, steps that fall once and rise again are two runs."""
+    run = make_loose_run(tmp_path / "run", STEPS)
+    store = fsspec.filesystem("memory")
+    upload(run)
+    for number, step in enumerate((400, 500, 600, 100, 200, 300)):
+        saved = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=number)
+        store.store[f"/store/run/step_000{step}.safetensors"].created = saved
+    with pytest.raises(SnapshotError, match="two runs, or one that began again"):
+        api.fit(RUN)
 
 
 def test_a_run_that_grew_is_seen_with_its_new_checkpoint(tmp_path: Path) -> None:
@@ -257,8 +297,9 @@ def test_zip_records_are_read_whatever_their_number(tmp_path: Path) -> None:
         weights = {name: value + 0.01 for name, value in weights.items()}
         torch.save({"model": weights, "step": step}, tmp_path / "run" / f"step_{step}.pt")
     upload(tmp_path / "run")
-    here, there = api.fit(tmp_path / "run"), api.fit(RUN)
-    assert np.array_equal(here.fitted.gram.matrix, there.fitted.gram.matrix)
+    local, there = api.fit(tmp_path / "run"), api.fit(RUN)
+    assert np.array_equal(local.fitted.gram.matrix, there.fitted.gram.matrix)
+    assert fetched().num_requests < 30 * len(STEPS)
     root = fetched().root
     assert read_bytes(root / "step_600.pt", 0, 3_000_000) == (tmp_path / "run" / "step_600.pt").read_bytes()[:3_000_000]
 
@@ -290,9 +331,9 @@ def test_a_run_on_s3_gives_the_same_forecast(bucket: str, tmp_path: Path, call_c
     s3fs.S3FileSystem().put(str(SAMPLES / "plain"), f"{bucket}/plain", recursive=True)
     shutil.copytree(SAMPLES / "plain", tmp_path / "here" / "plain")
     (tmp_path / "there").mkdir()
-    here = call_cli("predict", "plain", "-o", "out/", cwd=tmp_path / "here")
+    local = call_cli("predict", "plain", "-o", "out/", cwd=tmp_path / "here")
     there = call_cli("predict", f"s3://{bucket}/plain", "-o", "out/", cwd=tmp_path / "there")
-    assert (there.returncode, there.stdout) == (0, here.stdout)
+    assert (there.returncode, there.stdout) == (0, local.stdout)
     assert files_in(tmp_path / "there" / "out") == files_in(tmp_path / "here" / "out") != {}
     texts = "".join(p.read_text() for p in (tmp_path / "there").rglob("*.json*"))
     assert "hidden" not in texts + there.stderr

@@ -32,7 +32,7 @@ _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
 FileStretch = tuple[Path, int, int]
 """Bytes of a file: path, first byte, number of bytes."""
 Mark = tuple[int, int, int]
-"""What tells a file from the same file after a change: its size, its time of change in ns, its inode."""
+"""What tells a file from the same file after a change: its size, its time of change in ns, its inode (on a store, its version)."""
 
 
 class Source(Protocol):

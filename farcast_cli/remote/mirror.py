@@ -156,7 +156,7 @@ class Mirror:
     def mark_of(self, path: Path) -> Mark | None:
         """What tells a file from its other versions; None where it is no file of the store."""
         file = self._files.get(self._name(path))
-        return None if file is None else (file.num_bytes, file.version, 0)
+        return None if file is None else (file.num_bytes, file.saved_ns, file.version)
 
     def _name(self, path: Path) -> str:
         return os.fspath(path).removeprefix(self.prefix).replace(os.sep, "/")

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FarcastError, TooFewSnapshotsError, UnreadableError, UnsafeFileError, UsageError
@@ -27,6 +28,7 @@ _S3 = {"max_pool_connections": IN_FLIGHT, "connect_timeout": 10, "read_timeout":
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": _S3}}
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "created", "mtime", "LastModified", "last_modified")
 """Where the filesystems of fsspec tell one version of a file from another."""
+_TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime", "created")
 _CREDENTIALS = "farcast uses the credentials of fsspec: see docs/remote.md"
 
 
@@ -55,6 +57,8 @@ class RemoteFile:
     key: str
     num_bytes: int
     version: int
+    saved_ns: int
+    """When it was saved, in ns; 0 where the store does not tell."""
 
 
 class Store:
@@ -102,7 +106,7 @@ class Store:
         except Exception as error:
             raise self._failed(self.address, error) from error
         listed = {
-            name: RemoteFile(key, int(info["size"] or 0), _version(info))
+            name: RemoteFile(key, int(info["size"] or 0), _version(info), _saved_ns(info))
             for key, info in found.items()
             if info.get("type") == "file" and (name := _name_in(key, top)) and not name.endswith("/")
         }
@@ -149,3 +153,13 @@ def _name_in(key: str, top: str) -> str:
 def _version(info: Mapping[str, Any]) -> int:
     told = repr([str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None])
     return int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "big")
+
+
+def _saved_ns(info: Mapping[str, Any]) -> int:
+    """When a file was saved; the filesystems of fsspec give a date, its text, or seconds."""
+    told = next((info[key] for key in _TIME_KEYS if info.get(key) is not None), 0)
+    try:
+        told = datetime.fromisoformat(told) if isinstance(told, str) else told
+        return int((told.timestamp() if isinstance(told, datetime) else float(told)) * 1e9)
+    except (TypeError, ValueError, OverflowError):
+        return 0
