@@ -144,11 +144,17 @@ def proposed(fitted: Fitted, request: Request) -> tuple[Judged, str]:
 
 
 def within_run(report: BacktestReport, fitted: Fitted) -> BacktestReport:
-    """A back-test to resume from whose verdicts know the end of the run, as `predict` does; unchanged if the files do not tell."""
+    """A back-test to resume from whose verdicts know the end of the run, as `predict` does; unchanged if the files do not tell.
+
+    Raises:
+        FileFormatError: a file that is there cannot be read.
+    """
     try:
         start = _open(fitted, len(fitted.steps) - 1, Request())
-    except FarcastError:
-        return report
+    except FarcastError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return report  # the files are gone or have changed, and the forecaster file tells what they were
     decisions = {
         horizon: (method, _within(decision, start, horizon)) for horizon, (method, decision) in report.decisions.items()
     }
