@@ -172,9 +172,9 @@ def find_copies(
     return SecondCopies(first, copies, tuple(_notes(copies, lost, still)), tensors)
 
 
-def marks_of_averages(origin: Snapshot) -> dict[str, str]:
+def marks_of_averages(snapshot: Snapshot) -> Mapping[str, str]:
     """A mark of each of a snapshot's averages, by its key: equal where a sample of all its tensors has the same bytes."""
-    return _marks(list(_averages(origin)))
+    return snapshot.source.averages if snapshot.source else _marks(list(_averages(snapshot)))
 
 
 def _marks(averages: Sequence[tuple[str, _Held]]) -> dict[str, str]:

@@ -321,6 +321,19 @@ def test_a_teacher_that_is_not_trained_stays_as_it_is(tmp_path: Path, *, is_reme
     assert any(note.endswith("they stay as they are: teacher") for note in leapt.outcome.notes)
 
 
+def test_kept_snapshots_tell_a_teacher_that_is_not_trained(tmp_path: Path, call_cli: CallCli) -> None:
+    """The trainer's older checkpoints are gone, and kept ones have the student alone."""
+    teacher = {"weight": torch.ones(8, 8), "bias": torch.ones(8)}
+    run = _saved(lambda loop, step: {"student": loop.first.state_dict(), "teacher": teacher, "step": step}, tmp_path / "run")
+    assert call_cli("keep", run, cwd=tmp_path).returncode == 0
+    for step in range(EVERY, LAST, EVERY):
+        (run / f"step_{step}.pt").unlink()
+    done = call_cli("predict", run, "--horizon", HORIZON, "--even-if-worse", "-o", "out.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(_load(tmp_path / "out.pt")["teacher"]["weight"], torch.ones(8, 8))
+    assert not torch.equal(_load(tmp_path / "out.pt")["student"]["weight"], _load(run / f"step_{LAST}.pt")["student"]["weight"])
+
+
 @pytest.mark.parametrize("keys", ["critic", "networks.critic.weight", "total_steps"])
 def test_a_key_without_tensors_is_refused_with_those_that_have_some(keys: str, tmp_path: Path, call_cli: CallCli) -> None:
     run = _saved(_actor_critic, tmp_path / "run")

@@ -261,7 +261,7 @@ class _Call:
             unit=self._ask.selection.rule.unit,
             weights=self._ask.selection.weights,
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
-            averages=marks_of_averages(origin),
+            averages=dict(marks_of_averages(origin)),
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",
             files=files,
