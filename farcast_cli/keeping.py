@@ -23,6 +23,7 @@ from farcast_cli.run.closed import reopened
 from farcast_cli.run.kept import conflicts_of, default_folder, is_of, kept_in
 from farcast_cli.run.trajectory import discover
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
+from farcast_cli.second_copies import marks_of_averages
 from farcast_cli.state.files import STATE_ROLES, load_histories
 from farcast_cli.tensors import DType, Stretch, TensorEntry, sample_stretches
 from farcast_cli.trainers import trainer_of
@@ -251,6 +252,7 @@ def _write(
         left_out=dict(left_out),
         marks=tuple((mark.step, mark.origin_step, mark.valid_step) for mark in trainer_of(snapshot).marks(snapshot)),
         states=tuple(_states_of(snapshot, cautions)),
+        averages=dict(marks_of_averages(snapshot)),
     )
     stored = [(tensor.entry.name, tensor.dtype, tensor.shape) for tensor in tensors]
     with open_new(path, like=snapshot.path) as file:

@@ -109,7 +109,8 @@ def prepare(
         snapshots: those that are read.
     """
     with told_as_damage(start.origin):
-        found = find_copies(inputs, snapshots, start.origin, with_averages=request.purpose == "resume")
+        wanted = request.purpose == "resume"
+        found = find_copies(inputs, snapshots, start.origin, with_averages=wanted, earlier=start.averages)
     inputs = found.added_to(inputs)
     planned = [_plan(request, start, history, horizon, inputs=inputs, found=found, container=container) for horizon in horizons]
     advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)

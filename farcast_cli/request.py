@@ -11,6 +11,7 @@ from farcast_cli.run.pace import STEPS, Pace
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from farcast_cli.checkpoint.convert import Container
@@ -121,6 +122,8 @@ class Start:
     """Of the origin in the history."""
     end: tuple[str, int] | None = None
     """What ends the run, and at which step, if the trainer's state tells and training is to go on."""
+    averages: Mapping[str, str] | None = None
+    """Marks of the run's averages at an earlier snapshot, where those that are read may lack them."""
 
     @property
     def steps_left(self) -> int | None:

@@ -11,6 +11,7 @@ Shapes: N values of a sample, C copies.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from farcast_cli.state.files import STATE_ROLES, load_histories, param_groups
 from farcast_cli.tensors import FLOATING, TensorEntry, sample_stretches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -122,7 +123,12 @@ class SecondCopies:
 
 
 def find_copies(
-    inputs: Inputs, snapshots: Sequence[Snapshot], origin: Snapshot, *, with_averages: bool = False
+    inputs: Inputs,
+    snapshots: Sequence[Snapshot],
+    origin: Snapshot,
+    *,
+    with_averages: bool = False,
+    earlier: Mapping[str, str] | None = None,
 ) -> SecondCopies:
     """The second copies of the weights in the origin's optimizer, and the averages of the weights beside them.
 
@@ -131,6 +137,9 @@ def find_copies(
     Args:
         snapshots: those that the forecast reads, in any order.
         with_averages: whether the averages are asked for.
+        earlier: marks of the averages at an earlier snapshot of the run, as `marks_of_averages` gives them; by default of the
+            first that is read and has some. One that has not changed since then is no average of weights that move, such as a
+            teacher that is not trained: it stays.
     """
     tensors = inputs.alignment.tensors
     first = len(tensors)
@@ -146,7 +155,11 @@ def find_copies(
         elif held.is_ahead or _COPY.search(dotted(held.path)):
             lost.append(held)
     averages = list(_averages(origin)) if with_averages else []
-    if not pairs and not lost and not averages:
+    if averages and not earlier:
+        earlier = next(filter(None, (marks_of_averages(one) for one in snapshots if one.step < origin.step)), {})
+    still = {key for key, mark in _marks(averages).items() if earlier and earlier.get(key) == mark}
+    averages = [(name, held) for name, held in averages if _key_of(held) not in still]
+    if not pairs and not lost and not averages and not still:
         return SecondCopies(first)
     history = _History(snapshots)
     copies = (
@@ -156,7 +169,24 @@ def find_copies(
         ),
         *_average_copies(averages, inputs, history),
     )
-    return SecondCopies(first, copies, tuple(_notes(copies, lost)), tensors)
+    return SecondCopies(first, copies, tuple(_notes(copies, lost, still)), tensors)
+
+
+def marks_of_averages(snapshot: Snapshot) -> Mapping[str, str]:
+    """A mark of each of a snapshot's averages, by its key: equal where a sample of all its tensors has the same bytes."""
+    return snapshot.source.averages if snapshot.source else _marks(list(_averages(snapshot)))
+
+
+def _marks(averages: Sequence[tuple[str, _Held]]) -> dict[str, str]:
+    found: dict[str, Any] = {}
+    for _, held in averages:
+        found.setdefault(_key_of(held), hashlib.sha256()).update(_raw(held.entry))
+    return {key: whole.hexdigest() for key, whole in found.items()}
+
+
+def _key_of(held: _Held) -> str:
+    """The average that a tensor belongs to."""
+    return ": ".join(filter(None, (held.part, dotted(held.path[:-1]))))
 
 
 def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, history: _History) -> Iterator[_Copy]:
@@ -174,7 +204,9 @@ def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, histo
         yield _Copy(held, numbers[name], own is None, tensor, is_average=True)
 
 
-def _notes(copies: Sequence[_Copy], lost: Sequence[_Held]) -> Iterator[str]:
+def _notes(copies: Sequence[_Copy], lost: Sequence[_Held], still: Collection[str]) -> Iterator[str]:
+    if still:
+        yield f"unchanged since an earlier snapshot, and so no averages of weights that move; they stay as they are: {listed(sorted(still))}"
     averages = Counter(dotted(copy.held.path[:-1]) for copy in copies if copy.is_average)
     if averages:
         told = (f"{name} ({count} tensors)" for name, count in averages.items())

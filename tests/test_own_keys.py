@@ -286,6 +286,54 @@ def test_kept_and_watched_snapshots_and_a_leap_are_of_the_weights_that_are_named
     assert set(load_file(tmp_path / "watched" / "step_100.pt.kept.safetensors")) == FIRST
 
 
+def test_a_module_whose_list_of_unsaved_buffers_is_none_is_read_all_the_same(tmp_path: Path) -> None:
+    net = torch.nn.BatchNorm1d(4)
+    net._non_persistent_buffers_set = 5  # type: ignore[assignment]
+    torch.save({"model": net}, tmp_path / "a.pt")
+    assert "running_mean" in open_snapshot(tmp_path / "a.pt").tensors
+
+
+def test_a_name_of_very_many_words_in_an_average_takes_no_time(tmp_path: Path) -> None:
+    """Each of its ends was looked for: 200,000 words took minutes."""
+    torch.save({"model": _net(), "ema": _net() | {f"{'.' * 200_000}x": torch.zeros(4)}}, tmp_path / "a.pt")
+    assert [dotted(one.path) for one in open_snapshot(tmp_path / "a.pt").parts[0].averages] == ["ema"]
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+def test_a_teacher_that_is_not_trained_stays_as_it_is(tmp_path: Path, *, is_remembered: bool) -> None:
+    """A leap may see the newest snapshot alone, so its memory has to tell a teacher from an average of the weights."""
+    run, loop = tmp_path / "run", _Loop()
+    run.mkdir()
+    teacher = {name: value.clone() for name, value in loop.first.state_dict().items()}
+    for step in range(1, LAST + 1):
+        loop.step()
+        if step % EVERY == 0:
+            for path in run.iterdir() if is_remembered else ():
+                path.unlink()
+            payload = {"student": loop.first.state_dict(), "teacher": teacher, "ema": loop.average.state_dict(), "step": step}
+            torch.save(payload, run / f"step_{step}.pt")
+            leapt = farcast_cli.leap(run, output=f"{tmp_path / 'leaps'}/", gain=1.0) if is_remembered or step == LAST else None
+    assert leapt is not None
+    assert leapt.outcome.path is not None
+    found, origin = _load(leapt.outcome.path), _load(run / f"step_{LAST}.pt")
+    assert torch.equal(found["teacher"]["weight"], teacher["weight"])
+    assert not torch.equal(found["ema"]["weight"], origin["ema"]["weight"])
+    assert any(note.endswith("they stay as they are: teacher") for note in leapt.outcome.notes)
+
+
+def test_kept_snapshots_tell_a_teacher_that_is_not_trained(tmp_path: Path, call_cli: CallCli) -> None:
+    """The trainer's older checkpoints are gone, and kept ones have the student alone."""
+    teacher = {"weight": torch.ones(8, 8), "bias": torch.ones(8)}
+    run = _saved(lambda loop, step: {"student": loop.first.state_dict(), "teacher": teacher, "step": step}, tmp_path / "run")
+    assert call_cli("keep", run, cwd=tmp_path).returncode == 0
+    for step in range(EVERY, LAST, EVERY):
+        (run / f"step_{step}.pt").unlink()
+    done = call_cli("predict", run, "--horizon", HORIZON, "--even-if-worse", "-o", "out.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(_load(tmp_path / "out.pt")["teacher"]["weight"], torch.ones(8, 8))
+    assert not torch.equal(_load(tmp_path / "out.pt")["student"]["weight"], _load(run / f"step_{LAST}.pt")["student"]["weight"])
+
+
 @pytest.mark.parametrize("keys", ["critic", "networks.critic.weight", "total_steps"])
 def test_a_key_without_tensors_is_refused_with_those_that_have_some(keys: str, tmp_path: Path, call_cli: CallCli) -> None:
     run = _saved(_actor_critic, tmp_path / "run")

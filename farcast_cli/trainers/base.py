@@ -168,6 +168,8 @@ class KeptFrom:
     num_bytes: int
     states: tuple[StateNumbers, ...]
     marks: tuple[LeapMark, ...]
+    averages: Mapping[str, str]
+    """A mark of each of its averages of the weights: the same where a sample of its values is."""
 
 
 @dataclass(frozen=True, slots=True)

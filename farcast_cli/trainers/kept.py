@@ -99,6 +99,8 @@ class KeptRecord(BaseModel):
     """How many tensors were not copied, by the reason."""
     marks: tuple[tuple[Count, Count, Count], ...]
     states: tuple[StateRecord, ...]
+    averages: dict[str, str] = {}
+    """Marks of its averages, which are not copied."""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -176,7 +178,8 @@ def _read(path: Path) -> Snapshot:
     file = replace(file, entries=tuple(_viewed(entry, record.views) for entry in file.entries))
     states = tuple(StateNumbers(one.name, one.role, _tree_of(path, one), one.is_read) for one in record.states)
     marks = tuple(LeapMark(*mark) for mark in record.marks)
-    source = KeptFrom(path.parent / local(record.run), record.pattern, record.digest, record.bytes, states, marks)
+    run = path.parent / local(record.run)
+    source = KeptFrom(run, record.pattern, record.digest, record.bytes, states, marks, record.averages)
     return Snapshot(
         path,
         LAYOUT.name,

@@ -28,6 +28,8 @@ WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module
 MAX_DEPTH = 3
 MAX_KEYS = 8
 """Keys that a message lists."""
+MAX_WORDS = 64
+"""Last words of a tensor's name that are looked at: a name of thousands would take minutes."""
 AVERAGED = "an average of the weights: it moves with them for resuming; --for evaluation replaces it by the forecast"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _AVERAGE = frozenset({"ema", "teacher", "avg", "average", "averaged", "target", "swa", "shadow", "polyak", "running"})
@@ -249,8 +251,9 @@ def pairs_of(average: object, network: object) -> list[tuple[TensorRef, str]]:
 
 def _tails(name: str) -> Iterator[str]:
     """A name, and what is left of it without its first words: an average may hold a network under a key of its own."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts)))
+    yield name
+    parts = name.rsplit(".", MAX_WORDS)[1:]
+    yield from (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _are_alike(one: TensorRef, other: TensorRef) -> bool:
