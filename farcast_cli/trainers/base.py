@@ -192,6 +192,8 @@ class Snapshot:
     """Every file as it was before any of it was read."""
     source: KeptFrom | None = None
     """Of a kept snapshot, the checkpoint that it was copied from."""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights that were chosen when it was read, or kept; none for all networks."""
 
     @property
     def num_bytes(self) -> int:
@@ -370,7 +372,7 @@ class Layout:
         if self.read_chosen is None:
             raise UsageError(f"--weights: a {self.name} snapshot has its weights in one place", hint="leave the option out")
         read, chosen = self.read_chosen, tuple(keys)
-        return replace(self, read=lambda path: read(path, chosen))
+        return replace(self, read=lambda path: replace(read(path, chosen), weights=chosen))
 
 
 def _middle_of(entry: TensorEntry) -> bytes:
