@@ -42,9 +42,22 @@ KEPT_KEY = "farcast_kept"
 
 _TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".pkl"})
 Role = Literal[
-    "weights", "weights-index", "twin", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"
+    "weights",
+    "weights-index",
+    "twin",
+    "average",
+    "state",
+    "side-state",
+    "optimizer",
+    "scheduler",
+    "trainer-state",
+    "data",
+    "other",
 ]
-"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast."""
+"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast.
+
+An average holds an average of the weights in a file of its own, under their names.
+"""
 _UNREAD_STATE: frozenset[Role] = frozenset({"optimizer", "scheduler", "side-state", "state", "other"})
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
