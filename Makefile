@@ -88,7 +88,7 @@ trainers: ## resume forecasts in trainers that clash or weigh much: downloads 2 
 	$(PYTHON) -m venv --clear $(TRAINERS)
 	$(TRAINERS)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(TRAINERS)/bin/pip install --quiet --no-deps --requirement tests/trainers_real/requirements.txt
-	$(TRAINERS)/bin/python -m pytest -rs tests/trainers_real
+	HF_HUB_OFFLINE=1 $(TRAINERS)/bin/python -m pytest -rs tests/trainers_real
 
 site: setup ## the documentation as a web site, in site/
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
