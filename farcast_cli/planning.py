@@ -20,7 +20,7 @@ from farcast_cli.folder import folder_of
 from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.request import Prepared, Start
-from farcast_cli.second_copies import find_copies
+from farcast_cli.second_copies import find_copies, replaced_averages
 from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
 from farcast_cli.state.metadata import advance_metadata
 from farcast_cli.trainers import trainer_of
@@ -145,7 +145,17 @@ def _plan(
     moved.notes.extend(notes)
     mirror = request.purpose == "evaluation"
     index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, texts, mirror, masters=found.masters)
+    averages = replaced_averages(start.origin, index_of, found.masters) if mirror else found.averages
+    rewrite = Rewrite(
+        index_of,
+        request.dtype,
+        request.max_shard_bytes,
+        counts,
+        texts,
+        mirror,
+        masters=found.masters,
+        averages=averages,
+    )
     return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
 
 

@@ -85,6 +85,7 @@ class ForecastOptions(AnswerPart):
     counters: str = Field(description="`--counters`")
     dtype: str = Field(description="`--dtype`")
     layout: str = Field(description="`--layout`")
+    weights: tuple[str, ...] = Field(default=(), description="`--weights`; absent if all networks were forecast")
 
 
 class ResumeEntry(AnswerPart):

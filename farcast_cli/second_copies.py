@@ -4,7 +4,8 @@ A loop in bfloat16 keeps the weights again in float32 (master weights), and its 
 step. Lookahead keeps slow weights, and Schedule-free the point z: both pull the model towards them. Left at the origin, they
 undo a forecast. A copy is found by its values, a few KiB of each tensor; names alone decide nothing but a caution.
 
-Averages of the weights (EMA) lie beside the optimizer. They are found by their names, and move with the weights.
+Averages of the weights (EMA) lie beside the optimizer, or in a file of their own. They are found by their names, and move with
+the weights.
 
 Shapes: N values of a sample, C copies.
 """
@@ -24,6 +25,7 @@ from farcast_cli.engine.casts import narrow, widen, work_type
 from farcast_cli.errors import listed
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import in_collection, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted, walk
@@ -31,9 +33,10 @@ from farcast_cli.run.alignment import AlignedTensor
 from farcast_cli.state.advance import StorageSpan, place_of
 from farcast_cli.state.files import STATE_ROLES, load_histories, param_groups
 from farcast_cli.tensors import FLOATING, TensorEntry, sample_stretches
+from farcast_cli.trainers.base import Average
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -109,6 +112,15 @@ class SecondCopies:
         found: dict[str, dict[StorageSpan, tuple[TensorEntry, int]]] = {}
         for number, copy in enumerate(self.copies, self.first):
             found.setdefault(copy.held.part, {})[copy.held.place] = copy.held.entry, number
+        return found
+
+    @cached_property
+    def averages(self) -> Mapping[str, Mapping[str, tuple[TensorEntry, int]]]:
+        """The averages of each part by their names in it: their entry at the origin and their number."""
+        found: dict[str, dict[str, tuple[TensorEntry, int]]] = {}
+        for number, copy in enumerate(self.copies, self.first):
+            if copy.is_average:
+                found.setdefault(copy.held.part, {})[dotted(copy.held.path)] = copy.held.entry, number
         return found
 
     @cached_property
@@ -189,6 +201,17 @@ def _key_of(held: _Held) -> str:
     return ": ".join(filter(None, (held.part, dotted(held.path[:-1]))))
 
 
+def replaced_averages(
+    origin: Snapshot, index_of: Mapping[str, int], masters: Mapping[str, tuple[TensorEntry, int]]
+) -> Mapping[str, Mapping[str, tuple[TensorEntry, int]]]:
+    """The weights whose forecast takes the place of averages, by the averages' parts and names, as `SecondCopies.averages`."""
+    found: dict[str, dict[str, tuple[TensorEntry, int]]] = {}
+    for name, held in _averages(origin):
+        if name in index_of:
+            found.setdefault(held.part, {})[dotted(held.path)] = masters.get(name, (origin.tensors[name], index_of[name]))
+    return found
+
+
 def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, history: _History) -> Iterator[_Copy]:
     """The averages of tensors that are forecast, each forecast by the coefficients of its weight from its own history.
 
@@ -207,7 +230,7 @@ def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, histo
 def _notes(copies: Sequence[_Copy], lost: Sequence[_Held], still: Collection[str]) -> Iterator[str]:
     if still:
         yield f"unchanged since an earlier snapshot, and so no averages of weights that move; they stay as they are: {listed(sorted(still))}"
-    averages = Counter(dotted(copy.held.path[:-1]) for copy in copies if copy.is_average)
+    averages = Counter(dotted(copy.held.path[:-1]) or copy.held.part for copy in copies if copy.is_average)
     if averages:
         told = (f"{name} ({count} tensors)" for name, count in averages.items())
         yield f"averages of the weights, moved with them: {listed(told)}"
@@ -249,13 +272,23 @@ def _averages(snapshot: Snapshot) -> Iterator[tuple[str, _Held]]:
     """The tensors of a snapshot's averages, each with the name of its weight."""
     for part in snapshot.parts:
         content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
-        if not isinstance(content, TorchFile):
-            continue
-        for average in part.averages:
-            for ref, name in average.pairs:
-                if ref.dtype.name in FLOATING and ref.shape and is_streamable(ref):
-                    path = (*average.path, name)
-                    yield part.prefix + name, _Held(part.name, path, place_of(ref), content.entry(dotted(path), ref))
+        found: Iterator[tuple[str, _Held]] = iter(())
+        if isinstance(content, TorchFile):
+            own = [Average((), tuple((ref, dotted(keys)) for keys, ref in iter_tensors(content.tree)))]
+            found = _in_torch(part, content, own if part.role == "average" else part.averages)
+        elif isinstance(content, SafetensorsFile) and part.role == "average":
+            found = ((one.name, _Held(part.name, (one.name,), (one.name, 0, one.num_elements), one)) for one in content.entries)
+        yield from (
+            (part.prefix + name, held) for name, held in found if held.entry.dtype.name in FLOATING and held.entry.shape
+        )
+
+
+def _in_torch(part: Part, file: TorchFile, averages: Iterable[Average]) -> Iterator[tuple[str, _Held]]:
+    for average in averages:
+        for ref, name in average.pairs:
+            if is_streamable(ref):
+                path = (*average.path, name)
+                yield name, _Held(part.name, path, place_of(ref), file.entry(dotted(path), ref))
 
 
 def _tensors_in_optimizers(tree: Any, part: Part) -> Iterator[tuple[TreePath, Any]]:

@@ -289,6 +289,34 @@ def test_the_one_number_that_differs_between_names_is_the_step(tmp_path: Path, n
     assert reasons(tmp_path) == {f"{last}.safetensors": "unknown step"}
 
 
+@pytest.mark.parametrize("name", ["efficientdet-d0_{epoch}_{step}", "net_{step}_{epoch}", "a-epoch{epoch:02d}-{step}"])
+def test_of_two_numbers_in_names_the_one_that_rises_each_time_is_the_step(tmp_path: Path, name: str) -> None:
+    for step in reversed(STEPS):  # so that their times tell another order
+        loose(tmp_path, name.format(epoch=step // 300, step=step), step)
+    found = discover(tmp_path)
+    assert found.steps == STEPS
+    assert {snapshot.step_source for snapshot in found.snapshots} == {"name"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x_{part}_{step}",
+        "x_fold{epoch}_{step}",
+        "x_{restarted}_{step}",
+        "x_{epoch}_{again}",
+        "x-{epoch}.{step}",
+        "x_{day}_{step}",
+    ],
+)
+def test_two_numbers_that_do_not_rise_as_step_and_epoch_tell_no_steps(tmp_path: Path, name: str) -> None:
+    for step in STEPS:
+        odd = {"part": step // 100, "restarted": (step // 300) % 2, "again": step % 300, "day": 20240101 + step // 300}
+        loose(tmp_path, name.format(epoch=step // 300, step=step, **odd), step)
+    with pytest.raises((StepConflictError, TooFewSnapshotsError)):
+        discover(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", ["x_y_seed{}", "a_0.{}", "b_c_{}k", "2024-05-{}", "q-{}-of-900", "my_run_epoch_{}", "u_v_1e{}"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import farcast_cli
-from farcast_cli.errors import NoWeightsError, UnsafeFileError, UsageError
+from farcast_cli.errors import NoWeightsError, OutputError, UnsafeFileError, UsageError
 from farcast_cli.formats.torch_file import read_raw_pickle, read_torch_file
 from farcast_cli.formats.tree import dotted
 from farcast_cli.run.trajectory import discover, open_snapshot
@@ -332,6 +333,48 @@ def test_kept_snapshots_tell_a_teacher_that_is_not_trained(tmp_path: Path, call_
     assert done.returncode == 0, done.stderr
     assert torch.equal(_load(tmp_path / "out.pt")["teacher"]["weight"], torch.ones(8, 8))
     assert not torch.equal(_load(tmp_path / "out.pt")["student"]["weight"], _load(run / f"step_{LAST}.pt")["student"]["weight"])
+
+
+def test_kept_snapshots_of_other_weights_are_no_second_run(tmp_path: Path, call_cli: CallCli) -> None:
+    run = _saved(_gan, tmp_path / "run")
+    for keys in (("--weights", "d"), ("--weights", "g"), ()):
+        done = call_cli("keep", run, *keys, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    refused = call_cli("keep", run, "--weights", "g", "--into", "kept/run", cwd=tmp_path)
+    assert refused.returncode == OutputError.exit_code
+    assert "holds kept snapshots of --weights d, expected those of --weights g" in refused.errors[0]
+    for step in range(EVERY, LAST, EVERY):
+        (run / f"step_{step}.pt").unlink()
+    for keys in (("--weights", "d"), ("--weights", "g"), ()):
+        found = call_cli("inspect", run, *keys, "--json", cwd=tmp_path)
+        assert len(json.loads(found.stdout)["snapshots"]) == LAST // EVERY, found.stderr
+    other = call_cli("fit", run, "--weights", "g", "--history", "kept/run", cwd=tmp_path)
+    assert "expected kept snapshots of --weights g, found those of --weights d" in other.errors[0]
+
+
+@pytest.mark.parametrize("layout", ["same", "safetensors"])
+def test_a_forecast_is_verified_by_the_weights_that_were_chosen(layout: str, tmp_path: Path, call_cli: CallCli) -> None:
+    run = _saved(_gan, tmp_path / "run")
+    assert call_cli("fit", run, "--weights", "d", cwd=tmp_path).returncode == 0
+    done = call_cli("predict", "--horizon", HORIZON, "--even-if-worse", "--layout", layout, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    truth = _saved(_gan, tmp_path / "longer", until=LAST + HORIZON) / f"step_{LAST + HORIZON}.pt"
+    told = json.loads(call_cli("verify", done.stdout.strip(), "--against", truth, "--json", cwd=tmp_path).stdout)
+    assert {one["name"] for one in told["per_tensor"]} == FIRST
+    assert told["ratio"] != 1.0
+
+
+def test_a_run_that_resumed_is_known_by_the_weights_that_were_chosen(tmp_path: Path, call_cli: CallCli) -> None:
+    def hidden(loop: _Loop, step: int) -> Payload:
+        return {"deep": {"er": {"and": {"down": loop.first.state_dict()}}}, "step": step}
+
+    run, longer = _saved(hidden, tmp_path / "run"), _saved(hidden, tmp_path / "longer", until=LAST + 3 * EVERY)
+    assert call_cli("fit", run, "--weights", "deep.er.and.down", cwd=tmp_path).returncode == 0
+    done = call_cli("predict", "--horizon", HORIZON, "--even-if-worse", cwd=tmp_path)
+    last = (longer / f"step_{LAST + 3 * EVERY}.pt").rename(run / f"step_{LAST + 3 * EVERY}.pt")
+    told = json.loads(call_cli("verify", done.stdout.strip(), "--against", last, "--json", cwd=tmp_path).stdout)
+    assert told["descends"]
 
 
 @pytest.mark.parametrize("keys", ["critic", "networks.critic.weight", "total_steps"])

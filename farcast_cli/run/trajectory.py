@@ -135,15 +135,15 @@ def open_snapshot(path: Path, weights: Sequence[str] = ()) -> Snapshot:
     """One checkpoint by itself, its step settled by its own evidence (-1 where there is none).
 
     Args:
-        weights: as of `discover`.
+        weights: as of `discover`, if it is of a layout that has several; in others, farcast wrote only these.
     """
     layout = recognise(path)
     if layout is None and (inner := only_file_of(path)) is not None:
-        return open_snapshot(inner)
+        return open_snapshot(inner, weights)
     if layout is None:  # which has seen that the path can be looked at
         what = "no checkpoint here" if path.exists() else "no such file or folder"
         raise SnapshotError(f"{path}: {what}", path=path)
-    snapshot = read_snapshot(layout.choosing(weights), path)
+    snapshot = read_snapshot(layout.choosing(weights) if layout.read_chosen else layout, path)
     if snapshot.is_sample:
         raise SnapshotError(f"{path}: expected all weights, found a kept sample of them", hint=WHOLE, path=path)
     first = snapshot.evidence[0] if snapshot.evidence else None

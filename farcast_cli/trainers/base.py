@@ -42,9 +42,22 @@ KEPT_KEY = "farcast_kept"
 
 _TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".pkl"})
 Role = Literal[
-    "weights", "weights-index", "twin", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"
+    "weights",
+    "weights-index",
+    "twin",
+    "average",
+    "state",
+    "side-state",
+    "optimizer",
+    "scheduler",
+    "trainer-state",
+    "data",
+    "other",
 ]
-"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast."""
+"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast.
+
+An average holds an average of the weights in a file of its own, under their names.
+"""
 _UNREAD_STATE: frozenset[Role] = frozenset({"optimizer", "scheduler", "side-state", "state", "other"})
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
@@ -194,6 +207,8 @@ class Snapshot:
     """Every file as it was before any of it was read."""
     source: KeptFrom | None = None
     """Of a kept snapshot, the checkpoint that it was copied from."""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights that were chosen when it was read, or kept; none for all networks."""
 
     @property
     def num_bytes(self) -> int:
@@ -372,7 +387,7 @@ class Layout:
         if self.read_chosen is None:
             raise UsageError(f"--weights: a {self.name} snapshot has its weights in one place", hint="leave the option out")
         read, chosen = self.read_chosen, tuple(keys)
-        return replace(self, read=lambda path: read(path, chosen))
+        return replace(self, read=lambda path: replace(read(path, chosen), weights=chosen))
 
 
 def _middle_of(entry: TensorEntry) -> bytes:

@@ -91,6 +91,8 @@ class KeptRecord(BaseModel):
     layout: str
     run: str
     pattern: str
+    weights: tuple[str, ...] = ()
+    """The keys of the weights that were chosen; none where all networks were kept."""
     unit: StepUnit = "step"
     bytes: Count
     digest: str
@@ -189,6 +191,7 @@ def _read(path: Path) -> Snapshot:
         unit=record.unit,
         notes=_notes(record),
         source=source,
+        weights=record.weights,
     )
 
 
