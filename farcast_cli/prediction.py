@@ -334,7 +334,7 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     notes = []
     newer = newer_snapshots(fitted)
     if newer and request.origin_step is None:
-        again = f"farcast fit {fitted.source}"
+        again = f"farcast fit {fitted.selected}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     if request.purpose == "resume" and (carrier := carrier_of(fitted)):
         notes.append(carrier)

@@ -232,3 +232,15 @@ def test_fit_says_how_the_steps_were_told_and_which_averages_are_left_out(tmp_pa
     assert "note: steps as --steps lists them, first epoch first: model_epoch_1.pth = 100," in told
     assert "model_epoch_9.pth = 900, model_epoch_10.pth = 1000" in told
     assert "note: model_epoch_5_ema.pth left out: 'ema' in its name" in told
+
+
+def test_a_counter_that_the_chosen_evidence_leaves_behind_is_a_caution(tmp_path: Path, call_cli: CallCli) -> None:
+    for number, name in enumerate((300, 600, 917, 1200, 1500, 1817, 2100, 2417), 1):
+        payload(tmp_path / "run", f"run_{name}", 100 * number, iteration=100 * number)
+    done = call_cli("predict", "run", "--step-from", "name", "--horizon", "300", "--even-if-worse", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "iteration stays at 800: it does not rise in proportion to the steps" in done.stderr
+    caution = "caution: iteration stays at 800: a training that counts by it resumes at step 800, with the weights of step 2717"
+    assert caution in done.stderr.splitlines()
+    even = call_cli("predict", "run", "--step-from", "payload", "--horizon", "300", "--even-if-worse", cwd=tmp_path)
+    assert (even.returncode, "caution: iteration" in even.stderr) == (0, False)

@@ -256,7 +256,7 @@ def _fit_command(trajectory: Trajectory) -> str:
     words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
     words += trajectory.rule.options
     words += ["--weights", ",".join(trajectory.weights)] if trajectory.weights else []
-    words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
+    words += ["--steps", str(trajectory.chosen)] if trajectory.chosen else []
     return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
 
 
@@ -476,7 +476,7 @@ def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
         yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
     if outcome.path is not None and not outcome.existed:
         yield from _copied_texts(outcome.copied, verbose=verbose)
-        yield from (f"note: {text}" for text in outcome.notes)
+        yield from (text if text.startswith("caution: ") else f"note: {text}" for text in outcome.notes)
         yield from (f"  {text}" for text in outcome.changes if verbose)
         if outcome.changes and not verbose:
             count = len(outcome.changes)

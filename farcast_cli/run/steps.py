@@ -57,6 +57,10 @@ class StepRange:
             return False
         return self.first <= step and (self.last is None or step <= self.last) and step % self.every == 0
 
+    def __str__(self) -> str:
+        last, every = "" if self.last is None else self.last, "" if self.every == 1 else f":{self.every}"
+        return f"{self.first or ''}:{last}{every}"
+
     @classmethod
     def parse(cls, text: str) -> StepRange:
         parts = text.split(":")
@@ -76,6 +80,9 @@ class StepList:
 
     def __contains__(self, step: object) -> bool:
         return step in self.steps
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.steps))
 
     @classmethod
     def parse(cls, text: str) -> StepList:
