@@ -311,10 +311,11 @@ def _in_order_of_saving(
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
     if chosen is None or len(set(map(order.key, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
+        give = f"give one number for each: {_numbers_for(len(ordered))}; or " if chosen is None else ""
         findings.conflicts.append(
             StepConflictError(
                 f"{directory}: unknown steps: --steps lists {len(wanted.steps)} for {count}: {_in_words(ordered)}",
-                hint="add the steps to the snapshots' names, such as step_1000",
+                hint=f"{give}add the steps to the snapshots' names, such as step_1000",
             )
         )
         return ordered
@@ -372,8 +373,19 @@ def _ask_for_steps(ordered: Sequence[Snapshot], order: _Order, directory: Path, 
         count, unit = len(ordered), rule.unit
         yield StepConflictError(
             f"{directory}: unknown {unit}s of its {count} snapshots; {order.words} they are {_in_words(ordered)}",
-            hint=f"--steps 100,200,300 assigns the {unit}s in that order, {count} of them{epochs}; or add the {unit} to each name",
+            hint=f"{_numbers_for(count)} assigns the {unit}s in that order{epochs}; or add the {unit} to each name",
         )
+
+
+def _numbers_for(count: int) -> str:
+    """The option that lists a step for each of some snapshots.
+
+    >>> _numbers_for(3), _numbers_for(10)
+    ('--steps S1,S2,S3 (3 numbers)', '--steps S1,S2,...,S10 (10 numbers)')
+    """
+    few = count <= 3  # noqa: PLR2004 - more need no list
+    names = [f"S{number}" for number in range(1, count + 1)] if few else ["S1", "S2", "...", f"S{count}"]
+    return f"--steps {','.join(names)} ({count} numbers)"
 
 
 def _in_words(snapshots: Sequence[Snapshot]) -> str:
