@@ -922,7 +922,7 @@ def test_inspect_shows_every_conflict_and_fit_the_first_with_their_number(tmp_pa
     refused = call_cli("fit", "run", cwd=tmp_path)
     assert refused.returncode == 3
     assert "checkpoint-210" in refused.errors[0]
-    assert "(and 2 more: farcast inspect run shows all)" in refused.errors[0]
+    assert "(and 2 more: farcast inspect run -v shows all)" in refused.errors[0]
 
 
 def test_a_conflict_outside_of_the_chosen_steps_is_none(tmp_path: Path) -> None:

@@ -105,8 +105,9 @@ def inspect(selection: Selection) -> Inspection:
         fatal = error
         found.append(error)
     problems = [f"{error}; {error.hint}" if error.hint else str(error) for error in found]
-    if len(trajectory.snapshots) < MIN_SNAPSHOTS:
-        problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
+    count = len(trajectory.snapshots)
+    if count < MIN_SNAPSHOTS:
+        problems.append(f"{count} snapshot{'s' * (count != 1)}: fit needs {MIN_SNAPSHOTS}")
     return Inspection(replace(trajectory, notes=(*trajectory.notes, *notes)), alignment, tuple(problems), fatal)
 
 

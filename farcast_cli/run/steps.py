@@ -244,7 +244,7 @@ def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotErr
     first, num_more = conflicts[0], len(conflicts) - 1
     if not num_more:
         return first
-    return type(first)(f"{first} (and {num_more} more: farcast inspect {shell_word(directory)} shows all)", hint=first.hint)
+    return type(first)(f"{first} (and {num_more} more: farcast inspect {shell_word(directory)} -v shows all)", hint=first.hint)
 
 
 # --- snapshots without evidence --------------------------------------------------------------------------------------
@@ -425,9 +425,14 @@ def _contradiction(snapshot: Snapshot, item: Evidence) -> StepConflictError:
     chosen = snapshot.evidence[0]
     says = "falls back to" if chosen.step == item.step else "says"
     return StepConflictError(
-        f"{snapshot.path}: {chosen.where} says step {chosen.step}, but {item.source} ({item.where}) {says} {item.step}",
+        f"{snapshot.path}: {_place_of(chosen)} says {snapshot.unit} {chosen.step}, but {item.source} ({item.where}) {says} {item.step}",
         hint="rename the snapshot to its real step, or move it out of this folder",
     )
+
+
+def _place_of(item: Evidence) -> str:
+    """Where evidence lies; with its kind if it is a key that is called as what it counts."""
+    return f"{item.source} ({item.where})" if item.where in {"step", "epoch"} else item.where
 
 
 def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:
