@@ -49,7 +49,6 @@ from farcast_cli.settings import (
     fit_request,
     horizons_of,
     ledgers_of,
-    narrowed,
     parse_size,
     place_in_folder,
     prepare,
@@ -370,7 +369,7 @@ def predict(
         clock=clock,
         logs=places_of(targets),
         source=source_of(run, fitted),
-        narrowed=narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
+        narrowed=fitted.narrowed + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         evaluator=evaluator,
     )

@@ -101,7 +101,7 @@ class Outcome:
 
     @property
     def num_copied(self) -> int:
-        return len(self.copied)
+        return sum(one.num_tensors for one in self.copied)
 
     @property
     def valid_step(self) -> int:

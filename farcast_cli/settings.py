@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -322,18 +321,8 @@ def check_watch_options(interval: float, *, is_leaping: bool, on_leap: str | Non
         raise UsageError("--on-leap: expected --leap too: without it nothing is written", hint="--leap --on-leap 'CMD {ckpt}'")
 
 
-def narrowed(fitted: Fitted) -> str:
-    """The options that chose what was read of a run, each with a blank before it."""
-    rule = "".join(f" {word}" for word in fitted.rule.options)
-    chosen = fitted.provenance
-    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
-    options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
-    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule
-
-
 def source_of(run: object, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it; `run` is a place, or what was fitted."""
     if isinstance(run, (str, os.PathLike)) and not Path(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
-    return f" {fitted.source}{narrowed(fitted)}"
+    return f" {fitted.selected}"

@@ -217,7 +217,10 @@ def test_where_nothing_tells_the_steps_a_list_gives_them_in_the_order_of_saving(
     run = unnumbered(tmp_path / "run", "hgfedcba")
     with pytest.raises(StepConflictError, match=r"steps of its 8 snapshots; .* h\.safetensors, g\.safetensors, f") as caught:
         discover(run)
-    assert "--steps 100,200,300" in caught.value.hint
+    assert "--steps S1,S2,...,S8 (8 numbers) assigns" in caught.value.hint
+    with pytest.raises(StepConflictError, match="--steps lists 3 for 8 snapshots") as few:
+        discover(run, steps=StepList((100, 200, 300)))
+    assert "give one number for each: --steps S1,S2,...,S8 (8 numbers)" in few.value.hint
     found = discover(run, steps=StepList(STEPS))
     assert [(s.step, s.path.stem, s.step_source) for s in found.snapshots] == [
         (step, name, "order") for step, name in zip(STEPS, "hgfedcba", strict=True)
@@ -947,7 +950,7 @@ def test_inspect_shows_every_conflict_and_fit_the_first_with_their_number(tmp_pa
     refused = call_cli("fit", "run", cwd=tmp_path)
     assert refused.returncode == 3
     assert "checkpoint-210" in refused.errors[0]
-    assert "(and 2 more: farcast inspect run shows all)" in refused.errors[0]
+    assert "(and 2 more: farcast inspect run -v shows all)" in refused.errors[0]
 
 
 def test_a_conflict_outside_of_the_chosen_steps_is_none(tmp_path: Path) -> None:

@@ -184,6 +184,19 @@ def test_to_evaluate_the_forecast_takes_the_place_of_an_average_in_its_own_type(
     assert torch.equal(found["ema"]["weight"], found["model"]["weight"].half())
 
 
+def test_averages_are_said_to_move_and_the_tensors_of_another_network_are_counted(tmp_path: Path, call_cli: CallCli) -> None:
+    run = _saved(_gan, tmp_path / "run")
+    options = ("predict", run, "--horizon", HORIZON, "--even-if-worse", "--dry-run")
+    whole = call_cli(*options, cwd=tmp_path).stderr
+    assert "tensors forecast, 0 copied" in whole
+    assert " copied: " not in whole
+    assert "g_ema.*: an average of the weights: it moves with them for resuming" in whole
+    one = call_cli(*options, "--weights", "g", cwd=tmp_path).stderr
+    count = len(_load(run / f"step_{LAST}.pt")["d"])
+    assert f"tensors forecast, {count} copied" in one
+    assert f"{count} tensors copied: {count} tensors outside the weights" in one
+
+
 def test_several_networks_are_one_file_of_safetensors(tmp_path: Path) -> None:
     run = _saved(_gan, tmp_path / "run")
     (outcome,) = predict_run(fit_run(run), tmp_path / "out.safetensors", horizons=[HORIZON], layout="safetensors")

@@ -226,6 +226,7 @@ ORDER = (
     "commands.tables",
     "commands.progress_line",
     "commands.cautions",
+    "commands.grouped",
     "commands.render",
     "commands.view",
     "commands.streams",

@@ -410,7 +410,7 @@ ClockOption = Annotated[
     choice(
         ClockName,
         "--clock",
-        text="StepUnit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
+        text="Unit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
         " resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]

@@ -228,6 +228,7 @@ def _joined(found: Trajectory, kept: Sequence[Snapshot], folder: Path, steps: St
         notes=(*found.notes, *notes),
         kept=folder if older else None,
         kept_notes=tuple(notes),
+        chosen=steps,
     )
 
 

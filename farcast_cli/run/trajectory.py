@@ -45,6 +45,8 @@ class Trajectory:
     """The folder of kept snapshots, if some of the snapshots lie there."""
     kept_notes: tuple[str, ...] = ()
     """What a person should know of the kept snapshots."""
+    chosen: StepRange | StepList | None = None
+    """The steps that the user chose."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -124,7 +126,8 @@ def survey(
     rule = replace(rule, unit=settled[0].unit) if settled else rule  # kept snapshots know theirs
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(
-        directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, rule, tuple(weights)
+        *(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, rule, tuple(weights)),
+        chosen=steps,
     )
     if not settled and not conflicts and not may_be_empty:
         raise too_few(directory, 0, 1, found.half_written)

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FileFormatError
-from farcast_cli.trainers.base import WEIGHT_FILES, find_weights
-from farcast_cli.trainers.networks import AVERAGED
+from farcast_cli.trainers.base import AVERAGED, WEIGHT_FILES, find_weights
 from farcast_cli.trainers.weights_folder import WeightFile, are_alike, parse_json_of, read_weights
 
 if TYPE_CHECKING:

@@ -267,6 +267,25 @@ class Snapshot:
         return replace(self, step=step, step_source=source, unit=unit or self.unit)
 
 
+AVERAGED = "an average of the weights: it moves with them for resuming; --for evaluation replaces it by the forecast"
+_OUTSIDE = "tensors outside the weights are not forecast; they are copied from the last snapshot"
+
+
+def outside(count: int) -> str:
+    """What becomes of so many tensors in a state dict beside the weights."""
+    return f"{count} {_OUTSIDE}"
+
+
+def num_copied_in(told: str) -> int:
+    """How many tensors are copied where this is told of them: none of an average, which moves with the weights.
+
+    >>> num_copied_in(outside(4)), num_copied_in(AVERAGED), num_copied_in("excluded")
+    (4, 0, 1)
+    """
+    count = told.removesuffix(_OUTSIDE).strip()
+    return 0 if told == AVERAGED else int(count) if told.endswith(_OUTSIDE) and count.isdecimal() else 1
+
+
 class Clock(Protocol):
     """A trainer's own counts at a later step, worked out from those at its snapshots."""
 
