@@ -191,6 +191,9 @@ class RankZeroError(OutputError):
         super().__init__(f"rank 0 ended with code {code}", hint="its own output says why")
         self.exit_code = code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankZeroError, (self.exit_code,)
+
 
 class NoForecastError(FarcastError):
     """By the run's own history no forecast would be better than the last snapshot."""

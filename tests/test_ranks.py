@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from farcast_cli.engine import ranks
+from farcast_cli.engine import room
 from farcast_cli.engine.ranks import Seat, Team, seat_in
 from farcast_cli.errors import UsageError
 from tests.conftest import (
@@ -101,7 +101,7 @@ def impatient() -> None:
     begin = Team.begin
 
     def after(team: Team, step: str) -> None:
-        team._patience_s, team._every_s, ranks._LEAVING_S = 0.2, 0.02, 0.1
+        team._patience_s, team._every_s, room.LEAVING_S = 0.2, 0.02, 0.1
         begin(team, step)
 
     Team.begin = after  # type: ignore[assignment, method-assign]
@@ -240,6 +240,21 @@ def test_the_error_of_a_rank_is_told_once_by_rank_0_with_its_code(tmp_path: Path
     assert left_in(tmp_path / "out") == []
 
 
+def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    for rank in range(2):
+        launched.start(rank, 2, run, before=holding(tmp_path))
+    for rank in range(2):
+        wait_until((tmp_path / f"held-{rank}").exists, "both write")
+    launched.processes[1].terminate()
+    launched.processes[1].join()
+    (tmp_path / "go").touch()
+    first, second = launched.ended()
+    assert (first.returncode, first.errors) == (OUTPUT_ERROR, ["error: rank 1: interrupted"])
+    assert second == Done("", "", 130)
+    assert left_in(tmp_path / "out") == []
+
+
 def test_a_launchers_variables_mean_nothing_unless_ranks_are_asked_for(work: Path, call_cli: CallCli) -> None:
     done = call_cli("predict", "--horizon", 100, "-o", "out/", cwd=work, env={"RANK": "1", "WORLD_SIZE": "2"})
     assert (done.returncode, done.stdout) == (0, f"out/{loose_name(900)}\n")
@@ -250,7 +265,7 @@ def test_ranks_that_write_each_for_itself_are_told_how_to_share(work: Path, call
     (work / "out" / loose_name(900)).touch()
     done = call_cli("predict", "--horizon", 100, "-o", "out/", cwd=work, env={"RANK": "1", "WORLD_SIZE": "2"})
     assert done.returncode == OUTPUT_ERROR
-    assert done.hints == ["hint: --ranks env lets the 2 processes of this launcher write it together"]
+    assert done.hints[0].endswith("; --ranks env lets the 2 processes of this launcher write it together")
 
 
 @pytest.mark.parametrize(

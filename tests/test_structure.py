@@ -131,6 +131,7 @@ ORDER = (
     "engine.workers",
     "engine.linear",
     "engine.ranges",
+    "engine.room",
     "engine.ranks",
     "engine.output_files",
     "engine.checksums",

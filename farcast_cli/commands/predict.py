@@ -245,7 +245,7 @@ def _unshared(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except TakenError as error:
-        error.hint = unshared_hint(ranks) or error.hint
+        error.hint = "; ".join(filter(None, (error.hint, unshared_hint(ranks))))
         raise
 
 

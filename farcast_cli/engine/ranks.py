@@ -24,8 +24,6 @@ Source: torchrun's, Open MPI's, MPICH's and Slurm's variables, from their docume
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import time
 from contextlib import contextmanager, suppress
@@ -34,9 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli import errors, system
 from farcast_cli.choices import DEFAULT_RANKS_TIMEOUT
+from farcast_cli.engine.room import Room, pauses, wait_a_little
 from farcast_cli.errors import FarcastError, OutputError, RankZeroError, UsageError, listed, visible
 from farcast_cli.files.hidden import marked
-from farcast_cli.files.json_text import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,10 +48,7 @@ LAUNCHED = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
 """The variables of torchrun, Open MPI, MPICH and Slurm, the innermost launcher first: torchrun runs under srun, not the other way."""
-_ROOM = ".farcast-ranks"
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
 _BEAT_S = 1.0  # between two signs of life, at most a tenth of the patience
-_LEAVING_S = 10.0  # that rank 0 waits for the others to hear how it ended
 _CODE_OF_INTERRUPT = 130
 _WHERE = "start every rank with the same command, in a folder that all machines share; --ranks-timeout waits longer"
 _DIFFERS = {
@@ -102,7 +97,7 @@ class Team:
         self.seat = seat or Seat()
         self._patience_s = patience_s
         self._every_s = min(_BEAT_S, patience_s / 10)
-        self._room: _Room | None = None
+        self._room: Room | None = None
         self._final = ""
         self._words: dict[int, str] = {}
         self._heard: dict[int, tuple[str, float]] = {}
@@ -136,23 +131,24 @@ class Team:
         if self.is_alone:
             return
         self._final = str(places[0].parent.parent / places[0].name)
-        self._room = _Room.made(places[0].parent)
-        late = time.monotonic() + self._patience_s
-        pauses = _pauses()
+        self._room = room = Room.made(places[0].parent)
+        late, later = time.monotonic() + self._patience_s, pauses()
         while missing := [rank for rank in range(1, self.seat.count) if rank not in self._words]:
-            for rank in missing:
-                if (hello := self._room.read(rank, "hello")) is not None:
-                    self._words[rank] = str(hello["word"])
-                    self._compare(rank, hello, agreed)
-            if time.monotonic() > late and rank not in self._words:
-                absent = [rank for rank in missing if rank not in self._words]
-                which = f"rank{'s' * (len(absent) > 1)} {listed(absent)} of {self.seat.count}"
+            names = room.names()
+            if came := [rank for rank in missing if f"{rank}.hello" in names]:
+                for rank in came:
+                    self._greet(rank, room.read(rank, "hello"), agreed)
+                continue
+            if time.monotonic() > late:
+                which = f"rank{'s' * (len(missing) > 1)} {listed(missing)} of {self.seat.count}"
                 raise OutputError(f"{self._final}: {which} did not come within {self._patience_s:g} s", hint=_WHERE)
-            time.sleep(next(pauses))
+            time.sleep(next(later))
         self._hear_all(self._words)
         self._room.post("roll", {"words": self._words, "folders": [place.parent.name for place in places]})
 
-    def _compare(self, rank: int, hello: Mapping[str, Any], agreed: Mapping[str, str]) -> None:
+    def _greet(self, rank: int, hello: Mapping[str, Any], agreed: Mapping[str, str]) -> None:
+        """Take up a rank that has planned the same."""
+        self._words[rank] = str(hello["word"])
         if hello["count"] != self.seat.count:
             raise OutputError(
                 f"{self._final}: rank {rank} is one of {hello['count']} ranks, expected one of {self.seat.count}", hint=_WHERE
@@ -177,14 +173,10 @@ class Team:
         room, self._room = self._room, None
         with suppress(OSError):
             room.post("end", {"code": _code_of(error), "words": self._words})
-            late = time.monotonic() + min(_LEAVING_S, self._patience_s)
-            pauses = _pauses()
-            while time.monotonic() < late:
-                names = room.names()
-                if all(f"{rank}.left" in names or room.runs(rank) is False for rank in self._words):
-                    break
-                time.sleep(next(pauses))
-        room.close()
+            ends = {f"{rank}.left": rank for rank in self._words}
+            wait_a_little(lambda: all(room.runs(ends[name]) is False for name in ends.keys() - room.names()))
+        if error is None:
+            room.close()  # else the lock ends with this process, which has told of the error then
 
     # --- the others --------------------------------------------------------------------------------------------------
 
@@ -206,37 +198,37 @@ class Team:
             yield [final.with_name(folder) / final.name for final, folder in zip(finals, folders, strict=True)]
             self._room.post("done", {})
             code: int | None = self._end()
-        except RankZeroError:
-            raise
+        except RankZeroError as error:
+            code = error.exit_code
         except BaseException as error:
-            code = self._confess(error)
+            told = self._worded(error)
+            code = self._confess(told)
             if code is None:
-                raise
+                raise told from error
         finally:
-            self._room.close()
-            with suppress(OSError):
-                self._room.post("left", {})
+            self._room.leave()
         if code:
             raise RankZeroError(code)
 
-    def _let_in(self, final: Path, agreed: Mapping[str, str]) -> tuple[_Room, list[str]]:
+    def _let_in(self, final: Path, agreed: Mapping[str, str]) -> tuple[Room, list[str]]:
         """The room in which rank 0 has this rank on its roll, and the names of the hidden folders."""
         word = secrets.token_hex(8)
         hello = {"word": word, "count": self.seat.count, "agreed": dict(agreed), "machine": system.machine()}
-        rooms: dict[Path, _Room] = {}
+        rooms: dict[Path, Room] = {}
         late = time.monotonic() + self._patience_s
         try:
-            for pause in _pauses():
+            for pause in pauses():
                 for folder in marked(final):
                     if folder not in rooms:
                         with suppress(OSError):  # no room yet, or removed by now
-                            rooms[folder] = _Room(folder / _ROOM, self.seat.rank)
+                            rooms[folder] = Room.within(folder, self.seat.rank)
                             rooms[folder].post("hello", hello)
                 for folder, room in rooms.items():
                     roll, end = room.read(0, "roll"), room.read(0, "end")
                     if end and word in end["words"].values():
-                        room.post("left", {})
-                        raise RankZeroError(end["code"])
+                        room.leave()
+                        del rooms[folder]
+                        raise RankZeroError(int(end["code"]))
                     if roll and word in roll["words"].values():
                         self._hear_all([0])
                         del rooms[folder]
@@ -251,20 +243,25 @@ class Team:
                 room.close()
         raise AssertionError
 
-    def _confess(self, error: BaseException) -> int | None:
-        """Tell rank 0 why this rank fails; returns the code that rank 0 ends with, None where it does not hear of it."""
+    def _worded(self, error: BaseException) -> BaseException:
+        """An error of this rank, one of the system in words."""
         assert self._room is not None  # noqa: S101 - inside `joined`
-        told: FarcastError
-        if isinstance(error, OSError):
-            where = f"{self._final}: cannot be written: {error.strerror or error}"
-            told = OutputError(where, hint="check the disk, and that every machine sees the folder")
-        elif isinstance(error, FarcastError):
-            told = error
-        else:
-            told = OutputError("interrupted" if _code_of(error) == _CODE_OF_INTERRUPT else f"a bug: {error!r}")
+        if not isinstance(error, OSError):
+            return error
+        if not self._room.is_there():
+            return self._lost(0, "ended")
+        where = f"{self._final}: cannot be written: {error.strerror or error}"
+        return OutputError(where, hint="check the disk, and that every machine sees the folder")
+
+    def _confess(self, error: BaseException) -> int | None:
+        """Tell rank 0 why this rank fails; returns the code that rank 0 ends with, None where it does not tell of the error."""
+        assert self._room is not None  # noqa: S101 - inside `joined`
+        is_told = isinstance(error, FarcastError)
+        what = str(error) if is_told else "interrupted" if _code_of(error) == _CODE_OF_INTERRUPT else f"a bug: {error!r}"
+        kind, hint = (type(error).__name__, error.hint) if isinstance(error, FarcastError) else ("OutputError", "")
         with suppress(FarcastError, OSError):
-            self._room.post("failed", {"kind": type(told).__name__, "message": str(told), "hint": told.hint})
-            return self._end() if isinstance(error, (FarcastError, OSError)) else None
+            self._room.post("failed", {"kind": kind, "message": what, "hint": hint})
+            return self._end() if is_told else None
         return None
 
     def _end(self) -> int:
@@ -306,7 +303,9 @@ class Team:
         try:
             self._room.beat()
             names = self._room.names()
-        except FileNotFoundError:
+        except OSError:
+            if self.leads:
+                raise
             raise self._lost(0, "ended") from None
         for rank in self._heard:
             self._see(rank, names)
@@ -318,7 +317,7 @@ class Team:
         if f"{rank}.failed" in names:
             raise _told_by(rank, room.read(rank, "failed"))
         if f"{rank}.end" in names:
-            raise RankZeroError(int(room.read(rank, "end")["code"]))
+            raise RankZeroError(int((room.read(rank, "end") or {"code": OutputError.exit_code})["code"]))
         if f"{rank}.done" in names:
             return
         if room.runs(rank) is False and not {f"{rank}.failed", f"{rank}.end", f"{rank}.done"} & room.names():
@@ -340,7 +339,7 @@ class Team:
         """A message of a rank, once it is there."""
         room = self._room
         assert room is not None  # noqa: S101 - inside a call
-        for pause in _pauses():
+        for pause in pauses():
             if (found := room.read(rank, step)) is not None:
                 return found
             try:
@@ -357,90 +356,6 @@ class Team:
         self._heard = dict.fromkeys(ranks, ("", now))
 
 
-class _Room:
-    """The folder in which ranks meet, as one of them uses it: RANK.STEP is a message, RANK.beat a sign of life, RANK.lock held."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank, self._beats = folder, rank, 0
-        self._others: dict[int, bool] = {}
-        self._fd = system.open_file(self._at(rank, "lock"), os.O_RDWR | os.O_CREAT, 0o600, follows=False)
-        with suppress(OSError):  # a filesystem without locks: only silence tells then
-            system.lock(self._fd, waits=False)
-
-    @classmethod
-    def made(cls, hidden: Path) -> _Room:
-        """A new one, of rank 0."""
-        draft = hidden / f"{_ROOM}.draft"
-        draft.mkdir(mode=0o700)
-        draft.rename(hidden / _ROOM)
-        room = cls(hidden / _ROOM, 0)
-        room.post("machine", {"machine": system.machine()})
-        return room
-
-    def _at(self, rank: int, what: str) -> Path:
-        return self._folder / f"{rank}.{what}"
-
-    def post(self, step: str, content: Any) -> None:
-        draft = self._at(self._rank, f"{step}.draft")
-        with os.fdopen(system.open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, follows=False), "wb") as file:
-            file.write(json.dumps(content).encode())
-            file.flush()
-            system.flush(file.fileno())
-        draft.replace(self._at(self._rank, step))
-
-    def read(self, rank: int, step: str) -> Any:
-        """A message; None where there is none."""
-        if f"{rank}.{step}" not in self._listed():
-            return None
-        with suppress(FileNotFoundError):
-            return parse_json(self._at(rank, step).read_bytes())
-        return None
-
-    def names(self) -> set[str]:
-        """The messages that are there. A listing is asked anew, where a network filesystem may keep what it knows of a name."""
-        return {path.name for path in self._folder.iterdir()}
-
-    def _listed(self) -> set[str]:
-        with suppress(FileNotFoundError):
-            return self.names()
-        return set()
-
-    def beat(self) -> None:
-        self._beats += 1
-        draft = self._at(self._rank, "beat.draft")
-        draft.write_text(str(self._beats), encoding="ascii")
-        draft.replace(self._at(self._rank, "beat"))
-
-    def sign_of(self, rank: int) -> str:
-        with suppress(OSError):
-            return self._at(rank, "beat").read_text(encoding="ascii", errors="replace")
-        return ""
-
-    def runs(self, rank: int) -> bool | None:
-        """Whether a rank's process runs; None where this machine cannot tell."""
-        if rank not in self._others:
-            told = self.read(rank, "hello" if rank else "machine")
-            self._others[rank] = bool(told) and told["machine"] == system.machine()
-        if not self._others[rank]:
-            return None
-        try:
-            fd = system.open_file(self._at(rank, "lock"), os.O_RDWR, follows=False)
-        except OSError:
-            return None
-        try:
-            system.lock(fd, waits=False)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return None
-        finally:
-            os.close(fd)
-        return False
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 def _told_by(rank: int, told: Mapping[str, str]) -> FarcastError:
     """The error of another rank, with its name."""
     kind = getattr(errors, told["kind"], None)
@@ -453,12 +368,6 @@ def _code_of(error: BaseException | None) -> int:
         return 0
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return _CODE_OF_INTERRUPT
-    return error.exit_code if isinstance(error, FarcastError) else OutputError.exit_code
-
-
-def _pauses() -> Iterator[float]:
-    """Between two looks, longer and longer."""
-    pause = _FIRST_PAUSE_S
-    while True:
-        yield pause
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
+    if isinstance(error, (OSError, MemoryError)):
+        return OutputError.exit_code
+    return error.exit_code if isinstance(error, FarcastError) else FarcastError.exit_code
