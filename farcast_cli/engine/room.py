@@ -128,7 +128,10 @@ class Room:
             os.close(fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Give up the lock; once more, also after an interrupt, changes nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _is_locked(fd: int) -> bool | None:
