@@ -114,7 +114,7 @@ def prepare(
     inputs = found.added_to(inputs)
     planned = [_plan(request, start, history, horizon, inputs=inputs, found=found, container=container) for horizon in horizons]
     advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
-    engine = Engine(inputs, request.resources)
+    engine = Engine(inputs, request.resources, request.team)
     return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin, start.run)
 
 
@@ -182,7 +182,9 @@ def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool, 
     """
     existing = existing or existing_check(run, overwrite=request.overwrite, is_file=is_file)
     for path in paths:
-        check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
+        check_place(
+            path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run and request.team.leads
+        )
         if request.evaluator:
             check_outside(logs_of(path), run)
         _check_logs(request.logs, (path, sidecar_of(path, is_file=is_file)))

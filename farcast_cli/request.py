@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from farcast_cli.engine.ranks import Team
 from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.forecaster import Options
 from farcast_cli.run.pace import STEPS, Pace
@@ -49,6 +50,8 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     resources: Resources = field(default_factory=Resources)
+    team: Team = field(default_factory=Team)
+    """The processes that do this together."""
     evaluator: Scorer | None = None
     ledgers: Ledgers | None = None
     clock: ClockName | None = None

@@ -542,6 +542,7 @@ NAMED_ONLY = {
     "what is removed": {"last"},
     "a program": {"eval_cmd", "on_leap"},
     "what is written": {"leap"},
+    "who writes": {"ranks", "ranks_timeout"},
     "a check": {"even_if_worse", "overwrite", "gate", "val", "subsample", "seed", "maximize", "io"},
     "a check on the way": {"steps", "step_from", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
 }

@@ -19,6 +19,7 @@ from farcast_cli.choices import (
     OutputDType,
     OutputLayout,
     Purpose,
+    Ranks,
     Rounding,
     Scope,
     SolverName,
@@ -101,7 +102,7 @@ PANELS = {
         ),
         *("ledger", "log_to", "dry_run", "json_", "quiet", "verbose"),
     ),
-    "Machine": ("device", "threads", "io", "config"),
+    "Machine": ("device", "threads", "io", "ranks", "ranks_timeout", "config"),
 }
 """The groups in which `--help` shows the options of a command, in this order."""
 MAX_CONFIG_BYTES = 1 << 20
@@ -112,6 +113,8 @@ class Asked:
     """What a command line asks for, as far as it has been read; its errors are answered in that form."""
 
     json: bool = False
+    rank: int = 0
+    """Of several processes that do this together: the first one alone prints results."""
 
     def read(self, context: Any) -> None:
         """Follow the options of a command, or the file of defaults if they could not be read."""
@@ -282,6 +285,23 @@ IoOption = Annotated[
         "--io",
         text="auto writes past the page cache if the filesystem supports it; pread never does; mmap reads files in place, but"
         " the process dies if a file is truncated meanwhile or the disk fails.",
+    ),
+]
+RanksOption = Annotated[
+    Ranks,
+    choice(
+        Ranks,
+        "--ranks",
+        text="env lets the processes of a launcher (torchrun, srun, mpirun) write one forecast together; its variables say which"
+        " this is. off works alone.",
+    ),
+]
+RanksTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        envvar=env("RANKS_TIMEOUT"),
+        metavar="SECONDS",
+        help="How long a rank waits for another that says nothing before it stops.",
     ),
 ]
 ConfigOption = Annotated[
