@@ -485,7 +485,7 @@ TuneMethodOption = Annotated[
         envvar=env("TUNE_METHOD"),
         metavar="|".join(get_args(SolverName)),
         autocompletion=lambda: list(get_args(SolverName)),
-        help="Solver. Default: gauss-newton for one layer, gradient-descent for several.",
+        help="Solver. Default: gauss-newton.",
     ),
 ]
 LossOption = Annotated[

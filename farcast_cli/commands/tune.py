@@ -158,11 +158,10 @@ def tune(
             outcome = apply_deltas(checkpoint, apply, cast("Path", output), rounded, **how)
         else:
             check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
-            layers = tuple(layer or ())
-            method = method_named(tune_method, num_layers=len(layers))
+            method = method_named(tune_method)
             request = TuneRequest(
                 checkpoint,
-                layers,
+                tuple(layer or ()),
                 cast("Path", data),
                 cast("LossName", loss),
                 tuple(bias or ()),

@@ -144,10 +144,10 @@ def check_given(unwanted: Mapping[str, object], wanted: Mapping[str, object], *,
         raise UsageError(f"{of}: expected {', '.join(wanted)}, found no {missing[0]}", hint="farcast tune --help")
 
 
-def method_named(name: str | None, *, num_layers: int) -> SolverName:
-    """A method by its name; Gauss-Newton for one layer, gradient descent for several by default."""
+def method_named(name: str | None) -> SolverName:
+    """A method by its name; Gauss-Newton by default."""
     if name is None:
-        return "gauss-newton" if num_layers == 1 else "gradient-descent"
+        return "gauss-newton"
     if name.startswith("adam"):
         raise UsageError(
             f"--method {name}: divides every element of the gradient by its own number, so the change has no low rank:"
@@ -169,8 +169,6 @@ def _check_options(request: TuneRequest) -> None:
         raise UsageError(
             "expected one of -o OUT, --delta-out FILE and --lora-out DIR", hint="-o OUT writes the tuned checkpoint"
         )
-    if several and settings.method == "gauss-newton":
-        raise UsageError("--method gauss-newton tunes one layer", hint="--method gradient-descent tunes several")
     if request.anchor and settings.weight_decay:
         raise UsageError(
             "--weight-decay changes the rows that --anchor keeps", hint="--ridge pulls towards the checkpoint instead"

@@ -14,7 +14,7 @@ import numpy as np
 from farcast_cli.errors import DataError, UsageError
 from farcast_cli.tune.delta import Delta, truncated
 from farcast_cli.tune.gate import Choice, choose
-from farcast_cli.tune.layers import Descent, Layer
+from farcast_cli.tune.layers import Layer, Stack
 from farcast_cli.tune.objective import activate, in_columns, softmax
 from farcast_cli.tune.one_layer import PATIENCE, Point, Problem, Rows, Settings, walk
 from farcast_cli.tune.ridge import Ridge
@@ -39,6 +39,8 @@ SCALED_EVERY, SCALES = 5, tuple(2.0 ** (half / 2) for half in range(13))  # ridg
 LARGEST = 1e100  # of a loss that is not finite, or larger
 ARRAYS, MAX_BYTES = 10, 2 << 30
 """Arrays of n x m numbers that an iterative method holds at once, and the bytes that it may take."""
+MAX_GRAM = 4096
+"""Rows times outputs up to which Gauss-Newton tunes several layers: it solves a system of this size for each step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, ancho
         if model.is_linear and settings.method == "gauss-newton":
             found = _closed(model.weights[0], data, folds, settings, anchors)
         else:
-            _check_memory(model, data)
+            _check_memory(model, data, settings)
             walks = _Several(model, data, settings) if len(model.weights) > 1 else _One.of(model, data, settings, anchors)
             found = _iterated(walks, data, folds, settings)
     num_passes = sum(weight.num_passes for weight in model.weights) - passes
@@ -145,10 +147,20 @@ def _size(delta: Delta, weight: Weight) -> float:
     return float(np.hypot(delta.size, away) / np.sqrt(weight.square)) if weight.square else np.inf
 
 
-def _check_memory(model: Model, data: Data) -> None:
+def _check_memory(model: Model, data: Data, settings: Settings) -> None:
     num_rows, num_outputs = data.num_rows, sum(weight.num_outputs for weight in model.weights)
     size = min(num_rows, model.weights[0].num_inputs)
     whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
+    if len(model.weights) > 1 and settings.method == "gauss-newton":
+        head = model.objective.head
+        width = model.weights[-1].num_outputs if head is None else len(head)
+        if num_rows * width > MAX_GRAM:
+            raise UsageError(
+                f"{data.path}: --method gauss-newton of several layers: expected at most {MAX_GRAM} rows times outputs, found"
+                f" {num_rows} rows of {width}",
+                hint=f"--method gradient-descent, or --subsample {MAX_GRAM // width}",
+            )
+        whole += num_rows * width * (2 * num_outputs + 4 * num_rows * width)
     need = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
     if need > MAX_BYTES:
         raise UsageError(
@@ -336,13 +348,13 @@ class _Several:
         layers = [Layer.at_start(first, inputs, len(tuned)), *(Layer.at_start(one, None, 0) for one in later)]
         after = self.model.objective
         targets = self.data.targets[rows]
-        descent = Descent(layers, self.model.between, after, targets, self.settings, len(tuned), shares / shares.sum())
+        stack = Stack(layers, self.model.between, after, targets, len(tuned), shares / shares.sum())
 
         def deltas() -> tuple[Delta, ...]:
             own = (first.extended(self.data.inputs[tuned]), *(None for _ in later))
             return tuple(_delta(one.weight, one.scale, one.factors.copy(), d) for one, d in zip(layers, own, strict=True))
 
-        for losses in descent.walk():
+        for losses in stack.walk(self.settings):
             yield Step(partial(np.asarray, losses[len(tuned) :] if len(left) else losses), deltas)
 
 
