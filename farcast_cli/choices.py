@@ -42,6 +42,7 @@ KeepForm = Literal["sampled", "weights"]
 DEFAULT_INTERVAL = 10.0  # seconds between two looks at a run: a snapshot counts at the second look
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 MOMENTUM = 0.9
+DEFAULT_WEIGHT = 100.0  # of soft anchors
 FOLDS = 5  # of the rows to tune on, each left out once
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")

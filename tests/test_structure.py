@@ -196,6 +196,7 @@ ORDER = (
     "tune.weight",
     "tune.rows_file",
     "tune.data",
+    "tune.metric",
     "tune.delta",
     "tune.ridge",
     "tune.layers",
