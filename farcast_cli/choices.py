@@ -46,6 +46,7 @@ DEFAULT_RANKS_TIMEOUT = 600.0  # seconds that a rank waits for another that says
 DEFAULT_INTERVAL = 10.0  # seconds between two looks at a run: a snapshot counts at the second look
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 MOMENTUM = 0.9
+DEFAULT_WEIGHT = 100.0  # of soft anchors
 FOLDS = 5  # of the rows to tune on, each left out once
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")

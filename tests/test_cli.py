@@ -530,6 +530,7 @@ NAMED_ONLY = {
         "losses",
         "data",
         "anchor",
+        "covariance",
         "apply",
         "against",
         "reference",
@@ -538,12 +539,12 @@ NAMED_ONLY = {
     },
     "an argument, which is a place to read": {"directory", "checkpoint", "forecast", "target"},
     "an argument that is nobody else's to give": {"command"},
-    "a place to write": {"output", "place", "delta_out", "lora_out", "log_to", "into"},
+    "a place to write": {"output", "place", "delta_out", "lora_out", "covariance_out", "log_to", "into"},
     "what is removed": {"last"},
     "a program": {"eval_cmd", "on_leap"},
     "what is written": {"leap"},
     "who writes": {"ranks", "ranks_timeout"},
-    "a check": {"even_if_worse", "overwrite", "gate", "val", "subsample", "seed", "maximize", "io"},
+    "a check": {"even_if_worse", "overwrite", "gate", "val", "subsample", "seed", "anchor_weight", "maximize", "io"},
     "a check on the way": {"steps", "step_from", "purpose", "counters", "scale", "step_norm", "gain", "max_gain", "every"},
 }
 

@@ -199,6 +199,7 @@ ORDER = (
     "tune.weight",
     "tune.rows_file",
     "tune.data",
+    "tune.metric",
     "tune.delta",
     "tune.ridge",
     "tune.layers",
@@ -253,7 +254,11 @@ ORDER = (
 )
 """Each module imports only what stands before it."""
 
-MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE / "scripts"  # which are printed, and never imported
+)
 
 
 def source_of(module: str) -> str:

@@ -20,9 +20,9 @@ _ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
 _PLACES = {
     *("directory", "checkpoint", "forecast", "against", "reference", "forecaster"),
-    *("data", "anchor", "apply", "output", "delta_out", "ledger"),
+    *("data", "anchor", "covariance", "apply", "output", "delta_out", "covariance_out", "ledger"),
 }
-_WRITTEN = {"output", "delta_out", "ledger"}
+_WRITTEN = {"output", "delta_out", "covariance_out", "ledger"}
 _COPIES = {
     "s3": "aws s3 sync {address} {name}",
     "gs": "gsutil -m cp -r {address} .",

@@ -79,7 +79,7 @@ PANELS = {
     "Watch": ("interval", "until", "once", "keep", "leap", "on_leap"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias", "transposed"),
-    "Rows": ("data", "loss", "anchor", "val", "gate", "subsample", "seed"),
+    "Rows": ("data", "loss", "anchor", "anchor_weight", "covariance", "val", "gate", "subsample", "seed"),
     "Solver": ("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge"),
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
@@ -96,6 +96,7 @@ PANELS = {
             "round_",
             "delta_out",
             "lora_out",
+            "covariance_out",
             "apply",
             "even_if_worse",
             "overwrite",
@@ -505,7 +506,7 @@ TuneMethodOption = Annotated[
         envvar=env("TUNE_METHOD"),
         metavar="|".join(get_args(SolverName)),
         autocompletion=lambda: list(get_args(SolverName)),
-        help="Solver. Default: gauss-newton for one layer, gradient-descent for several.",
+        help="Solver. Default: gauss-newton.",
     ),
 ]
 LossOption = Annotated[

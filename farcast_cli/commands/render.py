@@ -554,7 +554,8 @@ def tune_summary(tuning: Tuning) -> None:
         note(f"{names}: already there, made from the same checkpoint in the same way: nothing was written")
         return
     if verdict is None:
-        note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
+        what = "covariance of its inputs" if tuning.method == "covariance" else "applied"
+        note(f"{names}: {what}, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
         return
     if not verdict.is_accepted:
         note(f"no significant gain: {verdict.reason}: nothing written")
