@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 SAMPLES := sample_checkpoints
 MERGEKIT := bench/.venv/bin/mergekit-yaml
 LOWEST := .venv-lowest
+TRAINERS := .venv-trainers
 LOWEST_TESTS := casts cli clock dcp discovery evaluation formats golden ledger publish results rows_file thinning timeline \
 	tune verify writer
 # The oldest safetensors is no oracle for the types that came later.
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start farcast a thousand times: without cached bytecode each start would compile all its modules.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune bench-limits lowest site crash fuzz sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune bench-limits lowest trainers site crash fuzz sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -83,6 +84,12 @@ lowest: ## quick tests with the lowest version of every dependency that pyprojec
 	$(LOWEST)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile -W default::DeprecationWarning \
 		-k '$(LOWEST_BUT)' $(LOWEST_TESTS:%=tests/test_%.py)
 
+trainers: ## resume forecasts in trainers that clash or weigh much: downloads 2 GB, then some minutes
+	$(PYTHON) -m venv --clear $(TRAINERS)
+	$(TRAINERS)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(TRAINERS)/bin/pip install --quiet --no-deps --requirement tests/trainers_real/requirements.txt
+	HF_HUB_OFFLINE=1 $(TRAINERS)/bin/python -m pytest -rs tests/trainers_real
+
 site: setup ## the documentation as a web site, in site/
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -97,4 +104,4 @@ sample: setup ## train the sample runs anew (the same files again)
 	$(BIN)/python $(SAMPLES)/make.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info farcast_cli/engine/_kernel.*.so
+	rm -rf $(VENV) $(LOWEST) $(TRAINERS) build dist site demo bench/out bench/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info farcast_cli/engine/_kernel.*.so

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.run.trajectory import open_snapshot
-from farcast_cli.tune.layers import Descent, Layer
-from farcast_cli.tune.objective import Objective
+from farcast_cli.tune.layers import Layer, Stack
+from farcast_cli.tune.objective import Objective, activate
 from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.weight import find_weight
 
@@ -67,8 +67,8 @@ def compared(path: Path, name: ActivationName, rows: Any, settings: Settings) ->
     objective = Objective("mse", name, load_file(path)["head"].double().numpy())
     started = time.process_time()
     layers = [Layer.at_start(weights[0], rows[0], NUM_ROWS), Layer.at_start(weights[1], None, 0)]
-    descent = Descent(layers, (name,), objective, rows[1], settings, NUM_ROWS)
-    losses = [float(one.mean()) for one in descent.walk()]
+    stack = Stack(layers, (name,), objective, rows[1], NUM_ROWS)
+    losses = [float(one.mean()) for one in stack.walk(settings)]
     between = time.process_time()
     dense_losses(load_file(path), name, rows, settings, torch.float32)
     ended = time.process_time()
@@ -99,5 +99,51 @@ def dense_losses(made: Any, activation: str, rows: Any, settings: Settings, dtyp
     return losses
 
 
+# --- Gauss-Newton ----------------------------------------------------------------------------------------------------
+
+
+def against_descent(width: int = 1024, num_rows: int = 80) -> None:
+    """The loss left by Gauss-Newton after each pass, and by the best of 10 settings of gradient descent after 120."""
+    for name in ("gelu", "relu"):
+        for clusters in (num_rows, 8):
+            random = np.random.default_rng(0)
+            made = {
+                "0": random.normal(size=(width, NUM_INPUTS)) * np.sqrt(2 / NUM_INPUTS),
+                "1": random.normal(size=(width, width)) * np.sqrt(2 / width),
+                "head": random.normal(size=(1, width)) / np.sqrt(width),
+            }
+            inputs = random.normal(size=(clusters, NUM_INPUTS))[np.arange(num_rows) % clusters]
+            if clusters < num_rows:
+                inputs = inputs + 0.05 * random.normal(size=inputs.shape)
+            moved = made["0"] + 0.3 * random.normal(size=made["0"].shape) * np.sqrt(2 / NUM_INPUTS)
+            hidden = activate(name, activate(name, inputs @ moved.T) @ made["1"].T)
+            with tempfile.TemporaryDirectory() as work:
+                path = Path(work) / "step_1.safetensors"
+                save_file({key: torch.from_numpy(values).float() for key, values in made.items()}, path)
+                problem = path, name, inputs, hidden @ made["head"].T
+                left = dict(passes_and_losses(*problem, Settings()))
+                rivals = [
+                    passes_and_losses(*problem, Settings("gradient-descent", ITERATIONS, rate=rate, momentum=momentum))[-1][1]
+                    for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+                    for momentum in (0.0, 0.9)
+                ]
+            about = ", ".join(f"{passes}: {loss:.1e}" for passes, loss in left.items())
+            print(f"{name}, {clusters} clusters of rows: {about}; gradient descent {np.nanmin(rivals):.1e}", flush=True)
+
+
+def passes_and_losses(
+    path: Path, name: ActivationName, inputs: Any, targets: Any, settings: Settings
+) -> list[tuple[int, float]]:
+    """The passes over the second layer and the loss there, as a share of the first."""
+    weights = tuple(find_weight(open_snapshot(path), layer) for layer in ("0", "1"))
+    objective = Objective("mse", name, load_file(path)["head"].double().numpy())
+    layers = [Layer.at_start(weights[0], inputs, len(inputs)), Layer.at_start(weights[1], None, 0)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        walk = Stack(layers, (name,), objective, targets, len(inputs)).walk(settings)
+        found = [(weights[1].num_passes, float(losses.mean())) for losses in walk]
+    return [(passes, loss / found[0][1]) for passes, loss in found]
+
+
 if __name__ == "__main__":
+    against_descent()
     several_layers(int([*sys.argv, "4096"][1]))

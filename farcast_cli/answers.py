@@ -316,7 +316,11 @@ def of_tune(tuning: Tuning) -> results.TuneAnswer:
         path=tuning.path,
         layers=tuning.layers,
         method=tuning.method,
-        verdict="applied" if verdict is None else "tuned" if verdict.is_accepted else "no significant gain",
+        verdict=("covariance" if tuning.method == "covariance" else "applied")
+        if verdict is None
+        else "tuned"
+        if verdict.is_accepted
+        else "no significant gain",
         held_out_before=verdict.before if verdict else None,
         held_out_after=verdict.after if verdict else None,
         z=verdict.z if verdict else None,

@@ -21,6 +21,7 @@ from farcast_cli.choices import (
     DEFAULT_FORECASTER,
     DEFAULT_INTERVAL,
     DEFAULT_LEDGER,
+    DEFAULT_RANKS_TIMEOUT,
     DEFAULT_SAMPLE,
     ClockName,
     CountersMode,
@@ -30,6 +31,7 @@ from farcast_cli.choices import (
     OutputDType,
     OutputLayout,
     Purpose,
+    Ranks,
     Scope,
     StepFrom,
     StepNorm,
@@ -50,13 +52,13 @@ from farcast_cli.settings import (
     here,
     horizons_of,
     ledgers_of,
-    narrowed,
     parse_size,
     place_in_folder,
     prepare,
     resources_of,
     selection_of,
     source_of,
+    team_of,
     watch_request,
 )
 
@@ -314,6 +316,8 @@ def predict(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    ranks: Ranks = "off",
+    ranks_timeout: float = DEFAULT_RANKS_TIMEOUT,
     log_to: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> Prediction:
@@ -324,6 +328,8 @@ def predict(
         output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
         place: the name of the checkpoint's file, for a trainer that resumes from a folder; the checkpoint is then a folder.
         log_to: as for `fit`; a dry run logs nothing.
+        ranks: "env" shares the work among a launcher's processes, which all call this; rank 0 publishes and logs.
+        ranks_timeout: seconds that a rank waits for another that says nothing.
 
     Returns:
         The prediction: its `path` is None if the verdict is against a forecast (exit code 10 of the command). That is an
@@ -342,6 +348,7 @@ def predict(
         check_choice(name, value, allowed)
     check_choice("--dtype", dtype, OutputDType)
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
+    team = team_of(ranks, ranks_timeout, eval_cmd=eval_cmd)
     resources = resources_of(device, io, threads)
     fitted = _fitted(run, device, io, threads)
     check_apart(targets, fitted.directory)
@@ -371,13 +378,14 @@ def predict(
         clock=clock,
         logs=places_of(targets),
         source=source_of(run, fitted),
-        narrowed=narrowed(fitted) + (" --history KEPT" if fitted.kept else ""),
+        narrowed=fitted.narrowed + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
+        team=team,
         evaluator=evaluator,
     )
     outcomes = tuple(forecast(fitted, request, progress))
     answer = of_predict(outcomes, dry_run=dry_run)
-    unlogged = () if dry_run else log_answer(targets, "predict", answer, fitted.directory)
+    unlogged = () if dry_run or not team.leads else log_answer(targets, "predict", answer, fitted.directory)
     return Prediction(fitted, request, outcomes, unlogged)
 
 

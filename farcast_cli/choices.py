@@ -31,6 +31,9 @@ cache where the system allows it; `mmap` writes as `auto` does and reads the pag
 saves a copy, but a file that is cut short while it is read, or a disk that fails, then ends the process (SIGBUS).
 """
 
+Ranks = Literal["off", "env"]
+"""Whether a launcher's processes share the work: `env` reads its variables, which say which process this is."""
+
 SolverName = Literal["gauss-newton", "gradient-descent"]
 LossName = Literal["mse", "cross-entropy"]
 ActivationName = Literal["none", "relu", "gelu", "gelu-tanh", "silu", "tanh"]
@@ -39,9 +42,11 @@ Rounding = Literal["nearest", "stochastic"]
 KeepForm = Literal["sampled", "weights"]
 """What `watch` keeps of a snapshot: the values that `fit` reads, or all weights."""
 
+DEFAULT_RANKS_TIMEOUT = 600.0  # seconds that a rank waits for another that says nothing
 DEFAULT_INTERVAL = 10.0  # seconds between two looks at a run: a snapshot counts at the second look
 DEFAULT_SAMPLE = 16_384  # elements per tensor; 10,000 agree with the full pass within .001 of the ratio
 MOMENTUM = 0.9
+DEFAULT_WEIGHT = 100.0  # of soft anchors
 FOLDS = 5  # of the rows to tune on, each left out once
 DEFAULT_GATE = 3.0  # standard errors
 DEFAULT_FORECASTER = Path("forecaster.safetensors")

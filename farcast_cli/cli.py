@@ -28,7 +28,7 @@ from farcast_cli.commands import (
     watch,
 )
 from farcast_cli.commands.options import Asked, Grouped, asked_by
-from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, UsageError
+from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError, OutputError, RankZeroError, UsageError
 
 INTERRUPTED = 130
 EPILOG = (
@@ -130,7 +130,8 @@ def main() -> NoReturn:
     except _ParsingError as error:
         _fail(UsageError(error.format_message(), hint=f"{_asked()} --help"), asked)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted: incomplete output was removed\n")
+        if not asked.rank:
+            sys.stderr.write("interrupted: incomplete output was removed\n")
         _answer(asked, INTERRUPTED, "interrupted: incomplete output was removed")
         sys.exit(INTERRUPTED)
     except Exception as error:
@@ -176,7 +177,8 @@ def _fail(error: FarcastError, asked: Asked) -> NoReturn:
     try:
         from farcast_cli.commands import render
 
-        render.error(error)
+        if not (asked.rank and isinstance(error, (UsageError, RankZeroError))):  # rank 0 says the same, or why
+            render.error(error.of_rank(asked.rank) if asked.rank else error)
         _answer(asked, error.exit_code, str(error), hint=error.hint, path=error.path)
     except MemoryError:
         streams.say(f"error: {error}")
@@ -185,7 +187,7 @@ def _fail(error: FarcastError, asked: Asked) -> NoReturn:
 
 def _answer(asked: Asked, code: int, message: str, *, hint: str = "", path: Path | None = None) -> None:
     """The error as the one JSON object on stdout, where that was asked for and nothing stands there yet."""
-    if not asked.json or streams.has_printed():
+    if not asked.json or asked.rank or streams.has_printed():
         return
     from farcast_cli import answers
     from farcast_cli.commands import render

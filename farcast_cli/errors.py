@@ -15,7 +15,9 @@
     |   |-- NoWeightsError            ... or holds no weights
     |   `-- UnsafeFileError           ... or would run code
     |-- OutputError              5   the output exists, cannot be written, or its path cannot be printed
-    |   `-- MemoryUsedUpError           ... or there is not the memory to make it
+    |   |-- MemoryUsedUpError           ... or there is not the memory to make it
+    |   |-- TakenError                  ... or its name is taken, or another process writes it
+    |   `-- RankZeroError               ... or this process is one of several, and the first one tells why there is none
     `-- NoForecastError         10   the run's own history says that a forecast would not help
         `-- NoGainError              a tuning gains nothing significant on rows it has not seen
 
@@ -58,6 +60,10 @@ class FarcastError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker's error travels to its parent with its hint."""
         return _again, (type(self), str(self), self.hint, self._path)
+
+    def of_rank(self, rank: int) -> FarcastError:
+        """The same as the error of one of several processes."""
+        return type(self)(f"rank {rank}: {self}", hint=self.hint, path=self.path)
 
     @property
     def path(self) -> Path | None:
@@ -189,6 +195,21 @@ class OutputError(FarcastError):
 
 class MemoryUsedUpError(OutputError):
     """The memory does not suffice."""
+
+
+class TakenError(OutputError):
+    """What is there must stay, or another process is writing the output."""
+
+
+class RankZeroError(OutputError):
+    """Rank 0 ended without an output. It tells why, and all other ranks end with its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"rank 0 ended with code {code}", hint="its own output says why")
+        self.exit_code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankZeroError, (self.exit_code,)
 
 
 class NoForecastError(FarcastError):

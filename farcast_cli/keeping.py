@@ -20,9 +20,10 @@ from farcast_cli.files.staged import refuse_existing, staged
 from farcast_cli.formats.safetensors_file import encode_header
 from farcast_cli.run.alignment import align
 from farcast_cli.run.closed import reopened
-from farcast_cli.run.kept import conflicts_of, default_folder, is_of, kept_in
+from farcast_cli.run.kept import as_option, conflicts_of, default_folder, is_of, kept_in, others_chosen
 from farcast_cli.run.trajectory import discover
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
+from farcast_cli.second_copies import marks_of_averages
 from farcast_cli.state.files import STATE_ROLES, load_histories
 from farcast_cli.tensors import DType, Stretch, TensorEntry, sample_stretches
 from farcast_cli.trainers import trainer_of
@@ -92,7 +93,7 @@ def keep(request: KeepRequest, progress: Progress) -> Keeping:
         OutputError: the folder lies in the run's, holds another run's kept snapshots, or cannot be written.
     """
     run, last = request.selection.directory, request.last
-    folder = request.into or default_folder(run, request.selection.pattern)
+    folder = request.into or default_folder(run, request.selection.pattern, request.selection.weights)
     if last is not None and last < 1:
         raise UsageError(f"--last {last}: expected 1 or more")
     found, before = _found(request.selection), kept_in(folder)
@@ -151,7 +152,13 @@ def _check_folder(folder: Path, selection: Selection, before: Sequence[Snapshot]
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder}: expected a folder for kept snapshots, found a file", hint="--into DIR")
     check_outside(folder, selection.directory, option="--into")
-    stranger = next((one for one in before if not is_of(one, selection.directory, selection.pattern)), None)
+    others = next((option for one in before if (option := others_chosen(one, selection.weights)) is not None), None)
+    if others is not None:
+        raise OutputError(
+            f"{folder}: holds kept snapshots of {others}, expected those of {as_option(selection.weights)}",
+            hint="--into DIR, another folder; or choose the same weights",
+        )
+    stranger = next((one for one in before if not is_of(one, selection.directory, selection.pattern, selection.weights)), None)
     if stranger and stranger.source:
         raise OutputError(
             f"{folder}: holds kept snapshots of another run, {stranger.source.run.resolve()}",
@@ -244,6 +251,7 @@ def _write(
         layout=snapshot.layout,
         run=relative(request.selection.directory, home),
         pattern=request.selection.pattern,
+        weights=snapshot.weights,
         unit=snapshot.unit,
         bytes=snapshot.num_bytes,
         digest=snapshot.full_digest,
@@ -251,6 +259,7 @@ def _write(
         left_out=dict(left_out),
         marks=tuple((mark.step, mark.origin_step, mark.valid_step) for mark in trainer_of(snapshot).marks(snapshot)),
         states=tuple(_states_of(snapshot, cautions)),
+        averages=dict(marks_of_averages(snapshot)),
     )
     stored = [(tensor.entry.name, tensor.dtype, tensor.shape) for tensor in tensors]
     with open_new(path, like=snapshot.path) as file:

@@ -20,7 +20,7 @@ from farcast_cli.folder import folder_of
 from farcast_cli.forecast.ledger import check_ledger
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.request import Prepared, Start
-from farcast_cli.second_copies import find_copies
+from farcast_cli.second_copies import find_copies, replaced_averages
 from farcast_cli.state.advance import Advanced, advance, advance_batch_counts, told_as_damage
 from farcast_cli.state.metadata import advance_metadata
 from farcast_cli.trainers import trainer_of
@@ -109,11 +109,12 @@ def prepare(
         snapshots: those that are read.
     """
     with told_as_damage(start.origin):
-        found = find_copies(inputs, snapshots, start.origin, with_averages=request.purpose == "resume")
+        wanted = request.purpose == "resume"
+        found = find_copies(inputs, snapshots, start.origin, with_averages=wanted, earlier=start.averages)
     inputs = found.added_to(inputs)
     planned = [_plan(request, start, history, horizon, inputs=inputs, found=found, container=container) for horizon in horizons]
     advanced, plans = tuple(moved for moved, _ in planned), tuple(plan for _, plan in planned)
-    engine = Engine(inputs, request.resources)
+    engine = Engine(inputs, request.resources, request.team)
     return Prepared(engine, plans, advanced, container, tuple(paths), tuple(snapshots), start.origin, start.run)
 
 
@@ -144,7 +145,17 @@ def _plan(
     moved.notes.extend(notes)
     mirror = request.purpose == "evaluation"
     index_of = {tensor.name: index for index, tensor in enumerate(inputs.alignment.tensors)}
-    rewrite = Rewrite(index_of, request.dtype, request.max_shard_bytes, counts, texts, mirror, masters=found.masters)
+    averages = replaced_averages(start.origin, index_of, found.masters) if mirror else found.averages
+    rewrite = Rewrite(
+        index_of,
+        request.dtype,
+        request.max_shard_bytes,
+        counts,
+        texts,
+        mirror,
+        masters=found.masters,
+        averages=averages,
+    )
     return moved, tuple(with_modes(plan_converted(start.origin, moved, rewrite, container), start.origin))
 
 
@@ -171,7 +182,9 @@ def claim(paths: Sequence[Path], run: Path, request: Request, *, is_file: bool, 
     """
     existing = existing or existing_check(run, overwrite=request.overwrite, is_file=is_file)
     for path in paths:
-        check_place(path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run)
+        check_place(
+            path, run=run, existing=existing, has_sidecar_beside=is_file, clears=not request.dry_run and request.team.leads
+        )
         if request.evaluator:
             check_outside(logs_of(path), run)
         _check_logs(request.logs, (path, sidecar_of(path, is_file=is_file)))

@@ -26,6 +26,7 @@ from farcast_cli.forecast.forecaster_file import Fitted, newer_snapshots, realig
 from farcast_cli.forecast.judgement import carrier_of
 from farcast_cli.forecast.methods import find_method
 from farcast_cli.forecast.timeline import Timeline
+from farcast_cli.forecast.words import counted
 from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, start_at, state_of
 from farcast_cli.publish import publish
 from farcast_cli.records import FittedOn
@@ -144,11 +145,17 @@ def proposed(fitted: Fitted, request: Request) -> tuple[Judged, str]:
 
 
 def within_run(report: BacktestReport, fitted: Fitted) -> BacktestReport:
-    """A back-test to resume from whose verdicts know the end of the run, as `predict` does; unchanged if the files do not tell."""
+    """A back-test to resume from whose verdicts know the end of the run, as `predict` does; unchanged if the files do not tell.
+
+    Raises:
+        FileFormatError: a file that is there cannot be read.
+    """
     try:
         start = _open(fitted, len(fitted.steps) - 1, Request())
-    except FarcastError:
-        return report
+    except FarcastError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return report  # the files are gone or have changed, and the forecaster file tells what they were
     decisions = {
         horizon: (method, _within(decision, start, horizon)) for horizon, (method, decision) in report.decisions.items()
     }
@@ -202,7 +209,7 @@ def _settle(fitted: Fitted, request: Request, index: int, start: Start | None) -
         horizon = _whole_epochs(start.origin, horizon) if start else horizon
         first, request = replace(first, horizon=float(horizon)), replace(request, horizons=(horizon,))
         since = f" since the leap to step {leap.resumes_after}" if leap else ""
-        share = f"{first.lead:.0%} of the history of {first.timeline.length:.0f} steps{since}"
+        share = f"{first.lead:.0%} of the history of {counted(round(first.timeline.length), fitted.rule.unit)}{since}"
         notes.append(f"horizon {horizon}: {share if horizon else 'the run at the origin, without its noise'}")
     method, why = choose_method(request.method or default.name, first, request.purpose)
     if why:
@@ -334,7 +341,7 @@ def default_notes(fitted: Fitted, request: Request, outcomes: Sequence[Outcome])
     notes = []
     newer = newer_snapshots(fitted)
     if newer and request.origin_step is None:
-        again = f"farcast fit {fitted.source}"
+        again = f"farcast fit {fitted.selected}"
         notes.append(f"the run has newer snapshots than the forecaster, up to {newer[-1]}: {again}")
     if request.purpose == "resume" and (carrier := carrier_of(fitted)):
         notes.append(carrier)

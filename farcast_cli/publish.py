@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from farcast_cli.agreement import agreed
 from farcast_cli.card import write_card
 from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
@@ -62,7 +63,11 @@ def publish(
     missing = [index for index in range(len(outcomes)) if index not in there]
     if request.dry_run:
         return [there.get(index) or _dry(prepared, outcome, index) for index, outcome in enumerate(outcomes)]
+    if not request.team.leads:
+        _help(some(prepared, missing), progress)
+        return [there.get(index) or outcome for index, outcome in enumerate(planned)]
     with staging() as outputs:
+        outputs.tell_end(request.team.close)
         work = Publication(request, run, on, outputs, progress)
         written = _write(work, some(prepared, missing), [outcomes[index] for index in missing]) if missing else []
         found = there | dict(zip(missing, written, strict=True))
@@ -92,6 +97,17 @@ def _fetch(work: Publication, prepared: Prepared) -> None:
         fetch(remote, work.progress("fetch", sum(num_bytes for _, _, num_bytes in remote)))
 
 
+def _help(prepared: Prepared, progress: Progress) -> None:
+    """Write this rank's share of what rank 0 publishes."""
+    if not prepared.plans:
+        return
+    with (
+        prepared.engine.team.joined(prepared.paths, agreed(prepared)) as places,
+        unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin),
+    ):
+        write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", 0))
+
+
 def write_all(
     work: Publication,
     prepared: Prepared,
@@ -104,7 +120,11 @@ def write_all(
     staged = [_stage(work, prepared, path) for path in prepared.paths]
     total = sum(total_bytes(plan) for plan in prepared.plans)
     places = [place for place, _ in staged]
+    team = prepared.engine.team
+    if not team.is_alone:
+        team.open(places, agreed(prepared))
     tally = write_forecasts(prepared.plans, places, prepared.engine, progress=work.progress(phase, total))
+    team.wait()
     written = []
     for index, (outcome, (place, beside)) in enumerate(zip(outcomes, staged, strict=True)):
         finished = _finish(prepared, outcome, tally, index)

@@ -85,6 +85,7 @@ class ForecastOptions(AnswerPart):
     counters: str = Field(description="`--counters`")
     dtype: str = Field(description="`--dtype`")
     layout: str = Field(description="`--layout`")
+    weights: tuple[str, ...] = Field(default=(), description="`--weights`; absent if all networks were forecast")
 
 
 class ResumeEntry(AnswerPart):
@@ -179,6 +180,9 @@ class TuneOptions(AnswerPart):
     head_bias: str | None = Field(description="`--head-bias`")
     anchor: str | None = Field(description="`--anchor`, relative to the output's folder")
     anchor_sha256: str | None = Field(description="SHA-256 of that whole file")
+    anchor_weight: Figure | None = Field(description="`--anchor-weight`; `null` for the default")
+    covariance: str | None = Field(description="`--covariance`, relative to the output's folder")
+    covariance_sha256: str | None = Field(description="SHA-256 of that whole file")
     transposed: bool = Field(description="`--transposed`")
     val: str | None = Field(description="`--val`, relative to the output's folder")
     val_sha256: str | None = Field(description="SHA-256 of that whole file")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _NOT_COMPARED = ("evaluations", "files", "verdict")  # compared each in its own way
 _OPTIONS = {"horizon": "--horizon", "for": "--for", "method": "--method", "clock": "--clock", "origin_step": "--origin"}
+_COUNTED = {"step_from": ("--step-from", None), "unit": ("--unit", "step")}
+"""What a sidecar leaves out if it is the default."""
 
 
 def check_unchanged(place: Path, *, is_file: bool, run: Path) -> None:
@@ -87,6 +89,8 @@ def _made_otherwise(
     if "momentum" in found:
         return "made by farcast leap"
     options = [_spelled(_OPTIONS[key], found.get(key)) for key in _OPTIONS if found.get(key) != wanted[key]]
+    counted = {option: (found.get(key, usual), wanted.get(key, usual)) for key, (option, usual) in _COUNTED.items()}
+    options += [_spelled(option, its) for option, (its, mine) in counted.items() if its != mine]
     options += _other_options(found.get("options"), wanted["options"])
     if bool(found.get("evaluations")) != (request.evaluator is not None):
         options.append("--eval-cmd" if found.get("evaluations") else "no --eval-cmd")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from farcast_cli.engine.ranks import Team
 from farcast_cli.engine.reader import Resources
 from farcast_cli.forecast.forecaster import Options
 from farcast_cli.run.pace import STEPS, Pace
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from farcast_cli.checkpoint.convert import Container
@@ -48,6 +50,8 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     resources: Resources = field(default_factory=Resources)
+    team: Team = field(default_factory=Team)
+    """The processes that do this together."""
     evaluator: Scorer | None = None
     ledgers: Ledgers | None = None
     clock: ClockName | None = None
@@ -100,7 +104,7 @@ class Outcome:
 
     @property
     def num_copied(self) -> int:
-        return len(self.copied)
+        return sum(one.num_tensors for one in self.copied)
 
     @property
     def valid_step(self) -> int:
@@ -121,6 +125,8 @@ class Start:
     """Of the origin in the history."""
     end: tuple[str, int] | None = None
     """What ends the run, and at which step, if the trainer's state tells and training is to go on."""
+    averages: Mapping[str, str] | None = None
+    """Marks of the run's averages at an earlier snapshot, where those that are read may lack them."""
 
     @property
     def steps_left(self) -> int | None:

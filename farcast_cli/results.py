@@ -456,9 +456,9 @@ class TuneAnswer(Answer):
 
     path: PortablePath | None = Field(description="the written file; `null` if the gate rejected the tuning")
     layers: tuple[str, ...] = Field(description="the layers that were tuned")
-    method: str = Field(description="name of the method, or `apply`")
-    verdict: Literal["tuned", "no significant gain", "applied"] = Field(
-        description="`tuned`, `no significant gain`, or `applied`"
+    method: str = Field(description="name of the method, `apply` or `covariance`")
+    verdict: Literal["tuned", "no significant gain", "applied", "covariance"] = Field(
+        description="`tuned`, `no significant gain`, `applied`, or `covariance` with `--covariance-out`"
     )
     held_out_before: Figure | None = Field(description="mean loss of rows not seen, before; `null` with `--apply`")
     held_out_after: Figure | None = Field(description="the same, after")

@@ -4,13 +4,15 @@ A loop in bfloat16 keeps the weights again in float32 (master weights), and its 
 step. Lookahead keeps slow weights, and Schedule-free the point z: both pull the model towards them. Left at the origin, they
 undo a forecast. A copy is found by its values, a few KiB of each tensor; names alone decide nothing but a caution.
 
-Averages of the weights (EMA) lie beside the optimizer. They are found by their names, and move with the weights.
+Averages of the weights (EMA) lie beside the optimizer, or in a file of their own. They are found by their names, and move with
+the weights.
 
 Shapes: N values of a sample, C copies.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from farcast_cli.engine.casts import narrow, widen, work_type
 from farcast_cli.errors import listed
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.dcp_file import DcpFile
+from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import in_collection, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted, walk
@@ -30,9 +33,10 @@ from farcast_cli.run.alignment import AlignedTensor
 from farcast_cli.state.advance import StorageSpan, place_of
 from farcast_cli.state.files import STATE_ROLES, load_histories, param_groups
 from farcast_cli.tensors import FLOATING, TensorEntry, sample_stretches
+from farcast_cli.trainers.base import Average
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -111,6 +115,15 @@ class SecondCopies:
         return found
 
     @cached_property
+    def averages(self) -> Mapping[str, Mapping[str, tuple[TensorEntry, int]]]:
+        """The averages of each part by their names in it: their entry at the origin and their number."""
+        found: dict[str, dict[str, tuple[TensorEntry, int]]] = {}
+        for number, copy in enumerate(self.copies, self.first):
+            if copy.is_average:
+                found.setdefault(copy.held.part, {})[dotted(copy.held.path)] = copy.held.entry, number
+        return found
+
+    @cached_property
     def masters(self) -> Mapping[str, tuple[TensorEntry, int]]:
         """The copies that are more precise than the weights of these names, and equal to them up to rounding."""
         return {
@@ -122,7 +135,12 @@ class SecondCopies:
 
 
 def find_copies(
-    inputs: Inputs, snapshots: Sequence[Snapshot], origin: Snapshot, *, with_averages: bool = False
+    inputs: Inputs,
+    snapshots: Sequence[Snapshot],
+    origin: Snapshot,
+    *,
+    with_averages: bool = False,
+    earlier: Mapping[str, str] | None = None,
 ) -> SecondCopies:
     """The second copies of the weights in the origin's optimizer, and the averages of the weights beside them.
 
@@ -131,6 +149,9 @@ def find_copies(
     Args:
         snapshots: those that the forecast reads, in any order.
         with_averages: whether the averages are asked for.
+        earlier: marks of the averages at an earlier snapshot of the run, as `marks_of_averages` gives them; by default of the
+            first that is read and has some. One that has not changed since then is no average of weights that move, such as a
+            teacher that is not trained: it stays.
     """
     tensors = inputs.alignment.tensors
     first = len(tensors)
@@ -146,7 +167,11 @@ def find_copies(
         elif held.is_ahead or _COPY.search(dotted(held.path)):
             lost.append(held)
     averages = list(_averages(origin)) if with_averages else []
-    if not pairs and not lost and not averages:
+    if averages and not earlier:
+        earlier = next(filter(None, (marks_of_averages(one) for one in snapshots if one.step < origin.step)), {})
+    still = {key for key, mark in _marks(averages).items() if earlier and earlier.get(key) == mark}
+    averages = [(name, held) for name, held in averages if _key_of(held) not in still]
+    if not pairs and not lost and not averages and not still:
         return SecondCopies(first)
     history = _History(snapshots)
     copies = (
@@ -156,7 +181,35 @@ def find_copies(
         ),
         *_average_copies(averages, inputs, history),
     )
-    return SecondCopies(first, copies, tuple(_notes(copies, lost)), tensors)
+    return SecondCopies(first, copies, tuple(_notes(copies, lost, still)), tensors)
+
+
+def marks_of_averages(snapshot: Snapshot) -> Mapping[str, str]:
+    """A mark of each of a snapshot's averages, by its key: equal where a sample of all its tensors has the same bytes."""
+    return snapshot.source.averages if snapshot.source else _marks(list(_averages(snapshot)))
+
+
+def _marks(averages: Sequence[tuple[str, _Held]]) -> dict[str, str]:
+    found: dict[str, Any] = {}
+    for _, held in averages:
+        found.setdefault(_key_of(held), hashlib.sha256()).update(_raw(held.entry))
+    return {key: whole.hexdigest() for key, whole in found.items()}
+
+
+def _key_of(held: _Held) -> str:
+    """The average that a tensor belongs to."""
+    return ": ".join(filter(None, (held.part, dotted(held.path[:-1]))))
+
+
+def replaced_averages(
+    origin: Snapshot, index_of: Mapping[str, int], masters: Mapping[str, tuple[TensorEntry, int]]
+) -> Mapping[str, Mapping[str, tuple[TensorEntry, int]]]:
+    """The weights whose forecast takes the place of averages, by the averages' parts and names, as `SecondCopies.averages`."""
+    found: dict[str, dict[str, tuple[TensorEntry, int]]] = {}
+    for name, held in _averages(origin):
+        if name in index_of:
+            found.setdefault(held.part, {})[dotted(held.path)] = masters.get(name, (origin.tensors[name], index_of[name]))
+    return found
 
 
 def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, history: _History) -> Iterator[_Copy]:
@@ -174,8 +227,10 @@ def _average_copies(averages: Sequence[tuple[str, _Held]], inputs: Inputs, histo
         yield _Copy(held, numbers[name], own is None, tensor, is_average=True)
 
 
-def _notes(copies: Sequence[_Copy], lost: Sequence[_Held]) -> Iterator[str]:
-    averages = Counter(dotted(copy.held.path[:-1]) for copy in copies if copy.is_average)
+def _notes(copies: Sequence[_Copy], lost: Sequence[_Held], still: Collection[str]) -> Iterator[str]:
+    if still:
+        yield f"unchanged since an earlier snapshot, and so no averages of weights that move; they stay as they are: {listed(sorted(still))}"
+    averages = Counter(dotted(copy.held.path[:-1]) or copy.held.part for copy in copies if copy.is_average)
     if averages:
         told = (f"{name} ({count} tensors)" for name, count in averages.items())
         yield f"averages of the weights, moved with them: {listed(told)}"
@@ -217,13 +272,23 @@ def _averages(snapshot: Snapshot) -> Iterator[tuple[str, _Held]]:
     """The tensors of a snapshot's averages, each with the name of its weight."""
     for part in snapshot.parts:
         content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
-        if not isinstance(content, TorchFile):
-            continue
-        for average in part.averages:
-            for ref, name in average.pairs:
-                if ref.dtype.name in FLOATING and ref.shape and is_streamable(ref):
-                    path = (*average.path, name)
-                    yield part.prefix + name, _Held(part.name, path, place_of(ref), content.entry(dotted(path), ref))
+        found: Iterator[tuple[str, _Held]] = iter(())
+        if isinstance(content, TorchFile):
+            own = [Average((), tuple((ref, dotted(keys)) for keys, ref in iter_tensors(content.tree)))]
+            found = _in_torch(part, content, own if part.role == "average" else part.averages)
+        elif isinstance(content, SafetensorsFile) and part.role == "average":
+            found = ((one.name, _Held(part.name, (one.name,), (one.name, 0, one.num_elements), one)) for one in content.entries)
+        yield from (
+            (part.prefix + name, held) for name, held in found if held.entry.dtype.name in FLOATING and held.entry.shape
+        )
+
+
+def _in_torch(part: Part, file: TorchFile, averages: Iterable[Average]) -> Iterator[tuple[str, _Held]]:
+    for average in averages:
+        for ref, name in average.pairs:
+            if is_streamable(ref):
+                path = (*average.path, name)
+                yield name, _Held(part.name, path, place_of(ref), file.entry(dotted(path), ref))
 
 
 def _tensors_in_optimizers(tree: Any, part: Part) -> Iterator[tuple[TreePath, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,9 +17,11 @@ from farcast_cli.choices import (
     KeepForm,
     OptimizerMode,
     OutputLayout,
+    Ranks,
     StepFrom,
     StepUnit,
 )
+from farcast_cli.engine.ranks import LAUNCHED, Seat, Team, seat_in
 from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.files.place import SIDECAR, check_outside
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
@@ -137,6 +138,45 @@ def resources_of(device: str, io: Io, threads: int) -> Resources:
     from farcast_cli.engine.reader import Resources
 
     return Resources(device_name(device), io, num_workers)
+
+
+def seat_of(ranks: Ranks) -> Seat:
+    """Which of the processes that share the work this one is.
+
+    Raises:
+        UsageError: no launcher says so.
+    """
+    check_choice("--ranks", ranks, Ranks)
+    found = seat_in(os.environ) if ranks == "env" else Seat()
+    if found is None:
+        raise UsageError(
+            f"--ranks env: found none of the variables {', '.join(names[0] for names in LAUNCHED)}",
+            hint="torchrun --nproc-per-node 4 -m farcast_cli predict --ranks env ..., or srun, or mpirun",
+        )
+    return found
+
+
+def team_of(ranks: Ranks, timeout_s: float, *, eval_cmd: str | None) -> Team:
+    """The processes that share the work of a prediction.
+
+    Raises:
+        UsageError: no launcher says which they are, or they cannot share it.
+    """
+    seat = seat_of(ranks)
+    if not (math.isfinite(timeout_s) and timeout_s > 0):
+        raise UsageError(f"--ranks-timeout {timeout_s}: expected a positive number of seconds")
+    if seat.count > 1 and eval_cmd is not None:
+        raise UsageError("--eval-cmd: one process runs it, found --ranks env", hint="--ranks off, or no --eval-cmd")
+    return Team(seat, timeout_s)
+
+
+def unshared_hint(ranks: Ranks) -> str:
+    """What to do where a launcher's processes write the same output, each by itself; "" where none was launched."""
+    try:
+        seat = seat_in(os.environ) if ranks == "off" else None
+    except UsageError:
+        return ""
+    return f"--ranks env lets the {seat.count} processes of this launcher write it together" if seat and seat.count > 1 else ""
 
 
 def prepare(device: str, threads: int = 0) -> int:
@@ -347,18 +387,8 @@ def check_watch_options(interval: float, *, is_leaping: bool, on_leap: str | Non
         raise UsageError("--on-leap: expected --leap too: without it nothing is written", hint="--leap --on-leap 'CMD {ckpt}'")
 
 
-def narrowed(fitted: Fitted) -> str:
-    """The options that chose what was read of a run, each with a blank before it."""
-    rule = "".join(f" {word}" for word in fitted.rule.options)
-    chosen = fitted.provenance
-    options = [("--pattern", chosen.pattern)] if chosen.pattern else []
-    options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
-    options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-    return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule
-
-
 def source_of(run: object, fitted: Fitted) -> str:
     """What a command to paste needs to read the same run, with a blank before it; `run` is a place, or what was fitted."""
     if isinstance(run, (str, os.PathLike)) and not here(run).is_dir():
         return "" if Path(run) == DEFAULT_FORECASTER else f" --forecaster {shell_word(Path(run))}"
-    return f" {fitted.source}{narrowed(fitted)}"
+    return f" {fitted.selected}"

@@ -72,7 +72,7 @@ def compose(
         horizon=outcome.horizon,
         purpose=request.purpose,
         method=outcome.method,
-        options=_options(request),
+        options=_options(request, prepared.origin.weights),
         clock=outcome.pace.clock,
         pace_ahead=outcome.pace_ahead,
         length_factor=outcome.length_factor,
@@ -94,7 +94,7 @@ def compose(
     )
 
 
-def _options(request: Request) -> ForecastOptions:
+def _options(request: Request, weights: tuple[str, ...]) -> ForecastOptions:
     return ForecastOptions(
         step_norm=request.options.step_norm,
         scale=request.options.scale,
@@ -104,6 +104,7 @@ def _options(request: Request) -> ForecastOptions:
         counters=request.counters,
         dtype=request.dtype,
         layout=request.layout,
+        weights=weights,
     )
 
 

@@ -16,9 +16,10 @@ def names_of(kind: Kind) -> list[str]:
     """The names of all texts of a kind; a topic has no ending.
 
     >>> names_of("scripts")
-    ['forecast.sh', 'periodic.sh']
+    ['capture.py', 'forecast.sh', 'periodic.sh']
     """
-    return sorted(file.name.removesuffix(".md") for file in files(__package__).joinpath(kind).iterdir())
+    found = (file for file in files(__package__).joinpath(kind).iterdir() if file.is_file())  # and no __pycache__
+    return sorted(file.name.removesuffix(".md") for file in found)
 
 
 def read_text(kind: Kind, name: str) -> str:

@@ -6,7 +6,7 @@ One pass over three checkpoints; memory is one stretch of each.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,10 +57,28 @@ def find_reference(forecast: Path) -> Path:
             hint="--reference CKPT names the last snapshot before the forecast",
         )
     try:
-        origin = local(parse_json(read_bytes(sidecar, 0, file_size(sidecar)))["origin"])
+        origin = local(_told(sidecar)["origin"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{sidecar}: not a forecast's sidecar", hint="--reference CKPT") from error
     return revived(forecast.parent / origin)
+
+
+def _told(sidecar: Path) -> Any:
+    return parse_json(read_bytes(sidecar, 0, file_size(sidecar)))
+
+
+def _weights_of(forecast: Path) -> tuple[str, ...]:
+    """The keys of the weights that were forecast; none where no sidecar tells, or all networks were."""
+    sidecar = sidecar_of(forecast, is_file=forecast.is_file())
+    if not sidecar.exists():
+        return ()
+    try:
+        weights = _told(sidecar)["options"]["weights"]
+    except UnreadableError:
+        raise
+    except (FileFormatError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, weights)) if isinstance(weights, list) else ()
 
 
 def _leap_of(forecast: Path, run: Path) -> Leap | None:
@@ -69,7 +87,7 @@ def _leap_of(forecast: Path, run: Path) -> Leap | None:
     if not sidecar.exists():
         return None
     try:
-        told = parse_json(read_bytes(sidecar, 0, file_size(sidecar)))
+        told = _told(sidecar)
         steps = {"origin_step": told["origin_step"], "valid_step": told["valid_step"]}
         return Leap(run=str(run), forecast=str(forecast), counters=told["options"]["counters"], **steps)
     except UnreadableError:
@@ -87,7 +105,7 @@ def _descends(forecast: Path, reference: Snapshot, truth: Snapshot) -> bool:
     if mark in trainer_of(truth).marks(truth):
         return True
     try:
-        found = discover(truth.path.absolute().parent)
+        found = discover(truth.path.absolute().parent, weights=truth.weights)
     except UnreadableError:
         raise
     except FarcastError:  # a folder that is no run tells nothing
@@ -105,7 +123,8 @@ def verify(
     Raises:
         SnapshotError: they do not hold the same tensors.
     """
-    snapshots = [open_snapshot(path) for path in (reference, forecast, truth)]
+    weights = _weights_of(forecast)
+    snapshots = [open_snapshot(path, weights) for path in (reference, forecast, truth)]
     alignment = align(snapshots)
     told = progress("verify", _bytes_of(alignment))
     reader, scratch, per_tensor, total = Reader(), Scratch(), [], _Sums()

@@ -20,10 +20,10 @@ from farcast_cli.forecast.fitting import find, fit_planned, plan_found
 from farcast_cli.headline import advised
 from farcast_cli.keeping import KeepRequest, keep
 from farcast_cli.reports.story import propose
-from farcast_cli.run.closed import reopened
+from farcast_cli.run.selection import Selection, end_of
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
-from farcast_cli.trainers import recognise, trainer_of
+from farcast_cli.trainers import recognise
 from farcast_cli.trainers.names import find_step_in_name
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from farcast_cli.keeping import Keeping
     from farcast_cli.progress import Progress
     from farcast_cli.request import Outcome, Request
-    from farcast_cli.run.selection import Selection
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
 
@@ -312,7 +311,8 @@ class _Watch:
     def _reached(self, origin: Snapshot) -> str:
         """Why the watch ends with this snapshot; empty if it does not. The last one may tell no end, and the one before did."""
         until, known = self.request.until, self.end
-        self.end = _end_of(origin)
+        end = end_of(origin)
+        self.end = end[1] if end else None
         if until is not None and origin.step >= until:
             return f"step {until} is reached"
         ends = [end for end in (known, self.end) if end is not None and end <= origin.step]
@@ -452,12 +452,3 @@ def judge(request: WatchRequest, found: Trajectory, past: Past, progress: Progre
         decision.ratio,
         fitted.rule,
     ), fitted
-
-
-def _end_of(origin: Snapshot) -> int | None:
-    """The step at which the run ends, if its newest snapshot tells."""
-    try:
-        end = trainer_of(origin).end(reopened(origin))
-    except FarcastError:  # the files are gone, or say nothing that can be read
-        return None
-    return end[1] if end else None

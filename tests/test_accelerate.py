@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import UsageError
 from farcast_cli.run.trajectory import discover
@@ -314,26 +314,63 @@ def test_what_a_save_hook_wrote_in_place_of_the_model_is_forecast(tmp_path: Path
     assert json.loads((hooked / "unet" / "config.json").read_text()) == {"layers": 2}
 
 
-def test_an_average_of_the_weights_is_no_second_model_and_its_count_advances(tmp_path: Path) -> None:
-    """As in diffusers' training scripts: `unet_ema/` with EMAModel's settings in its config.json. Its decay follows the count."""
-    _train(tmp_path / "plain", tmp_path / "truth")
-    shutil.copytree(tmp_path / "plain", tmp_path / "run")
-    for folder in (tmp_path / "run").iterdir():
-        step = int(folder.name.removeprefix("step_"))
-        for name in ("unet", "unet_ema"):
-            (folder / name).mkdir()
-            shutil.copyfile(folder / "model.safetensors", folder / name / "diffusion_pytorch_model.safetensors")
-        (folder / "model.safetensors").unlink()
-        (folder / "unet" / "config.json").write_text(json.dumps({"layers": 2}))
-        ema = {"layers": 2, "decay": 0.999, "min_decay": 0.0, "optimization_step": step, "update_after_step": 0}
-        (folder / "unet_ema" / "config.json").write_text(json.dumps(ema))
-    assert {name.split(".")[0] for name in discover(tmp_path / "run").origin.tensors} == {"unet"}
-    (outcome,) = predict_run(fit_run(tmp_path / "run"), tmp_path / "step_90", horizons=[10])
-    average, origin = tmp_path / "step_90" / "unet_ema", tmp_path / "run" / "step_80" / "unet_ema"
-    assert json.loads((average / "config.json").read_text())["optimization_step"] == VALID
-    weights = "diffusion_pytorch_model.safetensors"
-    assert (average / weights).read_bytes() == (origin / weights).read_bytes()
-    assert any(note.startswith("unet_ema: an average of the weights") for note in outcome.notes)
+EMA_WEIGHTS = {True: "diffusion_pytorch_model.safetensors", False: "diffusion_pytorch_model.bin"}
+
+
+def _averaged(folder: Path, until: int, *, safe: bool = True) -> Path:
+    """A run as diffusers' scripts save it: `unet/`, and `unet_ema/` with EMAModel's settings in its config.json."""
+    loop = Loop()
+    average = loop.weights()
+    for step in range(1, until + 1):
+        loop.advance(1)
+        for name, value in loop.weights().items():
+            average[name] = average[name].lerp(value, 0.02)
+        if step % EVERY == 0:
+            loop.save(place := folder / f"step_{step}")
+            (place / "model.safetensors").unlink()
+            for part, weights in (("unet", loop.weights()), ("unet_ema", average)):
+                (place / part).mkdir()
+                (save_file if safe else torch.save)(weights, place / part / EMA_WEIGHTS[safe])
+            (place / "unet" / "config.json").write_text(json.dumps({"layers": 2}))
+            ema = {"layers": 2, "decay": 0.98, "min_decay": 0.0, "optimization_step": step, "update_after_step": 0}
+            (place / "unet_ema" / "config.json").write_text(json.dumps(ema))
+    return folder
+
+
+def _weights(folder: Path, part: str, *, safe: bool = True) -> torch.Tensor:
+    path = folder / part / EMA_WEIGHTS[safe]
+    return torch.cat([value.flatten() for _, value in sorted((load_file(path) if safe else _load(path)).items())])
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_average_in_a_folder_of_its_own_is_not_judged_and_moves_with_its_count(safe: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    run = _averaged(tmp_path / "run", ORIGIN, safe=safe)
+    truth = _averaged(tmp_path / "whole", VALID, safe=safe) / f"step_{VALID}"
+    assert {name.split(".")[0] for name in discover(run).origin.tensors} == {"unet"}
+    (outcome,) = predict_run(fit_run(run), tmp_path / "step_90", horizons=[VALID - ORIGIN], method="line")
+    assert outcome.path is not None
+    assert any(note.startswith("averages of the weights, moved with them: unet_ema") for note in outcome.notes)
+    assert json.loads((outcome.path / "unet_ema" / "config.json").read_text())["optimization_step"] == VALID
+    origin, found, true = (_weights(at, "unet_ema", safe=safe) for at in (run / f"step_{ORIGIN}", outcome.path, truth))
+    assert (found - true).norm() < 0.75 * (origin - true).norm()  # the batches are noise
+
+
+def test_to_evaluate_the_forecast_takes_the_place_of_an_average_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    run = _averaged(tmp_path / "run", ORIGIN)
+    (outcome,) = predict_run(fit_run(run), tmp_path / "out", horizons=[10], method="line", purpose="evaluation")
+    assert outcome.path is not None
+    assert torch.equal(_weights(outcome.path, "unet_ema"), _weights(outcome.path, "unet"))
+    assert not torch.equal(_weights(outcome.path, "unet"), _weights(run / f"step_{ORIGIN}", "unet"))
+
+
+def test_an_average_of_another_model_is_copied_with_a_note(tmp_path: Path) -> None:
+    run = _averaged(tmp_path / "run", ORIGIN)
+    for folder in run.iterdir():
+        save_file({"other": torch.ones(3)}, folder / "unet_ema" / EMA_WEIGHTS[True])
+    (outcome,) = predict_run(fit_run(run), tmp_path / "out", horizons=[10])
+    assert outcome.path is not None
+    assert load_file(outcome.path / "unet_ema" / EMA_WEIGHTS[True])["other"].tolist() == [1, 1, 1]
+    assert any(note.startswith("unet_ema: an average of no model in the folder") for note in outcome.notes)
 
 
 def test_the_clock_adds_up_the_rates_that_accelerate_used_and_will_use(tmp_path: Path) -> None:

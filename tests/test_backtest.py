@@ -411,10 +411,7 @@ def test_a_coherence_that_chance_alone_gives_is_turned_away_and_said_to_be() -> 
     for decision in turned_away:
         assert decision.verdict == "abstain"
         p = f"{decision.significance.p:.2g}"
-        assert (
-            decision.reason
-            == f"coherence S = {decision.coherence:.2f}, needed 0.15, but chance alone often gives as much: p = {p}"
-        )
+        assert decision.reason == f"p = {p} of coherence S = {decision.coherence:.2f}, limit {decision.significance.limit:.2g}"
 
 
 def test_a_slow_drift_under_much_noise_is_told_from_chance() -> None:

@@ -57,7 +57,7 @@ LINES = {
     "farcast help e": ["evaluation", "exit-codes"],
     "farcast ci ": names_of("scripts"),
     "farcast verify one two three --ag": ["--against"],
-    "farcast fit s3://bucket/run --st": ["--steps"],
+    "farcast fit s3://bucket/run --st": ["--steps", "--step-from"],
 }
 
 

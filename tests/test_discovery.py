@@ -217,7 +217,10 @@ def test_where_nothing_tells_the_steps_a_list_gives_them_in_the_order_of_saving(
     run = unnumbered(tmp_path / "run", "hgfedcba")
     with pytest.raises(StepConflictError, match=r"steps of its 8 snapshots; .* h\.safetensors, g\.safetensors, f") as caught:
         discover(run)
-    assert "--steps 100,200,300" in caught.value.hint
+    assert "--steps S1,S2,...,S8 (8 numbers) assigns" in caught.value.hint
+    with pytest.raises(StepConflictError, match="--steps lists 3 for 8 snapshots") as few:
+        discover(run, steps=StepList((100, 200, 300)))
+    assert "give one number for each: --steps S1,S2,...,S8 (8 numbers)" in few.value.hint
     found = discover(run, steps=StepList(STEPS))
     assert [(s.step, s.path.stem, s.step_source) for s in found.snapshots] == [
         (step, name, "order") for step, name in zip(STEPS, "hgfedcba", strict=True)
@@ -287,6 +290,34 @@ def test_the_one_number_that_differs_between_names_is_the_step(tmp_path: Path, n
     loose(tmp_path, last, 900)
     assert discover(tmp_path).steps == STEPS
     assert reasons(tmp_path) == {f"{last}.safetensors": "unknown step"}
+
+
+@pytest.mark.parametrize("name", ["efficientdet-d0_{epoch}_{step}", "net_{step}_{epoch}", "a-epoch{epoch:02d}-{step}"])
+def test_of_two_numbers_in_names_the_one_that_rises_each_time_is_the_step(tmp_path: Path, name: str) -> None:
+    for step in reversed(STEPS):  # so that their times tell another order
+        loose(tmp_path, name.format(epoch=step // 300, step=step), step)
+    found = discover(tmp_path)
+    assert found.steps == STEPS
+    assert {snapshot.step_source for snapshot in found.snapshots} == {"name"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x_{part}_{step}",
+        "x_fold{epoch}_{step}",
+        "x_{restarted}_{step}",
+        "x_{epoch}_{again}",
+        "x-{epoch}.{step}",
+        "x_{day}_{step}",
+    ],
+)
+def test_two_numbers_that_do_not_rise_as_step_and_epoch_tell_no_steps(tmp_path: Path, name: str) -> None:
+    for step in STEPS:
+        odd = {"part": step // 100, "restarted": (step // 300) % 2, "again": step % 300, "day": 20240101 + step // 300}
+        loose(tmp_path, name.format(epoch=step // 300, step=step, **odd), step)
+    with pytest.raises((StepConflictError, TooFewSnapshotsError)):
+        discover(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -919,7 +950,7 @@ def test_inspect_shows_every_conflict_and_fit_the_first_with_their_number(tmp_pa
     refused = call_cli("fit", "run", cwd=tmp_path)
     assert refused.returncode == 3
     assert "checkpoint-210" in refused.errors[0]
-    assert "(and 2 more: farcast inspect run shows all)" in refused.errors[0]
+    assert "(and 2 more: farcast inspect run -v shows all)" in refused.errors[0]
 
 
 def test_a_conflict_outside_of_the_chosen_steps_is_none(tmp_path: Path) -> None:

@@ -132,6 +132,41 @@ def test_the_hints_of_predict_with_a_folder_name_the_folder(turning: Path, call_
     assert call_cli(*proposed(done)[0], cwd=turning).returncode == 0
 
 
+@pytest.mark.parametrize("steps", ["200:1000", "200,300,400,500,600,700,800"])
+def test_the_hints_of_predict_keep_the_chosen_steps(steps: str, turning: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "run", "--steps", steps, cwd=turning)
+    assert proposed(done) == [["predict", "run", "--steps", steps, "--for", "evaluation"]]
+    assert call_cli(*proposed(done)[0], cwd=turning).returncode == 0
+    assert f"next: farcast fit run --steps {steps}" in call_cli("inspect", "run", "--steps", steps, cwd=turning).stdout
+
+
+def test_the_command_of_the_control_keeps_the_chosen_steps(tmp_path: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", SAMPLES / "huggingface", "--steps", "200:", "--horizon", "300", "--dry-run", cwd=tmp_path)
+    assert "huggingface --steps 200: --horizon 300 --method persistence" in done.stderr
+
+
+def test_the_next_step_of_fit_names_a_forecaster_file_of_another_name(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    other = call_cli("fit", "run", "-o", "fc.safetensors", cwd=tmp_path).stderr
+    assert "next: farcast predict --forecaster fc.safetensors, or" in other
+    assert "farcast predict --forecaster fc.safetensors --for evaluation; farcast backtest --forecaster fc.safetensors" in other
+    assert "--forecaster" not in call_cli("fit", "run", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize("command", ["predict", "backtest"])
+def test_a_forecaster_file_in_place_of_a_folder_leads_to_its_option(command: str, tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    fit_run(tmp_path / "run", tmp_path / "fc.safetensors")
+    done = call_cli(command, "fc.safetensors", cwd=tmp_path)
+    assert (done.returncode, done.hints) == (2, [f"hint: farcast {command} --forecaster fc.safetensors"])
+
+
+def test_snapshots_beyond_the_chosen_steps_are_no_news(tmp_path: Path, call_cli: CallCli) -> None:
+    make_loose_run(tmp_path / "run")
+    call_cli("fit", "run", "--steps", f":{STEPS[-2]}", cwd=tmp_path)
+    assert "newer snapshots" not in call_cli("predict", "--dry-run", cwd=tmp_path).stderr
+
+
 @pytest.mark.parametrize("command", ["predict", "backtest"])
 def test_a_folder_and_a_forecaster_are_too_much(command: str, turning: Path, call_cli: CallCli) -> None:
     done = call_cli(command, "run", "--forecaster", "other.safetensors", cwd=turning)

@@ -198,6 +198,15 @@ def test_buffers_that_are_too_short_are_refused(kernel: Kernel) -> None:
         by_kernel(kernel, problem)
 
 
+@pytest.mark.parametrize("counts", [(100, -100), (-1,), (1 << 62,) * 4])
+def test_counts_that_no_batch_has_are_refused(kernel: Kernel, counts: tuple[int, ...]) -> None:
+    raw, zero = np.zeros(8, np.uint8), b"\0"
+    weights, unchanged = np.zeros((len(counts), 1, 1)), np.zeros(1, np.int64)
+    segments = np.array(counts, np.int64)
+    with pytest.raises(ValueError, match="sizes do not match"):
+        kernel.combine((raw,), (raw,), (raw.copy(),), bytes(3), zero, zero, segments, weights, None, unchanged, False, False)
+
+
 BUILT = "numpy" if native.KERNEL is None else "native"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import farcast_cli
-from farcast_cli.errors import NoWeightsError, UnsafeFileError, UsageError
+from farcast_cli.errors import NoWeightsError, OutputError, UnsafeFileError, UsageError
 from farcast_cli.formats.torch_file import read_raw_pickle, read_torch_file
 from farcast_cli.formats.tree import dotted
 from farcast_cli.run.trajectory import discover, open_snapshot
@@ -183,6 +184,19 @@ def test_to_evaluate_the_forecast_takes_the_place_of_an_average_in_its_own_type(
     assert torch.equal(found["ema"]["weight"], found["model"]["weight"].half())
 
 
+def test_averages_are_said_to_move_and_the_tensors_of_another_network_are_counted(tmp_path: Path, call_cli: CallCli) -> None:
+    run = _saved(_gan, tmp_path / "run")
+    options = ("predict", run, "--horizon", HORIZON, "--even-if-worse", "--dry-run")
+    whole = call_cli(*options, cwd=tmp_path).stderr
+    assert "tensors forecast, 0 copied" in whole
+    assert " copied: " not in whole
+    assert "g_ema.*: an average of the weights: it moves with them for resuming" in whole
+    one = call_cli(*options, "--weights", "g", cwd=tmp_path).stderr
+    count = len(_load(run / f"step_{LAST}.pt")["d"])
+    assert f"tensors forecast, {count} copied" in one
+    assert f"{count} tensors copied: {count} tensors outside the weights" in one
+
+
 def test_several_networks_are_one_file_of_safetensors(tmp_path: Path) -> None:
     run = _saved(_gan, tmp_path / "run")
     (outcome,) = predict_run(fit_run(run), tmp_path / "out.safetensors", horizons=[HORIZON], layout="safetensors")
@@ -284,6 +298,96 @@ def test_kept_and_watched_snapshots_and_a_leap_are_of_the_weights_that_are_named
     watched = call_cli("watch", run, "--weights", "d", "--once", "--into", "watched", cwd=tmp_path)
     assert watched.returncode == 0, watched.stderr
     assert set(load_file(tmp_path / "watched" / "step_100.pt.kept.safetensors")) == FIRST
+
+
+def test_a_module_whose_list_of_unsaved_buffers_is_none_is_read_all_the_same(tmp_path: Path) -> None:
+    net = torch.nn.BatchNorm1d(4)
+    net._non_persistent_buffers_set = 5  # type: ignore[assignment]
+    torch.save({"model": net}, tmp_path / "a.pt")
+    assert "running_mean" in open_snapshot(tmp_path / "a.pt").tensors
+
+
+def test_a_name_of_very_many_words_in_an_average_takes_no_time(tmp_path: Path) -> None:
+    """Each of its ends was looked for: 200,000 words took minutes."""
+    torch.save({"model": _net(), "ema": _net() | {f"{'.' * 200_000}x": torch.zeros(4)}}, tmp_path / "a.pt")
+    assert [dotted(one.path) for one in open_snapshot(tmp_path / "a.pt").parts[0].averages] == ["ema"]
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+def test_a_teacher_that_is_not_trained_stays_as_it_is(tmp_path: Path, *, is_remembered: bool) -> None:
+    """A leap may see the newest snapshot alone, so its memory has to tell a teacher from an average of the weights."""
+    run, loop = tmp_path / "run", _Loop()
+    run.mkdir()
+    teacher = {name: value.clone() for name, value in loop.first.state_dict().items()}
+    for step in range(1, LAST + 1):
+        loop.step()
+        if step % EVERY == 0:
+            for path in run.iterdir() if is_remembered else ():
+                path.unlink()
+            payload = {"student": loop.first.state_dict(), "teacher": teacher, "ema": loop.average.state_dict(), "step": step}
+            torch.save(payload, run / f"step_{step}.pt")
+            leapt = farcast_cli.leap(run, output=f"{tmp_path / 'leaps'}/", gain=1.0) if is_remembered or step == LAST else None
+    assert leapt is not None
+    assert leapt.outcome.path is not None
+    found, origin = _load(leapt.outcome.path), _load(run / f"step_{LAST}.pt")
+    assert torch.equal(found["teacher"]["weight"], teacher["weight"])
+    assert not torch.equal(found["ema"]["weight"], origin["ema"]["weight"])
+    assert any(note.endswith("they stay as they are: teacher") for note in leapt.outcome.notes)
+
+
+def test_kept_snapshots_tell_a_teacher_that_is_not_trained(tmp_path: Path, call_cli: CallCli) -> None:
+    """The trainer's older checkpoints are gone, and kept ones have the student alone."""
+    teacher = {"weight": torch.ones(8, 8), "bias": torch.ones(8)}
+    run = _saved(lambda loop, step: {"student": loop.first.state_dict(), "teacher": teacher, "step": step}, tmp_path / "run")
+    assert call_cli("keep", run, cwd=tmp_path).returncode == 0
+    for step in range(EVERY, LAST, EVERY):
+        (run / f"step_{step}.pt").unlink()
+    done = call_cli("predict", run, "--horizon", HORIZON, "--even-if-worse", "-o", "out.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(_load(tmp_path / "out.pt")["teacher"]["weight"], torch.ones(8, 8))
+    assert not torch.equal(_load(tmp_path / "out.pt")["student"]["weight"], _load(run / f"step_{LAST}.pt")["student"]["weight"])
+
+
+def test_kept_snapshots_of_other_weights_are_no_second_run(tmp_path: Path, call_cli: CallCli) -> None:
+    run = _saved(_gan, tmp_path / "run")
+    for keys in (("--weights", "d"), ("--weights", "g"), ()):
+        done = call_cli("keep", run, *keys, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    refused = call_cli("keep", run, "--weights", "g", "--into", "kept/run", cwd=tmp_path)
+    assert refused.returncode == OutputError.exit_code
+    assert "holds kept snapshots of --weights d, expected those of --weights g" in refused.errors[0]
+    for step in range(EVERY, LAST, EVERY):
+        (run / f"step_{step}.pt").unlink()
+    for keys in (("--weights", "d"), ("--weights", "g"), ()):
+        found = call_cli("inspect", run, *keys, "--json", cwd=tmp_path)
+        assert len(json.loads(found.stdout)["snapshots"]) == LAST // EVERY, found.stderr
+    other = call_cli("fit", run, "--weights", "g", "--history", "kept/run", cwd=tmp_path)
+    assert "expected kept snapshots of --weights g, found those of --weights d" in other.errors[0]
+
+
+@pytest.mark.parametrize("layout", ["same", "safetensors"])
+def test_a_forecast_is_verified_by_the_weights_that_were_chosen(layout: str, tmp_path: Path, call_cli: CallCli) -> None:
+    run = _saved(_gan, tmp_path / "run")
+    assert call_cli("fit", run, "--weights", "d", cwd=tmp_path).returncode == 0
+    done = call_cli("predict", "--horizon", HORIZON, "--even-if-worse", "--layout", layout, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    truth = _saved(_gan, tmp_path / "longer", until=LAST + HORIZON) / f"step_{LAST + HORIZON}.pt"
+    told = json.loads(call_cli("verify", done.stdout.strip(), "--against", truth, "--json", cwd=tmp_path).stdout)
+    assert {one["name"] for one in told["per_tensor"]} == FIRST
+    assert told["ratio"] != 1.0
+
+
+def test_a_run_that_resumed_is_known_by_the_weights_that_were_chosen(tmp_path: Path, call_cli: CallCli) -> None:
+    def hidden(loop: _Loop, step: int) -> Payload:
+        return {"deep": {"er": {"and": {"down": loop.first.state_dict()}}}, "step": step}
+
+    run, longer = _saved(hidden, tmp_path / "run"), _saved(hidden, tmp_path / "longer", until=LAST + 3 * EVERY)
+    assert call_cli("fit", run, "--weights", "deep.er.and.down", cwd=tmp_path).returncode == 0
+    done = call_cli("predict", "--horizon", HORIZON, "--even-if-worse", cwd=tmp_path)
+    last = (longer / f"step_{LAST + 3 * EVERY}.pt").rename(run / f"step_{LAST + 3 * EVERY}.pt")
+    told = json.loads(call_cli("verify", done.stdout.strip(), "--against", last, "--json", cwd=tmp_path).stdout)
+    assert told["descends"]
 
 
 @pytest.mark.parametrize("keys", ["critic", "networks.critic.weight", "total_steps"])

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tests.conftest import CallCli
+
 ROLLOUT, EPOCHS, BATCHES, TOTAL = 128, 4, 2, 4096
 NAME = "rl_model_{}_steps.zip"
 
@@ -187,6 +189,20 @@ def test_rates_in_proportion_to_what_remains_are_known_ahead(tmp_path: Path) -> 
     (done,) = predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), tmp_path / "out.zip", horizons=[512])
     assert done.pace.clock == "rate"
     assert done.pace_ahead == pytest.approx((1 - 2304 / TOTAL) / (1 - 1792 / TOTAL), rel=0.35)
+
+
+def test_a_run_that_has_reached_its_total_is_over_and_no_leap_passes_the_total(tmp_path: Path, call_cli: CallCli) -> None:
+    run = write_run(tmp_path / "run", range(512, TOTAL + 1, 512))
+    done = call_cli("predict", run, "--horizon", "1024", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"valid step {TOTAL + 1024}: expected a step before the end of the run" in done.stderr
+    assert f"{NAME.format(TOTAL)} says data._total_timesteps = {TOTAL}" in done.stderr
+    assert f"the run ended at step {TOTAL}" in call_cli("inspect", run, cwd=tmp_path).stdout
+    assert f"DO NOT LEAP: Nothing is left to skip: the run ended at step {TOTAL}" in call_cli("fit", run, cwd=tmp_path).stderr
+    (run / NAME.format(TOTAL)).unlink()
+    late = call_cli("predict", run, "--horizon", "512", cwd=tmp_path)
+    assert (late.returncode, "--horizon 511 or less" in late.stderr) == (2, True)
+    assert "the run ended" not in call_cli("inspect", run, cwd=tmp_path).stdout
 
 
 def test_an_agent_with_compressed_records_or_a_harmful_pickle_is_refused(tmp_path: Path) -> None:

@@ -232,3 +232,39 @@ def test_fit_says_how_the_steps_were_told_and_which_averages_are_left_out(tmp_pa
     assert "note: steps as --steps lists them, first epoch first: model_epoch_1.pth = 100," in told
     assert "model_epoch_9.pth = 900, model_epoch_10.pth = 1000" in told
     assert "note: model_epoch_5_ema.pth left out: 'ema' in its name" in told
+
+
+def test_a_problem_that_all_snapshots_have_is_said_once_with_their_number(tmp_path: Path, call_cli: CallCli) -> None:
+    for number, name in enumerate((300, 600, 917, 1200, 1500, 1817, 2100, 2417), 1):
+        payload(tmp_path / "run", f"run_{name}", 100 * number, step=100 * number)
+    done = call_cli("inspect", "run", cwd=tmp_path)
+    (problem,) = [line for line in done.stdout.splitlines() if line.startswith("problem: ")]
+    assert "payload (step) says step 100, but name (run_300.pt) says 300" in problem
+    assert problem.endswith("(and 7 more like this: -v shows all)")
+    assert call_cli("inspect", "run", "-v", cwd=tmp_path).stdout.count("problem: ") == 8
+
+
+def test_epochs_are_called_so_and_another_unit_is_named_as_what_differs(tmp_path: Path, call_cli: CallCli) -> None:
+    in_epochs(tmp_path / "run")
+    done = call_cli("predict", "run", "--unit", "epoch", "-v", cwd=tmp_path)
+    assert "of the history of 9 epochs" in done.stderr
+    assert "clock: epochs" in done.stderr
+    for epoch in range(1, 11):
+        payload(tmp_path / "sgd", f"checkpoint_{epoch:04d}", 100 * epoch, epoch=epoch)
+    options = ("predict", "sgd", "--horizon", "2", "--even-if-worse", "-o", "out.pt")
+    assert call_cli(*options, cwd=tmp_path).returncode == 0
+    again = call_cli(*options, "--unit", "epoch", cwd=tmp_path)
+    assert again.returncode == 5
+    assert "exists already, made with --unit step" in again.stderr
+
+
+def test_a_counter_that_the_chosen_evidence_leaves_behind_is_a_caution(tmp_path: Path, call_cli: CallCli) -> None:
+    for number, name in enumerate((300, 600, 917, 1200, 1500, 1817, 2100, 2417), 1):
+        payload(tmp_path / "run", f"run_{name}", 100 * number, iteration=100 * number)
+    done = call_cli("predict", "run", "--step-from", "name", "--horizon", "300", "--even-if-worse", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "iteration stays at 800: it does not rise in proportion to the steps" in done.stderr
+    caution = "caution: iteration stays at 800: a training that counts by it resumes at step 800, with the weights of step 2717"
+    assert caution in done.stderr.splitlines()
+    even = call_cli("predict", "run", "--step-from", "payload", "--horizon", "300", "--even-if-worse", cwd=tmp_path)
+    assert (even.returncode, "caution: iteration" in even.stderr) == (0, False)

@@ -67,11 +67,11 @@ ORDER = (
     "trainers.by_content",
     "trainers.group_marks",
     "trainers.weights_folder",
-    "trainers.averages",
     "trainers.run_end",
     "trainers.kept",
     "trainers.loose_safetensors",
     "trainers.networks",
+    "trainers.averages",
     "trainers.torch_payload",
     "trainers.side_files",
     "trainers.dcp_parts",
@@ -135,6 +135,8 @@ ORDER = (
     "engine.workers",
     "engine.linear",
     "engine.ranges",
+    "engine.room",
+    "engine.ranks",
     "engine.output_files",
     "engine.checksums",
     "engine.arithmetic",
@@ -165,16 +167,17 @@ ORDER = (
     "forecast.judgement",
     "forecast.fitting",
     "forecast.memory",
+    "second_copies",
     "keeping",
     "folder",
     "verification",
     "request",
     "headline",
-    "second_copies",
     "planning",
     "sidecar",
     "card",
     "repeat",
+    "agreement",
     "publish",
     "prediction",
     "advice",
@@ -200,6 +203,7 @@ ORDER = (
     "tune.weight",
     "tune.rows_file",
     "tune.data",
+    "tune.metric",
     "tune.delta",
     "tune.ridge",
     "tune.layers",
@@ -230,6 +234,7 @@ ORDER = (
     "commands.tables",
     "commands.progress_line",
     "commands.cautions",
+    "commands.grouped",
     "commands.render",
     "commands.view",
     "commands.streams",
@@ -253,7 +258,11 @@ ORDER = (
 )
 """Each module imports only what stands before it."""
 
-MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE / "scripts"  # which are printed, and never imported
+)
 
 
 def source_of(module: str) -> str:

@@ -277,6 +277,20 @@ def test_a_folder_whose_files_hold_no_weights_says_what_was_expected(tmp_path: P
         discover(tmp_path)
 
 
+def test_one_checkpoint_that_is_written_over_leads_to_a_history_and_one_of_several_to_the_folder_above(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    torch.save({"model": {"w": torch.ones(3)}, "iter_num": 100}, tmp_path / "out" / "ckpt.pt")
+    (tmp_path / "train.py").write_text("")
+    with pytest.raises(TooFewSnapshotsError, match="found one torch-folder checkpoint") as caught:
+        discover(tmp_path / "out")
+    assert f"cp {tmp_path / 'out' / 'ckpt.pt'} ckpts/ckpt_STEP.pt" in caught.value.hint
+    assert "folder above" not in caught.value.hint
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    with pytest.raises(TooFewSnapshotsError) as caught:
+        discover(tmp_path / "out")
+    assert caught.value.hint == f"name the folder above it: {tmp_path}"
+
+
 def test_one_folder_given_for_the_run_is_refused_with_the_folder_above(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "step10"
     folder.mkdir(parents=True)

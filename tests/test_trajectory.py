@@ -214,7 +214,9 @@ def test_metadata_tell_the_step_where_the_name_does_not(tmp_path: Path, key: str
 def test_a_name_and_a_counter_that_contradict_each_other_are_a_conflict_that_quotes_both(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         torch_snapshot(tmp_path / f"step_{step if step != 20 else 25}.pt", step, step=step)
-    with pytest.raises(StepConflictError, match=r"step_25\.pt: step says step 20, but name \(step_25\.pt\) says 25") as caught:
+    with pytest.raises(
+        StepConflictError, match=r"step_25\.pt: payload \(step\) says step 20, but name \(step_25\.pt\) says 25"
+    ) as caught:
         discover(tmp_path)
     assert "rename" in caught.value.hint
 

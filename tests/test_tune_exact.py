@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import linalg
 from torch import nn
 
+from farcast_cli.tune.metric import Metric
 from farcast_cli.tune.objective import Objective, activate, normal_cdf, slope_of
 from farcast_cli.tune.one_layer import (
     FIRST_DAMPING,
@@ -32,7 +34,6 @@ from farcast_cli.tune.one_layer import (
     walk,
 )
 from farcast_cli.tune.ridge import Ridge
-from farcast_cli.tune.solve import _beside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,13 +66,23 @@ class Case:
     objective: Objective
     anchors: Array | None = None
     is_dual: bool = True
+    weight: float | None = None
 
     @property
     def directions(self) -> Array:
         """D: the rows, or what anchors leave of them; or a basis of the inputs, or of what anchors leave of that."""
         if self.anchors is None:
             return self.inputs if self.is_dual else np.eye(self.inputs.shape[1])
-        return _beside(self.inputs, self.anchors)[not self.is_dual]
+        metric = self.metric
+        return metric.freed(self.inputs) if self.is_dual else metric.freed(np.eye(self.inputs.shape[1]), power=0.5)
+
+    @property
+    def metric(self) -> Metric:
+        """Of the anchors; with a weight, all but the first are soft."""
+        assert self.anchors is not None
+        if self.weight is None:
+            return Metric.hard(self.anchors)
+        return Metric.hard(self.anchors[:1]).with_rows(self.anchors[1:], self.weight)
 
     @property
     def problem(self) -> Problem:
@@ -93,10 +104,16 @@ class Case:
 
     @property
     def kept(self) -> Array:
-        """The projection of a gradient's rows that anchors leave, (m_in, m_in)."""
+        """The projection of a gradient's rows that anchors leave, (m_in, m_in), or what soft ones make of it."""
         if self.anchors is None:
             return np.eye(self.inputs.shape[1])
-        return np.eye(self.inputs.shape[1]) - np.linalg.pinv(self.anchors) @ self.anchors
+        width = self.inputs.shape[1]
+        if self.weight is None:
+            return np.eye(width) - np.linalg.pinv(self.anchors) @ self.anchors
+        moment = self.anchors[1:].T @ self.anchors[1:]
+        free = linalg.null_space(self.anchors[:1])
+        cost = np.eye(width) + self.weight * width / np.trace(moment) * moment
+        return np.asarray(free @ np.linalg.inv(free.T @ cost @ free) @ free.T)
 
 
 def make_case(
@@ -242,6 +259,18 @@ def test_gradient_descent_beside_anchors_is_dense_sgd_with_its_gradient_projecte
     settings = Settings("gradient-descent", ITERATIONS, rate=0.02, ridge=0.01)
     expected = dense_descent(case, settings)
     np.testing.assert_allclose(run(case, settings).losses, expected, rtol=0, atol=TOLERANCE * expected[0])
+
+
+@pytest.mark.parametrize("is_dual", [False, True])
+@pytest.mark.parametrize("loss", ["mse", "cross-entropy"])
+def test_gradient_descent_beside_soft_anchors_is_dense_sgd_in_their_metric(loss: str, is_dual: bool) -> None:  # noqa: FBT001
+    case = replace(make_case(loss, "tanh", with_head=True, anchored=True), weight=30.0, is_dual=is_dual)
+    settings = Settings("gradient-descent", ITERATIONS, rate=0.02, ridge=0.01)
+    expected = dense_descent(case, settings)
+    np.testing.assert_allclose(run(case, settings).losses, expected, rtol=0, atol=TOLERANCE * expected[0])
+    assert case.anchors is not None
+    by_moment = Metric.hard(case.anchors[:1]).with_moment(case.anchors[1:].T @ case.anchors[1:] / 2, 30.0)
+    np.testing.assert_allclose(by_moment.freed(case.inputs), case.metric.freed(case.inputs), atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -123,6 +123,8 @@ OTHER: dict[str, tuple[tuple[str, ...], str]] = {
     "head": (("--head", "other.weight"), "--head out.weight, now other.weight"),
     "head_bias": (("--head-bias", "other.bias"), "--head-bias out.bias, now other.bias"),
     "anchor": (("--anchor", "anchors.npz"), "--anchor none, now anchors.npz (SHA-256 "),
+    "anchor_weight": (("--anchor", "anchors.npz", "--anchor-weight", "3"), "--anchor-weight none, now 3"),
+    "covariance": (("--covariance", "anchors.npz"), "--covariance none, now anchors.npz (SHA-256 "),
     "tune_method": (("--method", "gradient-descent"), "--method gauss-newton, now gradient-descent"),
     "iterations": (("--iterations", "30"), "--iterations none, now 30"),
     **{
@@ -140,7 +142,7 @@ OTHER: dict[str, tuple[tuple[str, ...], str]] = {
     "round_": (("--round", "stochastic"), "--round nearest, now stochastic"),
     "seed": (("--seed", "1"), "--seed 0, now 1"),
 }
-ELSEWHERE = {"checkpoint", "data", "output", "delta_out", "lora_out", "apply", "overwrite"}
+ELSEWHERE = {"checkpoint", "data", "output", "delta_out", "lora_out", "covariance_out", "apply", "overwrite"}
 """Arguments with tests of their own."""
 SAME_RESULT = {"threads", "json_", "quiet", "verbose", "config"}
 

@@ -51,6 +51,7 @@ _ENDINGS = {"safetensors": ".safetensors", "pt": ".pt"}
 _SWAPPED = {"safetensors": (".bin", ".safetensors"), "pt": (".safetensors", ".bin")}
 """Endings of files of weights in a folder, before and after."""
 _CONTAINERS = {"safetensors": "safetensors", "pt": "a torch file", "dcp": "a dcp folder"}
+_ASIDE = {"other", "side-state"}  # the roles of files that are no state of the trainer's own
 _FORMAT = {"format": "pt"}  # transformers insists on it
 
 
@@ -145,7 +146,7 @@ def _settle(origin: Snapshot, asked: OutputLayout) -> Container:
     only = {"safetensors": with_state, "dcp": not with_state, "pt": "pt of its own" in held}[asked]
     others = _beside_weights(origin)
     kept = [part for part in others if asked != "dcp" and not is_one and (part.role == "other" or not only)]
-    lost = sorted((part for part in others if part not in kept), key=lambda part: part.role == "other")
+    lost = sorted((part for part in others if part not in kept), key=lambda part: (part.role in _ASIDE, part.name))
     left_out = (*(_state_keys(origin) if only else ()), *(part.name for part in lost))
     return Container(asked, is_one, _ENDINGS[asked] if is_one else "", only, tuple(kept), left_out)
 
@@ -169,7 +170,7 @@ def _for_hub(origin: Snapshot) -> Container:
     _refuse_pieces(origin, "hub")
     others = [part for part in _beside_weights(origin) if part.name != CARD]
     kept = files_for_hub(others)
-    left_out = (*_state_keys(origin), *(part.name for part in others if part not in kept))
+    left_out = (*_state_keys(origin), *sorted(part.name for part in others if part not in kept))
     return Container("hub", is_file=False, is_weights_only=True, beside=kept, left_out=left_out)
 
 

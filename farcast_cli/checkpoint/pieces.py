@@ -142,6 +142,8 @@ class Rewrite:
     """What becomes of the values of some tensors, by name."""
     masters: Mapping[str, tuple[TensorEntry, int]] = field(default_factory=dict)
     """Second copies of a higher precision, from which the weights of these names are rounded."""
+    averages: Mapping[str, Mapping[str, tuple[TensorEntry, int]]] = field(default_factory=dict)
+    """What becomes of averages in files of their own: by the file's part and its tensors, those that are forecast in their place."""
 
     def out_dtype(self, dtype: DType) -> DType:
         return DTYPES[self.dtype] if self.dtype != "source" and dtype.name in FLOATING else dtype
@@ -161,6 +163,11 @@ class Rewrite:
             mapped=own(self.mapped),
             masters=own(self.masters),
         )
+
+    def of_average(self, name: str) -> Rewrite:
+        """The same for a part that holds an average of the weights, by the file's own names."""
+        own = self.averages.get(name, {})
+        return Rewrite({tensor: number for tensor, (_, number) in own.items()}, self.dtype, masters=own)
 
     def planned(self, entry: TensorEntry) -> Planned:
         """A tensor as it is written."""

@@ -82,14 +82,14 @@ def plan_part(part: Part, advanced: Advanced, rewrite: Rewrite) -> list[OutputFi
 
 
 def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
-    rewrite = rewrite.within(part.prefix)
+    rewrite = rewrite.of_average(part.name) if part.role == "average" else rewrite.within(part.prefix)
     if part.name in advanced.trees:
         state = advanced.trees[part.name]
         return _state_output(state, rewrite)
     if isinstance(part.content, SafetensorsFile):
         planned = [rewrite.planned(entry) for entry in part.content.entries]
         return safetensors_output(part.name, held_by_safetensors(planned), _metadata(part.content, rewrite))
-    if isinstance(part.content, TorchFile) and part.role in {"weights", "twin", "state"}:
+    if isinstance(part.content, TorchFile) and part.role in {"weights", "twin", "average", "state"}:
         return torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")

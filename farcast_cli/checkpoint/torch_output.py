@@ -47,7 +47,7 @@ class Storages:
 
 def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
     assert state.file is not None  # noqa: S101 - only torch files have storages
-    weights = state.part.weights_in(state.tree) if state.part.role in {"weights", "twin", "state"} else {}
+    weights = state.part.weights_in(state.tree) if state.part.role in {"weights", "twin", "average", "state"} else {}
     twins = _twins(state) if rewrite.mirror else {}
     refs = (ref for refs in ((ref for _, ref in iter_tensors(weights)), *twins.values()) for ref in refs)
     retyped = {ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype)) for ref in refs}

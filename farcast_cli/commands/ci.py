@@ -18,11 +18,11 @@ def ci(
         typer.Argument(
             metavar="[SCRIPT]",
             autocompletion=lambda: names_of("scripts"),
-            help="forecast.sh or periodic.sh; by default the names of the scripts are printed.",
+            help="capture.py, forecast.sh or periodic.sh; by default the names of the scripts are printed.",
         ),
     ] = None,
 ) -> None:
-    """Print a shell script to forecast a run in a CI job, or to train and leap in a loop."""
+    """Print a script: to forecast a run in a CI job, to train and leap in a loop, or to write rows for tune."""
     from farcast_cli.commands import render
 
     scripts = names_of("scripts")

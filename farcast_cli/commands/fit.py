@@ -31,7 +31,7 @@ from farcast_cli.commands.options import (
     WeightsOption,
     is_given,
 )
-from farcast_cli.errors import UsageError
+from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.log_to import check_apart, log_answer, parse_targets
 from farcast_cli.settings import env, fit_request
 
@@ -102,7 +102,7 @@ def fit(
     else:
         render.paths([output])
     if not quiet:
-        render.fit_summary(done, verbose=verbose)
+        render.fit_summary(done, output, verbose=verbose)
     render.unlogged(log_answer(targets, "fit", answer, directory))
 
 
@@ -134,7 +134,7 @@ def fitted_by(
         options: of `fit_request`, which are for a folder.
 
     Raises:
-        UsageError: the command line names both, or chooses parts of a folder that it does not name.
+        UsageError: the command line names both, or a forecaster file in place of the folder, or chooses parts of a folder that it does not name.
     """
     if directory is None:
         lost = next((f"--{name.replace('_', '-')}" for name in needs if is_given(context, name)), None)
@@ -143,6 +143,13 @@ def fitted_by(
                 f"{lost}: chooses from a folder, and none is named", hint=f"farcast {context.info_name} DIR {lost} ..."
             )
         return forecaster
+    from farcast_cli.run.entries import is_own_file
+
+    if is_own_file(directory):
+        raise UsageError(
+            f"{directory}: expected a folder of checkpoints, found a forecaster file",
+            hint=f"farcast {context.info_name} --forecaster {shell_word(directory)}",
+        )
     request = fit_request(directory, **options)
     if is_given(context, "forecaster"):
         raise UsageError("expected a folder or --forecaster FILE, found both", hint="a folder is fitted in memory")

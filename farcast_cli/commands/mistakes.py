@@ -23,9 +23,9 @@ REMOTE = {"inspect", "fit", "backtest", "report", "predict"}
 """The commands that read a run where it is."""
 _PLACES = {
     *("directory", "checkpoint", "forecast", "against", "reference", "forecaster"),
-    *("data", "anchor", "apply", "output", "delta_out", "ledger"),
+    *("data", "anchor", "covariance", "apply", "output", "delta_out", "covariance_out", "ledger"),
 }
-_WRITTEN = {"output", "delta_out", "ledger"}
+_WRITTEN = {"output", "delta_out", "covariance_out", "ledger"}
 _COPIES = {
     "s3": "aws s3 sync {address} {name}",
     "gs": "gsutil -m cp -r {address} .",

@@ -19,6 +19,7 @@ from farcast_cli.choices import (
     OutputDType,
     OutputLayout,
     Purpose,
+    Ranks,
     Rounding,
     Scope,
     SolverName,
@@ -78,7 +79,7 @@ PANELS = {
     "Watch": ("interval", "until", "once", "keep", "leap", "on_leap"),
     "Method": ("method", "step_norm", "scale", "scope", "clock", "grad_weight", "gain", "max_gain"),
     "Layer": ("layer", "bias", "activation", "head", "head_bias", "transposed"),
-    "Rows": ("data", "loss", "anchor", "val", "gate", "subsample", "seed"),
+    "Rows": ("data", "loss", "anchor", "anchor_weight", "covariance", "val", "gate", "subsample", "seed"),
     "Solver": ("tune_method", "iterations", "rate", "momentum", "weight_decay", "ridge"),
     "Trainer state": ("optimizer", "counters"),
     "Evaluation": ("eval_cmd", "maximize", "jobs", "eval_timeout"),
@@ -95,13 +96,14 @@ PANELS = {
             "round_",
             "delta_out",
             "lora_out",
+            "covariance_out",
             "apply",
             "even_if_worse",
             "overwrite",
         ),
         *("ledger", "log_to", "dry_run", "json_", "quiet", "verbose"),
     ),
-    "Machine": ("device", "threads", "io", "config"),
+    "Machine": ("device", "threads", "io", "ranks", "ranks_timeout", "config"),
 }
 """The groups in which `--help` shows the options of a command, in this order."""
 MAX_CONFIG_BYTES = 1 << 20
@@ -112,6 +114,8 @@ class Asked:
     """What a command line asks for, as far as it has been read; its errors are answered in that form."""
 
     json: bool = False
+    rank: int = 0
+    """Of several processes that do this together: the first one alone prints results."""
 
     def read(self, context: Any) -> None:
         """Follow the options of a command, or the file of defaults if they could not be read."""
@@ -284,6 +288,23 @@ IoOption = Annotated[
         " the process dies if a file is truncated meanwhile or the disk fails.",
     ),
 ]
+RanksOption = Annotated[
+    Ranks,
+    choice(
+        Ranks,
+        "--ranks",
+        text="env lets the processes of a launcher (torchrun, srun, mpirun) write one forecast together; its variables say which"
+        " this is. off works alone.",
+    ),
+]
+RanksTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        envvar=env("RANKS_TIMEOUT"),
+        metavar="SECONDS",
+        help="How long a rank waits for another that says nothing before it stops.",
+    ),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -410,7 +431,7 @@ ClockOption = Annotated[
     choice(
         ClockName,
         "--clock",
-        text="StepUnit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
+        text="Unit of lengths and of b: steps, or learning rate summed over the steps. Default: rate if it is known; an update to"
         " resume from then keeps its full length while enough of the schedule is left.",
     ),
 ]
@@ -485,7 +506,7 @@ TuneMethodOption = Annotated[
         envvar=env("TUNE_METHOD"),
         metavar="|".join(get_args(SolverName)),
         autocompletion=lambda: list(get_args(SolverName)),
-        help="Solver. Default: gauss-newton for one layer, gradient-descent for several.",
+        help="Solver. Default: gauss-newton.",
     ),
 ]
 LossOption = Annotated[

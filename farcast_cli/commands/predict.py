@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farcast_cli import api
-from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE, CountersMode
+from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_RANKS_TIMEOUT, DEFAULT_SAMPLE, CountersMode
 from farcast_cli.commands.fit import fitted_by
 from farcast_cli.commands.options import (
     ClockOption,
@@ -37,6 +38,8 @@ from farcast_cli.commands.options import (
     PlaceOption,
     PurposeOption,
     QuietOption,
+    RanksOption,
+    RanksTimeoutOption,
     SampleOption,
     ScopeOption,
     StepFromOption,
@@ -48,11 +51,14 @@ from farcast_cli.commands.options import (
     WeightsOption,
     choice,
 )
-from farcast_cli.errors import NoForecastError
+from farcast_cli.errors import NoForecastError, TakenError
 from farcast_cli.log_to import parse_targets
-from farcast_cli.settings import check_layout, env, horizons_of, place_in_folder
+from farcast_cli.settings import check_layout, env, horizons_of, place_in_folder, seat_of, unshared_hint
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from farcast_cli.choices import Ranks
     from farcast_cli.returned import Prediction
 
 CHOOSING = ("include", "exclude", "steps", "pattern", "step_from", "unit", "weights", "history", "sample", "full")
@@ -153,12 +159,17 @@ def predict(
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
+    ranks: RanksOption = "off",
+    ranks_timeout: RanksTimeoutOption = DEFAULT_RANKS_TIMEOUT,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Write the forecast checkpoint if the run's own history supports it; print its path on stdout."""
+    seat = seat_of(ranks)
+    if seat.rank:
+        context.obj.rank, quiet = seat.rank, True
     horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
     check_layout(layout, purpose)
     place_in_folder(place)
@@ -186,7 +197,7 @@ def predict(
         io=io,
         threads=threads,
     )
-    with render.progress(quiet=quiet) as progress:
+    with render.progress(quiet=quiet) as progress, _unshared(ranks):
         done = api.predict(
             run,
             horizon=horizon,
@@ -218,13 +229,28 @@ def predict(
             device=device,
             io=io,
             threads=threads,
+            ranks=ranks,
+            ranks_timeout=ranks_timeout,
             progress=progress,
         )
-    _tell(done, quiet=quiet, verbose=verbose, as_json=json_)
+    if not seat.rank:
+        _tell(done, quiet=quiet, verbose=verbose, as_json=json_)
+    if not done.paths:
+        raise typer.Exit(NoForecastError.exit_code)
+
+
+@contextmanager
+def _unshared(ranks: Ranks) -> Iterator[None]:
+    """A block whose error, where another process writes the output too, says how a launcher's processes share it."""
+    try:
+        yield
+    except TakenError as error:
+        error.hint = "; ".join(filter(None, (error.hint, unshared_hint(ranks))))
+        raise
 
 
 def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> None:
-    """What came of it; ends with an exit code of its own where nothing was written."""
+    """What came of it."""
     from farcast_cli.commands import render
 
     if not quiet:
@@ -236,5 +262,3 @@ def _tell(done: Prediction, *, quiet: bool, verbose: bool, as_json: bool) -> Non
         render.as_json(answers.of_predict(done.outcomes, dry_run=done.request.dry_run))
     elif not done.request.dry_run:
         render.paths(done.paths)
-    if not done.paths:
-        raise typer.Exit(NoForecastError.exit_code)

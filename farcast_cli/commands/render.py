@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import sys
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +19,13 @@ from rich.markup import escape as escape_markup
 from rich.text import Text
 
 from farcast_cli.commands.cautions import cautions_of
+from farcast_cli.commands.grouped import by_kind, copied_texts, like_each_other
 from farcast_cli.commands.tables import LEAST_NAME, Column, bar, fitted_table
 from farcast_cli.errors import as_addresses, listed, printable, shell_word, visible
 from farcast_cli.forecast.words import chance, clock_line, counted, recent_half, shown_number
 from farcast_cli.headline import advised
 from farcast_cli.progress import silent
+from farcast_cli.settings import source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +54,6 @@ MARKED = "<-"  # the row of the method that predict uses, where there is no plac
 MAX_ROWS = 12
 MAX_METHODS = 3  # of a back-test, at each horizon
 MAX_NAMES = 10  # of what is left out or copied for one reason
-MAX_KINDS = 6
 WIDE = 10_000  # columns of a file or a pipe: nothing is cut short there
 
 
@@ -205,7 +205,7 @@ def inspection(found: Inspection, past: Past | None, worth: Worth | None, *, ver
     problems = [*found.problems, *(_of_leaps(console, past) if past else ())]
     if worth:
         console.print(escape(worth.told()), soft_wrap=True)
-    for problem in problems:
+    for problem in problems if verbose else like_each_other(problems):
         console.print(f"[yellow]problem:[/] {escape(problem)}", soft_wrap=True)
     if not problems:
         console.print(f"next: {escape(_fit_command(trajectory))}", soft_wrap=True)
@@ -246,7 +246,7 @@ def _of_leaps(console: Console, past: Past) -> list[str]:
 
 
 def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, verbose: bool = False) -> None:
-    for reason, names in _by_kind(items).items():
+    for reason, names in by_kind(items).items():
         shown = listed(names, most=len(names) if verbose else MAX_NAMES)
         console.print(f"{title}: {escape(shown)} ({escape(reason)})", soft_wrap=True)
 
@@ -256,37 +256,13 @@ def _fit_command(trajectory: Trajectory) -> str:
     words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
     words += trajectory.rule.options
     words += ["--weights", ",".join(trajectory.weights)] if trajectory.weights else []
-    words += ["--steps", ",".join(map(str, trajectory.steps))] if trajectory.origin.step_source == "order" else []
+    words += ["--steps", str(trajectory.chosen)] if trajectory.chosen else []
     return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
 
 
-def _by_kind(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Names by what is said of them."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, kind in items:
-        found[kind].append(name)
-    return found
-
-
-def _tensors(count: int) -> str:
-    return f"{count} tensor" + "s" * (count != 1)
-
-
 def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:
-    for text in _copied_texts(copied, verbose=verbose):
+    for text in copied_texts(copied, verbose=verbose):
         note(text)
-
-
-def _copied_texts(copied: Sequence[Copied], *, verbose: bool) -> Iterator[str]:
-    """What is copied, by the kinds of reasons, the commonest first; one by one where asked."""
-    kinds = sorted(_by_kind((c.name, c.kind) for c in copied).items(), key=lambda kind: -len(kind[1]))
-    more = f", and {len(kinds) - MAX_KINDS} more reasons (-v lists all)" if len(kinds) > MAX_KINDS else ""
-    if verbose:
-        for one in copied:
-            yield f"  copied {one.name}: {one.reason}"
-    elif kinds:
-        told = "; ".join(f"{kind} ({len(names)}, as {names[0]})" for kind, names in kinds[:MAX_KINDS])
-        yield f"{_tensors(len(copied))} copied: {told}{more}"
 
 
 # --- keep ------------------------------------------------------------------------------------------------------------
@@ -309,16 +285,16 @@ def fit_cautions(plan: FitPlan) -> None:
         note(text)
 
 
-def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
+def fit_summary(done: FitOutcome, output: Path, *, verbose: bool) -> None:
     fitted, steady, record = done.fitted, done.steady, done.fitted.provenance
     what = "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
     note(
         f"fitted {len(fitted.steps)} snapshots, {record.unit}s {fitted.steps[0]} to {fitted.steps[-1]}: {len(record.tensors)} tensors forecast,"
-        f" {len(record.copied)} copied,"
+        f" {sum(one.num_tensors for one in fitted.copied)} copied,"
         f" {what}, {size(done.bytes_read)} in {done.seconds:.1f} s"
     )
     note(_direction(fitted, steady, verbose=verbose))
-    for remark, names in _by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
+    for remark, names in by_kind((tensor.name, tensor.remark) for tensor in record.tensors if tensor.remark).items():
         note(f"forecast: {listed(names, most=MAX_NAMES)} ({remark})")
     copied_note(fitted.copied, verbose=verbose)
     for text in filter(None, (*done.jumps, done.carrier)):
@@ -327,12 +303,16 @@ def fit_summary(done: FitOutcome, *, verbose: bool) -> None:
         note(done.worth.told())
     outcome = _proposed(fitted, "resume")
     note(_would_say(outcome, "resume"))
+    from_file = source_of(output, fitted)
     ways = {
-        "farcast predict": outcome.decision.verdict == "forecast",
+        f"farcast predict{from_file}": outcome.decision.verdict == "forecast",
         "keep training and fit again": not outcome.decision.is_over,
     }
     first = next((f"{way}, or " for way, holds in ways.items() if holds), "")
-    note(f"next: {first}farcast predict --for evaluation; farcast backtest and farcast report show the evidence")
+    note(
+        f"next: {first}farcast predict{from_file} --for evaluation; farcast backtest{from_file} and farcast report{from_file}"
+        " show the evidence"
+    )
 
 
 def proposal(fitted: Fitted, purpose: Purpose) -> str:
@@ -381,7 +361,7 @@ def backtest(report: BacktestReport, *, verbose: bool) -> None:
         if has_coherence
         else "coherence S: too few snapshots"
     )
-    console.print(escape(clock_line(report.pace)), soft_wrap=True)
+    console.print(escape(clock_line(report.pace, unit=unit)), soft_wrap=True)
     if report.scores:
         _scores(console, report, verbose=verbose)
     for why in report.reasons:
@@ -473,10 +453,10 @@ def _details(outcome: Outcome, *, verbose: bool) -> Iterator[str]:
     """What was chosen for the user, copied, advanced and evaluated."""
     yield from outcome.chosen
     if verbose or outcome.pace.why or outcome.length_factor != 1:
-        yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor)
+        yield clock_line(outcome.pace, outcome.pace_ahead, outcome.length_factor, unit=outcome.rule.unit)
     if outcome.path is not None and not outcome.existed:
-        yield from _copied_texts(outcome.copied, verbose=verbose)
-        yield from (f"note: {text}" for text in outcome.notes)
+        yield from copied_texts(outcome.copied, verbose=verbose)
+        yield from (text if text.startswith("caution: ") else f"note: {text}" for text in outcome.notes)
         yield from (f"  {text}" for text in outcome.changes if verbose)
         if outcome.changes and not verbose:
             count = len(outcome.changes)
@@ -574,7 +554,8 @@ def tune_summary(tuning: Tuning) -> None:
         note(f"{names}: already there, made from the same checkpoint in the same way: nothing was written")
         return
     if verdict is None:
-        note(f"{names}: applied, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
+        what = "covariance of its inputs" if tuning.method == "covariance" else "applied"
+        note(f"{names}: {what}, {size(tuning.bytes_written)} written in {tuning.seconds:.1f} s")
         return
     if not verdict.is_accepted:
         note(f"no significant gain: {verdict.reason}: nothing written")

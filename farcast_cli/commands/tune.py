@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from farcast_cli.choices import DEFAULT_GATE, FOLDS, MOMENTUM, ActivationName, LossName
+from farcast_cli.choices import DEFAULT_GATE, DEFAULT_WEIGHT, FOLDS, MOMENTUM, ActivationName, LossName
 from farcast_cli.commands.options import (
     ActivationsOption,
     BiasesOption,
@@ -62,6 +62,23 @@ def tune(
     anchor: Annotated[
         Path | None,
         typer.Option(envvar=env("ANCHOR"), metavar="FILE", help="File of rows x for which the layer's output must not change."),
+    ] = None,
+    anchor_weight: Annotated[
+        float | None,
+        typer.Option(
+            envvar=env("ANCHOR_WEIGHT"),
+            metavar="X",
+            help="Let the outputs of the anchors change, the less the larger X is; with --covariance, the weight of that."
+            f" Default: none of --anchor, {DEFAULT_WEIGHT:g} for --covariance.",
+        ),
+    ] = None,
+    covariance: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=env("COVARIANCE"),
+            metavar="FILE",
+            help="Covariance of inputs for which the layer's output should change little; --covariance-out writes it.",
+        ),
     ] = None,
     val: Annotated[
         Path | None,
@@ -130,6 +147,14 @@ def tune(
         Path | None,
         typer.Option(envvar=env("LORA_OUT"), metavar="DIR", help="Write only the change, as a peft adapter of LoRA's form."),
     ] = None,
+    covariance_out: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=env("COVARIANCE_OUT"),
+            metavar="FILE",
+            help="Write the covariance of x for --covariance, instead of tuning; --data may be of any length, and needs no y.",
+        ),
+    ] = None,
     apply: Annotated[
         Path | None,
         typer.Option(envvar=env("APPLY"), metavar="FILE", help="Add a change that --delta-out wrote, instead of tuning."),
@@ -147,22 +172,33 @@ def tune(
     from farcast_cli.tune.delta import Rounded
     from farcast_cli.tune.one_layer import Settings
     from farcast_cli.tune.request import TuneRequest
-    from farcast_cli.tune.run import apply_deltas, check_given, method_named, tune_checkpoint
+    from farcast_cli.tune.run import apply_deltas, check_given, covariance_of, method_named, tune_checkpoint
 
-    rounded = Rounded(round_, seed)
+    others: dict[str, object] = {"--delta-out": delta_out, "--lora-out": lora_out}
     with render.progress(quiet=quiet) as progress:
         if apply is not None:
-            unwanted = {"--layer": layer, "--data": data, "--delta-out": delta_out, "--lora-out": lora_out}
-            check_given(unwanted, {"-o": output}, of="--apply")
-            how: dict[str, Any] = {"overwrite": overwrite, "num_threads": num_threads, "progress": progress}
-            outcome = apply_deltas(checkpoint, apply, cast("Path", output), rounded, **how)
+            check_given(
+                {"--layer": layer, "--data": data, **others, "--covariance-out": covariance_out}, {"-o": output}, of="--apply"
+            )
+            outcome = apply_deltas(
+                checkpoint,
+                apply,
+                cast("Path", output),
+                Rounded(round_, seed),
+                overwrite=overwrite,
+                num_threads=num_threads,
+                progress=progress,
+            )
+        elif covariance_out is not None:
+            check_given({"-o": output, **others}, {"--layer": layer, "--data": data}, of="--covariance-out")
+            outcome = covariance_of(
+                checkpoint, layer or (), cast("Path", data), covariance_out, is_transposed=transposed, overwrite=overwrite
+            )
         else:
             check_given({}, {"--layer": layer, "--data": data, "--loss": loss}, of="tune")
-            layers = tuple(layer or ())
-            method = method_named(tune_method, num_layers=len(layers))
             request = TuneRequest(
                 checkpoint,
-                layers,
+                tuple(layer or ()),
                 cast("Path", data),
                 cast("LossName", loss),
                 tuple(bias or ()),
@@ -171,11 +207,13 @@ def tune(
                 head_bias,
                 transposed,
                 anchor,
+                anchor_weight,
+                covariance,
                 val,
-                Settings(method, iterations, rate, momentum, weight_decay, ridge),
+                Settings(method_named(tune_method), iterations, rate, momentum, weight_decay, ridge),
                 gate=gate,
                 subsample=subsample,
-                rounded=rounded,
+                rounded=Rounded(round_, seed),
                 output=output,
                 delta_out=delta_out,
                 lora_out=lora_out,

@@ -290,9 +290,14 @@ static PyObject *combine(PyObject *self, PyObject *arguments) {
     const Py_ssize_t T = PyTuple_Size(others), H = PyTuple_Size(outs), S = counts.len / 8;
     const size_t memory_bytes = (size_t)(H + 1) * BLOCK * (is_double ? 8 : 4);
     Py_ssize_t n = 0;
-    for (Py_ssize_t s = 0; s < S; s++) n += (Py_ssize_t)((const int64_t *)counts.buf)[s];
+    int is_sound = 1;
+    for (Py_ssize_t s = 0; s < S; s++) {
+        const int64_t count = ((const int64_t *)counts.buf)[s];
+        is_sound &= 0 <= count && count <= PY_SSIZE_T_MAX - n;
+        n = is_sound ? n + (Py_ssize_t)count : 0;
+    }
     void *memory = malloc(memory_bytes);
-    if (PyTuple_Size(origins) != 1 || types.len != T + 2 || moves.len != T || bare.len != H || weights.len != 8 * S * H * T
+    if (!is_sound || PyTuple_Size(origins) != 1 || types.len != T + 2 || moves.len != T || bare.len != H || weights.len != 8 * S * H * T
         || (gains.buf && gains.len != 16 * S * H) || unchanged.len != 8 * H) {
         PyErr_SetString(PyExc_ValueError, "sizes do not match");
     } else if (!memory) {

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import numpy as np
@@ -24,8 +24,9 @@ from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.checksums import combine
 from farcast_cli.engine.output_files import create, finish_file, write_rate
 from farcast_cli.engine.ranges import Placed, ranges
+from farcast_cli.engine.ranks import Team
 from farcast_cli.engine.reader import Resources
-from farcast_cli.engine.worker import Work, Worker
+from farcast_cli.engine.worker import Filled, Work, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.checkpoint.pieces import Joined, OutputFile
     from farcast_cli.engine.batch import Inputs
-    from farcast_cli.engine.worker import Checksum, Filled
+    from farcast_cli.engine.worker import Checksum
 
 RANGE_BYTES = 8 << 20  # of output that a worker fills at once, at all horizons together
 MIN_RANGE_BYTES = 1 << 20
@@ -53,6 +54,7 @@ class Engine:
 
     inputs: Inputs
     resources: Resources = field(default_factory=Resources)
+    team: Team = field(default_factory=Team)
 
 
 def total_bytes(outputs: Iterable[OutputFile]) -> int:
@@ -148,16 +150,54 @@ def _pass(
     files: Sequence[Sequence[Placed]], paths: Sequence[Sequence[Path]], engine: Engine, horizons: Sequence[int]
 ) -> Iterator[Filled]:
     """Write some horizons' files at once."""
-    for path, file in ((path, file) for pair in zip(paths, files, strict=True) for path, file in zip(*pair, strict=True)):
-        create(path, file.num_bytes, mode=file.output.mode, folder_mode=file.output.folder_mode)
-    checksums: dict[tuple[int, int], dict[int, list[Checksum]]] = defaultdict(lambda: defaultdict(list))
-    for filled in _run(_work(files, paths, engine, horizons), engine):
-        for horizon, number, section, checksum in filled.checksums:
-            checksums[horizon, number][section].append(checksum)
+    team, step = engine.team, str(horizons[0])
+    if team.leads:
+        for its_paths, its_files in zip(paths, files, strict=True):
+            for path, file in zip(its_paths, its_files, strict=True):
+                create(path, file.num_bytes, mode=file.output.mode, folder_mode=file.output.folder_mode)
+    team.begin(step)
+    work = _work(files, paths, engine, horizons)
+    work = replace(work, ranges=[one for number, one in enumerate(work.ranges) if team.takes(number)])
+    mine = Filled(0, Counts())
+    for filled in _run(work, engine):
+        mine.checksums += filled.checksums
+        mine.counts += filled.counts
+        team.beat()
         yield filled
+    if not team.leads:
+        for number in {one.file for one in work.ranges}:
+            for its_paths in paths:
+                system.sync(its_paths[number])
+    others = [_part_of(told) for told in team.merge(step, _told(mine))]
+    yield from others
+    if team.leads:
+        _finish(files, paths, [mine, *others])
+
+
+def _finish(files: Sequence[Sequence[Placed]], paths: Sequence[Sequence[Path]], parts: Iterable[Filled]) -> None:
+    """Fill in the checksums of files whose ranges are all written."""
+    checksums: dict[tuple[int, int], dict[int, list[Checksum]]] = defaultdict(lambda: defaultdict(list))
+    for horizon, number, section, checksum in (one for part in parts for one in part.checksums):
+        checksums[horizon, number][section].append(checksum)
     for horizon, (its_files, its_paths) in enumerate(zip(files, paths, strict=True)):
         for number, (file, path) in enumerate(zip(its_files, its_paths, strict=True)):
             finish_file(path, file.num_bytes, _filled_in(file, checksums[horizon, number]))
+
+
+def _told(part: Filled) -> dict[str, Any]:
+    """What a rank tells of its share."""
+    counts = part.counts
+    return {
+        "counts": [counts.bytes_read, counts.bytes_written, counts.forecast, counts.unchanged],
+        "checksums": [(*where, *checksum) for *where, checksum in part.checksums],
+    }
+
+
+def _part_of(told: dict[str, Any]) -> Filled:
+    """The share of another rank."""
+    bytes_read, bytes_written, forecast, unchanged = told["counts"]
+    checksums = [(one[0], one[1], one[2], (one[3], one[4], one[5])) for one in told["checksums"]]
+    return Filled(0, Counts(bytes_read, bytes_written, tuple(forecast), tuple(unchanged)), checksums)
 
 
 def _filled_in(file: Placed, checksums: Mapping[int, Sequence[Checksum]]) -> Iterator[tuple[int, bytes]]:

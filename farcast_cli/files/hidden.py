@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import OutputError
+from farcast_cli.errors import OutputError, TakenError
 from farcast_cli.files.renames import ASIDE, put, put_back, swap
 from farcast_cli.system import NO_WAIT, Folder
 
@@ -102,6 +102,14 @@ def clear_left(final: Path) -> None:
             _clear_one(folder, final)
 
 
+def marked(final: Path) -> Iterator[Path]:
+    """The hidden folders of an output that are this user's and bear its mark, those of killed processes among them."""
+    for path in list(_others(final)):
+        with suppress(OSError), closing(Folder(path)) as folder:
+            if folder.is_own() and _mark_of(folder) == os.fsencode(final.name):
+                yield path
+
+
 def _clear_one(folder: Folder, final: Path) -> None:
     if not folder.is_own():
         return
@@ -111,7 +119,7 @@ def _clear_one(folder: Folder, final: Path) -> None:
         folder.lock(waits=False)
     except BlockingIOError:
         if _mark_of(folder) == os.fsencode(final.name):
-            raise OutputError(
+            raise TakenError(
                 f"{final}: another farcast is writing this output (in {path})", hint="wait for it to end"
             ) from None
         return

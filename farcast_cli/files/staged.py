@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import OutputError, UnreadableError
+from farcast_cli.errors import OutputError, TakenError, UnreadableError
 from farcast_cli.files.hidden import Hidden, clear_left, identity, is_renamed, make_hidden
 from farcast_cli.files.renames import ASIDE, put, swap, swap_back
 from farcast_cli.system import ENDINGS, sync
@@ -30,7 +30,7 @@ Check = Callable[[Path], None]
 
 def refuse_existing(final: Path, *, hint: str = "--overwrite replaces it; -o OUT writes elsewhere") -> None:
     if os.path.lexists(final):
-        raise OutputError(f"{final}: exists already", hint=hint)
+        raise TakenError(f"{final}: exists already", hint=hint)
 
 
 @dataclass(slots=True)
@@ -96,7 +96,9 @@ class Staging:
         self._outputs: list[_Output] = []
         self._made: list[Path] = []
         self._alongside: list[AbstractContextManager[Any]] = []
+        self._told: list[Callable[[BaseException | None], None]] = []
         self._is_published = False
+        self.failure: BaseException | None = None
 
     def add(self, final: Path, *, check: Check = refuse_existing, may_stay_empty: bool = False) -> Path:
         """A path to write to, which becomes `final`.
@@ -128,6 +130,10 @@ class Staging:
     def alongside(self, record: AbstractContextManager[Any]) -> None:
         """Enter a block right before the renames, and leave it right after; it sees the exception if one of them fails."""
         self._alongside.append(record)
+
+    def tell_end(self, tell: Callable[[BaseException | None], None]) -> None:
+        """Call a function with what went wrong, None if nothing did, right before the hidden folders are removed."""
+        self._told.append(tell)
 
     def publish(self) -> None:
         """Sync everything, then rename everything; what was added last comes first.
@@ -167,6 +173,8 @@ class Staging:
 
     def close(self) -> None:
         """Remove the hidden folders, and the folders that were made for outputs and hold none."""
+        for tell in self._told:
+            tell(self.failure)
         with _uninterrupted(is_too_late=lambda: self._is_published):
             for one in self._outputs:
                 one.hidden.remove()
@@ -213,6 +221,9 @@ def staging(*, option: str = "-o") -> Iterator[Staging]:
             raise outputs.named(error) from error
         except UnreadableError as error:
             raise outputs.misread(error) from error
+    except BaseException as error:
+        outputs.failure = error
+        raise
     finally:
         outputs.close()
 

@@ -312,10 +312,14 @@ def judge_direction(steady: Steadiness, task: Task) -> tuple[bool, str]:
     needed = needed_direction(steady, task)
     coherent = f"coherence S = {steady.coherence:.2f}, needed {needed.whole:.2g}"
     in_recent = f"coherence S = {steady.recent:.2f} in the recent half, needed {needed.recent:.2g}"
+    limit = steady.significance.limit
     objections = (
         (steady.recent <= needed.recent, in_recent),
         (not steady.coherence > needed.whole, coherent),
-        (not steady.significance.passes, f"{coherent}, but chance alone often gives as much: p = {steady.significance.p:.2g}"),
+        (
+            not steady.significance.passes,
+            f"p = {steady.significance.p:.2g} of coherence S = {steady.coherence:.2f}, limit {limit:.2g}",
+        ),
     )
     objection = next((text for holds, text in objections if holds), None)
     return objection is None, objection or coherent

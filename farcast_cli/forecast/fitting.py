@@ -259,6 +259,7 @@ def fit(
         step_from=trajectory.rule.source,
         unit=trajectory.rule.unit,
         weights=trajectory.weights,
+        steps="" if trajectory.chosen is None else str(trajectory.chosen),
         kept="" if trajectory.kept is None else str(trajectory.kept),
     )
     fitted = Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from farcast_cli import __version__
 from farcast_cli.choices import StepFrom, StepUnit  # noqa: TC001 - pydantic reads the annotations
-from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, shell_word
+from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, UsageError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
 from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading, seen_from
@@ -33,6 +34,7 @@ from farcast_cli.remote.mirror import revived
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
+from farcast_cli.run.steps import parse_steps
 from farcast_cli.run.trust import StepRule
 from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
@@ -113,6 +115,8 @@ class Provenance(BaseModel):
     unit: StepUnit = "step"
     weights: tuple[str, ...] = ()
     """The keys of the weights, where they were chosen."""
+    steps: str = ""
+    """The steps that the user chose, as `--steps` has them."""
     kept: str = ""
     """The folder of the run's kept snapshots, if some of the snapshots lie there."""
     checksum: str = ""
@@ -143,6 +147,21 @@ class Fitted:
         """The run's folder, and that of its kept snapshots, as a command to paste names them."""
         kept = f" --history {shell_word(self.kept)}" if self.kept else ""
         return shell_word(self.directory) + kept
+
+    @property
+    def narrowed(self) -> str:
+        """The options beside `--steps` that chose what was read of the run, each with a blank before it."""
+        chosen = self.provenance
+        options = [("--pattern", chosen.pattern)] if chosen.pattern else []
+        options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
+        options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
+        rule = "".join(f" {word}" for word in self.rule.options)
+        return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule
+
+    @property
+    def selected(self) -> str:
+        """What a command to paste needs to read the same snapshots of the run: its folder, and all options that chose them."""
+        return self.source + self.narrowed + (f" --steps {shlex.quote(self.provenance.steps)}" if self.provenance.steps else "")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -367,7 +386,7 @@ def reopen(fitted: Fitted, index: int) -> Snapshot:
     """
     record = fitted.provenance.snapshots[index]
     path = fitted.path_of(record)
-    again = f"farcast fit {fitted.source}"
+    again = f"farcast fit {fitted.selected}"
     with reading(path):
         is_there, has_run = path.exists(), fitted.directory.exists()
     if not has_run:
@@ -397,7 +416,7 @@ def realign(fitted: Fitted, snapshots: Sequence[Snapshot]) -> Alignment:
         origin = fitted.provenance.snapshots[-1].step
         raise SnapshotError(
             f"{snapshots[-1].path}: its tensors differ from those of step {origin}, on which the forecaster was fitted",
-            hint=f"farcast fit {fitted.source} --steps :{snapshots[-1].step}",
+            hint=f"farcast fit {fitted.source}{fitted.narrowed} --steps :{snapshots[-1].step}",
         )
     more = (replace(reasons[key], name=tensor.name) for key, tensor in found.items() if key not in known)
     return Alignment(tuple(found[key] for key in known), (*alignment.copied, *more))
@@ -412,7 +431,9 @@ def newer_snapshots(fitted: Fitted) -> list[str]:
     try:
         entries = run_entries(fitted.directory, fitted.provenance.layout, fitted.provenance.pattern)
         names = [path.name for path in entries if word_of_others(path.name) in {"", word_of_others(origin)}]
-    except (OSError, FileFormatError):
+        wanted = parse_steps(fitted.provenance.steps)
+    except (OSError, FileFormatError, UsageError):
         return []
-    numbered = [(int(match[1]), name) for name in names if (match := find_number_in_name(name, unit)) and name not in known]
+    found = [(int(match[1]), name) for name in names if (match := find_number_in_name(name, unit)) and name not in known]
+    numbered = [(number, name) for number, name in found if wanted is None or number in wanted]
     return [name for number, name in sorted(numbered) if last and number > int(last[1])]

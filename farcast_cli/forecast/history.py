@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from farcast_cli.errors import FarcastError, TooFewSnapshotsError
-from farcast_cli.files.reading import reading
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.worth import span_of, worth_of
 from farcast_cli.run.alignment import align
 from farcast_cli.run.intervals import odd_gaps, usual_interval
 from farcast_cli.run.steps import StepList
-from farcast_cli.run.trajectory import MIN_SNAPSHOTS
-from farcast_cli.trainers import recognise
+from farcast_cli.run.trajectory import MIN_SNAPSHOTS, open_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -193,13 +191,9 @@ def _nearer_to_forecast(leap: Leap, past: Sequence[Snapshot], before: Snapshot, 
     Args:
         past: two snapshots that show the drift; the forecast's own step shows it where there are none.
     """
-    path, num_read = Path(leap.forecast), len(past) + 3
+    num_read = len(past) + 3
     try:
-        with reading(path):
-            layout = recognise(path) if path.exists() else None
-        if layout is None:
-            return None
-        alignment = align((*past, before, layout.read(path), after))
+        alignment = align((*past, before, open_snapshot(Path(leap.forecast), after.weights), after))
         gram, _ = accumulate(alignment, range(num_read), num_samples=NUM_COMPARED)
     except FarcastError:
         return None

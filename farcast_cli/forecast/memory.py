@@ -72,6 +72,8 @@ class MemoryRecord(BaseModel):
     origin: str
     origin_step: _Step
     origin_digest: str
+    averages: dict[str, str] = {}
+    """Marks of the averages at the origin: one that has the same mark at the next call does not move."""
     landing_step: _Step
     """Where the trainer's counters are when it goes on."""
     forecast: str = ""

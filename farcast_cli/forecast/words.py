@@ -35,9 +35,9 @@ def recent_half(coherence: float) -> str:
     return f"recent half S = {coherence:.2f}" if math.isfinite(coherence) else "recent half: too few snapshots to tell"
 
 
-def clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0) -> str:
+def clock_line(pace: Pace, ahead: float | None = None, length: float = 1.0, *, unit: StepUnit = "step") -> str:
     if pace.clock == "steps":
-        return "clock: steps" + (f" ({pace.why})" if pace.why else "")
+        return f"clock: {unit}s" + (f" ({pace.why})" if pace.why else "")
     if ahead is None:
         return "clock: learning rate"
     if ahead == 1:

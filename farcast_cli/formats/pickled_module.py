@@ -30,7 +30,8 @@ def as_state_dict(node: Any) -> Any:
 def state_of_module(node: Made) -> dict[Any, Any]:
     """Its state dict: parameters first, then buffers, then those of its children."""
     attributes = _attributes(node)
-    unsaved = attributes.get("_non_persistent_buffers_set") or ()
+    unsaved = attributes.get("_non_persistent_buffers_set")
+    unsaved = unsaved if isinstance(unsaved, (set, frozenset, list, tuple)) else ()
     found = {name: _tensor(value) for name, value in attributes["_parameters"].items() if value is not None}
     found |= {name: value for name, value in attributes["_buffers"].items() if value is not None and name not in unsaved}
     children = ((name, state_of_module(child)) for name, child in attributes["_modules"].items() if is_module(child))

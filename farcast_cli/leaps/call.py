@@ -41,6 +41,7 @@ from farcast_cli.request import Outcome
 from farcast_cli.run.losses import losses_of
 from farcast_cli.run.trajectory import discover
 from farcast_cli.run.trust import StepRule
+from farcast_cli.second_copies import marks_of_averages
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers.base import unchanged
 
@@ -129,9 +130,9 @@ class _Call:
         self._told: list[str] = []
         self._check_memory = partial(check_memory_ours, run=ask.directory)
         self._container = settle(trajectory.origin, ask.request.layout, inner=ask.request.place)
-        self._start = start
-        self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
         before = found.memory.record if found.memory else None
+        self._start = replace(start, averages=before.averages if before else None)
+        self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
         self._length = found.stretches[-1][1] if found.stretches else before.length if before else 0.0
         self._losses = before.losses if before else Losses()
 
@@ -260,6 +261,7 @@ class _Call:
             unit=self._ask.selection.rule.unit,
             weights=self._ask.selection.weights,
             strides={t.name: t.entries[-1].strides for t in self._found.alignment.tensors if t.entries[-1].strides},
+            averages=dict(marks_of_averages(origin)),
             landing_step=moved if path else origin.step,
             forecast=relative(path, home) if path else "",
             files=files,

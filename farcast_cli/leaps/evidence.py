@@ -14,6 +14,7 @@ from farcast_cli.forecast.history import past_of
 from farcast_cli.forecast.memory import basis_of, check_memory_of, read_memory, remembered
 from farcast_cli.forecast.timeline import evenly
 from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.kept import as_option
 from farcast_cli.run.pace import Pace
 from farcast_cli.run.trust import StepRule
 from farcast_cli.state.rates import rate_at, read_pace
@@ -51,10 +52,9 @@ def known_memory(place: Path, trajectory: Trajectory) -> tuple[Memory | None, li
     if trajectory.pattern != memory.record.pattern:
         return None, [f"{place} belongs to the run of --pattern {memory.record.pattern!r}: a new memory starts"]
     rule = StepRule(memory.record.step_from, memory.record.unit)
-    chosen = f"--weights {','.join(memory.record.weights)}" if memory.record.weights else "no --weights"
     differences = (
         (trajectory.rule != rule, f"counts its steps by {' '.join(rule.options) or 'neither --step-from nor --unit'}"),
-        (trajectory.weights != memory.record.weights, f"is of {chosen}"),
+        (trajectory.weights != memory.record.weights, f"is of {as_option(memory.record.weights)}"),
     )
     if other := next((text for differs, text in differences if differs), ""):
         return None, [f"{place} {other}: a new memory starts"]

@@ -295,7 +295,7 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
     yield "remarks", _counted(tensor.remark for tensor in record.tensors if tensor.remark)
     yield "notes", "; ".join(record.notes)
     yield "sample", "all values" if record.num_samples is None else f"up to {record.num_samples:,} values of each tensor"
-    yield "clock", clock_line(story.backtest.pace).removeprefix("clock: ")
+    yield "clock", clock_line(story.backtest.pace, unit=story.backtest.rule.unit).removeprefix("clock: ")
     yield "purpose", story.proposal.purpose
     yield "proposal", "; ".join(story.proposal.outcome.chosen)
     yield "leap before", f"the history begins after the leap to step {record.leap.resumes_after}" if record.leap else ""

@@ -167,14 +167,15 @@ def course_of(fitted: Fitted, *, losses: Path | None, ledgers: Ledgers | None) -
         FarcastError: the named log cannot be read.
     """
     try:
-        trajectory = discover(fitted.directory, pattern=fitted.provenance.pattern, rule=fitted.rule)
-        known = known_leaps(ledgers, trajectory).leaps
-        made = _in_turn(made_leaps(trajectory, known))
+        known = fitted.provenance
+        trajectory = discover(fitted.directory, pattern=known.pattern, rule=fitted.rule, weights=known.weights)
+        recorded = known_leaps(ledgers, trajectory).leaps
+        made = _in_turn(made_leaps(trajectory, recorded))
     except FarcastError as error:
         return Course(why_none=str(error))
     log = losses_of(trajectory, losses)
     leaps = tuple((leap.resumes_after, leap.valid_step - leap.origin_step) for leap in made)
-    worth = worth_of(log, span_of(known, made[-1].origin_step, made[-1].resumes_after)) if made else None
+    worth = worth_of(log, span_of(recorded, made[-1].origin_step, made[-1].resumes_after)) if made else None
     why_none = log.unread if log is not None and log.unread else "farcast found no log of them (--losses FILE names one)"
     return _shown(log, leaps, worth) if log else Course(None, leaps, worth, why_none)
 

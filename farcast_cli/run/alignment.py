@@ -14,6 +14,7 @@ from farcast_cli.errors import MixedRunsError, SnapshotError, UsageError
 from farcast_cli.run.closed import are_alike
 from farcast_cli.run.quantised import quantised_owner
 from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
+from farcast_cli.trainers.base import num_copied_in
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
@@ -54,6 +55,11 @@ class Copied:
     def kind(self) -> str:
         """The reason without a name, the same for all tensors of its kind."""
         return self.reason.replace(self.of, "another") if self.of else self.reason
+
+    @property
+    def num_tensors(self) -> int:
+        """How many are copied: a state dict beside the weights is one entry, and an average moves with the weights."""
+        return num_copied_in(self.reason)
 
 
 @dataclass(frozen=True, slots=True)

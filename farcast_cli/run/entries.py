@@ -79,7 +79,7 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
         refuse_unread(directory)
         raise TooFewSnapshotsError(
             f"{directory}: expected a folder of checkpoints, found one {alone.name} checkpoint",
-            hint=f"name the folder above it: {shell_word(directory.resolve().parent)}",
+            hint=_hint_at_one(directory, alone, entries),
         )
     if not found:
         raise _nothing_found(directory, pattern, findings, entries)
@@ -87,6 +87,21 @@ def candidates_in(directory: Path, pattern: str, steps: StepRange | StepList | N
     if unreadable:
         raise SnapshotError(f"{unreadable}: its name is no printable text", hint="rename it")
     return found
+
+
+def _hint_at_one(directory: Path, kind: Layout, entries: Sequence[Path]) -> str:
+    """What to do about a folder that is one checkpoint: one of several in the folder above, or one that its trainer writes over."""
+    above = directory.resolve().parent
+    siblings = (path for path in islice(above.iterdir(), MAX_FOLDERS) if path != directory.resolve())
+    if find_step_in_name(directory.resolve().name) or any(recognise(path) is kind for path in siblings):
+        return f"name the folder above it: {shell_word(above)}"
+    is_file = len(entries) == 1 and entries[0].is_file()
+    what, option = (entries[0], "") if is_file else (directory, "-r ")
+    copy = f"ckpts/{what.stem}_STEP{what.suffix}" if is_file else "ckpts/step_STEP"
+    return (
+        f"a forecast needs the run's history: copy the checkpoint after each save, with its step for STEP: cp {option}{shell_word(what)}"
+        f" {shell_word(copy)}; then name ckpts"
+    )
 
 
 def _note_no_snapshots(

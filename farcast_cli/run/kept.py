@@ -55,28 +55,47 @@ def _paths_in(folder: Path) -> list[Path]:
     return [path for path in names if not path.name.startswith(".") and recognise(path) is LAYOUT]
 
 
-def default_folder(run: Path, pattern: str = "") -> Path:
+def default_folder(run: Path, pattern: str = "", weights: Sequence[str] = ()) -> Path:
     """Where the kept snapshots of a run lie unless an option says otherwise.
 
-    In `kept/`, under the name of the run's folder; if another run's lie there, the names of the folders above come before it.
+    In `kept/`, under the name of the run's folder; if another run's lie there, or those of other weights, the names of the
+    folders above come before it.
     A run stays in the folder that it has, also when a name before it becomes free.
     """
     folders = folders_for(run, DEFAULT_KEPT)
-    holdings = [(folder, _is_own(folder, run, pattern)) for folder in folders]
+    holdings = [(folder, _is_own(folder, run, pattern, weights)) for folder in folders]
     found = (folder for wanted in (True, None) for folder, is_own in holdings if is_own is wanted)
     return next(found, folders[0])
 
 
-def _is_own(folder: Path, run: Path, pattern: str) -> bool | None:
+def _is_own(folder: Path, run: Path, pattern: str, weights: Sequence[str]) -> bool | None:
     """Whether the first kept snapshot in a folder is this run's; None where there is none."""
-    first = next(iter(_paths_in(folder)), None)
-    return None if first is None else is_of(read_snapshot(LAYOUT, first), run, pattern)
+    first = _first_in(folder)
+    return None if first is None else is_of(first, run, pattern, weights)
 
 
-def is_of(kept: Snapshot, run: Path, pattern: str) -> bool:
-    """Whether a kept snapshot was copied from a run, by the folder that it names."""
+def _first_in(folder: Path) -> Snapshot | None:
+    return next((read_snapshot(LAYOUT, path) for path in _paths_in(folder)), None)
+
+
+def is_of(kept: Snapshot, run: Path, pattern: str, weights: Sequence[str]) -> bool:
+    """Whether a kept snapshot was copied from a run, by the folder that it names, with the same weights chosen."""
+    return _is_from(kept, run, pattern) and others_chosen(kept, weights) is None
+
+
+def _is_from(kept: Snapshot, run: Path, pattern: str) -> bool:
     source = kept.source
     return source is not None and source.run.resolve() == run.resolve() and source.pattern == pattern
+
+
+def others_chosen(kept: Snapshot, weights: Sequence[str]) -> str | None:
+    """The option that a kept snapshot was copied with, where it chose other weights than these."""
+    return None if kept.weights == tuple(weights) else as_option(kept.weights)
+
+
+def as_option(weights: Sequence[str]) -> str:
+    """The keys of the weights as the user gives them."""
+    return f"--weights {','.join(weights)}" if weights else "no --weights"
 
 
 def survey_all(
@@ -99,41 +118,62 @@ def survey_all(
         TooFewSnapshotsError: no snapshot in the run's folder, or no kept one in a folder that was named.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    folder = default_folder(directory, pattern) if history is None else history
+    folder = default_folder(directory, pattern, weights) if history is None else history
     found = () if folder.resolve() == directory.resolve() else kept_in(folder)
-    kept, odd = _sorted_out(found, folder, directory, pattern, is_named=history is not None)
+    same = tuple(one for one in found if others_chosen(one, weights) is None)
+    kept, odd = _sorted_out(same, folder, directory, pattern, is_named=history is not None)
+    if len(same) < len(found):
+        odd += (f"kept snapshots in {folder} are of {_options(found, weights)}, not of {as_option(weights)}: left out",)
     if history is not None and not kept:
-        raise TooFewSnapshotsError(
-            f"{history}: expected kept snapshots, found none",
-            hint=f"farcast keep {shell_word(directory)} --into {shell_word(history)} writes them",
-        )
+        raise _none_kept(directory, history, weights, found)
     if not kept:
         own = survey(directory, steps=steps, pattern=pattern, rule=rule, unsettled=unsettled, weights=weights)
-        return replace(own, kept_notes=(*_unused(directory, folder), *odd))
+        return replace(own, kept_notes=(*_unused(directory, folder, weights), *odd))
     some = StepRange(steps.steps[0], steps.steps[-1]) if isinstance(steps, StepList) else steps
     own = survey(directory, steps=some, pattern=pattern, rule=rule, unsettled=unsettled, weights=weights)
     joined = _joined(own, kept, folder, steps)
     return replace(joined, notes=(*joined.notes, *odd), kept_notes=(*joined.kept_notes, *odd))
 
 
+def _none_kept(run: Path, history: Path, weights: Sequence[str], found: Sequence[Snapshot]) -> TooFewSnapshotsError:
+    if found:
+        return TooFewSnapshotsError(
+            f"{history}: expected kept snapshots of {as_option(weights)}, found those of {_options(found, weights)}",
+            hint="choose the same weights, or name another folder with --history",
+        )
+    return TooFewSnapshotsError(
+        f"{history}: expected kept snapshots, found none",
+        hint=f"farcast keep {shell_word(run)} --into {shell_word(history)} writes them",
+    )
+
+
+def _options(kept: Sequence[Snapshot], weights: Sequence[str]) -> str:
+    """What other weights kept snapshots are of, than these."""
+    return listed(sorted({option for one in kept if (option := others_chosen(one, weights)) is not None}))
+
+
 def _sorted_out(
     kept: Sequence[Snapshot], folder: Path, run: Path, pattern: str, *, is_named: bool
 ) -> tuple[tuple[Snapshot, ...], tuple[str, ...]]:
     """The kept snapshots to use, and a note on those that name another run; they are used only from a folder that was named."""
-    own = tuple(one for one in kept if is_of(one, run, pattern))
+    own = tuple(one for one in kept if _is_from(one, run, pattern))
     if len(own) == len(kept):
         return own, ()
-    names = listed(one.path.name for one in kept if not is_of(one, run, pattern))
+    names = listed(one.path.name for one in kept if not _is_from(one, run, pattern))
     if is_named:
         return tuple(kept), (f"caution: {folder} has kept snapshots that name another run, and they are used: {names}",)
     return own, (f"kept snapshots in {folder} name another run, and are left out: {names}",)
 
 
-def _unused(directory: Path, folder: Path) -> tuple[str, ...]:
-    """That another run's kept snapshots have the usual place, if they do and this run has none."""
+def _unused(directory: Path, folder: Path, weights: Sequence[str]) -> tuple[str, ...]:
+    """That kept snapshots of another run or of other weights have the usual place, if they do and this run has none."""
     usual = folders_for(directory, DEFAULT_KEPT)[0]
     if usual.resolve() in {directory.resolve(), folder.resolve()}:
         return ()
+    first = _first_in(usual)
+    others = first and others_chosen(first, weights)
+    if others:
+        return (f"{usual} has kept snapshots of {others}: they are not used",)
     return (f"{usual} has kept snapshots of another run: they are not used (--history {shell_word(usual)} uses them)",)
 
 
@@ -188,6 +228,7 @@ def _joined(found: Trajectory, kept: Sequence[Snapshot], folder: Path, steps: St
         notes=(*found.notes, *notes),
         kept=folder if older else None,
         kept_notes=tuple(notes),
+        chosen=steps,
     )
 
 

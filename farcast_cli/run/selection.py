@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import SnapshotError
+from farcast_cli.errors import FarcastError, SnapshotError
 from farcast_cli.run.alignment import align, since_last_change
+from farcast_cli.run.closed import reopened
 from farcast_cli.run.kept import survey_all
 from farcast_cli.run.thinning import thinned
 from farcast_cli.run.trajectory import MIN_SNAPSHOTS
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
+from farcast_cli.trainers import trainer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from farcast_cli.run.alignment import Alignment
@@ -98,11 +100,27 @@ def inspect(selection: Selection) -> Inspection:
     try:
         entering = usable(trajectory.snapshots, selection)
         alignment = align(entering.snapshots, include=selection.include, exclude=selection.exclude)
-        notes = entering.notes
+        notes = (*entering.notes, *_ended(entering.snapshots[-1]))
     except SnapshotError as error:
         fatal = error
         found.append(error)
     problems = [f"{error}; {error.hint}" if error.hint else str(error) for error in found]
-    if len(trajectory.snapshots) < MIN_SNAPSHOTS:
-        problems.append(f"{len(trajectory.snapshots)} snapshots: fit needs {MIN_SNAPSHOTS}")
+    count = len(trajectory.snapshots)
+    if count < MIN_SNAPSHOTS:
+        problems.append(f"{count} snapshot{'s' * (count != 1)}: fit needs {MIN_SNAPSHOTS}")
     return Inspection(replace(trajectory, notes=(*trajectory.notes, *notes)), alignment, tuple(problems), fatal)
+
+
+def end_of(origin: Snapshot) -> tuple[str, int] | None:
+    """What says where the run ends, and the step; None if the newest snapshot does not tell."""
+    try:
+        return trainer_of(origin).end(reopened(origin))
+    except FarcastError:  # the files are gone, or say nothing that can be read
+        return None
+
+
+def _ended(origin: Snapshot) -> Iterator[str]:
+    """That the run is over."""
+    end = end_of(origin)
+    if end and end[1] <= origin.step:
+        yield f"the run ended at {origin.unit} {origin.step}: {end[0]} = {end[1]}"

@@ -57,6 +57,10 @@ class StepRange:
             return False
         return self.first <= step and (self.last is None or step <= self.last) and step % self.every == 0
 
+    def __str__(self) -> str:
+        last, every = "" if self.last is None else self.last, "" if self.every == 1 else f":{self.every}"
+        return f"{self.first or ''}:{last}{every}"
+
     @classmethod
     def parse(cls, text: str) -> StepRange:
         parts = text.split(":")
@@ -76,6 +80,9 @@ class StepList:
 
     def __contains__(self, step: object) -> bool:
         return step in self.steps
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.steps))
 
     @classmethod
     def parse(cls, text: str) -> StepList:
@@ -237,7 +244,7 @@ def first_of(conflicts: Sequence[SnapshotError], directory: Path) -> SnapshotErr
     first, num_more = conflicts[0], len(conflicts) - 1
     if not num_more:
         return first
-    return type(first)(f"{first} (and {num_more} more: farcast inspect {shell_word(directory)} shows all)", hint=first.hint)
+    return type(first)(f"{first} (and {num_more} more: farcast inspect {shell_word(directory)} -v shows all)", hint=first.hint)
 
 
 # --- snapshots without evidence --------------------------------------------------------------------------------------
@@ -304,10 +311,11 @@ def _in_order_of_saving(
     chosen = next((group for group in (ordered, named) if len(group) == len(wanted.steps)), None)
     if chosen is None or len(set(map(order.key, chosen))) < len(chosen):
         count = f"{len(ordered)} snapshots" if chosen is None else "some that were saved at the same time"
+        give = f"give one number for each: {_numbers_for(len(ordered))}; or " if chosen is None else ""
         findings.conflicts.append(
             StepConflictError(
                 f"{directory}: unknown steps: --steps lists {len(wanted.steps)} for {count}: {_in_words(ordered)}",
-                hint="add the steps to the snapshots' names, such as step_1000",
+                hint=f"{give}add the steps to the snapshots' names, such as step_1000",
             )
         )
         return ordered
@@ -365,8 +373,19 @@ def _ask_for_steps(ordered: Sequence[Snapshot], order: _Order, directory: Path, 
         count, unit = len(ordered), rule.unit
         yield StepConflictError(
             f"{directory}: unknown {unit}s of its {count} snapshots; {order.words} they are {_in_words(ordered)}",
-            hint=f"--steps 100,200,300 assigns the {unit}s in that order, {count} of them{epochs}; or add the {unit} to each name",
+            hint=f"{_numbers_for(count)} assigns the {unit}s in that order{epochs}; or add the {unit} to each name",
         )
+
+
+def _numbers_for(count: int) -> str:
+    """The option that lists a step for each of some snapshots.
+
+    >>> _numbers_for(3), _numbers_for(10)
+    ('--steps S1,S2,S3 (3 numbers)', '--steps S1,S2,...,S10 (10 numbers)')
+    """
+    few = count <= 3  # noqa: PLR2004 - more need no list
+    names = [f"S{number}" for number in range(1, count + 1)] if few else ["S1", "S2", "...", f"S{count}"]
+    return f"--steps {','.join(names)} ({count} numbers)"
 
 
 def _in_words(snapshots: Sequence[Snapshot]) -> str:
@@ -406,9 +425,14 @@ def _contradiction(snapshot: Snapshot, item: Evidence) -> StepConflictError:
     chosen = snapshot.evidence[0]
     says = "falls back to" if chosen.step == item.step else "says"
     return StepConflictError(
-        f"{snapshot.path}: {chosen.where} says step {chosen.step}, but {item.source} ({item.where}) {says} {item.step}",
+        f"{snapshot.path}: {_place_of(chosen)} says {snapshot.unit} {chosen.step}, but {item.source} ({item.where}) {says} {item.step}",
         hint="rename the snapshot to its real step, or move it out of this folder",
     )
+
+
+def _place_of(item: Evidence) -> str:
+    """Where evidence lies; with its kind if it is a key that is called as what it counts."""
+    return f"{item.source} ({item.where})" if item.where in {"step", "epoch"} else item.where
 
 
 def _is_affine(pairs: Sequence[tuple[int, int]]) -> bool:

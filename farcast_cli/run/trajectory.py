@@ -45,6 +45,8 @@ class Trajectory:
     """The folder of kept snapshots, if some of the snapshots lie there."""
     kept_notes: tuple[str, ...] = ()
     """What a person should know of the kept snapshots."""
+    chosen: StepRange | StepList | None = None
+    """The steps that the user chose."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -124,7 +126,8 @@ def survey(
     rule = replace(rule, unit=settled[0].unit) if settled else rule  # kept snapshots know theirs
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(
-        directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, rule, tuple(weights)
+        *(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, rule, tuple(weights)),
+        chosen=steps,
     )
     if not settled and not conflicts and not may_be_empty:
         raise too_few(directory, 0, 1, found.half_written)
@@ -135,15 +138,15 @@ def open_snapshot(path: Path, weights: Sequence[str] = ()) -> Snapshot:
     """One checkpoint by itself, its step settled by its own evidence (-1 where there is none).
 
     Args:
-        weights: as of `discover`.
+        weights: as of `discover`, if it is of a layout that has several; in others, farcast wrote only these.
     """
     layout = recognise(path)
     if layout is None and (inner := only_file_of(path)) is not None:
-        return open_snapshot(inner)
+        return open_snapshot(inner, weights)
     if layout is None:  # which has seen that the path can be looked at
         what = "no checkpoint here" if path.exists() else "no such file or folder"
         raise SnapshotError(f"{path}: {what}", path=path)
-    snapshot = read_snapshot(layout.choosing(weights), path)
+    snapshot = read_snapshot(layout.choosing(weights) if layout.read_chosen else layout, path)
     if snapshot.is_sample:
         raise SnapshotError(f"{path}: expected all weights, found a kept sample of them", hint=WHOLE, path=path)
     first = snapshot.evidence[0] if snapshot.evidence else None

@@ -113,6 +113,8 @@ class Advanced:
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dropped: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
+    """Counters that changed along the run and were not moved."""
 
 
 def advance(
@@ -151,6 +153,7 @@ def advance(
         clocks = {name: trainer.clock([state[:2] for state in history.states], target) for name, history in histories.items()}
         for name, state in result.trees.items():
             _advance_counters(state, histories[name], target, result, clocks[name])
+        result.notes.extend(_left_behind(origin, target, result))
         _advance_schedules(result, histories, origin, target, clocks)
     if optimizer == "drop" and trainer.needs_optimizer:
         result.notes.append(f"optimizer state emptied instead of left out: {trainer.needs_optimizer}")
@@ -236,7 +239,8 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         told = clock.optimizer_count(series[-1][1]) if clock and _is_adam_step(path) else None
         new = moved(path, value, series, target) if told is None else told
         if new is None:
-            result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise steadily with the step")
+            result.left.add(where)
+            result.notes.append(f"{where} stays at {series[-1][1]}: it does not rise in proportion to the steps")
             continue
         if isinstance(value, TensorRef):
             state.literals[place_of(value)] = _packed(value, new)
@@ -247,13 +251,34 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
         result.changes.append(Change(listed((one.where for one in adam), most=1), adam[0].old, adam[0].new))
 
 
+def _left_behind(origin: Snapshot, target: int, result: Advanced) -> Iterator[str]:
+    """That a counter of steps which disagrees with the step of the run did not move: the trainer goes on from it."""
+    names = [state.part.name or state.part.path.name for state in result.trees.values()]
+    for item in origin.evidence:
+        if item.step != origin.step and result.left.intersection(f"{name}: {item.where}" for name in names):
+            yield (
+                f"caution: {item.where} stays at {item.step}: a training that counts by it resumes at step {item.step}, with the"
+                f" weights of {origin.unit} {target}"
+            )
+
+
 def _opaque(tree: object, history: StateHistory) -> Iterator[tuple[str, str]]:
     """Objects of a loop's own classes whose numbers change from snapshot to snapshot; and what they are."""
     for path, node in walk(tree):
-        if isinstance(node, Made) and not is_module(node) and not node.maker.name.startswith("_rebuild_"):
+        if (
+            isinstance(node, Made)
+            and not is_module(node)
+            and not node.maker.name.startswith("_rebuild_")
+            and not _is_plain(node)
+        ):
             seen = [numbers_in(find(earlier, path)) for _, earlier, _ in history.states]
             if any(len(one) == len(seen[-1]) and one != seen[-1] for one in seen):
                 yield dotted(path) or "all", _OBJECT.format(node.maker)
+
+
+def _is_plain(node: Made) -> bool:
+    """Whether an object is a date or a time that has passed: no class of the loop's own, and no counter."""
+    return node.maker.module == "datetime"
 
 
 def _advance_apart(

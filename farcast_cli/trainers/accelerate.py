@@ -58,7 +58,8 @@ def _read(path: Path) -> Snapshot:
             hint="farcast does not find weights under another name (a save hook?): save them under the usual name",
         )
     others, notes = side_parts(path, weights.parts)
-    others, averages = with_averages(path, others)
+    averages = with_averages(path, others, weights)
+    others = averages.parts
     return Snapshot(
         path,
         LAYOUT.name,
@@ -66,8 +67,8 @@ def _read(path: Path) -> Snapshot:
         weights.tensors,
         _evidence(path, (*weights.parts, *others)),
         not_streamable=weights.rough,
-        beside=tuple(beside(others)),
-        notes=(*notes, *averages),
+        beside=(*beside(others), *averages.beside),
+        notes=(*notes, *averages.notes),
     )
 
 

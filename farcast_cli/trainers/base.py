@@ -42,9 +42,22 @@ KEPT_KEY = "farcast_kept"
 
 _TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".pkl"})
 Role = Literal[
-    "weights", "weights-index", "twin", "state", "side-state", "optimizer", "scheduler", "trainer-state", "data", "other"
+    "weights",
+    "weights-index",
+    "twin",
+    "average",
+    "state",
+    "side-state",
+    "optimizer",
+    "scheduler",
+    "trainer-state",
+    "data",
+    "other",
 ]
-"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast."""
+"""What a file is. A twin holds weights that another file, which the trainer loads, holds too: it gets their forecast.
+
+An average holds an average of the weights in a file of its own, under their names.
+"""
 _UNREAD_STATE: frozenset[Role] = frozenset({"optimizer", "scheduler", "side-state", "state", "other"})
 EvidenceKind = Literal["trainer state", "payload", "adam step", "name", "metadata", "scheduler", "order"]
 """Evidence for a step, in the order in which it is trusted; `order` is that of saving, to which `--steps` gave steps."""
@@ -168,6 +181,8 @@ class KeptFrom:
     num_bytes: int
     states: tuple[StateNumbers, ...]
     marks: tuple[LeapMark, ...]
+    averages: Mapping[str, str]
+    """A mark of each of its averages of the weights: the same where a sample of its values is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +207,8 @@ class Snapshot:
     """Every file as it was before any of it was read."""
     source: KeptFrom | None = None
     """Of a kept snapshot, the checkpoint that it was copied from."""
+    weights: tuple[str, ...] = ()
+    """The keys of the weights that were chosen when it was read, or kept; none for all networks."""
 
     @property
     def num_bytes(self) -> int:
@@ -248,6 +265,25 @@ class Snapshot:
 
     def settle(self, step: int, source: str, unit: StepUnit | None = None) -> Snapshot:
         return replace(self, step=step, step_source=source, unit=unit or self.unit)
+
+
+AVERAGED = "an average of the weights: it moves with them for resuming; --for evaluation replaces it by the forecast"
+_OUTSIDE = "tensors outside the weights are not forecast; they are copied from the last snapshot"
+
+
+def outside(count: int) -> str:
+    """What becomes of so many tensors in a state dict beside the weights."""
+    return f"{count} {_OUTSIDE}"
+
+
+def num_copied_in(told: str) -> int:
+    """How many tensors are copied where this is told of them: none of an average, which moves with the weights.
+
+    >>> num_copied_in(outside(4)), num_copied_in(AVERAGED), num_copied_in("excluded")
+    (4, 0, 1)
+    """
+    count = told.removesuffix(_OUTSIDE).strip()
+    return 0 if told == AVERAGED else int(count) if told.endswith(_OUTSIDE) and count.isdecimal() else 1
 
 
 class Clock(Protocol):
@@ -370,7 +406,7 @@ class Layout:
         if self.read_chosen is None:
             raise UsageError(f"--weights: a {self.name} snapshot has its weights in one place", hint="leave the option out")
         read, chosen = self.read_chosen, tuple(keys)
-        return replace(self, read=lambda path: read(path, chosen))
+        return replace(self, read=lambda path: replace(read(path, chosen), weights=chosen))
 
 
 def _middle_of(entry: TensorEntry) -> bytes:

@@ -91,6 +91,8 @@ class KeptRecord(BaseModel):
     layout: str
     run: str
     pattern: str
+    weights: tuple[str, ...] = ()
+    """The keys of the weights that were chosen; none where all networks were kept."""
     unit: StepUnit = "step"
     bytes: Count
     digest: str
@@ -99,6 +101,8 @@ class KeptRecord(BaseModel):
     """How many tensors were not copied, by the reason."""
     marks: tuple[tuple[Count, Count, Count], ...]
     states: tuple[StateRecord, ...]
+    averages: dict[str, str] = {}
+    """Marks of its averages, which are not copied."""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -176,7 +180,8 @@ def _read(path: Path) -> Snapshot:
     file = replace(file, entries=tuple(_viewed(entry, record.views) for entry in file.entries))
     states = tuple(StateNumbers(one.name, one.role, _tree_of(path, one), one.is_read) for one in record.states)
     marks = tuple(LeapMark(*mark) for mark in record.marks)
-    source = KeptFrom(path.parent / local(record.run), record.pattern, record.digest, record.bytes, states, marks)
+    run = path.parent / local(record.run)
+    source = KeptFrom(run, record.pattern, record.digest, record.bytes, states, marks, record.averages)
     return Snapshot(
         path,
         LAYOUT.name,
@@ -186,6 +191,7 @@ def _read(path: Path) -> Snapshot:
         unit=record.unit,
         notes=_notes(record),
         source=source,
+        weights=record.weights,
     )
 
 

@@ -17,6 +17,7 @@ from farcast_cli.formats.torch_file import read_torch_file
 from farcast_cli.formats.torch_pickle import iter_tensors
 from farcast_cli.formats.tree import find
 from farcast_cli.trainers.base import (
+    AVERAGED,
     Average,
     Evidence,
     Layout,
@@ -32,7 +33,7 @@ from farcast_cli.trainers.by_content import TORCH_ENDINGS, is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.lightning_loops import VERSION_KEY, epoch_after, is_lightning, loops_clock, steps_to_end
 from farcast_cli.trainers.names import MAX_DIGITS
-from farcast_cli.trainers.networks import AVERAGED, pairs_of
+from farcast_cli.trainers.networks import pairs_of
 from farcast_cli.trainers.run_end import end_of
 from farcast_cli.trainers.torch_payload import adam_evidence, other_weights, payload_evidence
 

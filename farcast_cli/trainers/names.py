@@ -35,6 +35,7 @@ _ENDING = re.compile(r"(?<=.)(?:\.(?:pth?|ckpt)\.tar|\.[a-z]\w*)$", re.IGNORECAS
 _COPY = re.compile(r"^copy of |\(\d+\)| - copy|[-_. ]copy(?![a-z])", re.IGNORECASE)
 _DIGITS = re.compile(r"\d+")
 _MIN_ALIKE = 3  # names
+_STEP_AND_EPOCH = 2  # numbers that vary
 _EPOCH = re.compile(r"(?<![a-z])(?:epochs?|ep)[-_=]?$", re.IGNORECASE)
 _EPOCH_NUMBER = re.compile(rf"(?<![a-z])(?:epochs?|ep)[-_=]?{_NUMBER}", re.IGNORECASE)
 _OTHER_NUMBER = re.compile(
@@ -105,7 +106,8 @@ def word_of_others(name: str) -> str:
 def varying_numbers(names: Sequence[str]) -> dict[str, tuple[str, int]]:
     """The number of each name where names are equal but for it, and the word before it: `epoch`, or "" where it may be a step.
 
-    Three names are needed. Dates, times, decimals, shards, and numbers of versions, seeds and their like are none.
+    Of two numbers that rise together (`net_3_1200.pth`) it is the step, if only one is another in every name, and the other
+    the epoch, which several names share. Three names are needed. Dates, times, decimals, shards, and numbers of versions, seeds and their like are none.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -114,11 +116,26 @@ def varying_numbers(names: Sequence[str]) -> dict[str, tuple[str, int]]:
     for group in groups.values():
         numbers = [list(_DIGITS.finditer(_ENDINGS.sub("", name))) for name in group]
         varying = [place for place, column in enumerate(zip(*numbers, strict=True)) if len({int(n[0]) for n in column}) > 1]
-        if len(group) >= _MIN_ALIKE and len(varying) == 1:
-            told = {name: _told_by(matches[varying[0]]) for name, matches in zip(group, numbers, strict=True)}
+        place = _place_of_step(numbers, varying)
+        if len(group) >= _MIN_ALIKE and place is not None:
+            told = {name: _told_by(matches[place]) for name, matches in zip(group, numbers, strict=True)}
             words = {one[0] for one in told.values() if one}
             found |= {name: one for name, one in told.items() if one} if len(words) == 1 and all(told.values()) else {}
     return found
+
+
+def _place_of_step(numbers: Sequence[Sequence[re.Match[str]]], varying: Sequence[int]) -> int | None:
+    """Which of the numbers of names that are alike tells them apart: the only one that varies, or the step beside an epoch."""
+    if len(varying) != _STEP_AND_EPOCH:
+        return varying[0] if len(varying) == 1 else None
+    distinct = [place for place in varying if len({int(one[place][0]) for one in numbers}) == len(numbers)]
+    if len(distinct) != 1:
+        return None
+    (step,), (epoch,) = distinct, set(varying) - set(distinct)
+    if not all((told := _told_by(one[step])) and not told[0] and _told_by(one[epoch]) for one in numbers):
+        return None
+    epochs = [int(one[epoch][0]) for one in sorted(numbers, key=lambda one: int(one[step][0]))]
+    return step if epochs == sorted(epochs) else None
 
 
 def _told_by(number: re.Match[str]) -> tuple[str, int] | None:

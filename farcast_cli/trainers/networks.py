@@ -15,7 +15,7 @@ from farcast_cli.formats.pickled_module import as_state_dict, is_module
 from farcast_cli.formats.torch_pickle import Made, TensorRef, iter_tensors
 from farcast_cli.formats.tree import at, dotted, find, walk
 from farcast_cli.tensors import FLOATING, FORECASTABLE, canonical_name
-from farcast_cli.trainers.base import Average, Network
+from farcast_cli.trainers.base import AVERAGED, Average, Network, outside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,7 +28,8 @@ WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module
 MAX_DEPTH = 3
 MAX_KEYS = 8
 """Keys that a message lists."""
-AVERAGED = "an average of the weights: it moves with them for resuming; --for evaluation replaces it by the forecast"
+MAX_WORDS = 64
+"""Last words of a tensor's name that are looked at: a name of thousands would take minutes."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _AVERAGE = frozenset({"ema", "teacher", "avg", "average", "averaged", "target", "swa", "shadow", "polyak", "running"})
 _EARLIER = frozenset({"best", "init", "initial", "old", "prev", "previous", "backup", "frozen", "ref", "reference"})
@@ -97,7 +98,7 @@ def _what_becomes(node: object, average: Average | None) -> str:
     if average:
         return AVERAGED
     count = sum(_is_weight(ref) for _, ref in iter_tensors(as_state_dict(node)))
-    return f"{count} tensors outside the weights are not forecast; they are copied from the last snapshot"
+    return outside(count)
 
 
 def _loose(tree: object, networks: Sequence[Network]) -> Iterator[tuple[str, str]]:
@@ -249,8 +250,9 @@ def pairs_of(average: object, network: object) -> list[tuple[TensorRef, str]]:
 
 def _tails(name: str) -> Iterator[str]:
     """A name, and what is left of it without its first words: an average may hold a network under a key of its own."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts)))
+    yield name
+    parts = name.rsplit(".", MAX_WORDS)[1:]
+    yield from (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _are_alike(one: TensorRef, other: TensorRef) -> bool:

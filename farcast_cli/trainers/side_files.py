@@ -17,7 +17,7 @@ from farcast_cli.formats.pickle_file import is_pickle, read_pickle
 from farcast_cli.formats.torch_file import TorchFile, is_torch_zip, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
 from farcast_cli.tensors import FORECASTABLE
-from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence, tree_of
+from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence, outside, tree_of
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import find_step_in_name
 from farcast_cli.trainers.networks import WEIGHT_KEYS
@@ -124,7 +124,7 @@ def beside(parts: Iterable[Part]) -> Iterator[tuple[str, str]]:
         if part.role == "side-state" and isinstance(part.content, TorchFile):
             count = _num_weights(part.content.tree)
             if count:
-                yield part.name, f"{count} tensors outside the weights are not forecast; they are copied from the last snapshot"
+                yield part.name, outside(count)
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

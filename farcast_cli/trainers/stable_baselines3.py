@@ -176,9 +176,19 @@ def _clock(states: Sequence[tuple[int, Any]], target: int) -> AgentClock | None:
     return AgentClock(read_rollouts(known), dict(known[-1][1]), target)
 
 
+def _data(snapshot: Snapshot) -> dict[str, Any]:
+    return find(getattr(snapshot.parts[0].content, "tree", None), (DATA,)) or {}
+
+
+def _end(snapshot: Snapshot) -> tuple[str, int] | None:
+    """Where `learn` ends; a later call of it begins another stretch of training, with an end of its own."""
+    total = _data(snapshot).get(_TOTAL)
+    return (f"{snapshot.path} says {DATA}.{_TOTAL}", total) if is_step(total) and total else None
+
+
 def _formula(snapshot: Snapshot) -> Callable[[int], float] | None:
     """A rate in proportion to the share of the run that remains, the usual schedule, if snapshots lie alike in their rollouts."""
-    data = find(getattr(snapshot.parts[0].content, "tree", None), (DATA,)) or {}
+    data = _data(snapshot)
     seen, steps = _last_seen(data), data.get(STEPS)
     if seen is None or not is_step(steps):
         return None
@@ -192,6 +202,7 @@ def _wrote(tree: object) -> bool:
 TRAINER = Trainer(
     wrote=_wrote,
     clock=_clock,
+    end=_end,
     formula=_formula,
     computes_rates=True,
     needs_optimizer="stable-baselines3 cannot load an agent without its optimizers",

@@ -71,13 +71,14 @@ def with_twins(whole: Weights, again: Weights, path: Path) -> Weights:
 
     What has the names and shapes of the weights is their twin: it gets the same forecast. Anything else counts by itself.
     """
-    if all(_are_alike(whole.tensors.get(name), entry) for name, entry in again.tensors.items()):
+    if all(are_alike(whole.tensors.get(name), entry) for name, entry in again.tensors.items()):
         twins = (replace(part, role="twin" if part.role == "weights" else "other") for part in again.parts)
         return replace(whole, parts=(*whole.parts, *twins))
     return as_one(path, (whole, again))
 
 
-def _are_alike(one: TensorEntry | None, other: TensorEntry) -> bool:
+def are_alike(one: TensorEntry | None, other: TensorEntry) -> bool:
+    """Whether there is a tensor of the other's shape and order; the types may differ."""
     return one is not None and (one.shape, one.strides) == (other.shape, other.strides)
 
 

@@ -92,9 +92,9 @@ def read_data(path: Path, loss: LossName, *, fit: Fit | None = None, draw: Draw 
     """
     arrays = open_rows(path, ("x", "y"), optional=("out", "w", "groups"))
     x, y = arrays["x"], arrays["y"]
-    _check_matrix(x)
+    check_matrix(x)
     is_labels = loss == "cross-entropy" or _names_classes(y, fit)
-    (_check_labels if is_labels else _check_matrix)(y)
+    (_check_labels if is_labels else check_matrix)(y)
     for array in arrays.values():
         if array.shape[0] != x.shape[0]:
             raise DataError(
@@ -118,12 +118,17 @@ def read_data(path: Path, loss: LossName, *, fit: Fit | None = None, draw: Draw 
 
 
 def read_anchors(path: Path, layer: Weight) -> Array:
-    """The inputs x (n, m_in) whose outputs must stay."""
+    """The inputs x (n, m_in) whose outputs must stay, or change little."""
     x = open_rows(path, ("x",))["x"]
-    _check_matrix(x)
-    _check_width(x, layer, what="--anchor: x")
+    check_matrix(x)
+    check_width(x, layer, what="--anchor: x")
     _check_size(x, x.shape[0])
-    return _read_rows(x, np.arange(x.shape[0]))[0]
+    return read_whole(x)
+
+
+def read_whole(array: StoredArray) -> Array:
+    """All of an array of numbers, (n, columns)."""
+    return _read_rows(array, np.arange(array.shape[0]))[0]
 
 
 def check_enough(data: Data, *, what: str) -> None:
@@ -164,8 +169,8 @@ def _names_classes(y: StoredArray, fit: Fit | None) -> bool:
     return fit is not None and fit.num_outputs > 1 and y.dtype.kind in "iu" and y.shape[1:] in {(), (1,)}
 
 
-def _check_matrix(array: StoredArray) -> None:
-    """Rows of numbers; a y of one dimension is one column."""
+def check_matrix(array: StoredArray) -> None:
+    """See that these are rows of numbers; a y of one dimension is one column."""
     is_column = array.name == "y" and len(array.shape) == 1
     if (len(array.shape) == 2 or is_column) and all(array.shape) and array.dtype.kind in "fiu":  # noqa: PLR2004 - rows of numbers
         return
@@ -191,7 +196,7 @@ def _check_labels(array: StoredArray) -> None:
 
 
 def _check_fit(arrays: dict[str, StoredArray], fit: Fit, *, is_labels: bool) -> None:
-    _check_width(arrays["x"], fit.layers[0])
+    check_width(arrays["x"], fit.layers[0])
     for name in ("out",) if is_labels else ("out", "y"):
         array = arrays.get(name)
         columns = 0 if array is None else array.shape[1] if len(array.shape) > 1 else 1
@@ -202,7 +207,8 @@ def _check_fit(arrays: dict[str, StoredArray], fit: Fit, *, is_labels: bool) -> 
             )
 
 
-def _check_width(x: StoredArray, layer: Weight, *, what: str = "x") -> None:
+def check_width(x: StoredArray, layer: Weight, *, what: str = "x") -> None:
+    """See that these are inputs of a layer."""
     width, found = layer.num_inputs, x.shape[1]
     if found == width:
         return
@@ -232,7 +238,7 @@ def _read_rows(array: StoredArray, chosen: Numbers, *, as_numbers: bool = False)
     kept = np.empty(shape, np.int64 if as_numbers else np.float64)
     first, differ, start = None, False, 0
     for block in array.blocks():
-        _check_finite(array, block, start)
+        check_finite(array, block, start)
         first = block[:1].copy() if first is None else first
         differ = differ or bool((block != first).any())
         low, high = np.searchsorted(chosen, (start, start + len(block)))
@@ -241,7 +247,8 @@ def _read_rows(array: StoredArray, chosen: Numbers, *, as_numbers: bool = False)
     return kept, differ
 
 
-def _check_finite(array: StoredArray, block: NDArray[Any], start: int) -> None:
+def check_finite(array: StoredArray, block: NDArray[Any], start: int) -> None:
+    """See that a block, which begins at row `start`, holds no NaN or infinity."""
     bad = ~np.isfinite(block)
     if bad.any():
         row, *column = np.argwhere(bad)[0]

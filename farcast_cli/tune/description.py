@@ -57,7 +57,7 @@ def check_description(model: Model, data: Data, snapshot: Snapshot, before: Arra
         return ()
     fits = listed(text for text, found in _others(model, rows, snapshot) if _apart(found, out) <= AGREES)
     raise DataError(
-        f"{data.path}: out: the layer and what follows, as described, differ from the model's outputs by {apart:.2g} of their"
+        f"{data.path}: out: the layer and what follows, as described, differ from the model's outputs by {apart:.2g} times their"
         f" length: expected at most {AGREES:g}",
         hint=f"what fits is {fits}" if fits else "save out in float32 and in evaluation mode; other layers may follow",
     )

@@ -64,13 +64,7 @@ class Objective:
         """The loss, and its gradient by the pre-activations (n, m)."""
         out = self.outputs(pre)
         value = mean_of(self._row_losses(out, targets), shares)
-        if self.loss == "mse":
-            back = out - in_columns(targets, out.shape[1])
-            back *= 2 / out.shape[1]
-        else:
-            back = softmax(out)
-            back[np.arange(len(out)), targets.astype(np.intp)] -= 1
-        back = np.asarray(back * _column(shares, len(out)))
+        back = self._gradient(out, targets, shares)
         back = back if self.head is None else np.asarray(back @ self.head)
         slope = slope_of(self.activation, pre)
         if slope is not None:
@@ -80,20 +74,42 @@ class Objective:
     def curvature(self, pre: Array, shares: Array | None = None) -> Callable[[Array], Array]:
         """The Gauss-Newton matrix of the loss at Z, J^T (d2 l / d o2) J, as what it makes of a direction (n, m)."""
         slope = slope_of(self.activation, pre)
-        likely = softmax(self.outputs(pre)) if self.loss == "cross-entropy" else None
-        column = _column(shares, len(pre))
+        by_out = self._curvature(self.outputs(pre), shares)
 
         def apply(direction: Array) -> Array:
             moved = direction if slope is None else direction * slope
-            moved = moved if self.head is None else moved @ self.head.T
-            if likely is None:
-                moved = moved * (2 / moved.shape[1] * column)
-            else:
-                moved = likely * (moved - (likely * moved).sum(axis=1, keepdims=True)) * column
+            moved = by_out((moved if self.head is None else moved @ self.head.T)[:, :, None])[:, :, 0]
             back = np.asarray(moved if self.head is None else moved @ self.head)
             return back if slope is None else back * slope
 
         return apply
+
+    def by_outputs(self, pre: Array, targets: Targets, shares: Array | None = None) -> tuple[Array, Callable[[Array], Array]]:
+        """The gradient of the loss by the outputs (n, k), and d2 l / d o2 as what it makes of columns (n, k, c)."""
+        out = self.outputs(pre)
+        return self._gradient(out, targets, shares), self._curvature(out, shares)
+
+    def jacobian(self, pre: Array) -> Array:
+        """The derivatives of each output by the pre-activations, (n, k, m)."""
+        head = np.eye(pre.shape[1]) if self.head is None else self.head
+        slope = slope_of(self.activation, pre)
+        return np.repeat(head[None], len(pre), axis=0) if slope is None else head * slope[:, None]
+
+    def _gradient(self, out: Array, targets: Targets, shares: Array | None) -> Array:
+        if self.loss == "mse":
+            back = out - in_columns(targets, out.shape[1])
+            back *= 2 / out.shape[1]
+        else:
+            back = softmax(out)
+            back[np.arange(len(out)), targets.astype(np.intp)] -= 1
+        return np.asarray(back * _column(shares, len(out)))
+
+    def _curvature(self, out: Array, shares: Array | None) -> Callable[[Array], Array]:
+        share = 1 / len(out) if shares is None else shares[:, None, None]
+        if self.loss == "mse":
+            return lambda columns: columns * (2 / out.shape[1] * share)
+        likely = softmax(out)[:, :, None]
+        return lambda columns: likely * (columns - (likely * columns).sum(axis=1, keepdims=True)) * share
 
     def _row_losses(self, out: Array, targets: Targets) -> Array:
         if self.loss == "mse":

@@ -240,19 +240,35 @@ class _Place:
 
 
 @dataclass(slots=True)
+class Damping:
+    """Follows how well the quadratic model foretold the gain."""
+
+    value: float
+    least: float
+
+    @classmethod
+    def begin(cls, largest_curvature: float) -> Damping:
+        return cls(FIRST_DAMPING * largest_curvature, LEAST_DAMPING * largest_curvature)
+
+    def learn(self, share: float) -> None:
+        """Less where the promise was kept, more where it was not."""
+        factor = SHRINK if share > GOOD else 1 if share >= POOR else GROW  # a share that is NaN grows it
+        self.value = max(self.value * factor, self.least)
+
+
+@dataclass(slots=True)
 class _Search:
-    """Damped steps until one helps; the damping follows how well the quadratic model foretold the gain."""
+    """Damped steps until one helps."""
 
     problem: Problem
     settings: Settings
-    damping: float
-    least_damping: float
+    damping: Damping
     least_gain: float
 
     @classmethod
     def begin(cls, problem: Problem, settings: Settings) -> _Search:
         largest = largest_curvature(problem, problem.start) + settings.pull
-        search = cls(problem, settings, FIRST_DAMPING * largest, LEAST_DAMPING * largest, 0.0)
+        search = cls(problem, settings, Damping.begin(largest), 0.0)
         search.least_gain = LEAST_GAIN * search.place(problem.start).loss
         return search
 
@@ -272,23 +288,18 @@ class _Search:
             trial = self.place(Point(1.0, place.point.factors + step))
             moved = self.problem.rows.overlap @ step
             inner = self.problem.inner
-            promised = (self.damping * inner(step, step, moved) - inner(gradient, step, moved)) / 2
-            self._learn((place.total - trial.total) / promised if promised > 0 else 0.0)
+            promised = (self.damping.value * inner(step, step, moved) - inner(gradient, step, moved)) / 2
+            self.damping.learn((place.total - trial.total) / promised if promised > 0 else 0.0)
             if trial.total < place.total - self.least_gain:
                 return trial
         return None
-
-    def _learn(self, share: float) -> None:
-        """Less damping where the promise was kept, more where it was not."""
-        factor = SHRINK if share > GOOD else GROW if share < POOR else 1
-        self.damping = max(self.damping * factor, self.least_damping)
 
     def _solved(self, curvature: Callable[[Array], Array], gradient: Array) -> Array:
         """The damped step V (r, m) by conjugate gradients: (J^T L J + (damping + ridge) I) V = - gradient.
 
         L is the curvature of the loss by the outputs. Products and inner products are those of W-space.
         """
-        overlap, inner, damping = self.problem.rows.overlap, self.problem.inner, self.damping + self.settings.pull
+        overlap, inner, damping = self.problem.rows.overlap, self.problem.inner, self.damping.value + self.settings.pull
         solution, rest = np.zeros_like(gradient), -gradient
         moved = overlap @ rest
         way, way_moved = rest.copy(), moved.copy()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def asked_to_tune(request: TuneRequest, snapshot: Snapshot, place: Path) -> TuneSidecar:
-    """What a request says. Reads the rows and the anchors once, for their digests."""
+    """What a request says. Reads the rows, the anchors and the covariance once, for their digests."""
     home = place.resolve().parent
     rows = RowsFile(path=relative(request.data, home), bytes=file_size(request.data), sha256=sha256_of(request.data))
     asked = _asked(snapshot, place, layers=request.layers, method=request.settings.method, rounded=request.rounded)
@@ -89,7 +89,7 @@ def _asked(snapshot: Snapshot, place: Path, *, layers: Sequence[str], method: st
 
 
 def _options(request: TuneRequest, home: Path) -> TuneOptions:
-    settings, anchor, val = request.settings, request.anchor, request.val
+    settings, anchor, val, covariance = request.settings, request.anchor, request.val, request.covariance
     return TuneOptions(
         loss=request.loss,
         activation=request.activations,
@@ -98,6 +98,9 @@ def _options(request: TuneRequest, home: Path) -> TuneOptions:
         head_bias=request.head_bias,
         anchor=None if anchor is None else relative(anchor, home),
         anchor_sha256=None if anchor is None else sha256_of(anchor),
+        anchor_weight=request.anchor_weight,
+        covariance=None if covariance is None else relative(covariance, home),
+        covariance_sha256=None if covariance is None else sha256_of(covariance),
         transposed=request.is_transposed,
         val=None if val is None else relative(val, home),
         val_sha256=None if val is None else sha256_of(val),

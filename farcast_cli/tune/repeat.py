@@ -135,9 +135,11 @@ def _options(record: TuneSidecar) -> dict[str, object]:
     if record.delta is not None:
         files["--apply"] = _File(record.delta_sha256, record.delta)
     if options := record.options:
-        named |= {"gate": record.gate, **options.model_dump(exclude={"anchor", "anchor_sha256", "val", "val_sha256"})}
-        files["--anchor"] = options.anchor and _File(options.anchor_sha256, options.anchor)
-        files["--val"] = options.val and _File(options.val_sha256, options.val)
+        whole = options.model_dump()
+        for name in ("anchor", "covariance", "val"):
+            path, digest = whole.pop(name), whole.pop(f"{name}_sha256")
+            files[f"--{name}"] = path and _File(digest, path)
+        named |= {"gate": record.gate, **whole}
     if record.data:
         files["--data"] = _File(record.data.sha256, record.data.path)
     return {f"--{key.replace('_', '-')}": value for key, value in named.items()} | files

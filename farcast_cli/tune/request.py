@@ -30,6 +30,9 @@ class TuneRequest:
     head_bias: str | None = None
     is_transposed: bool = False
     anchor: Path | None = None
+    anchor_weight: float | None = None
+    """Of soft anchors, or of the covariance; without it anchors are hard."""
+    covariance: Path | None = None
     val: Path | None = None
     settings: Settings = field(default_factory=Settings)
     gate: float = DEFAULT_GATE

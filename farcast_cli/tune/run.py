@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from farcast_cli.choices import ActivationName, SolverName
+from farcast_cli.choices import DEFAULT_WEIGHT, ActivationName, SolverName
 from farcast_cli.errors import DataError, OutputError, SnapshotError, UsageError
+from farcast_cli.files.place import check_place
 from farcast_cli.files.reading import mark_of
 from farcast_cli.files.staged import staged
-from farcast_cli.run.trajectory import open_snapshot
+from farcast_cli.run.trajectory import open_snapshot, run_of
 from farcast_cli.sidecar import files_of, write_sidecar
 from farcast_cli.trainers.base import unchanged
 from farcast_cli.tune.adapter import check_adaptable, write_adapter
@@ -22,6 +23,7 @@ from farcast_cli.tune.data import Draw, Fit, check_enough, folds_of, read_anchor
 from farcast_cli.tune.delta import read_deltas, write_deltas
 from farcast_cli.tune.description import check_description
 from farcast_cli.tune.gate import judge
+from farcast_cli.tune.metric import Metric, read_covariance, write_covariance
 from farcast_cli.tune.objective import Objective
 from farcast_cli.tune.record import asked_to_apply, asked_to_tune, judged
 from farcast_cli.tune.repeat import Place, repeated
@@ -113,6 +115,28 @@ def apply_deltas(
     return replace(outcome, bytes_read=num_bytes, bytes_written=done.bytes_written, seconds=time.monotonic() - started)
 
 
+def covariance_of(
+    checkpoint: Path, layers: Sequence[str], data: Path, place: Path, *, is_transposed: bool, overwrite: bool
+) -> TuneOutcome:
+    """Write the covariance of a layer's inputs; nothing is tuned, and of the layer only its shape is looked at.
+
+    Raises:
+        UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
+    """
+    started = time.monotonic()
+    if place.suffix != ".safetensors":
+        raise UsageError(f"--covariance-out {place}: expected a name that ends in .safetensors")
+    if len(layers) > 1:
+        raise UsageError(f"--covariance-out: expected one --layer, found {len(layers)}", hint="give each layer its own file")
+    snapshot = open_snapshot(checkpoint)
+    check_place(place, run=run_of(snapshot), existing=lambda _: None, option="--covariance-out")
+    marks = {data: mark_of(data)} if data.is_file() else {}
+    weight = find_weight(snapshot, layers[0], is_transposed=is_transposed)
+    num_bytes = write_covariance(place, data, weight, overwrite=overwrite)
+    _check_kept_files(marks)
+    return TuneOutcome(tuple(layers), "covariance", path=place, bytes_written=num_bytes, seconds=time.monotonic() - started)
+
+
 def _base_of(weight: Weight, delta: Delta, file: Path) -> Any:
     """D W_0^T, from weights that are seen to be those of the delta."""
     width = weight.num_inputs + bool(weight.bias)
@@ -144,10 +168,10 @@ def check_given(unwanted: Mapping[str, object], wanted: Mapping[str, object], *,
         raise UsageError(f"{of}: expected {', '.join(wanted)}, found no {missing[0]}", hint="farcast tune --help")
 
 
-def method_named(name: str | None, *, num_layers: int) -> SolverName:
-    """A method by its name; Gauss-Newton for one layer, gradient descent for several by default."""
+def method_named(name: str | None) -> SolverName:
+    """A method by its name; Gauss-Newton by default."""
     if name is None:
-        return "gauss-newton" if num_layers == 1 else "gradient-descent"
+        return "gauss-newton"
     if name.startswith("adam"):
         raise UsageError(
             f"--method {name}: divides every element of the gradient by its own number, so the change has no low rank:"
@@ -169,14 +193,15 @@ def _check_options(request: TuneRequest) -> None:
         raise UsageError(
             "expected one of -o OUT, --delta-out FILE and --lora-out DIR", hint="-o OUT writes the tuned checkpoint"
         )
-    if several and settings.method == "gauss-newton":
-        raise UsageError("--method gauss-newton tunes one layer", hint="--method gradient-descent tunes several")
-    if request.anchor and settings.weight_decay:
-        raise UsageError(
-            "--weight-decay changes the rows that --anchor keeps", hint="--ridge pulls towards the checkpoint instead"
-        )
-    if request.anchor and several:
-        raise UsageError("--anchor works with one layer, found several", hint="tune one layer, or leave it out")
+    for option, file in {"--anchor": request.anchor, "--covariance": request.covariance}.items():
+        if file and settings.weight_decay:
+            raise UsageError(
+                f"--weight-decay changes the rows that {option} keeps", hint="--ridge pulls towards the checkpoint instead"
+            )
+        if file and several:
+            raise UsageError(f"{option} works with one layer, found several", hint="tune one layer, or leave it out")
+    if request.anchor_weight is not None and not (request.anchor or request.covariance):
+        raise UsageError("--anchor-weight needs --anchor or --covariance", hint="--anchor FILE names rows x to keep")
     if request.lora_out:
         check_adaptable(request.layers, weight_decay=settings.weight_decay)
 
@@ -204,7 +229,12 @@ def _check_numbers(request: TuneRequest) -> None:
     """See that every number is one that makes sense, and that the method reads it."""
     own = request.settings
     decays = {"--rate": own.rate, "--momentum": own.momentum, "--weight-decay": own.weight_decay}
-    for option, value in {**decays, "--ridge": own.ridge, "--gate": request.gate}.items():
+    for option, value in {
+        **decays,
+        "--ridge": own.ridge,
+        "--gate": request.gate,
+        "--anchor-weight": request.anchor_weight,
+    }.items():
         if value is not None and not (isfinite(value) and value >= 0 and (option != "--rate" or value > 0)):
             above = "above 0" if option == "--rate" else "of 0 or more"
             raise UsageError(f"{option} {value:g}: expected a finite number {above}")
@@ -234,7 +264,8 @@ def _place_of(request: TuneRequest, snapshot: Snapshot) -> Place:
 
 def _marks_of(request: TuneRequest) -> dict[Path, Mark]:
     """The files of rows, as they are before they are read, which says what is missing."""
-    return {path: mark_of(path) for path in (request.data, request.val, request.anchor) if path is not None and path.is_file()}
+    files = (request.data, request.val, request.anchor, request.covariance)
+    return {path: mark_of(path) for path in files if path is not None and path.is_file()}
 
 
 def _check_kept_files(marks: Mapping[Path, Mark]) -> None:
@@ -285,15 +316,28 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
     return np.ascontiguousarray(head.T) if turned else head, bias
 
 
-def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Data | None, Any]:
-    """The rows, those of --val, and the anchors."""
+def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Data | None, Metric | None]:
+    """The rows, those of --val, and what a change costs."""
     head = model.objective.head
     fit = Fit(model.weights, model.weights[-1].num_outputs if head is None else len(head))
     draw = Draw(request.subsample, request.rounded.seed) if request.subsample is not None else None
     data = read_data(request.data, request.loss, fit=fit, draw=draw)
     val = read_data(request.val, request.loss, fit=fit) if request.val else None
     check_enough(data if val is None else val, what="the gate would use")
-    return data, val, read_anchors(request.anchor, model.weights[0]) if request.anchor else None
+    return data, val, _metric_of(request, model.weights[0])
+
+
+def _metric_of(request: TuneRequest, layer: Weight) -> Metric | None:
+    """Anchors are hard, unless a weight is given for them; a covariance is soft, and takes the weight if there is one."""
+    if request.anchor is None and request.covariance is None:
+        return None
+    metric = Metric.none(layer.num_inputs + bool(layer.bias))
+    weight = DEFAULT_WEIGHT if request.anchor_weight is None else request.anchor_weight
+    if request.anchor is not None:
+        anchors = layer.extended(read_anchors(request.anchor, layer))
+        is_soft = request.anchor_weight is not None and request.covariance is None
+        metric = metric.with_rows(anchors, weight) if is_soft else Metric.hard(anchors)
+    return metric if request.covariance is None else metric.with_moment(read_covariance(request.covariance, layer), weight)
 
 
 # --- what came of it -------------------------------------------------------------------------------------------------
@@ -318,7 +362,7 @@ class _Work:
     model: Model
     data: Data
     val: Data | None
-    anchors: Any
+    metric: Metric | None
     solved: Solved = field(init=False)
     verdict: GateResult = field(init=False)
     suspicious: tuple[str, ...] = ()
@@ -332,7 +376,7 @@ class _Work:
         folds = folds_of(data, seed=request.rounded.seed, one_by_one=is_closed)
         if data.out is not None:
             check_description(self.model, data, self.snapshot, np.empty(0))
-        self.solved = solved = solve(self.model, data, folds, request.settings, anchors=self.anchors)
+        self.solved = solved = solve(self.model, data, folds, request.settings, metric=self.metric)
         if data.out is None:
             self.suspicious = check_description(self.model, data, self.snapshot, solved.before)
         self.judging["tuned"] = (data, solved.before, solved.after)

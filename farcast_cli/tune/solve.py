@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from farcast_cli.errors import DataError, UsageError
+from farcast_cli.errors import UsageError
 from farcast_cli.tune.delta import Delta, truncated
 from farcast_cli.tune.gate import Choice, choose
-from farcast_cli.tune.layers import Descent, Layer
+from farcast_cli.tune.layers import Layer, Stack
 from farcast_cli.tune.objective import activate, in_columns, softmax
 from farcast_cli.tune.one_layer import PATIENCE, Point, Problem, Rows, Settings, walk
 from farcast_cli.tune.ridge import Ridge
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import ActivationName
     from farcast_cli.tune.data import Data
+    from farcast_cli.tune.metric import Metric
     from farcast_cli.tune.objective import Objective
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
     Numbers = NDArray[np.int64]
 
-ANCHORED = 1e-9  # of a row's length: what anchors leave below it is rounding
 MAX_TOGETHER = 1 << 21  # outputs of rows that are computed in one pass: 16 MiB
 MAX_SCALED = 1 << 20  # outputs of rows up to which a last layer's path begins at the scaled closed form
 SCALED_EVERY, SCALES = 5, tuple(2.0 ** (half / 2) for half in range(13))  # ridges, and factors of the fit, that are tried
 LARGEST = 1e100  # of a loss that is not finite, or larger
 ARRAYS, MAX_BYTES = 10, 2 << 30
 """Arrays of n x m numbers that an iterative method holds at once, and the bytes that it may take."""
+MAX_GRAM = 4096
+"""Rows times outputs up to which Gauss-Newton tunes several layers: it solves a system of this size for each step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +101,12 @@ class Step:
     deltas: Callable[[], tuple[Delta, ...]]
 
 
-def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, anchors: Array | None = None) -> Solved:
+def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, metric: Metric | None = None) -> Solved:
     """Choose how far to go by rows left out, then go there with all rows.
 
     Args:
         folds: (n,) which rows are left out together; numbers from 0.
+        metric: what a change of the one layer costs; by default the same in all directions.
 
     Raises:
         DataError: anchors that leave nothing to tune, or more numbers than there is memory for.
@@ -112,10 +115,10 @@ def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, ancho
     passes = sum(weight.num_passes for weight in model.weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if model.is_linear and settings.method == "gauss-newton":
-            found = _closed(model.weights[0], data, folds, settings, anchors)
+            found = _closed(model.weights[0], data, folds, settings, metric)
         else:
-            _check_memory(model, data)
-            walks = _Several(model, data, settings) if len(model.weights) > 1 else _One.of(model, data, settings, anchors)
+            _check_memory(model, data, settings)
+            walks = _Several(model, data, settings) if len(model.weights) > 1 else _One.of(model, data, settings, metric)
             found = _iterated(walks, data, folds, settings)
     num_passes = sum(weight.num_passes for weight in model.weights) - passes
     return Solved(
@@ -145,10 +148,20 @@ def _size(delta: Delta, weight: Weight) -> float:
     return float(np.hypot(delta.size, away) / np.sqrt(weight.square)) if weight.square else np.inf
 
 
-def _check_memory(model: Model, data: Data) -> None:
+def _check_memory(model: Model, data: Data, settings: Settings) -> None:
     num_rows, num_outputs = data.num_rows, sum(weight.num_outputs for weight in model.weights)
     size = min(num_rows, model.weights[0].num_inputs)
     whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
+    if len(model.weights) > 1 and settings.method == "gauss-newton":
+        head = model.objective.head
+        width = model.weights[-1].num_outputs if head is None else len(head)
+        if num_rows * width > MAX_GRAM:
+            raise UsageError(
+                f"{data.path}: --method gauss-newton of several layers: expected at most {MAX_GRAM} rows times outputs, found"
+                f" {num_rows} rows of {width}",
+                hint=f"--method gradient-descent, or --subsample {MAX_GRAM // width}",
+            )
+        whole += num_rows * width * (2 * num_outputs + 4 * num_rows * width)
     need = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
     if need > MAX_BYTES:
         raise UsageError(
@@ -161,9 +174,9 @@ def _check_memory(model: Model, data: Data) -> None:
 # --- the closed form -------------------------------------------------------------------------------------------------
 
 
-def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, anchors: Array | None) -> _Found:
+def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, metric: Metric | None) -> _Found:
     """One pass over W_0. Each row is left out by itself where it may be; else each fold is, and has sums of its own."""
-    space = _Space.of(weight.extended(data.inputs), None if anchors is None else weight.extended(anchors))
+    space = _Space.of(weight.extended(data.inputs), metric)
     is_alone = len(folds) == folds.max() + 1
     everything = np.arange(data.num_rows)
     shape: dict[str, Any] = {"is_dual": space.is_dual, "num_outputs": weight.num_outputs}
@@ -215,18 +228,21 @@ class _Space:
     """The inputs in the coordinates that a change has: dual up to n = d, primal beyond."""
 
     inputs: Array
-    """(n, d), and below what anchors leave of them, with the basis of that in the primal form, (r, d)."""
+    """(n, d), and below X M^-1, with the basis M^-1/2 in the primal form."""
     free: Array
     basis: Array | None
     overlap: Array
     is_dual: bool
 
     @classmethod
-    def of(cls, inputs: Array, anchors: Array | None) -> _Space:
+    def of(cls, inputs: Array, metric: Metric | None) -> _Space:
+        """With no metric, M is I."""
         free, basis = inputs, None
-        if anchors is not None:
-            free, basis = _beside(inputs, anchors)
         is_dual = len(inputs) <= inputs.shape[1]
+        if metric is not None:
+            free = metric.freed(inputs)
+            metric.check(inputs, free)
+            basis = None if is_dual else metric.freed(np.eye(inputs.shape[1]), power=0.5)
         overlap = inputs @ free.T if is_dual else inputs if basis is None else inputs @ basis.T
         return cls(inputs, free, basis, overlap, is_dual)
 
@@ -238,24 +254,6 @@ class _Space:
 
     def directions(self, tuned: Numbers) -> Array | None:
         return self.free[tuned] if self.is_dual else self.basis
-
-
-def _beside(inputs: Array, anchors: Array) -> tuple[Array, Array]:
-    """What of the inputs (n, d) is orthogonal to all anchor rows, and a basis (r, d) of all that is.
-
-    A change along it leaves the anchors' Z as it was. The projection is taken twice, which makes it exact to rounding.
-    """
-    _, sizes, axes = np.linalg.svd(anchors)
-    rank = int((sizes > sizes[0] * len(anchors) * np.finfo(np.float64).eps).sum())
-    held, basis = axes[:rank], axes[rank:]
-    left: Array = inputs - inputs @ held.T @ held
-    left = left - left @ held.T @ held
-    if np.linalg.norm(left) <= ANCHORED * np.linalg.norm(inputs):
-        raise DataError(
-            f"--anchor: {len(anchors)} rows span all inputs ({rank} dimensions of {inputs.shape[1]}): no input is left to tune",
-            hint="give fewer anchor rows",
-        )
-    return left, basis
 
 
 # --- iterations ------------------------------------------------------------------------------------------------------
@@ -273,9 +271,9 @@ class _One:
     base: Array
 
     @classmethod
-    def of(cls, model: Model, data: Data, settings: Settings, anchors: Array | None) -> _One:
+    def of(cls, model: Model, data: Data, settings: Settings, metric: Metric | None) -> _One:
         (weight,) = model.weights
-        space = _Space.of(weight.extended(data.inputs), None if anchors is None else weight.extended(anchors))
+        space = _Space.of(weight.extended(data.inputs), metric)
         return cls(weight, model, data, settings, space, weight.forward(space.inputs))
 
     def path(self, tuned: Numbers, left: Numbers) -> Iterator[Step]:
@@ -336,13 +334,13 @@ class _Several:
         layers = [Layer.at_start(first, inputs, len(tuned)), *(Layer.at_start(one, None, 0) for one in later)]
         after = self.model.objective
         targets = self.data.targets[rows]
-        descent = Descent(layers, self.model.between, after, targets, self.settings, len(tuned), shares / shares.sum())
+        stack = Stack(layers, self.model.between, after, targets, len(tuned), shares / shares.sum())
 
         def deltas() -> tuple[Delta, ...]:
             own = (first.extended(self.data.inputs[tuned]), *(None for _ in later))
             return tuple(_delta(one.weight, one.scale, one.factors.copy(), d) for one, d in zip(layers, own, strict=True))
 
-        for losses in descent.walk():
+        for losses in stack.walk(self.settings):
             yield Step(partial(np.asarray, losses[len(tuned) :] if len(left) else losses), deltas)
 
 

@@ -1,0 +1,300 @@
+"""A forecast that several processes write together has the bytes of one process's, or is not published at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from farcast_cli.engine import room
+from farcast_cli.engine.ranks import Seat, Team, seat_in
+from farcast_cli.errors import UsageError
+from tests.conftest import (
+    Done,
+    clean_environment,
+    edit_loose,
+    loose_name,
+    make_loose_run,
+    make_torch_run,
+    tree_digest,
+    wait_until,
+    weights_at,
+)
+from tests.small_ranges import run as run_in_small_ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.context import ForkProcess
+
+    from tests.conftest import CallCli
+
+ROOT = Path(__file__).resolve().parent.parent
+FORK = multiprocessing.get_context("fork")
+SHAPES = {"first.weight": (60, 100), "second.weight": (100, 50), "bias": (7,)}
+OUTPUT_ERROR = 5
+
+
+def _life(folder: Path, rank: int, count: int, arguments: Sequence[object], before: Callable[[], None]) -> None:
+    """The command as one rank, in this process, its streams in files."""
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), fd)
+    sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115 - pytest's own are elsewhere
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.chdir(folder)
+    sys.argv = ["farcast", *map(str, arguments)]
+    before()
+    run_in_small_ranges()
+
+
+class Launched:
+    """Ranks that run the same command, each in a process that is forked here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[int, ForkProcess] = {}
+
+    def start(self, rank: int, count: int, *arguments: object, before: Callable[[], None] = lambda: None) -> None:
+        asked = ("predict", *arguments, "--horizon", 100, "--even-if-worse", "-o", "out/", "--ranks", "env")
+        self.processes[rank] = FORK.Process(target=_life, args=(self.folder, rank, count, asked, before))
+        self.processes[rank].start()
+
+    def ended(self) -> list[Done]:
+        for process in self.processes.values():
+            process.join()
+        return [
+            Done((self.folder / f"out-{rank}").read_text(), (self.folder / f"err-{rank}").read_text(), process.exitcode or 0)
+            for rank, process in sorted(self.processes.items())
+        ]
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Launched:
+    return Launched(tmp_path)
+
+
+def holding(folder: Path) -> Callable[[], None]:
+    """What makes a rank wait, once it has joined, until it may go on."""
+
+    def hold() -> None:
+        takes = Team.takes
+
+        def wait(team: Team, number: int) -> bool:
+            (folder / f"held-{team.seat.rank}").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+            return takes(team, number)
+
+        Team.takes = wait  # type: ignore[assignment, method-assign]
+
+    return hold
+
+
+def impatient() -> None:
+    """A rank that waits little, once all have come."""
+    begin = Team.begin
+
+    def after(team: Team, step: str) -> None:
+        team._patience_s, team._every_s, room.LEAVING_S = 0.2, 0.02, 0.1
+        begin(team, step)
+
+    Team.begin = after  # type: ignore[assignment, method-assign]
+
+
+def left_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.exists() else []
+
+
+@pytest.mark.parametrize(("kind", "count"), [("safetensors", 3), ("torch", 2)])
+def test_ranks_write_the_bytes_of_one_process(
+    kind: str, count: int, tmp_path: Path, launched: Launched, call_cli: CallCli
+) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES) if kind == "safetensors" else make_torch_run(tmp_path / "run")
+    for rank in range(count):
+        launched.start(rank, count, run)
+    first, *others = launched.ended()
+    assert (first.returncode, first.stderr.count("wrote")) == (0, 1)
+    assert others == [Done("", "", 0)] * (count - 1)
+    assert first.stdout.startswith("out/")
+    alone = call_cli("predict", run, "--horizon", 100, "--even-if-worse", "-o", "alone/", cwd=tmp_path)
+    assert alone.returncode == 0
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "alone")
+
+
+def test_torchrun_starts_the_ranks(tmp_path: Path, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    asked = ("predict", run, "--horizon", "100", "--even-if-worse")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.small_ranges"]
+    done = subprocess.run(
+        [*launcher, *asked, "-o", "out/", "--ranks", "env"],
+        cwd=tmp_path,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"out/{loose_name(900)}\n"), done.stderr
+    assert call_cli(*asked, "-o", "alone/", cwd=tmp_path).returncode == 0
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "alone")
+
+
+def test_a_rank_that_never_comes_is_named_and_nothing_is_left(work: Path, call_cli: CallCli) -> None:
+    done = call_cli(
+        *("predict", "--horizon", 100, "-o", "out/", "--ranks", "env", "--ranks-timeout", 0.1),
+        cwd=work,
+        env={"SLURM_PROCID": "0", "SLURM_NTASKS": "3"},
+    )
+    assert done.returncode == OUTPUT_ERROR
+    assert done.errors == [f"error: out/{loose_name(900)}: ranks 1, 2 of 3 did not come within 0.1 s"]
+    assert "out" not in left_in(work)
+
+
+def test_a_rank_without_rank_0_says_so(work: Path, call_cli: CallCli) -> None:
+    done = call_cli(
+        *("predict", "--horizon", 100, "-o", "out/", "--ranks", "env", "--ranks-timeout", 0.1),
+        cwd=work,
+        env={"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+    )
+    assert (done.returncode, done.stdout) == (OUTPUT_ERROR, "")
+    assert done.errors == [f"error: rank 1: out/{loose_name(900)}: rank 0 of 2 did not come within 0.1 s"]
+    assert "out" not in left_in(work)
+
+
+@pytest.mark.parametrize("is_stale", [pytest.param(True, id="stale"), pytest.param(False, id="alike")])
+def test_ranks_may_read_copies_but_no_other_files(*, is_stale: bool, tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    copied = shutil.copytree(run, tmp_path / "node" / "run")
+    if is_stale:
+        edit_loose(copied / loose_name(800), {"bias": weights_at(700, shapes=SHAPES)["bias"]})
+    launched.start(0, 2, run)
+    launched.start(1, 2, copied)
+    first, second = launched.ended()
+    assert second == Done("", "", first.returncode)
+    if not is_stale:
+        assert first.returncode == 0
+        return
+    assert first.errors == [f"error: out/{loose_name(900)}: rank 1 has other files than rank 0; nothing was written"]
+    assert first.returncode == OUTPUT_ERROR
+    assert left_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_nothing_is_published_if_a_rank_is_killed(killed: int, tmp_path: Path, launched: Launched, call_cli: CallCli) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    for rank in range(2):
+        launched.start(rank, 2, run, before=holding(tmp_path))
+    for rank in range(2):
+        wait_until((tmp_path / f"held-{rank}").exists, "both write")
+    launched.processes[killed].kill()
+    launched.processes[killed].join()
+    (tmp_path / "go").touch()
+    done = launched.ended()[1 - killed]
+    assert (done.returncode, done.stdout, len(done.errors)) == (OUTPUT_ERROR, "", 1)
+    assert f"rank {killed} of 2 ended before the output was whole; nothing was published" in done.errors[0]
+    assert not (tmp_path / "out" / loose_name(900)).exists()
+    again = call_cli("predict", run, "--horizon", 100, "--even-if-worse", "-o", "out/", cwd=tmp_path)
+    assert again.returncode == 0
+    assert sorted(left_in(tmp_path / "out")) == [loose_name(900), f"{loose_name(900)}.farcast.json"]
+
+
+def test_a_rank_that_comes_back_after_the_others_gave_up_writes_nothing(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    launched.start(0, 2, run, before=impatient)
+    launched.start(1, 2, run, before=holding(tmp_path))
+    launched.processes[0].join()
+    assert (tmp_path / "held-1").exists()
+    (tmp_path / "go").touch()
+    first, straggler = launched.ended()
+    assert "rank 1 of 2 has said nothing for 0.2 s and was given up" in first.errors[0]
+    assert (first.returncode, straggler.returncode, straggler.stdout) == (OUTPUT_ERROR, OUTPUT_ERROR, "")
+    assert left_in(tmp_path / "out") == []
+
+
+def test_the_error_of_a_rank_is_told_once_by_rank_0_with_its_code(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+
+    def change() -> None:
+        begin = Team.begin
+
+        def after(team: Team, step: str) -> None:
+            begin(team, step)
+            os.utime(run / loose_name(800))
+
+        Team.begin = after  # type: ignore[assignment, method-assign]
+
+    for rank in range(3):
+        launched.start(rank, 3, run, before=change if rank == 2 else holding(tmp_path) if rank == 0 else lambda: None)
+    wait_until(lambda: not launched.processes[2].is_alive() or (tmp_path / "held-0").exists(), "rank 0 writes")
+    (tmp_path / "go").touch()
+    first, *others = launched.ended()
+    assert first.returncode == 3
+    assert len(first.errors) == 1
+    assert "changed while it was read" in first.errors[0]
+    assert others == [Done("", "", 3)] * 2
+    assert left_in(tmp_path / "out") == []
+
+
+def test_an_interrupt_of_one_rank_ends_all(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    for rank in range(2):
+        launched.start(rank, 2, run, before=holding(tmp_path))
+    for rank in range(2):
+        wait_until((tmp_path / f"held-{rank}").exists, "both write")
+    launched.processes[1].terminate()
+    launched.processes[1].join()
+    (tmp_path / "go").touch()
+    first, second = launched.ended()
+    assert (first.returncode, first.errors) == (OUTPUT_ERROR, ["error: rank 1: interrupted"])
+    assert second == Done("", "", 130)
+    assert left_in(tmp_path / "out") == []
+
+
+def test_a_launchers_variables_mean_nothing_unless_ranks_are_asked_for(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "--horizon", 100, "-o", "out/", cwd=work, env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stdout) == (0, f"out/{loose_name(900)}\n")
+
+
+def test_ranks_that_write_each_for_itself_are_told_how_to_share(work: Path, call_cli: CallCli) -> None:
+    (work / "out").mkdir()
+    (work / "out" / loose_name(900)).touch()
+    done = call_cli("predict", "--horizon", 100, "-o", "out/", cwd=work, env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert done.returncode == OUTPUT_ERROR
+    assert done.hints[0].endswith("; --ranks env lets the 2 processes of this launcher write it together")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "found none of the variables RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
+    ],
+)
+def test_ranks_that_no_launcher_numbers_are_a_usage_error(
+    given: dict[str, str], words: str, work: Path, call_cli: CallCli
+) -> None:
+    done = call_cli("predict", "--ranks", "env", cwd=work, env=given)
+    assert done.returncode == 2
+    assert words in done.errors[0]
+
+
+def test_the_innermost_launcher_counts() -> None:
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "2"}
+    assert seat_in(slurm) == Seat(1, 2)
+    assert seat_in(slurm | {"RANK": "9", "WORLD_SIZE": "16"}) == Seat(9, 16)
+    assert seat_in({}) is None
+    with pytest.raises(UsageError):
+        seat_in({"RANK": "-1", "WORLD_SIZE": "2"})
+
+
+def test_one_process_alone_judges_by_a_command(work: Path, call_cli: CallCli) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2"}
+    done = call_cli("predict", "--ranks", "env", "--eval-cmd", "echo 1 {ckpt}", cwd=work, env=variables)
+    assert done.returncode == 2
+    assert "--eval-cmd" in done.errors[0]
