@@ -94,7 +94,9 @@ def here(place: str | os.PathLike[str]) -> Path:
     """
     path = Path(place)
     if os.path.lexists(path):
-        return path
+        from farcast_cli.remote.mirror import revived
+
+        return revived(path)  # a killed command may have left files that are holes
     from farcast_cli.remote.store import address_of
 
     address = address_of(os.fspath(place))

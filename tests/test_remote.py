@@ -94,6 +94,16 @@ def test_fit_fetches_a_small_part_and_learns_the_same_numbers(io: Any, tmp_path:
     assert fetched().num_requests < 50 * len(STEPS)
 
 
+def test_the_holes_that_a_killed_command_left_are_never_read_as_zeros(tmp_path: Path) -> None:
+    run = upload(make_loose_run(tmp_path / "run", STEPS[:1]))
+    root, name = here(RUN), "step_000100.safetensors"
+    mirror.release()
+    root.mkdir(parents=True)
+    with (root / name).open("wb") as left:
+        left.truncate((run / name).stat().st_size)
+    assert read_bytes(here(root) / name) == (run / name).read_bytes()
+
+
 def test_no_file_of_a_store_is_mapped(tmp_path: Path) -> None:
     run = upload(make_loose_run(tmp_path / "run", STEPS[:1], shapes=LARGE))
     name = "step_000100.safetensors"
