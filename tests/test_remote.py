@@ -101,7 +101,8 @@ def test_the_holes_that_a_killed_command_left_are_never_read_as_zeros(tmp_path: 
     root.mkdir(parents=True)
     with (root / name).open("wb") as left:
         left.truncate((run / name).stat().st_size)
-    assert read_bytes(here(root) / name, 1 << 20) == (run / name).read_bytes()
+    whole = (run / name).read_bytes()
+    assert read_bytes(here(root) / name, 0, len(whole)) == whole
 
 
 def test_no_file_of_a_store_is_mapped(tmp_path: Path) -> None:
