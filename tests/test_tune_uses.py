@@ -184,6 +184,9 @@ def test_a_loss_no_better_than_a_constants_is_said(work: Path, call_cli: CallCli
     np.savez(work / "rows.npz", x=rows.x, y=-rows.y)
     done = call_cli(*CALL, "-o", "tuned.safetensors", cwd=work)
     assert "no better than that of the mean of y" in done.stderr
+    assert "after tuning" not in done.stderr
+    few = ("--method", "gradient-descent", "--iterations", "1", "--rate", "1e-4", "--gate", "0", "-o", "few.safetensors")
+    assert "after tuning, the loss of rows not seen" in call_cli(*CALL, *few, cwd=work).stderr
     np.savez(work / "rows.npz", x=rows.x, y=rows.y)
     assert "no better" not in call_cli(*CALL, "-o", "again.safetensors", cwd=work).stderr
 

@@ -48,9 +48,7 @@ def check_description(model: Model, data: Data, snapshot: Snapshot, before: Arra
         DataError: it gives something else than `out`.
     """
     if data.out is None:
-        head = model.objective.head
-        num_outputs = model.weights[-1].num_outputs if head is None else len(head)
-        return tuple(_no_better_than_a_constant(model.objective, num_outputs, data, before))
+        return tuple(_no_better_than_a_constant(model, data, before))
     rows, out = data.inputs[:MAX_TRIED], data.out[:MAX_TRIED]
     apart = _apart(model.objective.outputs(model.pre(rows)), out)
     if apart <= AGREES:
@@ -59,7 +57,10 @@ def check_description(model: Model, data: Data, snapshot: Snapshot, before: Arra
     raise DataError(
         f"{data.path}: out: the layer and what follows, as described, differ from the model's outputs by {apart:.2g} times their"
         f" length: expected at most {AGREES:g}",
-        hint=f"what fits is {fits}" if fits else "save out in float32 and in evaluation mode; other layers may follow",
+        hint=f"what fits is {fits}"
+        if fits
+        else "see --bias, --head and --head-bias; save out, before a softmax, in float32 and in evaluation"
+        " mode; other layers may follow",
     )
 
 
@@ -106,16 +107,21 @@ def _heads(own: Objective) -> Iterator[tuple[tuple[str, ...], Objective]]:
         yield ("without --head-bias",), replace(own, head_bias=None)
 
 
-def _no_better_than_a_constant(objective: Objective, num_outputs: int, data: Data, before: Array) -> Iterator[str]:
-    loss = float(before @ data.shares)
-    if data.targets.ndim == 1:
-        shares = np.bincount(data.targets, weights=data.shares)
-        shares, what = shares[shares > 0], "the shares of the classes"
-        is_mse = objective.loss == "mse"
-        least = float(1 - shares @ shares) / num_outputs if is_mse else float(-shares @ np.log(shares))
-    else:
-        mean, what = data.shares @ data.targets, "the mean of y"
-        least = float((data.shares @ (data.targets - mean) ** 2).mean())
+def constant_loss(model: Model, data: Data) -> tuple[float, str]:
+    """The loss of the best constant, and what that is."""
+    if data.targets.ndim > 1:
+        mean = data.shares @ data.targets
+        return float((data.shares @ (data.targets - mean) ** 2).mean()), "the mean of y"
+    head = model.objective.head
+    shares = np.bincount(data.targets, weights=data.shares)
+    shares, what = shares[shares > 0], "the shares of the classes"
+    if model.objective.loss == "mse":
+        return float(1 - shares @ shares) / (model.weights[-1].num_outputs if head is None else len(head)), what
+    return float(-shares @ np.log(shares)), what
+
+
+def _no_better_than_a_constant(model: Model, data: Data, before: Array) -> Iterator[str]:
+    loss, (least, what) = float(before @ data.shares), constant_loss(model, data)
     if loss >= least:
         yield (
             f"before tuning, the loss {loss:.4g} is no better than that of {what}, {least:.4g}: unless the layer is new, see that"

@@ -21,7 +21,7 @@ from farcast_cli.trainers.base import unchanged
 from farcast_cli.tune.adapter import check_adaptable, write_adapter
 from farcast_cli.tune.data import Draw, Fit, check_enough, folds_of, read_anchors, read_data
 from farcast_cli.tune.delta import read_deltas, write_deltas
-from farcast_cli.tune.description import check_description
+from farcast_cli.tune.description import check_description, constant_loss
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.metric import Metric, read_covariance, write_covariance
 from farcast_cli.tune.objective import Objective
@@ -408,6 +408,12 @@ class _Work:
 
     def _notes(self) -> Iterator[str]:
         data, (first, *_) = self.data, self.model.weights
+        least, what = constant_loss(self.model, data)
+        if self.verdict.after >= least:
+            yield (
+                f"after tuning, the loss of rows not seen, {self.verdict.after:.4g}, is no better than that of {what}, {least:.4g}:"
+                " the tuned layer has learnt nothing of use yet; a new layer or head is better started at zero"
+            )
         if data.num_copies:
             yield (
                 f"{data.num_copies} of {data.num_rows} rows have the x of another row: such rows stay together, and the gate counts"
