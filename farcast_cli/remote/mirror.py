@@ -52,7 +52,10 @@ def mirrored(address: str, cache: Path) -> Path:
 
 def revived(path: Path) -> Path:
     """A path that may lie in such a folder: the run is opened again if it does, and the path is as it is otherwise."""
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a NUL, which no path has: who opens it says so
+        return path
     for files in real.parents:
         home = files.parent
         if files.name == _FILES and (home / _LOCK).is_file() and (home / _ADDRESS).is_file():

@@ -29,7 +29,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": _S3}}
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "created", "mtime", "LastModified", "last_modified")
 """Where the filesystems of fsspec tell one version of a file from another."""
 _TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime", "created")
-_CREDENTIALS = "farcast uses the credentials of fsspec: see docs/remote.md"
+_CREDENTIALS = "farcast uses the store's usual credentials, such as AWS_PROFILE for s3"
 
 
 def address_of(text: str) -> str | None:
