@@ -18,7 +18,8 @@ from tests.conftest import run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+    from importlib.util import find_spec
+from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -207,7 +208,7 @@ def test_counts_that_no_batch_has_are_refused(kernel: Kernel, counts: tuple[int,
         kernel.combine((raw,), (raw,), (raw.copy(),), bytes(3), zero, zero, segments, weights, None, unchanged, False, False)
 
 
-BUILT = "numpy" if native.KERNEL is None else "native"
+BUILT = "native" if find_spec("farcast_cli.engine._kernel") else "numpy"
 
 
 @pytest.mark.parametrize(
