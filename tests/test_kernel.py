@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from tests.conftest import run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from importlib.util import find_spec
-from pathlib import Path
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
