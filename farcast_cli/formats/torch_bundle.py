@@ -41,6 +41,7 @@ def read_bundle(path: Path, json_name: str) -> TorchFile:
     tree: dict[str, Any] = {}
     records: dict[str, ZipMember] = {}
     members = []
+    num_torch_files = 0
     whole = hashlib.sha256()
     for name, record in read_records(stretch).items():
         inner = None
@@ -53,9 +54,10 @@ def read_bundle(path: Path, json_name: str) -> TorchFile:
             own = {key.removeprefix(data): at for key, at in inner.records.items() if key.startswith(data)}
             records |= {f"{PREFIX}/data/{name}/{key}": at for key, at in own.items()}
             whole.update(inner.digest.encode())
+            num_torch_files += 1
+            if num_torch_files > _MAX_TORCH_FILES:
+                raise UnsafeFileError(f"{path}: more than {_MAX_TORCH_FILES} torch files in a zip")
         members.append(ZippedFile(record, inner))
-        if sum(member.inner is not None for member in members) > _MAX_TORCH_FILES:
-            raise UnsafeFileError(f"{path}: more than {_MAX_TORCH_FILES} torch files in a zip")
     return TorchFile(path, tree, records, PREFIX, stretch.size, whole.hexdigest(), tuple(members))
 
 
