@@ -97,8 +97,7 @@ def find_networks(path: Path, tree: object, chosen: Sequence[str] = (), *, may_b
 def _what_becomes(node: object, average: Average | None) -> str:
     if average:
         return AVERAGED
-    count = sum(_is_weight(ref) for _, ref in iter_tensors(as_state_dict(node)))
-    return outside(count)
+    return outside(num_weights(as_state_dict(node)))
 
 
 def _loose(tree: object, networks: Sequence[Network]) -> Iterator[tuple[str, str]]:
@@ -158,6 +157,11 @@ def holds_optimizer(tree: dict[Any, Any]) -> bool:
 
 def _is_weight(node: object) -> bool:
     return isinstance(node, TensorRef) and node.dtype.name in FORECASTABLE and bool(node.shape)
+
+
+def num_weights(tree: object) -> int:
+    """How many tensors of a tree may be weights; random states are bytes, and counters are single numbers."""
+    return sum(_is_weight(ref) for _, ref in iter_tensors(tree))
 
 
 def _is_bare(tree: dict[Any, Any], found: dict[TreePath, Any]) -> bool:

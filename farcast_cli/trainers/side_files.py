@@ -15,12 +15,11 @@ from farcast_cli.errors import FileFormatError, UnsafeFileError
 from farcast_cli.files.reading import file_size
 from farcast_cli.formats.pickle_file import is_pickle, read_pickle
 from farcast_cli.formats.torch_file import TorchFile, is_torch_zip, read_torch_file
-from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
-from farcast_cli.tensors import FORECASTABLE
+from farcast_cli.formats.torch_pickle import TensorRef
 from farcast_cli.trainers.base import Evidence, Part, Role, name_evidence, outside, tree_of
 from farcast_cli.trainers.folder_files import files_below
 from farcast_cli.trainers.names import find_step_in_name
-from farcast_cli.trainers.networks import WEIGHT_KEYS
+from farcast_cli.trainers.networks import WEIGHT_KEYS, num_weights
 from farcast_cli.trainers.torch_payload import adam_evidence, payload_evidence
 from farcast_cli.trainers.weights_folder import parse_json_of, second_weights
 
@@ -106,14 +105,9 @@ def _role_of(name: str) -> Role:
 def _holds_weights(file: TorchFile) -> bool:
     """Whether a file beside the weights has some of its own: under a usual key, or bare."""
     tree = file.tree if isinstance(file.tree, dict) else {}
-    usual = next((tree[key] for key in WEIGHT_KEYS if isinstance(tree.get(key), dict) and _num_weights(tree[key])), None)
+    usual = next((tree[key] for key in WEIGHT_KEYS if isinstance(tree.get(key), dict) and num_weights(tree[key])), None)
     is_bare = any(isinstance(value, TensorRef) for value in tree.values())
-    return usual is not None or (is_bare and _num_weights(tree) > 0)
-
-
-def _num_weights(tree: object) -> int:
-    """How many tensors of a tree may be weights; random states are bytes, and counters are single numbers."""
-    return sum(ref.dtype.name in FORECASTABLE and bool(ref.shape) for _, ref in iter_tensors(tree))
+    return usual is not None or (is_bare and num_weights(tree) > 0)
 
 
 def beside(parts: Iterable[Part]) -> Iterator[tuple[str, str]]:
@@ -122,7 +116,7 @@ def beside(parts: Iterable[Part]) -> Iterator[tuple[str, str]]:
     yield from second_weights(listed)
     for part in listed:
         if part.role == "side-state" and isinstance(part.content, TorchFile):
-            count = _num_weights(part.content.tree)
+            count = num_weights(part.content.tree)
             if count:
                 yield part.name, outside(count)
 

@@ -9,14 +9,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
-from farcast_cli.formats.torch_pickle import TensorRef, iter_carried, iter_tensors
+from farcast_cli.formats.torch_pickle import TensorRef, iter_carried
 from farcast_cli.formats.tree import at, dotted, find
-from farcast_cli.tensors import FORECASTABLE
-from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, is_step, name_evidence, weights_of
 from farcast_cli.trainers.by_content import is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
-from farcast_cli.trainers.names import MAX_DIGITS
-from farcast_cli.trainers.networks import find_networks, holds_optimizer
+from farcast_cli.trainers.networks import find_networks, holds_optimizer, num_weights
 from farcast_cli.trainers.run_end import end_of
 
 if TYPE_CHECKING:
@@ -65,11 +63,11 @@ def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str
     for key, value in tree.items():
         if (key,) == weights or not isinstance(value, dict) or holds_optimizer(value):
             continue
-        refs = [ref for _, ref in iter_tensors(value) if ref.dtype.name in FORECASTABLE and ref.shape]
-        if refs:
+        count = num_weights(value)
+        if count:
             yield (
                 f"{key}.*",
-                f"{len(refs)} tensors outside {weights[0]!r} are not forecast; they are copied from the last snapshot",
+                f"{count} tensors outside {weights[0]!r} are not forecast; they are copied from the last snapshot",
             )
 
 
@@ -87,7 +85,7 @@ def payload_evidence(tree: dict[Any, Any], file: TorchFile | None = None) -> tup
             value = find(holder, (key,))
             if isinstance(value, TensorRef) and value.dtype.name in {"int64", "int32"} and file is not None:
                 value = as_number(file, value)
-            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**MAX_DIGITS:
+            if is_step(value):
                 return (Evidence("payload", where + key, value),)
     return ()
 
