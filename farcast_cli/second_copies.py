@@ -24,9 +24,7 @@ import numpy as np
 from farcast_cli.engine.casts import narrow, widen, work_type
 from farcast_cli.errors import listed
 from farcast_cli.files.reading import read_bytes
-from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.safetensors_file import SafetensorsFile
-from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import in_collection, is_streamable, iter_tensors
 from farcast_cli.formats.tree import dotted, walk
 from farcast_cli.run.alignment import AlignedTensor
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.engine.batch import Inputs
+    from farcast_cli.formats.torch_file import TorchFile
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import DType
     from farcast_cli.trainers.base import Part, Snapshot
@@ -271,16 +270,20 @@ def _optimizer_tensors(snapshot: Snapshot) -> Iterator[_Held]:
 def _averages(snapshot: Snapshot) -> Iterator[tuple[str, _Held]]:
     """The tensors of a snapshot's averages, each with the name of its weight."""
     for part in snapshot.parts:
-        content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
+        file = part.torch_file
         found: Iterator[tuple[str, _Held]] = iter(())
-        if isinstance(content, TorchFile):
-            own = [Average((), tuple((ref, dotted(keys)) for keys, ref in iter_tensors(content.tree)))]
-            found = _in_torch(part, content, own if part.role == "average" else part.averages)
-        elif isinstance(content, SafetensorsFile) and part.role == "average":
-            found = ((one.name, _Held(part.name, (one.name,), (one.name, 0, one.num_elements), one)) for one in content.entries)
+        if file is not None:
+            found = _in_torch(part, file, [_all_of(file)] if part.role == "average" else part.averages)
+        elif isinstance(part.content, SafetensorsFile) and part.role == "average":
+            entries = part.content.entries
+            found = ((one.name, _Held(part.name, (one.name,), (one.name, 0, one.num_elements), one)) for one in entries)
         yield from (
             (part.prefix + name, held) for name, held in found if held.entry.dtype.name in FLOATING and held.entry.shape
         )
+
+
+def _all_of(file: TorchFile) -> Average:
+    return Average((), tuple((ref, dotted(keys)) for keys, ref in iter_tensors(file.tree)))
 
 
 def _in_torch(part: Part, file: TorchFile, averages: Iterable[Average]) -> Iterator[tuple[str, _Held]]:

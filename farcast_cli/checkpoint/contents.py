@@ -78,12 +78,12 @@ def tree_in(part: Part, advanced: Advanced, rewrite: Rewrite) -> Iterator[Leaf]:
 
 def keys_beside_weights(part: Part) -> Iterator[str]:
     """What a state file holds beside the weights."""
-    content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
-    assert isinstance(content, TorchFile)  # noqa: S101 - what a state file is read into
+    file = part.torch_file
+    assert file is not None  # noqa: S101 - what a state file is read into
     paths = {one.path for one in part.networks}
     ways = {path[:depth] for path in paths for depth in range(len(path))}
     yield from (
-        dotted((*way, key)) for way in sorted(ways, key=str) for key in at(content.tree, way) if (*way, key) not in paths | ways
+        dotted((*way, key)) for way in sorted(ways, key=str) for key in at(file.tree, way) if (*way, key) not in paths | ways
     )
 
 

@@ -6,7 +6,6 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.pickle_file import PickleFile
 from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
 from farcast_cli.formats.torch_pickle import Made, TensorRef
@@ -112,9 +111,8 @@ def load_histories(snapshots: Sequence[Snapshot], roles: Collection[Role] = STAT
     for snapshot in snapshots:
         for part in snapshot.parts:
             if part.role in roles:
-                content = part.content if part.content is not None else read_torch_file(part.path)
-                content = content.as_torch if isinstance(content, DcpFile) else content
-                file = content if isinstance(content, TorchFile) else None
+                file = read_torch_file(part.path) if part.content is None else part.torch_file
+                content = file or part.content
                 tree = content.tree if isinstance(content, (TorchFile, PickleFile)) else content
                 by_key.setdefault(part.key, []).append((snapshot.step, tree, file))
         for state in snapshot.source.states if snapshot.source else ():

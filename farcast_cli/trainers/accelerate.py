@@ -14,7 +14,7 @@ from farcast_cli.errors import NoWeightsError
 from farcast_cli.trainers.averages import is_average, with_averages
 from farcast_cli.trainers.base import ADAPTER_FILES, WEIGHT_FILES, Layout, Snapshot, Trainer, find_weights
 from farcast_cli.trainers.deepspeed import counted, read_states, states_in
-from farcast_cli.trainers.fsdp import adam_in_shards, has_fsdp, read_fsdp
+from farcast_cli.trainers.fsdp import has_fsdp, read_fsdp
 from farcast_cli.trainers.run_end import end_by_schedules
 from farcast_cli.trainers.side_files import adam_steps, beside, by_trust, named_steps, scheduled_steps, side_parts
 from farcast_cli.trainers.weights_folder import WeightFile, Weights, read_weights
@@ -81,12 +81,7 @@ def _weights(path: Path) -> Weights:
 def _evidence(path: Path, others: tuple[Part, ...]) -> tuple[Evidence, ...]:
     """Adam's count, or a name that says `step`; where there is neither, the schedule's count, then the save's number."""
     engine = tuple(counted(others)) if states_in(path) else ()
-    return (
-        engine
-        or by_trust(adam_in_shards(others) or adam_steps(others), named_steps(path, glued=True))
-        or scheduled_steps(others)
-        or named_steps(path)
-    )
+    return engine or by_trust(adam_steps(others), named_steps(path, glued=True)) or scheduled_steps(others) or named_steps(path)
 
 
 TRAINER = Trainer(

@@ -139,6 +139,12 @@ class Part:
         paths = [one.path for one in self.networks] + [one.path for one in self.averages]
         return frozenset(path for path in paths if path)
 
+    @property
+    def torch_file(self) -> TorchFile | None:
+        """Its content as a torch file, a distributed checkpoint's too; None where it is neither, or was not read."""
+        content = self.content.as_torch if isinstance(self.content, DcpFile) else self.content
+        return content if isinstance(content, TorchFile) else None
+
     def weights_in(self, tree: Any) -> Any:
         """The weights of a tree as one state dict.
 
@@ -564,7 +570,7 @@ def weights_in(path: Path, tree: Any, networks: Sequence[Network]) -> Any:
 
 def tree_of(part: Part) -> object:
     """The object tree of a state file; None where the part is none, or was not read."""
-    content = part.content.as_torch if isinstance(part.content, DcpFile) else part.content
+    content = part.torch_file or part.content
     return content.tree if isinstance(content, (TorchFile, PickleFile)) else None
 
 

@@ -12,16 +12,12 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from farcast_cli.formats.dcp_file import DcpFile, read_dcp
+from farcast_cli.formats.dcp_file import read_dcp
 from farcast_cli.trainers.dcp_parts import state_parts, weights_in_dcp
-from farcast_cli.trainers.torch_payload import adam_evidence
 from farcast_cli.trainers.weights_folder import WeightFile, Weights, as_one, read_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
-
-    from farcast_cli.trainers.base import Evidence, Part
 
 _MODEL = re.compile(r"pytorch_model_fsdp(?:_(\d+)|(?:_(\d+))?\.bin)")
 _OPTIMIZER = re.compile(r"optimizer_\d+")
@@ -55,9 +51,3 @@ def _read_one(entry: Path, path: Path, prefix: str) -> Weights:
     if entry.is_dir():
         return weights_in_dcp(read_dcp(entry), path, prefix)[0]
     return read_weights(path, [WeightFile(entry, prefix)])
-
-
-def adam_in_shards(parts: Iterable[Part]) -> tuple[Evidence, ...]:
-    """The step as the first optimiser that is a distributed checkpoint has counted it."""
-    files = (part.content.as_torch for part in parts if part.role == "optimizer" and isinstance(part.content, DcpFile))
-    return next((found for file in files if (found := adam_evidence(file))), ())

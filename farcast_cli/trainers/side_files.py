@@ -134,8 +134,9 @@ def counted_steps(parts: Iterable[Part], name: tuple[Evidence, ...]) -> tuple[Ev
 
 
 def adam_steps(parts: Iterable[Part]) -> tuple[Evidence, ...]:
-    """The step as the first optimiser's file has counted it."""
-    return _first(adam_evidence(file) for file in _files(parts, "optimizer"))
+    """The step as the first optimiser's file, or distributed checkpoint, has counted it."""
+    files = (part.torch_file for part in parts if part.role == "optimizer")
+    return _first(adam_evidence(file) for file in files if file is not None)
 
 
 def scheduled_steps(parts: Iterable[Part]) -> tuple[Evidence, ...]:
@@ -158,10 +159,6 @@ def by_trust(adam: tuple[Evidence, ...], name: tuple[Evidence, ...]) -> tuple[Ev
     """Adam's count before the name, unless it merely falls a little short, as where a loss scaler skipped steps."""
     skipped = adam and name and _SKIPPED * name[0].step <= adam[0].step < name[0].step
     return (*name, *adam) if skipped else (*adam, *name)
-
-
-def _files(parts: Iterable[Part], role: Role) -> Iterator[TorchFile]:
-    return (part.content for part in parts if part.role == role and isinstance(part.content, TorchFile))
 
 
 def _first(found: Iterable[tuple[Evidence, ...]]) -> tuple[Evidence, ...]:
