@@ -26,7 +26,7 @@ from farcast_cli.errors import listed
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_pickle import in_collection, is_streamable, iter_tensors
-from farcast_cli.formats.tree import dotted, walk
+from farcast_cli.formats.tree import dotted, is_below, walk
 from farcast_cli.run.alignment import AlignedTensor
 from farcast_cli.state.advance import StorageSpan, place_of
 from farcast_cli.state.files import STATE_ROLES, load_histories, param_groups
@@ -296,10 +296,14 @@ def _in_torch(part: Part, file: TorchFile, averages: Iterable[Average]) -> Itera
 
 def _tensors_in_optimizers(tree: Any, part: Part) -> Iterator[tuple[TreePath, Any]]:
     optimizers = [path for path, node in walk(tree, below=in_collection) if isinstance(node, dict) and "param_groups" in node]
+    weights = part.weights_paths
     for path, ref in iter_tensors(tree):
-        is_inside = part.role == "optimizer" or any(path[: len(above)] == above for above in optimizers)
-        is_weight = any(path[: len(key)] == key for key in part.weights_paths)
-        if (is_inside or _OPTIMIZER.search(dotted(path))) and not is_weight and not _MOMENTS.intersection(path[-2:]):
+        is_inside = part.role == "optimizer" or is_below(path, optimizers)
+        if (
+            (is_inside or _OPTIMIZER.search(dotted(path)))
+            and not is_below(path, weights)
+            and not _MOMENTS.intersection(path[-2:])
+        ):
             yield path, ref
 
 

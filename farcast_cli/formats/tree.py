@@ -95,6 +95,15 @@ def find(tree: Any, path: TreePath) -> Any:
     return tree
 
 
+def is_below(path: TreePath, places: Iterable[TreePath]) -> bool:
+    """Whether a path leads to one of these places, or to what one of them holds.
+
+    >>> is_below(("a", 0), [("a",)]), is_below(("a",), [("a",)]), is_below(("a",), [("a", 0)])
+    (True, True, False)
+    """
+    return any(path[: len(place)] == place for place in places)
+
+
 def put(tree: Any, path: TreePath, value: object) -> None:
     """Set what lies at a path; all but the last key must be there.
 

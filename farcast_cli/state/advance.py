@@ -20,8 +20,8 @@ from farcast_cli.files.reading import read_bytes
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.pickled_module import is_module
 from farcast_cli.formats.torch_pickle import Made, StorageRef, TensorRef, is_streamable, iter_storages, iter_tensors
-from farcast_cli.formats.tree import at, dotted, find, put, walk
-from farcast_cli.state.counters import epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
+from farcast_cli.formats.tree import at, dotted, find, is_below, put, walk
+from farcast_cli.state.counters import MIN_TO_COUNT, epoch_at, extrapolate, in_epochs, is_steady, schedule_count_at
 from farcast_cli.state.files import (
     STATE_ROLES,
     StateHistory,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from farcast_cli.trainers.base import Clock, Part, Snapshot, Trainer
 
 
-MIN_TO_COUNT = 3  # snapshots, for what no counter's name tells to be one; any two values lie on a line
 HISTORY = 8  # snapshots that a counter's rate is measured on
 _FLOAT_COUNTERS = {"epoch", "step", "total_flos", "weight_sum"}  # the last one is of the mean in Schedule-free
 _NOT_A_COUNTER = re.compile(r"best|seed|^max_|^num_train_epochs$|^(?:logging|save|eval)_steps$|^log_history$|^_growth_tracker$")
@@ -103,6 +102,11 @@ class StateTree:
     zeroed: set[StorageSpan] = field(default_factory=set)
     forecast: Mapping[StorageSpan, tuple[TensorEntry, int]] = field(default_factory=dict)
     """Second copies of the weights: each is forecast tensor number so many of the engine's inputs."""
+
+    @property
+    def name(self) -> str:
+        """What people know the file by."""
+        return self.part.name or self.part.path.name
 
 
 @dataclass(slots=True)
@@ -223,14 +227,14 @@ def _is_batch_count(name: str) -> bool:
 def _advance_counters(state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None) -> None:
     if state.part.role == "state" and state.part.is_bare:
         return  # a bare state dict: weights and buffers, no counters
-    name = state.part.name or state.part.path.name
+    name = state.name
     result.notes.extend(f"{name}: {path} is copied as the origin has it: {why}" for path, why in _opaque(state.tree, history))
     apart = _advance_apart(state, history, target, result, clock)
     adam: list[Change] = []
     for path, value in list(_counters(state.tree, skip=state.part.weights_paths)):
         series = history.series(path)
         if (
-            any(path[: len(above)] == above for above in apart)
+            is_below(path, apart)
             or not _counts(series, is_new=_is_new(state.tree, path, history))
             or _is_measured(path, value, series)
         ):
@@ -253,7 +257,7 @@ def _advance_counters(state: StateTree, history: StateHistory, target: int, resu
 
 def _left_behind(origin: Snapshot, target: int, result: Advanced) -> Iterator[str]:
     """That a counter of steps which disagrees with the step of the run did not move: the trainer goes on from it."""
-    names = [state.part.name or state.part.path.name for state in result.trees.values()]
+    names = [state.name for state in result.trees.values()]
     for item in origin.evidence:
         if item.step != origin.step and result.left.intersection(f"{name}: {item.where}" for name in names):
             yield (
@@ -269,39 +273,33 @@ def _opaque(tree: object, history: StateHistory) -> Iterator[tuple[str, str]]:
             isinstance(node, Made)
             and not is_module(node)
             and not node.maker.name.startswith("_rebuild_")
-            and not _is_plain(node)
+            and node.maker.module != "datetime"  # a date, or a time that has passed, is no counter
         ):
             seen = [numbers_in(find(earlier, path)) for _, earlier, _ in history.states]
             if any(len(one) == len(seen[-1]) and one != seen[-1] for one in seen):
                 yield dotted(path) or "all", _OBJECT.format(node.maker)
 
 
-def _is_plain(node: Made) -> bool:
-    """Whether an object is a date or a time that has passed: no class of the loop's own, and no counter."""
-    return node.maker.module == "datetime"
-
-
 def _advance_apart(
     state: StateTree, history: StateHistory, target: int, result: Advanced, clock: Clock | None
 ) -> set[TreePath]:
     """Move what has a rule of its own: a trainer's clock, the place in the data; says where these are."""
-    name = state.part.name or state.part.path.name
     apart: set[TreePath] = set()
     if clock:
         apart |= set(clock.paths)
-        result.changes.extend(Change(f"{name}: {where}", old, new) for where, old, new in clock.move(state.tree))
-        result.notes.extend(clock.notes(name, state.tree))
+        result.changes.extend(Change(f"{state.name}: {where}", old, new) for where, old, new in clock.move(state.tree))
+        result.notes.extend(clock.notes(state.name, state.tree))
     for path in _changing_bytes(state.tree, history):
         loop = pickled_at(history, path, target)
         if loop is None:
-            result.notes.append(f"{name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
+            result.notes.append(f"{state.name}: {dotted(path)} is copied as the origin has it: {_OPAQUE}")
         else:
             put(state.tree, path, loop.raw)
-            result.changes.extend(Change(f"{name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
+            result.changes.extend(Change(f"{state.name}: {dotted((*path, *at))}", old, new) for at, old, new in loop.changes)
     for path, old, count in list(places_at(history, target)):
-        if not any(path[: len(above)] == above for above in apart):
+        if not is_below(path, apart):
             put(state.tree, path, count)
-            result.changes.extend([Change(f"{name}: {dotted(path)}", old, count)] if count != old else [])
+            result.changes.extend([Change(f"{state.name}: {dotted(path)}", old, count)] if count != old else [])
             apart.add(path)
     return apart
 
@@ -411,10 +409,9 @@ def _advance_schedules(
     trainer = trainer_of(origin)
     total, named = trainer.num_steps(origin), trainer.formula(origin)
     set_by: dict[int, str] = {}
-    if not schedulers and not trainer.computes_rates:
-        is_unread = any(part.role == "other" and _MAY_SCHEDULE.search(part.name) for part in origin.parts)
-        if is_unread or not _infer_rates(result, histories, target, total):
-            result.notes.extend(_rates_left(result, histories, _where_schedules_may_be(origin, result)))
+    is_told = schedulers or trainer.computes_rates
+    if not is_told and (_unread_schedules(origin) or not _infer_rates(result, histories, target, total)):
+        result.notes.extend(_rates_left(result, histories, _where_schedules_may_be(origin, result)))
     for index, (name, path) in enumerate(schedulers):
         holder, history = result.trees[name], histories[name]
         saved = find(holder.tree, path)
@@ -461,8 +458,13 @@ def _where_schedules_may_be(origin: Snapshot, result: Advanced) -> str:
     own += [part.name for part in origin.parts if part.role == "scheduler" and part.name in result.trees]
     if own:
         return f"the schedule in {listed(own)} is of a kind that farcast does not know"
-    unread = [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
+    unread = _unread_schedules(origin)
     return f"a schedule may be in {listed(unread)}, which is copied" if unread else "no schedule is saved"
+
+
+def _unread_schedules(origin: Snapshot) -> list[str]:
+    """The files that are copied unread and may hold a schedule, by their names."""
+    return [part.name for part in origin.parts if part.role == "other" and _MAY_SCHEDULE.search(part.name)]
 
 
 def _schedule_keys(tree: Any) -> Iterator[str]:
@@ -513,8 +515,7 @@ def _rates_left(result: Advanced, histories: Mapping[str, StateHistory], why: st
                 [g["lr"] for g in as_numbers(tree, holder.file)] for tree, holder in ((before, earlier), (groups, state))
             )
             if old != new:
-                where = state.part.name or state.part.path.name
-                yield f"{where}: the learning rate stays at {new[0]:.6g}: {why}; a loop that sets the rate at each step corrects it"
+                yield f"{state.name}: the learning rate stays at {new[0]:.6g}: {why}; a loop that sets the rate at each step corrects it"
 
 
 def _owners(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+MIN_TO_COUNT = 3  # values, for what no counter's name tells to be one; any two lie on a line
 MIN_FOR_EPOCHS = 5  # values; three unknowns are fitted to them
 MAX_EPOCH = 20_000  # steps; some tenths of a second
 CLOSE = 1e-9  # relative; an epoch as a float is rounded

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.tree import at, dotted, find, put, walk
-from farcast_cli.state.advance import HISTORY, MIN_TO_COUNT, Change, is_counter, moved
+from farcast_cli.state.advance import HISTORY, Change, is_counter, moved
+from farcast_cli.state.counters import MIN_TO_COUNT
 from farcast_cli.trainers.base import KEPT_KEY, METADATA_STEPS, is_step, metadata_json
 from farcast_cli.trainers.names import MAX_DIGITS
 

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.errors import FarcastError
 from farcast_cli.formats.torch_pickle import decode_pickle, encode_pickle
 from farcast_cli.formats.tree import find, put, walk
-from farcast_cli.state.counters import extrapolate, is_steady
+from farcast_cli.state.counters import MIN_TO_COUNT, extrapolate, is_steady
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.state.files import StateHistory
-
-MIN_TO_COUNT = 3  # snapshots; any two values lie on a line
 
 
 @dataclass(frozen=True, slots=True)
