@@ -34,7 +34,6 @@ from farcast_cli.formats.safetensors_file import SafetensorsFile
 from farcast_cli.formats.torch_file import TorchFile
 from farcast_cli.formats.torch_pickle import encode_pickle
 from farcast_cli.formats.tree import grow
-from farcast_cli.state.advance import StateTree
 from farcast_cli.trainers import named
 from farcast_cli.trainers.base import ADAPTER_FILES, Network
 from farcast_cli.trainers.names import split_ending
@@ -290,8 +289,7 @@ def _one_torch_file(part: Part, *, advanced: Advanced, rewrite: Rewrite) -> Outp
     if isinstance(part.content, TorchFile) and not part.content.members:
         state = advanced.trees[part.name]
         alone = replace(part, networks=(Network(),), averages=())
-        tree = part.weights_in(state.tree)
-        return torch_output(StateTree(alone, tree, state.file, state.literals, state.zeroed, state.forecast), rewrite)
+        return torch_output(replace(state, part=alone, tree=part.weights_in(state.tree)), rewrite)
     return _torch_file("", weights_in(part, advanced, rewrite))
 
 

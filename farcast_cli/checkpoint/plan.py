@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.checkpoint.bundle_output import bundle_output
 from farcast_cli.checkpoint.dcp_output import rewritten_folder
 from farcast_cli.checkpoint.pieces import Copy, Fixed, OutputFile, Planned, Rewrite, Section
-from farcast_cli.checkpoint.torch_output import torch_output
+from farcast_cli.checkpoint.torch_output import WITH_WEIGHTS, torch_output
 from farcast_cli.errors import UsageError
 from farcast_cli.files.json_text import UnreadList, encode_json
 from farcast_cli.files.reading import file_size, mode_of
@@ -89,7 +89,7 @@ def _plan_file(part: Part, advanced: Advanced, rewrite: Rewrite) -> OutputFile:
     if isinstance(part.content, SafetensorsFile):
         planned = [rewrite.planned(entry) for entry in part.content.entries]
         return safetensors_output(part.name, held_by_safetensors(planned), _metadata(part.content, rewrite))
-    if isinstance(part.content, TorchFile) and part.role in {"weights", "twin", "average", "state"}:
+    if isinstance(part.content, TorchFile) and part.role in WITH_WEIGHTS:
         return torch_output(StateTree(part, copy.deepcopy(part.content.tree), part.content), rewrite)
     if part.role == "weights-index" and rewrite.dtype != "source":
         raise UsageError(f"--dtype {rewrite.dtype} changes the shards' sizes", hint="add --max-shard-size 5GB")

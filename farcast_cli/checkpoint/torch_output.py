@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from farcast_cli.formats.torch_file import TorchFile
+    from farcast_cli.trainers.base import Role
+
+WITH_WEIGHTS: frozenset[Role] = frozenset({"weights", "twin", "average", "state"})
+"""The roles of files that hold weights, or averages of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Storages:
 
 def plan_storages(state: StateTree, rewrite: Rewrite) -> Storages:
     assert state.file is not None  # noqa: S101 - only torch files have storages
-    weights = state.part.weights_in(state.tree) if state.part.role in {"weights", "twin", "average", "state"} else {}
+    weights = state.part.weights_in(state.tree) if state.part.role in WITH_WEIGHTS else {}
     twins = _twins(state) if rewrite.mirror else {}
     refs = (ref for refs in ((ref for _, ref in iter_tensors(weights)), *twins.values()) for ref in refs)
     retyped = {ref.storage.key: replace(ref.storage, dtype=rewrite.out_dtype(ref.storage.dtype)) for ref in refs}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from farcast_cli.formats.dcp_file import METADATA, DcpFile, read_dcp
+from farcast_cli.formats.dcp_file import METADATA, DcpFile
 from farcast_cli.trainers.base import Part, weights_in, weights_of
 from farcast_cli.trainers.names import find_step_in_name
 from farcast_cli.trainers.networks import Networks, find_networks
@@ -48,11 +48,6 @@ def weights_in_dcp(found: DcpFile, home: Path, prefix: str = "", chosen: Sequenc
     weights = find_networks(found.folder, tree, chosen, may_be_bare=False)
     tensors, rough = weights_of(found.as_torch, weights_in(found.folder, tree, weights.networks))
     return Weights(parts_of(found, home, "state", weights), tensors, rough).under(prefix, home), weights
-
-
-def state_parts(folder: Path, home: Path, role: Role) -> tuple[Part, ...]:
-    """The parts of a checkpoint without weights in the snapshot's folder `home`: an optimiser's, or a loop's."""
-    return parts_of(read_dcp(folder), home, role)
 
 
 def parts_of(found: DcpFile, home: Path, role: Role, weights: Networks | None = None) -> tuple[Part, ...]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.formats.dcp_file import read_dcp
-from farcast_cli.trainers.dcp_parts import state_parts, weights_in_dcp
+from farcast_cli.trainers.dcp_parts import parts_of, weights_in_dcp
 from farcast_cli.trainers.weights_folder import WeightFile, Weights, as_one, read_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_fsdp(path: Path) -> Weights:
     models = _models(path)
     weights = as_one(path, (_read_one(entry, path, f"model_{n}." if n else "") for n, entry in enumerate(models)))
     optimizers = [entry for entry in sorted(path.glob("optimizer_*")) if entry.is_dir() and _OPTIMIZER.fullmatch(entry.name)]
-    parts = (part for folder in optimizers for part in state_parts(folder, path, "optimizer"))
+    parts = (part for folder in optimizers for part in parts_of(read_dcp(folder), path, "optimizer"))
     return replace(weights, parts=(*weights.parts, *parts))
 
 
