@@ -112,11 +112,10 @@ def constant_loss(model: Model, data: Data) -> tuple[float, str]:
     if data.targets.ndim > 1:
         mean = data.shares @ data.targets
         return float((data.shares @ (data.targets - mean) ** 2).mean()), "the mean of y"
-    head = model.objective.head
     shares = np.bincount(data.targets, weights=data.shares)
     shares, what = shares[shares > 0], "the shares of the classes"
     if model.objective.loss == "mse":
-        return float(1 - shares @ shares) / (model.weights[-1].num_outputs if head is None else len(head)), what
+        return float(1 - shares @ shares) / model.num_outputs, what
     return float(-shares @ np.log(shares)), what
 
 

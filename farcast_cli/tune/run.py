@@ -318,8 +318,7 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
 
 def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Data | None, Metric | None]:
     """The rows, those of --val, and what a change costs."""
-    head = model.objective.head
-    fit = Fit(model.weights, model.weights[-1].num_outputs if head is None else len(head))
+    fit = Fit(model.weights, model.num_outputs)
     draw = Draw(request.subsample, request.rounded.seed) if request.subsample is not None else None
     data = read_data(request.data, request.loss, fit=fit, draw=draw)
     val = read_data(request.val, request.loss, fit=fit) if request.val else None
@@ -372,8 +371,7 @@ class _Work:
     def tune(self) -> None:
         """Tune, and judge."""
         request, data, val = self.request, self.data, self.val
-        is_closed = self.model.is_linear and request.settings.method == "gauss-newton"
-        folds = folds_of(data, seed=request.rounded.seed, one_by_one=is_closed)
+        folds = folds_of(data, seed=request.rounded.seed, one_by_one=self.model.has_closed_form(request.settings))
         if data.out is not None:
             check_description(self.model, data, self.snapshot, np.empty(0))
         self.solved = solved = solve(self.model, data, folds, request.settings, metric=self.metric)

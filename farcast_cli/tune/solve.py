@@ -52,10 +52,16 @@ class Model:
     objective: Objective
 
     @property
-    def is_linear(self) -> bool:
-        """Whether there is a closed form."""
+    def num_outputs(self) -> int:
+        """Of the head, or of the last layer where there is none."""
+        head = self.objective.head
+        return self.weights[-1].num_outputs if head is None else len(head)
+
+    def has_closed_form(self, settings: Settings) -> bool:
+        """Whether a tuning with these settings is one."""
         after = self.objective
-        return len(self.weights) == 1 and after.loss == "mse" and after.activation == "none" and after.head is None
+        is_linear = len(self.weights) == 1 and after.loss == "mse" and after.activation == "none" and after.head is None
+        return is_linear and settings.method == "gauss-newton"
 
     def pre(self, inputs: Array, deltas: Sequence[Delta] = ()) -> Array:
         """Z (n, m) of the last layer, with the deltas if any, in one pass over each layer."""
@@ -114,7 +120,7 @@ def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, metri
     """
     passes = sum(weight.num_passes for weight in model.weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if model.is_linear and settings.method == "gauss-newton":
+        if model.has_closed_form(settings):
             found = _closed(model.weights[0], data, folds, settings, metric)
         else:
             _check_memory(model, data, settings)
@@ -153,8 +159,7 @@ def _check_memory(model: Model, data: Data, settings: Settings) -> None:
     size = min(num_rows, model.weights[0].num_inputs)
     whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
     if len(model.weights) > 1 and settings.method == "gauss-newton":
-        head = model.objective.head
-        width = model.weights[-1].num_outputs if head is None else len(head)
+        width = model.num_outputs
         if num_rows * width > MAX_GRAM:
             raise UsageError(
                 f"{data.path}: --method gauss-newton of several layers: expected at most {MAX_GRAM} rows times outputs, found"
@@ -179,8 +184,7 @@ def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, metr
     space = _Space.of(weight.extended(data.inputs), metric)
     is_alone = len(folds) == folds.max() + 1
     everything = np.arange(data.num_rows)
-    shape: dict[str, Any] = {"is_dual": space.is_dual, "num_outputs": weight.num_outputs}
-    whole = Ridge.of(space.part(everything), data.shares, **shape)
+    whole = Ridge.of(space.part(everything), data.shares, is_dual=space.is_dual, num_outputs=weight.num_outputs)
     parts = [] if is_alone else [(everything[folds != fold], everything[folds == fold]) for fold in range(folds.max() + 1)]
     sums = [
         Ridge.of(
