@@ -364,7 +364,6 @@ class _Work:
     metric: Metric | None
     solved: Solved = field(init=False)
     verdict: GateResult = field(init=False)
-    suspicious: tuple[str, ...] = ()
     judging: dict[str, tuple[Data, Any, Any]] = field(default_factory=dict)
     """Rows with their losses before and after, which the written file must keep."""
 
@@ -372,11 +371,8 @@ class _Work:
         """Tune, and judge."""
         request, data, val = self.request, self.data, self.val
         folds = folds_of(data, seed=request.rounded.seed, one_by_one=self.model.has_closed_form(request.settings))
-        if data.out is not None:
-            check_description(self.model, data, self.snapshot, np.empty(0))
+        check_description(self.model, data, self.snapshot)
         self.solved = solved = solve(self.model, data, folds, request.settings, metric=self.metric)
-        if data.out is None:
-            self.suspicious = check_description(self.model, data, self.snapshot, solved.before)
         self.judging["tuned"] = (data, solved.before, solved.after)
         how = "leave-one-out" if folds.max() + 1 == data.num_rows else f"{folds.max() + 1} folds"
         before, after, groups, shares = solved.before, solved.left_out, data.groups, data.shares
@@ -401,7 +397,7 @@ class _Work:
             tuned_loss=(float(solved.before @ data.shares), float(solved.after @ data.shares)),
             sizes=solved.sizes,
             num_passes=solved.num_passes,
-            notes=(*self._notes(), *self.suspicious, *_left_alone(self.snapshot), *solved.notes),
+            notes=(*self._notes(), *_left_alone(self.snapshot), *solved.notes),
         )
 
     def _notes(self) -> Iterator[str]:
@@ -426,6 +422,12 @@ class _Work:
             yield (
                 "rows that the head or the layer was trained on cannot judge: their losses are too small before and after;"
                 " --val FILE judges by other rows"
+            )
+        loss = float(self.solved.before @ data.shares)
+        if data.out is None and loss >= least:
+            yield (
+                f"before tuning, the loss {loss:.4g} is no better than that of {what}, {least:.4g}: unless the layer is new, see"
+                " that --activation, --bias and --head are right; out, the model's outputs for these rows, lets farcast check them"
             )
 
     def check(self, written: Sequence[Weight]) -> None:
