@@ -86,10 +86,12 @@ def _layers(own: Weight, snapshot: Snapshot) -> Iterator[tuple[tuple[str, ...], 
                 weight = find_weight(snapshot, own.name, bias, is_transposed=turned)
             except FarcastError:  # there is no such bias
                 continue
-            words = [("--transposed",) if turned else ("without --transposed",)] if turned != own.is_transposed else []
+            words = []
+            if turned != own.is_transposed:
+                words.append("--transposed" if turned else "without --transposed")
             if bias != own.bias_name:
-                words.append((f"--bias {bias}" if bias else "without --bias",))
-            yield tuple(word for group in words for word in group), weight
+                words.append(f"--bias {bias}" if bias else "without --bias")
+            yield tuple(words), weight
 
 
 def _heads(own: Objective) -> Iterator[tuple[tuple[str, ...], Objective]]:
