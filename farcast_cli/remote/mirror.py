@@ -13,7 +13,6 @@ import itertools
 import os
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,6 +182,8 @@ class Mirror:
         if len(batch) == 1:
             yield self._fetch_one(batch[0])
             return
+        from concurrent.futures import ThreadPoolExecutor  # takes longer to import than the rest of the module
+
         pool = ThreadPoolExecutor(min(IN_FLIGHT, len(batch)))
         try:
             yield from pool.map(self._fetch_one, batch)
