@@ -114,6 +114,17 @@ def make_loose_run(
     return folder
 
 
+def make_turning_run(folder: Path) -> Path:
+    """Files as in `make_loose_run`, of a run that turns back halfway, so that a forecast would not help."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
+    for step in STEPS:
+        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
+        moved = {name: base[name] + share * away[name] for name in base}
+        save_file(moved, folder / loose_name(step), metadata={"format": "pt"})
+    return folder
+
+
 def edit_loose(path: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
     """Replace (or, with None, remove) tensors of a safetensors file."""
     tensors = load_file(path)
@@ -267,14 +278,8 @@ def work(fitted_once: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def turning(tmp_path: Path) -> Path:
-    """A run that turns back halfway, so that a forecast would not help."""
-    (tmp_path / "run").mkdir()
-    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
-    for step in STEPS:
-        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
-        moved = {name: base[name] + share * away[name] for name in base}
-        save_file(moved, tmp_path / "run" / loose_name(step), metadata={"format": "pt"})
-    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    """A run that turns back halfway, so that a forecast would not help, and a forecaster fitted on it."""
+    fit_run(make_turning_run(tmp_path / "run"), tmp_path / "forecaster.safetensors")
     return tmp_path
 
 

@@ -19,6 +19,8 @@ from farcast_cli.formats.torch_file import read_raw_pickle, read_torch_file
 from farcast_cli.formats.tree import dotted
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.trainers.networks import find_networks
+from tests.conftest import make_loose_run
+from tests.corpus import Calls
 from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
@@ -410,19 +412,11 @@ def test_a_file_without_any_network_names_the_option_and_the_keys(tmp_path: Path
 
 
 def test_keys_make_no_sense_where_a_layout_has_its_weights_in_one_place(tmp_path: Path, call_cli: CallCli) -> None:
-    (tmp_path / "run").mkdir()
-    for step in (10, 20):
-        farcast_cli_save(tmp_path / "run" / f"step_{step}.safetensors")
+    make_loose_run(tmp_path / "run", (10, 20))
     done = call_cli("inspect", tmp_path / "run", "--weights", "model")
     assert done.returncode == UsageError.exit_code
     assert "--weights: a safetensors snapshot has its weights in one place" in done.errors[0]
     assert call_cli("inspect", tmp_path / "run", "--weights", "a,,b").returncode == UsageError.exit_code
-
-
-def farcast_cli_save(path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.zeros(4, 4)}, path)
 
 
 # --- pickled modules -------------------------------------------------------------------------------------------------
@@ -528,22 +522,12 @@ def test_the_modules_class_is_never_imported(tmp_path: Path, monkeypatch: pytest
     assert len(discover(run).snapshots) == LAST // EVERY
 
 
-class _Made:
-    """Something that a pickle makes by calling a function, or by making an object with arguments of what may be one."""
-
-    def __init__(self, *reduced: Any) -> None:
-        self.reduced = reduced
-
-    def __reduce__(self) -> Any:
-        return self.reduced
-
-
 def quiet(*_: object) -> OrderedDict[str, Any]:
     """A function of the user's own."""
     return OrderedDict()
 
 
-@pytest.mark.parametrize("what", [_Made(quiet, ()), quiet, {quiet: 1}, (quiet,)])
+@pytest.mark.parametrize("what", [Calls(quiet), quiet, {quiet: 1}, (quiet,)])
 def test_a_function_is_no_class_for_being_written_like_one(what: Any, tmp_path: Path) -> None:
     torch.save({"model": _net(), "what": what}, tmp_path / "a.pt")
     with pytest.raises(UnsafeFileError, match=r"asks for tests\.test_own_keys\.quiet"):

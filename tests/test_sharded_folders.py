@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 from farcast_cli.errors import FileFormatError, UsageError
 from farcast_cli.formats.dcp_file import read_dcp
 from farcast_cli.run.trajectory import discover
+from tests.conftest import STEPS
 from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from farcast_cli.request import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = tuple(range(100, 801, 100))
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
