@@ -23,7 +23,7 @@ from farcast_cli.errors import FileFormatError, UsageError
 from farcast_cli.formats.dcp_file import read_dcp
 from farcast_cli.run.trajectory import discover
 from tests.conftest import STEPS
-from tests.tiny import fit_run, predict_run
+from tests.tiny import fit_run, forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,10 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
-def _forecast(run: Path, out: Path, horizon: int = 100, **request: Any) -> tuple[Path, Outcome]:
-    (outcome,) = predict_run(fit_run(run), f"{out}/", horizons=[horizon], **request)
-    assert outcome.path is not None
-    return outcome.path, outcome
+def _forecast(run: Path, out: Path, **request: Any) -> tuple[Path, Outcome]:
+    """Of step 900."""
+    return forecast_run(run, f"{out}/", 100, **request)
 
 
 def _moved(step: int, *shape: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 from farcast_cli.errors import UnsafeFileError
 from tests.conftest import STEPS
 from tests.corpus import Calls
-from tests.tiny import fit_run, predict_run
+from tests.tiny import forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,9 +49,7 @@ def _forecast(tmp_path: Path, kind: str, beside: Callable[[Path, int], None]) ->
         folder.mkdir(parents=True)
         WEIGHTS[kind](folder, {"weight": torch.linspace(0, step / 100, 16).reshape(4, 4)})
         beside(folder, step)
-    (outcome,) = predict_run(fit_run(tmp_path / "run"), f"{tmp_path / 'out'}/", horizons=[100])
-    assert outcome.path is not None
-    return outcome.path, outcome
+    return forecast_run(tmp_path / "run", f"{tmp_path / 'out'}/", 100)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
