@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -239,6 +240,33 @@ def run_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **op
     with popen_cli(*args, cwd=cwd, env=env, **options) as process:
         stdout, stderr = process.communicate()
     return Done(stdout, stderr, process.returncode)
+
+
+def run_by_two(module: str, *args: object, env: Mapping[str, str] | None = None, patience_s: float = PATIENCE_S) -> None:
+    """Run a module of the tests in two processes that torch.distributed joins, with more variables; both must end well."""
+    root = str(Path(__file__).resolve().parent.parent)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | dict(env or {})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)],
+            cwd=root,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=patience_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
 
 
 @pytest.fixture
