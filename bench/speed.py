@@ -134,9 +134,13 @@ class Bench:
         fixture("check", run, self.work / "out", HORIZON)
         return run
 
-    def ours(self, *arguments: str, engine: str = "") -> Usage:
+    def clear(self) -> None:
+        """Remove what a command and its rival wrote."""
         for name in ("copy", "out"):
             shutil.rmtree(self.work / name, ignore_errors=True)
+
+    def ours(self, *arguments: str, engine: str = "") -> Usage:
+        self.clear()
         return measure([*FARCAST, *arguments], self.work, engine)
 
     def compare_engines(self, what: str, arguments: list[str], against: str, rival: list[str]) -> None:
@@ -159,8 +163,7 @@ class Bench:
         for _ in range(self.rounds):
             self.chill() if cold else None
             row.ours.append(self.ours(*arguments))
-            shutil.rmtree(self.work / "copy", ignore_errors=True)
-            shutil.rmtree(self.work / "out", ignore_errors=True)
+            self.clear()
             if rival:
                 self.chill() if cold else None
                 row.theirs.append(measure(rival, self.work))

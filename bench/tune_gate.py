@@ -103,8 +103,9 @@ def one(kind: Kind, size: float, seed: int, folder: Path) -> dict[str, Any]:
     """What the choice alone would do, what the gate says, and whether what would be written is better on fresh rows."""
     case = make(kind, size, seed, folder)
     data = read_data(case.path, kind.loss)
-    is_closed = case.model.is_linear and kind.method == "gauss-newton"
-    found = solve(case.model, data, folds_of(data, seed=seed, one_by_one=is_closed), Settings(kind.method))
+    settings = Settings(kind.method)
+    folds = folds_of(data, seed=seed, one_by_one=case.model.has_closed_form(settings))
+    found = solve(case.model, data, folds, settings)
     verdict = judge(found.before, found.left_out, data.groups, threshold=0)
     losses = [
         case.model.objective.row_losses(case.model.pre(case.inputs, deltas), case.targets).mean()

@@ -106,7 +106,7 @@ def open_run(
     from farcast_cli.run.trajectory import discover
 
     chosen = selection_of(Path(directory), None, None, steps, pattern, step_from=step_from, unit=unit, weights=weights)
-    return discover(chosen.directory, steps=chosen.steps, pattern=chosen.pattern, rule=chosen.rule, weights=chosen.weights)
+    return discover(chosen.directory, **chosen.entries)
 
 
 def fit(

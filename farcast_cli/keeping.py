@@ -129,15 +129,7 @@ def _found(selection: Selection) -> Trajectory:
     """The run's snapshots, looked for again where one was deleted while they were listed."""
     for tries_left in reversed(range(TRIES)):
         try:
-            found = discover(
-                selection.directory,
-                steps=selection.steps,
-                pattern=selection.pattern,
-                rule=selection.rule,
-                unsettled=selection.unsettled,
-                weights=selection.weights,
-                minimum=0,
-            )
+            found = discover(selection.directory, **selection.entries, minimum=0)
         except FileFormatError as error:
             if not tries_left or error.path is None or error.path.exists():
                 raise

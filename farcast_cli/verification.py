@@ -67,32 +67,35 @@ def _told(sidecar: Path) -> Any:
     return parse_json(read_bytes(sidecar, 0, file_size(sidecar)))
 
 
-def _weights_of(forecast: Path) -> tuple[str, ...]:
-    """The keys of the weights that were forecast; none where no sidecar tells, or all networks were."""
+def _told_of(forecast: Path) -> Any:
+    """What a forecast's sidecar tells; None where there is none, or one that is no JSON."""
     sidecar = sidecar_of(forecast, is_file=forecast.is_file())
     if not sidecar.exists():
-        return ()
+        return None
     try:
-        weights = _told(sidecar)["options"]["weights"]
+        return _told(sidecar)
     except UnreadableError:
         raise
-    except (FileFormatError, ValueError, KeyError, TypeError):
+    except (FileFormatError, ValueError):
+        return None
+
+
+def _weights_of(forecast: Path) -> tuple[str, ...]:
+    """The keys of the weights that were forecast; none where no sidecar tells, or all networks were."""
+    try:
+        weights = _told_of(forecast)["options"]["weights"]
+    except (KeyError, TypeError):
         return ()
     return tuple(map(str, weights)) if isinstance(weights, list) else ()
 
 
 def _leap_of(forecast: Path, run: Path) -> Leap | None:
     """The leap that a run makes which resumes from a forecast; None where no sidecar tells."""
-    sidecar = sidecar_of(forecast, is_file=forecast.is_file())
-    if not sidecar.exists():
-        return None
+    told = _told_of(forecast)
     try:
-        told = _told(sidecar)
         steps = {"origin_step": told["origin_step"], "valid_step": told["valid_step"]}
         return Leap(run=str(run), forecast=str(forecast), counters=told["options"]["counters"], **steps)
-    except UnreadableError:
-        raise
-    except (FileFormatError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -141,8 +141,8 @@ class Compute:
 
     def _by_kernel(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts | None:
         """In the compiled kernel; None where it does not serve, and where a result is not finite: arrays tell which one."""
-        kernel, update = self._arithmetic.kernel, self._update_of(batch)
-        if kernel is None or update is None:
+        kernel = self._arithmetic.kernel
+        if kernel is None or (update := self._update_of(batch)) is None:
             return None
         self._bytes_read = 0
         origin = self._read(batch, None)

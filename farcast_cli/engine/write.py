@@ -8,6 +8,7 @@ Shapes: K tensors, T snapshots read, H horizons forecast in the same pass.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -216,15 +217,16 @@ def _filled_in(file: Placed, checksums: Mapping[int, Sequence[Checksum]]) -> Ite
 
 def _joined_checksum(output: OutputFile, joined: Joined, known: Mapping[int, bytes]) -> int:
     """The CRC-32 of sections as one, with the checksums that are filled in between them."""
+    places = sorted(known)
     whole, position = 0, sum(section.num_bytes for section in output.sections[: joined.first])
     for section in output.sections[joined.first : joined.end]:
         if section.checksums_at:
             checksum = int.from_bytes(known[section.checksums_at[0]], "little")
         else:
             data = bytearray(b"".join(piece.data for piece in section.pieces if isinstance(piece, Fixed)))
-            for place, filled in known.items():
-                if position <= place < position + len(data):
-                    data[place - position : place - position + len(filled)] = filled
+            for place in places[bisect_left(places, position) : bisect_left(places, position + len(data))]:
+                filled = known[place]
+                data[place - position : place - position + len(filled)] = filled
             checksum = crc32(data)
         whole = combine(whole, checksum, section.num_bytes)
         position += section.num_bytes

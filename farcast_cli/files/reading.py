@@ -71,21 +71,21 @@ def source_of(path: Path) -> Source | None:
 
 def fetch(stretches: Iterable[FileStretch], tell: Callable[[int], None] = lambda _: None) -> None:
     """See that bytes of files that are not here yet are, in few requests; files that are here cost nothing."""
-    wanted: dict[int, list[FileStretch]] = {}
-    known: dict[Path, int | None] = {}
-    for path, offset, count in stretches if _sources else ():
+    wanted: dict[Source, list[FileStretch]] = {}
+    known: dict[Path, Source | None] = {}
+    for stretch in stretches if _sources else ():
+        path = stretch[0]
         if path not in known:
-            source = source_of(path)
-            known[path] = None if source is None else _sources.index(source)
-        if (index := known[path]) is not None:
-            wanted.setdefault(index, []).append((path, offset, count))
-    for index, found in wanted.items():
-        _sources[index].fetch(found, tell)
+            known[path] = source_of(path)
+        if (source := known[path]) is not None:
+            wanted.setdefault(source, []).append(stretch)
+    for source, found in wanted.items():
+        source.fetch(found, tell)
 
 
 def look_again(paths: Iterable[Path]) -> None:
     """Have the marks of files be those of now."""
-    for source in {id(found): found for path in paths if _sources and (found := source_of(path))}.values():
+    for source in dict.fromkeys(filter(None, map(source_of, paths))):
         source.look_again()
 
 

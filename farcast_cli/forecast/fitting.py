@@ -146,16 +146,7 @@ def find(request: FitRequest, *, minimum: int) -> tuple[Trajectory, Past]:
         SnapshotError, FileFormatError: no run that can be read.
     """
     chosen = request.selection
-    found = discover_all(
-        chosen.directory,
-        steps=chosen.steps,
-        pattern=chosen.pattern,
-        rule=chosen.rule,
-        history=chosen.history,
-        unsettled=chosen.unsettled,
-        weights=chosen.weights,
-        minimum=minimum,
-    )
+    found = discover_all(chosen.directory, **chosen.entries, history=chosen.history, minimum=minimum)
     return found, past_of(found, request.ledgers, chosen=chosen.steps, minimum=minimum)
 
 

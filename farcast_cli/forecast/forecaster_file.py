@@ -29,14 +29,14 @@ from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.forecast.timeline import Timeline
-from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
+from farcast_cli.formats.safetensors_file import read_safetensors, write_arrays
 from farcast_cli.remote.mirror import revived
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
 from farcast_cli.run.steps import parse_steps
 from farcast_cli.run.trust import StepRule
-from farcast_cli.tensors import DTYPES, is_batch_norm_statistic
+from farcast_cli.tensors import is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
 from farcast_cli.trainers.base import read_snapshot
 from farcast_cli.trainers.kept import LAYOUT as KEPT
@@ -249,13 +249,10 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
         "sample.values": fitted.sample.values,  # last, since float32 needs no more than its place
     }
     provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
-    tensors = [(name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()]
     last = fitted.path_of(fitted.provenance.snapshots[-1])
     with staged(path, check=_refuse_to_replace) as temporary, open_new(temporary, like=last) as file:
         text = json.dumps(_spelled(provenance, portable).model_dump(), separators=(",", ":"))
-        file.write(encode_header(tensors, {_METADATA_KEY: text}))
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
+        write_arrays(file, {name: np.ascontiguousarray(array) for name, array in arrays.items()}, {_METADATA_KEY: text})
 
 
 def _checksum(arrays: dict[str, NDArray[Any]]) -> str:

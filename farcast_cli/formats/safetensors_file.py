@@ -12,16 +12,18 @@ import re
 import sys
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from farcast_cli.errors import FileFormatError, HalfWrittenError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.reading import file_size, read_bytes, refuse_lfs_pointer
-from farcast_cli.tensors import BY_CODE, DType, TensorEntry
+from farcast_cli.tensors import BY_CODE, DTYPES, DType, TensorEntry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_NAME = 1_000  # characters of a tensor's name
@@ -82,6 +84,12 @@ def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadat
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def write_arrays(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """A whole file of numpy arrays, in their order; each must be C-contiguous."""
+    file.write(encode_header(((name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()), metadata))
+    file.writelines(array.data for array in arrays.values())
 
 
 def _position(entry: TensorEntry) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
         UsageError, SnapshotError, FileFormatError, OutputError: nothing was published.
     """
     chosen = ask.selection
-    trajectory = discover(ask.directory, steps=chosen.steps, pattern=chosen.pattern, rule=chosen.rule, weights=chosen.weights)
+    trajectory = discover(ask.directory, **chosen.entries)
     start = start_at(ask.directory, trajectory.origin, len(trajectory.snapshots) - 1, ask.request)
     place_of(
         ask.request, start, 1, settle(start.origin, ask.request.layout, inner=ask.request.place)

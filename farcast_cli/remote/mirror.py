@@ -13,7 +13,6 @@ import itertools
 import os
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,6 +182,8 @@ class Mirror:
         if len(batch) == 1:
             yield self._fetch_one(batch[0])
             return
+        from concurrent.futures import ThreadPoolExecutor  # takes longer to import than the rest of the module
+
         pool = ThreadPoolExecutor(min(IN_FLIGHT, len(batch)))
         try:
             yield from pool.map(self._fetch_one, batch)
@@ -209,13 +210,9 @@ class Mirror:
         if len(data) != end - begin:
             raise ends_early(self.root / name, expected=end, found=begin + len(data))
         try:
-            fd = system.open_file(self.root / name, os.O_WRONLY)
-            try:
-                done = 0
-                while done < len(data):
-                    done += system.write_at(fd, memoryview(data)[done:], begin + done)
-            finally:
-                os.close(fd)
+            with (self.root / name).open("r+b") as file:
+                file.seek(begin)
+                file.write(data)
         except OSError as error:
             raise OutputError(
                 f"{self._home}: no place for the bytes of {self._store.address}: {error.strerror}",

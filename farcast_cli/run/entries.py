@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 OWN_MARK = b'{"__metadata__":{"farcast":'
 """How the header of a forecaster file begins."""
-READ = (
-    "farcast reads folders of Hugging Face Trainer, Lightning, Composer, accelerate, Fabric and torch.distributed.checkpoint, and"
-    " .safetensors, .pt, .pth, .ckpt and .bin files"
-)
 MADE_OF_OTHERS = "made of other snapshots or chosen among them, no step of the run"
 MAX_FOLDERS = 500  # looked into for runs
 RUN_DEPTH = 3  # as in lightning_logs/version_0/checkpoints

@@ -11,9 +11,8 @@ from farcast_cli.errors import MixedRunsError, TooFewSnapshotsError, listed, she
 from farcast_cli.files.place import folders_for
 from farcast_cli.files.reading import reading
 from farcast_cli.run.closed import MAX_OPEN, Shelf, closed
-from farcast_cli.run.entries import too_few
-from farcast_cli.run.steps import StepList, StepRange, first_of
-from farcast_cli.run.trajectory import Trajectory, survey
+from farcast_cli.run.steps import StepList, StepRange
+from farcast_cli.run.trajectory import Trajectory, required, survey
 from farcast_cli.run.trust import BY_EVIDENCE, StepRule
 from farcast_cli.trainers import recognise
 from farcast_cli.trainers.base import Snapshot, read_snapshot
@@ -198,11 +197,7 @@ def discover_all(
     found = survey_all(
         directory, steps=steps, pattern=pattern, rule=rule, history=history, unsettled=unsettled, weights=weights
     )
-    if found.conflicts:
-        raise first_of(found.conflicts, directory)
-    if len(found.snapshots) < minimum:
-        raise too_few(directory, len(found.snapshots), minimum, found.half_written)
-    return found
+    return required(found, minimum)
 
 
 def _joined(found: Trajectory, kept: Sequence[Snapshot], folder: Path, steps: StepRange | StepList | None) -> Trajectory:

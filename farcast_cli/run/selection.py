@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from farcast_cli.errors import FarcastError, SnapshotError
 from farcast_cli.run.alignment import align, since_last_change
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from farcast_cli.trainers.base import Snapshot
 
 
+class Entries(TypedDict):
+    """How the snapshots in a folder are chosen and read."""
+
+    steps: StepRange | StepList | None
+    pattern: str
+    rule: StepRule
+    unsettled: frozenset[str]
+    weights: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """A part of a run; `pattern`, `include` and `exclude` are globs, of entries of the folder and of tensors."""
@@ -40,6 +50,17 @@ class Selection:
     rule: StepRule = BY_EVIDENCE
     weights: tuple[str, ...] = ()
     """The keys of the weights in each file; by default all networks that are found."""
+
+    @property
+    def entries(self) -> Entries:
+        """What `discover` and its kin take of it."""
+        return {
+            "steps": self.steps,
+            "pattern": self.pattern,
+            "rule": self.rule,
+            "unsettled": self.unsettled,
+            "weights": self.weights,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +108,7 @@ def inspect(selection: Selection) -> Inspection:
         TooFewSnapshotsError: no snapshot at all.
         FileFormatError: a snapshot that cannot be read, other than one that is half-written.
     """
-    trajectory = survey_all(
-        selection.directory,
-        steps=selection.steps,
-        pattern=selection.pattern,
-        rule=selection.rule,
-        history=selection.history,
-        weights=selection.weights,
-    )
+    trajectory = survey_all(selection.directory, **selection.entries, history=selection.history)
     found, alignment, notes = list(trajectory.conflicts), None, tuple[str, ...]()
     fatal = next(iter(found), None)
     try:

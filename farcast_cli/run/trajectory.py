@@ -90,10 +90,20 @@ def discover(
     found = survey(
         directory, steps=steps, pattern=pattern, rule=rule, unsettled=unsettled, weights=weights, may_be_empty=minimum == 0
     )
+    return required(found, minimum)
+
+
+def required(found: Trajectory, minimum: int) -> Trajectory:
+    """The same trajectory, which has no conflict and enough snapshots.
+
+    Raises:
+        TooFewSnapshotsError: fewer than `minimum` snapshots.
+        SnapshotError: the first of its conflicts.
+    """
     if found.conflicts:
-        raise first_of(found.conflicts, directory)
+        raise first_of(found.conflicts, found.directory)
     if len(found.snapshots) < minimum:
-        raise too_few(directory, len(found.snapshots), minimum, found.half_written)
+        raise too_few(found.directory, len(found.snapshots), minimum, found.half_written)
     return found
 
 
@@ -126,7 +136,15 @@ def survey(
     rule = replace(rule, unit=settled[0].unit) if settled else rule  # kept snapshots know theirs
     ignored, conflicts = tuple(findings.ignored), tuple(findings.conflicts)
     found = Trajectory(
-        *(directory, main.name, tuple(settled), ignored, tuple(findings.notes), conflicts, pattern, rule, tuple(weights)),
+        directory,
+        main.name,
+        tuple(settled),
+        ignored,
+        tuple(findings.notes),
+        conflicts,
+        pattern,
+        rule,
+        tuple(weights),
         chosen=steps,
     )
     if not settled and not conflicts and not may_be_empty:

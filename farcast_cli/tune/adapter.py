@@ -12,8 +12,7 @@ import numpy as np
 
 from farcast_cli.errors import UsageError
 from farcast_cli.files.place import open_new
-from farcast_cli.formats.safetensors_file import encode_header
-from farcast_cli.tensors import DTYPES
+from farcast_cli.formats.safetensors_file import write_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,9 +72,7 @@ def write_adapter(folder: Path, deltas: Sequence[Delta], base: Path) -> None:
     }
     folder.mkdir()
     with open_new(folder / WEIGHTS, like=base) as file:
-        file.write(encode_header(((name, DTYPES["float32"], array.shape) for name, array in arrays.items()), {"format": "pt"}))
-        for array in arrays.values():
-            file.write(array.data)
+        write_arrays(file, arrays, {"format": "pt"})
     with open_new(folder / CONFIG, like=base) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
 

@@ -22,8 +22,7 @@ import numpy as np
 from farcast_cli.errors import FileFormatError, HalfWrittenError
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import open_new
-from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
-from farcast_cli.tensors import DTYPES
+from farcast_cli.formats.safetensors_file import read_safetensors, write_arrays
 from farcast_cli.tune.numbers import round_stochastically
 from farcast_cli.tune.weight import read_tensor
 
@@ -172,11 +171,8 @@ def write_deltas(path: Path, deltas: Sequence[Delta], about: str, *, like: Path)
     arrays = _arrays(deltas)
     layers = [{"layer": d.layer, "bias": d.bias, "checksum": d.checksum, "transposed": d.is_transposed} for d in deltas]
     metadata = {"format": FORMAT, "layers": json.dumps(layers), "about": about, "sha256": _digest(arrays)}
-    header = encode_header(((name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()), metadata)
     with open_new(path, like=like) as file:
-        file.write(header)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).data)
+        write_arrays(file, arrays, metadata)
 
 
 def read_deltas(path: Path) -> list[Delta]:
@@ -218,8 +214,8 @@ def _arrays(deltas: Sequence[Delta]) -> dict[str, Any]:
     """What a delta file holds, by name."""
     arrays: dict[str, Any] = {}
     for number, delta in enumerate(deltas):
-        arrays[f"{number}.directions"] = delta.directions.astype(np.float32)
-        arrays[f"{number}.factors"] = delta.factors.astype(np.float32)
+        arrays[f"{number}.directions"] = np.ascontiguousarray(delta.directions, np.float32)
+        arrays[f"{number}.factors"] = np.ascontiguousarray(delta.factors, np.float32)
         arrays[f"{number}.scale"] = np.array([delta.scale])
     return arrays
 
@@ -227,7 +223,7 @@ def _arrays(deltas: Sequence[Delta]) -> dict[str, Any]:
 def _digest(arrays: Mapping[str, Any]) -> str:
     whole = hashlib.sha256()
     for array in arrays.values():
-        whole.update(np.ascontiguousarray(array).data)
+        whole.update(array.data)
     return whole.hexdigest()
 
 

@@ -35,24 +35,18 @@ AGREES = 1e-3  # of the length of `out`: float32 in another order of sums leaves
 MAX_TRIED = 256  # rows
 
 
-def check_description(model: Model, data: Data, snapshot: Snapshot, before: Array) -> tuple[str, ...]:
-    """See that the model as described is the one that the rows come from.
-
-    Args:
-        before: (n,) the losses of the rows.
-
-    Returns:
-        what is suspicious, in words.
+def check_description(model: Model, data: Data, snapshot: Snapshot) -> None:
+    """See that the model as described is the one that the rows come from, where they say what it gave.
 
     Raises:
         DataError: it gives something else than `out`.
     """
     if data.out is None:
-        return tuple(_no_better_than_a_constant(model, data, before))
+        return
     rows, out = data.inputs[:MAX_TRIED], data.out[:MAX_TRIED]
     apart = _apart(model.objective.outputs(model.pre(rows)), out)
     if apart <= AGREES:
-        return ()
+        return
     fits = listed(text for text, found in _others(model, rows, snapshot) if _apart(found, out) <= AGREES)
     raise DataError(
         f"{data.path}: out: the layer and what follows, as described, differ from the model's outputs by {apart:.2g} times their"
@@ -92,10 +86,12 @@ def _layers(own: Weight, snapshot: Snapshot) -> Iterator[tuple[tuple[str, ...], 
                 weight = find_weight(snapshot, own.name, bias, is_transposed=turned)
             except FarcastError:  # there is no such bias
                 continue
-            words = [("--transposed",) if turned else ("without --transposed",)] if turned != own.is_transposed else []
+            words = []
+            if turned != own.is_transposed:
+                words.append("--transposed" if turned else "without --transposed")
             if bias != own.bias_name:
-                words.append((f"--bias {bias}" if bias else "without --bias",))
-            yield tuple(word for group in words for word in group), weight
+                words.append(f"--bias {bias}" if bias else "without --bias")
+            yield tuple(words), weight
 
 
 def _heads(own: Objective) -> Iterator[tuple[tuple[str, ...], Objective]]:
@@ -112,18 +108,8 @@ def constant_loss(model: Model, data: Data) -> tuple[float, str]:
     if data.targets.ndim > 1:
         mean = data.shares @ data.targets
         return float((data.shares @ (data.targets - mean) ** 2).mean()), "the mean of y"
-    head = model.objective.head
     shares = np.bincount(data.targets, weights=data.shares)
     shares, what = shares[shares > 0], "the shares of the classes"
     if model.objective.loss == "mse":
-        return float(1 - shares @ shares) / (model.weights[-1].num_outputs if head is None else len(head)), what
+        return float(1 - shares @ shares) / model.num_outputs, what
     return float(-shares @ np.log(shares)), what
-
-
-def _no_better_than_a_constant(model: Model, data: Data, before: Array) -> Iterator[str]:
-    loss, (least, what) = float(before @ data.shares), constant_loss(model, data)
-    if loss >= least:
-        yield (
-            f"before tuning, the loss {loss:.4g} is no better than that of {what}, {least:.4g}: unless the layer is new, see that"
-            " --activation, --bias and --head are right; out, the model's outputs for these rows, lets farcast check them"
-        )

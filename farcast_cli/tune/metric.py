@@ -22,8 +22,7 @@ import numpy as np
 from farcast_cli.errors import DataError, OutputError
 from farcast_cli.files.place import open_new
 from farcast_cli.files.staged import refuse_existing, staged
-from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
-from farcast_cli.tensors import DTYPES
+from farcast_cli.formats.safetensors_file import read_safetensors, write_arrays
 from farcast_cli.tune.data import check_finite, check_matrix, check_width, read_whole
 from farcast_cli.tune.rows_file import open_rows
 
@@ -129,11 +128,8 @@ def write_covariance(path: Path, rows: Path, layer: Weight, *, overwrite: bool) 
             start += len(block)
         arrays = {"moment": moment / start, "mean": total / start}
         about = {"format": FORMAT, "rows": str(start), "layer": layer.name}
-        header = encode_header(((name, DTYPES["float64"], array.shape) for name, array in arrays.items()), about)
         with open_new(hidden, like=rows) as file:
-            file.write(header)
-            for array in arrays.values():
-                file.write(array.data)
+            write_arrays(file, arrays, about)
         return hidden.stat().st_size
 
 

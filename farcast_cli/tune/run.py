@@ -318,8 +318,7 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
 
 def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Data | None, Metric | None]:
     """The rows, those of --val, and what a change costs."""
-    head = model.objective.head
-    fit = Fit(model.weights, model.weights[-1].num_outputs if head is None else len(head))
+    fit = Fit(model.weights, model.num_outputs)
     draw = Draw(request.subsample, request.rounded.seed) if request.subsample is not None else None
     data = read_data(request.data, request.loss, fit=fit, draw=draw)
     val = read_data(request.val, request.loss, fit=fit) if request.val else None
@@ -365,20 +364,15 @@ class _Work:
     metric: Metric | None
     solved: Solved = field(init=False)
     verdict: GateResult = field(init=False)
-    suspicious: tuple[str, ...] = ()
     judging: dict[str, tuple[Data, Any, Any]] = field(default_factory=dict)
     """Rows with their losses before and after, which the written file must keep."""
 
     def tune(self) -> None:
         """Tune, and judge."""
         request, data, val = self.request, self.data, self.val
-        is_closed = self.model.is_linear and request.settings.method == "gauss-newton"
-        folds = folds_of(data, seed=request.rounded.seed, one_by_one=is_closed)
-        if data.out is not None:
-            check_description(self.model, data, self.snapshot, np.empty(0))
+        folds = folds_of(data, seed=request.rounded.seed, one_by_one=self.model.has_closed_form(request.settings))
+        check_description(self.model, data, self.snapshot)
         self.solved = solved = solve(self.model, data, folds, request.settings, metric=self.metric)
-        if data.out is None:
-            self.suspicious = check_description(self.model, data, self.snapshot, solved.before)
         self.judging["tuned"] = (data, solved.before, solved.after)
         how = "leave-one-out" if folds.max() + 1 == data.num_rows else f"{folds.max() + 1} folds"
         before, after, groups, shares = solved.before, solved.left_out, data.groups, data.shares
@@ -403,7 +397,7 @@ class _Work:
             tuned_loss=(float(solved.before @ data.shares), float(solved.after @ data.shares)),
             sizes=solved.sizes,
             num_passes=solved.num_passes,
-            notes=(*self._notes(), *self.suspicious, *_left_alone(self.snapshot), *solved.notes),
+            notes=(*self._notes(), *_left_alone(self.snapshot), *solved.notes),
         )
 
     def _notes(self) -> Iterator[str]:
@@ -428,6 +422,12 @@ class _Work:
             yield (
                 "rows that the head or the layer was trained on cannot judge: their losses are too small before and after;"
                 " --val FILE judges by other rows"
+            )
+        loss = float(self.solved.before @ data.shares)
+        if data.out is None and loss >= least:
+            yield (
+                f"before tuning, the loss {loss:.4g} is no better than that of {what}, {least:.4g}: unless the layer is new, see"
+                " that --activation, --bias and --head are right; out, the model's outputs for these rows, lets farcast check them"
             )
 
     def check(self, written: Sequence[Weight]) -> None:

@@ -5,7 +5,7 @@ Shapes: n rows in all; m outputs of the last layer; d inputs of the first, with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,16 @@ class Model:
     objective: Objective
 
     @property
-    def is_linear(self) -> bool:
-        """Whether there is a closed form."""
+    def num_outputs(self) -> int:
+        """Of the head, or of the last layer where there is none."""
+        head = self.objective.head
+        return self.weights[-1].num_outputs if head is None else len(head)
+
+    def has_closed_form(self, settings: Settings) -> bool:
+        """Whether a tuning with these settings is one."""
         after = self.objective
-        return len(self.weights) == 1 and after.loss == "mse" and after.activation == "none" and after.head is None
+        is_linear = len(self.weights) == 1 and after.loss == "mse" and after.activation == "none" and after.head is None
+        return is_linear and settings.method == "gauss-newton"
 
     def pre(self, inputs: Array, deltas: Sequence[Delta] = ()) -> Array:
         """Z (n, m) of the last layer, with the deltas if any, in one pass over each layer."""
@@ -82,14 +88,21 @@ class Solved:
     deltas: tuple[Delta, ...]
     before: Array
     after: Array
-    left_out: Array
-    place: int
-    """Of the path that was gone: 0 where no step helped."""
-    sizes: tuple[float, ...]
+    choice: Choice
+    notes: tuple[str, ...] = ()
+    sizes: tuple[float, ...] = ()
     """||W - W_0|| / ||W_0|| of each layer."""
-    num_passes: int
+    num_passes: int = 0
     """Over the weights, for all iterations together."""
-    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def left_out(self) -> Array:
+        return self.choice.losses
+
+    @property
+    def place(self) -> int:
+        """Of the path that was gone: 0 where no step helped."""
+        return self.choice.place
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,32 +127,15 @@ def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, metri
     """
     passes = sum(weight.num_passes for weight in model.weights)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if model.is_linear and settings.method == "gauss-newton":
+        if model.has_closed_form(settings):
             found = _closed(model.weights[0], data, folds, settings, metric)
         else:
             _check_memory(model, data, settings)
             walks = _Several(model, data, settings) if len(model.weights) > 1 else _One.of(model, data, settings, metric)
             found = _iterated(walks, data, folds, settings)
     num_passes = sum(weight.num_passes for weight in model.weights) - passes
-    return Solved(
-        found.deltas,
-        found.before,
-        found.after,
-        found.choice.losses,
-        found.choice.place,
-        tuple(_size(delta, weight) for delta, weight in zip(found.deltas, model.weights, strict=True)),
-        num_passes,
-        found.notes,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    deltas: tuple[Delta, ...]
-    before: Array
-    after: Array
-    choice: Choice
-    notes: tuple[str, ...] = ()
+    sizes = tuple(_size(delta, weight) for delta, weight in zip(found.deltas, model.weights, strict=True))
+    return replace(found, sizes=sizes, num_passes=num_passes)
 
 
 def _size(delta: Delta, weight: Weight) -> float:
@@ -153,8 +149,7 @@ def _check_memory(model: Model, data: Data, settings: Settings) -> None:
     size = min(num_rows, model.weights[0].num_inputs)
     whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
     if len(model.weights) > 1 and settings.method == "gauss-newton":
-        head = model.objective.head
-        width = model.weights[-1].num_outputs if head is None else len(head)
+        width = model.num_outputs
         if num_rows * width > MAX_GRAM:
             raise UsageError(
                 f"{data.path}: --method gauss-newton of several layers: expected at most {MAX_GRAM} rows times outputs, found"
@@ -174,13 +169,12 @@ def _check_memory(model: Model, data: Data, settings: Settings) -> None:
 # --- the closed form -------------------------------------------------------------------------------------------------
 
 
-def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, metric: Metric | None) -> _Found:
+def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, metric: Metric | None) -> Solved:
     """One pass over W_0. Each row is left out by itself where it may be; else each fold is, and has sums of its own."""
     space = _Space.of(weight.extended(data.inputs), metric)
     is_alone = len(folds) == folds.max() + 1
     everything = np.arange(data.num_rows)
-    shape: dict[str, Any] = {"is_dual": space.is_dual, "num_outputs": weight.num_outputs}
-    whole = Ridge.of(space.part(everything), data.shares, **shape)
+    whole = Ridge.of(space.part(everything), data.shares, is_dual=space.is_dual, num_outputs=weight.num_outputs)
     parts = [] if is_alone else [(everything[folds != fold], everything[folds == fold]) for fold in range(folds.max() + 1)]
     sums = [
         Ridge.of(
@@ -210,12 +204,12 @@ def _closed(weight: Weight, data: Data, folds: Numbers, settings: Settings, metr
     choice = choose(np.concatenate(table), folds, data.shares)
     if not choice.place:
         nothing = _delta(weight, 1.0, np.zeros((1, weight.num_outputs)), np.zeros((1, space.inputs.shape[1])))
-        return _Found((nothing,), before, before, choice)
+        return Solved((nothing,), before, before, choice)
     mu = strengths[choice.place - 1]
     after = whole.fitted(mu)
     delta = _delta(weight, 1.0, whole.factors(mu), space.directions(everything))
     how = "" if settings.ridge is not None else ", chosen by rows left out"
-    return _Found((delta,), before, after, choice, (f"{weight.name}: ridge {2 * mu / weight.num_outputs:.3g}{how}",))
+    return Solved((delta,), before, after, choice, (f"{weight.name}: ridge {2 * mu / weight.num_outputs:.3g}{how}",))
 
 
 def _delta(weight: Weight, scale: float, factors: Array, directions: Array | None) -> Delta:
@@ -344,7 +338,7 @@ class _Several:
             yield Step(partial(np.asarray, losses[len(tuned) :] if len(left) else losses), deltas)
 
 
-def _iterated(walks: _One | _Several, data: Data, folds: Numbers, settings: Settings) -> _Found:
+def _iterated(walks: _One | _Several, data: Data, folds: Numbers, settings: Settings) -> Solved:
     """The paths of the folds, then that of all rows to the place that the rows left out have chosen."""
     everything = np.arange(data.num_rows)
     patience, parts = PATIENCE[settings.method], []
@@ -373,4 +367,4 @@ def _iterated(walks: _One | _Several, data: Data, folds: Numbers, settings: Sett
     notes: tuple[str, ...] = ()
     if len(table) == 1 or table[-1].max() >= LARGEST:
         notes = (f"{settings.method} diverged: the losses grow without bound: lower --rate",)
-    return _Found(taken.deltas(), before, taken.row_losses(), choice, notes)
+    return Solved(taken.deltas(), before, taken.row_losses(), choice, notes)

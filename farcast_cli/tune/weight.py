@@ -95,10 +95,6 @@ class Weight:
     def bias_name(self) -> str | None:
         return _SHARD.sub("", self.bias[0].entry.name) if self.bias else None
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries)
-
     def extended(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Inputs (n, m_in) with the last element 1 that a bias asks for, (n, m_in + 1)."""
         return np.hstack([inputs, np.ones((len(inputs), 1))]) if self.bias else inputs
@@ -198,10 +194,10 @@ def _non_finite(entry: TensorEntry, values: NDArray[np.floating]) -> NonFiniteEr
     )
 
 
-def read_tensor(entry: TensorEntry, integers: str = "") -> tuple[NDArray[Any], bytes]:
-    """A small tensor's values (N,), whole, and its bytes; `integers` is numpy's code where it is not of a floating type."""
+def read_tensor(entry: TensorEntry) -> tuple[NDArray[Any], bytes]:
+    """A small tensor's values (N,), whole, and its bytes."""
     raw = read_bytes(entry.path, entry.offset, entry.num_bytes)
-    return (np.frombuffer(raw, integers) if integers else decode(raw, entry.dtype)), raw
+    return decode(raw, entry.dtype), raw
 
 
 def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None, *, is_transposed: bool = False) -> Weight:
