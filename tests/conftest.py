@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,17 @@ def make_loose_run(
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
         save_file(weights_at(step, dtype=dtype, seed=seed, shapes=shapes), folder / loose_name(step), metadata={"format": "pt"})
+    return folder
+
+
+def make_turning_run(folder: Path) -> Path:
+    """Files as in `make_loose_run`, of a run that turns back halfway, so that a forecast would not help."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
+    for step in STEPS:
+        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
+        moved = {name: base[name] + share * away[name] for name in base}
+        save_file(moved, folder / loose_name(step), metadata={"format": "pt"})
     return folder
 
 
@@ -230,6 +242,33 @@ def run_cli(*args: object, cwd: Path, env: Mapping[str, str] | None = None, **op
     return Done(stdout, stderr, process.returncode)
 
 
+def run_by_two(module: str, *args: object, env: Mapping[str, str] | None = None, patience_s: float = PATIENCE_S) -> None:
+    """Run a module of the tests in two processes that torch.distributed joins, with more variables; both must end well."""
+    root = str(Path(__file__).resolve().parent.parent)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | dict(env or {})
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)],
+            cwd=root,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=patience_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+
+
 @pytest.fixture
 def quiet_lightning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Little said by Lightning, and one thread, as the command has it: the networks are tiny."""
@@ -267,14 +306,8 @@ def work(fitted_once: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def turning(tmp_path: Path) -> Path:
-    """A run that turns back halfway, so that a forecast would not help."""
-    (tmp_path / "run").mkdir()
-    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
-    for step in STEPS:
-        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
-        moved = {name: base[name] + share * away[name] for name in base}
-        save_file(moved, tmp_path / "run" / loose_name(step), metadata={"format": "pt"})
-    fit_run(tmp_path / "run", tmp_path / "forecaster.safetensors")
+    """A run that turns back halfway, so that a forecast would not help, and a forecaster fitted on it."""
+    fit_run(make_turning_run(tmp_path / "run"), tmp_path / "forecaster.safetensors")
     return tmp_path
 
 

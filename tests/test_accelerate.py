@@ -14,7 +14,7 @@ from farcast_cli.errors import UsageError
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers import trainer_of
-from tests.tiny import fit_run, predict_run
+from tests.tiny import fit_run, forecast_run, predict_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,9 +99,7 @@ def _train(run: Path, truth: Path, loop: Loop | None = None, **options: Any) -> 
 
 
 def _predicted(run: Path, output: Path | str, horizon: int = VALID - ORIGIN, **request: Any) -> Path:
-    (outcome,) = predict_run(fit_run(run), output, horizons=[horizon], **request)
-    assert outcome.path is not None
-    return outcome.path
+    return forecast_run(run, output, horizon, **request)[0]
 
 
 def _load(path: Path) -> Any:
@@ -347,29 +345,26 @@ def test_an_average_in_a_folder_of_its_own_is_not_judged_and_moves_with_its_coun
     run = _averaged(tmp_path / "run", ORIGIN, safe=safe)
     truth = _averaged(tmp_path / "whole", VALID, safe=safe) / f"step_{VALID}"
     assert {name.split(".")[0] for name in discover(run).origin.tensors} == {"unet"}
-    (outcome,) = predict_run(fit_run(run), tmp_path / "step_90", horizons=[VALID - ORIGIN], method="line")
-    assert outcome.path is not None
+    written, outcome = forecast_run(run, tmp_path / "step_90", VALID - ORIGIN, method="line")
     assert any(note.startswith("averages of the weights, moved with them: unet_ema") for note in outcome.notes)
-    assert json.loads((outcome.path / "unet_ema" / "config.json").read_text())["optimization_step"] == VALID
-    origin, found, true = (_weights(at, "unet_ema", safe=safe) for at in (run / f"step_{ORIGIN}", outcome.path, truth))
+    assert json.loads((written / "unet_ema" / "config.json").read_text())["optimization_step"] == VALID
+    origin, found, true = (_weights(at, "unet_ema", safe=safe) for at in (run / f"step_{ORIGIN}", written, truth))
     assert (found - true).norm() < 0.75 * (origin - true).norm()  # the batches are noise
 
 
 def test_to_evaluate_the_forecast_takes_the_place_of_an_average_in_a_folder_of_its_own(tmp_path: Path) -> None:
     run = _averaged(tmp_path / "run", ORIGIN)
-    (outcome,) = predict_run(fit_run(run), tmp_path / "out", horizons=[10], method="line", purpose="evaluation")
-    assert outcome.path is not None
-    assert torch.equal(_weights(outcome.path, "unet_ema"), _weights(outcome.path, "unet"))
-    assert not torch.equal(_weights(outcome.path, "unet"), _weights(run / f"step_{ORIGIN}", "unet"))
+    written, _ = forecast_run(run, tmp_path / "out", 10, method="line", purpose="evaluation")
+    assert torch.equal(_weights(written, "unet_ema"), _weights(written, "unet"))
+    assert not torch.equal(_weights(written, "unet"), _weights(run / f"step_{ORIGIN}", "unet"))
 
 
 def test_an_average_of_another_model_is_copied_with_a_note(tmp_path: Path) -> None:
     run = _averaged(tmp_path / "run", ORIGIN)
     for folder in run.iterdir():
         save_file({"other": torch.ones(3)}, folder / "unet_ema" / EMA_WEIGHTS[True])
-    (outcome,) = predict_run(fit_run(run), tmp_path / "out", horizons=[10])
-    assert outcome.path is not None
-    assert load_file(outcome.path / "unet_ema" / EMA_WEIGHTS[True])["other"].tolist() == [1, 1, 1]
+    written, outcome = forecast_run(run, tmp_path / "out", 10)
+    assert load_file(written / "unet_ema" / EMA_WEIGHTS[True])["other"].tolist() == [1, 1, 1]
     assert any(note.startswith("unet_ema: an average of no model in the folder") for note in outcome.notes)
 
 

@@ -12,14 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import FileFormatError, TooFewSnapshotsError
 from farcast_cli.files import reading
-from farcast_cli.forecast.fitting import fit
 from farcast_cli.formats import file_kind
 from farcast_cli.run.trajectory import discover, survey
 from tests.conftest import STEPS, make_torch_run, weights_at
-from tests.tiny import predict_run
+from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +66,7 @@ def test_a_snapshot_is_known_by_its_content_whatever_its_ending(name: str, conta
 
 def test_a_forecast_of_pth_tar_files_has_their_ending_and_torch_loads_it(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "checkpoint_{:04}.pth.tar")
-    (done,) = predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), f"{tmp_path}/out/", horizons=[100])
+    (done,) = predict_run(fit_run(run), f"{tmp_path}/out/", horizons=[100])
     forecast = tmp_path / "out" / f"checkpoint_{STEPS[-1] + 100:04}.pth.tar"
     assert done.path == forecast
     assert torch.load(forecast, weights_only=True)["model"].keys() == weights_at(1).keys()

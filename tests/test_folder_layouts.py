@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import NonFiniteError
 from farcast_cli.run.trajectory import discover
-from tests.tiny import SAMPLES, fit_run, predict_run, sample_maker
+from tests.tiny import SAMPLES, fit_run, forecast_run, predict_run, sample_maker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,9 +34,7 @@ def _edited(tmp_path: Path, edit: Callable[[Path], None]) -> Path:
 
 
 def _predicted(run: Path, output: Path, **request: Any) -> Path:
-    (outcome,) = predict_run(fit_run(run), f"{output}/", horizons=[100], **request)
-    assert outcome.path is not None
-    return outcome.path
+    return forecast_run(run, f"{output}/", 100, **request)[0]
 
 
 # --- the Trainer -----------------------------------------------------------------------------------------------------

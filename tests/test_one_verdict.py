@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import STEPS, loose_name, weights_at
+from tests.conftest import STEPS, loose_name, make_loose_run, make_turning_run, weights_at
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.conftest import CallCli, Done
@@ -30,18 +30,6 @@ class Kind:
     options: tuple[object, ...] = ()
     title: str = ""
     is_written: bool = False
-
-
-def straight(folder: Path) -> None:
-    for step in STEPS:
-        save_file(weights_at(step), folder / loose_name(step))
-
-
-def turned(folder: Path) -> None:
-    base, away = (weights_at(0, seed=seed) for seed in (0, 1))
-    for step in STEPS:
-        share = 0.1 * math.sin(math.pi * (step - 100) / 700)
-        save_file({name: base[name] + share * away[name] for name in base}, folder / loose_name(step))
 
 
 def ended(folder: Path, *, at: int = STEPS[-1]) -> None:
@@ -63,12 +51,12 @@ def farther(folder: Path) -> None:
         )
 
 
-KINDS = {
-    "forecast": (straight, Kind("forecast", is_written=True)),
-    "refused": (turned, Kind("abstain")),
-    "untestable": (straight, Kind("untestable", ("--horizon", 5000))),
-    "forced": (turned, Kind("abstain", ("--even-if-worse",), is_written=True)),
-    "forced beyond the test": (straight, Kind("untestable", ("--horizon", 5000, "--even-if-worse"), is_written=True)),
+KINDS: dict[str, tuple[Callable[[Path], object], Kind]] = {
+    "forecast": (make_loose_run, Kind("forecast", is_written=True)),
+    "refused": (make_turning_run, Kind("abstain")),
+    "untestable": (make_loose_run, Kind("untestable", ("--horizon", 5000))),
+    "forced": (make_turning_run, Kind("abstain", ("--even-if-worse",), is_written=True)),
+    "forced beyond the test": (make_loose_run, Kind("untestable", ("--horizon", 5000, "--even-if-worse"), is_written=True)),
     "over": (ended, Kind("abstain", title="DO NOT LEAP")),
     "near the end": (nearly_ended, Kind("forecast", is_written=True)),
 }

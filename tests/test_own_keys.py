@@ -19,7 +19,9 @@ from farcast_cli.formats.torch_file import read_raw_pickle, read_torch_file
 from farcast_cli.formats.tree import dotted
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.trainers.networks import find_networks
-from tests.tiny import fit_run, predict_run
+from tests.conftest import make_loose_run
+from tests.corpus import Calls
+from tests.tiny import forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,9 +137,8 @@ def test_every_network_of_a_loop_is_forecast_and_the_rest_is_as_it_was(kind: str
     snapshot = discover(run).origin
     assert set(snapshot.tensors) == names
     assert [dotted(one.path) for one in snapshot.parts[0].averages] == averages
-    (outcome,) = predict_run(fit_run(run), tmp_path / f"step_{LAST + HORIZON}.pt", horizons=[HORIZON], method="line")
-    assert outcome.path is not None
-    origin, found = _floats(_load(run / f"step_{LAST}.pt")), _floats(_load(outcome.path))
+    written, _ = forecast_run(run, tmp_path / f"step_{LAST + HORIZON}.pt", HORIZON, method="line")
+    origin, found = _floats(_load(run / f"step_{LAST}.pt")), _floats(_load(written))
     assert origin.keys() == found.keys()
     moved = {name for name in origin if not torch.equal(origin[name], found[name])}
     own = {name for name in origin if name.rpartition(".")[2] in FIRST or "shadow" in name}
@@ -146,9 +147,8 @@ def test_every_network_of_a_loop_is_forecast_and_the_rest_is_as_it_was(kind: str
 
 def test_each_optimizer_keeps_its_state_and_counts_on(tmp_path: Path) -> None:
     run = _saved(_gan, tmp_path / "run")
-    (outcome,) = predict_run(fit_run(run), tmp_path / "step_120.pt", horizons=[HORIZON])
-    assert outcome.path is not None
-    origin, found = _load(run / f"step_{LAST}.pt"), _load(outcome.path)
+    written, _ = forecast_run(run, tmp_path / "step_120.pt", HORIZON)
+    origin, found = _load(run / f"step_{LAST}.pt"), _load(written)
     for name, shape in (("g_optim", (8, 8)), ("d_optim", (2, 8))):
         before, after = origin[name]["state"][0], found[name]["state"][0]
         assert after["exp_avg"].shape == shape
@@ -163,12 +163,11 @@ def test_an_average_moves_to_where_training_would_have_moved_it(kind: str, tmp_p
     make, _, (average,) = LOOPS[kind]
     whole = _saved(make, tmp_path / "whole", until=LAST + HORIZON)
     run = _saved(make, tmp_path / "run")
-    (outcome,) = predict_run(fit_run(run), tmp_path / "out.pt", horizons=[HORIZON], method="line")
-    assert outcome.path is not None
+    written, outcome = forecast_run(run, tmp_path / "out.pt", HORIZON, method="line")
     assert any(note.startswith(f"averages of the weights, moved with them: {average} (2") for note in outcome.notes)
     origin, found, truth = (
         torch.cat([value.flatten() for name, value in _floats(_load(path)).items() if name.startswith(average)])
-        for path in (run / f"step_{LAST}.pt", outcome.path, whole / f"step_{LAST + HORIZON}.pt")
+        for path in (run / f"step_{LAST}.pt", written, whole / f"step_{LAST + HORIZON}.pt")
     )
     assert (found - truth).norm() < 0.5 * (origin - truth).norm()
 
@@ -178,9 +177,8 @@ def test_to_evaluate_the_forecast_takes_the_place_of_an_average_in_its_own_type(
         return {"model": loop.first.state_dict(), "ema": copy.deepcopy(loop.average).half().state_dict(), "step": step}
 
     run = _saved(half, tmp_path / "run")
-    (outcome,) = predict_run(fit_run(run), tmp_path / "out.pt", horizons=[HORIZON], method="line", purpose="evaluation")
-    assert outcome.path is not None
-    found = _load(outcome.path)
+    written, _ = forecast_run(run, tmp_path / "out.pt", HORIZON, method="line", purpose="evaluation")
+    found = _load(written)
     assert torch.equal(found["ema"]["weight"], found["model"]["weight"].half())
 
 
@@ -199,11 +197,9 @@ def test_averages_are_said_to_move_and_the_tensors_of_another_network_are_counte
 
 def test_several_networks_are_one_file_of_safetensors(tmp_path: Path) -> None:
     run = _saved(_gan, tmp_path / "run")
-    (outcome,) = predict_run(fit_run(run), tmp_path / "out.safetensors", horizons=[HORIZON], layout="safetensors")
-    (torch_file,) = predict_run(fit_run(run), tmp_path / "out.pt", horizons=[HORIZON])
-    assert outcome.path is not None
-    assert torch_file.path is not None
-    found, same = load_file(outcome.path), _load(torch_file.path)
+    written, outcome = forecast_run(run, tmp_path / "out.safetensors", HORIZON, layout="safetensors")
+    torch_file, _ = forecast_run(run, tmp_path / "out.pt", HORIZON)
+    found, same = load_file(written), _load(torch_file)
     assert set(found) == LOOPS["gan"][1]
     assert torch.equal(found["d.weight"], same["d"]["weight"])
     assert any("g_ema" in note and "d_optim" in note for note in outcome.notes)
@@ -410,19 +406,11 @@ def test_a_file_without_any_network_names_the_option_and_the_keys(tmp_path: Path
 
 
 def test_keys_make_no_sense_where_a_layout_has_its_weights_in_one_place(tmp_path: Path, call_cli: CallCli) -> None:
-    (tmp_path / "run").mkdir()
-    for step in (10, 20):
-        farcast_cli_save(tmp_path / "run" / f"step_{step}.safetensors")
+    make_loose_run(tmp_path / "run", (10, 20))
     done = call_cli("inspect", tmp_path / "run", "--weights", "model")
     assert done.returncode == UsageError.exit_code
     assert "--weights: a safetensors snapshot has its weights in one place" in done.errors[0]
     assert call_cli("inspect", tmp_path / "run", "--weights", "a,,b").returncode == UsageError.exit_code
-
-
-def farcast_cli_save(path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.zeros(4, 4)}, path)
 
 
 # --- pickled modules -------------------------------------------------------------------------------------------------
@@ -492,18 +480,16 @@ def test_a_module_that_was_pickled_whole_is_forecast_and_loads_as_the_module_aga
     assert list(snapshot.tensors) == list(state)
     assert snapshot.step == LAST
     assert snapshot.tensors["conv.weight"].dtype.name == "float16"
-    (outcome,) = predict_run(fit_run(run), tmp_path / "out.pt", horizons=[HORIZON], method="line")
-    assert outcome.path is not None
-    origin, found = _load(run / "epoch10.pt", whole=True), _load(outcome.path, whole=True)
+    written, _ = forecast_run(run, tmp_path / "out.pt", HORIZON, method="line")
+    origin, found = _load(run / "epoch10.pt", whole=True), _load(written, whole=True)
     assert (found["epoch"], found["updates"]) == (origin["epoch"] + HORIZON // EVERY, LAST + HORIZON)
     assert int(found["ema"].norm.num_batches_tracked) == LAST + HORIZON
     assert found["ema"].names == {0: "cat"}
     assert vars(found["ema"].criterion.hyp) == {"box": 7.5}
     assert found["ema"].conv.bias.scale_lr == 2.0
-    (flat,) = predict_run(fit_run(run), tmp_path / "flat.safetensors", horizons=[HORIZON], method="line", layout="safetensors")
-    assert flat.path is not None
+    flat, _ = forecast_run(run, tmp_path / "flat.safetensors", HORIZON, method="line", layout="safetensors")
     twin = Block().half()
-    twin.load_state_dict(load_file(flat.path))
+    twin.load_state_dict(load_file(flat))
     x = torch.ones(1, 2, 3, 3, dtype=torch.float16)
     assert torch.equal(found["ema"].eval()(x), twin.eval()(x))
     assert not torch.equal(found["ema"].eval()(x), origin["ema"].eval()(x))
@@ -513,10 +499,9 @@ def test_a_module_by_itself_keeps_every_byte_of_its_pickle(tmp_path: Path) -> No
     run = _train(lambda net, _, __: net, tmp_path / "run")
     for path in run.iterdir():
         path.rename(run / f"step_{int(path.stem.removeprefix('epoch')) * EVERY}.pt")
-    (outcome,) = predict_run(fit_run(run), tmp_path / "step_120.pt", horizons=[HORIZON], method="line")
-    assert outcome.path is not None
-    assert read_raw_pickle(outcome.path) == read_raw_pickle(run / "step_100.pt")
-    origin, found = _load(run / "step_100.pt", whole=True), _load(outcome.path, whole=True)
+    written, _ = forecast_run(run, tmp_path / "step_120.pt", HORIZON, method="line")
+    assert read_raw_pickle(written) == read_raw_pickle(run / "step_100.pt")
+    origin, found = _load(run / "step_100.pt", whole=True), _load(written, whole=True)
     assert not torch.equal(found.conv.weight, origin.conv.weight)
     assert int(found.norm.num_batches_tracked) == LAST + HORIZON
     found(torch.ones(1, 2, 3, 3)).sum().backward()
@@ -528,22 +513,12 @@ def test_the_modules_class_is_never_imported(tmp_path: Path, monkeypatch: pytest
     assert len(discover(run).snapshots) == LAST // EVERY
 
 
-class _Made:
-    """Something that a pickle makes by calling a function, or by making an object with arguments of what may be one."""
-
-    def __init__(self, *reduced: Any) -> None:
-        self.reduced = reduced
-
-    def __reduce__(self) -> Any:
-        return self.reduced
-
-
 def quiet(*_: object) -> OrderedDict[str, Any]:
     """A function of the user's own."""
     return OrderedDict()
 
 
-@pytest.mark.parametrize("what", [_Made(quiet, ()), quiet, {quiet: 1}, (quiet,)])
+@pytest.mark.parametrize("what", [Calls(quiet), quiet, {quiet: 1}, (quiet,)])
 def test_a_function_is_no_class_for_being_written_like_one(what: Any, tmp_path: Path) -> None:
     torch.save({"model": _net(), "what": what}, tmp_path / "a.pt")
     with pytest.raises(UnsafeFileError, match=r"asks for tests\.test_own_keys\.quiet"):

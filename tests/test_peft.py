@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from farcast_cli.errors import UsageError
 from farcast_cli.run.trajectory import discover
-from tests.tiny import fit_run, predict_run, sample_maker
+from tests.tiny import fit_run, forecast_run, sample_maker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,9 +109,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def _predicted(run: Path, output: Path, **request: Any) -> Path:
-    (outcome,) = predict_run(fit_run(run), f"{output}/", horizons=[VALID - ORIGIN], **request)
-    assert outcome.path is not None
-    return outcome.path
+    return forecast_run(run, f"{output}/", VALID - ORIGIN, **request)[0]
 
 
 def _load(path: Path) -> Any:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 import types
 from enum import IntEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,22 +18,21 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 from farcast_cli.errors import FileFormatError, UsageError
 from farcast_cli.formats.dcp_file import read_dcp
 from farcast_cli.run.trajectory import discover
-from tests.tiny import fit_run, predict_run
+from tests.conftest import STEPS, run_by_two
+from tests.tiny import fit_run, forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from farcast_cli.request import Outcome
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = tuple(range(100, 801, 100))
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
 
-def _forecast(run: Path, out: Path, horizon: int = 100, **request: Any) -> tuple[Path, Outcome]:
-    (outcome,) = predict_run(fit_run(run), f"{out}/", horizons=[horizon], **request)
-    assert outcome.path is not None
-    return outcome.path, outcome
+def _forecast(run: Path, out: Path, **request: Any) -> tuple[Path, Outcome]:
+    """Of step 900."""
+    return forecast_run(run, f"{out}/", 100, **request)
 
 
 def _moved(step: int, *shape: int) -> torch.Tensor:
@@ -48,35 +43,9 @@ def _moved(step: int, *shape: int) -> torch.Tensor:
 # --- FSDP ------------------------------------------------------------------------------------------------------------
 
 
-def _by_two(*arguments: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fsdp_runs", *map(str, arguments)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-
-
 def test_a_trainer_under_fsdp_resumes_from_the_forecast_of_its_shards_and_of_its_whole_files(tmp_path: Path) -> None:
     """The Trainer's own run by two processes; it loads weights, Adam's step, the schedule and the rate of the valid step."""
-    _by_two(tmp_path)
+    run_by_two("tests.fsdp_runs", tmp_path, patience_s=240)
     written = tmp_path / "full-forecast" / "checkpoint-35"
     whole = torch.load(written / "pytorch_model_fsdp.bin", weights_only=True)
     again = load_file(written / "model.safetensors")

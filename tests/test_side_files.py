@@ -15,15 +15,15 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from farcast_cli.errors import UnsafeFileError
-from tests.tiny import fit_run, predict_run
+from tests.conftest import STEPS
+from tests.corpus import Calls
+from tests.tiny import forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from farcast_cli.request import Outcome
-
-STEPS = tuple(range(100, 801, 100))
 
 
 def _safetensors(folder: Path, model: dict[str, torch.Tensor]) -> None:
@@ -49,9 +49,7 @@ def _forecast(tmp_path: Path, kind: str, beside: Callable[[Path, int], None]) ->
         folder.mkdir(parents=True)
         WEIGHTS[kind](folder, {"weight": torch.linspace(0, step / 100, 16).reshape(4, 4)})
         beside(folder, step)
-    (outcome,) = predict_run(fit_run(tmp_path / "run"), f"{tmp_path / 'out'}/", horizons=[100])
-    assert outcome.path is not None
-    return outcome.path, outcome
+    return forecast_run(tmp_path / "run", f"{tmp_path / 'out'}/", 100)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -99,13 +97,6 @@ def test_a_json_file_that_is_damaged_or_a_list_is_copied_and_the_damage_is_told(
 
 def _optimizer(step: int) -> dict[str, Any]:
     return {"state": {}, "param_groups": [{"lr": 0.1 / step, "params": [0]}]}
-
-
-class Program:
-    """What farcast does not carry: a function that starts programs."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (subprocess.getoutput, ("true",))
 
 
 def test_no_schedule_is_saved_is_said_only_where_no_file_may_hold_one(tmp_path: Path) -> None:
@@ -190,7 +181,7 @@ def test_further_files_of_a_trainers_folder_move_on(tmp_path: Path) -> None:
 
 def test_a_pickle_that_would_run_something_stops_the_forecast(tmp_path: Path) -> None:
     def beside(folder: Path, _: int) -> None:
-        (folder / "progress.pkl").write_bytes(pickle.dumps(Program()))
+        (folder / "progress.pkl").write_bytes(pickle.dumps(Calls(subprocess.getoutput, "true")))
 
     with pytest.raises(UnsafeFileError, match=r"progress\.pkl"):
         _forecast(tmp_path, "torch", beside)

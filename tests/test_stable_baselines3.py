@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.errors import FileFormatError, UnsafeFileError
-from farcast_cli.forecast.fitting import fit
 from farcast_cli.run.trajectory import discover
 from farcast_cli.state.advance import advance
-from tests.tiny import predict_run
+from tests.corpus import Calls
+from tests.tiny import fit_run, predict_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +28,8 @@ ROLLOUT, EPOCHS, BATCHES, TOTAL = 128, 4, 2, 4096
 NAME = "rl_model_{}_steps.zip"
 
 
-class Danger:
-    """A pickle that says so when it is read."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("read",)
+DANGER = Calls(print, "read")
+"""A pickle that says so when it is read."""
 
 
 def rollouts(step: int, *, is_behind: bool) -> int:
@@ -48,7 +44,7 @@ def saved(tree: object) -> bytes:
 
 def agent(step: int, *, is_behind: bool = False, **more: Any) -> dict[str, Any]:
     """The attributes of an agent as `data_to_json` writes them: texts hold pickles."""
-    pickled = base64.b64encode(pickle.dumps(Danger())).decode()
+    pickled = base64.b64encode(pickle.dumps(DANGER)).decode()
     done = rollouts(step, is_behind=is_behind)
     return {
         "policy_class": {":type:": "<class 'abc.ABCMeta'>", ":serialized:": pickled},
@@ -134,7 +130,7 @@ def test_every_count_is_that_which_the_trainer_has_at_the_later_step(
 def test_the_forecast_has_the_origins_records_in_order_each_of_which_its_reader_takes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", range(256, 2049, 256))
     origin, output = run / NAME.format(2048), tmp_path / "out.zip"
-    predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), output, horizons=[512])
+    predict_run(fit_run(run), output, horizons=[512])
     with zipfile.ZipFile(origin) as before, zipfile.ZipFile(output) as after:
         assert after.testzip() is None
         assert after.namelist() == before.namelist()
@@ -161,13 +157,13 @@ def test_the_forecast_has_the_origins_records_in_order_each_of_which_its_reader_
 def test_a_file_as_it_was_is_written_byte_for_byte_where_nothing_moves(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", range(256, 2049, 256))
     output = tmp_path / "out.zip"
-    predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), output, horizons=[512], counters="keep")
+    predict_run(fit_run(run), output, horizons=[512], counters="keep")
     assert member(output, "data") == member(run / NAME.format(2048), "data")
 
 
 def test_texts_of_pickles_are_carried_and_never_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", range(256, 2049, 256))
-    predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), tmp_path / "out.zip", horizons=[512])
+    predict_run(fit_run(run), tmp_path / "out.zip", horizons=[512])
     assert "read" not in capfd.readouterr().out
     text = json.loads(member(tmp_path / "out.zip", "data"))["policy_class"][":serialized:"]
     pickle.loads(base64.b64decode(text))  # noqa: S301 - made above
@@ -178,7 +174,7 @@ def test_texts_of_pickles_are_carried_and_never_read(tmp_path: Path, capfd: pyte
 def test_the_weights_alone_are_written_in_other_containers(name: str, says: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", range(256, 2049, 256))
     output = tmp_path / f"out.{name}"
-    predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), output, horizons=[512], layout=name)
+    predict_run(fit_run(run), output, horizons=[512], layout=name)
     if name == "pt":
         assert says in torch.load(output, weights_only=True)
     assert says.encode() in output.read_bytes()
@@ -186,7 +182,7 @@ def test_the_weights_alone_are_written_in_other_containers(name: str, says: str,
 
 def test_rates_in_proportion_to_what_remains_are_known_ahead(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", range(256, 2049, 256), is_behind=True)
-    (done,) = predict_run(fit(discover(run), num_samples=DEFAULT_SAMPLE), tmp_path / "out.zip", horizons=[512])
+    (done,) = predict_run(fit_run(run), tmp_path / "out.zip", horizons=[512])
     assert done.pace.clock == "rate"
     assert done.pace_ahead == pytest.approx((1 - 2304 / TOTAL) / (1 - 1792 / TOTAL), rel=0.35)
 
@@ -214,7 +210,7 @@ def test_an_agent_with_compressed_records_or_a_harmful_pickle_is_refused(tmp_pat
     assert "save it again" in caught.value.hint
     with zipfile.ZipFile(run / NAME.format(256), "w") as archive:
         archive.writestr("data", "{}")
-        archive.writestr("policy.pth", saved({"w": torch.ones(2), "x": Danger()}))
+        archive.writestr("policy.pth", saved({"w": torch.ones(2), "x": DANGER}))
     with pytest.raises(FileFormatError, match="print"):
         discover(run)
 
@@ -249,7 +245,7 @@ def test_the_trainer_resumes_with_the_counts_and_rates_of_the_uninterrupted_run(
     whole = {row[0]: row for row in rows}
     for step in (640, 704):
         (tmp_path / "run" / NAME.format(step)).unlink()
-    predict_run(fit(discover(tmp_path / "run"), num_samples=DEFAULT_SAMPLE), tmp_path / "out.zip", horizons=[64])
+    predict_run(fit_run(tmp_path / "run"), tmp_path / "out.zip", horizons=[64])
     save = False
     rows.clear()
     resumed = sb3.PPO.load(tmp_path / "out.zip", env=gym.make("CartPole-v1"), device="cpu")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from farcast_cli.errors import NoWeightsError, TooFewSnapshotsError
 from farcast_cli.run.trajectory import discover
-from tests.tiny import fit_run, predict_run
+from tests.tiny import fit_run, forecast_run, predict_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,9 +78,7 @@ def _train(run: Path, truth: Path) -> tuple[Loop, list[float]]:
 
 
 def _predicted(run: Path, output: Path, **request: Any) -> Path:
-    (outcome,) = predict_run(fit_run(run), f"{output}/", horizons=[VALID - ORIGIN], **request)
-    assert outcome.path is not None
-    return outcome.path
+    return forecast_run(run, f"{output}/", VALID - ORIGIN, **request)[0]
 
 
 def _load(path: Path) -> Any:

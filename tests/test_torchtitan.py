@@ -16,7 +16,7 @@ from farcast_cli.run.trajectory import discover
 from farcast_cli.state.rates import read_pace
 from farcast_cli.trainers.schedules import infer_rate
 from tests import dcp_runs
-from tests.tiny import fit_run, predict_run
+from tests.tiny import forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,12 +82,6 @@ def make(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def predicted(folder: Path, output: Path) -> Any:
-    (outcome,) = predict_run(fit_run(folder), output, horizons=[20])
-    assert outcome.path is not None
-    return outcome
-
-
 def used(run: Run, until: int) -> list[float]:
     """The rate of each step, before the schedule is stepped."""
     rates = []
@@ -98,7 +92,7 @@ def used(run: Run, until: int) -> list[float]:
 
 
 def test_the_first_resumed_step_has_its_own_rate_and_the_loader_its_own_place(tmp_path: Path) -> None:
-    outcome = predicted(make(tmp_path / "run"), tmp_path / "step-120")
+    _, outcome = forecast_run(make(tmp_path / "run"), tmp_path / "step-120", 20)
     resumed, control = Run(), Run()
     resumed.load(tmp_path / "step-120")
     control.train(120)
@@ -116,7 +110,7 @@ def test_the_rates_ahead_are_known_so_a_forecast_is_as_much_shorter(tmp_path: Pa
 
 def test_a_loader_that_keeps_more_than_counts_stays_whole_at_the_origin(tmp_path: Path) -> None:
     """A place that is moved on in part is none: buffered tokens are those of the origin."""
-    outcome = predicted(make(tmp_path / "run", buffers=True), tmp_path / "step-120")
+    _, outcome = forecast_run(make(tmp_path / "run", buffers=True), tmp_path / "step-120", 20)
     resumed = Run(buffers=True)
     resumed.load(tmp_path / "step-120")
     assert resumed.place["_num_yielded"] == 100
@@ -146,6 +140,5 @@ def test_a_tensor_in_the_place_of_a_pickle_is_left_alone(tmp_path: Path) -> None
     for index, step in enumerate(range(10, 81, 10)):
         weights = {"w": torch.full((64,), float(step))}
         torch.save({"model": weights, "step": step, "loader": bytes([index, 255])}, tmp_path / f"step_{step}.pt")
-    (outcome,) = predict_run(fit_run(tmp_path), tmp_path.parent / "step_100.pt", horizons=[20])
-    assert outcome.path is not None
-    assert torch.load(outcome.path, weights_only=False)["loader"] == bytes([7, 255])
+    written, _ = forecast_run(tmp_path, tmp_path.parent / "step_100.pt", 20)
+    assert torch.load(written, weights_only=False)["loader"] == bytes([7, 255])

@@ -56,6 +56,12 @@ def save_head(folder: Path, *, num_rows: int = 240, num_classes: int = 4) -> np.
     return np.column_stack([inputs[num_rows:], labels[num_rows:]])
 
 
+def save_transposed(path: Path) -> None:
+    """The model of the usual rows, its matrices stored as inputs x outputs."""
+    turned = {name: value.T.contiguous() if value.ndim > 1 else value for name, value in make_weights().items()}
+    save_file(turned, path, metadata={"format": "pt"})
+
+
 def accuracy(path: Path, others: np.ndarray[Any, Any]) -> float:
     weights = load_file(path)
     outputs = others[:, :-1] @ weights["w"].double().numpy().T + weights["b"].double().numpy()
@@ -300,10 +306,8 @@ def test_a_descent_that_diverges_is_said_to_diverge_without_a_warning_of_numpys(
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_transposed_layer_and_head_are_tuned_as_those_of_a_linear_layer_are(work: Path, bias: bool) -> None:  # noqa: FBT001
-    weights = make_weights()
-    turned = {name: value.T.contiguous() if value.ndim > 1 else value for name, value in weights.items()}
     (work / "other").mkdir()
-    save_file(turned, work / "other" / "turned_10.safetensors", metadata={"format": "pt"})
+    save_transposed(work / "other" / "turned_10.safetensors")
     more: dict[str, Any] = {} if bias else {"biases": ()}
     assert tuned(work, **more).path
     asked = replace(
@@ -316,8 +320,7 @@ def test_a_transposed_layer_and_head_are_tuned_as_those_of_a_linear_layer_are(wo
 
 
 def test_a_delta_of_a_transposed_layer_can_be_applied(work: Path, call_cli: CallCli) -> None:
-    turned = {name: value.T.contiguous() if value.ndim > 1 else value for name, value in make_weights().items()}
-    save_file(turned, work / "step_10.safetensors", metadata={"format": "pt"})
+    save_transposed(work / "step_10.safetensors")
     assert call_cli(*CALL, "--transposed", "-o", "tuned.safetensors", cwd=work).returncode == 0
     assert call_cli(*CALL, "--transposed", "--delta-out", "delta.safetensors", cwd=work).returncode == 0
     call = ("tune", "step_10.safetensors", "--apply", "delta.safetensors", "-o", "added.safetensors")
@@ -371,8 +374,7 @@ def test_peft_loads_the_adapter_and_gives_what_the_tuned_checkpoint_gives(
 
     call: tuple[str, ...] = CALL
     if is_transposed:
-        turned = {name: value.T.contiguous() if value.ndim > 1 else value for name, value in make_weights().items()}
-        save_file(turned, work / "step_10.safetensors", metadata={"format": "pt"})
+        save_transposed(work / "step_10.safetensors")
         call = (*CALL, "--transposed")
     assert call_cli(*call, "-o", "tuned.safetensors", cwd=work).returncode == 0
     done = call_cli(*call, "--lora-out", "adapter", cwd=work)

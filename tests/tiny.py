@@ -179,6 +179,13 @@ def predict_run(
         return predict(fitted, Request(tuple(horizons), **asked), silent)
 
 
+def forecast_run(run: Path, output: Path | str, horizon: int, **request: Any) -> tuple[Path, Outcome]:
+    """The path of a run's forecast, which is written, and what is said of it."""
+    (outcome,) = predict_run(fit_run(run), output, horizons=[horizon], **request)
+    assert outcome.path is not None
+    return outcome.path, outcome
+
+
 @contextmanager
 def without_kernel() -> Iterator[None]:
     """As in an installation that has no compiled kernel."""

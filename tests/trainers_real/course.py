@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from farcast_cli.formats.tree import dotted
-from tests.tiny import fit_run, predict_run
+from tests.tiny import forecast_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,9 +34,7 @@ class Course:
 
 def predicted(run: Path, output: Path) -> Path:
     """A forecast for the valid step."""
-    (outcome,) = predict_run(fit_run(run), output, horizons=[VALID - ORIGIN])
-    assert outcome.path is not None
-    return outcome.path
+    return forecast_run(run, output, VALID - ORIGIN)[0]
 
 
 def assert_goes_on(resumed: Course, whole: Course) -> None:
