@@ -1,4 +1,4 @@
-"""What all ranks of a call must have planned alike, before any of them writes: digests, which are compared part by part."""
+"""What all ranks of a call must have planned alike, before any of them works: digests, which are compared part by part."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from farcast_cli import __version__
 from farcast_cli.checkpoint.pieces import Copy, Fixed, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
-    from farcast_cli.checkpoint.pieces import Piece
-    from farcast_cli.request import Prepared
+    from farcast_cli.checkpoint.pieces import OutputFile, Piece
+    from farcast_cli.engine.linear import LinearMap
     from farcast_cli.trainers.base import Snapshot
 
 
-def agreed(prepared: Prepared) -> dict[str, str]:
+def agreed(
+    snapshots: Iterable[Snapshot], plan: Iterable[str | bytes], *, coefficients: Iterable[str | bytes] = ()
+) -> dict[str, str]:
     """Digests by part, as `Team.open` compares them.
 
     Snapshots agree if their headers do, and the name, the size and the time of change of each file; where they lie may
     differ. Reads headers, and one block of each snapshot.
+
+    Args:
+        plan: what is to be done.
+        coefficients: of the forecasts; another processor may round them in another way.
     """
-    linear = prepared.engine.inputs.linear
-    arrays = (linear.weights, linear.gain, linear.constant)
     return {
         "version": __version__,
-        "files": _digest(text for one in (*prepared.snapshots, prepared.origin) for text in _files_of(one)),
-        "coefficients": _digest(
-            [repr((linear.origin, *(array.shape for array in arrays))), *(array.tobytes() for array in arrays)]
-        ),
-        "plan": _digest(_plans_of(prepared)),
+        "files": _digest(text for one in snapshots for text in _files_of(one)),
+        "coefficients": _digest(coefficients),
+        "plan": _digest(plan),
     }
 
 
-def _digest(parts: Iterator[str | bytes] | list[str | bytes]) -> str:
+def _digest(parts: Iterable[str | bytes]) -> str:
     whole = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode(errors="surrogateescape")
@@ -48,8 +51,16 @@ def _files_of(snapshot: Snapshot) -> Iterator[str]:
         yield f"{path.name} {size} {changed_ns}"
 
 
-def _plans_of(prepared: Prepared) -> Iterator[str | bytes]:
-    for path, plan in zip(prepared.paths, prepared.plans, strict=True):
+def numbers_of(linear: LinearMap) -> Iterator[str | bytes]:
+    """The coefficients of forecasts."""
+    arrays = (linear.weights, linear.gain, linear.constant)
+    yield repr((linear.origin, *(array.shape for array in arrays)))
+    yield from (array.tobytes() for array in arrays)
+
+
+def bytes_of(paths: Sequence[Path], plans: Sequence[Sequence[OutputFile]]) -> Iterator[str | bytes]:
+    """What every byte of the outputs will be, and the names of the outputs."""
+    for path, plan in zip(paths, plans, strict=True):
         yield path.name
         for output in plan:
             yield f"{output.name} {output.mode} {output.folder_mode} {output.joined!r}"

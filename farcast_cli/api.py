@@ -126,6 +126,8 @@ def fit(
     device: str = "auto",
     io: Io = "auto",
     threads: int = 0,
+    ranks: Ranks = "off",
+    ranks_timeout: float = DEFAULT_RANKS_TIMEOUT,
     losses: Place | None = None,
     history: Place | None = None,
     log_to: Sequence[str] | None = None,
@@ -136,6 +138,8 @@ def fit(
     Args:
         output: the forecaster file to write; unlike the command, none by default.
         sample: values of each tensor, 1000 or more.
+        ranks: "env" shares the reading among a launcher's processes, which all call this; rank 0 writes `output` and logs.
+        ranks_timeout: seconds that a rank waits for another that says nothing.
         losses: the run's log of losses; by default where its trainer keeps it.
         history: the folder of kept snapshots; by default kept/NAME, if it has those of this run.
         log_to: places to log the numbers to, such as "jsonl:PATH"; `unlogged` of the result says which failed.
@@ -165,6 +169,7 @@ def fit(
         device=device,
         io=io,
         threads=threads,
+        team=team_of(ranks, ranks_timeout),
         losses=None if losses is None else Path(losses),
         history=None if history is None else Path(history),
     )
@@ -172,6 +177,8 @@ def fit(
     from farcast_cli.forecast.fitting import fit_planned, plan_fit
 
     done = fit_planned(plan_fit(request), progress)
+    if not request.team.leads:
+        return done
     return replace(done, unlogged=log_answer(targets, "fit", of_fit(done, request.output), request.selection.directory))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from farcast_cli.agreement import agreed
+from farcast_cli.agreement import agreed, bytes_of, numbers_of
 from farcast_cli.card import write_card
 from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
@@ -102,10 +102,19 @@ def _help(prepared: Prepared, progress: Progress) -> None:
     if not prepared.plans:
         return
     with (
-        prepared.engine.team.joined(prepared.paths, agreed(prepared)) as places,
+        prepared.engine.team.joined(prepared.paths, _agreed(prepared)) as places,
         unchanged((*prepared.snapshots, prepared.origin), copied=prepared.origin),
     ):
         write_forecasts(prepared.plans, places, prepared.engine, progress=progress("predict", 0))
+
+
+def _agreed(prepared: Prepared) -> dict[str, str]:
+    """What all ranks must have planned alike."""
+    return agreed(
+        (*prepared.snapshots, prepared.origin),
+        bytes_of(prepared.paths, prepared.plans),
+        coefficients=numbers_of(prepared.engine.inputs.linear),
+    )
 
 
 def write_all(
@@ -122,7 +131,7 @@ def write_all(
     places = [place for place, _ in staged]
     team = prepared.engine.team
     if not team.is_alone:
-        team.open(places, agreed(prepared))
+        team.open(places, _agreed(prepared))
     tally = write_forecasts(prepared.plans, places, prepared.engine, progress=work.progress(phase, total))
     team.wait()
     written = []

@@ -159,8 +159,8 @@ def seat_of(ranks: Ranks) -> Seat:
     return found
 
 
-def team_of(ranks: Ranks, timeout_s: float, *, eval_cmd: str | None) -> Team:
-    """The processes that share the work of a prediction.
+def team_of(ranks: Ranks, timeout_s: float, *, eval_cmd: str | None = None) -> Team:
+    """The processes that share the work of a fit or a prediction.
 
     Raises:
         UsageError: no launcher says which they are, or they cannot share it.
@@ -329,6 +329,7 @@ def fit_request(
     device: str,
     io: Io,
     threads: int,
+    team: Team | None = None,
     losses: Path | None = None,
     history: Path | None = None,
     step_from: StepFrom | None = None,
@@ -338,13 +339,18 @@ def fit_request(
     """What is read of a run's folder; no forecaster file is written if `output` is None."""
     if sample < MIN_SAMPLE:
         raise UsageError(f"--sample {sample}: expected {MIN_SAMPLE} or more")
+    team = team or Team()
+    if output is None and not team.is_alone:
+        raise UsageError(
+            "--ranks env: the ranks meet where the forecaster file is written, and none is asked for", hint="-o FILE"
+        )
     resources = resources_of(device, io, threads)
     from farcast_cli.forecast.fitting import FitRequest
 
     selection = selection_of(
         directory, include, exclude, steps, pattern, history=history, step_from=step_from, unit=unit, weights=weights
     )
-    return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, losses)
+    return FitRequest(selection, None if full else sample, ledgers_of(ledger), resources, output, team, losses)
 
 
 def watch_request(

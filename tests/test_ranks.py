@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+from farcast_cli import system
 from farcast_cli.engine import room
 from farcast_cli.engine.ranks import Seat, Team, seat_in
+from farcast_cli.engine.room import Room
 from farcast_cli.errors import UsageError
+from farcast_cli.forecast import accumulate
 from tests.conftest import (
     Done,
     clean_environment,
@@ -30,7 +34,7 @@ from tests.conftest import (
 from tests.small_ranges import run as run_in_small_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.context import ForkProcess
 
     from tests.conftest import CallCli
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("fork")
 SHAPES = {"first.weight": (60, 100), "second.weight": (100, 50), "bias": (7,)}
+WIDE = {"first.weight": (200, 300), "second.weight": (100, 50), "third.weight": (300, 97), "bias": (7,)}
+"""Tensors larger than a sample, and smaller ones."""
 OUTPUT_ERROR = 5
 
 
@@ -61,8 +67,15 @@ class Launched:
         self.processes: dict[int, ForkProcess] = {}
 
     def start(self, rank: int, count: int, *arguments: object, before: Callable[[], None] = lambda: None) -> None:
-        asked = ("predict", *arguments, "--horizon", 100, "--even-if-worse", "-o", "out/", "--ranks", "env")
-        self.processes[rank] = FORK.Process(target=_life, args=(self.folder, rank, count, asked, before))
+        asked = ("predict", *arguments, "--horizon", 100, "--even-if-worse", "-o", "out/")
+        self._start(rank, count, asked, before)
+
+    def fit(self, rank: int, count: int, *arguments: object, before: Callable[[], None] = lambda: None) -> None:
+        self._start(rank, count, ("fit", *arguments, "-o", "out/fitted.safetensors"), before)
+
+    def _start(self, rank: int, count: int, asked: Sequence[object], before: Callable[[], None]) -> None:
+        arguments = (self.folder, rank, count, (*asked, "--ranks", "env"), before)
+        self.processes[rank] = FORK.Process(target=_life, args=arguments)
         self.processes[rank].start()
 
     def ended(self) -> list[Done]:
@@ -96,6 +109,23 @@ def holding(folder: Path) -> Callable[[], None]:
     return hold
 
 
+def holding_fit(folder: Path) -> Callable[[], None]:
+    """The same of a rank that is about to read its share for a fit."""
+
+    def hold() -> None:
+        own = accumulate._own
+
+        def wait(reading: Any, team: Team) -> Iterator[accumulate.Sums]:
+            (folder / f"held-{team.seat.rank}").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+            yield from own(reading, team)
+
+        accumulate._own = wait
+
+    return hold
+
+
 def impatient() -> None:
     """A rank that waits little, once all have come."""
     begin = Team.begin
@@ -105,6 +135,22 @@ def impatient() -> None:
         begin(team, step)
 
     Team.begin = after  # type: ignore[assignment, method-assign]
+
+
+def soon_impatient(folder: Path) -> Callable[[], None]:
+    """A rank that waits little for others' shares of a fit."""
+
+    def change() -> None:
+        of_others = accumulate._of_others
+
+        def after(reading: Any, team: Team) -> Iterator[accumulate.Sums]:
+            wait_until((folder / "held-1").exists, "rank 1 reads")
+            team._patience_s, team._every_s, room.LEAVING_S = 0.2, 0.02, 0.1
+            yield from of_others(reading, team)
+
+        accumulate._of_others = after
+
+    return change
 
 
 def left_in(folder: Path) -> list[str]:
@@ -298,3 +344,250 @@ def test_one_process_alone_judges_by_a_command(work: Path, call_cli: CallCli) ->
     done = call_cli("predict", "--ranks", "env", "--eval-cmd", "echo 1 {ckpt}", cwd=work, env=variables)
     assert done.returncode == 2
     assert "--eval-cmd" in done.errors[0]
+
+
+# --- a fit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "read"), [(4, ("--full",)), (2, ("--sample", "2000"))])
+def test_ranks_fit_the_bytes_of_one_process(count: int, read: tuple[str, ...], tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    for rank in range(count):
+        launched.fit(rank, count, run, *read, *(("--threads", 2) if rank else ()))
+    first, *others = launched.ended()
+    assert (first.returncode, first.stdout) == (0, "out/fitted.safetensors\n"), first.stderr
+    assert others == [Done("", "", 0)] * (count - 1)
+    (tmp_path / "alone").mkdir()
+    alone = [sys.executable, "-m", "tests.small_ranges", "fit", str(run), *read, "-q", "-o", "alone/fitted.safetensors"]
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(alone, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "alone")
+
+
+def test_every_rank_has_a_part_of_a_fit(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+
+    def note() -> None:
+        sums = accumulate._sums
+
+        def noted(reading: Any) -> Iterator[accumulate.Sums]:
+            num_bytes = sum(task.num_bytes for task in reading.tasks)
+            (tmp_path / f"read-{os.environ['RANK']}").write_text(str(num_bytes))
+            return sums(reading)
+
+        accumulate._sums = noted
+
+    for rank in range(3):
+        launched.fit(rank, 3, run, "--full", before=note)
+    assert [done.returncode for done in launched.ended()] == [0, 0, 0]
+    shares = [int((tmp_path / f"read-{rank}").read_text()) for rank in range(3)]
+    assert max(shares) < 1.3 * min(shares)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_no_forecaster_is_published_if_a_rank_is_killed(
+    killed: int, tmp_path: Path, launched: Launched, call_cli: CallCli
+) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    for rank in range(2):
+        launched.fit(rank, 2, run, "--full", before=holding_fit(tmp_path))
+    for rank in range(2):
+        wait_until((tmp_path / f"held-{rank}").exists, "both read")
+    launched.processes[killed].kill()
+    launched.processes[killed].join()
+    (tmp_path / "go").touch()
+    done = launched.ended()[1 - killed]
+    assert (done.returncode, done.stdout, len(done.errors)) == (OUTPUT_ERROR, "", 1)
+    assert f"rank {killed} of 2 ended before the output was whole; nothing was published" in done.errors[0]
+    assert not (tmp_path / "out" / "fitted.safetensors").exists()
+    (tmp_path / "out").mkdir(exist_ok=True)
+    assert call_cli("fit", run, "-o", "out/fitted.safetensors", cwd=tmp_path).returncode == 0
+    assert left_in(tmp_path / "out") == ["fitted.safetensors"]
+
+
+def test_a_rank_that_comes_back_to_a_fit_after_the_others_gave_up_changes_nothing(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    launched.fit(0, 2, run, "--full", before=soon_impatient(tmp_path))
+    launched.fit(1, 2, run, "--full", before=holding_fit(tmp_path))
+    launched.processes[0].join()
+    (tmp_path / "go").touch()
+    first, straggler = launched.ended()
+    assert "rank 1 of 2 has said nothing for 0.2 s and was given up" in first.errors[0]
+    assert (first.returncode, straggler.returncode, straggler.stdout) == (OUTPUT_ERROR, OUTPUT_ERROR, "")
+    assert left_in(tmp_path / "out") == []
+
+
+def test_a_fit_refuses_ranks_that_read_other_files(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    copied = shutil.copytree(run, tmp_path / "node" / "run")
+    edit_loose(copied / loose_name(800), {"bias": weights_at(700, shapes=WIDE)["bias"]})
+    launched.fit(0, 2, run, "--full")
+    launched.fit(1, 2, copied, "--full")
+    first, second = launched.ended()
+    assert first.errors == ["error: out/fitted.safetensors: rank 1 has other files than rank 0; nothing was written"]
+    assert (first.returncode, second) == (OUTPUT_ERROR, Done("", "", OUTPUT_ERROR))
+    assert left_in(tmp_path / "out") == []
+
+
+def test_ranks_of_which_one_reads_a_sample_and_one_all_are_refused(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    launched.fit(0, 2, run, "--full")
+    launched.fit(1, 2, run)
+    first, _ = launched.ended()
+    assert first.errors == ["error: out/fitted.safetensors: rank 1 has other plan than rank 0; nothing was written"]
+
+
+def test_a_rank_that_never_comes_to_a_fit_is_named(work: Path, call_cli: CallCli) -> None:
+    variables = {"PMI_RANK": "0", "PMI_SIZE": "2"}
+    done = call_cli("fit", "run", "-o", "f.safetensors", "--ranks", "env", "--ranks-timeout", 0.1, cwd=work, env=variables)
+    assert done.returncode == OUTPUT_ERROR
+    assert done.errors == ["error: f.safetensors: rank 1 of 2 did not come within 0.1 s"]
+    assert [name for name in left_in(work) if "f.safetensors" in name] == []
+
+
+def test_what_another_rank_finds_in_its_share_is_told_once(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    bad = weights_at(800, shapes=WIDE)["third.weight"]
+    bad.view(-1)[-1] = torch.nan
+    edit_loose(run / loose_name(800), {"third.weight": bad})
+    for rank in range(2):
+        launched.fit(rank, 2, run, "--full")
+    first, second = launched.ended()
+    assert len(first.errors) == 1
+    assert first.errors[0].startswith("error: rank 1: ")
+    assert "third.weight" in first.errors[0]
+    assert second == Done("", "", first.returncode)
+    assert left_in(tmp_path / "out") == []
+
+
+def test_all_ranks_end_with_the_verdict_that_two_runs_were_mixed(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", range(100, 900, 200), shapes=WIDE)
+    make_loose_run(run, range(200, 1000, 200), seed=1, shapes=WIDE)
+    for rank in range(2):
+        launched.fit(rank, 2, run, "--full")
+    first, second = launched.ended()
+    assert "two runs probably alternate" in first.errors[0]
+    assert first.returncode
+    assert second == Done("", "", first.returncode)
+    assert left_in(tmp_path / "out") == []
+
+
+def test_a_prediction_by_ranks_reads_no_whole_run_on_each(work: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", "run", "--full", "--ranks", "env", cwd=work, env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert done.returncode == 2
+    assert done.hints == ["hint: farcast fit run --full --ranks env, then farcast predict --ranks env"]
+
+
+# --- machines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_that_nobody_sees_held_tells_nothing_of_a_rank(tmp_path: Path) -> None:
+    """Two machines that are copies may name themselves alike, and a filesystem may keep locks on each."""
+    ours, seen, unseen = Room.made(tmp_path), Room.within(tmp_path, 1), Room.within(tmp_path, 2)
+    unseen.close()  # the lock is gone, and the rank lives
+    for one in (seen, unseen):
+        one.post("hello", {"machine": system.machine()})
+    for rank in (1, 2):
+        ours.meet(rank)
+    assert (ours.runs(1), ours.runs(2)) == (True, None)
+    seen.close()
+    assert (ours.runs(1), ours.runs(2)) == (False, None)
+    assert not ours.are_gone([1, 2])
+    unseen.leave()
+    assert ours.are_gone([1, 2])
+    ours.close()
+
+
+def test_rank_0_removes_nothing_before_the_others_have_said_that_they_leave(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+
+    def slow() -> None:
+        post = Room.post
+
+        def after(one: Room, step: str, content: Any) -> None:
+            if step == "left":
+                time.sleep(0.3)
+                (tmp_path / "found").write_text(str(one.is_there()))
+            post(one, step, content)
+
+        Room.post = after  # type: ignore[assignment, method-assign]
+
+    for rank in range(2):
+        launched.start(rank, 2, run, before=slow)
+    assert [done.returncode for done in launched.ended()] == [0, 0]
+    assert (tmp_path / "found").read_text() == "True"
+
+
+def _in_namespaces() -> list[str]:
+    """What runs a command as on a host of its own: with its own processes, name and network."""
+    command = ["unshare", "--user", "--map-root-user", "--net", "--uts", "--pid", "--fork", "--kill-child"]
+    tried = subprocess.run([*command, "true"], capture_output=True, check=False) if shutil.which("unshare") else None
+    return command if tried and not tried.returncode else []
+
+
+HOST = _in_namespaces()
+
+
+@pytest.mark.skipif(not HOST, reason="this system makes no namespaces for this user")
+def test_ranks_on_hosts_of_one_name_without_a_network_share_a_fit(tmp_path: Path) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    command = [
+        *HOST,
+        sys.executable,
+        "-m",
+        "farcast_cli",
+        "fit",
+        str(run),
+        "--full",
+        "-q",
+        "-o",
+        "f.safetensors",
+        "--ranks",
+        "env",
+    ]
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert sorted(left_in(tmp_path)) == ["f.safetensors", "run"]
+
+
+def test_mpirun_starts_the_ranks(tmp_path: Path, call_cli: CallCli) -> None:
+    launcher = shutil.which("mpirun")
+    if launcher is None:
+        pytest.skip("no mpirun here")
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    allowed = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+    done = subprocess.run(
+        [
+            launcher,
+            "-n",
+            "3",
+            sys.executable,
+            "-m",
+            "farcast_cli",
+            "fit",
+            str(run),
+            "--full",
+            "-q",
+            "-o",
+            "f.safetensors",
+            "--ranks",
+            "env",
+        ],
+        cwd=tmp_path,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | allowed,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "f.safetensors\n"), done.stderr
+    assert call_cli("fit", run, "--full", "-o", "alone.safetensors", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "f.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_SAMPLE
+from farcast_cli.choices import DEFAULT_FORECASTER, DEFAULT_LEDGER, DEFAULT_RANKS_TIMEOUT, DEFAULT_SAMPLE
 from farcast_cli.commands.options import (
     ConfigOption,
     DeviceOption,
@@ -22,6 +22,8 @@ from farcast_cli.commands.options import (
     LossesOption,
     PatternOption,
     QuietOption,
+    RanksOption,
+    RanksTimeoutOption,
     SampleOption,
     StepFromOption,
     StepsOption,
@@ -33,7 +35,7 @@ from farcast_cli.commands.options import (
 )
 from farcast_cli.errors import UsageError, shell_word
 from farcast_cli.log_to import check_apart, log_answer, parse_targets
-from farcast_cli.settings import env, fit_request
+from farcast_cli.settings import env, fit_request, seat_of, team_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +47,7 @@ EXAMPLES = "Example: farcast fit ckpts/ --steps 2000: && farcast predict --horiz
 
 
 def fit(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the run's checkpoints.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", envvar=env("FORECASTER"), metavar="FILE", help="The forecaster file to write.")
@@ -65,12 +68,17 @@ def fit(
     device: DeviceOption = "auto",
     io: IoOption = "auto",
     threads: ThreadsOption = 0,
+    ranks: RanksOption = "off",
+    ranks_timeout: RanksTimeoutOption = DEFAULT_RANKS_TIMEOUT,
     json_: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Read a sample of every tensor at every snapshot, and write the forecaster file."""
+    seat = seat_of(ranks)
+    if seat.rank:
+        context.obj.rank, quiet = seat.rank, True
     targets = parse_targets(log_to)
     check_apart(targets, directory)
     request = fit_request(
@@ -90,12 +98,15 @@ def fit(
         device=device,
         io=io,
         threads=threads,
+        team=team_of(ranks, ranks_timeout),
         losses=losses,
     )
     from farcast_cli import answers
     from farcast_cli.commands import render
 
     done = learn(request, quiet=quiet)
+    if seat.rank:
+        return
     answer = answers.of_fit(done, output)
     if json_:
         render.as_json(answer)

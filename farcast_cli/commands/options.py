@@ -293,7 +293,7 @@ RanksOption = Annotated[
     choice(
         Ranks,
         "--ranks",
-        text="env lets the processes of a launcher (torchrun, srun, mpirun) write one forecast together; its variables say which"
+        text="env lets the processes of a launcher (torchrun, srun, mpirun) share the work of one call; its variables say which"
         " this is. off works alone.",
     ),
 ]

@@ -51,7 +51,7 @@ from farcast_cli.commands.options import (
     WeightsOption,
     choice,
 )
-from farcast_cli.errors import NoForecastError, TakenError
+from farcast_cli.errors import NoForecastError, TakenError, UsageError, shell_word
 from farcast_cli.log_to import parse_targets
 from farcast_cli.settings import check_layout, env, horizons_of, place_in_folder, seat_of, unshared_hint
 
@@ -170,6 +170,11 @@ def predict(
     seat = seat_of(ranks)
     if seat.rank:
         context.obj.rank, quiet = seat.rank, True
+    if full and directory and seat.count > 1:
+        raise UsageError(
+            "--full: expected a forecaster file, found --ranks env, with which every rank would read the whole run",
+            hint=f"farcast fit {shell_word(directory)} --full --ranks env, then farcast predict --ranks env",
+        )
     horizons_of(horizon, to_step)  # what cannot be is refused before the folder is read
     check_layout(layout, purpose)
     place_in_folder(place)

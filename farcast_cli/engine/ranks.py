@@ -39,6 +39,7 @@ from farcast_cli.files.hidden import marked
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+    from typing import BinaryIO
 
 LAUNCHED = (
     ("RANK", "WORLD_SIZE"),
@@ -148,6 +149,8 @@ class Team:
 
     def _greet(self, rank: int, hello: Mapping[str, Any], agreed: Mapping[str, str]) -> None:
         """Take up a rank that has planned the same."""
+        assert self._room is not None  # noqa: S101 - inside `open`
+        self._room.meet(rank)
         self._words[rank] = str(hello["word"])
         if hello["count"] != self.seat.count:
             raise OutputError(
@@ -173,8 +176,7 @@ class Team:
         room, self._room = self._room, None
         with suppress(OSError):
             room.post("end", {"code": _code_of(error), "words": self._words})
-            ends = {f"{rank}.left": rank for rank in self._words}
-            wait_a_little(lambda: all(room.runs(ends[name]) is False for name in ends.keys() - room.names()))
+            wait_a_little(lambda: room.are_gone(self._words))
         if error is None:
             room.close()  # else the lock ends with this process, which has told of the error then
 
@@ -230,6 +232,7 @@ class Team:
                         del rooms[folder]
                         raise RankZeroError(int(end["code"]))
                     if roll and word in roll["words"].values():
+                        room.meet(0)
                         self._hear_all([0])
                         del rooms[folder]
                         return room, [str(name) for name in roll["folders"]]
@@ -290,6 +293,27 @@ class Team:
             return []
         return [self._message(rank, f"part-{step}") for rank in range(1, self.seat.count)]
 
+    @contextmanager
+    def handing_in(self, step: str) -> Iterator[BinaryIO]:
+        """A file for a part that is too large for a message, on the others; rank 0 has it once the block has ended."""
+        assert self._room is not None  # noqa: S101 - inside `joined`
+        with self._room.making(step) as file:
+            yield file
+        self.merge(step, {"bytes": self._room.size_of(self.seat.rank, step)})
+
+    def handed_in(self, step: str) -> Iterator[BinaryIO]:
+        """The files of all other ranks on rank 0, in their order; none elsewhere."""
+        if self._room is None or not self.leads:
+            return
+        for rank in range(1, self.seat.count):
+            told = self._message(rank, f"part-{step}")
+            if (found := self._room.size_of(rank, step)) != told["bytes"]:
+                raise OutputError(
+                    f"{self._final}: of rank {rank}'s share {found} bytes are here, expected {told['bytes']}", hint=_WHERE
+                )
+            with self._room.made_by(rank, step) as file:
+                yield file
+
     def beat(self) -> None:
         """Say, now and then, that this rank works, and see whether the others do.
 
@@ -323,7 +347,7 @@ class Team:
         if room.runs(rank) is False and not {f"{rank}.failed", f"{rank}.end", f"{rank}.done"} & room.names():
             raise self._lost(rank, "ended")
         sign, since = self._heard[rank]
-        if (found := room.sign_of(rank)) != sign:
+        if (found := room.sign_of(rank, names)) != sign:
             self._heard[rank] = found, time.monotonic()
         elif time.monotonic() - since > self._patience_s:
             raise self._lost(rank, f"has said nothing for {self._patience_s:g} s and was given up")

@@ -1,7 +1,7 @@
 """The folder in which the ranks of a call meet: small messages, signs of life, and locks that end with their processes.
 
-A message is a file that appears whole, by a rename. Folders are listed to find one, since a network filesystem may keep what it
-knows of a name that is not there. Locks are asked only of processes on this machine: some filesystems keep them on each.
+A message is a file that appears whole, by a rename. Folders are listed to find one, and no name is asked for before it is listed:
+a network filesystem may keep for a minute that a name is not there, while opening a folder makes NFS ask the server. Locks are asked only of processes on this machine: some filesystems keep them on each.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli import system
 from farcast_cli.files.json_text import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
 LEAVING_S = 10.0  # that ranks wait for one another at the end
 _NAME = ".farcast-ranks"
@@ -29,7 +30,7 @@ class Room:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank, self._beats = folder, rank, 0
-        self._others: dict[int, bool] = {}
+        self._asked: set[int] = set()
         self._fd = system.open_file(self._at(rank, "lock"), os.O_RDWR | os.O_CREAT, 0o600, follows=False)
         with suppress(OSError):  # a filesystem without locks: only silence tells then
             system.lock(self._fd, waits=False)
@@ -64,6 +65,22 @@ class Room:
             system.flush(file.fileno())
         draft.replace(self._at(self._rank, step))
 
+    @contextmanager
+    def making(self, what: str) -> Iterator[BinaryIO]:
+        """A file of this rank, on the disk once the block has ended. A message then tells the others that it is whole."""
+        fd = system.open_file(self._at(self._rank, f"{what}.bytes"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            system.flush(file.fileno())
+
+    def made_by(self, rank: int, what: str) -> BinaryIO:
+        """The file of another rank."""
+        return os.fdopen(system.open_file(self._at(rank, f"{what}.bytes"), os.O_RDONLY, follows=False), "rb")
+
+    def size_of(self, rank: int, what: str) -> int:
+        return self._at(rank, f"{what}.bytes").stat().st_size
+
     def read(self, rank: int, step: str) -> Any:
         """A message; None where there is none."""
         if f"{rank}.{step}" not in self._listed():
@@ -87,21 +104,36 @@ class Room:
     def beat(self) -> None:
         self._beats += 1
         draft = self._at(self._rank, "beat.draft")
-        draft.write_text(str(self._beats), encoding="ascii")
+        draft.write_text(f"{self._beats:012}", encoding="ascii")  # of one size, which a filesystem may keep
         draft.replace(self._at(self._rank, "beat"))
 
-    def sign_of(self, rank: int) -> str:
-        with suppress(OSError):
-            return self._at(rank, "beat").read_text(encoding="ascii", errors="replace")
+    def sign_of(self, rank: int, names: Container[str]) -> str:
+        """A rank's last sign of life; "" where `names`, which are there, have none."""
+        if f"{rank}.beat" in names:
+            with suppress(OSError):
+                return self._at(rank, "beat").read_text(encoding="ascii", errors="replace")
         return ""
+
+    def meet(self, rank: int) -> None:
+        """Take up a rank that has just spoken. Its lock is asked later if it is on this machine, and is seen to be held now.
+
+        Machines may be copies that name themselves alike, and some filesystems keep locks on each.
+        """
+        told = self.read(rank, "hello" if rank else "machine")
+        if told and told["machine"] == system.machine() and self._holds(rank):
+            self._asked.add(rank)
 
     def runs(self, rank: int) -> bool | None:
         """Whether a rank's process runs; None where this machine cannot tell."""
-        if rank not in self._others:
-            told = self.read(rank, "hello" if rank else "machine")
-            self._others[rank] = bool(told) and told["machine"] == system.machine()
-        if not self._others[rank]:
-            return None
+        return self._holds(rank) if rank in self._asked else None
+
+    def are_gone(self, ranks: Iterable[int]) -> bool:
+        """Whether these ranks will touch this folder no more."""
+        names = self._listed()
+        return all(f"{rank}.left" in names if (runs := self.runs(rank)) is None else not runs for rank in ranks)
+
+    def _holds(self, rank: int) -> bool | None:
+        """Whether a rank's lock is held; None where that cannot be told."""
         try:
             fd = system.open_file(self._at(rank, "lock"), os.O_RDWR, follows=False)
         except OSError:
@@ -120,9 +152,9 @@ class Room:
         with suppress(OSError):
             if end and end["code"] and self.runs(0):
                 fd = system.open_file(self._at(0, "lock"), os.O_RDWR, follows=False)
-        self.close()
         with suppress(OSError):
             self.post("left", {"rank": self._rank})
+        self.close()  # last: rank 0 removes the folder then
         if fd is not None:
             wait_a_little(lambda: not _is_locked(fd))
             os.close(fd)

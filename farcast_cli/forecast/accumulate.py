@@ -10,8 +10,9 @@ Shapes: K tensors, T snapshots, R = T + 1 basis vectors, N elements of a stretch
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from farcast_cli.choices import DEFAULT_SAMPLE
 from farcast_cli.engine import native, workers
 from farcast_cli.engine.casts import work_type
+from farcast_cli.engine.ranks import Seat, Team
 from farcast_cli.engine.reader import (
     MAX_STRETCH,
     STRETCH_BYTES,
@@ -38,6 +40,7 @@ from farcast_cli.tensors import Stretch, sample_stretches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
@@ -52,6 +55,7 @@ MIN_KEPT = 64
 MAX_KEPT_BYTES = 128 << 20  # up to which there are no fewer of a tensor
 FORK_BYTES = 16 << 20  # to be read, from which on processes pay for their start
 SPAN = 1 << 20  # elements of a tensor that a worker sums up before it says so
+_STEP = "sums"
 
 
 def accumulate(
@@ -60,25 +64,29 @@ def accumulate(
     *,
     num_samples: int | None = DEFAULT_SAMPLE,
     resources: Resources | None = None,
+    team: Team | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Gram, Sample]:
     """Read a sample (or, with None, all) of every tensor at every snapshot and sum up its inner products.
 
     One pass over what it reads, in parallel, in stretches of tensors; sums are taken in order, so that the result does not
-    depend on the number of workers. Peak memory: a stretch at all snapshots for each worker, and the result.
+    depend on the number of workers, nor on that of ranks. Peak memory: a stretch at all snapshots for each worker, and the
+    result.
+
+    Args:
+        team: the ranks that share the work; this one leads, and the others `hand_in`.
 
     Raises:
         NonFiniteError: NaN or infinity in what was read.
     """
     num_snapshots, num_tensors = len(steps), len(alignment.tensors)
-    resources = resources or Resources()
-    reading = _Reading(_tasks(alignment, num_samples, resources), resources, _num_kept(num_snapshots, num_tensors))
+    team = team or Team()
+    reading = _reading(alignment, num_samples, resources)
     products = np.zeros((num_tensors, num_snapshots + 1, num_snapshots + 1))
     seen = np.zeros(num_tensors)
-    fetch(stretch for task in reading.tasks for stretch in task.in_files)
     bounds = np.concatenate([[0], np.cumsum([min(n, reading.num_kept) for n in reading.counts])]).astype(np.int64)
     values = np.empty((bounds[-1], num_snapshots), np.float32)
-    for task, sums in zip(reading.tasks, workers.in_order(_sums(reading)), strict=True):
+    for task, sums in zip(reading.tasks, chain(_own(reading, team), _of_others(reading, team)), strict=True):
         if sums.products is not None:
             products[task.tensors] += sums.products
             seen[task.tensors] += [tensor.count for tensor in task.stretches]
@@ -88,6 +96,45 @@ def accumulate(
     sizes = np.array([tensor.num_elements for tensor in alignment.tensors], dtype=np.int64)
     products *= (sizes / seen)[:, None, None]
     return Gram(np.array(steps, dtype=np.int64), products), Sample(values, bounds, sizes)
+
+
+def hand_in(
+    alignment: Alignment, *, num_samples: int | None = DEFAULT_SAMPLE, resources: Resources | None = None, team: Team
+) -> None:
+    """Read and sum up this rank's share for rank 0, which adds up all shares in `accumulate`.
+
+    Raises:
+        NonFiniteError: NaN or infinity in what was read.
+    """
+    with team.handing_in(_STEP) as file:
+        for sums in _own(_reading(alignment, num_samples, resources), team):
+            for array in (sums.products, sums.kept):
+                if array is not None:
+                    file.write(array.tobytes())
+
+
+def _reading(alignment: Alignment, num_samples: int | None, resources: Resources | None) -> _Reading:
+    resources = resources or Resources()
+    num_kept = _num_kept(len(alignment.tensors[0].entries), len(alignment.tensors))
+    return _Reading(_tasks(alignment, num_samples, resources), resources, num_kept)
+
+
+def _own(reading: _Reading, team: Team) -> Iterator[Sums]:
+    """This rank's share, in order."""
+    mine = reading.share(team.seat)
+    fetch(stretch for task in mine.tasks for stretch in task.in_files)
+    for sums in workers.in_order(_sums(mine)):
+        team.beat()
+        yield sums
+
+
+def _of_others(reading: _Reading, team: Team) -> Iterator[Sums]:
+    """The shares of all other ranks on rank 0, in the order of their tasks."""
+    seats = (Seat(rank, team.seat.count) for rank in range(1, team.seat.count))
+    for seat, file in zip(seats, team.handed_in(_STEP), strict=True):
+        for number, task in enumerate(reading.share(seat).tasks):
+            team.beat()
+            yield task.sums_in(file, number, reading.num_kept)
 
 
 def _num_kept(num_snapshots: int, num_tensors: int) -> int:
@@ -130,6 +177,17 @@ class _Task:
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.stretches)
 
+    def sums_in(self, file: BinaryIO, number: int, num_kept: int) -> Sums:
+        """What another rank handed in of it."""
+        num_snapshots = len(self.stretches[0].entries)
+        sums, num_rows = Sums(number), num_snapshots + 1
+        if self.is_summed:
+            sums.products = np.frombuffer(file.read(8 * len(self.stretches) * num_rows**2)).reshape(-1, num_rows, num_rows)
+        if self.is_kept:
+            count = sum(min(tensor.count, num_kept) for tensor in self.stretches)
+            sums.kept = np.frombuffer(file.read(4 * count * num_snapshots), np.float32).reshape(count, num_snapshots)
+        return sums
+
     @property
     def in_files(self) -> Iterator[FileStretch]:
         """What of the files is read."""
@@ -163,6 +221,14 @@ class _Reading:
     tasks: tuple[_Task, ...]
     resources: Resources
     num_kept: int
+
+    def share(self, seat: Seat) -> _Reading:
+        """A rank's share: neighbouring tasks, of about as many bytes as every other rank's. All shares in order are all tasks."""
+        if seat.count == 1:
+            return self
+        ends = np.cumsum([task.num_bytes for task in self.tasks])
+        first, last = (int(np.searchsorted(ends, ends[-1] * at // seat.count, "right")) for at in (seat.rank, seat.rank + 1))
+        return replace(self, tasks=self.tasks[first:last])
 
     @property
     def counts(self) -> list[int]:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from farcast_cli.agreement import agreed
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine.ranks import Team
 from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import MixedRunsError, UsageError
-from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample
+from farcast_cli.files.staged import staging
+from farcast_cli.forecast.accumulate import accumulate, bytes_to_sample, hand_in
 from farcast_cli.forecast.backtest import MAX_HORIZON
 from farcast_cli.forecast.forecaster_file import (
     CopiedRecord,
@@ -21,8 +24,10 @@ from farcast_cli.forecast.forecaster_file import (
     SnapshotRecord,
     TensorRecord,
     check_fitted_place,
+    load_fitted,
+    refuse_to_replace,
     run_of_fitted,
-    save_fitted,
+    write_fitted,
 )
 from farcast_cli.forecast.history import past_of
 from farcast_cli.forecast.judgement import carrier_of
@@ -49,10 +54,13 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.state_ledger import Ledgers
     from farcast_cli.forecast.worth import Worth
     from farcast_cli.progress import Progress
+    from farcast_cli.run.alignment import Alignment
     from farcast_cli.run.losses import LossLog
     from farcast_cli.run.selection import Selection, Usable
     from farcast_cli.run.trajectory import Trajectory
     from farcast_cli.trainers.base import Snapshot
+
+_WRITTEN = "written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,8 @@ class FitRequest:
     resources: Resources = field(default_factory=Resources)
     output: Path | None = None
     """The forecaster file to write."""
+    team: Team = field(default_factory=Team)
+    """The processes that do this together; they meet where the forecaster file is written."""
     losses: Path | None = None
     """The run's log of losses, if it is not where it is looked for."""
 
@@ -131,7 +141,7 @@ def plan_fit(request: FitRequest) -> FitPlan:
     """
     started, chosen, replaced = time.monotonic(), request.selection, None
     if request.output is not None:
-        check_fitted_place(request.output, chosen.directory)
+        check_fitted_place(request.output, chosen.directory, clears=request.team.leads)
         before = run_of_fitted(request.output)
         replaced = before if before and before.resolve() != chosen.directory.resolve() else None
     found, past = find(request, minimum=MIN_SNAPSHOTS)
@@ -183,22 +193,33 @@ def fit_planned(plan: FitPlan, progress: Progress) -> FitOutcome:
         bytes_done.append(num_bytes)
         tell(num_bytes)
 
-    fitted = fit(
-        trajectory,
-        include=request.selection.include,
-        exclude=request.selection.exclude,
-        leap=plan.past.history.leap,
-        num_samples=request.num_samples,
-        resources=request.resources,
-        progress=count,
-    )
-    if request.output is not None:
-        save_fitted(fitted, request.output)
+    entering = _Entering.of(trajectory, include=request.selection.include, exclude=request.selection.exclude)
+    if request.team.leads:
+        fitted = _learn(entering, request, plan.past.history.leap, count)
+    else:
+        fitted = _help(entering, request, plan.past.history.leap)
     seconds = time.monotonic() - plan.started
     jumps = tuple(_cautions_of_jumps(fitted))
     return FitOutcome(
         fitted, fitted.steadiness(), sum(bytes_done), seconds, plan.past.cautions, jumps, carrier_of(fitted), plan.worth
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entering:
+    """What is read: snapshots of a run, and their tensors side by side."""
+
+    trajectory: Trajectory
+    alignment: Alignment
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, *, include: Sequence[str], exclude: Sequence[str]) -> _Entering:
+        """Of a run with very many snapshots some enter (`thinning`): the notes say which."""
+        snapshots, note = thinned(trajectory.snapshots, include=include, exclude=exclude)
+        entering = replace(trajectory, snapshots=snapshots, notes=(*trajectory.notes, *([note] if note else [])))
+        return cls(entering, align(snapshots, include=include, exclude=exclude), tuple(include), tuple(exclude))
 
 
 def fit(
@@ -213,19 +234,27 @@ def fit(
 ) -> Fitted:
     """Learn from a run: one pass over a sample of its tensors (all of them where `num_samples` is None).
 
-    Of a run with very many snapshots some enter (`thinning`): the notes say which. Peak memory: the inner products, 64 MiB or
-    little more; the sample; and an entry for each tensor of each snapshot that enters.
+    Peak memory: the inner products, 64 MiB or little more; the sample; and an entry for each tensor of each snapshot that
+    enters.
     """
-    snapshots, note = thinned(trajectory.snapshots, include=include, exclude=exclude)
-    trajectory = replace(trajectory, snapshots=snapshots, notes=(*trajectory.notes, *([note] if note else [])))
-    alignment = align(trajectory.snapshots, include=include, exclude=exclude)
+    entering = _Entering.of(trajectory, include=include, exclude=exclude)
+    return _learned(entering, num_samples, resources or Resources(), Team(), leap=leap, progress=progress)
+
+
+def _learned(
+    entering: _Entering,
+    num_samples: int | None,
+    resources: Resources,
+    team: Team,
+    *,
+    leap: Leap | None,
+    progress: Callable[[int], None],
+) -> Fitted:
+    """What was learned, on rank 0."""
+    trajectory, alignment = entering.trajectory, entering.alignment
     with unchanged(trajectory.snapshots):
         gram, sample = accumulate(
-            alignment,
-            trajectory.steps,
-            num_samples=num_samples,
-            resources=resources or Resources(),
-            progress=progress,
+            alignment, trajectory.steps, num_samples=num_samples, resources=resources, team=team, progress=progress
         )
         pace = read_pace(trajectory.snapshots, ahead=math.ceil(MAX_HORIZON * (trajectory.steps[-1] - trajectory.steps[0])))
         records = tuple(_record(snapshot, trajectory) for snapshot in trajectory.snapshots)
@@ -244,8 +273,8 @@ def fit(
         leap=leap,
         pace=pace,
         notes=trajectory.notes,
-        include=tuple(include),
-        exclude=tuple(exclude),
+        include=entering.include,
+        exclude=entering.exclude,
         pattern=trajectory.pattern,
         step_from=trajectory.rule.source,
         unit=trajectory.rule.unit,
@@ -256,6 +285,44 @@ def fit(
     fitted = Fitted(gram, sample, provenance, trajectory.directory, trajectory.kept)
     _check_one_run(fitted.judged()[0], trajectory)
     return fitted
+
+
+def _learn(entering: _Entering, request: FitRequest, leap: Leap | None, progress: Callable[[int], None]) -> Fitted:
+    """Learn, with the help of the other ranks, and write the forecaster file where one is asked for."""
+    team, output = request.team, request.output
+
+    def learned() -> Fitted:
+        return _learned(entering, request.num_samples, request.resources, team, leap=leap, progress=progress)
+
+    if output is None:
+        return learned()
+    with staging() as outputs:
+        outputs.tell_end(team.close)
+        place = outputs.add(output, check=refuse_to_replace)
+        team.open([place], _agreed(entering, request, leap))
+        fitted = learned()
+        write_fitted(fitted, place, home=output.parent)
+        team.begin(_WRITTEN)
+        team.wait()
+    return fitted
+
+
+def _help(entering: _Entering, request: FitRequest, leap: Leap | None) -> Fitted:
+    """Do this rank's share of what rank 0 learns; returns what that is."""
+    team, output = request.team, request.output
+    assert output is not None  # noqa: S101 - ranks meet there
+    with team.joined([output], _agreed(entering, request, leap)) as (place,):
+        with unchanged(entering.trajectory.snapshots):
+            hand_in(entering.alignment, num_samples=request.num_samples, resources=request.resources, team=team)
+        team.begin(_WRITTEN)
+        return load_fitted(place, home=output.parent)
+
+
+def _agreed(entering: _Entering, request: FitRequest, leap: Leap | None) -> dict[str, str]:
+    """What all ranks must have planned alike."""
+    leapt = None if leap is None else (leap.origin_step, leap.valid_step)
+    plan = [repr((entering.trajectory.steps, request.num_samples, request.resources.device, leapt))]
+    return agreed(entering.trajectory.snapshots, plan + [tensor.name for tensor in entering.alignment.tensors])
 
 
 def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:

@@ -231,13 +231,16 @@ class Fitted:
         return self.steps.index(step)
 
 
-def check_fitted_place(path: Path, directory: Path) -> None:
+def check_fitted_place(path: Path, directory: Path, *, clears: bool = True) -> None:
     """See that the forecaster of a run may be written at a place: an older one is replaced.
+
+    Args:
+        clears: whether what killed processes left of it may be removed.
 
     Raises:
         OutputError: it lies in the run's folder, or something else lies there.
     """
-    check_place(path, run=directory, existing=_refuse_to_replace)
+    check_place(path, run=directory, existing=refuse_to_replace, clears=clears)
 
 
 def run_of_fitted(path: Path) -> Path | None:
@@ -251,13 +254,19 @@ def run_of_fitted(path: Path) -> Path | None:
 
 def save_fitted(fitted: Fitted, path: Path) -> None:
     """Write the forecaster file, whole or not at all; an older one is replaced."""
-    home = path.parent.resolve()
+    check_fitted_place(path, fitted.directory)
+    with staged(path, check=refuse_to_replace) as temporary:
+        write_fitted(fitted, temporary, home=path.parent)
+
+
+def write_fitted(fitted: Fitted, path: Path, *, home: Path) -> None:
+    """Write a new forecaster file, as it is to lie in the folder `home`."""
+    home = home.resolve()
     kept = "" if fitted.kept is None else seen_from(fitted.kept.resolve(), home)
     directory = seen_from(fitted.directory.resolve(), home)
     provenance = fitted.provenance.model_copy(update={"directory": directory, "kept": kept})
     if provenance.leap:
         provenance = provenance.model_copy(update={"leap": provenance.leap.relative_to(home)})
-    check_fitted_place(path, fitted.directory)
     arrays: dict[str, NDArray[Any]] = {
         "steps": fitted.gram.steps,
         "gram": fitted.gram.matrix,
@@ -267,7 +276,7 @@ def save_fitted(fitted: Fitted, path: Path) -> None:
     }
     provenance = provenance.model_copy(update={"checksum": _checksum(arrays)})
     last = fitted.path_of(fitted.provenance.snapshots[-1])
-    with staged(path, check=_refuse_to_replace) as temporary, open_new(temporary, like=last) as file:
+    with open_new(path, like=last) as file:
         text = json.dumps(_spelled(provenance, portable).model_dump(), separators=(",", ":"))
         write_arrays(file, {name: np.ascontiguousarray(array) for name, array in arrays.items()}, {_METADATA_KEY: text})
 
@@ -280,8 +289,12 @@ def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
     return whole.hexdigest()
 
 
-def _refuse_to_replace(path: Path) -> None:
-    """An older forecaster is replaced; anything else is the user's own."""
+def refuse_to_replace(path: Path) -> None:
+    """An older forecaster is replaced; anything else is the user's own.
+
+    Raises:
+        OutputError: it is not a forecaster.
+    """
     try:
         with safe_open(path, framework="np") as file:
             _provenance_of(path, file.metadata())
@@ -296,8 +309,11 @@ def _not_ours(path: Path) -> OutputError:
     return OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o")
 
 
-def load_fitted(path: Path) -> Fitted:
+def load_fitted(path: Path, *, home: Path | None = None) -> Fitted:
     """Read a forecaster file.
+
+    Args:
+        home: the folder that it is to lie in, if it does not yet.
 
     Raises:
         FileFormatError: no such file, not a forecaster, or damaged.
@@ -329,8 +345,9 @@ def load_fitted(path: Path) -> Fitted:
             f"{path}: a forecaster of another version of farcast ({provenance.farcast_version}, layout {provenance.layout!r})",
             hint="write it again with farcast fit CKPTS",
         )
-    kept = path.parent / provenance.kept if provenance.kept else None
-    return Fitted(gram, sample, provenance, revived(path.parent / provenance.directory), kept)
+    home = home or path.parent
+    kept = home / provenance.kept if provenance.kept else None
+    return Fitted(gram, sample, provenance, revived(home / provenance.directory), kept)
 
 
 def _array(entry: TensorEntry) -> NDArray[Any]:
