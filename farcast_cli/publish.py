@@ -89,9 +89,7 @@ def _write(work: Publication, prepared: Prepared, outcomes: Sequence[Outcome]) -
 
 def _fetch(work: Publication, prepared: Prepared) -> None:
     """Have the files here that the forecasts are made of, where the run is on a remote store."""
-    files = {
-        entry.path for snapshot in prepared.snapshots for entry in snapshot.tensors.values()
-    } | prepared.origin.marks.keys()
+    files = {file for snapshot in prepared.snapshots for file in snapshot.weights_files} | prepared.origin.marks.keys()
     remote = [(file, 0, file_size(file)) for file in sorted(files) if source_of(file) is not None]
     if remote:
         fetch(remote, work.progress("fetch", sum(num_bytes for _, _, num_bytes in remote)))

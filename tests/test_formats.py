@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save, save_file
 
 from farcast_cli.errors import FarcastError, FileFormatError, UnsafeFileError
 from farcast_cli.files.json_text import UnreadList, encode_json, parse_json, with_entry
-from farcast_cli.formats.safetensors_file import encode_header, read_safetensors
+from farcast_cli.formats.safetensors_file import StoredEntries, encode_header, read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import StorageRef, TensorRef, encode_pickle, iter_tensors
 from farcast_cli.tensors import BY_CODE, DTYPES
@@ -262,6 +262,56 @@ def test_a_safetensors_file_cut_short_anywhere_is_refused(tmp_path: Path) -> Non
 def test_random_bytes_are_no_safetensors_file(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     with pytest.raises(FileFormatError):
         read_raw_safetensors(tmp_path_factory.mktemp("random"), b"\x01" + raw)
+
+
+REST = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+def test_files_of_the_same_header_share_it_whatever_their_metadata(tmp_path: Path) -> None:
+    found = []
+    for index, text in enumerate(("x", 'y "}, {\\"', "z" * 100, "é")):
+        path = tmp_path / f"{index}.safetensors"
+        path.write_bytes(with_header({"__metadata__": {"k": text}, "a": SPEC}, b"x" * 8))
+        found.append(read_safetensors(path))
+        assert found[-1].metadata == {"k": text}
+    assert [(one.entries[0].path, one.entries[0].offset) for one in found] == [(one.path, one.data_start) for one in found]
+    headers = [one.entries.header for one in found if isinstance(one.entries, StoredEntries)]
+    assert len(headers) == 4
+    assert all(header is headers[0] for header in headers)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "size", "message"),
+    [
+        (b'{"k":"v","k":"v"}', 8, "twice"),
+        (b'{"k":5}', 8, "__metadata__"),
+        (b'{"k":["v"]}', 8, "__metadata__"),
+        (b'{"k":"v",}', 8, "not JSON"),
+        (b'{"k":"\xff"}', 8, "not JSON"),
+        (b'{"k":"\\ud800"}', 8, "surrogate"),
+        (b'{"k":"v"},"__metadata__":{}', 8, "twice"),
+        (b'{"k":"v"},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}', 8, "starts at byte"),
+        (b'{"k":"v"}', 9, "expected .* bytes, found"),
+        (b'{"k":"v"}', 7, "expected .* bytes, found"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_although_another_has_the_same_header(
+    tmp_path: Path, metadata: bytes, size: int, message: str
+) -> None:
+    (tmp_path / "good.safetensors").write_bytes(with_header(b'{"__metadata__":{"k":"v"},' + REST, b"x" * 8))
+    good = read_safetensors(tmp_path / "good.safetensors")
+    assert len(good.entries) == 1
+    (tmp_path / "bad.safetensors").write_bytes(with_header(b'{"__metadata__":' + metadata + b"," + REST, b"x" * size))
+    with pytest.raises(FileFormatError, match=message):
+        read_safetensors(tmp_path / "bad.safetensors")
+
+
+def test_metadata_that_stand_last_are_read_from_each_file(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(with_header({"a": SPEC, "__metadata__": {"k": "v"}}, b"x" * 8))
+    assert [read_safetensors(tmp_path / name).metadata for name in ("one", "two")] == [{"k": "v"}] * 2
+    kept = [read_safetensors(tmp_path / name) for name in ("one", "two")]
+    assert [one.metadata for one in kept] == [{"k": "v"}] * 2
 
 
 SPEC = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

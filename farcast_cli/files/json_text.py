@@ -77,9 +77,7 @@ def parse_json(raw: bytes, *, made_of: Callable[[Pairs], dict[str, Any]] | None 
     Raises:
         ValueError: not JSON, or more of it than any checkpoint has.
     """
-    num_containers = raw.count(b"{") + raw.count(b"[")
-    if num_containers > MAX_CONTAINERS or raw.count(b",") > MAX_ITEMS or raw.count(b":") > MAX_KEYS:
-        raise ValueError(f"more than {MAX_CONTAINERS} objects and lists, {MAX_ITEMS} items or {MAX_KEYS} keys")
+    refuse_huge(raw)
     try:
         value = json.loads(raw, object_pairs_hook=made_of)
     except RecursionError:
@@ -87,6 +85,17 @@ def parse_json(raw: bytes, *, made_of: Callable[[Pairs], dict[str, Any]] | None 
     if value is None or _is_deep(value):
         raise ValueError(f"nested more than {MAX_DEPTH} deep, or nothing")
     return value
+
+
+def refuse_huge(raw: bytes) -> None:
+    """Refuse a JSON text that would take too much memory.
+
+    Raises:
+        ValueError: it has more objects, lists, items or keys than any checkpoint has.
+    """
+    num_containers = raw.count(b"{") + raw.count(b"[")
+    if num_containers > MAX_CONTAINERS or raw.count(b",") > MAX_ITEMS or raw.count(b":") > MAX_KEYS:
+        raise ValueError(f"more than {MAX_CONTAINERS} objects and lists, {MAX_ITEMS} items or {MAX_KEYS} keys")
 
 
 def parse_json_beside(raw: bytes, log: str, path: Path) -> Any:

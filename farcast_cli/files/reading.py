@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import os
 import stat
 from contextlib import contextmanager
@@ -224,6 +225,19 @@ def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
             return bytes(buffer)
     finally:
         os.close(fd)
+
+
+def read_stretches(stretches: Iterable[FileStretch]) -> Iterator[bytes]:
+    """The bytes of stretches of files, one after another; neighbours of the same file open it once."""
+    for path, several in itertools.groupby(stretches, key=lambda stretch: stretch[0]):
+        fd = open_read_only(path)
+        try:
+            for _, offset, num_bytes in several:
+                buffer = bytearray(num_bytes)
+                read_into(fd, memoryview(buffer), offset, path)
+                yield bytes(buffer)
+        finally:
+            os.close(fd)
 
 
 def sha256_of(path: Path) -> str:

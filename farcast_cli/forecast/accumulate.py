@@ -153,9 +153,11 @@ class _Task:
     is_kept: bool
     count: int = field(init=False)
     """Elements."""
+    num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.count = sum(tensor.count for tensor in self.stretches)
+        self.num_bytes = sum(tensor.num_bytes for tensor in self.stretches)
 
     def take(self, tensor: TensorStretches, limit: int) -> bool:
         """Take the next tensor's sample too, if it is of the same types and all have no more than `limit` values, and products."""
@@ -167,15 +169,12 @@ class _Task:
             return False
         self.stretches.append(tensor)
         self.count += tensor.count
+        self.num_bytes += tensor.num_bytes
         return True
 
     @property
     def tensors(self) -> slice:
         return slice(self.first, self.first + len(self.stretches))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.stretches)
 
     def sums_in(self, file: BinaryIO, number: int, num_kept: int) -> Sums:
         """What another rank handed in of it."""

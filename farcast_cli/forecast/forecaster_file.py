@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from farcast_cli.choices import StepFrom, StepUnit  # noqa: TC001 - pydantic rea
 from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, UsageError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
-from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading, seen_from
+from farcast_cli.files.reading import local, mark_of, open_input, open_read_only, portable, read_into, reading, seen_from
 from farcast_cli.files.staged import staged
 from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.files.reading import Mark
     from farcast_cli.tensors import TensorEntry
     from farcast_cli.trainers.base import Snapshot
 
@@ -68,10 +70,10 @@ class SnapshotRecord(BaseModel):
     is_kept: bool = False
 
 
-class TensorRecord(BaseModel):
-    """A tensor that is forecast, as the last snapshot holds it."""
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor that is forecast, as the last snapshot holds it; there may be many, so each is as small as can be."""
 
-    model_config = ConfigDict(defer_build=True, frozen=True)
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -296,17 +298,22 @@ def refuse_to_replace(path: Path) -> None:
         OutputError: it is not a forecaster.
     """
     try:
+        is_ours = _is_forecaster(path, mark_of(path))
+    except FileFormatError:  # a link that leads nowhere
+        is_ours = False
+    if not is_ours:
+        raise OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o")
+
+
+@lru_cache(maxsize=1)
+def _is_forecaster(path: Path, _: Mark) -> bool:
+    """Whether a file is a whole one of ours; looked at once as long as its mark stays."""
+    try:
         with safe_open(path, framework="np") as file:
             _provenance_of(path, file.metadata())
-            is_whole = set(file.keys()) == _ARRAYS
-    except (FileFormatError, SafetensorError, ValueError, OSError) as error:
-        raise _not_ours(path) from error
-    if not is_whole:
-        raise _not_ours(path)
-
-
-def _not_ours(path: Path) -> OutputError:
-    return OutputError(f"{path}: exists and is not a forecaster", hint="choose another file with -o")
+            return set(file.keys()) == _ARRAYS
+    except (FileFormatError, SafetensorError, ValueError, OSError):
+        return False
 
 
 def load_fitted(path: Path, *, home: Path | None = None) -> Fitted:

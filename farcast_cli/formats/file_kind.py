@@ -55,7 +55,7 @@ def kind_of(path: Path) -> FileKind:
     return _kind(path, mark_of(path)) if os.access(path, os.R_OK) else "unknown"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)  # a folder may hold thousands of samples, and each command asks more than once
 def _kind(path: Path, file: Mark) -> FileKind:
     head = read_bytes(path, 0, min(file[0], _HEAD_BYTES))
     if head.startswith(ZIP_MARK):

@@ -2,6 +2,8 @@
 
 Layout: 8 bytes little-endian header length n, n bytes of JSON, then the data section without holes.
 Source: https://github.com/huggingface/safetensors#format
+
+The headers of a run's snapshots are the same, their metadata aside. Such a header is parsed once, and its files share it.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, BinaryIO
+from weakref import WeakValueDictionary
 
-from farcast_cli.errors import FileFormatError, HalfWrittenError
-from farcast_cli.files.json_text import parse_json
+from farcast_cli.errors import FileFormatError, HalfWrittenError, SnapshotError
+from farcast_cli.files.json_text import parse_json, refuse_huge
 from farcast_cli.files.reading import file_size, read_bytes, refuse_lfs_pointer
 from farcast_cli.tensors import BY_CODE, DTYPES, DType, TensorEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -31,6 +37,108 @@ MAX_DIMS = 64  # torch's own
 ALIGNMENT = 8
 _MAX_COUNT = 1 << 62
 _LENGTH_BYTES = 8  # of the header length in front
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Header:
+    """What a header says of K tensors, in the order of their data, which lie without holes; files of the same header share it."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[DType, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    bounds: tuple[int, ...]
+    """K + 1 bytes of the data section: where each begins, and where the last one ends."""
+    largest: int
+    """The number of the first of those that take the most bytes; -1 where there is none."""
+
+
+class StoredEntries(Sequence[TensorEntry]):
+    """The tensors of one file, in the order of their data; made when they are first asked for."""
+
+    __slots__ = ("_made", "data_start", "header", "path")
+
+    def __init__(self, header: Header, path: Path, data_start: int) -> None:
+        self.header, self.path, self.data_start = header, path, data_start
+        self._made: tuple[TensorEntry, ...] | None = None
+
+    def made(self) -> tuple[TensorEntry, ...]:
+        """All of them."""
+        if self._made is None:
+            header = self.header
+            offsets = map(self.data_start.__add__, header.bounds)
+            self._made = tuple(map(TensorEntry, header.names, header.dtypes, header.shapes, repeat(self.path), offsets))
+        return self._made
+
+    @property
+    def largest(self) -> TensorEntry | None:
+        """The first of those that take the most bytes; alone, it costs no other."""
+        header, number = self.header, self.header.largest
+        if number < 0:
+            return None
+        offset = self.data_start + header.bounds[number]
+        return TensorEntry(header.names[number], header.dtypes[number], header.shapes[number], self.path, offset)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.made()[number]
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        return iter(self.made())
+
+    def __len__(self) -> int:
+        return len(self.header.names)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredEntries) and self.made() == other.made()
+
+    __hash__ = None  # type: ignore[assignment]  # as a dict's
+
+
+class StoredTensors(Mapping[str, TensorEntry]):
+    """The tensors of a snapshot's safetensors files by name. No two of them share a byte: a header is refused where they do."""
+
+    __slots__ = ("_named", "files")
+
+    def __init__(self, files: Sequence[StoredEntries]) -> None:
+        self.files = tuple(files)
+        self._named: dict[str, TensorEntry] | None = None
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """Of its files: the same objects as another's where both have the same tensors in the same order."""
+        return tuple(file.header for file in self.files)
+
+    @property
+    def largest(self) -> TensorEntry | None:
+        """The first of those that take the most bytes."""
+        found = (entry for file in self.files if (entry := file.largest))
+        return max(found, key=lambda entry: entry.num_bytes, default=None)
+
+    def made(self) -> dict[str, TensorEntry]:
+        """All of them by name."""
+        if self._named is None:
+            self._named = {name: entry for file in self.files for name, entry in zip(file.header.names, file, strict=True)}
+        return self._named
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self.made()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for file in self.files for name in file.header.names)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.made()
+
+    def values(self) -> Any:
+        """In the order of the files; nothing is made by name for them."""
+        return [entry for file in self.files for entry in file]
+
+    def items(self) -> Any:
+        """As a dict's."""
+        return self.made().items()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +146,7 @@ class SafetensorsFile:
     """A parsed header: tensors in the order of their data, metadata, and where the data section starts."""
 
     path: Path
-    entries: tuple[TensorEntry, ...]
+    entries: Sequence[TensorEntry]
     metadata: Mapping[str, str]
     data_start: int
     num_bytes: int
@@ -62,26 +170,43 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         what = f"no safetensors header: expected one of at most {max(limit, 0)} bytes, found {found}"
         raise _cut_short(path, what) if _ends_in_header(head, length) else _damaged(path, what)
     raw = read_bytes(path, 8, length)
-    header = _parse(path, raw)
-    metadata = _metadata(path, header.pop("__metadata__", {}))
+    header, metadata = _header_of(path, raw)
     data_start = 8 + length
-    entries = sorted((_entry(path, name, spec, data_start) for name, spec in header.items()), key=_position)
-    _check_gapless(path, entries, data_start, size)
+    end = data_start + header.bounds[-1]
+    if end > size:
+        raise _cut_short(path, f"expected {end} bytes, found {size}")
+    if end < size:
+        raise _damaged(path, f"expected {end} bytes, found {size}: there are bytes behind its data")
     digest = hashlib.sha256(raw).hexdigest()
-    return SafetensorsFile(path, tuple(entries), metadata, data_start, size, digest)
+    return SafetensorsFile(path, StoredEntries(header, path, data_start), metadata, data_start, size, digest)
+
+
+def by_name(files: Sequence[SafetensorsFile], path: Path) -> Mapping[str, TensorEntry]:
+    """All tensors of a snapshot's files by name.
+
+    Raises:
+        SnapshotError: two files have a tensor of the same name.
+    """
+    found = StoredTensors([file.entries for file in files if isinstance(file.entries, StoredEntries)])
+    if len(files) > 1 and len(set(found)) < len(found):
+        places: dict[str, Path] = {}
+        for name, place in ((name, file.path) for file in found.files for name in file.header.names):
+            if name in places:
+                raise SnapshotError(f"{path}: tensor {name!r} is in two files, {places[name].name} and {place.name}")
+            places[name] = place
+    return found
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON for tensors whose data follow in the given order; padded so that the data start aligned."""
-    header: dict[str, Any] = {}
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
+    parts = [f'"__metadata__":{_ENCODE(dict(sorted(metadata.items())))}'] if metadata else []
     begin = 0
     for name, dtype, shape in tensors:
         end = begin + dtype.bytes_of(prod(shape))
-        header[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [begin, end]}
+        place = _ENCODE({"dtype": dtype.code, "shape": list(shape), "data_offsets": [begin, end]})
+        parts.append(f"{_ENCODE(name)}:{place}")
         begin = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = f"{{{','.join(parts)}}}".encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
@@ -90,10 +215,6 @@ def write_arrays(file: BinaryIO, arrays: Mapping[str, NDArray[Any]], metadata: M
     """A whole file of numpy arrays, in their order; each must be C-contiguous."""
     file.write(encode_header(((name, DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()), metadata))
     file.writelines(array.data for array in arrays.values())
-
-
-def _position(entry: TensorEntry) -> tuple[int, int]:
-    return entry.offset, entry.num_bytes
 
 
 def _damaged(path: Path, what: str) -> FileFormatError:
@@ -112,7 +233,30 @@ def _ends_in_header(head: bytes, length: int) -> bool:
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+_METADATA = re.compile(rb'\{"__metadata__": *+(\{(?:[^"{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+\}), *+(?=")', re.DOTALL)
+"""The beginning of most headers: metadata with no object inside, and a tensor behind it."""
+_KNOWN: WeakValueDictionary[bytes, Header] = WeakValueDictionary()
+"""The headers that some file in memory has, by the digest of their text behind the metadata."""
+
+
+def _header_of(path: Path, raw: bytes) -> tuple[Header, dict[str, str]]:
+    """What a header says; if its text behind the metadata was parsed and checked before, only the metadata is now."""
+    found = _METADATA.match(raw)
+    behind = hashlib.sha256(memoryview(raw.rstrip(b" "))[found.end() if found else 0 :]).digest()
+    known = _KNOWN.get(behind)
+    if known is not None:
+        text = found[1] if found else b"{}"
+        return known, _metadata(path, _parse(path, text, whole=raw))
+    specs = _parse(path, raw, whole=raw)
+    has_metadata = "__metadata__" in specs
+    metadata = _metadata(path, specs.pop("__metadata__", {}))
+    header = _checked(path, specs)
+    if found or not has_metadata:  # else it stands elsewhere, and its text is not behind it
+        _KNOWN[behind] = header
+    return header, metadata
+
+
+def _parse(path: Path, raw: bytes, *, whole: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -120,6 +264,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return found
 
     try:
+        refuse_huge(whole)
         header = parse_json(raw, made_of=unique)
     except ValueError as error:
         raise _damaged(path, f"the header is not JSON: {error}") from error
@@ -136,7 +281,32 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
     return value
 
 
-def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
+def _checked(path: Path, specs: Mapping[str, Any]) -> Header:
+    """The tensors of a header in the order of their data.
+
+    Raises:
+        FileFormatError: a wrong name, dtype, shape or place, an overlap, or a hole.
+    """
+    names: list[str] = []
+    dtypes: list[DType] = []
+    shapes: list[tuple[int, ...]] = []
+    bounds, largest, most = [0], -1, -1
+    for begin, end, name, dtype, shape in sorted(
+        (_checked_spec(path, name, spec) for name, spec in specs.items()), key=itemgetter(0, 1)
+    ):
+        if begin != bounds[-1]:
+            raise _damaged(path, f"tensor {name!r} starts at byte {begin} of the data, expected {bounds[-1]}")
+        if end - begin > most:
+            largest, most = len(names), end - begin
+        names.append(name)
+        dtypes.append(dtype)
+        shapes.append(shape)
+        bounds.append(end)
+    return Header(tuple(names), tuple(dtypes), tuple(shapes), tuple(bounds), largest)
+
+
+def _checked_spec(path: Path, name: str, spec: object) -> tuple[int, int, str, DType, tuple[int, ...]]:
+    """Where a tensor's data begin and end in the data section, its name, its type and its shape."""
     if not name.isprintable() or len(name) > MAX_NAME:  # halves of a surrogate pair are not printable either
         raise _damaged(
             path, f"a tensor's name is {name[:MAX_NAME]!r}, expected printable text of at most {MAX_NAME} characters"
@@ -156,16 +326,4 @@ def _entry(path: Path, name: str, spec: object, data_start: int) -> TensorEntry:
     expected, found = dtype.bytes_of(num_elements), offsets[1] - offsets[0]
     if found != expected:
         raise _damaged(path, f"tensor {name!r}: expected {expected} bytes of data, found {found}")
-    return TensorEntry(sys.intern(name), dtype, tuple(shape), path, data_start + offsets[0])
-
-
-def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
-    position = data_start
-    for entry in entries:
-        if entry.offset != position:
-            raise _damaged(path, f"tensor {entry.name!r} starts at byte {entry.offset}, expected {position}")
-        position += entry.num_bytes
-    if position > size:
-        raise _cut_short(path, f"expected {position} bytes, found {size}")
-    if position < size:
-        raise _damaged(path, f"expected {position} bytes, found {size}: there are bytes behind its data")
+    return offsets[0], offsets[1], sys.intern(name), dtype, tuple(shape)

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeVar
 
 from farcast_cli.errors import MixedRunsError, SnapshotError, UsageError
+from farcast_cli.formats.safetensors_file import StoredTensors
 from farcast_cli.run.closed import are_alike
 from farcast_cli.run.quantised import quantised_owner
 from farcast_cli.tensors import FORECASTABLE, TensorEntry, canonical_name
 from farcast_cli.trainers.base import num_copied_in
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from farcast_cli.trainers.base import Snapshot
 
 Value = TypeVar("Value")
+Row = tuple["TensorEntry | None", ...]
+"""A tensor as each snapshot has it; None where one lacks it. The last one has it."""
 MAX_NAMED = 3
 """Tensors that a message names one by one."""
 _EXTRA_STATE = "_extra_state"
@@ -90,21 +95,22 @@ def align(snapshots: Sequence[Snapshot], *, include: Sequence[str] = (), exclude
             f"--include and --exclude: {flat} has the weights of several layers joined into one tensor",
             hint="leave the options out: tensors are chosen by name, and this one has no part of its own for each layer",
         )
-    named = [_Named.of(snapshot, choice) for snapshot in snapshots]
-    for before in named[:-1]:
-        if changes := _changes(before, named[-1], choice):
-            raise _mixed_runs(before.snapshot, origin, changes, choice)
-    set_aside, kinds = _set_aside(origin, choice), _not_floating(origin)
+    alike = all(are_alike(snapshot, origin) for snapshot in snapshots[:-1])
+    rows = _rows_in_order(snapshots) if alike else _rows_by_name(snapshots, choice)
+    changed, reordered = ({}, {}) if alike else (_changed(rows, snapshots), _reordered(rows))
+    reasons = reordered | _not_floating(origin) | changed | _set_aside(origin, choice)
+    compared = slice(-1 if alike else 0, None)  # where all are alike, the last stands for them
+    steps = tuple(snapshot.step for snapshot in snapshots)
     aligned: list[AlignedTensor] = []
     copied: list[Copied] = []
-    for key, entry in named[-1].tensors.items():
-        found = [one.tensors.get(key) for one in named]
-        why = set_aside.get(key) or _changed(entry.name, found, snapshots) or kinds.get(key) or _reordered(entry.name, found)
-        if why:
-            copied.append(why)
+    for key, found in rows.items():
+        if key in reasons:
+            copied.append(reasons[key])
         else:
-            entries = tuple(one for one in found if one)
-            aligned.append(AlignedTensor(entry.name, tuple(e.as_real() for e in entries), _remark(entries, snapshots)))
+            entries = tuple(entry for entry in found if entry)
+            real = tuple(entry.as_real() for entry in entries)
+            remark = _remark(tuple(e.dtype.name for e in entries[compared]), real[-1].dtype.name, steps[compared])
+            aligned.append(AlignedTensor(entries[-1].name, real, remark))
     copied += [Copied(name, reason) for name, reason in origin.beside]
     if not aligned:
         raise SnapshotError(
@@ -167,8 +173,13 @@ def _tensors(snapshot: Snapshot) -> dict[str, TensorEntry]:
 
 def _set_aside(snapshot: Snapshot, choice: _Choice) -> dict[str, Copied]:
     """Tensors that are not forecast by themselves, whatever they hold: by choice, or as part of another's memory."""
-    groups = _memory_groups(snapshot.tensors.values())
-    found = {key: _reason_by_group(entry, groups[entry.name], choice) for key, entry in _tensors(snapshot).items()}
+    groups = {} if isinstance(snapshot.tensors, StoredTensors) else _memory_groups(snapshot.tensors.values())
+    if not (groups or choice.include or choice.exclude):
+        return {}
+    found = {
+        key: _reason_by_group(entry, groups.get(entry.name, _MemoryGroup((entry,))), choice)
+        for key, entry in _tensors(snapshot).items()
+    }
     return {key: copied for key, copied in found.items() if copied}
 
 
@@ -179,7 +190,7 @@ def _not_floating(snapshot: Snapshot) -> dict[str, Copied]:
     return {key: copied for key, copied in found.items() if copied}
 
 
-def _reason_by_kind(entry: TensorEntry, snapshot: Snapshot, quantised: Container[str]) -> Copied | None:
+def _reason_by_kind(entry: TensorEntry, snapshot: Snapshot, quantised: Collection[str]) -> Copied | None:
     if entry.name.rpartition(".")[2] == "num_batches_tracked" and entry.dtype.name == "int64":
         return Copied(entry.name, "a counter, advanced with the trainer's own")
     if entry.dtype.name not in FORECASTABLE:
@@ -214,7 +225,7 @@ class _MemoryGroup:
 
 
 def _memory_groups(entries: Iterable[TensorEntry]) -> dict[str, _MemoryGroup]:
-    """Every tensor's group, by name; most are alone in theirs."""
+    """The groups of several tensors, by the names of their members; most tensors are alone."""
     groups: list[list[TensorEntry]] = []
     end = 0
     for entry in sorted(entries, key=lambda e: (str(e.path), e.offset, -e.num_bytes)):
@@ -224,7 +235,8 @@ def _memory_groups(entries: Iterable[TensorEntry]) -> dict[str, _MemoryGroup]:
         else:
             groups.append([entry])
             end = entry.offset + entry.num_bytes
-    return {entry.name: group for members in groups for group in [_MemoryGroup(tuple(members))] for entry in members}
+    several = [_MemoryGroup(tuple(members)) for members in groups if len(members) > 1]
+    return {entry.name: group for group in several for entry in group.members}
 
 
 def _reason_by_group(entry: TensorEntry, group: _MemoryGroup, choice: _Choice) -> Copied | None:
@@ -351,8 +363,34 @@ def _mixed_runs(
     )
 
 
-def _changed(name: str, found: Sequence[TensorEntry | None], snapshots: Sequence[Snapshot]) -> Copied | None:
+def _rows_in_order(snapshots: Sequence[Snapshot]) -> dict[str, Row]:
+    """The tensors of snapshots that all have the same ones in the same order."""
+    rows = zip(*(snapshot.tensors.values() for snapshot in snapshots), strict=True)
+    return dict(zip(_tensors(snapshots[-1]), rows, strict=True))
+
+
+def _rows_by_name(snapshots: Sequence[Snapshot], choice: _Choice) -> dict[str, Row]:
+    """The tensors that the last snapshot has, as each snapshot has them.
+
+    Raises:
+        MixedRunsError: what is forecast of them differs.
+    """
+    named = [_Named.of(snapshot, choice) for snapshot in snapshots]
+    for before in named[:-1]:
+        if changes := _changes(before, named[-1], choice):
+            raise _mixed_runs(before.snapshot, snapshots[-1], changes, choice)
+    return {key: tuple(one.tensors.get(key) for one in named) for key in named[-1].tensors}
+
+
+def _changed(rows: Mapping[str, Row], snapshots: Sequence[Snapshot]) -> dict[str, Copied]:
+    """The tensors that came or changed their shape."""
+    found = {key: _how_changed(row, snapshots) for key, row in rows.items()}
+    return {key: copied for key, copied in found.items() if copied}
+
+
+def _how_changed(found: Row, snapshots: Sequence[Snapshot]) -> Copied | None:
     """Why a tensor that came, or changed its shape, is copied; a kept snapshot lacks what is copied anyway."""
+    name = _name_of(found)
     seen = [
         (_shape(entry) if entry else None, one.step)
         for entry, one in zip(found, snapshots, strict=True)
@@ -364,16 +402,21 @@ def _changed(name: str, found: Sequence[TensorEntry | None], snapshots: Sequence
     return Copied(name, f"changed its shape at step {steps[-1]}") if steps else None
 
 
-def _reordered(name: str, found: Iterable[TensorEntry | None]) -> Copied | None:
-    return Copied(name, _SCATTERED) if len({entry.strides for entry in found if entry}) > 1 else None
+def _reordered(rows: Mapping[str, Row]) -> dict[str, Copied]:
+    """The tensors whose elements do not lie in the same order everywhere."""
+    return {key: Copied(_name_of(row), _SCATTERED) for key, row in rows.items() if len({one.strides for one in row if one}) > 1}
 
 
-def _remark(entries: Sequence[TensorEntry], snapshots: Sequence[Snapshot]) -> str:
-    """A complex type, or one that changed: `float32, bfloat16 from step 500 on`."""
-    steps = groupby(zip(entries, snapshots, strict=True), key=lambda pair: pair[0].dtype.name)
-    types = [(name, next(pairs)[1].step) for name, pairs in steps]
-    told = ", ".join([types[0][0], *(f"{name} from step {step} on" for name, step in types[1:])])
-    parts = entries[-1].as_real().dtype.name
-    if parts != entries[-1].dtype.name:
+def _name_of(row: Row) -> str:
+    """As the last snapshot calls a tensor."""
+    return next(entry.name for entry in reversed(row) if entry)
+
+
+@lru_cache(maxsize=64)
+def _remark(types: tuple[str, ...], parts: str, steps: tuple[int, ...]) -> str:
+    """A complex type, of pairs of `parts`, or one that changed: `float32, bfloat16 from step 500 on`."""
+    changes = [(name, next(pairs)[1]) for name, pairs in groupby(zip(types, steps, strict=True), key=itemgetter(0))]
+    told = ", ".join([types[0], *(f"{name} from step {step} on" for name, step in changes[1:])])
+    if parts != types[-1]:
         return f"{told}, as pairs of {parts}"
-    return told if len(types) > 1 else ""
+    return told if len(changes) > 1 else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import SnapshotError
+from farcast_cli.formats.safetensors_file import Header, StoredTensors
 from farcast_cli.tensors import TensorEntry
 from farcast_cli.trainers.base import read_snapshot
 
@@ -52,8 +53,11 @@ class Shelf:
         return self._open[path]
 
 
+Outline = bytes | tuple[Header, ...]
+
+
 class ClosedTensors(Mapping[str, TensorEntry]):
-    """The tensors of a closed snapshot. `outline` is the same for two snapshots if names, types and shapes are."""
+    """The tensors of a closed snapshot. `outline` is the same for two snapshots if names, types, shapes and orders are."""
 
     __slots__ = ("_count", "_marks", "_path", "_shelf", "outline")
 
@@ -93,13 +97,21 @@ def reopened(snapshot: Snapshot) -> Snapshot:
 
 
 def are_alike(before: Snapshot, after: Snapshot) -> bool:
-    """Whether two closed snapshots have the same tensors; False says nothing."""
-    one, other = before.tensors, after.tensors
-    return isinstance(one, ClosedTensors) and isinstance(other, ClosedTensors) and one.outline == other.outline
+    """Whether two snapshots have the same tensors in the same order, which headers or fingerprints tell; False says nothing."""
+    one, other = _known_outline(before), _known_outline(after)
+    return one is not None and one == other
 
 
-def _outline_of(snapshot: Snapshot) -> bytes:
+def _known_outline(snapshot: Snapshot) -> Outline | None:
+    if isinstance(snapshot.tensors, StoredTensors):
+        return snapshot.tensors.headers
+    return snapshot.tensors.outline if isinstance(snapshot.tensors, ClosedTensors) else None
+
+
+def _outline_of(snapshot: Snapshot) -> Outline:
+    if isinstance(snapshot.tensors, StoredTensors):
+        return snapshot.tensors.headers
     whole = hashlib.sha256()
     for entry in snapshot.tensors.values():
-        whole.update(repr((entry.name, entry.dtype.name, entry.shape)).encode())
+        whole.update(repr((entry.name, entry.dtype.name, entry.shape, entry.strides)).encode())
     return whole.digest()

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import MAX_LISTED, MixedRunsError
+from farcast_cli.run.closed import reopened
 from farcast_cli.trainers.names import find_number_in_name
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _PACE_OF_COPYING = 10**9  # ns from one file to the next; files that came faster
 
 def saved_at(snapshot: Snapshot) -> int:
     """When the last of the files that hold its weights was changed, in ns."""
-    files = {entry.path for entry in snapshot.tensors.values()}
+    files = reopened(snapshot).weights_files
     return max((mark[1] for path, mark in snapshot.marks.items() if path in files), default=0)
 
 

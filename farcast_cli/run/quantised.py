@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Collection
 
 NAMED_AFTER = (
     *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB"),
@@ -24,12 +24,14 @@ BESIDE = {
 WEIGHTS = ("weight", "qweight", "weight_packed", "W_q", "codes", "_data")
 
 
-def quantised_owner(name: str, quantised: Container[str]) -> str:
+def quantised_owner(name: str, quantised: Collection[str]) -> str:
     """The quantised tensor that a tensor belongs to by its name, "" where there is none.
 
     Args:
         quantised: the names of the tensors that are not of a floating type.
     """
+    if not quantised:
+        return ""
     for ending in NAMED_AFTER:
         if name.endswith(ending) and name.removesuffix(ending) in quantised:
             return name.removesuffix(ending)

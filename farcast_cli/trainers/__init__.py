@@ -1,4 +1,4 @@
-"""Checkpoint layouts: which files make up one snapshot. One module per layout, tried in the order of `LAYOUTS`."""
+"""Checkpoint layouts: which files make up one snapshot. One module per layout, tried in this order, folders apart from files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from farcast_cli.trainers import (
     torch_payload,
 )
 from farcast_cli.trainers.base import tree_of
+from farcast_cli.trainers.by_content import may_be_snapshot
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.trainers.base import Layout, Snapshot, Trainer
 
-LAYOUTS: tuple[Layout, ...] = (
+FOLDER_LAYOUTS: tuple[Layout, ...] = (
     hf_trainer.LAYOUT,
     *refused.LAYOUTS,
     dcp.LAYOUT,
@@ -35,6 +36,8 @@ LAYOUTS: tuple[Layout, ...] = (
     deepspeed.LAYOUT,
     hub_folder.LAYOUT,
     torch_folder.LAYOUT,
+)
+FILE_LAYOUTS: tuple[Layout, ...] = (
     kept.LAYOUT,
     loose_safetensors.LAYOUT,
     lightning.LAYOUT,
@@ -42,6 +45,7 @@ LAYOUTS: tuple[Layout, ...] = (
     stable_baselines3.LAYOUT,
     torch_payload.LAYOUT,
 )
+LAYOUTS = FOLDER_LAYOUTS + FILE_LAYOUTS
 
 
 def named(name: str) -> Layout:
@@ -72,4 +76,5 @@ def recognise(path: Path) -> Layout | None:
         FileFormatError: the system cannot say what lies there.
     """
     with reading(path):
-        return next((layout for layout in LAYOUTS if layout.recognises(path)), None)
+        layouts = FOLDER_LAYOUTS if path.is_dir() else FILE_LAYOUTS if may_be_snapshot(path) else ()
+        return next((layout for layout in layouts if layout.recognises(path)), None)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 from farcast_cli.errors import FarcastError, FileFormatError, SnapshotError, UnreadableError, UnsafeFileError, UsageError
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import Mark, file_size, look_again, mark_of, read_bytes, reading
+from farcast_cli.files.reading import Mark, file_size, look_again, mark_of, read_bytes, read_stretches, reading
 from farcast_cli.formats.dcp_file import DcpFile
 from farcast_cli.formats.pickle_file import PickleFile
 from farcast_cli.formats.pickled_module import as_state_dict
-from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile
+from farcast_cli.formats.safetensors_file import MAX_NAME, SafetensorsFile, StoredTensors
 from farcast_cli.formats.torch_file import TorchFile, read_raw_pickle, refuse_half_written
 from farcast_cli.formats.torch_pickle import TensorRef, is_streamable, iter_tensors
 from farcast_cli.formats.tree import at, dotted, grow
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from farcast_cli.choices import StepUnit
+    from farcast_cli.files.reading import FileStretch
     from farcast_cli.formats.tree import TreePath
     from farcast_cli.tensors import TensorEntry
 
@@ -227,8 +228,9 @@ class Snapshot:
         for part in self.parts:
             if isinstance(part.content, (SafetensorsFile, TorchFile, DcpFile)) and part.role in {"weights", "state"}:
                 whole.update(part.content.digest.encode())
-        plain = (entry for name, entry in self.tensors.items() if name not in self.not_streamable)
-        largest = max(plain, key=lambda entry: entry.num_bytes, default=None)
+        plain = (self.tensors[name] for name in self.tensors if name not in self.not_streamable)
+        stored = self.tensors.largest if isinstance(self.tensors, StoredTensors) else None
+        largest = stored or max(plain, key=lambda entry: entry.num_bytes, default=None)
         if largest is not None:
             whole.update(_middle_of(largest))
         return whole.hexdigest()
@@ -242,9 +244,9 @@ class Snapshot:
         if self.source is not None:
             return self.source.digest
         whole = hashlib.sha256(self.digest.encode())
-        for name, entry in sorted(self.tensors.items()):
-            if name not in self.not_streamable:
-                whole.update(_middle_of(entry))
+        plain = (entry for name, entry in sorted(self.tensors.items()) if name not in self.not_streamable)
+        for block in read_stretches(map(_place_of_middle, plain)):
+            whole.update(block)
         return whole.hexdigest()
 
     def has_weights_of(self, other: Snapshot) -> bool:
@@ -263,6 +265,12 @@ class Snapshot:
             and _are_alike(mine.as_real(), its.as_real())
             for mine, its in pairs
         )
+
+    @property
+    def weights_files(self) -> frozenset[Path]:
+        """The files that hold its tensors."""
+        files = self.tensors.files if isinstance(self.tensors, StoredTensors) else self.tensors.values()
+        return frozenset(file.path for file in files)
 
     @property
     def is_sample(self) -> bool:
@@ -416,8 +424,13 @@ class Layout:
 
 
 def _middle_of(entry: TensorEntry) -> bytes:
-    count = min(entry.num_bytes, DIGEST_BYTES)
-    return read_bytes(entry.path, entry.offset + (entry.num_bytes - count) // 2, count)
+    return read_bytes(*_place_of_middle(entry))
+
+
+def _place_of_middle(entry: TensorEntry) -> FileStretch:
+    size = entry.num_bytes
+    count = min(size, DIGEST_BYTES)
+    return entry.path, entry.offset + (size - count) // 2, count
 
 
 def _are_alike(mine: TensorEntry, its: TensorEntry) -> bool:
@@ -516,19 +529,6 @@ def metadata_evidence(metadata: Mapping[str, str]) -> tuple[Evidence, ...]:
 def name_evidence(path: Path) -> tuple[Evidence, ...]:
     found = find_step_in_name(path.name)
     return (Evidence("name", path.name, int(found[1])),) if found else ()
-
-
-def unique_tensors(files: Iterable[SafetensorsFile], path: Path) -> dict[str, TensorEntry]:
-    """All tensors of a snapshot's safetensors files by name."""
-    tensors: dict[str, TensorEntry] = {}
-    for file in files:
-        for entry in file.entries:
-            if entry.name in tensors:
-                raise SnapshotError(
-                    f"{path}: tensor {entry.name!r} is in two files, {tensors[entry.name].path.name} and {file.path.name}"
-                )
-            tensors[entry.name] = entry
-    return tensors
 
 
 def weights_of(file: TorchFile, tree: object) -> tuple[dict[str, TensorEntry], frozenset[str]]:

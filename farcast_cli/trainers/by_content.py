@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from farcast_cli.formats.file_kind import FileKind
 
 TORCH_ENDINGS = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+_ENDINGS = TORCH_ENDINGS | {".safetensors", ".zip"}
+"""Of files that a layout is asked about whatever they are called."""
 _WITH_TAR = frozenset({".pt.tar", ".pth.tar", ".ckpt.tar"})
 """Of torch files that are no tar, as the ImageNet example of torch calls them."""
 _OTHER_ENDINGS = frozenset(
@@ -30,6 +32,12 @@ _NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|random|args|sampler|loader|dl_
 _BACKUP = re.compile(r"(?:\.(?:bak|backup|old|orig|sav|swp)[-_.]?\d*|~)$", re.IGNORECASE)
 _MAY_BE_TORCH: frozenset[FileKind] = frozenset({"torch", "old torch", "pickle", "unknown", "zip", "msgpack"})
 """What a file under a torch ending may begin with; a pickle or a zip of another kind is refused where it is read."""
+
+
+def may_be_snapshot(path: Path) -> bool:
+    """Whether some layout may take a file for a snapshot: most files of other programs are no snapshot by their names alone."""
+    by_ending = path.suffix in _ENDINGS or split_ending(path.name)[1] in _WITH_TAR
+    return by_ending or is_by_content(path, "torch", "old torch", "safetensors", "stable-baselines3")
 
 
 def is_torch(path: Path) -> bool:

@@ -37,10 +37,8 @@ class Foreign:
 
 def foreign_at(path: Path) -> Foreign | None:
     """What lies at a path that is no checkpoint for farcast; None where nothing tells."""
-    if path.is_dir():
-        return next((one for one in _KINDS if _holds(path, one.holds)), None)
     if not path.is_file():
-        return None
+        return next((one for one in _KINDS if _holds(path, one.holds)), None) if path.is_dir() else None
     kind: FileKind | None = None  # of a file that a name tells, nothing is read
     for one in _KINDS:
         if one.named and one.named.match(path.name):

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from farcast_cli.formats.file_kind import kind_of
-from farcast_cli.formats.safetensors_file import read_safetensors
+from farcast_cli.formats.safetensors_file import by_name, read_safetensors
 from farcast_cli.trainers.base import Layout, Part, Snapshot, metadata_evidence, name_evidence
 from farcast_cli.trainers.by_content import TORCH_ENDINGS, is_by_content
 
@@ -32,12 +32,11 @@ def _is_under_other_ending(path: Path) -> bool:
 
 def _read(path: Path) -> Snapshot:
     file = read_safetensors(path)
-    tensors = {entry.name: entry for entry in file.entries}
     return Snapshot(
         path,
         LAYOUT.name,
         (Part(path, "", "weights", file),),
-        tensors,
+        by_name([file], path),
         (*name_evidence(path), *metadata_evidence(file.metadata)),
     )
 

@@ -11,12 +11,12 @@ from farcast_cli.errors import FileFormatError, HalfWrittenError, SnapshotError,
 from farcast_cli.files.json_text import parse_json, parse_json_beside
 from farcast_cli.files.reading import file_size, read_bytes
 from farcast_cli.formats.file_kind import kind_of
-from farcast_cli.formats.safetensors_file import read_safetensors
+from farcast_cli.formats.safetensors_file import StoredTensors, by_name, read_safetensors
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
-from farcast_cli.trainers.base import ADAPTER_FILES, Part, find_weights, unique_tensors, weights_of
+from farcast_cli.trainers.base import ADAPTER_FILES, Part, find_weights, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from farcast_cli.formats.safetensors_file import SafetensorsFile
@@ -43,15 +43,15 @@ class Weights:
     """The weights of a snapshot: their files as parts, the tensors by name, and those that cannot be streamed."""
 
     parts: tuple[Part, ...]
-    tensors: dict[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry]
     rough: frozenset[str] = frozenset()
 
     def under(self, prefix: str, folder: Path) -> Weights:
         """The same with a prefix to all names; `folder` is the snapshot's."""
         parts = [replace(part, name=part.path.relative_to(folder).as_posix(), prefix=prefix) for part in self.parts]
-        tensors = {
-            prefix + name: replace(entry, name=prefix + name) if prefix else entry for name, entry in self.tensors.items()
-        }
+        tensors = self.tensors
+        if prefix:
+            tensors = {prefix + name: replace(entry, name=prefix + name) for name, entry in tensors.items()}
         return Weights(tuple(parts), tensors, frozenset(prefix + name for name in self.rough))
 
 
@@ -59,10 +59,13 @@ def as_one(folder: Path, several: Iterable[Weights]) -> Weights:
     """The weights of several models as those of one snapshot."""
     whole = Weights((), {})
     for one in several:
+        if not whole.parts:
+            whole = one
+            continue
         twice = whole.tensors.keys() & one.tensors.keys()
         if twice:
             raise SnapshotError(f"{folder}: tensor {min(twice)!r} is in two files, {one.parts[0].name} and another")
-        whole = Weights(whole.parts + one.parts, whole.tensors | one.tensors, whole.rough | one.rough)
+        whole = Weights(whole.parts + one.parts, {**whole.tensors, **one.tensors}, whole.rough | one.rough)
     return whole
 
 
@@ -145,7 +148,7 @@ def _read_one(first: Path) -> Weights:
 def _read_files(paths: Sequence[Path]) -> Weights:
     if paths and (paths[0].suffix == ".safetensors" or kind_of(paths[0]) == "safetensors"):
         files = [read_safetensors(path) for path in paths]
-        return Weights(tuple(_part(file) for file in files), unique_tensors(files, paths[0].parent))
+        return Weights(tuple(_part(file) for file in files), by_name(files, paths[0].parent))
     tensors: dict[str, TensorEntry] = {}
     rough: frozenset[str] = frozenset()
     parts = []
@@ -189,7 +192,10 @@ def _numbered(first: Path) -> list[Path]:
     return paths
 
 
-def _check_index(index_path: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
+def _check_index(index_path: Path, weight_map: dict[str, str], tensors: Mapping[str, TensorEntry]) -> None:
+    files = tensors.files if isinstance(tensors, StoredTensors) else ()
+    if files and weight_map == {name: file.path.name for file in files for name in file.header.names}:
+        return
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].path.name != shard:
             raise FileFormatError(f"{index_path}: tensor {name!r} is not in {shard}, where the index has it")
