@@ -74,15 +74,12 @@ def gate_rows(results: Results) -> dict[tuple[Spec, float, float], dict[str, Any
 def _compared(
     cell: Cell, result: dict[str, Any], control: dict[str, Any], curve: Sequence[Any], gate: dict[str, Any]
 ) -> Resumed:
-    steps = [step for step, _ in result["points"]]
-    difference = np.mean([value for _, value in result["points"]]) - np.mean([value for _, value in control["points"]])
-    slope = _slope(curve, result["origin"], steps)
     return Resumed(
         cell.spec,
         cell.origin,
         cell.lead,
         cell.method,
-        ahead=float(difference / slope / result["horizon"]) if slope < 0 else math.nan,
+        ahead=steps_ahead(curve, result, control),
         gain=1 - result["averaged"] / control["averaged"],
         at_once=result["at_once"] / control["at_once"] - 1,
         verdict=gate["verdict"],
@@ -90,6 +87,13 @@ def _compared(
         recent=gate["S_recent"],
         ratio=gate["b"],
     )
+
+
+def steps_ahead(curve: Sequence[Any], result: dict[str, Any], control: dict[str, Any]) -> float:
+    """How many steps a resumed forecast is ahead of its control, in horizons; nan where the plain run no longer falls."""
+    difference = np.mean([value for _, value in result["points"]]) - np.mean([value for _, value in control["points"]])
+    slope = _slope(curve, result["origin"], [step for step, _ in result["points"]])
+    return float(difference / slope / result["horizon"]) if slope < 0 else math.nan
 
 
 def _slope(curve: Sequence[Any], origin: int, steps: Sequence[int]) -> float:

@@ -211,7 +211,7 @@ def expected_s(cell: Cell) -> float:
         return steps * step + 100 * validation + num_leaps * (2 * validation + LEAP_S.get(cell.spec.task, 0.1))
     if cell.kind == "anneal":
         return (1 - cell.origin * (1 + cell.lead)) * steps * step + 2 * validation + 0.3
-    if cell.kind == "resume":
+    if cell.kind in {"resume", "context"}:
         return steps / 10 * step + 8 * validation + 0.3
     return {"fit": 0.3, "ratio": 10.0 if cell.spec.task in {"mlp", "conv"} else 28.0, "evaluation": 0.5 + 7 * validation}[
         cell.kind
@@ -246,6 +246,7 @@ def prepare_worker() -> None:
 def work(cell: Cell) -> None:
     """Measure one cell in this process."""
     import cells
+    import context
     import paper
     import training
     import whole
@@ -256,6 +257,7 @@ def work(cell: Cell) -> None:
         "fit": training.fit,
         "ratio": cells.ratio,
         "resume": cells.resume,
+        "context": context.resume,
         "evaluation": cells.evaluation,
         "whole": whole.whole,
         "anneal": anneal.anneal,

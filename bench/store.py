@@ -31,22 +31,31 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out" / "quality"
 FARCAST = Path(farcast_cli.__file__).parent
-STATISTIC = ("forecast.accumulate", "forecast.gram", "forecast.products", "stream", "fitted")
+STATISTIC = ("forecast.accumulate", "forecast.gram", "forecast.products", "engine.reader", "forecast.forecaster_file")
 _FORECASTERS = ("forecast.timeline", "forecast.forecaster", "forecast.methods", "forecast.lfd2")
-FORECAST = (*STATISTIC, *_FORECASTERS, "output.engine")
+FORECAST = (*STATISTIC, *_FORECASTERS, "engine.linear", "engine.arithmetic", "engine.write")
 GATE = (*FORECAST, "forecast.backtest")
-LEAPING = ("forecast.momentum", "forecast.accumulate", "leap", "memory", "pace", "output.linear", "output.arithmetic")
+LEAPING = (
+    "forecast.momentum",
+    "forecast.memory",
+    "forecast.accumulate",
+    "leaps.*",
+    "run.pace",
+    "engine.linear",
+    "engine.arithmetic",
+)
 CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of bench/ and of farcast (globs), by kind of cell
     "pretrain": (("tasks", "training"), ()),
     "plain": (("tasks", "training"), ()),
     "fit": (("tasks", "training"), STATISTIC),
     "ratio": (("tasks", "training", "cells"), GATE),
     "resume": (("tasks", "training", "cells"), FORECAST),
-    "evaluation": (("tasks", "training", "cells"), (*GATE, "forecast.choice", "predict")),
+    "context": (("tasks", "training", "cells"), FORECAST),
+    "evaluation": (("tasks", "training", "cells"), (*GATE, "forecast.choice", "prediction")),
     "regression": (("tasks", "training", "paper"), FORECAST),
     "distilbert": (("tasks", "training", "paper"), FORECAST),
-    "whole": (("tasks", "training", "whole"), (*GATE, "forecast.choice", "predict", "ledger")),
-    "anneal": (("tasks", "training", "anneal"), ("forecast.*", "trainer.*", "stream", "fitted", "output.engine", "predict")),
+    "whole": (("tasks", "training", "whole"), (*GATE, "forecast.choice", "prediction", "forecast.ledger")),
+    "anneal": (("tasks", "training", "anneal"), ("forecast.*", "state.*", "engine.*", "prediction")),
     "memory": (("tasks", "training", "memory"), ()),
     "memory leaps": (("tasks", "training", "memory"), LEAPING),  # and `random`, which copies their norms
     "memory judged": (("tasks", "training", "memory", "judge"), LEAPING),

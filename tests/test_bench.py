@@ -44,6 +44,19 @@ def test_torchs_schedule_in_a_snapshot_has_the_rates_that_the_run_is_trained_at(
     assert made.get_last_lr()[0] == pytest.approx(0.5 if schedule == "constant" else 0, abs=1e-9)
 
 
+def test_what_a_result_depends_on_is_there(bench: Any) -> None:
+    """A result is named by a hash of these modules; one that has moved would end every measurement."""
+    store, trials = bench("store"), bench("trials")
+    for ours, theirs in store.CODE.values():
+        assert store.code_digest(ours, theirs)
+    for theirs in trials.CODE.values():
+        assert store.code_digest((), theirs)
+    named = {name for _, theirs in store.CODE.values() for name in theirs} | {
+        n for names in trials.CODE.values() for n in names
+    }
+    assert not [name for name in named if not list(store.FARCAST.glob(name.replace(".", "/") + ".py"))]
+
+
 def test_r_is_one_where_the_leap_ends_as_low_as_the_whole_run_and_zero_where_it_ends_as_the_control_does(bench: Any) -> None:
     replaced = bench("figures").replaced
     assert replaced(1.0, 1.2, 1.0) == pytest.approx(1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from farcast_cli.forecast.forecaster import Task
     from farcast_cli.forecast.timeline import Timeline
 
-MAX_CONTEXT = 10  # snapshots that a slope is taken over; twice as many change the ratio by .04 at most
+MAX_CONTEXT = 9  # snapshots that a slope is taken over: eight equal parts, whose quarters are the points of k5
 RIDGE = 1e-2  # of the mean eigenvalue; a regression's shrinkage, flat between 1e-3 and 1e-1
 NUM_FLOWS = 4  # k5 reads five points of the history, hence four moves between them
 SCALES = (1 / 8, 1 / 4, 1 / 2)  # of the history: the windows of `window-means`, the longest is its recent half
