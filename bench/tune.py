@@ -124,7 +124,7 @@ PARTS: dict[str, Callable[[bool], Any]] = {
     "target": lambda quick: [to_target(width) for width in ((1024,) if quick else (1024, 4096))],
     "break_even": lambda _: break_even(1024),
     "gate": lambda quick: gate_record(10 if quick else NUM_SEEDS),
-    "several": lambda quick: several_layers(1024 if quick else 4096),
+    "several": lambda quick: several_layers(256 if quick else 1024),
     "relu": lambda quick: shifted_relu(quick=quick),
     "sketch": lambda quick: sketching(((1024, 512, 1024),) if quick else CASES),
 }

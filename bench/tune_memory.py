@@ -30,7 +30,7 @@ CALLS = {
 
 
 def make(folder: Path, width: int) -> None:
-    """A checkpoint with one layer, square, and its head; rows in few directions, so that what some teach holds for others."""
+    """A checkpoint with one layer, square, of a multiple of 256, and its head; rows in few directions, so that what some teach holds for others."""
     random = np.random.default_rng(0)
     with (folder / "step_1.safetensors").open("wb") as file:
         tensors = [("w", DTYPES["float32"], (width, width)), ("head", DTYPES["float32"], (NUM_OUTPUTS, width))]
