@@ -23,14 +23,25 @@ from farcast_cli.choices import StepFrom, StepUnit  # noqa: TC001 - pydantic rea
 from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, UsageError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
-from farcast_cli.files.reading import local, open_input, open_read_only, portable, read_into, reading, seen_from
+from farcast_cli.files.reading import (
+    fetch,
+    file_size,
+    local,
+    open_input,
+    open_read_only,
+    placed,
+    portable,
+    read_into,
+    reading,
+    seen_from,
+)
 from farcast_cli.files.staged import staged
 from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.safetensors_file import read_safetensors, write_arrays
-from farcast_cli.remote.mirror import revived
+from farcast_cli.remote.mirror import opened
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
@@ -227,7 +238,7 @@ def run_of_fitted(path: Path) -> Path | None:
     """The run's folder by an older forecaster file; None where there is none that tells."""
     try:
         with safe_open(path, framework="np") as file:
-            return path.parent / _provenance_of(path, file.metadata()).directory
+            return placed(path.parent, _provenance_of(path, file.metadata()).directory)
     except (FileFormatError, SafetensorError, ValueError, OSError):
         return None
 
@@ -289,6 +300,7 @@ def load_fitted(path: Path) -> Fitted:
         is_file = path.is_file()
     if not is_file:
         raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one", path=path)
+    fetch([(path, 0, file_size(path))])
     open_input(path).close()  # says why it cannot be opened, which safetensors does not
     try:
         with reading(path), safe_open(path, framework="np") as file:
@@ -312,8 +324,8 @@ def load_fitted(path: Path) -> Fitted:
             f"{path}: a forecaster of another version of farcast ({provenance.farcast_version}, layout {provenance.layout!r})",
             hint="write it again with farcast fit CKPTS",
         )
-    kept = path.parent / provenance.kept if provenance.kept else None
-    return Fitted(gram, sample, provenance, revived(path.parent / provenance.directory), kept)
+    kept = opened(path.parent, provenance.kept) if provenance.kept else None
+    return Fitted(gram, sample, provenance, opened(path.parent, provenance.directory), kept)
 
 
 def _array(entry: TensorEntry) -> NDArray[Any]:
