@@ -6,13 +6,19 @@ Most tests use fsspec's own store in memory. Those against an S3 server need s3f
 from __future__ import annotations
 
 import errno
+import http.client
 import json
+import os
 import shutil
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -40,6 +46,7 @@ SAMPLES = Path(__file__).parent.parent / "sample_checkpoints"
 RUN = "memory://store/run"
 STEPS = range(100, 700, 100)
 _FOLDER_FILES = {".metadata", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
+FORCED = ("--horizon", 100, "--even-if-worse")
 LARGE = {"wide": (1024, 2048)}  # 8 MiB
 
 
@@ -491,6 +498,60 @@ def test_a_folder_without_its_deciding_files_is_no_checkpoint(name: Path, tmp_pa
 # --- a real S3 server ------------------------------------------------------------------------------------------------
 
 
+class Faults:
+    """Between a client and a server: HTTP requests pass, but for those that `refuse` answers with a status."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.refuse: Callable[[str, str], int] = lambda _method, _path: 0
+        self.seen: list[tuple[str, str]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+            def _pass(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                outer.seen.append((self.command, self.path))
+                status, headers, content = outer.refuse(self.command, self.path), {}, b""
+                if not status:
+                    server = http.client.HTTPConnection(host, port)
+                    server.request(self.command, self.path, body, dict(self.headers))
+                    answer = server.getresponse()
+                    status, headers, content = answer.status, dict(answer.getheaders()), answer.read()
+                    server.close()
+                self.send_response(status)
+                length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+                for name, value in headers.items():
+                    if name not in {"Content-Length", "Transfer-Encoding", "Connection"}:
+                        self.send_header(name, value)
+                self.send_header("Content-Length", length)
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815 - as http.server has them
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.fixture
+def faults(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """The S3 server, with faults."""
+    import s3fs
+
+    url = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    found = Faults(str(url.hostname), int(url.port or 0))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{found.server.server_port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert bucket
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server on this machine, with one bucket."""
@@ -501,6 +562,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "hidden"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    urlopen(f"http://{host}:{port}/moto-api/reset", b"").close()  # its buckets outlive it
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
@@ -521,6 +583,105 @@ def test_a_run_on_s3_gives_the_same_forecast(bucket: str, tmp_path: Path, call_c
     assert files_in(tmp_path / "there" / "out") == files_in(tmp_path / "here" / "out") != {}
     texts = "".join(p.read_text() for p in (tmp_path / "there").rglob("*.json*"))
     assert "hidden" not in texts + there.stderr
+
+
+def test_an_output_on_s3_is_uploaded_in_parts_and_its_weights_come_last(
+    bucket: str, faults: Faults, tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr("farcast_cli.remote.upload.PART_BYTES", 5 << 20)
+    make_loose_run(tmp_path / "run", STEPS, shapes=LARGE)
+    local = call_cli("predict", "run", "-o", "out/", *FORCED, cwd=tmp_path)
+    done = call_cli("predict", "run", "-o", f"s3://{bucket}/leaps/", *FORCED, cwd=tmp_path)
+    final = local.stdout.strip().removeprefix("out/")
+    assert (done.returncode, done.stdout) == (0, f"s3://{bucket}/leaps/{final}\n")
+    files = s3fs.S3FileSystem()
+    files.invalidate_cache()
+    assert files.cat_file(f"{bucket}/leaps/{final}") == (tmp_path / "out" / final).read_bytes()
+    sent = [path for method, path in faults.seen if method in {"PUT", "POST"}]
+    assert sum("partNumber=" in path for path in sent) == 2
+    assert f"{final}?" in sent[-1]
+    assert f"/leaps/{final}.farcast.json" in " ".join(sent[:-1])
+    mirror.release()
+    again = call_cli("predict", "run", "-o", f"s3://{bucket}/leaps/", *FORCED, "--json", cwd=tmp_path)
+    assert (again.returncode, json.loads(again.stdout)["existed"]) == (0, True)
+
+
+@pytest.mark.parametrize("refused", ["partNumber=2", "uploadId=", "farcast.json"])
+def test_an_upload_that_fails_leaves_nothing(  # noqa: PLR0917 - fixtures
+    refused: str, bucket: str, faults: Faults, tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr("farcast_cli.remote.upload.PART_BYTES", 5 << 20)
+    make_loose_run(tmp_path / "run", STEPS, shapes=LARGE)
+    faults.refuse = lambda method, path: 403 if method in {"PUT", "POST"} and refused in path else 0
+    done = call_cli("predict", "run", "-o", f"s3://{bucket}/leaps/", *FORCED, cwd=tmp_path)
+    assert done.returncode == 6
+    (line,) = done.errors
+    assert line.startswith(f"error: s3://{bucket}/leaps: cannot be written: PermissionError")
+    files = s3fs.S3FileSystem()
+    files.invalidate_cache()
+    assert files.find(f"{bucket}/leaps") == []
+    assert files.list_multipart_uploads(bucket) == []
+    assert not (tmp_path / "forecasts" / "ledger.jsonl").exists()
+
+
+def test_an_upload_whose_rest_cannot_be_removed_names_it(
+    bucket: str, faults: Faults, tmp_path: Path, call_cli: CallCli
+) -> None:
+    make_loose_run(tmp_path / "run", STEPS)
+    out = f"s3://{bucket}/leaps/step.safetensors"
+    begun: list[str] = []
+
+    def stop(method: str, path: str) -> int:
+        begun.extend([path] if method == "PUT" else [])
+        return 403 if begun[1:] else 0
+
+    faults.refuse = stop
+    done = call_cli("predict", "run", "-o", out, *FORCED, cwd=tmp_path)
+    assert done.returncode == 6
+    assert f"may still be there: {out}, {out}.farcast.json" in done.errors[0]
+
+
+def test_a_store_without_credentials_is_exit_code_6(
+    bucket: str, tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    make_loose_run(tmp_path / "run", STEPS)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    done = call_cli("predict", "run", "-o", f"s3://{bucket}/leaps/", *FORCED, cwd=tmp_path)
+    assert done.returncode == 6
+    assert "usual credentials" in done.hints[0]
+    assert not (tmp_path / "forecasts" / "ledger.jsonl").exists()
+
+
+def test_a_fault_of_the_server_that_passes_is_no_error(
+    bucket: str, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    run = make_loose_run(tmp_path / "run", STEPS)
+    s3fs.S3FileSystem().put(str(run), f"{bucket}/run", recursive=True)
+    monkeypatch.setattr("farcast_cli.remote.store.WAITS_S", (0.01, 0.01, 0.01))
+    met: list[str] = []
+
+    def twice(method: str, path: str) -> int:
+        is_first = method == "GET" and "step_000300" in path and met.count(path) < 2
+        met.append(path)
+        return 500 if is_first else 0
+
+    faults.refuse = twice
+    there = api.fit(f"s3://{bucket}/run")
+    assert len(met) > 2
+    assert np.array_equal(api.fit(run).fitted.gram.matrix, there.fitted.gram.matrix)
 
 
 def test_api_refuses_what_the_command_refuses() -> None:

@@ -119,7 +119,9 @@ class Uploading:
                 with suppress(Exception):  # each store has errors of its own, and the removal below tells
                     file.open.abort()
         left, why = [], ""
-        for name in sorted(set(self.begun), key=lambda name: not _decides(name)):
+        begun = [file.name for file in self.files if file.name in self.begun]
+        last = {file.name for file in self.files if file.decides}
+        for name in sorted(begun, key=lambda name: name not in last):
             try:
                 self.mirror.store.remove(name)
             except Exception as error:  # noqa: BLE001 - the same
@@ -128,7 +130,7 @@ class Uploading:
         if left:
             raise UploadError(
                 f"{failure}; of the files begun, these may still be there: {listed(left)}: {why}",
-                hint=f"remove {self.mirror.store.folder}/{left[0].rpartition('/')[2]} and the others, with unfinished uploads",
+                hint="remove them, and uploads that are not finished, when the store answers again",
             ) from failure
 
     @contextmanager
