@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,8 +24,10 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from farcast_cli import api
 from farcast_cli.engine.reader import Reader
@@ -45,7 +48,6 @@ fsspec = pytest.importorskip("fsspec")
 SAMPLES = Path(__file__).parent.parent / "sample_checkpoints"
 RUN = "memory://store/run"
 STEPS = range(100, 700, 100)
-_FOLDER_FILES = {".metadata", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
 FORCED = ("--horizon", 100, "--even-if-worse")
 LARGE = {"wide": (1024, 2048)}  # 8 MiB
 
@@ -482,17 +484,38 @@ def test_what_cannot_be_uploaded_is_refused_first(tmp_path: Path, call_cli: Call
         assert (done.returncode, done.errors) == (2, [told])
 
 
-@pytest.mark.parametrize(
-    "name", sorted({path.parent.relative_to(SAMPLES) for path in SAMPLES.rglob("*") if path.name in _FOLDER_FILES})
-)
-def test_a_folder_without_its_deciding_files_is_no_checkpoint(name: Path, tmp_path: Path) -> None:
-    shutil.copytree(SAMPLES / name, tmp_path / name)
-    open_snapshot(tmp_path / name)
-    files = [path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*") if path.is_file()]
-    for file in deciding(files):
-        (tmp_path / name / file).unlink()
+def _trainer(folder: Path) -> None:
+    shutil.copytree(next((SAMPLES / "huggingface").glob("checkpoint-*")), folder)
+
+
+def _shards(folder: Path) -> None:
+    _trainer(folder)
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (folder / "model.safetensors").unlink()
+    for name in names:
+        save_file({name: torch.ones(4)}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: name for name in names}}))
+
+
+def _bare_shards(folder: Path) -> None:
+    _shards(folder)
+    (folder / "trainer_state.json").unlink()
+
+
+def _distributed(folder: Path) -> None:
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a single process
+        dcp.save({"model": {"w": torch.ones(4)}}, checkpoint_id=folder, no_dist=True)
+
+
+@pytest.mark.parametrize("make", [_trainer, _shards, _bare_shards, _distributed])
+def test_a_folder_without_its_deciding_files_is_no_checkpoint(make: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-600"
+    make(folder)
+    open_snapshot(folder)
+    for file in deciding([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]):
+        (folder / file).unlink()
     with pytest.raises(FarcastError):
-        open_snapshot(tmp_path / name)
+        open_snapshot(folder)
 
 
 # --- a real S3 server ------------------------------------------------------------------------------------------------

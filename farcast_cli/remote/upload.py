@@ -1,6 +1,6 @@
 """Outputs on their way to a store. It has no rename: each file can be seen when it is whole, and the file that decides comes last.
 
-That file is the one without which no loader takes a folder for a checkpoint: an index, a `.metadata`, or the weights themselves.
+That file is the one without which no loader takes a folder for a checkpoint: a `.metadata`, or weights with their index.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from farcast_cli.remote.store import Upload
 
 _DECIDING = (".metadata", "*.index.json")
-"""All of these come last. A folder without them is decided by one file of weights."""
+"""All of these come last, and one file of weights too if there is no `.metadata`: some loaders read shards without their index."""
 _WEIGHTS = ("model*.safetensors", "*model*", "*.safetensors", "*")
 PART_BYTES = 16 << 20  # of a file, in memory at once; 10,000 parts are the most that S3 takes
 MAX_PARTS = 9_000
@@ -169,17 +169,18 @@ def deciding(names: Sequence[str]) -> set[str]:
     """Which files of a checkpoint come last.
 
     >>> sorted(deciding(["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]))
-    ['model.safetensors.index.json']
+    ['model-00001-of-00002.safetensors', 'model.safetensors.index.json']
     >>> sorted(deciding(["farcast.json", "model.safetensors", "optimizer.pt"]))
     ['model.safetensors']
     """
-    if found := {name for name in names if _decides(name)}:
+    found = {name for name in names if _decides(name)}
+    if any(name.endswith(_DECIDING[0]) for name in found):
         return found
     others = sorted(name for name in names if not name.endswith(".json"))
     for pattern in _WEIGHTS:
         if one := next((name for name in others if fnmatch.fnmatchcase(name.rpartition("/")[2], pattern)), ""):
-            return {one}
-    return set(names[-1:])
+            return found | {one}
+    return found or set(names[-1:])
 
 
 def _decides(name: str) -> bool:
