@@ -24,10 +24,10 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from farcast_cli import api
 from farcast_cli.engine.reader import Reader
@@ -504,7 +504,7 @@ def _bare_shards(folder: Path) -> None:
 
 def _distributed(folder: Path) -> None:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a single process
-        dcp.save({"model": {"w": torch.ones(4)}}, checkpoint_id=folder, no_dist=True)
+        save({"model": {"w": torch.ones(4)}}, checkpoint_id=folder, no_dist=True)
 
 
 @pytest.mark.parametrize("make", [_trainer, _shards, _bare_shards, _distributed])
