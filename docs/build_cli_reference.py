@@ -46,6 +46,7 @@ Every other key ends the command with exit code 2: it would choose what is read,
 the file to have it obeyed as a whole: `--config farcast.toml`, or `FARCAST_CONFIG=farcast.toml`.
 
 `FARCAST_STATE_DIR` names the folder of the second ledgers, by default `$XDG_STATE_HOME/farcast` or `~/.local/state/farcast`.
+`FARCAST_CACHE_DIR` names the folder for the files of [remote runs](remote.md), by default `~/.cache/farcast/remote`.
 An empty value switches them off. See [what is written where](guarantees.md#what-is-written-where). `FARCAST_ENGINE` is `native`
 or `numpy`: see [how the engine computes](performance.md#how-it-works).
 

@@ -44,6 +44,7 @@ from farcast_cli.returned import Prediction, Report
 from farcast_cli.settings import (
     check_choice,
     check_choices,
+    check_here,
     check_layout,
     check_leap_options,
     check_watch_options,
@@ -52,6 +53,7 @@ from farcast_cli.settings import (
     here,
     horizons_of,
     ledgers_of,
+    output_of,
     parse_size,
     place_in_folder,
     prepare,
@@ -209,6 +211,7 @@ def keep(
         SnapshotError: no snapshot, or a kept one that has other weights at its step.
         FileFormatError, OutputError: a file cannot be read or written.
     """
+    check_here(directory, "keep")
     prepare("cpu")
     from farcast_cli.keeping import KeepRequest
     from farcast_cli.keeping import keep as copy
@@ -332,7 +335,8 @@ def predict(
 
     Args:
         horizon: steps after the origin; chosen by evidence if neither it nor `to_step` is given.
-        output: path of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+        output: path or address of the checkpoint; a text that ends in "/" names a folder for it. Default: forecasts/NAME.
+            An address gets an upload; `path` of the result is then a copy here, which goes at the end of the process.
         place: the name of the checkpoint's file, for a trainer that resumes from a folder; the checkpoint is then a folder.
         log_to: as for `fit`; a dry run logs nothing.
         ranks: "env" shares the work among a launcher's processes, which all call this; rank 0 publishes and logs.
@@ -357,6 +361,7 @@ def predict(
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     team = team_of(ranks, ranks_timeout, eval_cmd=eval_cmd)
     resources = resources_of(device, io, threads)
+    where = output_of(output, eval_cmd=eval_cmd, ranks=ranks)
     fitted = _fitted(run, device, io, threads)
     check_apart(targets, fitted.directory)
     from farcast_cli.answers import of_predict
@@ -376,7 +381,7 @@ def predict(
         dtype=dtype,
         layout=layout,
         max_shard_bytes=shard_bytes,
-        output=None if output is None else os.fspath(output),
+        output=where,
         place=inner,
         even_if_worse=even_if_worse,
         overwrite=overwrite,
@@ -443,6 +448,7 @@ def leap(
         UsageError: options that make no sense.
         SnapshotError, FileFormatError, OutputError: nothing was written.
     """
+    check_here(directory, "leap")
     evaluator = evaluator_of(eval_cmd, maximize=maximize, jobs=jobs, timeout_s=eval_timeout)
     check_choices(clock=clock, optimizer=optimizer, counters=counters, layout=layout, io=io)
     check_layout(layout, "resume")
@@ -518,6 +524,7 @@ def watch(
     Raises:
         UsageError, OutputError: options that make no sense. Later problems are events, but for `once`.
     """
+    check_here(directory, "watch")
     targets, run = parse_targets(log_to), Path(directory)
     check_apart(targets, run)
     options: Any = {"include": include, "exclude": exclude, "pattern": pattern, "step_from": step_from, "unit": unit}
@@ -552,8 +559,9 @@ def verify(forecast: Place, *, against: Place, reference: Place | None = None, p
     from farcast_cli.verification import find_reference
     from farcast_cli.verification import verify as compare
 
-    start = find_reference(Path(forecast)) if reference is None else Path(reference)
-    return compare(Path(forecast), Path(against), start, progress=progress)
+    place = here(forecast)
+    start = find_reference(place) if reference is None else here(reference)
+    return compare(place, here(against), start, progress=progress)
 
 
 def _fitted(run: Run, device: str, io: Io, threads: int) -> Fitted:

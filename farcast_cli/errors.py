@@ -212,6 +212,12 @@ class RankZeroError(OutputError):
         return RankZeroError, (self.exit_code,)
 
 
+class UploadError(FarcastError):
+    """A store does not take the output; what was uploaded is removed again, or named."""
+
+    exit_code = 6
+
+
 class NoForecastError(FarcastError):
     """By the run's own history no forecast would be better than the last snapshot."""
 

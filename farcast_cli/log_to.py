@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from farcast_cli.errors import OutputError, UsageError, printable
+from farcast_cli.errors import OutputError, UsageError, as_addresses, printable
 from farcast_cli.files.place import SIDECAR, check_outside
-from farcast_cli.files.reading import portable
+from farcast_cli.files.reading import named_for_good, portable
 from farcast_cli.optional import expect
 from farcast_cli.system import NO_WAIT, lock, open_file
 
@@ -74,7 +74,7 @@ class _Entry:
     @property
     def run_id(self) -> str:
         """The same for every call on a run, so that its numbers come together."""
-        return f"{_NAME}-{hashlib.sha256(os.fsencode(self.run.resolve())).hexdigest()[:12]}"
+        return f"{_NAME}-{hashlib.sha256(os.fsencode(named_for_good(self.run))).hexdigest()[:12]}"
 
 
 def parse_targets(texts: Sequence[str] | None, run: Path | None = None) -> tuple[LogTarget, ...]:
@@ -219,7 +219,9 @@ def _to_jsonl(target: str, entry: _Entry) -> None:
         if file.read(len(_FIRST_KEY)) not in {b"", _FIRST_KEY}:
             raise OSError(f"{path}: expected a log that farcast wrote")
         is_cut = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-        line = (b"\n" if is_cut else b"") + json.dumps(entry.line).encode() + b"\n"  # after half a line, on a new one
+        line = (
+            (b"\n" if is_cut else b"") + as_addresses(json.dumps(entry.line)).encode() + b"\n"
+        )  # after half a line, on a new one
         if file.write(line) != len(line):
             raise OSError(f"{path}: only a part of the line was written")
 

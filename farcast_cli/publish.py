@@ -13,11 +13,12 @@ from farcast_cli.engine.batch import Counts
 from farcast_cli.engine.write import bytes_to_read, rehearse, total_bytes, write_forecasts
 from farcast_cli.evaluation.judge import best_trial, logs_of
 from farcast_cli.files.place import check_sidecar_ours, sidecar_of
-from farcast_cli.files.reading import fetch, file_size, source_of
+from farcast_cli.files.reading import fetch, file_size, named_for_good, source_of
 from farcast_cli.files.staged import staging
 from farcast_cli.forecast.ledger import Leap
 from farcast_cli.forecast.state_ledger import recorded_in_both
 from farcast_cli.planning import existing_check
+from farcast_cli.remote.upload import uploads_of
 from farcast_cli.repeat import repeated
 from farcast_cli.sidecar import compose, files_of, write_sidecar
 from farcast_cli.trainers.base import unchanged
@@ -73,6 +74,10 @@ def publish(
         found = there | dict(zip(missing, written, strict=True))
         finished = [found[index] for index in range(len(outcomes))]
         record_leaps(work, finished, prepared.origin)
+        for upload in uploads_of(outputs):
+            outputs.tell_end(upload.end)
+            upload.send(progress("upload", upload.num_bytes))
+            outputs.alongside(upload.decided())
         progress("sync to disk", 0)
     return [replace(finished[0], notes=(*finished[0].notes, *work.told)), *finished[1:]]
 
@@ -168,11 +173,11 @@ def record_leaps(work: Publication, outcomes: Sequence[Outcome], origin: Snapsho
 def leap_of(run: Path, outcome: Outcome, forecast: Path, counters: CountersMode, origin: Snapshot) -> Leap:
     """What the ledgers say of a forecast."""
     return Leap(
-        run=str(run.resolve()),
+        run=named_for_good(run),
         origin_step=outcome.origin_step,
         valid_step=outcome.valid_step,
         counters=counters,
-        forecast=str(forecast.resolve()),
+        forecast=named_for_good(forecast),
         origin_digest=origin.full_digest,
     )
 

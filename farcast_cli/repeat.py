@@ -16,7 +16,7 @@ from farcast_cli.choices import Verdict
 from farcast_cli.errors import OutputError, visible
 from farcast_cli.evaluation.judge import Trial
 from farcast_cli.files.place import SIDECAR, check_ours, check_run, read_sidecar, sidecar_of
-from farcast_cli.files.reading import local, portable
+from farcast_cli.files.reading import local, mark_of, portable
 from farcast_cli.files.staged import refuse_existing
 from farcast_cli.sidecar import compose
 
@@ -64,7 +64,7 @@ def repeated(prepared: Prepared, index: int, finished: Outcome, request: Request
     wanted = json.loads(compose(prepared, finished, request, written=place, fitted_on=on).as_json())
     planned = {portable(file.name or place.name): file.num_bytes for file in prepared.plans[index]}
     try:
-        later, made_ns = {SIDECAR, prepared.container.card}, sidecar.stat().st_mtime_ns
+        later, made_ns = {SIDECAR, prepared.container.card}, mark_of(sidecar)[1]
         inputs = (*prepared.snapshots, prepared.origin)
         problem = _made_otherwise(found, wanted, planned, request, later) or changed_since(made_ns, *inputs)
         trials = _trials(found, place.parent)
@@ -132,7 +132,7 @@ def _compared(content: dict[str, Any], *, judged: bool) -> dict[str, Any]:
 def changed_since(made_ns: int, *snapshots: Snapshot) -> str:
     """Which file of some snapshots was written to after an output; a digest does not cover a trainer's state."""
     files = (file for snapshot in snapshots for file in snapshot.marks)
-    newer = next((file for file in files if file.stat().st_mtime_ns > made_ns), None)
+    newer = next((file for file in files if mark_of(file)[1] > made_ns), None)
     return f"and {newer} has changed since" if newer else ""
 
 

@@ -23,7 +23,7 @@ from farcast_cli.choices import (
     StepUnit,
 )
 from farcast_cli.engine.ranks import LAUNCHED, Seat, Team, seat_in
-from farcast_cli.errors import UsageError, shell_word
+from farcast_cli.errors import UnreadableError, UploadError, UsageError, shell_word
 from farcast_cli.files.place import SIDECAR, check_outside
 from farcast_cli.horizons import MAX_DIGITS, parse_horizons
 
@@ -57,6 +57,15 @@ def parse_size(text: str | None) -> int | None:
     if len(number) > MAX_DIGITS or unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
         raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
     return int(float(number) * units[unit])
+
+
+LOCAL_ONLY = {
+    "keep": "copies checkpoints before the trainer deletes them: run it where the trainer writes",
+    "watch": "follows the trainer's folder: run it where the trainer writes",
+    "leap": "works between two parts of a training: run it where the trainer writes",
+    "tune": "reads its checkpoint and its rows many times: copy them here",
+}
+"""Why a command reads no store."""
 
 
 def selection_of(
@@ -102,15 +111,50 @@ def here(place: str | os.PathLike[str]) -> Path:
 
     address = address_of(os.fspath(place))
     if address is None:
-        return path
+        return Path("/" + os.fspath(place)[len("file:") :].lstrip("/")) if os.fspath(place).startswith("file:/") else path
     from farcast_cli.remote.mirror import mirrored
 
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    try:  # the standard has relative paths ignored
-        cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"  # noqa: PTH117 - of a text
-    except RuntimeError as error:
-        raise UsageError(f"{address}: a user without a home has no cache folder", hint="XDG_CACHE_HOME=DIR") from error
-    return mirrored(address, cache / "farcast" / "remote")
+    return mirrored(address)
+
+
+def output_of(output: str | os.PathLike[str] | None, *, eval_cmd: str | None, ranks: Ranks) -> str | None:
+    """The place of an output as a text; for an address, the path here that stands for it until the output is uploaded.
+
+    Raises:
+        UsageError: what cannot be done there.
+        UploadError: the store cannot be asked.
+    """
+    text = None if output is None else os.fspath(output)
+    if not text or os.path.lexists(text):
+        return text
+    from farcast_cli.remote.store import address_of, check_takes_files
+
+    address = address_of(text)
+    if address is None:
+        return text
+    check_takes_files(address)
+    for option, is_given in (("--eval-cmd", eval_cmd is not None), ("--ranks env", ranks != "off")):
+        if is_given:
+            raise UsageError(f"{option}: expected a local output, found {address}", hint="-o OUT, then copy it")
+    from farcast_cli.remote.mirror import mirrored
+
+    try:
+        place = mirrored(address, is_output=True)
+    except UnreadableError as error:
+        raise UploadError(f"{error}, and so nothing is uploaded", hint=error.hint) from error
+    return f"{place}{os.sep if text.endswith('/') else ''}"
+
+
+def check_here(place: str | os.PathLike[str], command: str) -> None:
+    """Refuse an address, for a command that works where the trainer does.
+
+    Raises:
+        UsageError: it is one.
+    """
+    from farcast_cli.remote.store import address_of
+
+    if not os.path.lexists(place) and (address := address_of(os.fspath(place))):
+        raise UsageError(f"{address}: farcast {command} {LOCAL_ONLY[command]}")
 
 
 def ledgers_of(ledger: Path) -> Ledgers:

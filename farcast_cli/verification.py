@@ -17,7 +17,7 @@ from farcast_cli.files.place import sidecar_of
 from farcast_cli.files.reading import file_size, local, read_bytes, reading
 from farcast_cli.forecast.history import resumed_from
 from farcast_cli.forecast.ledger import Leap
-from farcast_cli.remote.mirror import revived
+from farcast_cli.remote.mirror import opened
 from farcast_cli.results import TensorRatio, VerifyAnswer
 from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover, open_snapshot
@@ -60,7 +60,7 @@ def find_reference(forecast: Path) -> Path:
         origin = local(_told(sidecar)["origin"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{sidecar}: not a forecast's sidecar", hint="--reference CKPT") from error
-    return revived(forecast.parent / origin)
+    return opened(forecast.parent, origin)
 
 
 def _told(sidecar: Path) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from farcast_cli.settings import LOCAL_ONLY
 from tests.conftest import STEPS, fit_run, loose_name, make_loose_run, tree_digest
 from tests.tiny import SAMPLES
 
@@ -215,29 +216,26 @@ def test_a_folder_without_anything_says_what_is_read_and_names_no_page(tmp_path:
         ("s3://bucket/my runs/a", "aws s3 sync 's3://bucket/my runs/a' a"),
         ("gs://bucket/a", "gsutil -m cp -r gs://bucket/a ."),
         ("hf://owner/name/ckpts", "huggingface-cli download owner/name --local-dir ckpts"),
-        ("https://host/a.tar", "curl -LO https://host/a.tar"),
     ],
 )
 def test_an_address_is_refused_with_the_command_that_copies_it(
     address: str, hint: str, tmp_path: Path, call_cli: CallCli
 ) -> None:
-    for arguments in (("leap", address), ("keep", address), ("verify", address, "--against", "a")):
+    for arguments in (("leap", address), ("keep", address), ("watch", address), ("tune", address, "--layer", "x")):
         done = call_cli(*arguments, cwd=tmp_path)
         assert done.returncode == 2
-        assert done.errors == [f"error: {address}: this command reads local files only"]
+        assert done.errors == [f"error: {address}: farcast {arguments[0]} {LOCAL_ONLY[arguments[0]]}"]
         assert done.hints == [f"hint: {hint}"]
-    done = call_cli("predict", "-o", address, cwd=tmp_path)
-    assert (done.returncode, done.errors) == (2, [f"error: {address}: farcast writes local files only"])
 
 
 def test_an_output_on_a_store_is_refused_with_the_command_that_uploads_it(tmp_path: Path, call_cli: CallCli) -> None:
-    done = call_cli("predict", "-o", "s3://bucket/out", cwd=tmp_path)
+    done = call_cli("leap", "ckpts", "-o", "s3://bucket/out", cwd=tmp_path)
     assert done.hints == ["hint: write to a local path, then copy it: aws s3 cp --recursive OUT s3://bucket/out"]
 
 
 def test_a_run_is_not_read_from_a_web_server(tmp_path: Path, call_cli: CallCli) -> None:
     done = call_cli("fit", "https://host/a.tar", cwd=tmp_path)
-    assert (done.returncode, done.errors) == (2, ["error: https://host/a.tar: this command reads local files only"])
+    assert (done.returncode, done.errors) == (2, ["error: https://host/a.tar: farcast fit reads local files only"])
     assert done.hints == ["hint: curl -LO https://host/a.tar"]
 
 

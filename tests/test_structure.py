@@ -41,6 +41,7 @@ ORDER = (
     "remote.spans",
     "remote.store",
     "remote.mirror",
+    "remote.upload",
     "formats.__init__",
     "formats.safetensors_file",
     "formats.tree",

@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import UsageError, listed, shell_word
-from farcast_cli.settings import here
+from farcast_cli.settings import LOCAL_ONLY, here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PREFIX = "FARCAST_"
-_WITHOUT_OPTION = {f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB", "STATE_DIR", "ENGINE")}
-"""The variables that --eval-cmd gets, which may call farcast itself; the place of the second ledgers; and the engine."""
-_ADDRESS = re.compile(r"(s3|gs|hf|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
+_WITHOUT_OPTION = {
+    f"{PREFIX}{name}" for name in ("ORIGIN_STEP", "VALID_STEP", "STRENGTH", "JOB", "STATE_DIR", "CACHE_DIR", "ENGINE")
+}
+"""The variables that --eval-cmd gets, which may call farcast itself; the places of the second ledgers and of remote files; and the engine."""
+_ADDRESS = re.compile(r"(s3|gs|gcs|hf|az|abfs|memory|https?):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
-REMOTE = {"inspect", "fit", "backtest", "report", "predict"}
-"""The commands that read a run where it is."""
+REMOTE: dict[str, set[str]] = {
+    **{command: {"directory"} for command in ("inspect", "fit")},
+    **{command: {"directory", "forecaster"} for command in ("backtest", "report")},
+    "predict": {"directory", "forecaster", "output"},
+    "verify": {"forecast", "against", "reference"},
+}
+"""The parameters that may be an address; the library opens it."""
 _PLACES = {
     *("directory", "checkpoint", "forecast", "against", "reference", "forecaster"),
     *("data", "anchor", "covariance", "apply", "output", "delta_out", "covariance_out", "ledger"),
@@ -67,17 +74,20 @@ def resolve_addresses(context: Any) -> None:
         UsageError: with the command that copies it here.
         FarcastError: what `settings.here` raises.
     """
-    directory = context.params.get("directory")
-    if context.info_name in REMOTE and directory is not None:
-        context.params["directory"] = here(directory)
+    taken = REMOTE.get(context.info_name, set())
+    if "directory" in taken and context.params.get("directory") is not None:
+        context.params["directory"] = here(context.params["directory"])
     for parameter in context.command.params:
         value = context.params.get(parameter.name)
         is_read = parameter.name not in _WRITTEN
         found = _ADDRESS.fullmatch(str(value)) if isinstance(value, (str, Path)) and parameter.name in _PLACES else None
-        if found and not os.path.lexists(str(value)):
+        is_taken = parameter.name in taken and found is not None and not found[1].startswith("http")
+        if found and not is_taken and not os.path.lexists(str(value)):
             address = f"{found[1]}://{found[2]}"
             hint = _copy_of(found[1], found[2].rstrip("/")) if is_read else _upload_of(found[1], address)
-            what = "this command reads local files only" if is_read else "farcast writes local files only"
+            reads = LOCAL_ONLY.get(context.info_name, "reads local files only")
+            writes = "farcast writes this to local paths only"
+            what = f"farcast {context.info_name} {reads}" if is_read else writes
             raise UsageError(f"{address}: {what}", hint=hint)
 
 

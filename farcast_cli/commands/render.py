@@ -95,7 +95,7 @@ def paths(found: Sequence[Path]) -> None:
     path with a newline in it.
     """
     for path in found:
-        text = str(path)
+        text = as_addresses(str(path))
         if text == visible(text) if sys.stdout.isatty() else "\n" not in text:
             _write_bytes(text)
         else:

@@ -16,7 +16,7 @@ from farcast_cli import system
 from farcast_cli.errors import FarcastError, OutputError
 from farcast_cli.files.hidden import clear_left
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import file_size, local, mode_of, portable, read_bytes, short_name
+from farcast_cli.files.reading import address_for, file_size, local, mode_of, placed, portable, read_bytes, short_name
 from farcast_cli.files.staged import refuse_existing
 
 if TYPE_CHECKING:
@@ -119,7 +119,9 @@ def check_outside(place: Path, run: Path, *, option: str = "-o") -> None:
     Raises:
         OutputError: it does.
     """
-    if any(place.resolve().is_relative_to(home) for home in _homes(run)):
+    its_run = address_for(run)
+    is_inside = its_run is not None and f"{address_for(place)}/".startswith(f"{its_run}/")
+    if is_inside or any(place.resolve().is_relative_to(home) for home in _homes(run)):
         raise OutputError(
             f"{place}: lies inside the run's folder {run}",
             hint=f"the trainer could resume from it or delete it: choose a place outside with {option}",
@@ -187,9 +189,9 @@ def other_run(content: Mapping[str, Any], home: Path, run: Path) -> Path | None:
     """
     try:
         if "run" in content:
-            told = (home.resolve() / local(content["run"])).resolve()
+            told = placed(home.resolve(), local(content["run"]))
             return None if told == run.resolve() else told
-        origin = (home.resolve() / local(content["origin"])).resolve()
+        origin = placed(home.resolve(), local(content["origin"]))
     except (KeyError, TypeError, AttributeError, ValueError, OSError):
         return None
     return None if any(origin.is_relative_to(own) for own in _homes(run)) else origin.parent
@@ -209,7 +211,9 @@ def check_sidecar_ours(sidecar: Path) -> None:
 
 
 def _is_newer(place: Path, sidecar: Path) -> bool:
-    """Whether a file was written to after the sidecar, which farcast writes last."""
+    """Whether a file was written to after the sidecar, which farcast writes last; a store has each file's time of upload."""
+    if address_for(place):
+        return False
     files = [place] if place.is_file() else [path for path in place.rglob("*") if path != sidecar and path.is_file()]
     return any(path.stat().st_mtime_ns > sidecar.stat().st_mtime_ns for path in files)
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import stat
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from _typeshed import WriteableBuffer
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9]+://")
 _LFS_PREFIX = b"version https://git-lfs"
 _HINTS = {
     errno.EIO: "the disk or the network filesystem has a fault: try again, or restore the file from another copy",
@@ -41,6 +43,9 @@ class Source(Protocol):
 
     prefix: str
     """What the paths of its files begin with."""
+
+    address: str
+    """What it stands for. Its last name is that of the one file or folder at `prefix`, beside which a sidecar may lie."""
 
     def fetch(self, stretches: Iterable[FileStretch], tell: Callable[[int], None] = ..., /) -> None: ...
 
@@ -131,11 +136,52 @@ def relative(path: Path, home: Path) -> str:
 
 
 def seen_from(path: str | Path, home: Path) -> str:
-    """A path relative to a folder; as it is, where none leads there (from one drive of Windows to another)."""
+    """A path relative to a folder. One on a store is its address; from a store, one that is here is absolute.
+
+    As it is, where no path leads there (from one drive of Windows to another).
+    """
+    named = named_for_good(path)
+    if is_address(named) or address_for(home):
+        return named
     try:
         return os.path.relpath(path, home)
     except ValueError:
         return os.fspath(path)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text names a place on a store.
+
+    >>> is_address("s3://bucket/run"), is_address("../run"), is_address("C:/run")
+    (True, False, False)
+    """
+    return _ADDRESS.match(text) is not None
+
+
+def address_for(path: str | Path) -> str | None:
+    """The address of what a path stands for; None for what is here."""
+    for text in (os.fspath(path), os.path.realpath(path)) if _sources else ():
+        for source in _sources:
+            if f"{text}{os.sep}".startswith(source.prefix) and f"{os.sep}.." not in text:
+                folder, inside = source.address.rpartition("/")[0], text[len(source.prefix) :].replace(os.sep, "/")
+                return f"{folder}/{inside}" if inside else folder
+    return None
+
+
+def named_for_good(path: str | Path) -> str:
+    """What names a place in any working directory, and on a store on any machine: its absolute path, or its address."""
+    text = os.fspath(path)
+    return text if is_address(text) else address_for(text) or os.path.realpath(text)
+
+
+def placed(home: Path, name: str) -> Path:
+    """The place that a file of ours in the folder `home` names, absolute; on a store, the path that stands for it if there is one."""
+    if not is_address(name):
+        return (home / name).resolve()
+    for source in _sources:
+        if f"{name}/".startswith(f"{source.address}/"):
+            return Path(source.prefix + name[source.address.rindex("/") + 1 :])
+    return Path(name)
 
 
 def local(name: str) -> str:

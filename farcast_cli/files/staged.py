@@ -127,6 +127,11 @@ class Staging:
             ) from error
         return self._outputs[-1].written
 
+    @property
+    def written(self) -> list[tuple[Path, Path]]:
+        """What has been written so far: where it is, and the name that it will have."""
+        return [(one.written, one.final) for one in self._outputs if os.path.lexists(one.written)]
+
     def alongside(self, record: AbstractContextManager[Any]) -> None:
         """Enter a block right before the renames, and leave it right after; it sees the exception if one of them fails."""
         self._alongside.append(record)
@@ -173,8 +178,13 @@ class Staging:
 
     def close(self) -> None:
         """Remove the hidden folders, and the folders that were made for outputs and hold none."""
-        for tell in self._told:
-            tell(self.failure)
+        try:
+            for tell in self._told:
+                tell(self.failure)
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
         with _uninterrupted(is_too_late=lambda: self._is_published):
             for one in self._outputs:
                 one.hidden.remove()

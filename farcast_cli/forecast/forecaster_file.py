@@ -23,14 +23,26 @@ from farcast_cli.choices import StepFrom, StepUnit  # noqa: TC001 - pydantic rea
 from farcast_cli.errors import FileFormatError, OutputError, SnapshotError, UnsafeFileError, UsageError, shell_word
 from farcast_cli.files.json_text import parse_json
 from farcast_cli.files.place import check_place, open_new
-from farcast_cli.files.reading import local, mark_of, open_input, open_read_only, portable, read_into, reading, seen_from
+from farcast_cli.files.reading import (
+    fetch,
+    file_size,
+    local,
+    mark_of,
+    open_input,
+    open_read_only,
+    placed,
+    portable,
+    read_into,
+    reading,
+    seen_from,
+)
 from farcast_cli.files.staged import staged
 from farcast_cli.forecast.backtest import Steadiness, steadiness
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.ledger import Leap  # noqa: TC001 - pydantic reads the annotation
 from farcast_cli.forecast.timeline import Timeline
 from farcast_cli.formats.safetensors_file import read_safetensors, write_arrays
-from farcast_cli.remote.mirror import revived
+from farcast_cli.remote.mirror import opened
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
@@ -249,7 +261,7 @@ def run_of_fitted(path: Path) -> Path | None:
     """The run's folder by an older forecaster file; None where there is none that tells."""
     try:
         with safe_open(path, framework="np") as file:
-            return path.parent / _provenance_of(path, file.metadata()).directory
+            return placed(path.parent, _provenance_of(path, file.metadata()).directory)
     except (FileFormatError, SafetensorError, ValueError, OSError):
         return None
 
@@ -329,6 +341,7 @@ def load_fitted(path: Path, *, home: Path | None = None) -> Fitted:
         is_file = path.is_file()
     if not is_file:
         raise FileFormatError(f"{path}: no forecaster file found", hint="farcast fit CKPTS writes one", path=path)
+    fetch([(path, 0, file_size(path))])
     open_input(path).close()  # says why it cannot be opened, which safetensors does not
     try:
         with reading(path), safe_open(path, framework="np") as file:
@@ -353,8 +366,8 @@ def load_fitted(path: Path, *, home: Path | None = None) -> Fitted:
             hint="write it again with farcast fit CKPTS",
         )
     home = home or path.parent
-    kept = home / provenance.kept if provenance.kept else None
-    return Fitted(gram, sample, provenance, revived(home / provenance.directory), kept)
+    kept = opened(home, provenance.kept) if provenance.kept else None
+    return Fitted(gram, sample, provenance, opened(home, provenance.directory), kept)
 
 
 def _array(entry: TensorEntry) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from farcast_cli.errors import FarcastError, TooFewSnapshotsError
 from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.forecast.state_ledger import known_leaps
 from farcast_cli.forecast.worth import span_of, worth_of
+from farcast_cli.remote.mirror import opened
 from farcast_cli.run.alignment import align
 from farcast_cli.run.intervals import odd_gaps, usual_interval
 from farcast_cli.run.steps import StepList
@@ -193,7 +194,7 @@ def _nearer_to_forecast(leap: Leap, past: Sequence[Snapshot], before: Snapshot, 
     """
     num_read = len(past) + 3
     try:
-        alignment = align((*past, before, open_snapshot(Path(leap.forecast), after.weights), after))
+        alignment = align((*past, before, open_snapshot(opened(Path(), leap.forecast), after.weights), after))
         gram, _ = accumulate(alignment, range(num_read), num_samples=NUM_COMPARED)
     except FarcastError:
         return None

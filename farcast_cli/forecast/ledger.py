@@ -20,7 +20,7 @@ from farcast_cli import system
 from farcast_cli.choices import CountersMode  # noqa: TC001 - pydantic reads the annotations
 from farcast_cli.errors import FileFormatError, OutputError
 from farcast_cli.files.json_text import parse_json
-from farcast_cli.files.reading import file_size, local, portable, read_bytes, reading, seen_from
+from farcast_cli.files.reading import file_size, local, placed, portable, read_bytes, reading, seen_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -233,7 +233,7 @@ def read_leaps(ledger: Path, run: Path) -> list[Leap]:
                 f"{ledger}: line {number}: expected a leap: {why}", hint="correct or remove that line"
             ) from error
         try:
-            its_run, forecast = (home / local(leap.run)).resolve(), (home / local(leap.forecast)).resolve()
+            its_run, forecast = placed(home, local(leap.run)), placed(home, local(leap.forecast))
         except (ValueError, OSError) as error:
             raise FileFormatError(
                 f"{ledger}: line {number}: expected a path: {error}", hint="correct or remove that line"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli.errors import FarcastError, OutputError
+from farcast_cli.files.reading import named_for_good
 from farcast_cli.forecast.ledger import Leap, read_leaps, recorded, withdraw
 from farcast_cli.trainers import trainer_of
 
@@ -36,7 +37,7 @@ class Ledgers:
 
     def second(self, run: Path) -> Path | None:
         """A run's ledger in the state folder."""
-        name = hashlib.sha256(os.fsencode(run.resolve())).hexdigest()
+        name = hashlib.sha256(os.fsencode(named_for_good(run))).hexdigest()
         return None if self.state is None else self.state.absolute() / "ledgers" / f"{name}.jsonl"
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from farcast_cli.errors import FarcastError, TooFewSnapshotsError, UnreadableError, UnsafeFileError, UsageError
+from farcast_cli.errors import FarcastError, TooFewSnapshotsError, UnreadableError, UnsafeFileError, UploadError, UsageError
+from farcast_cli.files.place import SIDECAR
 from farcast_cli.optional import need
 
 if TYPE_CHECKING:
@@ -26,6 +30,8 @@ IN_FLIGHT = 64  # requests
 _S3 = {"max_pool_connections": IN_FLIGHT, "connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
 """s3fs tries again itself; with botocore's tries inside each of its own, a broken connection took four minutes to be an error."""
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": _S3}}
+WAITS_S = (0.2, 0.8, 3.2)
+"""Before each further try; s3fs itself tries again where a connection breaks, but not where the server has a fault."""
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "created", "mtime", "LastModified", "last_modified")
 """Where the filesystems of fsspec tell one version of a file from another."""
 _TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime", "created")
@@ -50,6 +56,19 @@ def address_of(text: str) -> str | None:
     return f"{scheme}://{rest}"
 
 
+def check_takes_files(address: str) -> None:
+    """See that a store takes files as outputs need it: unseen until they are whole.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if address.startswith("hf://"):
+        raise UsageError(
+            f"{address}: farcast does not write to the Hub, where each file is a commit of its own",
+            hint="write to a local path, then: hf upload OWNER/NAME OUT",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """A file of the folder: its path on the store, its bytes, and a number that another version of it has not."""
@@ -61,11 +80,37 @@ class RemoteFile:
     """When it was saved, in ns; 0 where the store does not tell."""
 
 
-class Store:
-    """A folder on a remote store."""
+class Upload:
+    """A file on its way to a store. It can be seen when it is closed, and only then."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, file: Any) -> None:
+        self._file, self._is_ended = file, False
+
+    def write(self, part: bytes) -> None:
+        self._file.write(part)
+
+    def close(self) -> None:
+        """Let the file be seen."""
+        self._file.close()
+        self._is_ended = True
+
+    def abort(self) -> None:
+        """Throw away the parts, where it was not closed: otherwise the store keeps them, unseen, and bills them."""
+        if not self._is_ended:
+            self._is_ended = True
+            try:
+                self._file.discard()
+            finally:
+                with suppress(AttributeError):  # of files in memory
+                    self._file.closed = True  # or its removal from memory would close it
+
+
+class Store:
+    """What is at an address of a remote store: all below a folder, or a file and its sidecar. Names are relative to `folder`."""
+
+    def __init__(self, address: str, *, may_be_empty: bool = False) -> None:
+        self.address, self._may_be_empty = address, may_be_empty
+        self.folder, _, self.name = address.rpartition("/")
         self._open: tuple[int, Any, str] | None = None
 
     def _files(self) -> tuple[Any, str]:
@@ -90,7 +135,7 @@ class Store:
             raise self._failed(self.address, error) from error
 
     def listed(self) -> dict[str, RemoteFile]:
-        """All files below the folder, by their names relative to it, as the store has them now.
+        """The files at the address, as the store has them now.
 
         Raises:
             UsageError: a package is missing.
@@ -100,7 +145,9 @@ class Store:
         files, top = self._files()
         try:
             files.invalidate_cache()
-            found: Mapping[str, Mapping[str, Any]] = files.find(top, detail=True)
+            found: dict[str, Mapping[str, Any]] = files.find(top, detail=True)
+            if set(found) <= {top} and files.exists(f"{top}.{SIDECAR}"):
+                found[f"{top}.{SIDECAR}"] = files.info(f"{top}.{SIDECAR}")
         except FileNotFoundError:
             found = {}
         except Exception as error:
@@ -108,12 +155,12 @@ class Store:
         listed = {
             name: RemoteFile(key, int(info["size"] or 0), _version(info), _saved_ns(info))
             for key, info in found.items()
-            if info.get("type") == "file" and (name := _name_in(key, top)) and not name.endswith("/")
+            if info.get("type") == "file" and (name := _name_in(key, _above(top))) and not name.endswith("/")
         }
         for name in listed:
             if not set(name.split("/")).isdisjoint({"", ".", ".."}) or "\\" in name or not name.isprintable():
                 raise UnsafeFileError(f"{self.address}: a file is called {name!r}", hint="copy the run to a local folder")
-        if not listed:
+        if not listed and not self._may_be_empty:
             raise TooFewSnapshotsError(
                 f"{self.address}: expected a folder of checkpoints, found no files", hint="check the address"
             )
@@ -126,27 +173,72 @@ class Store:
             UnreadableError: the store does not give them.
         """
         files, _ = self._files()
-        try:  # without a cache, which would read ahead; stores that read many ranges at once have none
-            options = {} if files.async_impl else {"cache_type": "none"}
-            found: bytes = files.cat_file(file.key, start=begin, end=end, **options)
-        except FarcastError:
-            raise
-        except Exception as error:
-            raise self._failed(f"{self.address.partition('://')[0]}://{file.key.lstrip('/')}", error) from error
-        return found
+        # without a cache, which would read ahead; stores that read many ranges at once have none
+        options = {} if files.async_impl else {"cache_type": "none"}
+        for wait_s in (*WAITS_S, None):
+            try:
+                return files.cat_file(file.key, start=begin, end=end, **options)  # type: ignore[no-any-return]
+            except FarcastError:
+                raise
+            except Exception as error:
+                if wait_s is None or is_final(error):
+                    raise self._failed(self.address_in(file.key), error) from error
+                time.sleep(wait_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all requests come again at once
+        raise AssertionError
+
+    def upload(self, name: str, part_bytes: int) -> Upload:
+        """A new file, to be written from its beginning to its end."""
+        files, top = self._files()
+        return Upload(files.open(f"{_above(top)}/{name}".lstrip("/"), "wb", block_size=part_bytes))
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing need be there."""
+        files, top = self._files()
+        with suppress(FileNotFoundError):
+            files.rm_file(f"{_above(top)}/{name}".lstrip("/"))
+
+    def check_sizes(self, num_bytes: Mapping[str, int]) -> None:
+        """See that files of these names have so many bytes.
+
+        Raises:
+            UploadError: one has not.
+        """
+        files, top = self._files()
+        files.invalidate_cache()
+        for name, expected in num_bytes.items():
+            found = files.info(f"{_above(top)}/{name}".lstrip("/"))["size"]
+            if found != expected:
+                raise UploadError(f"{self.folder}/{name}: expected {expected} bytes after the upload, found {found}")
+
+    def address_in(self, key: str) -> str:
+        """The address of a path on the store."""
+        return f"{self.address.partition('://')[0]}://{key.lstrip('/')}"
 
     def _failed(self, what: str, error: Exception) -> UnreadableError:
-        return UnreadableError(f"{what}: cannot be read: {type(error).__name__}: {error}", hint=_hint_for(error))
+        return UnreadableError(f"{what}: cannot be read: {type(error).__name__}: {error}", hint=hint_for(error))
 
 
-def _hint_for(error: Exception) -> str:
-    is_refused = isinstance(error, PermissionError) or "redential" in f"{type(error).__name__} {error}"
-    return _CREDENTIALS if is_refused else "check the connection, then run the command again"
+def is_final(error: Exception) -> bool:
+    """Whether it makes no sense to try again: nothing is there, or the store refuses."""
+    return isinstance(error, (FileNotFoundError, PermissionError, ValueError)) or _is_refused(error)
+
+
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or "redential" in f"{type(error).__name__} {error}"
+
+
+def hint_for(error: Exception) -> str:
+    """What may help."""
+    return _CREDENTIALS if _is_refused(error) else "check the connection, then run the command again"
+
+
+def _above(top: str) -> str:
+    return top.rpartition("/")[0]
 
 
 def _name_in(key: str, top: str) -> str:
     """A file's name below the folder; "" for what is not below it."""
-    inside = f"{top.strip('/')}/"
+    inside = f"{top.strip('/')}/".lstrip("/")
     return key.lstrip("/").removeprefix(inside) if key.lstrip("/").startswith(inside) else ""
 
 
