@@ -175,6 +175,18 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         done += count
 
 
+@contextmanager
+def reading_in_kernel() -> Iterator[None]:
+    """What the compiled kernel fails at in this block, it failed at while it read the file that its error names."""
+    try:
+        yield
+    except EOFError as end:
+        path, expected, found = end.args
+        raise ends_early(path, expected=expected, found=found) from None
+    except OSError as error:
+        raise unreadable(Path(error.filename), error) from error
+
+
 class Input(io.FileIO):
     """An input whose faults are no OSErrors."""
 
