@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from farcast_cli.engine.native import Kernel
-    from farcast_cli.engine.reader import InFile
+    from farcast_cli.files.reading import InFile
     from farcast_cli.tensors import DType
 
 COUNTS = (3, 1_500, 1, 1_024, 70)
@@ -196,6 +196,7 @@ def test_each_value_that_is_not_finite_is_noticed(kernel: Kernel, origin: str, o
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+WHERE_IT_READS = pytest.mark.skipif(not hasattr(os, "preadv"), reason="Python reads for the kernel on this system")
 NUM_LONG = 70_001
 """Elements that are read in several windows."""
 
@@ -246,6 +247,7 @@ def multiplied(kernel: Kernel, values: Sequence[native.Values], types: Sequence[
     return lower.tobytes(), totals.tobytes(), moved.tobytes()
 
 
+@WHERE_IT_READS
 @pytest.mark.parametrize("origin", FLOATING)
 def test_values_that_the_kernel_reads_give_the_bits_of_those_in_memory(kernel: Kernel, origin: str, tmp_path: Path) -> None:
     types = [DTYPES[name] for name in ("float16", "float32", origin, "bfloat16", "float64", origin)]
@@ -257,6 +259,7 @@ def test_values_that_the_kernel_reads_give_the_bits_of_those_in_memory(kernel: K
         assert compute(kernel, mixed, types) == expected
 
 
+@WHERE_IT_READS
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_file_that_becomes_shorter_or_cannot_be_read_is_named(kernel: Kernel, number: int, tmp_path: Path) -> None:
     """The origin's and another's."""
@@ -276,6 +279,7 @@ def test_a_file_that_becomes_shorter_or_cannot_be_read_is_named(kernel: Kernel, 
                     compute(kernel, sources, types)
 
 
+@WHERE_IT_READS
 def test_files_that_the_kernel_was_given_last_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(farcast_cli.engine.reader, "_MAX_OPEN", 3)
     for name in "abcd":

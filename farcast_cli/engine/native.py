@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from farcast_cli.engine.reader import InFile
+    from farcast_cli.files.reading import InFile
     from farcast_cli.tensors import DType
 
 VARIABLE = "FARCAST_ENGINE"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import Io
     from farcast_cli.engine.casts import Floats
-    from farcast_cli.files.reading import FileStretch
+    from farcast_cli.files.reading import FileStretch, InFile
     from farcast_cli.tensors import TensorEntry
 
 PAGE = 4096
@@ -39,9 +39,6 @@ MAX_STRETCH = 1 << 17  # elements; in float32 half a MiB, which a core keeps in 
 _MAX_OPEN = (
     160  # per thread, so that a long run's snapshots stay open; some four threads read at once, and a process may have 1,024
 )
-
-InFile = tuple[int, int, "Path"]
-"""Where values lie in a file, as the kernel takes it: descriptor, first byte, path."""
 
 
 @dataclass(frozen=True, slots=True)

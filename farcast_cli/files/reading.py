@@ -31,6 +31,8 @@ LONGEST_NAME = 200  # bytes; most filesystems hold 255, and an ending and the na
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
 FileStretch = tuple[Path, int, int]
 """Bytes of a file: path, first byte, number of bytes."""
+InFile = tuple[int, int, Path]
+"""Where values lie in a file, as the compiled kernel takes them: descriptor, first byte, path."""
 Mark = tuple[int, int, int]
 """What tells a file from the same file after a change: its size, its time of change in ns, its inode (on a store, its version)."""
 
