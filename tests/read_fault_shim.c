@@ -60,6 +60,7 @@ int openat64(int at, const char *path, int flags, ...) {
     return at == AT_FDCWD && READS(path) ? -1 : real(at, path, flags, mode);
 }
 ssize_t read(int fd, void *to, size_t n) { REAL(read); return fails("read", fd, NULL) ? -1 : real(fd, to, n); }
+ssize_t pread(int fd, void *to, size_t n, off_t at) { REAL(pread); return fails("pread", fd, NULL) ? -1 : real(fd, to, n, at); }
 ssize_t pread64(int fd, void *to, size_t n, off64_t at) { REAL(pread64); return fails("pread", fd, NULL) ? -1 : real(fd, to, n, at); }
 ssize_t preadv(int fd, const struct iovec *to, int n, off_t at) { REAL(preadv); return fails("preadv", fd, NULL) ? -1 : real(fd, to, n, at); }
 ssize_t preadv64(int fd, const struct iovec *to, int n, off64_t at) { REAL(preadv64); return fails("preadv", fd, NULL) ? -1 : real(fd, to, n, at); }

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+import farcast_cli.engine.reader
 from farcast_cli import __version__
 from farcast_cli.engine import native
 from farcast_cli.engine.arithmetic import Coefficients, HostArithmetic, forecasts
 from farcast_cli.engine.casts import MAX_FINITE, narrow, work_type
+from farcast_cli.engine.reader import Reader
+from farcast_cli.errors import HalfWrittenError, UnreadableError
+from farcast_cli.files.reading import reading_in_kernel
 from farcast_cli.tensors import DTYPES, FLOATING
 from tests.conftest import run_cli
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from farcast_cli.engine.native import Kernel
+    from farcast_cli.files.reading import InFile
     from farcast_cli.tensors import DType
 
 COUNTS = (3, 1_500, 1, 1_024, 70)
@@ -186,6 +192,109 @@ def test_each_value_that_is_not_finite_is_noticed(kernel: Kernel, origin: str, o
         found = by_kernel(kernel, problem)
         assert found == by_numpy(problem)
         assert np.isfinite(value) or found is None
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+WHERE_IT_READS = pytest.mark.skipif(not hasattr(os, "preadv"), reason="Python reads for the kernel on this system")
+NUM_LONG = 70_001
+"""Elements that are read in several windows."""
+
+
+@dataclass
+class Files:
+    """Values of some types in memory, and in a file each from an odd byte on, as the kernel takes them."""
+
+    raws: tuple[NDArray[np.uint8], ...]
+    sources: tuple[InFile, ...]
+    reader: Reader
+    """Keeps them open."""
+
+    @classmethod
+    def of(cls, folder: Path, types: Sequence[DType]) -> Files:
+        random, raws, stretches = np.random.default_rng(0), [], []
+        for number, dtype in enumerate(types):
+            raw = np.empty(NUM_LONG * dtype.itemsize, np.uint8)
+            narrow(random.normal(size=NUM_LONG), dtype, raw)
+            path = folder / str(number)
+            path.write_bytes(bytes(2 * number + 1) + raw.tobytes())
+            raws.append(raw)
+            stretches.append((path, 2 * number + 1, len(raw)))
+        reader = Reader()
+        sources = reader.for_kernel(stretches)
+        assert sources is not None
+        return cls(tuple(raws), sources, reader)
+
+
+def combined(kernel: Kernel, values: Sequence[native.Values], types: Sequence[DType]) -> tuple[bytes, int]:
+    """A forecast from snapshots, the last of which is the origin, and how many elements are unchanged."""
+    out, unchanged, num_others = np.zeros(NUM_LONG * types[-1].itemsize, np.uint8), np.zeros(1, np.int64), len(types) - 1
+    codes = native.codes(types[:-1], types[-1], types[-1])
+    assert codes is not None
+    weights, counts = np.linspace(-0.2, 0.3, num_others).reshape(1, 1, -1), np.array([NUM_LONG])
+    in_double = work_type(types[-1]) is np.float64
+    moves, bare = bytes(num_others), bytes(1)
+    last, others = tuple(values[-1:]), tuple(values[:-1])
+    assert kernel.combine(last, others, (out,), codes, moves, bare, counts, weights, None, unchanged, False, in_double)
+    return out.tobytes(), int(unchanged[0])
+
+
+def multiplied(kernel: Kernel, values: Sequence[native.Values], types: Sequence[DType]) -> tuple[bytes, bytes, bytes]:
+    codes = native.codes_of(types)
+    assert codes is not None
+    lower, totals, moved = np.zeros((len(types), len(types))), np.zeros(len(types)), np.zeros(len(types), np.uint8)
+    kernel.products(tuple(values), codes, NUM_LONG, lower, totals, moved)
+    return lower.tobytes(), totals.tobytes(), moved.tobytes()
+
+
+@WHERE_IT_READS
+@pytest.mark.parametrize("origin", FLOATING)
+def test_values_that_the_kernel_reads_give_the_bits_of_those_in_memory(kernel: Kernel, origin: str, tmp_path: Path) -> None:
+    types = [DTYPES[name] for name in ("float16", "float32", origin, "bfloat16", "float64", origin)]
+    files = Files.of(tmp_path, types)
+    mixed: tuple[native.Values, ...] = (*files.raws[:2], *files.sources[2:])
+    for compute in (combined, multiplied):
+        expected = compute(kernel, files.raws, types)
+        assert compute(kernel, files.sources, types) == expected
+        assert compute(kernel, mixed, types) == expected
+
+
+@WHERE_IT_READS
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_file_that_becomes_shorter_or_cannot_be_read_is_named(kernel: Kernel, number: int, tmp_path: Path) -> None:
+    """The origin's and another's."""
+    types = [DTYPES["bfloat16"]] * 2
+    files = Files.of(tmp_path, types)
+    os.truncate(tmp_path / str(number), 100_000)
+    message = f"{number}: file ends early: expected at least {2 * NUM_LONG + 2 * number + 1} bytes, found 100000"
+    for compute in (combined, multiplied):
+        with pytest.raises(HalfWrittenError, match=message), reading_in_kernel():
+            compute(kernel, files.sources, types)
+    memory = Path("/proc/self/mem")  # opens, and its first page cannot be read
+    if memory.exists():
+        with memory.open("rb") as file:
+            sources = [(file.fileno(), 0, memory) if index == number else raw for index, raw in enumerate(files.raws)]
+            for compute in (combined, multiplied):
+                with pytest.raises(UnreadableError, match="/proc/self/mem: cannot be read: Input"), reading_in_kernel():
+                    compute(kernel, sources, types)
+
+
+@WHERE_IT_READS
+def test_files_that_the_kernel_was_given_last_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(farcast_cli.engine.reader, "_MAX_OPEN", 3)
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    reader = Reader()
+
+    def texts(names: str) -> str | None:
+        sources = reader.for_kernel([(tmp_path / name, 0, 1) for name in names])
+        return None if sources is None else "".join(os.pread(fd, 1, offset).decode() for fd, offset, _ in sources)
+
+    assert [texts(names) for names in ("abc", "ad", "bad", "abcd")] == ["abc", "ad", "bad", None]
+    assert Reader("mmap").for_kernel([(tmp_path / "a", 0, 1)]) is None
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_buffers_that_are_too_short_are_refused(kernel: Kernel) -> None:

@@ -45,6 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run and a forecaster of each of some layouts, a forecast of the first, and rows to tune on."""
     top = tmp_path_factory.mktemp("runs")
     fit_run(make_loose_run(top / "loose/run", shapes=SHAPES | {"wide.weight": (128, 16)}), top / "loose/forecaster.safetensors")
+    fit_run(make_loose_run(top / "one/run", shapes={"w": (129, 128)}), top / "one/forecaster.safetensors")
     fit_run(make_torch_run(top / "torch/run"), top / "torch/forecaster.safetensors")
     fit_run(make_hf_run(top / "hf/run"), top / "hf/forecaster.safetensors")
     for path in (top / "torch/run").iterdir():
@@ -68,6 +69,7 @@ SWEPT: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "fit of mapped files": ("loose", errno.ENOMEM, ("fit", "run", "-q", "-o", "out/f.safetensors", "--io", "mmap")),
     "backtest": ("loose", errno.EIO, ("backtest", "--horizon", "100")),
     "predict": ("loose", errno.EIO, ("predict", "--horizon", "100", "-q", "-o", "out/", "--ledger", "out/leaps")),
+    "predict in the kernel": ("one", errno.EIO, ("predict", "--horizon", "100", "-q", "-o", "out/", "--ledger", "out/leaps")),
     "predict of the Trainer's": (
         "hf",
         errno.EIO,

@@ -119,13 +119,14 @@ def test_the_holes_that_a_killed_command_left_are_never_read_as_zeros(tmp_path: 
     assert read_bytes(here(root) / name, 0, len(whole)) == whole
 
 
-def test_no_file_of_a_store_is_mapped(tmp_path: Path) -> None:
+def test_no_file_of_a_store_is_mapped_or_read_past_it(tmp_path: Path) -> None:
     run = upload(make_loose_run(tmp_path / "run", STEPS[:1], shapes=LARGE))
     name = "step_000100.safetensors"
     found = np.zeros(1000, np.uint8)
     Reader("mmap").fill(here(RUN) / name, 3_000_000, found)
     assert found.tobytes() == (run / name).read_bytes()[3_000_000:3_001_000]
     assert np.any(found)
+    assert Reader().for_kernel([(here(RUN) / name, 0, 1000)]) is None
 
 
 def test_predict_fetches_whole_files_and_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@
    reports; the caller computes that batch in numpy, which finds the snapshot and the tensor.
 
    It works on BLOCK values at a time, which stay in the nearest cache from the first operation to the last, and without the
-   interpreter lock. Buffers may begin at any byte. The loops are plain: the compiler makes vector code of them, with gcc on
+   interpreter lock. It takes values from buffers, or reads them from files itself: of each as many at a time as a core keeps
+   in its cache until they are computed. Buffers and values in files may begin at any byte. The loops are plain: the compiler makes vector code of them, with gcc on
    x86-64 Linux once for each generation of processors, from which the loader chooses.
 
    Shapes: S segments, T snapshots other than the origin, H horizons. */
@@ -13,11 +14,17 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#include <errno.h>
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+#define pread(fd, memory, size, offset) (errno = ENOSYS, -1) /* nobody gives it files there */
+#else
+#include <unistd.h>
+#endif
 
 #if FLT_EVAL_METHOD != 0 || (defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
 #error "needs arithmetic that rounds each operation to its own type, and files' order of bytes: numpy does the work here"
@@ -36,7 +43,7 @@
 #endif
 
 enum { F32, BF16, F16, F64 };
-enum { BLOCK = 1024, SIDE = 2, LINE = 64 };
+enum { BLOCK = 1024, SIDE = 2, LINE = 64, WINDOW_BYTES = 1 << 19 };
 static const Py_ssize_t SIZE[] = {4, 2, 2, 8};
 typedef const char *restrict Raw;
 
@@ -247,38 +254,104 @@ PER_PROCESSOR static void multiply(const char *const *raws, const char *types, P
     }
 }
 
-/* --- Python ---------------------------------------------------------------------------------------------------------- */
+/* --- where values come from, and go to -------------------------------------------------------------------------------- */
 
+typedef struct { int fd; long long offset; PyObject *path; } File;
+
+/* Sources or outputs, number k of type types[k * step]: buffers, and files, of which a window is in memory at a time. */
 typedef struct {
-    Py_ssize_t count;
-    Py_buffer *views;
-    char **pointers;
+    Py_ssize_t count, step, value_bytes; /* value_bytes: of all files together */
+    const char *types;
+    Py_buffer *views; /* without an object where there is a file */
+    File *files;
+    char **pointers, *memory; /* pointers: to the window's values of each */
+    Py_ssize_t failed;        /* number of the file that could not be read */
+    int error;                /* 0 where it ends early */
+    long long expected, found; /* its bytes */
 } Held;
 
 static void let_go(Held *held) {
-    for (Py_ssize_t k = 0; k < held->count; k++) PyBuffer_Release(held->views + k);
-    free(held->views);
-    free(held->pointers);
+    for (Py_ssize_t k = 0; k < held->count; k++) if (held->views[k].obj) PyBuffer_Release(held->views + k);
+    free(held->views), free(held->files), free(held->pointers), free(held->memory);
 }
 
-/* Hold the buffers of a tuple, which have n values each, number k of type types[k * step]; 0 and an exception if they have not. */
-static int hold(Held *held, PyObject *buffers, const char *types, Py_ssize_t step, Py_ssize_t n, int flags) {
-    const size_t count = (size_t)PyTuple_Size(buffers);
+/* Hold the members of a tuple, buffers of n values and (fd, offset, path) of files; 0 and an exception if they are none. */
+static int hold(Held *held, PyObject *members, const char *types, Py_ssize_t step, Py_ssize_t n, int flags) {
+    const size_t count = (size_t)PyTuple_Size(members);
+    held->types = types, held->step = step;
     held->views = calloc(count + 1, sizeof *held->views);
+    held->files = calloc(count + 1, sizeof *held->files);
     held->pointers = calloc(count + 1, sizeof *held->pointers);
-    if (!held->views || !held->pointers) return PyErr_NoMemory(), 0;
+    if (!held->views || !held->files || !held->pointers) return PyErr_NoMemory(), 0;
     for (; held->count < (Py_ssize_t)count; held->count++) {
+        PyObject *member = PyTuple_GetItem(members, held->count);
         const int type = types[held->count * step];
         Py_buffer *view = held->views + held->count;
-        if (PyObject_GetBuffer(PyTuple_GetItem(buffers, held->count), view, flags)) return 0;
-        held->pointers[held->count] = view->buf;
-        if (type < F32 || type > F64 || view->len / SIZE[type] < n) {
-            PyBuffer_Release(view);
+        File *file = held->files + held->count;
+        int is_long_enough;
+        if (PyTuple_Check(member) && flags == PyBUF_SIMPLE) {
+            if (!PyArg_ParseTuple(member, "iLO", &file->fd, &file->offset, &file->path)) return 0;
+            is_long_enough = 0 <= file->offset && file->offset <= INT64_MAX - 8 * (int64_t)n;
+        } else {
+            if (PyObject_GetBuffer(member, view, flags)) return 0;
+            is_long_enough = type >= F32 && type <= F64 && view->len / SIZE[type] >= n;
+        }
+        if (type < F32 || type > F64 || !is_long_enough) {
+            if (view->obj) PyBuffer_Release(view);
             return PyErr_SetString(PyExc_ValueError, "a buffer is too short, or of an unknown type"), 0;
+        }
+        if (!view->obj) held->value_bytes += SIZE[type];
+    }
+    return 1;
+}
+
+/* How many of n values are in memory at a time, where each takes so many bytes in files: whole blocks, or all. */
+static Py_ssize_t window_of(Py_ssize_t n, Py_ssize_t value_bytes) {
+    const Py_ssize_t most = value_bytes ? WINDOW_BYTES / value_bytes / BLOCK * BLOCK : n;
+    return most < BLOCK ? BLOCK : most < n ? most : n;
+}
+
+/* Make space for windows of n values of the files, each on a line of the cache; 0 and an exception if there is none. */
+static int make_windows(Held *held, Py_ssize_t n) {
+    if (!held->value_bytes) return 1;
+    held->memory = malloc((size_t)(held->value_bytes * n + LINE * (held->count + 1)));
+    if (!held->memory) return PyErr_NoMemory(), 0;
+    char *next = held->memory + (LINE - (uintptr_t)held->memory % LINE) % LINE;
+    for (Py_ssize_t k = 0; k < held->count; k++) if (!held->views[k].obj) {
+        held->pointers[k] = next;
+        next += (n * SIZE[(int)held->types[k * held->step]] + LINE - 1) / LINE * LINE;
+    }
+    return 1;
+}
+
+/* Have the pointers show values [at, at + n); whether the files could be read. Needs no interpreter lock. */
+static int show(Held *held, Py_ssize_t at, Py_ssize_t n) {
+    for (Py_ssize_t k = 0; k < held->count; k++) {
+        const Py_ssize_t size = SIZE[(int)held->types[k * held->step]];
+        if (held->views[k].obj) { held->pointers[k] = (char *)held->views[k].buf + at * size; continue; }
+        const long long begin = held->files[k].offset + at * size;
+        for (Py_ssize_t done = 0, count; done < n * size; done += count) {
+            do count = pread(held->files[k].fd, held->pointers[k] + done, (size_t)(n * size - done), begin + done);
+            while (count < 0 && errno == EINTR);
+            if (count > 0) continue;
+            held->failed = k, held->error = count ? errno : 0;
+            held->expected = begin + n * size, held->found = begin + done;
+            return 0;
         }
     }
     return 1;
 }
+
+/* OSError with the path, or EOFError of the path, the bytes that are expected and those that are there. */
+static PyObject *told(const Held *held) {
+    PyObject *path = held->files[held->failed].path;
+    if (held->error) return errno = held->error, PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
+    PyObject *end = Py_BuildValue("(OLL)", path, held->expected, held->found);
+    if (end) PyErr_SetObject(PyExc_EOFError, end), Py_DecRef(end);
+    return NULL;
+}
+
+/* --- Python ---------------------------------------------------------------------------------------------------------- */
 
 static PyObject *combine(PyObject *self, PyObject *arguments) {
     PyObject *origins, *others, *outs, *result = NULL;
@@ -289,7 +362,7 @@ static PyObject *combine(PyObject *self, PyObject *arguments) {
                           &types, &moves, &bare, &counts, &weights, &gains, &unchanged, &non_negative, &is_double)) return NULL;
     const Py_ssize_t T = PyTuple_Size(others), H = PyTuple_Size(outs), S = counts.len / 8;
     const size_t memory_bytes = (size_t)(H + 1) * BLOCK * (is_double ? 8 : 4);
-    Py_ssize_t n = 0;
+    Py_ssize_t n = 0, window;
     int is_sound = 1;
     for (Py_ssize_t s = 0; s < S; s++) {
         const int64_t count = ((const int64_t *)counts.buf)[s];
@@ -304,14 +377,28 @@ static PyObject *combine(PyObject *self, PyObject *arguments) {
         PyErr_NoMemory();
     } else if (hold(&origin, origins, (char *)types.buf + T, 0, n, PyBUF_SIMPLE)
                && hold(&from, others, types.buf, 1, n, PyBUF_SIMPLE)
-               && hold(&to, outs, (char *)types.buf + T + 1, 0, n, PyBUF_WRITABLE)) {
-        const Batch batch = {origin.pointers[0], (const char *const *)from.pointers, types.buf, moves.buf, bare.buf, to.pointers,
-                             weights.buf, gains.buf, counts.buf, S, T, H, non_negative, unchanged.buf};
-        uint32_t bad;
-        Py_BEGIN_ALLOW_THREADS
-        bad = (is_double ? combine_double : combine_float)(&batch, memory);
-        Py_END_ALLOW_THREADS
-        result = PyBool_FromLong(!bad);
+               && hold(&to, outs, (char *)types.buf + T + 1, 0, n, PyBUF_WRITABLE)
+               && (window = window_of(n, origin.value_bytes + from.value_bytes), 1)
+               && make_windows(&origin, window) && make_windows(&from, window)) {
+        if (window < n && S > 1) {
+            PyErr_SetString(PyExc_ValueError, "only one segment can be read from files");
+        } else {
+            uint32_t bad = 0;
+            int is_read = 1;
+            Py_BEGIN_ALLOW_THREADS
+            for (Py_ssize_t at = 0, count; at < n && !bad; at += count) {
+                count = n - at < window ? n - at : window;
+                is_read = show(&origin, at, count) && show(&from, at, count) && show(&to, at, count);
+                if (!is_read) break;
+                const int64_t whole = count;
+                const Batch batch = {origin.pointers[0], (const char *const *)from.pointers, types.buf, moves.buf, bare.buf,
+                                     to.pointers, weights.buf, gains.buf, S > 1 ? counts.buf : &whole, S, T, H, non_negative,
+                                     unchanged.buf};
+                bad = (is_double ? combine_double : combine_float)(&batch, memory);
+            }
+            Py_END_ALLOW_THREADS
+            result = is_read ? PyBool_FromLong(!bad) : told(origin.expected ? &origin : &from);
+        }
     }
     free(memory);
     let_go(&origin), let_go(&from), let_go(&to);
@@ -325,20 +412,27 @@ static PyObject *products(PyObject *self, PyObject *arguments) {
     PyObject *snapshots, *result = NULL;
     Py_buffer types, out, totals, moved;
     Held from = {0};
-    Py_ssize_t n;
+    Py_ssize_t n, window;
     if (!PyArg_ParseTuple(arguments, "O!y*nw*w*w*", &PyTuple_Type, &snapshots, &types, &n, &out, &totals, &moved)) return NULL;
     const Py_ssize_t T = PyTuple_Size(snapshots), P = (T + SIDE - 1) / SIDE * SIDE;
     char *memory = malloc((size_t)(P + 1) * BLOCK * 4 + LINE);
-    if (types.len != T || out.len != 8 * P * P || totals.len != 8 * T || moved.len != T) {
+    if (n < 0 || types.len != T || out.len != 8 * P * P || totals.len != 8 * T || moved.len != T) {
         PyErr_SetString(PyExc_ValueError, "sizes do not match");
     } else if (!memory) {
         PyErr_NoMemory();
-    } else if (hold(&from, snapshots, types.buf, 1, n, PyBUF_SIMPLE)) {
+    } else if (hold(&from, snapshots, types.buf, 1, n, PyBUF_SIMPLE)
+               && (window = window_of(n, from.value_bytes), make_windows(&from, window))) {
         float *rows = (float *)(memory + (LINE - (uintptr_t)memory % LINE) % LINE);
+        int is_read = 1;
         Py_BEGIN_ALLOW_THREADS
-        multiply((const char *const *)from.pointers, types.buf, T, n, out.buf, totals.buf, moved.buf, rows);
+        for (Py_ssize_t at = 0, count; at < n && is_read; at += count) {
+            count = n - at < window ? n - at : window;
+            is_read = show(&from, at, count);
+            if (is_read)
+                multiply((const char *const *)from.pointers, types.buf, T, count, out.buf, totals.buf, moved.buf, rows);
+        }
         Py_END_ALLOW_THREADS
-        result = Py_NewRef(Py_None);
+        result = is_read ? Py_NewRef(Py_None) : told(&from);
     }
     free(memory);
     let_go(&from);

@@ -17,6 +17,7 @@ from farcast_cli.engine.arithmetic import Coefficients, forecasts
 from farcast_cli.engine.casts import MAX_FINITE, bits_of, has_negative_zeros, widen, work_type
 from farcast_cli.engine.reader import Scratch, joined, non_finite
 from farcast_cli.errors import SnapshotError
+from farcast_cli.files.reading import reading_in_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -124,8 +125,8 @@ class Counts:
 class Compute:
     """Computes batches into buffers, of which there is one for each horizon; belongs to one worker."""
 
-    def __init__(self, inputs: Inputs, arithmetic: Arithmetic, reader: Reader) -> None:
-        self._inputs, self._arithmetic, self._reader = inputs, arithmetic, reader
+    def __init__(self, inputs: Inputs, arithmetic: Arithmetic, reader: Reader, *, block: int) -> None:
+        self._inputs, self._arithmetic, self._reader, self._block = inputs, arithmetic, reader, block
         self._scratch = Scratch()
         self._bytes_read = 0
         self._held: tuple[object, Coefficients] | None = None
@@ -137,36 +138,57 @@ class Compute:
         return self._scratch.num_bytes + self._arithmetic.num_bytes
 
     def compute(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts:
-        return self._by_kernel(batch, buffers) or self._by_arrays(batch, buffers)
+        found = self._from_files(batch, buffers)
+        if found is None:
+            found = Counts()
+            for part in batch.parts(self._block):
+                found += self._from_memory(part, buffers) or self._by_arrays(part, buffers)
+        return found
 
-    def _by_kernel(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts | None:
+    def _from_files(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts | None:
+        """In the compiled kernel, which reads one stretch of each file itself; None likewise."""
+        if self._arithmetic.kernel is None or len(batch.segments) > 1 or not batch.is_in_place:
+            return None
+        stretches = list(self._inputs.stretches(batch.segments[0]))
+        if batch.piece.index is None or (sources := self._reader.for_kernel(stretches)) is None:
+            return None
+        self._bytes_read = sum(num_bytes for _, _, num_bytes in stretches)
+        return self._by_kernel(batch, buffers, sources)
+
+    def _from_memory(self, batch: Batch, buffers: Sequence[Buffer]) -> Counts | None:
         """In the compiled kernel; None where it does not serve, and where a result is not finite: arrays tell which one."""
-        kernel = self._arithmetic.kernel
-        if kernel is None or (update := self._update_of(batch)) is None:
+        if self._arithmetic.kernel is None or self._update_of(batch) is None:
             return None
         self._bytes_read = 0
-        origin = self._read(batch, None)
-        others = tuple(
-            self._read(batch, snapshot, f"other {number}") for number, snapshot in enumerate(self._inputs.others(batch.piece))
+        others = enumerate(self._inputs.others(batch.piece))
+        return self._by_kernel(
+            batch, buffers, (self._read(batch, None), *(self._read(batch, t, f"other {number}") for number, t in others))
         )
+
+    def _by_kernel(self, batch: Batch, buffers: Sequence[Buffer], sources: Sequence[native.Values]) -> Counts | None:
+        """Of values of the origin and of the others."""
+        kernel, update = self._arithmetic.kernel, self._update_of(batch)
+        if kernel is None or update is None:
+            return None
         outs = tuple(self._output(batch, buffer, f"out {horizon}") for horizon, buffer in enumerate(buffers))
         counts = np.array([segment.count for segment in batch.segments], np.int64)
         unchanged = np.zeros(len(outs), np.int64)
         non_negative, in_double = batch.piece.non_negative, work_type(batch.piece.entry.dtype) is np.float64
-        is_finite = kernel.combine(
-            (origin,),
-            others,
-            outs,
-            update.types,
-            update.moves,
-            update.bare,
-            counts,
-            update.weights,
-            update.gains,
-            unchanged,
-            non_negative,
-            in_double,
-        )
+        with reading_in_kernel():
+            is_finite = kernel.combine(
+                tuple(sources[:1]),
+                tuple(sources[1:]),
+                outs,
+                update.types,
+                update.moves,
+                update.bare,
+                counts,
+                update.weights,
+                update.gains,
+                unchanged,
+                non_negative,
+                in_double,
+            )
         if not is_finite:
             return None
         for buffer, out in zip(buffers, outs, strict=True):

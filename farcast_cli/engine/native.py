@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from farcast_cli.errors import UsageError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from farcast_cli.files.reading import InFile
     from farcast_cli.tensors import DType
 
 VARIABLE = "FARCAST_ENGINE"
@@ -32,13 +33,17 @@ SIDE = 2
 """Products are made in tiles of so many rows."""
 
 
+Values: TypeAlias = "NDArray[Any] | InFile"
+"""Values in memory, or in a file that the kernel reads itself."""
+
+
 class Kernel(Protocol):
     """The functions of the compiled module. They check sizes, and nothing else."""
 
     def combine(  # noqa: PLR0913, PLR0917 - C takes its arguments by position
         self,
-        origin: tuple[NDArray[Any]],
-        others: tuple[NDArray[Any], ...],
+        origin: tuple[Values, ...],
+        others: tuple[Values, ...],
         outs: tuple[NDArray[Any], ...],
         types: bytes,
         moves: bytes,
@@ -54,14 +59,17 @@ class Kernel(Protocol):
         """Compute a batch at every horizon; whether all results are finite. See `Update` for what it takes.
 
         Args:
-            origin, others, outs: raw values, one behind the other, at any byte; an output for each horizon.
-            counts: (S,) int64, elements of the segments.
+            origin, others, outs: raw values, one behind the other, at any byte; one origin, and an output for each horizon.
+            counts: (S,) int64, elements of the segments; one, where values are in files.
             unchanged: (H,) int64, to which the elements with the origin's own bits are added.
+
+        Raises:
+            OSError, EOFError: a file, which it names, could not be read, or ends early (path, bytes expected and found).
         """
 
     def products(  # noqa: PLR0917 - likewise
         self,
-        snapshots: tuple[NDArray[Any], ...],
+        snapshots: tuple[Values, ...],
         types: bytes,
         count: int,
         products: NDArray[Any],
@@ -77,6 +85,9 @@ class Kernel(Protocol):
             products: (P, P) float64, P the next even number, to whose lower triangle they are added.
             totals: (T,) float64, to which the sums of the rows are added.
             moved: (T,) bytes, set where a row has a value other than 0.
+
+        Raises:
+            OSError, EOFError: likewise.
         """
 
 

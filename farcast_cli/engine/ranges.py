@@ -110,6 +110,18 @@ class Batch:
         size, first = self.piece.dtype.itemsize, self.segments[0].at
         return self.segments[-1].end - first == self.count * size and first % size == 0
 
+    def parts(self, limit: int) -> Iterator[Batch]:
+        """The same, a long segment in parts of up to `limit` elements."""
+        if self.count <= limit or len(self.segments) > 1:
+            yield self
+            return
+        (whole,) = self.segments
+        for start in range(0, whole.count, limit):
+            count = min(limit, whole.count - start)
+            yield Batch(
+                (Segment(whole.piece, whole.first + start, count, whole.at + start * whole.piece.dtype.itemsize),), count
+            )
+
 
 def segment_of(piece: Values, begin: int, end: int, at: int) -> Segment:
     """The elements that bytes [begin, end) of a piece touch; byte `begin` lies at `at` in the range."""
@@ -119,10 +131,10 @@ def segment_of(piece: Values, begin: int, end: int, at: int) -> Segment:
 
 
 def batches(segments: Iterable[Segment], kind: Callable[[Values], Hashable], limit: int) -> Iterator[Batch]:
-    """Neighbours of one kind together, up to `limit` elements; longer segments in parts."""
+    """Neighbours of one kind together, up to `limit` elements; a longer segment is one of its own."""
     held: list[Segment] = []
     count = 0
-    for segment in (part for whole in segments for part in _parts(whole, limit)):
+    for segment in segments:
         if held and (count + segment.count > limit or kind(segment.piece) != kind(held[0].piece)):
             yield Batch(tuple(held), count)
             held, count = [], 0
@@ -130,10 +142,3 @@ def batches(segments: Iterable[Segment], kind: Callable[[Values], Hashable], lim
         count += segment.count
     if held:
         yield Batch(tuple(held), count)
-
-
-def _parts(segment: Segment, limit: int) -> Iterator[Segment]:
-    size = segment.piece.dtype.itemsize
-    for start in range(0, segment.count, limit):
-        count = min(limit, segment.count - start)
-        yield Segment(segment.piece, segment.first + start, count, segment.at + start * size)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from farcast_cli.choices import Io
     from farcast_cli.engine.casts import Floats
-    from farcast_cli.files.reading import FileStretch
+    from farcast_cli.files.reading import FileStretch, InFile
     from farcast_cli.tensors import TensorEntry
 
 PAGE = 4096
@@ -99,6 +99,18 @@ class Reader:
         self.fill(path, offset, memory)
         return memory
 
+    def for_kernel(self, stretches: Sequence[FileStretch]) -> tuple[InFile, ...] | None:
+        """Files as the kernel reads them itself; None where a file is mapped, or its bytes come from elsewhere.
+
+        They stay open until this thread has asked for as many others as may be open.
+        """
+        if not hasattr(os, "preadv") or len(stretches) > _MAX_OPEN:
+            return None
+        files = [self._file(path) for path, _, _ in stretches]
+        if any(file.is_mapped or file.is_elsewhere for file in files):
+            return None
+        return tuple((file.fd, offset, path) for file, (path, offset, _) in zip(files, stretches, strict=True))
+
     def prefetch(self, path: Path, offset: int, num_bytes: int) -> None:
         """Let the kernel start reading what will be asked for soon."""
         system.read_soon(self._file(path).fd, offset, num_bytes)
@@ -115,18 +127,21 @@ class Reader:
 
     def _file(self, path: Path) -> _OpenFile:
         files = self._files
-        if path not in files:
+        file = files.pop(path, None)
+        if file is None:
             if len(files) >= _MAX_OPEN:
                 files.pop(next(iter(files)))
-            files[path] = _OpenFile(path, is_mapped=self._is_mapped and source_of(path) is None)
-        return files[path]
+            is_elsewhere = source_of(path) is not None
+            file = _OpenFile(path, is_mapped=self._is_mapped and not is_elsewhere, is_elsewhere=is_elsewhere)
+        files[path] = file  # behind all others: who was asked for last is closed last
+        return file
 
 
 class _OpenFile:
     """A descriptor, and a mapping where one is asked for, that are closed with their last reference."""
 
-    def __init__(self, path: Path, *, is_mapped: bool) -> None:
-        self.path, self.is_mapped, self.fd = path, is_mapped, open_read_only(path)
+    def __init__(self, path: Path, *, is_mapped: bool, is_elsewhere: bool) -> None:
+        self.path, self.is_mapped, self.is_elsewhere, self.fd = path, is_mapped, is_elsewhere, open_read_only(path)
         self._map: mmap.mmap | None = None
         self._seen: list[tuple[int, int]] = []
 

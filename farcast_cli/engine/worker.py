@@ -83,7 +83,7 @@ class Worker:
         self._work, self._arithmetic = work, arithmetic
         self._reader, self._output_files = Reader(work.io), OutputFiles(work.io)
         self._buffers, self._other_buffers = ([Buffer(work.range_bytes) for _ in range(work.num_horizons)] for _ in range(2))
-        self._compute = Compute(work.inputs, arithmetic, self._reader)
+        self._compute = Compute(work.inputs, arithmetic, self._reader, block=work.block)
         self._writer = ThreadPoolExecutor(1)
         self._being_written: Future[None] | None = None
 

@@ -34,6 +34,8 @@ LONGEST_NAME = 200  # bytes; most filesystems hold 255, and an ending and the na
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
 FileStretch = tuple[Path, int, int]
 """Bytes of a file: path, first byte, number of bytes."""
+InFile = tuple[int, int, Path]
+"""Where values lie in a file, as the compiled kernel takes them: descriptor, first byte, path."""
 Mark = tuple[int, int, int]
 """What tells a file from the same file after a change: its size, its time of change in ns, its inode (on a store, its version)."""
 
@@ -220,6 +222,18 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         if count == 0:
             raise ends_early(path, expected=offset + len(buffer), found=offset + done)
         done += count
+
+
+@contextmanager
+def reading_in_kernel() -> Iterator[None]:
+    """What the compiled kernel fails at in this block, it failed at while it read the file that its error names."""
+    try:
+        yield
+    except EOFError as end:
+        path, expected, found = end.args
+        raise ends_early(path, expected=expected, found=found) from None
+    except OSError as error:
+        raise unreadable(Path(error.filename), error) from error
 
 
 class Input(io.FileIO):

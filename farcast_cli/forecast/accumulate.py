@@ -33,7 +33,7 @@ from farcast_cli.engine.reader import (
     read_values,
     stretches,
 )
-from farcast_cli.files.reading import fetch
+from farcast_cli.files.reading import fetch, reading_in_kernel
 from farcast_cli.forecast.gram import Gram, Sample
 from farcast_cli.forecast.products import are_held, in_basis_order, inner_products, to_basis, whole_products
 from farcast_cli.tensors import Stretch, sample_stretches
@@ -278,8 +278,11 @@ class _Summer:
             return None
         num_rows = -(-len(types) // native.SIDE) * native.SIDE
         lower, totals, moved = np.zeros((num_rows, num_rows)), np.zeros(len(types)), np.zeros(len(types), np.uint8)
-        for part in _parts(span):
-            kernel.products(read_raw(self._reader, part, self._scratch), types, part.count, lower, totals, moved)
+        sources = self._reader.for_kernel([found for t in range(len(types)) for found in span.at(t)])
+        for part in (span,) if sources else _parts(span):
+            values = sources or read_raw(self._reader, part, self._scratch)
+            with reading_in_kernel():
+                kernel.products(values, types, part.count, lower, totals, moved)
         products = whole_products(lower, totals, span.count)
         return products if are_held(products, lambda row: bool(moved[row])) else None
 
