@@ -319,6 +319,24 @@ def test_a_transposed_layer_and_head_are_tuned_as_those_of_a_linear_layer_are(wo
     np.testing.assert_allclose(found["fc.bias"], plain["fc.bias"], atol=1e-5)
 
 
+@pytest.mark.parametrize("is_turned", [True, False])
+def test_a_shape_that_fits_the_other_way_round_gets_the_hint(work: Path, call_cli: CallCli, is_turned: bool) -> None:  # noqa: FBT001
+    """A bias, a head, a next layer or rows: whichever is looked at first."""
+    if is_turned:
+        save_transposed(work / "step_10.safetensors")
+    call = ("tune", "step_10.safetensors", *(() if is_turned else ("--transposed",)), "--loss", "mse", "-o", "t.safetensors")
+    act, layer, bias = ("--activation", "relu"), ("--layer", "fc.weight"), ("--bias", "fc.bias")
+    for more in (
+        (*layer, *bias, "--data", "rows.npz"),
+        (*layer, *act, "--head", "out.weight", "--data", "rows.npz"),
+        (*layer, "--layer", "out.weight", *act, "--data", "rows.npz"),
+        (*layer, "--data", "rows.npz"),
+    ):
+        done = call_cli(*call, *more, cwd=work)
+        assert done.returncode in {2, 3}, done
+        assert f"as inputs x outputs, as GPT-2's Conv1D is: {'add' if is_turned else 'leave out'} --transposed" in done.hints[0]
+
+
 def test_a_delta_of_a_transposed_layer_can_be_applied(work: Path, call_cli: CallCli) -> None:
     save_transposed(work / "step_10.safetensors")
     assert call_cli(*CALL, "--transposed", "-o", "tuned.safetensors", cwd=work).returncode == 0

@@ -286,7 +286,8 @@ def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
             raise UsageError(
                 f"--layer {after.name}: expected {before.num_outputs} inputs, the outputs of {before.name},"
                 f" found {after.num_inputs}",
-                hint="name the layers in forward order",
+                hint="name the layers in forward order"
+                + (f"; or {before.turn_hint}" if before.num_inputs == after.num_outputs else ""),
             )
     activations = request.activations or ("none",)
     activations *= len(weights) if len(activations) == 1 else 1
@@ -304,7 +305,9 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
     if width != last.num_outputs:
         raise UsageError(
             f"{snapshot.path}: --head {request.head}: expected {last.num_outputs} inputs, the outputs of {last.name}, found {width}",
-            hint="the head must directly follow the (last) layer and its activation",
+            hint=last.turn_hint
+            if last.num_inputs in {matrix.num_inputs, matrix.num_outputs}
+            else "the head must directly follow the (last) layer and its activation",
         )
     if 8 * rows * width > MAX_HEAD_BYTES:
         raise UsageError(
@@ -434,7 +437,7 @@ class _Work:
         """See that the losses are still what they were."""
         again = replace(self.model, weights=tuple(written))
         for what, (data, before, after) in self.judging.items():
-            check_kept(before, after, again.row_losses(data.inputs, data.targets), what)
+            check_kept((before, after, again.row_losses(data.inputs, data.targets)), data.shares, what)
 
 
 def _publish(work: _Work, outcome: TuneOutcome, place: Place, about: TuneSidecar, progress: Progress) -> TuneOutcome:

@@ -123,18 +123,19 @@ def _write_plan(plan: Sequence[OutputFile], place: Path, *, num_threads: int, to
     return Written(tally.bytes_read, tally.bytes_written)
 
 
-def check_kept(before: Array, expected: Array, found: Array, what: str) -> None:
+def check_kept(losses: tuple[Array, Array, Array], shares: Array, what: str) -> None:
     """See that the losses of some rows, as written, are what they should be.
+
+    Args:
+        losses: before, as they should be, and as written, (n,) each.
+        shares: (n,) the rows' weights, which sum to 1.
 
     Raises:
         OutputError: rounding took more than a share of the gain.
     """
-    gained = float(before.mean() - expected.mean())
-    lost = float(found.mean() - expected.mean())
-    if not lost <= ROUNDING_SHARE * max(gained, 0.0):
-        raise _rounded_away(
-            f"loss of the {what} rows {before.mean():.4g} -> {expected.mean():.4g}, but {found.mean():.4g} as it would be written"
-        )
+    before, expected, found = (float(one @ shares) for one in losses)
+    if not found - expected <= ROUNDING_SHARE * max(before - expected, 0.0):
+        raise _rounded_away(f"loss of the {what} rows {before:.4g} -> {expected:.4g}, but {found:.4g} as it would be written")
 
 
 def check_moved(base: Array, expected: Array, found: Array, name: str) -> None:
