@@ -378,7 +378,7 @@ def predict(
         clock=clock,
         logs=places_of(targets),
         source=source_of(run, fitted),
-        narrowed=fitted.narrowed + (" --history KEPT" if fitted.kept else ""),
+        narrowed=fitted.repeated + (" --history KEPT" if fitted.kept else ""),
         resources=resources,
         team=team,
         evaluator=evaluator,

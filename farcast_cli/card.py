@@ -228,7 +228,7 @@ def _evaluated(numbers: dict[str, Any], outcome: Outcome, request: Request) -> I
 def _command(numbers: dict[str, Any], request: Request) -> str:
     """What repeats the forecast from the run's folder."""
     on, options, usual = numbers["fitted_on"], request.options, Options()
-    words = [f"farcast predict RUN{request.narrowed} --steps {on['first_step']}:{on['last_step']}{request.origin_option}"]
+    words = [f"farcast predict RUN{request.narrowed}{request.origin_option}"]
     words += [f"--to-step {numbers['valid_step']} --for evaluation --method {numbers['method']} --layout hub"]
     words += ["--full"] if on["samples_per_tensor"] is None else [f"--sample {on['samples_per_tensor']}"]
     words += [f"--clock {request.clock}"] if request.clock else []

@@ -31,7 +31,7 @@ from farcast_cli.planning import check_ledger_of, claim, place_of, prepare, star
 from farcast_cli.publish import publish
 from farcast_cli.records import FittedOn
 from farcast_cli.repeat import check_unchanged
-from farcast_cli.request import ENDED, Outcome, Prepared, Request, Start
+from farcast_cli.request import Outcome, Prepared, Request, Start
 from farcast_cli.run.trajectory import WHOLE
 from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers import trainer_of
@@ -163,10 +163,9 @@ def within_run(report: BacktestReport, fitted: Fitted) -> BacktestReport:
 
 
 def _within(decision: Decision, start: Start, horizon: int) -> Decision:
-    if start.end is None or not start.ends_before(horizon) or decision.verdict != "forecast":
+    if not start.ends_before(horizon) or decision.verdict != "forecast":
         return decision
-    why = f"the run ends at {start.origin.unit} {start.end[1]}: a leap must end before that"
-    return replace(decision, verdict="abstain", reason=why, is_over=True)
+    return replace(decision, verdict="abstain", reason=start.limit, is_over=True)
 
 
 def origin_of(fitted: Fitted, request: Request) -> Start:
@@ -245,12 +244,9 @@ def _task(fitted: Fitted, request: Request, index: int, horizon: int) -> Task:
 
 def _decide(method: Method, task: Task, request: Request, start: Start | None) -> Decision:
     decision = decide(method, task, request.purpose)
-    left = start.steps_left if start else None
-    if left is None or left > 1:
+    if start is None or not start.ends_before(1):
         return decision
-    end = int(task.timeline.origin) + left
-    why = f"the run ends at step {end}, and a leap needs training after it" if left > 0 else ENDED.format(step=end)
-    return replace(decision, verdict="abstain", reason=why, is_over=True)
+    return replace(decision, verdict="abstain", reason=start.limit, is_over=True)
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

@@ -111,10 +111,6 @@ class Outcome:
         return self.origin_step + self.horizon
 
 
-ENDED = "the run ended at step {step}: there is no training to skip"
-"""Why there is no leap from the last step of a run."""
-
-
 @dataclass(frozen=True, slots=True)
 class Start:
     """Where forecasts begin, found once for a request: the run's folder, the origin, and what its trainer's state says."""
@@ -132,6 +128,16 @@ class Start:
     def steps_left(self) -> int | None:
         """To the end of the run."""
         return None if self.end is None else self.end[1] - self.origin.step
+
+    @property
+    def limit(self) -> str:
+        """How the end of the run limits a leap, in words; "" if no end is known."""
+        if self.end is None:
+            return ""
+        unit, end = self.origin.unit, self.end[1]
+        if end <= self.origin.step:
+            return f"the run ended at {unit} {end}: there is no training to skip"
+        return f"the run ends at {unit} {end}: a leap must end before that"
 
     def ends_before(self, horizon: int) -> bool:
         """Whether the run ends so many steps later, or before that."""

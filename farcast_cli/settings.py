@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -264,6 +265,9 @@ def check_choices(
     check_choice("--io", io, Io)
 
 
+_UNPRINTED = frozenset({"Cc", "Zl", "Zp"})  # categories of Unicode: control characters, and separators of lines
+
+
 def place_in_folder(name: str | None) -> str:
     """The name of a checkpoint's file in a folder of its own; "" for none.
 
@@ -272,6 +276,8 @@ def place_in_folder(name: str | None) -> str:
     """
     if name is None:
         return ""
+    if any(unicodedata.category(character) in _UNPRINTED for character in name):
+        raise UsageError(f"--place {name!r}: expected the plain name of a file, found a control character")
     if not name or name != Path(name).name or name in {".", "..", SIDECAR} or name.startswith("."):
         raise UsageError(
             f"--place {name}: expected the plain name of a file, such as ckpt.pt", hint="-o OUT names the folder around it"

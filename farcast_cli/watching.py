@@ -144,6 +144,7 @@ class Waiting:
     """Of the newest snapshot; None before the first."""
     age_s: float
     """Since the newest snapshot was saved; since the watch began, before the first."""
+    unit: StepUnit = "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +246,8 @@ class _Watch:
         self.over = self.over or ("--once" if is_last else "")
 
     def waiting(self) -> Waiting:
-        step = self.newest.step if self.newest else None
-        return Waiting(self._wanted(), step, max(0.0, self.now() - self.saved))
+        step, rule = (self.newest.step, self.newest.rule) if self.newest else (None, BY_EVIDENCE)
+        return Waiting(self._wanted(), step, max(0.0, self.now() - self.saved), rule.unit)
 
     def finish(self) -> Iterator[Event]:
         """Wait for the command that runs, and tell the end."""
@@ -295,7 +296,7 @@ class _Watch:
         found, past = find(request.fit, minimum=1)
         if found.origin.step not in {snapshot.step for snapshot in kept.snapshots}:
             return  # it changed while it was copied, so a later look takes it again
-        yield from self._of_restart(found.origin.step, kept)
+        yield from self._of_restart(found.origin, kept)
         steps = past.history.trajectory.steps
         if steps == self.history:
             return
@@ -314,16 +315,17 @@ class _Watch:
         end = end_of(origin)
         self.end = end[1] if end else None
         if until is not None and origin.step >= until:
-            return f"step {until} is reached"
+            return f"{origin.unit} {until} is reached"
         ends = [end for end in (known, self.end) if end is not None and end <= origin.step]
-        return f"the run ended at step {ends[0]}" if ends else ""
+        return f"the run ended at {origin.unit} {ends[0]}" if ends else ""
 
-    def _of_restart(self, step: int, kept: Keeping) -> Iterator[Trouble]:
+    def _of_restart(self, origin: Snapshot, kept: Keeping) -> Iterator[Trouble]:
         """That kept snapshots lie after the run's newest: it began again."""
         last = kept.snapshots[-1].step
-        if last > step:
+        if last > origin.step:
+            unit = origin.unit
             yield from self._tell(
-                f"the run is at step {step}, and snapshots up to step {last} are kept: did it start again?",
+                f"the run is at {unit} {origin.step}, and snapshots up to {unit} {last} are kept: did it start again?",
                 hint=f"if this is another run, move {shell_word(kept.folder)} away",
             )
 
@@ -331,17 +333,19 @@ class _Watch:
 
     def _leap(self, leap: Leap, fitted: Fitted, step: int) -> Iterator[Event]:
         if self.hook and self.hook.is_running:
-            yield from self._tell(f"no leap from step {step}: the command of the last leap still runs")
+            yield from self._tell(f"no leap from {fitted.rule.unit} {step}: the command of the last leap still runs")
             return
         try:
             outcome = leap(fitted, self.progress)
         except SampledError as error:
-            yield from self._tell(f"no leap from step {step}: {error}", hint=WHOLE, key="samples")
+            yield from self._tell(f"no leap from {fitted.rule.unit} {step}: {error}", hint=WHOLE, key="samples")
             return
         except (FarcastError, OSError):
             if not self._has_changed():
                 raise
-            yield from self._tell(f"no leap from step {step}: the trainer deleted a checkpoint while it was read", hint=TWO)
+            yield from self._tell(
+                f"no leap from {fitted.rule.unit} {step}: the trainer deleted a checkpoint while it was read", hint=TWO
+            )
             return
         if outcome.path:
             yield LeapWritten(step, outcome.path, outcome.valid_step, outcome.existed, outcome.rule.unit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from farcast_cli.card import _added
 from tests.conftest import STEPS, make_loose_run, make_torch_run
@@ -334,3 +334,17 @@ def test_the_command_that_uploads_the_folder_is_printed_and_leaves_the_sidecar_o
     done = call_cli("predict", run, *HUB, "-o", "my out/", cwd=tmp_path)
     folder = done.stdout.strip()
     assert f"note: nothing is uploaded; to upload it: hf upload NAME '{folder}' . --exclude farcast.json" in done.stderr
+
+
+def test_the_cards_command_runs_where_a_list_alone_tells_the_steps(tmp_path: Path, call_cli: CallCli) -> None:
+    for number, path in enumerate(sorted(make_loose_run(tmp_path / "files").iterdir())):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        save_file(load_file(path), tmp_path / "run" / f"{chr(ord('a') + number)}.safetensors")
+    steps = ",".join(map(str, STEPS))
+    folder = written(call_cli, tmp_path / "run", tmp_path / "out", "--steps", steps)
+    command = re.findall(r"^    farcast (predict .*)$", card_of(folder)[1], re.MULTILINE)[0]
+    assert f"--steps {steps}" in command
+    again = call_cli(*(str(tmp_path / "run") if word == "RUN" else word for word in shlex.split(command)), cwd=tmp_path)
+    assert again.returncode == 0, again
+    expected, found = load_file(folder / "model.safetensors"), load_file(tmp_path / again.stdout.strip() / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -1151,8 +1151,10 @@ def test_a_gain_or_a_stretch_that_makes_no_sense_is_one_clear_line(loop: Loop, o
 
 def test_another_pattern_is_another_run(loop: Loop) -> None:
     loop.begun().train()
-    done = loop.leap("--pattern", "step_*", code=0)
-    assert "belongs to the run of --pattern ''" in done.stderr
+    mine = memory_of(loop.home).read_bytes()
+    loop.leap("--pattern", "step_*", code=0)
+    assert memory_of(loop.home).read_bytes() == mine
+    assert len(list(memory_of(loop.home).parent.glob("*.memory.safetensors"))) == 2
 
 
 def test_a_run_that_was_made_anew_in_the_same_folder_starts_again(loop: Loop) -> None:

@@ -106,6 +106,17 @@ def test_a_loop_that_crashed_after_a_leap_makes_it_again_when_it_has_loaded_its_
     assert all(map(torch.equal, resumed.weights, whole.weights))
 
 
+def test_one_network_of_several_leaps_at_the_steps_of_the_chosen_evidence() -> None:
+    class Two(Loop):
+        def save(self, step: int) -> Path:
+            path = Path(f"run/save_{step}.pt")
+            torch.save({"g": self.model.state_dict(), "d": {"w": torch.zeros(3, 3)}, "step": 7 * step}, path)
+            return path
+
+    found = Two().until(50, weights="g", step_from="name", strict=True)
+    assert [bool(horizon) for horizon in horizons(found)] == [False, False, True, True, True]
+
+
 def test_only_the_chosen_tensors_leap() -> None:
     loop = Loop()
     for step in range(1, 31):

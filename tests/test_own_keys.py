@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import farcast_cli
 from farcast_cli.errors import NoWeightsError, OutputError, UnsafeFileError, UsageError
@@ -523,3 +525,24 @@ def test_a_function_is_no_class_for_being_written_like_one(what: Any, tmp_path: 
     torch.save({"model": _net(), "what": what}, tmp_path / "a.pt")
     with pytest.raises(UnsafeFileError, match=r"asks for tests\.test_own_keys\.quiet"):
         read_torch_file(tmp_path / "a.pt")
+
+
+def test_a_teacher_that_does_not_move_stays_where_an_old_memory_has_no_mark_of_it(tmp_path: Path) -> None:
+    def frozen(loop: _Loop, step: int) -> Payload:
+        return {"student": loop.first.state_dict(), "teacher": _Loop().first.state_dict(), "step": step}
+
+    run, out = _saved(frozen, tmp_path / "whole"), tmp_path / "out"
+    late = sorted(run.iterdir(), key=lambda path: int(path.stem.partition("_")[2]))[-3:]
+    (tmp_path / "run").mkdir()
+    for path in late[:2]:
+        shutil.copy(path, tmp_path / "run")
+    farcast_cli.leap(tmp_path / "run", output=f"{out}/")
+    (memory,) = out.glob("*.memory.safetensors")
+    with safe_open(memory, "pt") as file:
+        tensors, record = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["farcast"])  # noqa: SIM118
+    assert record.pop("averages")
+    save_file(tensors, memory, {"farcast": json.dumps(record)})
+    shutil.copy(late[2], tmp_path / "run")
+    made = farcast_cli.leap(tmp_path / "run", output=f"{out}/", gain=1.0)
+    written = next(path for path in out.glob("*.pt"))
+    assert all(torch.equal(value, _load(late[2])["teacher"][name]) for name, value in _load(written)["teacher"].items()), made

@@ -164,7 +164,7 @@ def test_a_run_at_its_end_is_no_error_but_gets_no_leap(ended: Path, tmp_path: Pa
     assert (outcome.path, outcome.decision.verdict) == (None, "abstain")
     assert outcome.decision.reason in {
         "the run ended at step 1200: there is no training to skip",
-        "the run ends at step 1201, and a leap needs training after it",
+        "the run ends at step 1201: a leap must end before that",
     }
 
 

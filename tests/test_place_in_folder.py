@@ -136,7 +136,9 @@ def test_the_users_command_gets_folders_for_the_origin_and_for_the_forecasts(run
     assert [one["value"] for one in json.loads(done.stdout)["evaluations"]] == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["", "sub/ckpt.pt", "..", ".hidden.pt", "farcast.json", "ckpt.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["", "sub/ckpt.pt", "..", ".hidden.pt", "farcast.json", "ckpt.safetensors", "a\nb.pt", "\x1bckpt.pt"]
+)
 def test_a_name_that_is_none_for_the_file_is_a_usage_error(run: Path, call_cli: CallCli, name: str) -> None:
     for command in ("predict", "leap"):
         done = call_cli(command, "ckpts", "--place", name, "--even-if-worse", cwd=run)

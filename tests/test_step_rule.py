@@ -268,3 +268,20 @@ def test_a_counter_that_the_chosen_evidence_leaves_behind_is_a_caution(tmp_path:
     assert caution in done.stderr.splitlines()
     even = call_cli("predict", "run", "--step-from", "payload", "--horizon", "300", "--even-if-worse", cwd=tmp_path)
     assert (even.returncode, "caution: iteration" in even.stderr) == (0, False)
+
+
+def test_the_end_of_a_run_is_told_in_its_unit(tmp_path: Path, call_cli: CallCli) -> None:
+    in_epochs(tmp_path / "run", config={"epochs": 11})
+    told = call_cli("backtest", "run", "--unit", "epoch", "--horizon", 2, cwd=tmp_path).stdout
+    assert "the run ends at epoch 11: a leap must end before that" in told
+    assert (
+        "the run ends at epoch 11: a leap must end before that"
+        in call_cli("predict", "run", "--unit", "epoch", cwd=tmp_path).stderr
+    )
+
+
+def test_a_watch_tells_epochs(tmp_path: Path, call_cli: CallCli) -> None:
+    in_epochs(tmp_path / "run")
+    told = call_cli("watch", "run", "--unit", "epoch", "--until", 10, "--interval", 0.01, cwd=tmp_path).stderr
+    assert "epoch 10 is reached" in told
+    assert " step" not in told

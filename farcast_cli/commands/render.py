@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from farcast_cli.errors import as_addresses, listed, printable, shell_word, visi
 from farcast_cli.forecast.words import chance, clock_line, counted, recent_half, shown_number
 from farcast_cli.headline import advised
 from farcast_cli.progress import silent
+from farcast_cli.run.selection import options_of
 from farcast_cli.settings import source_of
 
 if TYPE_CHECKING:
@@ -253,11 +253,9 @@ def _grouped(console: Console, title: str, items: Sequence[tuple[str, str]], *, 
 
 def _fit_command(trajectory: Trajectory) -> str:
     """With what the run cannot be read without."""
-    words = ["--pattern", trajectory.pattern] if trajectory.pattern else []
-    words += trajectory.rule.options
-    words += ["--weights", ",".join(trajectory.weights)] if trajectory.weights else []
-    words += ["--steps", str(trajectory.chosen)] if trajectory.chosen else []
-    return " ".join(["farcast fit", shell_word(trajectory.directory), *map(shlex.quote, words)])
+    found = trajectory
+    chosen = options_of(steps=found.chosen, pattern=found.pattern, rule=found.rule, weights=found.weights)
+    return f"farcast fit {shell_word(found.directory)}{chosen}"
 
 
 def copied_note(copied: Sequence[Copied], *, verbose: bool) -> None:

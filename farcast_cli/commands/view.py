@@ -133,7 +133,7 @@ def _figures(event: NewVerdict) -> str:
 
 
 def _waiting(event: Waiting, more_s: float = 0.0) -> str:
-    newest = "" if event.step is None else f"; newest step {event.step}, {age(event.age_s + more_s)} ago"
+    newest = "" if event.step is None else f"; newest {event.unit} {event.step}, {age(event.age_s + more_s)} ago"
     since = f", for {age(event.age_s + more_s)}" if event.step is None else ""
     return f"waiting for {event.what}{since}{newest}"
 
@@ -240,7 +240,8 @@ class _Screen:
 
     def _picture(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for heading, justify in (("step", "right"), ("snapshots", "right"), ("S", "right"), ("p", "right"), ("b", "right")):
+        unit = self._rows[-1].rule.unit if self._rows else "step"
+        for heading, justify in ((unit, "right"), ("snapshots", "right"), ("S", "right"), ("p", "right"), ("b", "right")):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         table.add_column("verdict")
         for row in self._rows:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,8 @@ from farcast_cli.remote.mirror import revived
 from farcast_cli.run.alignment import Alignment, Copied, align, under_common_names
 from farcast_cli.run.entries import run_entries
 from farcast_cli.run.pace import Pace
-from farcast_cli.run.steps import parse_steps
+from farcast_cli.run.selection import options_of
+from farcast_cli.run.steps import StepRange, parse_steps
 from farcast_cli.run.trust import StepRule
 from farcast_cli.tensors import is_batch_norm_statistic
 from farcast_cli.trainers import LAYOUTS, named
@@ -151,17 +151,34 @@ class Fitted:
     @property
     def narrowed(self) -> str:
         """The options beside `--steps` that chose what was read of the run, each with a blank before it."""
+        return self._options("")
+
+    def _options(self, steps: object) -> str:
         chosen = self.provenance
-        options = [("--pattern", chosen.pattern)] if chosen.pattern else []
-        options += [("--weights", ",".join(chosen.weights))] if chosen.weights else []
-        options += [("--include", glob) for glob in chosen.include] + [("--exclude", glob) for glob in chosen.exclude]
-        rule = "".join(f" {word}" for word in self.rule.options)
-        return "".join(f" {name} {shlex.quote(glob)}" for name, glob in options) + rule
+        return options_of(
+            steps=steps,
+            pattern=chosen.pattern,
+            rule=self.rule,
+            weights=chosen.weights,
+            include=chosen.include,
+            exclude=chosen.exclude,
+        )
 
     @property
     def selected(self) -> str:
         """What a command to paste needs to read the same snapshots of the run: its folder, and all options that chose them."""
-        return self.source + self.narrowed + (f" --steps {shlex.quote(self.provenance.steps)}" if self.provenance.steps else "")
+        return self.source + self._options(self.provenance.steps)
+
+    @property
+    def repeated(self) -> str:
+        """The options that read the very snapshots of the fit again, also when the run has newer ones.
+
+        A list stays a list, because it may be all that tells the steps.
+        """
+        chosen = parse_steps(self.provenance.steps)
+        if chosen is None or isinstance(chosen, StepRange):
+            chosen = StepRange(self.steps[0], self.steps[-1], chosen.every if chosen else 1)
+        return self._options(chosen)
 
     @property
     def steps(self) -> tuple[int, ...]:

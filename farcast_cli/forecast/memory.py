@@ -8,6 +8,7 @@ run's newest snapshot that is all that a leap reads, so the trainer may rotate i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, fields, replace
@@ -151,9 +152,10 @@ class Memory:
         return self.record.origin_step == origin.step and self.record.origin_digest == origin.full_digest
 
 
-def memory_of(forecasts: Path, run: Path) -> Path:
-    """Where the memory of a run lies."""
-    return forecasts / f"{short_name(run.resolve().name or 'run')}{MEMORY_ENDING}"
+def memory_of(forecasts: Path, run: Path, pattern: str = "") -> Path:
+    """Where the memory of a run lies; each `--pattern` is a run of its own in the folder, with a memory of its own."""
+    which = f"-{hashlib.sha256(pattern.encode(errors='surrogateescape')).hexdigest()[:8]}" if pattern else ""
+    return forecasts / f"{short_name(run.resolve().name or 'run')}{which}{MEMORY_ENDING}"
 
 
 def read_memory(path: Path) -> Memory | None:

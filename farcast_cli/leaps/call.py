@@ -46,7 +46,7 @@ from farcast_cli.state.advance import HISTORY
 from farcast_cli.trainers.base import unchanged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -77,7 +77,7 @@ def leap(ask: Ask, progress: Progress) -> Leapt:
     place_of(
         ask.request, start, 1, settle(start.origin, ask.request.layout, inner=ask.request.place)
     )  # a bad name is refused at once
-    place = memory_of(ask.folder, ask.directory)
+    place = memory_of(ask.folder, ask.directory, chosen.pattern)
     check_outside(place, ask.directory)
     if not ask.request.dry_run:
         clear_left(place)
@@ -119,6 +119,13 @@ def _again(memory: Memory, ask: Ask, origin: Path) -> Leapt:
     )
 
 
+def _earlier_averages(found: Gathered, trajectory: Trajectory) -> Mapping[str, str] | None:
+    """Marks of the averages at an earlier snapshot: the memory's, or those of what was saved before the origin."""
+    known = found.memory.record.averages if found.memory else {}
+    before = (*found.snapshots[:-1], *trajectory.snapshots[-2:-1])
+    return known or next(filter(None, map(marks_of_averages, before)), None)
+
+
 class _Call:
     """A call that has new training behind it."""
 
@@ -131,7 +138,7 @@ class _Call:
         self._check_memory = partial(check_memory_ours, run=ask.directory)
         self._container = settle(trajectory.origin, ask.request.layout, inner=ask.request.place)
         before = found.memory.record if found.memory else None
-        self._start = replace(start, averages=before.averages if before else None)
+        self._start = replace(start, averages=_earlier_averages(found, trajectory))
         self._after = remember(found.known, found.stretches, found.products) if found.stretches or found.known else None
         self._length = found.stretches[-1][1] if found.stretches else before.length if before else 0.0
         self._losses = before.losses if before else Losses()

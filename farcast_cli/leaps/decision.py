@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farcast_cli.forecast.momentum import AGREES, Momentum, Remembered, steered
-from farcast_cli.request import ENDED
 
 if TYPE_CHECKING:
     from farcast_cli.evaluation.judge import Trial
@@ -77,7 +76,7 @@ class Situation:
         objections = (
             (math.isnan(momentum.share), "the memory has one stretch: a leap needs two that agree"),
             (not self.found.time.ahead, "the learning rate is 0: there is no training to skip"),
-            (left <= 0, ENDED.format(step=self.start.origin.step)),
+            (left <= 0, self.start.limit),
             (not self._moved, "the weights have not moved since the last call"),
             (math.isnan(signal) and self.heard.is_worse_ahead, "the loss is higher ahead than behind"),
             (self.found.time.is_rising, "the learning rate is still rising: leaps begin one stretch after the warm-up"),

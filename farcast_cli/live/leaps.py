@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farcast_cli.choices import DEFAULT_LEDGER
 from farcast_cli.engine.reader import Resources
@@ -30,21 +30,21 @@ from farcast_cli.live.processes import by_the_first, is_first, share
 from farcast_cli.progress import silent
 from farcast_cli.publish import leap_of
 from farcast_cli.request import Request
-from farcast_cli.run.selection import Selection
 from farcast_cli.run.steps import StepRange
 from farcast_cli.run.trajectory import discover, open_snapshot
-from farcast_cli.settings import check_leap_options, ledgers_of
+from farcast_cli.settings import check_leap_options, ledgers_of, selection_of
 from farcast_cli.trainers.base import LeapMark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from farcast_cli.choices import OutputLayout
+    from farcast_cli.choices import OutputLayout, StepFrom
     from farcast_cli.forecast.ledger import Leap
     from farcast_cli.leaps.ask import Leapt
     from farcast_cli.live.loss import Loss
     from farcast_cli.live.weights import LiveModel
     from farcast_cli.request import Outcome
+    from farcast_cli.run.selection import Selection
     from farcast_cli.trainers.base import Snapshot
 
 _log = logging.getLogger("farcast")
@@ -89,6 +89,8 @@ class Leaps:
         every: steps between two leaps; by default each save is followed by a call.
         loss: takes the model and returns its loss on a small data set, always the same one.
         output: the folder of the leaps and the memory, outside the run's; forecasts/RUN/ by default.
+        step_from: the evidence that tells the steps, as of --step-from.
+        weights: the keys of the model's own weights in a file with several networks, as of --weights.
         threads: worker processes that read and compute, made by fork as those of a DataLoader; 1: none.
         strict: raise an error, which otherwise is a warning.
     """
@@ -103,6 +105,8 @@ class Leaps:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     pattern: str = ""
+    step_from: StepFrom | None = None
+    weights: str | None = None
     layout: OutputLayout = "same"
     threads: int = 1
     strict: bool = False
@@ -168,11 +172,14 @@ class Leaps:
             resources=Resources(num_workers=self.threads),
             evaluator=scorer,
         )
-        selection = Selection(run, StepRange(last=step), self.pattern, tuple(self.include), tuple(self.exclude))
-        return Ask(request, selection, self.every, self.gain, self.max_gain)
+        return Ask(request, self._selection(run, StepRange(last=step)), self.every, self.gain, self.max_gain)
+
+    def _selection(self, run: Path, steps: StepRange) -> Selection:
+        options: Any = {"step_from": self.step_from, "weights": self.weights}
+        return replace(selection_of(run, self.include, self.exclude, None, self.pattern, **options), steps=steps)
 
     def _place(self, run: Path) -> Path:
-        return memory_of(Path(self._named) if self._named else folder_of(run), run)
+        return memory_of(Path(self._named) if self._named else folder_of(run), run, self.pattern)
 
     def _leap(self, live: LiveModel, run: Path, step: int) -> Landed:
         origin = self._origin(run, step)
@@ -194,14 +201,14 @@ class Leaps:
     def _origin(self, run: Path, step: int) -> Snapshot | None:
         """The run's checkpoint of a step."""
         with suppress(TooFewSnapshotsError):
-            return discover(run, steps=StepRange(step, step), pattern=self.pattern).origin
+            return discover(run, **self._selection(run, StepRange(step, step)).entries).origin
         return None
 
     def _land(self, live: LiveModel, run: Path, outcome: Outcome, origin: Snapshot) -> None:
         """Fill the model with a forecast; if that stops, the model has the origin's weights, and nothing tells of the leap."""
         assert outcome.path is not None  # noqa: S101 - there is a forecast to land at
         try:
-            target = open_snapshot(outcome.path)
+            target = open_snapshot(outcome.path, self._selection(run, StepRange()).weights)
             live.check(target)
             live.fill(target)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
@@ -61,6 +62,29 @@ class Selection:
             "unsettled": self.unsettled,
             "weights": self.weights,
         }
+
+
+def options_of(
+    *,
+    steps: object = None,
+    pattern: str = "",
+    rule: StepRule = BY_EVIDENCE,
+    weights: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> str:
+    """What was chosen of a run as the options of a command to paste, each with a blank before it.
+
+    >>> options_of(steps="100:900", pattern="a*", weights=("g", "d"), include=("b c",))
+    " --pattern 'a*' --weights g,d --include 'b c' --steps 100:900"
+    """
+    words = ["--pattern", pattern] if pattern else []
+    words += rule.options
+    words += ["--weights", ",".join(weights)] if weights else []
+    words += [word for glob in include for word in ("--include", glob)]
+    words += [word for glob in exclude for word in ("--exclude", glob)]
+    words += ["--steps", str(steps)] if steps else []
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 @dataclass(frozen=True, slots=True)

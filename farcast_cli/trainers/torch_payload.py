@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from farcast_cli.formats.torch_file import TorchFile, as_number, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef, iter_carried
 from farcast_cli.formats.tree import at, dotted, find
-from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, is_step, name_evidence, weights_of
+from farcast_cli.trainers.base import Evidence, Layout, Part, Snapshot, Trainer, is_step, name_evidence, outside, weights_of
 from farcast_cli.trainers.by_content import is_torch
 from farcast_cli.trainers.group_marks import mark_group, marks_in_group
 from farcast_cli.trainers.networks import find_networks, holds_optimizer, num_weights
@@ -65,10 +65,7 @@ def other_weights(tree: dict[Any, Any], weights: TreePath) -> Iterator[tuple[str
             continue
         count = num_weights(value)
         if count:
-            yield (
-                f"{key}.*",
-                f"{count} tensors outside {weights[0]!r} are not forecast; they are copied from the last snapshot",
-            )
+            yield f"{key}.*", outside(count)
 
 
 def _opaque_weights(weights: dict[str, Any]) -> Iterator[tuple[str, str]]:
