@@ -25,8 +25,7 @@ from farcast_cli.tune.description import check_description, constant_loss
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.metric import Metric, read_covariance, write_covariance
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.record import asked_to_apply, asked_to_tune, judged
-from farcast_cli.tune.repeat import Place, repeated
+from farcast_cli.tune.record import Place, asked_to_apply, asked_to_tune, judged, repeated
 from farcast_cli.tune.request import TuneOutcome
 from farcast_cli.tune.solve import Model, Solved, solve
 from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
@@ -110,9 +109,9 @@ def apply_deltas(
         outcome = TuneOutcome(layers, "apply", path=output, notes=tuple(_left_alone(snapshot)))
         about = asked.model_copy(update={"notes": outcome.notes})
         changes = list(zip(weights, deltas, strict=True))
-        done = write_tuned(snapshot, changes, Writing(place, rounded, about, check, num_threads), progress)
-    num_bytes = sum(weight.bytes_read for weight in weights) + done.bytes_read
-    return replace(outcome, bytes_read=num_bytes, bytes_written=done.bytes_written, seconds=time.monotonic() - started)
+        num_read, num_written = write_tuned(snapshot, changes, Writing(place, rounded, about, check, num_threads), progress)
+    num_read += sum(weight.bytes_read for weight in weights)
+    return replace(outcome, bytes_read=num_read, bytes_written=num_written, seconds=time.monotonic() - started)
 
 
 def covariance_of(
@@ -453,8 +452,8 @@ def _publish(work: _Work, outcome: TuneOutcome, place: Place, about: TuneSidecar
         return replace(outcome, bytes_written=sum(file.bytes for file in files))
     changes = list(zip(work.model.weights, deltas, strict=True))
     writing = Writing(place, request.rounded, about, work.check, request.num_threads)
-    done = write_tuned(snapshot, changes, writing, progress)
-    return replace(outcome, bytes_read=done.bytes_read, bytes_written=done.bytes_written)
+    num_read, num_written = write_tuned(snapshot, changes, writing, progress)
+    return replace(outcome, bytes_read=num_read, bytes_written=num_written)
 
 
 def _publish_deltas(deltas: Sequence[Delta], place: Place, about: TuneSidecar, *, like: Path) -> int:
