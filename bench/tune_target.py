@@ -199,8 +199,8 @@ def to_target(width: int) -> dict[str, Any]:
     check_gradients()
     task = Task.make(width)
     problem = task.problem()
-    curvature = largest_curvature(problem, problem.start)
-    values = np.linalg.eigvalsh(problem.tuned.overlap)
+    curvature = largest_curvature(problem)
+    values = np.linalg.eigvalsh(problem.rows.overlap)
     found: dict[str, Any] = {"m": width, "condition of K": float(values[-1] / values[0])}
     for name in ("gauss-newton", "gradient-descent"):
         found[f"tune, {name}"] = ours(task, Settings(name))  # type: ignore[arg-type]

@@ -211,7 +211,6 @@ ORDER = (
     "tune.adapter",
     "tune.request",
     "tune.record",
-    "tune.repeat",
     "tune.solve",
     "tune.description",
     "tune.write",

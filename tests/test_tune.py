@@ -388,12 +388,19 @@ def test_the_bytes_do_not_depend_on_the_threads_of_matrix_products(tmp_path: Pat
 
 
 def test_a_loss_that_comes_back_larger_than_it_should_be_is_an_error() -> None:
-    before, expected = np.full(8, 2.0), np.full(8, 1.0)
-    check_kept(before, expected, expected + 0.9 * ROUNDING_SHARE, "tuned")
-    with pytest.raises(OutputError):
-        check_kept(before, expected, expected + 1.1 * ROUNDING_SHARE, "tuned")
-    with pytest.raises(OutputError):
-        check_kept(before, expected, np.full(8, np.nan), "tuned")
+    before, expected, shares = np.full(8, 2.0), np.full(8, 1.0), np.full(8, 1 / 8)
+    check_kept((before, expected, expected + 0.9 * ROUNDING_SHARE), shares, "tuned")
+    for found in (expected + 1.1 * ROUNDING_SHARE, np.full(8, np.nan)):
+        with pytest.raises(OutputError):
+            check_kept((before, expected, found), shares, "tuned")
+
+
+def test_a_loss_that_comes_back_counts_as_its_row_weighs() -> None:
+    """Rounding costs one row all of its gain: 1 % of the gain or 60 %, as the row weighs."""
+    before, expected, found = np.full(8, 2.0), np.full(8, 1.0), np.array([2.0, *[1.0] * 7])
+    check_kept((before, expected, found), np.array([0.01, *[0.99 / 7] * 7]), "tuned")
+    with pytest.raises(OutputError, match=r"loss of the tuned rows 2 -> 1, but 1\.6 as"):
+        check_kept((before, expected, found), np.array([0.6, *[0.4 / 7] * 7]), "tuned")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.request import TuneRequest
 from farcast_cli.tune.run import tune_checkpoint
 from tests.conftest import tree_digest
@@ -137,6 +138,27 @@ def test_what_would_not_fit_into_memory_is_refused_with_its_size(tmp_path: Path,
     np.savez(tmp_path / "rows.npz", x=random.normal(size=(1000, 4)), y=random.integers(100_000, size=1000))
     call = [word for word in HEAD if word not in {"--bias", "b"}]
     refused(call_cli, tmp_path, 2, ("7.5 GiB", "at most 2 GiB", "--subsample", "--loss mse"), *call, "--loss", "cross-entropy")
+    call += ["--subsample", "400", "--loss", "cross-entropy"]
+    refused(call_cli, tmp_path, 2, ("3.0 GiB", "--method gradient-descent takes some 1.0 GiB"), *call)
+
+
+def test_gradient_descent_of_a_wide_head_holds_a_few_arrays_of_its_outputs(tmp_path: Path) -> None:
+    """Gauss-Newton would hold ten of 300 x 10,000 numbers, 229 MiB, and more with what the loss of each row takes."""
+    num_outputs, num_rows = 10_000, 300
+    save_file({"w": torch.zeros(num_outputs, 4)}, tmp_path / "head.safetensors")
+    random = np.random.default_rng(0)
+    labels = random.integers(20, size=num_rows)
+    np.savez(tmp_path / "rows.npz", x=random.normal(size=(20, 4))[labels] + 0.1 * random.normal(size=(num_rows, 4)), y=labels)
+    settings = Settings("gradient-descent", 1)
+    place = tmp_path / "delta.safetensors"
+    asked = TuneRequest(
+        tmp_path / "head.safetensors", ("w",), tmp_path / "rows.npz", "cross-entropy", settings=settings, delta_out=place
+    )
+    tracemalloc.start()
+    assert tune_checkpoint(asked, quiet).num_rows == num_rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 130 << 20
 
 
 # --- a wrong description ---------------------------------------------------------------------------------------------
@@ -317,6 +339,24 @@ def test_a_transposed_layer_and_head_are_tuned_as_those_of_a_linear_layer_are(wo
     plain, found = load_file(work / "tuned.safetensors"), load_file(work / "turned.safetensors")
     np.testing.assert_allclose(found["fc.weight"].T, plain["fc.weight"], atol=1e-5)
     np.testing.assert_allclose(found["fc.bias"], plain["fc.bias"], atol=1e-5)
+
+
+@pytest.mark.parametrize("is_turned", [True, False])
+def test_a_shape_that_fits_the_other_way_round_gets_the_hint(work: Path, call_cli: CallCli, is_turned: bool) -> None:  # noqa: FBT001
+    """A bias, a head, a next layer or rows: whichever is looked at first."""
+    if is_turned:
+        save_transposed(work / "step_10.safetensors")
+    call = ("tune", "step_10.safetensors", *(() if is_turned else ("--transposed",)), "--loss", "mse", "-o", "t.safetensors")
+    act, layer, bias = ("--activation", "relu"), ("--layer", "fc.weight"), ("--bias", "fc.bias")
+    for more in (
+        (*layer, *bias, "--data", "rows.npz"),
+        (*layer, *act, "--head", "out.weight", "--data", "rows.npz"),
+        (*layer, "--layer", "out.weight", *act, "--data", "rows.npz"),
+        (*layer, "--data", "rows.npz"),
+    ):
+        done = call_cli(*call, *more, cwd=work)
+        assert done.returncode in {2, 3}, done
+        assert f"as inputs x outputs, as GPT-2's Conv1D is: {'add' if is_turned else 'leave out'} --transposed" in done.hints[0]
 
 
 def test_a_delta_of_a_transposed_layer_can_be_applied(work: Path, call_cli: CallCli) -> None:

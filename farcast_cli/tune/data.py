@@ -213,10 +213,7 @@ def check_width(x: StoredArray, layer: Weight, *, what: str = "x") -> None:
     if found == width:
         return
     shape = f"{layer.name} is {layer.num_outputs} x {width}, outputs x inputs"
-    hint = "x holds the inputs of the layer, not of the model"
-    if found == layer.num_outputs:
-        kind = "is not stored" if layer.is_transposed else "may be stored"
-        hint = f"{layer.name} {kind} as inputs x outputs, as GPT-2's Conv1D is: {'leave out' if layer.is_transposed else 'add'} --transposed"
+    hint = layer.turn_hint if found == layer.num_outputs else "x holds the inputs of the layer, not of the model"
     raise DataError(f"{x.path}: {what}: expected {width} columns ({shape}), found {found}", hint=hint)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Targets = NDArray[Any]
 
 
+MAX_TOGETHER = 1 << 20  # numbers of rows that are worked on at once: 8 MiB
 _ERF_END = 6.5  # beyond it 1 - erf is below 4e-20
 _ERF_DEGREE = 19  # of the polynomial below; the largest error measured is 7e-16, and more terms round worse
 _TANH_SCALE, _TANH_CUBE = math.sqrt(2 / math.pi), 0.044715  # of gelu-tanh
@@ -61,15 +62,21 @@ class Objective:
         return mean_of(self.row_losses(pre, targets), shares)
 
     def value_and_gradient(self, pre: Array, targets: Targets, shares: Array | None = None) -> tuple[float, Array]:
-        """The loss, and its gradient by the pre-activations (n, m)."""
-        out = self.outputs(pre)
-        value = mean_of(self._row_losses(out, targets), shares)
-        back = self._gradient(out, targets, shares)
-        back = back if self.head is None else np.asarray(back @ self.head)
-        slope = slope_of(self.activation, pre)
-        if slope is not None:
-            back *= slope
-        return value, back
+        """The loss, and its gradient by the pre-activations (n, m), which takes their memory, some rows at a time."""
+        losses, num_rows = np.empty(len(pre)), len(pre)
+        for part in self.parts(pre):
+            out, here = self.outputs(pre[part]), targets[part]
+            losses[part] = self._row_losses(out, here)
+            back = self._gradient(out, here, 1 / num_rows if shares is None else shares[part, None])
+            back = back if self.head is None else np.asarray(back @ self.head)
+            slope = slope_of(self.activation, pre[part])
+            pre[part] = back if slope is None else back * slope
+        return mean_of(losses, shares), pre
+
+    def parts(self, pre: Array) -> list[slice]:
+        """The rows of pre-activations (n, m), or of outputs, in parts that take little memory."""
+        count = max(1, MAX_TOGETHER // max(pre.shape[1], 0 if self.head is None else len(self.head)))
+        return [slice(start, start + count) for start in range(0, len(pre), count)]
 
     def curvature(self, pre: Array, shares: Array | None = None) -> Callable[[Array], Array]:
         """The Gauss-Newton matrix of the loss at Z, J^T (d2 l / d o2) J, as what it makes of a direction (n, m)."""
@@ -87,7 +94,8 @@ class Objective:
     def by_outputs(self, pre: Array, targets: Targets, shares: Array | None = None) -> tuple[Array, Callable[[Array], Array]]:
         """The gradient of the loss by the outputs (n, k), and d2 l / d o2 as what it makes of columns (n, k, c)."""
         out = self.outputs(pre)
-        return self._gradient(out, targets, shares), self._curvature(out, shares)
+        share = 1 / len(out) if shares is None else shares[:, None]
+        return self._gradient(out, targets, share), self._curvature(out, shares)
 
     def jacobian(self, pre: Array) -> Array:
         """The derivatives of each output by the pre-activations, (n, k, m)."""
@@ -95,14 +103,14 @@ class Objective:
         slope = slope_of(self.activation, pre)
         return np.repeat(head[None], len(pre), axis=0) if slope is None else head * slope[:, None]
 
-    def _gradient(self, out: Array, targets: Targets, shares: Array | None) -> Array:
+    def _gradient(self, out: Array, targets: Targets, share: Array | float) -> Array:
         if self.loss == "mse":
             back = out - in_columns(targets, out.shape[1])
             back *= 2 / out.shape[1]
         else:
             back = softmax(out)
             back[np.arange(len(out)), targets.astype(np.intp)] -= 1
-        return np.asarray(back * _column(shares, len(out)))
+        return np.asarray(back * share)
 
     def _curvature(self, out: Array, shares: Array | None) -> Callable[[Array], Array]:
         share = 1 / len(out) if shares is None else shares[:, None, None]
@@ -128,10 +136,6 @@ def in_columns(targets: Targets, count: int, first: int = 0) -> Array:
 
 def mean_of(losses: Array, shares: Array | None) -> float:
     return float(losses.mean()) if shares is None else float(losses @ shares)
-
-
-def _column(shares: Array | None, num_rows: int) -> Array | float:
-    return 1 / num_rows if shares is None else shares[:, None]
 
 
 def softmax(out: Array) -> Array:

@@ -65,10 +65,10 @@ class Rows:
     targets: NDArray[Any]
     shares: Array | None = None
 
-    def pre(self, point: Point) -> Array:
-        """Their pre-activations at a point, (n, m)."""
-        pre = self.overlap @ point.factors
-        pre += self.base if point.scale == 1 else point.scale * self.base
+    def pre(self, point: Point, part: slice = slice(None)) -> Array:
+        """Pre-activations at a point, (n, m); of some of the rows."""
+        pre = self.overlap[part] @ point.factors
+        pre += self.base[part] if point.scale == 1 else point.scale * self.base[part]
         return pre
 
 
@@ -96,7 +96,7 @@ class Problem:
         return self.objective.value(pre, self.rows.targets, self.rows.shares)
 
     def value_and_gradient(self, pre: Array) -> tuple[float, Array]:
-        """The loss, and its gradient by U."""
+        """The loss, and its gradient by U; the pre-activations' memory is taken over."""
         loss, gradient = self.objective.value_and_gradient(pre, self.rows.targets, self.rows.shares)
         return loss, self._by_factors(gradient)
 
@@ -180,7 +180,7 @@ def descend(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float
         loss, gradient = problem.value_and_gradient(problem.rows.pre(point))
         yield point, loss
         if rate is None:
-            rate = 1 / (largest_curvature(problem, point) + pull)
+            rate = 1 / (largest_curvature(problem) + pull)
         if pull:
             gradient += pull * point.factors
         velocity *= settings.inertia
@@ -192,20 +192,32 @@ def descend(problem: Problem, settings: Settings) -> Iterator[tuple[Point, float
         point.scale -= rate * scale_velocity
 
 
-def largest_curvature(problem: Problem, point: Point) -> float:
-    """The largest eigenvalue of the Gauss-Newton matrix in W-space, by power iteration from the gradient."""
-    pre = problem.rows.pre(point)
-    curvature = problem.curvature(pre)
-    _, vector = problem.value_and_gradient(pre)
-    largest = 0.0
+def largest_curvature(problem: Problem) -> float:
+    """The largest eigenvalue of the Gauss-Newton matrix in W-space, at the start, by power iteration from the gradient.
+
+    Holds two arrays like U; what is of the rows' outputs is computed again each time, some rows at a time.
+    """
+    rows, objective = problem.rows, problem.objective
+    shares = np.full(len(rows.base), 1 / len(rows.base)) if rows.shares is None else rows.shares
+    _, vector = problem.value_and_gradient(rows.pre(problem.start))
+    image, largest = np.empty_like(vector), 0.0
     for _ in range(POWER_ITERATIONS):
-        moved = problem.rows.overlap @ vector
-        square = problem.inner(vector, vector, moved)
+        square = along = 0.0
+        image[:] = 0
+        for part in objective.parts(rows.base):
+            moved = rows.overlap[part] @ vector
+            bent = objective.curvature(rows.base[part], shares[part])(moved)
+            along += float(np.vdot(bent, moved))
+            square += float(np.vdot(vector[part], moved)) if problem.is_dual else 0.0
+            if problem.is_dual:
+                image[part] = bent
+            else:
+                image += rows.overlap[part].T @ bent
+        square = square if problem.is_dual else float(np.vdot(vector, vector))
         if square <= 0:
             break
-        image = curvature(moved)
-        largest = max(largest, problem.inner(image, vector, moved) / square)
-        vector = image / np.sqrt(square)
+        largest = max(largest, along / square)
+        np.divide(image, np.sqrt(square), out=vector)
     return largest or 1.0
 
 
@@ -267,7 +279,7 @@ class _Search:
 
     @classmethod
     def begin(cls, problem: Problem, settings: Settings) -> _Search:
-        largest = largest_curvature(problem, problem.start) + settings.pull
+        largest = largest_curvature(problem) + settings.pull
         search = cls(problem, settings, Damping.begin(largest), 0.0)
         search.least_gain = LEAST_GAIN * search.place(problem.start).loss
         return search
@@ -280,9 +292,9 @@ class _Search:
     def improved(self, place: _Place) -> _Place | None:
         """The next place, or None where no damping makes a step that helps."""
         pre = self.problem.rows.pre(place.point)
+        curvature = self.problem.curvature(pre)
         _, gradient = self.problem.value_and_gradient(pre)
         gradient += self.settings.pull * place.point.factors
-        curvature = self.problem.curvature(pre)
         for _ in range(MAX_TRIES):
             step = self._solved(curvature, gradient)
             trial = self.place(Point(1.0, place.point.factors + step))

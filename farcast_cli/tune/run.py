@@ -25,8 +25,7 @@ from farcast_cli.tune.description import check_description, constant_loss
 from farcast_cli.tune.gate import judge
 from farcast_cli.tune.metric import Metric, read_covariance, write_covariance
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.record import asked_to_apply, asked_to_tune, judged
-from farcast_cli.tune.repeat import Place, repeated
+from farcast_cli.tune.record import Place, asked_to_apply, asked_to_tune, judged, repeated
 from farcast_cli.tune.request import TuneOutcome
 from farcast_cli.tune.solve import Model, Solved, solve
 from farcast_cli.tune.weight import find_matrix, find_vector, find_weight
@@ -110,9 +109,9 @@ def apply_deltas(
         outcome = TuneOutcome(layers, "apply", path=output, notes=tuple(_left_alone(snapshot)))
         about = asked.model_copy(update={"notes": outcome.notes})
         changes = list(zip(weights, deltas, strict=True))
-        done = write_tuned(snapshot, changes, Writing(place, rounded, about, check, num_threads), progress)
-    num_bytes = sum(weight.bytes_read for weight in weights) + done.bytes_read
-    return replace(outcome, bytes_read=num_bytes, bytes_written=done.bytes_written, seconds=time.monotonic() - started)
+        num_read, num_written = write_tuned(snapshot, changes, Writing(place, rounded, about, check, num_threads), progress)
+    num_read += sum(weight.bytes_read for weight in weights)
+    return replace(outcome, bytes_read=num_read, bytes_written=num_written, seconds=time.monotonic() - started)
 
 
 def covariance_of(
@@ -286,7 +285,8 @@ def _model_of(request: TuneRequest, snapshot: Snapshot) -> Model:
             raise UsageError(
                 f"--layer {after.name}: expected {before.num_outputs} inputs, the outputs of {before.name},"
                 f" found {after.num_inputs}",
-                hint="name the layers in forward order",
+                hint="name the layers in forward order"
+                + (f"; or {before.turn_hint}" if before.num_inputs == after.num_outputs else ""),
             )
     activations = request.activations or ("none",)
     activations *= len(weights) if len(activations) == 1 else 1
@@ -304,7 +304,9 @@ def _head_of(request: TuneRequest, snapshot: Snapshot, last: Weight) -> tuple[An
     if width != last.num_outputs:
         raise UsageError(
             f"{snapshot.path}: --head {request.head}: expected {last.num_outputs} inputs, the outputs of {last.name}, found {width}",
-            hint="the head must directly follow the (last) layer and its activation",
+            hint=last.turn_hint
+            if last.num_inputs in {matrix.num_inputs, matrix.num_outputs}
+            else "the head must directly follow the (last) layer and its activation",
         )
     if 8 * rows * width > MAX_HEAD_BYTES:
         raise UsageError(
@@ -434,7 +436,7 @@ class _Work:
         """See that the losses are still what they were."""
         again = replace(self.model, weights=tuple(written))
         for what, (data, before, after) in self.judging.items():
-            check_kept(before, after, again.row_losses(data.inputs, data.targets), what)
+            check_kept((before, after, again.row_losses(data.inputs, data.targets)), data.shares, what)
 
 
 def _publish(work: _Work, outcome: TuneOutcome, place: Place, about: TuneSidecar, progress: Progress) -> TuneOutcome:
@@ -450,8 +452,8 @@ def _publish(work: _Work, outcome: TuneOutcome, place: Place, about: TuneSidecar
         return replace(outcome, bytes_written=sum(file.bytes for file in files))
     changes = list(zip(work.model.weights, deltas, strict=True))
     writing = Writing(place, request.rounded, about, work.check, request.num_threads)
-    done = write_tuned(snapshot, changes, writing, progress)
-    return replace(outcome, bytes_read=done.bytes_read, bytes_written=done.bytes_written)
+    num_read, num_written = write_tuned(snapshot, changes, writing, progress)
+    return replace(outcome, bytes_read=num_read, bytes_written=num_written)
 
 
 def _publish_deltas(deltas: Sequence[Delta], place: Place, about: TuneSidecar, *, like: Path) -> int:

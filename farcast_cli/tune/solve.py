@@ -38,7 +38,10 @@ MAX_SCALED = 1 << 20  # outputs of rows up to which a last layer's path begins a
 SCALED_EVERY, SCALES = 5, tuple(2.0 ** (half / 2) for half in range(13))  # ridges, and factors of the fit, that are tried
 LARGEST = 1e100  # of a loss that is not finite, or larger
 ARRAYS, MAX_BYTES = 10, 2 << 30
-"""Arrays of n x m numbers that an iterative method holds at once, and the bytes that it may take."""
+"""Arrays of n x m numbers that Gauss-Newton holds at once, and the bytes that a tuning may take. Gradient descent of one layer
+holds Z_0, that of a fold and the gradient, n x m each, and three arrays like U."""
+FIXED = 1 << 27
+"""Bytes of the libraries and of some rows' outputs: a head of 30,522 x 384 and 1,000 rows took 1,085 MiB, foretold 1,095."""
 MAX_GRAM = 4096
 """Rows times outputs up to which Gauss-Newton tunes several layers: it solves a system of this size for each step."""
 
@@ -157,12 +160,15 @@ def _check_memory(model: Model, data: Data, settings: Settings) -> None:
                 hint=f"--method gradient-descent, or --subsample {MAX_GRAM // width}",
             )
         whole += num_rows * width * (2 * num_outputs + 4 * num_rows * width)
-    need = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
+    newton = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
+    descent = FIXED + 8 * 3 * (num_rows + size) * num_outputs if len(model.weights) == 1 else newton
+    need = descent if settings.method == "gradient-descent" else newton
     if need > MAX_BYTES:
+        other = f"--method gradient-descent takes some {descent / 2**30:.1f} GiB; " if descent <= MAX_BYTES else ""
         raise UsageError(
             f"{data.path}: {num_rows} rows of {num_outputs} outputs would take some {need / 2**30:.1f} GiB of memory:"
             f" expected at most {MAX_BYTES >> 30} GiB",
-            hint="--subsample N uses fewer rows; for a last layer alone, --loss mse takes labels and much less memory",
+            hint=f"{other}--subsample N uses fewer rows; for a last layer alone, --loss mse takes labels and much less memory",
         )
 
 
@@ -302,7 +308,8 @@ class _One:
         return Point(1.0, best[1] * fit.factors(best[0]))
 
     def _losses(self, rows: Rows, point: Point) -> Array:
-        return self.model.objective.row_losses(rows.pre(point), rows.targets)
+        after = self.model.objective
+        return np.concatenate([after.row_losses(rows.pre(point, p), rows.targets[p]) for p in after.parts(rows.base)])
 
     def _deltas(self, point: Point, tuned: Numbers) -> tuple[Delta, ...]:
         return (_delta(self.weight, point.scale, point.factors.copy(), self.space.directions(tuned)),)

@@ -95,6 +95,12 @@ class Weight:
     def bias_name(self) -> str | None:
         return _SHARD.sub("", self.bias[0].entry.name) if self.bias else None
 
+    @property
+    def turn_hint(self) -> str:
+        """What to do about a shape that fits the layer the other way round."""
+        told, act = ("is not stored", "leave out") if self.is_transposed else ("may be stored", "add")
+        return f"{self.name} {told} as inputs x outputs, as GPT-2's Conv1D is: {act} --transposed"
+
     def extended(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Inputs (n, m_in) with the last element 1 that a bias asks for, (n, m_in + 1)."""
         return np.hstack([inputs, np.ones((len(inputs), 1))]) if self.bias else inputs
@@ -218,7 +224,8 @@ def find_weight(snapshot: Snapshot, layer: str, bias: str | None = None, *, is_t
         shape = list(found[0].shape) if len(found) == 1 else [length]
         raise UsageError(
             f"{snapshot.path}: --bias {bias}: expected shape [{weight.num_outputs}], one number for each output of {layer},"
-            f" found {shape}"
+            f" found {shape}",
+            hint=weight.turn_hint if length == weight.num_inputs else "",
         )
     _check_tied(snapshot, found, bias)
     return Weight(layer, shards, _in_order(found), is_transposed)

@@ -6,7 +6,7 @@ written is read again, and the losses are computed anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,21 +37,13 @@ if TYPE_CHECKING:
     from farcast_cli.records import TuneSidecar
     from farcast_cli.trainers.base import Snapshot
     from farcast_cli.tune.delta import Delta, Rounded
-    from farcast_cli.tune.repeat import Place
+    from farcast_cli.tune.record import Place
     from farcast_cli.tune.weight import Weight
 
     Array = NDArray[np.float64]
 
 ROUNDING_SHARE = 0.05
 """Of what a tuning gained, that rounding may take. float32 takes some 1e-6 of it; bfloat16 took 10 % where it did harm."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written, in bytes."""
-
-    bytes_read: int
-    bytes_written: int
 
 
 def check_place_of(place: Place, snapshot: Snapshot) -> None:
@@ -93,8 +85,12 @@ def write_tuned(
     changes: Sequence[tuple[Weight, Delta]],
     writing: Writing,
     progress: Callable[[str, int], Callable[[int], None]],
-) -> Written:
-    """Write the checkpoint with some layers changed; publish it when they have been read back and seen to be right."""
+) -> tuple[int, int]:
+    """Write the checkpoint with some layers changed; publish it when they have been read back and seen to be right.
+
+    Returns:
+        the bytes that were read and written.
+    """
     maps: dict[str, ValueMap] = {}
     for weight, delta in changes:
         maps |= maps_of(delta, weight, writing.rounded)
@@ -107,34 +103,35 @@ def write_tuned(
         beside = None
         if snapshot.path.is_file():
             beside = outputs.add(sidecar_of(writing.place.path, is_file=True), check=check_sidecar_ours)
-        written = _write_plan(plan, hidden, num_threads=writing.num_threads, told=told)
+        num_read, num_written = _write_plan(plan, hidden, num_threads=writing.num_threads, told=told)
         again = open_snapshot(hidden)
         layers = [find_weight(again, one.name, one.bias_name, is_transposed=one.is_transposed) for one, _ in changes]
         writing.check(layers)
         write_sidecar(hidden, beside, writing.about.model_copy(update={"files": files_of(hidden)}))
-    return replace(written, bytes_read=written.bytes_read + sum(layer.bytes_read for layer in layers))
+    return num_read + sum(layer.bytes_read for layer in layers), num_written
 
 
-def _write_plan(plan: Sequence[OutputFile], place: Path, *, num_threads: int, told: Callable[[int], None]) -> Written:
+def _write_plan(plan: Sequence[OutputFile], place: Path, *, num_threads: int, told: Callable[[int], None]) -> tuple[int, int]:
     """One pass of the engine over a plan without forecast tensors."""
     nothing = LinearMap(np.zeros((1, 0, 1)), np.zeros((1, 0)), np.zeros((1, 0)), 0)
     engine = Engine(Inputs(Alignment((), ()), nothing), Resources(num_workers=num_threads))
     tally = write_forecasts([plan], [place], engine, progress=told)
-    return Written(tally.bytes_read, tally.bytes_written)
+    return tally.bytes_read, tally.bytes_written
 
 
-def check_kept(before: Array, expected: Array, found: Array, what: str) -> None:
+def check_kept(losses: tuple[Array, Array, Array], shares: Array, what: str) -> None:
     """See that the losses of some rows, as written, are what they should be.
+
+    Args:
+        losses: before, as they should be, and as written, (n,) each.
+        shares: (n,) the rows' weights, which sum to 1.
 
     Raises:
         OutputError: rounding took more than a share of the gain.
     """
-    gained = float(before.mean() - expected.mean())
-    lost = float(found.mean() - expected.mean())
-    if not lost <= ROUNDING_SHARE * max(gained, 0.0):
-        raise _rounded_away(
-            f"loss of the {what} rows {before.mean():.4g} -> {expected.mean():.4g}, but {found.mean():.4g} as it would be written"
-        )
+    before, expected, found = (float(one @ shares) for one in losses)
+    if not found - expected <= ROUNDING_SHARE * max(before - expected, 0.0):
+        raise _rounded_away(f"loss of the {what} rows {before:.4g} -> {expected:.4g}, but {found:.4g} as it would be written")
 
 
 def check_moved(base: Array, expected: Array, found: Array, name: str) -> None:
