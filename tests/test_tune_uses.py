@@ -219,6 +219,35 @@ def test_a_loss_no_better_than_a_constants_is_said(work: Path, call_cli: CallCli
     assert "no better" not in call_cli(*CALL, "-o", "again.safetensors", cwd=work).stderr
 
 
+def test_what_is_zero_already_is_not_to_be_started_at_zero(work: Path, call_cli: CallCli) -> None:
+    save_head(work)
+    with np.load(work / "rows.npz") as rows:
+        x, y = rows["x"], rows["y"]
+    np.savez(work / "rows.npz", x=x, y=np.random.default_rng(1).permutation(y))
+    done = call_cli(*HEAD, "--loss", "cross-entropy", cwd=work)
+    assert (done.returncode, "has learnt nothing of use" in done.stderr) == (10, True), done
+    assert "zero" not in done.stderr
+    assert "before tuning" not in done.stderr
+    save_work(work)
+    weights = load_file(work / "step_10.safetensors")
+    save_file(weights | {"out.weight": torch.zeros_like(weights["out.weight"])}, work / "step_10.safetensors")
+    done = call_cli(*CALL, "-o", "other.safetensors", cwd=work)
+    assert (done.returncode, "the head is zero" in done.stderr, "from zero" in done.stderr) == (10, True, False), done
+
+
+def test_rows_of_one_class_are_refused_but_for_an_edit_beside_rows_that_stay(tmp_path: Path, call_cli: CallCli) -> None:
+    save_head(tmp_path)
+    with np.load(tmp_path / "rows.npz") as rows:
+        x, y = rows["x"], rows["y"]
+    np.savez(tmp_path / "rows.npz", x=x[y == 2], y=y[y == 2])
+    np.savez(tmp_path / "others.npz", x=x[y != 2])
+    for loss in ("cross-entropy", "mse"):
+        refused(call_cli, tmp_path, 3, ("all rows are of one class, 2", "rows of other classes"), *HEAD, "--loss", loss)
+    edit = (*HEAD, "--loss", "cross-entropy", "--anchor", "others.npz", "--anchor-weight", "10")
+    done = call_cli(*edit, cwd=tmp_path)
+    assert (done.returncode, "no better" in done.stderr) == (0, False), done
+
+
 # --- all rows train --------------------------------------------------------------------------------------------------
 
 

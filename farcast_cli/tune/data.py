@@ -56,6 +56,11 @@ class Data:
         return len(self.inputs)
 
     @property
+    def is_constant(self) -> bool:
+        """Whether all rows have the same target, or label."""
+        return not (self.targets != self.targets[:1]).any()
+
+    @property
     def num_groups(self) -> int:
         return int(self.groups.max(initial=-1)) + 1
 
