@@ -448,6 +448,9 @@ def test_peft_loads_the_adapter_and_gives_what_the_tuned_checkpoint_gives(
     assert call_cli(*call, "-o", "tuned.safetensors", cwd=work).returncode == 0
     done = call_cli(*call, "--lora-out", "adapter", cwd=work)
     assert (done.returncode, done.stdout) == (0, "adapter\n"), done
+    assert (
+        json.loads((work / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "step_10.safetensors"
+    )
     before = tree_digest(work)
     adapted: Any = PeftModel.from_pretrained(model_of(work / "step_10.safetensors"), str(work / "adapter")).eval()
     rows = torch.from_numpy(load_rows(work).x)
@@ -457,6 +460,16 @@ def test_peft_loads_the_adapter_and_gives_what_the_tuned_checkpoint_gives(
     assert (found - expected).abs().max() < 1e-4
     assert (expected - base).abs().max() > 0.1
     assert tree_digest(work) == before
+
+
+def test_an_adapter_of_a_model_from_the_hub_bears_its_name_there(work: Path, call_cli: CallCli) -> None:
+    place = work / "hub" / "models--some-one--a--model" / "snapshots" / "0a1b"
+    place.mkdir(parents=True)
+    (work / "step_10.safetensors").rename(place / "model.safetensors")
+    (place / "config.json").write_text("{}")
+    assert call_cli("tune", str(place), *CALL[2:], "--lora-out", "adapter", cwd=work).returncode == 0
+    told = json.loads((work / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "some-one/a--model"
 
 
 def test_weight_decay_is_no_change_that_an_adapter_can_hold(work: Path, call_cli: CallCli) -> None:
