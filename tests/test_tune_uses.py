@@ -278,7 +278,9 @@ def test_rows_of_a_group_are_left_out_together(tmp_path: Path, call_cli: CallCli
     np.savez(tmp_path / "rows.npz", x=inputs, y=targets, groups=group)
     together = call_cli(*[{"tuned.safetensors": "other.safetensors"}.get(w, w) for w in HEAD], "--loss", "mse", cwd=tmp_path)
     assert together.returncode == 10, together
-    assert "24 rows not seen (5 folds)" in together.stderr
+    assert "192 rows not seen in 24 groups (5 folds)" in together.stderr
+    assert "w: closed form on all 192 rows, 1 pass" in alone.stderr
+    assert "192 rows not seen (leave-one-out)" in alone.stderr
 
 
 def test_a_row_of_weight_two_is_a_row_twice(tmp_path: Path) -> None:

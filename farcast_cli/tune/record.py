@@ -114,7 +114,7 @@ def judged(asked: TuneSidecar, outcome: TuneOutcome, verdict: GateResult) -> Tun
     return asked.model_copy(
         update={
             "held_out": HeldOut(
-                before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_rows, judged_by=verdict.judged_by
+                before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_groups, judged_by=verdict.judged_by
             ),
             "tuned": TunedOn(before=before, after=after, rows=outcome.num_rows),
             "iterations": outcome.iterations,
@@ -133,7 +133,9 @@ def outcome_of(record: TuneSidecar, place: Path) -> TuneOutcome:
     z = float("inf") if held_out.z is None else held_out.z
     return replace(
         outcome,
-        verdict=GateResult(held_out.before, held_out.after, z, record.gate, held_out.rows, held_out.judged_by),
+        verdict=GateResult(
+            held_out.before, held_out.after, z, record.gate, tuned.rows, held_out.rows, judged_by=held_out.judged_by
+        ),
         num_rows=tuned.rows,
         iterations=record.iterations or 0,
         tuned_loss=(tuned.before, tuned.after),

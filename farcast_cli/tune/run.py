@@ -405,6 +405,7 @@ class _Work:
             tuned_loss=(float(solved.before @ data.shares), float(solved.after @ data.shares)),
             sizes=solved.sizes,
             num_passes=solved.num_passes,
+            has_closed_form=self.model.has_closed_form(self.request.settings),
             notes=(*self._notes(), *_left_alone(self.snapshot), *solved.notes),
         )
 
