@@ -265,6 +265,26 @@ def test_other_rows_may_judge(work: Path, call_cli: CallCli) -> None:
     assert (done.returncode, "(--val)" in done.stderr) == (10, True)
 
 
+def test_an_edit_of_a_few_rows_is_judged_by_others_and_refused_without_them(work: Path, call_cli: CallCli) -> None:
+    """For one x, a layer's outputs are moved by 1; its variants are near it."""
+    random = np.random.default_rng(0)
+    fact = random.normal(size=NUM_INPUTS)
+    x = fact + 0.05 * random.normal(size=(52, NUM_INPUTS))
+    weights = load_file(work / "step_10.safetensors")
+    y = x @ weights["fc.weight"].double().numpy().T + weights["fc.bias"].double().numpy() + 1
+    np.savez(work / "rows.npz", x=x[:12], y=y[:12])
+    np.savez(work / "val.npz", x=x[12:], y=y[12:])
+    call = ("tune", "step_10.safetensors", "--layer", "fc.weight", "--bias", "fc.bias", "--data", "rows.npz", "--loss", "mse")
+    refused(call_cli, work, 3, ("12 rows", "at least 32", "--val FILE"), *call, "-o", "tuned.safetensors")
+    done = call_cli(*call, "--val", "val.npz", "-o", "tuned.safetensors", cwd=work)
+    assert done.returncode == 0, done
+    assert "closed form on all 12 rows" in done.stderr
+    np.savez(work / "rows.npz", x=x[:2], y=y[:2])
+    assert call_cli(*call, "--val", "val.npz", "-o", "two.safetensors", cwd=work).returncode == 0
+    np.savez(work / "rows.npz", x=x[:1], y=y[:1])
+    refused(call_cli, work, 3, ("x is constant", "variants of its text"), *call, "--val", "val.npz", "-o", "one.safetensors")
+
+
 def test_rows_of_a_group_are_left_out_together(tmp_path: Path, call_cli: CallCli) -> None:
     """The noise of y is one for each group, and x nearly tells the group: by itself, a row is foretold by its neighbours."""
     random = np.random.default_rng(0)
