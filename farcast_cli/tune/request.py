@@ -63,5 +63,7 @@ class TuneOutcome:
     bytes_written: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    has_closed_form: bool = False
+    """Whether `iterations` counts ridges that were tried."""
     existed: bool = False
     """Whether the same output was there already."""
