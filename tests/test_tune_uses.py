@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.layers import Settings
 from farcast_cli.tune.request import TuneRequest
 from farcast_cli.tune.run import tune_checkpoint
 from tests.conftest import tree_digest

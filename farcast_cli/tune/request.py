@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_GATE
 from farcast_cli.tune.delta import Rounded
-from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.layers import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
