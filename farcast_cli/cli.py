@@ -33,7 +33,7 @@ from farcast_cli.errors import FarcastError, MemoryUsedUpError, NoForecastError,
 INTERRUPTED = 130
 EPILOG = (
     "Exit codes: 0 success, 1 bug, 2 usage error, 3 unusable snapshots, 4 unreadable or unsafe file, 5 output error,"
-    " 10 nothing is expected to be better than the last checkpoint, 130 interrupted."
+    " 6 a store refused the output, 10 nothing is expected to be better than the last checkpoint, 130 interrupted."
 )
 
 app = typer.Typer(

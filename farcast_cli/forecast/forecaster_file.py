@@ -26,6 +26,7 @@ from farcast_cli.files.place import check_place, open_new
 from farcast_cli.files.reading import (
     fetch,
     file_size,
+    is_address,
     local,
     mark_of,
     open_input,
@@ -261,7 +262,8 @@ def run_of_fitted(path: Path) -> Path | None:
     """The run's folder by an older forecaster file; None where there is none that tells."""
     try:
         with safe_open(path, framework="np") as file:
-            return placed(path.parent, _provenance_of(path, file.metadata()).directory)
+            directory = _provenance_of(path, file.metadata()).directory
+            return placed(path.parent, directory) if is_address(directory) else path.parent / directory
     except (FileFormatError, SafetensorError, ValueError, OSError):
         return None
 
