@@ -30,13 +30,14 @@ CALLS = {
 
 
 def make(folder: Path, width: int) -> None:
-    """A checkpoint with one layer, square, of a multiple of 256, and its head; rows in few directions, so that what some teach holds for others."""
+    """A checkpoint with one layer, square, and its head; rows in few directions, so that what some teach holds for others."""
     random = np.random.default_rng(0)
     with (folder / "step_1.safetensors").open("wb") as file:
         tensors = [("w", DTYPES["float32"], (width, width)), ("head", DTYPES["float32"], (NUM_OUTPUTS, width))]
         file.write(encode_header(tensors, {"format": "pt"}))
-        for _ in range(0, width, 256):
-            file.write((random.standard_normal((256, width), dtype=np.float32) / np.float32(np.sqrt(width))).data)
+        for start in range(0, width, 256):
+            shape = min(256, width - start), width
+            file.write((random.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(width))).data)
         file.write((random.standard_normal((NUM_OUTPUTS, width), dtype=np.float32) / np.float32(np.sqrt(width))).data)
     places = random.standard_normal((NUM_ROWS, NUM_DIRECTIONS))
     inputs = (places @ random.standard_normal((NUM_DIRECTIONS, width))).astype(np.float32)

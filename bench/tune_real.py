@@ -4,7 +4,8 @@
 
 FOLDER is that of docs/tune-real-model.md after its commands: start, train.jsonl, test.jsonl. Accuracy and cross-entropy are of the
 test texts. CPU seconds are those of one thread: of the whole command for farcast, of fitting alone for the others. Rates and
-epochs of the rivals are chosen on a fifth of the texts to tune on; then they train on all of them. Each result is printed as JSON.
+epochs of the rivals are chosen on a fifth of the texts to tune on; then they train on all of them, once a seed. "lora=2e-3,7" trains
+at this rate for 7 epochs, without a search. Each result is printed as JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -24,15 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+from farcast_cli.errors import NoForecastError
 
 HEAD = ["--layer", "classifier.weight", "--bias", "classifier.bias"]
 POOLER = ["--layer", "bert.pooler.dense.weight", "--bias", "bert.pooler.dense.bias", "--activation", "tanh"]
 POOLER += ["--head", "classifier.weight", "--head-bias", "classifier.bias", "--loss", "cross-entropy"]
-SEEDS = range(3)  # of the folds
-RATES = {"lora": (5e-4, 1.5e-3, 5e-3), "full": (1e-4, 3e-4, 1e-3)}
-MOST_EPOCHS = {"lora": 12, "full": 3}
-RANK, BATCH, MAX_LENGTH = 8, 16, 48
+SEEDS, TRAINING_SEEDS = range(3), range(2)  # of farcast's folds; of order, dropout and the adapter's start
+RATES = {"lora": (1e-3, 2e-3, 5e-3), "full": (5e-5, 1e-4, 2e-4)}
+MOST_EPOCHS = {"lora": 8, "full": 4}
+HEAD_RATE = 5e-2
+RANK, BATCH, MAX_LENGTH, WARM_UP = 8, 16, 48, 0.1
 
 
 class Texts:
@@ -89,17 +94,20 @@ def features(folder: Path, texts: Texts, keep: str) -> dict[str, Any]:
     return found
 
 
-def tune(folder: Path, *words: Any) -> float:
-    """CPU seconds of `farcast tune`, user and system."""
+def tune(folder: Path, *words: Any, out: str) -> float:
+    """CPU seconds of `farcast tune`, user and system. If the gate refuses, there is no `out`."""
+    shutil.rmtree(folder / out, ignore_errors=True)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "farcast_cli", "tune", *map(str, words), "-q"]
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "farcast_cli", "tune", *map(str, words), "-o", out, "-q"]
+    done = subprocess.run(command, cwd=folder, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode not in (0, NoForecastError.exit_code):
+        done.check_returncode()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def head_logits(folder: Path, name: str, test: dict[str, Any]) -> Any:
-    """The test texts' logits by the classifier, and the pooler, of a tuned checkpoint."""
+    """The test texts' logits by the classifier, and the pooler, of a checkpoint."""
     model = started(folder / name)
     with torch.no_grad():
         return model.classifier(torch.tanh(model.bert.pooler.dense(test["pooler"])))
@@ -125,7 +133,7 @@ def heads(folder: Path, train: Texts, test: Texts) -> None:
     for seed in SEEDS:
         for loss in ("cross-entropy", "mse"):
             name = f"tuned_{loss}_{seed}"
-            spent = tune(folder, "start", *HEAD, "--data", "head.npz", "--loss", loss, "--seed", seed, "-o", name)
+            spent = tune(folder, "start", *HEAD, "--data", "head.npz", "--loss", loss, "--seed", seed, out=name)
             show(f"tune, head, {loss}, {seed}", score(head_logits(folder, name, unseen), test.labels) | {"cpu_s": spent})
 
 
@@ -138,12 +146,13 @@ def pooler(folder: Path, train: Texts, test: Texts) -> None:
         ("pooler", "pooler", slice(None)),
     ):
         np.savez(folder / f"{name}.npz", x=rows[layer][part].numpy(), y=train.labels[part].numpy())
-    spent = tune(folder, "start", *HEAD, "--data", "half_head.npz", "--loss", "cross-entropy", "-o", "tuned_half")
+    spent = tune(folder, "start", *HEAD, "--data", "half_head.npz", "--loss", "cross-entropy", out="tuned_half")
     show("tune, head, half of the rows", score(head_logits(folder, "tuned_half", unseen), test.labels) | {"cpu_s": spent})
     for name in ("half_pooler", "pooler"):
-        spent = tune(folder, "tuned_half", *POOLER, "--data", f"{name}.npz", "-o", f"tuned_{name}")
-        logits = head_logits(folder, f"tuned_{name}", unseen)
-        show(f"tune, pooler behind that head, {name}", score(logits, test.labels) | {"cpu_s": spent})
+        spent = tune(folder, "tuned_half", *POOLER, "--data", f"{name}.npz", out=f"tuned_{name}")
+        refused = not (folder / f"tuned_{name}").exists()
+        found = {"refused": True} if refused else score(head_logits(folder, f"tuned_{name}", unseen), test.labels)
+        show(f"tune, pooler behind that head, {name}", found | {"cpu_s": spent})
 
 
 def trainable(folder: Path, kind: str) -> Any:
@@ -164,50 +173,78 @@ def batches(texts: Texts, rows: Any) -> list[Any]:
     return [found[i] for i in torch.randperm(len(found))]
 
 
-def epochs(model: Any, texts: Texts, rows: Any, rate: float) -> Any:
-    """Train by AdamW at a constant rate; yields after each epoch."""
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], rate)
-    while True:
+def epochs(model: Any, texts: Texts, rows: Any, rates: tuple[float, float], most: int) -> Any:
+    """Train by AdamW; yields after each epoch. The rates, of encoder and head, rise for a tenth of `most` epochs, then fall to zero."""
+    parts: list[dict[str, Any]] = [{"params": [], "lr": rate} for rate in rates]
+    for name, values in model.named_parameters():
+        if values.requires_grad:
+            parts["classifier" in name]["params"].append(values)
+    optimizer = torch.optim.AdamW(parts)
+    total = most * len(batches(texts, rows))
+    schedule = get_linear_schedule_with_warmup(optimizer, int(WARM_UP * total), total)
+    for _ in range(most):
         model.train()
         for part in batches(texts, rows):
             optimizer.zero_grad()
             cross_entropy(model(**texts.some(part)).logits, texts.labels[part]).backward()
             optimizer.step()
+            schedule.step()
         yield
 
 
-def gradients(folder: Path, kind: str, train: Texts, test: Texts) -> None:
-    """LoRA or full fine-tuning: a grid of rates, each until two epochs in turn are no better; then once more on all rows."""
-    all_rows = torch.arange(len(train.labels))
+def training(folder: Path, kind: str, texts: Texts, rows: Any, *, rate: float, seed: int) -> tuple[Any, Any]:
+    """A model, and what trains it one epoch further."""
+    torch.manual_seed(seed)
+    model = trainable(folder, kind)
+    return model, epochs(model, texts, rows, (rate, HEAD_RATE), MOST_EPOCHS[kind])
+
+
+def search(folder: Path, kind: str, train: Texts) -> dict[str, float]:
+    """A rate, and how many epochs: trained on four fifths of the texts, judged by the others.
+
+    A rate ends when two epochs in turn are no better, or when it is behind another at half of the epochs.
+    """
+    all_rows, half = torch.arange(len(train.labels)), MOST_EPOCHS[kind] // 2
     judged, learnt = all_rows[: len(all_rows) // 5], all_rows[len(all_rows) // 5 :]
-    tried, begun = [], time.process_time()
+    tried, least_at_half, begun = [], np.inf, time.process_time()
     for rate in RATES[kind]:
-        torch.manual_seed(0)
-        model, losses = trainable(folder, kind), []
-        for _, _ in zip(range(MOST_EPOCHS[kind]), epochs(model, train, learnt, rate), strict=False):
+        losses: list[float] = []
+        model, walk = training(folder, kind, train, learnt, rate=rate, seed=0)
+        for _ in walk:
             losses.append(score(logits_of(model, train, judged), train.labels[judged])["loss"])
             print(f"{kind}, rate {rate:g}, epoch {len(losses)}: {losses[-1]:.3f}", file=sys.stderr, flush=True)
-            if len(losses) - int(np.argmin(losses)) > 2:
+            if len(losses) - int(np.argmin(losses)) > 2 or (len(losses) == half and losses[-1] > least_at_half):
                 break
+            if len(losses) == half:
+                least_at_half = losses[-1]
         tried.append((min(losses), int(np.argmin(losses)) + 1, rate))
-    search = time.process_time() - begun
-    _, count, rate = min(tried)
-    torch.manual_seed(0)
-    model, begun = trainable(folder, kind), time.process_time()
-    for _, _ in zip(range(count), epochs(model, train, all_rows, rate), strict=False):
-        pass
-    found = {"cpu_s": time.process_time() - begun, "search_cpu_s": search, "rate": rate, "epochs": count}
-    show(kind, score(logits_of(model, test, torch.arange(len(test.labels))), test.labels) | found)
+    loss, count, rate = min(tried)
+    return {"rate": rate, "epochs": count, "judged_loss": loss, "search_cpu_s": time.process_time() - begun}
+
+
+def gradients(folder: Path, kind: str, train: Texts, test: Texts, setting: str) -> None:
+    """LoRA or full fine-tuning on all texts, at a rate and for a number of epochs that are given or searched."""
+    chosen = (
+        dict(zip(("rate", "epochs"), map(float, setting.split(",")), strict=True)) if setting else search(folder, kind, train)
+    )
+    for seed in TRAINING_SEEDS:
+        model, walk = training(folder, kind, train, torch.arange(len(train.labels)), rate=chosen["rate"], seed=seed)
+        begun = time.process_time()
+        for _ in range(int(chosen["epochs"])):
+            next(walk)
+        spent = {"cpu_s": time.process_time() - begun}
+        show(f"{kind}, {seed}", score(logits_of(model, test, torch.arange(len(test.labels))), test.labels) | spent | chosen)
 
 
 def main(folder: Path, parts: list[str]) -> None:
     torch.set_num_threads(1)
     train, test = Texts(folder, "train"), Texts(folder, "test")
     for part in parts or ["heads", "pooler", "lora", "full"]:
-        if part in RATES:
-            gradients(folder, part, train, test)
+        kind, _, setting = part.partition("=")
+        if kind in RATES:
+            gradients(folder, kind, train, test, setting)
         else:
-            {"heads": heads, "pooler": pooler}[part](folder, train, test)
+            {"heads": heads, "pooler": pooler}[kind](folder, train, test)
 
 
 if __name__ == "__main__":
