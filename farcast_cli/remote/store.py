@@ -6,6 +6,7 @@ Credentials are fsspec's own, from the environment or its configuration: farcast
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import re
@@ -101,8 +102,26 @@ class Upload:
             try:
                 self._file.discard()
             finally:
-                with suppress(AttributeError):  # of files in memory
+                with suppress(AttributeError):  # of files held back
                     self._file.closed = True  # or its removal from memory would close it
+
+
+class _HeldBack(io.BytesIO):
+    """A file for fsspec's store in memory, which would show it from its beginning."""
+
+    def __init__(self, files: Any, key: str) -> None:
+        super().__init__()
+        self._files, self._key = files, key
+
+    def close(self) -> None:
+        if not self.closed:
+            self._files.pipe_file(self._key, self.getvalue())
+        super().close()
+
+    def discard(self) -> None:
+        super().close()
+
+    __del__ = discard
 
 
 class Store:
@@ -189,7 +208,16 @@ class Store:
     def upload(self, name: str, part_bytes: int) -> Upload:
         """A new file, to be written from its beginning to its end."""
         files, top = self._files()
-        return Upload(files.open(f"{_above(top)}/{name}".lstrip("/"), "wb", block_size=part_bytes))
+        key = f"{_above(top)}/{name}".lstrip("/")
+        if self.address.startswith("memory://"):
+            return Upload(_HeldBack(files, key))
+        return Upload(files.open(key, "wb", block_size=part_bytes))
+
+    def has(self, name: str) -> bool:
+        """Whether something has this name on the store now."""
+        files, top = self._files()
+        files.invalidate_cache()
+        return bool(files.exists(f"{_above(top)}/{name}".lstrip("/")))
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing need be there."""
