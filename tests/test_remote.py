@@ -266,6 +266,20 @@ def test_a_connection_that_breaks_publishes_nothing(tmp_path: Path, call_cli: Ca
     assert not (tmp_path / "forecasts").exists()
 
 
+@pytest.mark.parametrize(("more", "told"), [(4, "more than the range"), (-4, "file ends early")])
+def test_a_store_that_gives_other_than_the_range_is_an_error(
+    more: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
+    store = type(fsspec.filesystem("memory"))
+    whole = store.cat_file
+    monkeypatch.setattr(
+        store, "cat_file", lambda self, key, start, end, **options: whole(self, key, start=start, end=end + more, **options)
+    )
+    with pytest.raises(FarcastError, match=told):
+        api.fit(RUN)
+
+
 def test_the_evaluation_command_sees_whole_files(tmp_path: Path, call_cli: CallCli) -> None:
     run = upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
     origin = run / "step_000600.safetensors"
@@ -298,6 +312,53 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(tmp_path: Path, ca
         assert done.returncode == 2
         assert "hidden" not in done.stderr
         assert done.errors == ["error: s3://...: an address with a password or a query is refused"]
+
+
+def test_no_message_repeats_a_secret(tmp_path: Path, call_cli: CallCli) -> None:
+    for arguments in (
+        ("inspect", "https://key:hidden@host/run?token=hidden"),
+        ("keep", "s3://key:hidden@bucket/run"),
+        ("fit", SAMPLES / "plain", "-o", "s3://key:hidden@bucket/run?token=hidden"),
+        ("predict", "--forecaster", "s3://key:hidden@bucket/run"),
+    ):
+        done = call_cli(*arguments, cwd=tmp_path)
+        assert (done.returncode, len(done.errors)) == (2, 1)
+        assert "hidden" not in done.stderr
+
+
+def test_what_the_client_says_of_the_endpoint_is_told_without_its_secrets(
+    tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1/?token=hidden")
+    done = call_cli("inspect", "s3://bucket/run", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "http://127.0.0.1:1/?..." in done.stderr
+    assert "hidden" not in done.stderr
+
+
+@pytest.mark.parametrize("rest", ["bucket/a/../", "bucket/./a/", "bucket//a/", "bucket/a::file:///b", ""])
+def test_an_address_that_leads_elsewhere_is_refused(rest: str, tmp_path: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", SAMPLES / "plain", "-o", f"s3://{rest}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is refused" in done.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forecaster_file_may_lie_on_a_store(tmp_path: Path, call_cli: CallCli) -> None:
+    upload(SAMPLES / "plain")
+    assert call_cli("fit", RUN, cwd=tmp_path).returncode == 0
+    (tmp_path / "fc").mkdir()
+    (tmp_path / "forecaster.safetensors").rename(tmp_path / "fc" / "forecaster.safetensors")
+    upload(tmp_path / "fc", "memory://store/fc")
+    for command in ("predict", "backtest", "report"):
+        mirror.release()
+        there = call_cli(command, "--forecaster", "memory://store/fc/forecaster.safetensors", cwd=tmp_path)
+        mirror.release()
+        local = call_cli(command, "--forecaster", tmp_path / "fc" / "forecaster.safetensors", cwd=tmp_path)
+        assert (there.returncode, there.stdout) == (local.returncode, local.stdout)
+        assert there.returncode == 0
+        assert "memory:/store" not in there.stderr.replace("memory://", "")
 
 
 @pytest.mark.parametrize("path", [r"C:\runs\a", "C:/runs/a", "c://runs/a", "runs/s3:/a", "./s3", "https://host/a"])

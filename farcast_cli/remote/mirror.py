@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli import system
-from farcast_cli.errors import OutputError, UsageError, say_instead
+from farcast_cli.errors import OutputError, UnreadableError, UsageError, say_instead
 from farcast_cli.files.reading import (
     LOCK_OF_STAND_IN,
     STANDING_IN,
@@ -191,7 +191,7 @@ class Mirror:
                     self._make(self.root / name, file.num_bytes)
                     self._here[name] = Spans()
             except OSError as error:
-                raise OutputError(f"{self.root}: cannot hold the run's files: {error.strerror}") from error
+                raise OutputError(f"{self.root / name}: no place for such a file in {self._home}: {error.strerror}") from error
             self._files = dict(listed)
         if with_edges:
             self.fetch([stretch for name, file in new.items() for stretch in self._edges(name, file)])
@@ -287,7 +287,9 @@ class Mirror:
     def _fetch_one(self, request: tuple[str, int, int]) -> int:
         name, begin, end = request
         data = self.store.read(self._files[name], begin, end)
-        if len(data) != end - begin:
+        if len(data) > end - begin:
+            raise UnreadableError(f"{self.root / name}: cannot be read: the store gave more than the range that was asked for")
+        if len(data) < end - begin:
             raise ends_early(self.root / name, expected=end, found=begin + len(data))
         try:
             with (self.root / name).open("r+b") as file:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ADDRESS = re.compile(r"(s3|gs|gcs|hf|az|abfs|memory):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
+_NOWHERE = re.compile(r"(s3|gs|gcs|hf|az|abfs):///*", re.DOTALL)
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 """What the extra does not install."""
 IN_FLIGHT = 64  # requests
@@ -46,14 +47,18 @@ def address_of(text: str) -> str | None:
     ('s3://bucket/run', None, None)
 
     Raises:
-        UsageError: it holds a password or a query; the message does not repeat them.
+        UsageError: it holds a password or a query, which the message does not repeat; or a part that leads elsewhere.
     """
     found = _ADDRESS.fullmatch(text)
     if found is None:
+        if _NOWHERE.fullmatch(text):
+            raise UsageError(f"{text}: an address without a bucket is refused", hint="such as s3://bucket/run")
         return None
     scheme, rest = found[1], found[2].rstrip("/")
     if "@" in rest.split("/", 1)[0] or "?" in rest:
         raise UsageError(f"{scheme}://...: an address with a password or a query is refused", hint=_CREDENTIALS)
+    if not {"", ".", ".."}.isdisjoint(rest.split("/")) or "::" in rest:  # fsspec takes :: for several stores
+        raise UsageError(f"{scheme}://{rest}: an address with an empty part, '.', '..' or '::' is refused")
     return f"{scheme}://{rest}"
 
 
