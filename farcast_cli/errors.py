@@ -34,6 +34,7 @@ A message is one line in lower case: what, where, expected against found. The hi
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ def printable(text: str) -> str:
 
 
 _instead: dict[str, str] = {}
+_ONE_SLASH = re.compile(r"\b(s3|gs|gcs|hf|az|abfs|memory):/(?=[^/\s])")
+_PASSWORD, _QUERY = re.compile(r"://[^/\s@]+@"), re.compile(r"(://[^\s?'\"`]+)\?[^\s'\"`]+")
 
 
 def say_instead(path: str, address: str) -> None:
@@ -101,10 +104,10 @@ def say_instead(path: str, address: str) -> None:
 
 
 def as_addresses(text: str) -> str:
-    """A text with the addresses in place of the folders that stand for them."""
+    """A text with the addresses in place of the folders that stand for them, with both slashes, and without passwords and queries."""
     for path, address in _instead.items():
         text = text.replace(path, address)
-    return text
+    return _QUERY.sub(r"\1?...", _PASSWORD.sub("://...@", _ONE_SLASH.sub(r"\1://", text)))
 
 
 def visible(text: str) -> str:

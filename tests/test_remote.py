@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from farcast_cli import api
 from farcast_cli.engine.reader import Reader
-from farcast_cli.errors import FarcastError, SnapshotError, UnreadableError, UsageError
+from farcast_cli.errors import FarcastError, OutputError, SnapshotError, UnreadableError, UsageError
 from farcast_cli.files.reading import read_bytes
 from farcast_cli.remote import mirror
 from farcast_cli.remote.spans import JOINED_GAP, MAX_REQUEST, Spans, requests
@@ -117,6 +117,41 @@ def test_the_holes_that_a_killed_command_left_are_never_read_as_zeros(tmp_path: 
         left.truncate((run / name).stat().st_size)
     whole = (run / name).read_bytes()
     assert read_bytes(here(root) / name, 0, len(whole)) == whole
+
+
+def test_a_name_that_begins_with_dots_is_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a whole part `..` of a path leads upwards."""
+    run = make_loose_run(tmp_path / "run", STEPS, shapes=LARGE)
+    upload(run)
+    upload(run, "memory://store/..run")
+    expected = api.fit(run).fitted.gram.matrix
+    assert np.array_equal(api.fit("memory://store/..run").fitted.gram.matrix, expected)
+    mirror.release()
+    monkeypatch.setenv("FARCAST_CACHE_DIR", str(tmp_path / "..cache"))
+    assert np.array_equal(api.fit(RUN).fitted.gram.matrix, expected)
+
+
+@pytest.mark.parametrize("through", ["a folder of links", "a link to the folder", "the folder"])
+def test_what_a_killed_command_left_is_fetched_or_refused(
+    through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
+    left = here(RUN)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    mirror.release()
+    monkeypatch.undo()
+    monkeypatch.setenv("FARCAST_CACHE_DIR", str(tmp_path / "cache"))
+    place = tmp_path / "links"
+    if through == "a folder of links":
+        place.mkdir()
+        for file in left.iterdir():
+            (place / file.name).symlink_to(file)
+        with pytest.raises(UnreadableError, match="holds only parts of a file of memory://store/run"):
+            api.fit(place)
+    else:
+        place.symlink_to(left)
+        found = api.fit(left if through == "the folder" else place)
+        assert np.array_equal(found.fitted.gram.matrix, api.fit(run).fitted.gram.matrix)
 
 
 def test_no_file_of_a_store_is_mapped_or_read_past_it(tmp_path: Path) -> None:
@@ -231,6 +266,20 @@ def test_a_connection_that_breaks_publishes_nothing(tmp_path: Path, call_cli: Ca
     assert not (tmp_path / "forecasts").exists()
 
 
+@pytest.mark.parametrize(("more", "told"), [(4, "more than the range"), (-4, "file ends early")])
+def test_a_store_that_gives_other_than_the_range_is_an_error(
+    more: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
+    store = type(fsspec.filesystem("memory"))
+    whole = store.cat_file
+    monkeypatch.setattr(
+        store, "cat_file", lambda self, key, start, end, **options: whole(self, key, start=start, end=end + more, **options)
+    )
+    with pytest.raises(FarcastError, match=told):
+        api.fit(RUN)
+
+
 def test_the_evaluation_command_sees_whole_files(tmp_path: Path, call_cli: CallCli) -> None:
     run = upload(make_loose_run(tmp_path / "run", STEPS, shapes=LARGE))
     origin = run / "step_000600.safetensors"
@@ -263,6 +312,53 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(tmp_path: Path, ca
         assert done.returncode == 2
         assert "hidden" not in done.stderr
         assert done.errors == ["error: s3://...: an address with a password or a query is refused"]
+
+
+def test_no_message_repeats_a_secret(tmp_path: Path, call_cli: CallCli) -> None:
+    for arguments in (
+        ("inspect", "https://key:hidden@host/run?token=hidden"),
+        ("keep", "s3://key:hidden@bucket/run"),
+        ("fit", SAMPLES / "plain", "-o", "s3://key:hidden@bucket/run?token=hidden"),
+        ("predict", "--forecaster", "s3://key:hidden@bucket/run"),
+    ):
+        done = call_cli(*arguments, cwd=tmp_path)
+        assert (done.returncode, len(done.errors)) == (2, 1)
+        assert "hidden" not in done.stderr
+
+
+def test_what_the_client_says_of_the_endpoint_is_told_without_its_secrets(
+    tmp_path: Path, call_cli: CallCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1/?token=hidden")
+    done = call_cli("inspect", "s3://bucket/run", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "http://127.0.0.1:1/?..." in done.stderr
+    assert "hidden" not in done.stderr
+
+
+@pytest.mark.parametrize("rest", ["bucket/a/../", "bucket/./a/", "bucket//a/", "bucket/a::file:///b", ""])
+def test_an_address_that_leads_elsewhere_is_refused(rest: str, tmp_path: Path, call_cli: CallCli) -> None:
+    done = call_cli("predict", SAMPLES / "plain", "-o", f"s3://{rest}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is refused" in done.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forecaster_file_may_lie_on_a_store(tmp_path: Path, call_cli: CallCli) -> None:
+    upload(SAMPLES / "plain")
+    assert call_cli("fit", RUN, cwd=tmp_path).returncode == 0
+    (tmp_path / "fc").mkdir()
+    (tmp_path / "forecaster.safetensors").rename(tmp_path / "fc" / "forecaster.safetensors")
+    upload(tmp_path / "fc", "memory://store/fc")
+    for command in ("predict", "backtest", "report"):
+        mirror.release()
+        there = call_cli(command, "--forecaster", "memory://store/fc/forecaster.safetensors", cwd=tmp_path)
+        mirror.release()
+        local = call_cli(command, "--forecaster", tmp_path / "fc" / "forecaster.safetensors", cwd=tmp_path)
+        assert (there.returncode, there.stdout) == (local.returncode, local.stdout)
+        assert there.returncode == 0
+        assert "memory:/store" not in there.stderr.replace("memory://", "")
 
 
 @pytest.mark.parametrize("path", [r"C:\runs\a", "C:/runs/a", "c://runs/a", "runs/s3:/a", "./s3", "https://host/a"])
@@ -458,6 +554,39 @@ def test_objects_that_are_there_stay_without_overwrite(tmp_path: Path, call_cli:
     assert done.returncode == 0
     assert below("/store/leaps/").keys() == first.keys()
     assert below("/store/leaps/") != first
+
+
+def test_what_lies_beside_an_output_stays(tmp_path: Path, call_cli: CallCli) -> None:
+    upload(SAMPLES / "plain")
+    store = fsspec.filesystem("memory")
+    for name in ("leaps/notes.txt", "leaps/other/model.safetensors", "leaps/step_2350.pt.bak", "leaps2/x", "leap"):
+        store.pipe_file(f"/store/{name}", b"mine")
+    before = stored()
+    for more in ((), ("--overwrite", "--even-if-worse", "--scale", 0.5)):
+        done = call_cli("predict", RUN, "-o", "memory://store/leaps/", *more, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "memory://store/leaps/step_2350.pt\n")
+        assert before.items() <= stored().items()
+        mirror.release()
+
+
+@pytest.mark.parametrize(
+    ("phase", "ending"), [("upload", ""), ("upload", ".farcast.json"), ("upload", "/of mine"), ("sync to disk", "")]
+)
+def test_what_came_to_the_address_in_the_meantime_stays(
+    phase: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_loose_run(tmp_path / "run", STEPS)
+    monkeypatch.chdir(tmp_path)
+
+    def progress(now: str, _total: int) -> Callable[[int], None]:
+        if now == phase:
+            fsspec.filesystem("memory").pipe_file(f"/store/leaps/step_000700.safetensors{ending}", b"mine")
+        return lambda _: None
+
+    with pytest.raises(OutputError, match=f"step_000700.safetensors{ending}: changed on the store"):
+        api.predict(run, horizon=100, even_if_worse=True, output="memory://store/leaps/", progress=progress)
+    assert stored() == {f"/store/leaps/step_000700.safetensors{ending}": b"mine"}
+    assert not (tmp_path / "forecasts" / "ledger.jsonl").exists()
 
 
 def test_an_output_does_not_lie_inside_the_run(tmp_path: Path, call_cli: CallCli) -> None:

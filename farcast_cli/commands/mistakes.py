@@ -77,6 +77,8 @@ def resolve_addresses(context: Any) -> None:
     taken = REMOTE.get(context.info_name, set())
     if "directory" in taken and context.params.get("directory") is not None:
         context.params["directory"] = here(context.params["directory"])
+    if "forecaster" in taken:
+        context.params["forecaster"] = here(context.params["forecaster"])
     for parameter in context.command.params:
         value = context.params.get(parameter.name)
         is_read = parameter.name not in _WRITTEN

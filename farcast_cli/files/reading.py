@@ -30,6 +30,8 @@ _HINTS = {
     errno.EIO: "the disk or the network filesystem has a fault: try again, or restore the file from another copy",
     errno.ESTALE: "the network filesystem lost the file: try again",
 }
+STANDING_IN, STOOD_FOR, LOCK_OF_STAND_IN = "files", "address", "lock"
+"""Names in the folder of a process that fetches: files that stand for those of a store, the address, the lock."""
 LONGEST_NAME = 200  # bytes; most filesystems hold 255, and an ending and the name of a hidden folder add up to 40
 _MAX_READ = 1 << 30  # one read call stops short of 2 GiB
 FileStretch = tuple[Path, int, int]
@@ -72,8 +74,22 @@ def source_of(path: Path) -> Source | None:
     """Where a file's bytes come from; None for a file that is here."""
     for text in (os.fspath(path), os.path.realpath(path)) if _sources else ():
         for source in _sources:
-            if text.startswith(source.prefix) and f"{os.sep}.." not in text:
+            if text.startswith(source.prefix) and os.pardir not in Path(text).parts:
                 return source
+    return None
+
+
+def stand_in(path: Path) -> Path | None:
+    """The folder of the process that fetches a file's bytes, see `remote.mirror`, by the file's place alone; None for any other.
+
+    Whoever is not that process sees zeros for the bytes that it did not fetch.
+    """
+    real = os.path.realpath(path)
+    if f"{os.sep}{STANDING_IN}{os.sep}" in real:
+        for files in Path(real).parents:
+            home = files.parent
+            if files.name == STANDING_IN and (home / LOCK_OF_STAND_IN).is_file() and (home / STOOD_FOR).is_file():
+                return home
     return None
 
 
@@ -164,7 +180,7 @@ def address_for(path: str | Path) -> str | None:
     """The address of what a path stands for; None for what is here."""
     for text in (os.fspath(path), os.path.realpath(path)) if _sources else ():
         for source in _sources:
-            if f"{text}{os.sep}".startswith(source.prefix) and f"{os.sep}.." not in text:
+            if f"{text}{os.sep}".startswith(source.prefix) and os.pardir not in Path(text).parts:
                 folder, inside = source.address.rpartition("/")[0], text[len(source.prefix) :].replace(os.sep, "/")
                 return f"{folder}/{inside}" if inside else folder
     return None
@@ -198,9 +214,13 @@ def local(name: str) -> str:
 def open_read_only(path: Path) -> int:
     """A file descriptor for reading; the caller closes it.
 
-    Opening a FIFO would wait for a writer, and a device has no end: only regular files are read.
+    Opening a FIFO would wait for a writer, and a device has no end: only regular files are read. A file that stands for one on a
+    store is read by the process that fetches its bytes, and by no other.
     """
     with reading(path):
+        if source_of(path) is None and (home := stand_in(path)) is not None:
+            address = (home / STOOD_FOR).read_text(encoding="utf-8")
+            raise UnreadableError(f"{path}: holds only parts of a file of {address}", hint=f"name the address: {address}")
         fd = system.open_file(path, os.O_RDONLY | system.NO_WAIT)
         is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
     if not is_regular:

@@ -21,8 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farcast_cli import system
-from farcast_cli.errors import OutputError, UsageError, say_instead
-from farcast_cli.files.reading import add_source, ends_early, placed, remove_source
+from farcast_cli.errors import OutputError, UnreadableError, UsageError, say_instead
+from farcast_cli.files.reading import (
+    LOCK_OF_STAND_IN,
+    STANDING_IN,
+    STOOD_FOR,
+    add_source,
+    ends_early,
+    placed,
+    remove_source,
+    stand_in,
+)
 from farcast_cli.remote.spans import Spans, requests
 from farcast_cli.remote.store import IN_FLIGHT, RemoteFile, Store, address_of
 
@@ -38,7 +47,6 @@ _ELSEWHERE = f"{CACHE_VARIABLE}=DIR"
 _LARGER = f"{CACHE_VARIABLE}=DIR names a folder on a larger disk"
 _TORCH = {".pt", ".pth", ".ckpt", ".bin", ".zip", ".distcp"}
 _MAX_WAITING = 4096  # requests
-_ADDRESS, _LOCK, _FILES = "address", "lock", "files"
 _open: dict[Path, Mirror] = {}
 """Of this process, by their homes."""
 
@@ -89,15 +97,13 @@ def mirror_of(path: Path) -> Mirror | None:
 def revived(path: Path) -> Path:
     """A path that may lie in such a folder: the run is opened again if it does, and the path is as it is otherwise."""
     try:
-        real = Path(os.path.realpath(path))
+        home = stand_in(path)
     except ValueError:  # a NUL, which no path has: who opens it says so
         return path
-    for files in real.parents:
-        home = files.parent
-        if files.name == _FILES and (home / _LOCK).is_file() and (home / _ADDRESS).is_file():
-            _mirror_at(home, (home / _ADDRESS).read_text(encoding="utf-8"), is_output=False)
-            return real
-    return path
+    if home is None:
+        return path
+    _mirror_at(home, (home / STOOD_FOR).read_text(encoding="utf-8"), is_output=False)
+    return Path(os.path.realpath(path))
 
 
 def release() -> None:
@@ -128,9 +134,9 @@ def _mirror_at(home: Path, address: str, *, is_output: bool) -> Path:
 
 def _clear(cache: Path) -> None:
     """Remove the files that killed processes left."""
-    for left in cache.glob(f"*/{_FILES}"):
+    for left in cache.glob(f"*/{STANDING_IN}"):
         with suppress(OSError):
-            fd = system.open_file(left.parent / _LOCK, os.O_RDWR, 0o600)
+            fd = system.open_file(left.parent / LOCK_OF_STAND_IN, os.O_RDWR, 0o600)
             try:
                 system.lock(fd, waits=False)
                 shutil.rmtree(left, ignore_errors=True)
@@ -149,14 +155,14 @@ class Mirror:
         self._guard = threading.RLock()
         self.num_bytes = self.num_requests = 0
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = system.open_file(home / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = system.open_file(home / LOCK_OF_STAND_IN, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             system.lock(self._lock, waits=False)
         except OSError:
             os.close(self._lock)
             raise
-        (home / _ADDRESS).write_text(store.address, encoding="utf-8")
-        self.root = home / _FILES
+        (home / STOOD_FOR).write_text(store.address, encoding="utf-8")
+        self.root = home / STANDING_IN
         self.place, self.prefix = self.root / store.name, f"{self.root}{os.sep}"
         shutil.rmtree(self.root, ignore_errors=True)
         self.root.mkdir()
@@ -167,7 +173,7 @@ class Mirror:
         """Remove the files; the address stays. A forked worker leaves them to its parent."""
         remove_source(self)
         if os.getpid() == self._process:
-            shutil.rmtree(self._home / _FILES, ignore_errors=True)
+            shutil.rmtree(self._home / STANDING_IN, ignore_errors=True)
             os.close(self._lock)
 
     def take(self, listed: dict[str, RemoteFile], *, with_edges: bool = True) -> None:
@@ -185,15 +191,15 @@ class Mirror:
                     self._make(self.root / name, file.num_bytes)
                     self._here[name] = Spans()
             except OSError as error:
-                raise OutputError(f"{self.root}: cannot hold the run's files: {error.strerror}") from error
+                raise OutputError(f"{self.root / name}: no place for such a file in {self._home}: {error.strerror}") from error
             self._files = dict(listed)
         if with_edges:
             self.fetch([stretch for name, file in new.items() for stretch in self._edges(name, file)])
 
     @property
-    def names(self) -> list[str]:
-        """Of the files on the store, relative to its folder."""
-        return list(self._files)
+    def files(self) -> dict[str, RemoteFile]:
+        """Those on the store as they were listed, by their names relative to its folder."""
+        return dict(self._files)
 
     def give_up(self, names: Iterable[str]) -> None:
         """Files of these names are whole here from now on, whatever the store has."""
@@ -281,7 +287,9 @@ class Mirror:
     def _fetch_one(self, request: tuple[str, int, int]) -> int:
         name, begin, end = request
         data = self.store.read(self._files[name], begin, end)
-        if len(data) != end - begin:
+        if len(data) > end - begin:
+            raise UnreadableError(f"{self.root / name}: cannot be read: the store gave more than the range that was asked for")
+        if len(data) < end - begin:
             raise ends_early(self.root / name, expected=end, found=begin + len(data))
         try:
             with (self.root / name).open("r+b") as file:

@@ -6,6 +6,7 @@ Credentials are fsspec's own, from the environment or its configuration: farcast
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import re
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _ADDRESS = re.compile(r"(s3|gs|gcs|hf|az|abfs|memory):/{1,2}(?=[^/])(.+)", re.DOTALL)
 """pathlib makes one slash of two."""
+_NOWHERE = re.compile(r"(s3|gs|gcs|hf|az|abfs):///*", re.DOTALL)
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 """What the extra does not install."""
 IN_FLIGHT = 64  # requests
@@ -45,14 +47,18 @@ def address_of(text: str) -> str | None:
     ('s3://bucket/run', None, None)
 
     Raises:
-        UsageError: it holds a password or a query; the message does not repeat them.
+        UsageError: it holds a password or a query, which the message does not repeat; or a part that leads elsewhere.
     """
     found = _ADDRESS.fullmatch(text)
     if found is None:
+        if _NOWHERE.fullmatch(text):
+            raise UsageError(f"{text}: an address without a bucket is refused", hint="such as s3://bucket/run")
         return None
     scheme, rest = found[1], found[2].rstrip("/")
     if "@" in rest.split("/", 1)[0] or "?" in rest:
         raise UsageError(f"{scheme}://...: an address with a password or a query is refused", hint=_CREDENTIALS)
+    if not {"", ".", ".."}.isdisjoint(rest.split("/")) or "::" in rest:  # fsspec takes :: for several stores
+        raise UsageError(f"{scheme}://{rest}: an address with an empty part, '.', '..' or '::' is refused")
     return f"{scheme}://{rest}"
 
 
@@ -101,8 +107,26 @@ class Upload:
             try:
                 self._file.discard()
             finally:
-                with suppress(AttributeError):  # of files in memory
+                with suppress(AttributeError):  # of files held back
                     self._file.closed = True  # or its removal from memory would close it
+
+
+class _HeldBack(io.BytesIO):
+    """A file for fsspec's store in memory, which would show it from its beginning."""
+
+    def __init__(self, files: Any, key: str) -> None:
+        super().__init__()
+        self._files, self._key = files, key
+
+    def close(self) -> None:
+        if not self.closed:
+            self._files.pipe_file(self._key, self.getvalue())
+        super().close()
+
+    def discard(self) -> None:
+        super().close()
+
+    __del__ = discard
 
 
 class Store:
@@ -189,7 +213,16 @@ class Store:
     def upload(self, name: str, part_bytes: int) -> Upload:
         """A new file, to be written from its beginning to its end."""
         files, top = self._files()
-        return Upload(files.open(f"{_above(top)}/{name}".lstrip("/"), "wb", block_size=part_bytes))
+        key = f"{_above(top)}/{name}".lstrip("/")
+        if self.address.startswith("memory://"):
+            return Upload(_HeldBack(files, key))
+        return Upload(files.open(key, "wb", block_size=part_bytes))
+
+    def has(self, name: str) -> bool:
+        """Whether something has this name on the store now."""
+        files, top = self._files()
+        files.invalidate_cache()
+        return bool(files.exists(f"{_above(top)}/{name}".lstrip("/")))
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing need be there."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from farcast_cli.errors import FarcastError, UploadError, listed
+from farcast_cli.errors import FarcastError, TakenError, UploadError, listed
 from farcast_cli.files.place import SIDECAR
 from farcast_cli.remote.mirror import mirror_of
 from farcast_cli.remote.store import hint_for
@@ -50,9 +50,11 @@ class Uploading:
     """The outputs of one address."""
 
     mirror: Mirror
-    files: list[_Sent]
+    files: list[_Sent] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    """The names of the files and folders that are the outputs."""
     begun: list[str] = field(default_factory=list)
-    """The names that may be on the store."""
+    """The names that may be on the store, put there by this process."""
 
     @property
     def num_bytes(self) -> int:
@@ -68,10 +70,8 @@ class Uploading:
 
         store = self.mirror.store
         with self._failing():
-            tops = {file.name.partition("/")[0] for file in self.files}
-            for name in sorted(self.mirror.names, key=lambda name: not _decides(name)):
-                if name.partition("/")[0] in tops:
-                    store.remove(name)
+            for name in self._replaced():
+                store.remove(name)
             first = [file for file in self.files if not file.decides]
             pool = ThreadPoolExecutor(min(FILES_AT_ONCE, max(1, len(first))))
             try:
@@ -86,14 +86,42 @@ class Uploading:
 
     def _send(self, file: _Sent, tell: Callable[[int], None]) -> None:
         num_bytes = file.num_bytes
-        self.begun.append(file.name)
         file.open = self.mirror.store.upload(file.name, max(PART_BYTES, -(-num_bytes // MAX_PARTS)))
         with file.path.open("rb") as content:
             while part := content.read(PART_BYTES):
                 file.open.write(part)
                 tell(len(part))
         if not file.decides:
-            file.open.close()
+            self._show(file, file.open)
+
+    def _replaced(self) -> list[str]:
+        """What has the outputs' names on the store, the files that decide first: all of it was looked at and may be replaced.
+
+        Raises:
+            TakenError: something is there that was not there, or another version of it.
+        """
+        known, now = self.mirror.files, self.mirror.store.listed()
+        found = sorted(filter(self._is_output, known.keys() | now.keys()), key=lambda name: not _decides(name))
+        for name in found:
+            if known.get(name) != now.get(name):
+                raise self._taken(name)
+        return found
+
+    def _is_output(self, name: str) -> bool:
+        return any(f"{name}/".startswith(f"{output}/") for output in self.outputs)
+
+    def _taken(self, name: str) -> TakenError:
+        return TakenError(
+            f"{self.mirror.store.folder}/{name}: changed on the store while the forecast was made",
+            hint="-o OUT writes elsewhere",
+        )
+
+    def _show(self, file: _Sent, sent: Upload) -> None:
+        """Let a file be seen, where nothing has its name."""
+        if self.mirror.store.has(file.name):
+            raise self._taken(file.name)
+        self.begun.append(file.name)
+        sent.close()
 
     @contextmanager
     def decided(self) -> Iterator[None]:
@@ -101,10 +129,10 @@ class Uploading:
         with self._failing():
             for file in self.files:
                 if file.decides and file.open is not None:
-                    file.open.close()
+                    self._show(file, file.open)
             self.mirror.store.check_sizes({file.name: file.num_bytes for file in self.files if file.decides})
         yield
-        self.mirror.give_up([*self.mirror.names, *self.begun])
+        self.mirror.give_up(filter(self._is_output, [*self.mirror.files, *self.begun]))
 
     def end(self, failure: BaseException | None) -> None:
         """Remove from the store what a failure has left there, the files that decide first.
@@ -151,8 +179,9 @@ def uploads_of(outputs: Staging) -> list[Uploading]:
     for written, final in outputs.written:
         mirror = mirror_of(final)
         if mirror is not None:
-            one = found.setdefault(mirror.address, Uploading(mirror, []))
-            one.files += _files_of(written, final.relative_to(mirror.root).as_posix())
+            one = found.setdefault(mirror.address, Uploading(mirror))
+            one.outputs.append(final.relative_to(mirror.root).as_posix())
+            one.files += _files_of(written, one.outputs[-1])
     return list(found.values())
 
 

@@ -17,6 +17,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from farcast_cli.errors import FileFormatError, shell_word
+from farcast_cli.files.reading import open_input
 from farcast_cli.formats.torch_file import TorchFile, read_torch_file
 from farcast_cli.formats.torch_pickle import TensorRef, iter_tensors
 from farcast_cli.formats.tree import find
@@ -38,6 +39,7 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _PIECES = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 """Where the pieces are, by ZeRO stage: 1 and 2, 3."""
+_MAX_TAG = 4096  # bytes of the text in `latest`
 _STATE = "optimizer_state_dict"
 _FLAT = re.compile(r"fp32.*group|group.*fp32")
 
@@ -57,8 +59,9 @@ def _states(folder: Path) -> list[Path]:
 
 def _latest(path: Path) -> str:
     try:
-        return (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+        with open_input(path / "latest") as file:
+            return file.read(_MAX_TAG).decode("utf-8", "replace").strip()
+    except FileFormatError:
         return ""
 
 
