@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,14 @@ from tune_sketch import CASES, sketching
 from tune_target import to_target
 from tune_timing import per_call
 
+from farcast_cli.tune.layers import Layer, Settings, Stack
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Problem, Rows, Settings, descend, newton
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 NUM_ROWS = 64
+FOREVER = 1 << 30  # iterations
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384)
 OUT = Path(__file__).resolve().parent / "out" / "tune.json"
 
@@ -45,6 +47,11 @@ def make_rows(width: int, num_rows: int) -> tuple[Any, Any, Objective]:
     head = random.normal(size=(1, width)) / np.sqrt(width)
     inputs = random.normal(size=(num_rows, width)) / np.sqrt(width)
     return inputs, random.normal(size=(num_rows, 1)), Objective("mse", "relu", head)
+
+
+def stack(base: Any, inputs: Any, targets: Any, objective: Objective) -> Stack:
+    """One layer in its dual form, of its Z_0."""
+    return Stack([Layer.first(base, inputs @ inputs.T)], objective, targets, np.full(len(inputs), 1 / len(inputs)))
 
 
 class Dense:
@@ -84,12 +91,12 @@ def scaling(widths: tuple[int, ...]) -> list[dict[str, float]]:
         weights = np.random.default_rng(2).standard_normal((width, width), dtype=np.float32)
         dense = Dense(weights, inputs, targets, objective.head)
         base = np.concatenate([inputs @ weights[i : i + 256].astype(np.float64).T for i in range(0, width, 256)], axis=1)
-        problem = Problem(objective, Rows(base, inputs @ inputs.T, targets))
-        gd, gn = descend(problem, Settings("gradient-descent", rate=1e-3)), newton(problem, Settings(ridge=1e-6))
+        gd = stack(base, inputs, targets, objective).walk(Settings("gradient-descent", FOREVER, rate=1e-3))
+        gn = stack(base, inputs, targets, objective).walk(Settings(ridge=1e-6))
         row: dict[str, float] = {"m": width}
         row["gd"] = per_call(lambda gd=gd: next(gd))  # type: ignore[misc]
         started = time.process_time()
-        count = sum(1 for _, _ in zip(gn, range(4), strict=False))
+        count = sum(1 for _ in islice(gn, 4))
         row["gn"] = 1000 * (time.process_time() - started) / max(1, count)
         row["dense"] = per_call(lambda dense=dense: dense.full(1e-3))  # type: ignore[misc]
         row["lora"] = per_call(lambda dense=dense: dense.lora(1e-3))  # type: ignore[misc]
@@ -110,7 +117,7 @@ def break_even(width: int) -> list[dict[str, float]]:
     for share in (1 / 16, 1 / 4, 1 / 2, 1, 2):
         inputs, targets, objective = make_rows(width, int(width * share))
         base = inputs @ weights.astype(np.float64).T
-        gd = descend(Problem(objective, Rows(base, inputs @ inputs.T, targets)), Settings("gradient-descent", rate=1e-3))
+        gd = stack(base, inputs, targets, objective).walk(Settings("gradient-descent", FOREVER, rate=1e-3))
         dense = Dense(weights.copy(), inputs, targets, objective.head)
         ours, theirs = per_call(lambda gd=gd: next(gd)), per_call(lambda dense=dense: dense.full(1e-3))  # type: ignore[misc]
         found.append({"n/m": share, "speed-up": theirs / ours})

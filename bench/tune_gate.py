@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tune.data import folds_of, read_data
 from farcast_cli.tune.gate import judge
+from farcast_cli.tune.layers import Settings
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.solve import Model, solve
 from farcast_cli.tune.weight import find_weight
 

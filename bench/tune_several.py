@@ -22,9 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farcast_cli.run.trajectory import open_snapshot
-from farcast_cli.tune.layers import Layer, Stack
+from farcast_cli.tune.layers import Layer, Settings, Stack
 from farcast_cli.tune.objective import Objective, activate
-from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.weight import find_weight
 
 if TYPE_CHECKING:
@@ -71,9 +70,10 @@ def passes_and_losses(
     """The passes over the second layer and the loss there, as a share of the first."""
     weights = tuple(find_weight(open_snapshot(path), layer) for layer in ("0", "1"))
     objective = Objective("mse", name, load_file(path)["head"].double().numpy())
-    layers = [Layer.at_start(weights[0], inputs, len(inputs)), Layer.at_start(weights[1], None, 0)]
+    layers = [Layer.first(weights[0].forward(inputs), inputs @ inputs.T), Layer.moving(weights[1])]
+    shares = np.full(len(inputs), 1 / len(inputs))
     with np.errstate(over="ignore", invalid="ignore"):
-        walk = Stack(layers, (name,), objective, targets, len(inputs)).walk(settings)
+        walk = Stack(layers, objective, targets, shares, (name,)).walk(settings)
         found = [(weights[1].num_passes, float(losses.mean())) for losses in walk]
     return [(passes, loss / found[0][1]) for passes, loss in found]
 

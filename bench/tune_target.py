@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from farcast_cli.tune.layers import Layer, Settings, Stack, largest_curvature
 from farcast_cli.tune.objective import Objective
-from farcast_cli.tune.one_layer import Problem, Rows, Settings, descend, largest_curvature, newton
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,11 +58,12 @@ class Task:
         weights = np.random.default_rng(2).standard_normal((width, width), dtype=np.float32)
         return cls(weights, inputs / np.sqrt(width), random.normal(size=(NUM_ROWS, 1)), head)
 
-    def problem(self) -> Problem:
+    def stack(self) -> Stack:
         """In tune's coordinates, by one pass over W in blocks."""
         blocks = (self.weights[i : i + 256].astype(np.float64) for i in range(0, len(self.weights), 256))
         base = np.concatenate([self.inputs @ rows.T for rows in blocks], axis=1)
-        return Problem(Objective("mse", "relu", self.head), Rows(base, self.inputs @ self.inputs.T, self.targets))
+        layer, shares = Layer.first(base, self.inputs @ self.inputs.T), np.full(NUM_ROWS, 1 / NUM_ROWS)
+        return Stack([layer], Objective("mse", "relu", self.head), self.targets, shares)
 
     def write(self, factors: Any) -> None:
         """The last pass: every row of W with its change."""
@@ -72,13 +73,13 @@ class Task:
 
 def ours(task: Task, settings: Settings) -> dict[str, float]:
     started, first = time.process_time(), None
-    problem = task.problem()
-    path = newton(problem, settings) if settings.method == "gauss-newton" else descend(problem, settings)
-    for step, (point, loss) in enumerate(path):  # noqa: B007 - the last one is used
+    stack = task.stack()
+    for step, losses in enumerate(stack.walk(settings)):  # noqa: B007 - the last one is used
+        loss = stack.loss(losses)
         first = first or loss
-        if loss <= GOAL * first or step >= 20 * MOST_STEPS["SGD"]:
+        if loss <= GOAL * first:
             break
-    task.write(point.factors)
+    task.write(stack.layers[0].factors)
     return {"seconds": time.process_time() - started, "steps": step, "left": loss / first}
 
 
@@ -179,8 +180,8 @@ def searched(task: Task, kind: str, optimizer: str, curvature: float) -> tuple[i
         elif optimizer == "Adam":
             path = Full(task, optimizer, rate, momentum).losses()
         else:
-            settings = Settings("gradient-descent", rate=rate, momentum=momentum)
-            path = (loss for _, loss in descend(task.problem(), settings))
+            settings = Settings("gradient-descent", MOST_STEPS["SGD"], rate=rate, momentum=momentum)
+            path = (float(losses.mean()) for losses in task.stack().walk(settings))
         steps, left = steps_of(path, MOST_STEPS[optimizer])
         left = left if np.isfinite(left) else np.inf
         found.append((left > GOAL, steps if left <= GOAL else left, steps, left, rate, momentum))
@@ -198,12 +199,12 @@ def to_target(width: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     check_gradients()
     task = Task.make(width)
-    problem = task.problem()
-    curvature = largest_curvature(problem)
-    values = np.linalg.eigvalsh(problem.rows.overlap)
+    stack = task.stack()
+    curvature = largest_curvature(stack)
+    values = np.linalg.eigvalsh(stack.layers[0].overlap)
     found: dict[str, Any] = {"m": width, "condition of K": float(values[-1] / values[0])}
     for name in ("gauss-newton", "gradient-descent"):
-        found[f"tune, {name}"] = ours(task, Settings(name))  # type: ignore[arg-type]
+        found[f"tune, {name}"] = ours(task, Settings(name, 20 * MOST_STEPS["SGD"]))  # type: ignore[arg-type]
         print(name, found[f"tune, {name}"], flush=True)
     for kind, optimizer in product(("full", "LoRA"), ("SGD", "Adam")):
         steps, left, rate, momentum = searched(task, kind, optimizer, curvature)

@@ -209,8 +209,9 @@ class TuneSidecar(Answer):
     iterations: int | None = Field(
         default=None, description="iterations, or ridges, until the lowest loss of rows left out; absent with `--apply`"
     )
-    relative_change: tuple[Figure, ...] = Field(
-        default=(), description="norm of each layer's change, divided by the layer's norm; absent with `--apply`"
+    relative_change: tuple[Figure | None, ...] = Field(
+        default=(),
+        description="norm of each layer's change, divided by the layer's norm; `null` if the layer was zero; absent with `--apply`",
     )
     round: str = Field(description="`--round`")
     seed: int = Field(description="`--seed`")

@@ -468,7 +468,9 @@ class TuneAnswer(Answer):
     judged_by: str | None = Field(description="what judged: `leave-one-out`, `5 folds` or `--val`; `null` with `--apply`")
     num_rows: int = Field(description="number of rows, which are all tuned on")
     iterations: int = Field(description="iterations, or ridges, until the lowest loss of rows left out")
-    relative_change: tuple[Figure, ...] = Field(description="norm of each layer's change, divided by the layer's norm")
+    relative_change: tuple[Figure | None, ...] = Field(
+        description="norm of each layer's change, divided by the layer's norm; `null` if the layer was zero"
+    )
     passes: int = Field(description="passes over the weights during tuning")
     bytes_read: int = Field(description="bytes of weights read: to tune, to write, to check")
     bytes_written: int = Field(description="bytes written")

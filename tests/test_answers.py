@@ -125,7 +125,7 @@ def test_a_tuning_in_json_has_each_number_under_its_own_key() -> None:
     tuned = TuneOutcome(
         ("fc.weight",),
         "gauss-newton",
-        GateResult(before=0.51, after=0.52, z=3.5, threshold=3.0, num_rows=40, judged_by="5 folds"),
+        GateResult(before=0.51, after=0.52, z=3.5, threshold=3.0, num_rows=40, num_groups=40, judged_by="5 folds"),
         Path("tuned.pt"),
         num_rows=101,
         iterations=7,

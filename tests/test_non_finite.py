@@ -25,7 +25,7 @@ from farcast_cli.forecast.accumulate import accumulate
 from farcast_cli.run.alignment import align
 from farcast_cli.run.trajectory import discover, open_snapshot
 from farcast_cli.tune.data import read_data
-from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.layers import Settings
 from farcast_cli.tune.request import TuneRequest
 from farcast_cli.tune.run import tune_checkpoint
 from farcast_cli.verification import verify

@@ -200,7 +200,6 @@ ORDER = (
     "tune.numbers",
     "tune.gate",
     "tune.objective",
-    "tune.one_layer",
     "tune.weight",
     "tune.rows_file",
     "tune.data",

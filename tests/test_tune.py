@@ -23,8 +23,8 @@ from farcast_cli.run.trajectory import open_snapshot
 from farcast_cli.tensors import DTYPES
 from farcast_cli.tune.delta import GROUP_ELEMENTS, Delta, Rounded, maps_of, read_deltas
 from farcast_cli.tune.gate import judge
+from farcast_cli.tune.layers import Settings
 from farcast_cli.tune.numbers import decode, round_stochastically, uniform
-from farcast_cli.tune.one_layer import Settings
 from farcast_cli.tune.request import TuneOutcome, TuneRequest
 from farcast_cli.tune.run import tune_checkpoint
 from farcast_cli.tune.weight import BLOCK_BYTES, find_weight

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from scipy import linalg
 from torch import nn
 
-from farcast_cli.tune.metric import Metric
-from farcast_cli.tune.objective import Objective, activate, normal_cdf, slope_of
-from farcast_cli.tune.one_layer import (
+from farcast_cli.tune.layers import (
     FIRST_DAMPING,
     GOOD,
     GROW,
@@ -26,13 +24,13 @@ from farcast_cli.tune.one_layer import (
     POOR,
     POWER_ITERATIONS,
     SHRINK,
-    Point,
-    Problem,
-    Rows,
+    Layer,
     Settings,
+    Stack,
     largest_curvature,
-    walk,
 )
+from farcast_cli.tune.metric import Metric
+from farcast_cli.tune.objective import Objective, activate, normal_cdf, slope_of
 from farcast_cli.tune.ridge import Ridge
 
 if TYPE_CHECKING:
@@ -85,9 +83,9 @@ class Case:
         return Metric.hard(self.anchors[:1]).with_rows(self.anchors[1:], self.weight)
 
     @property
-    def problem(self) -> Problem:
-        rows = Rows(self.inputs @ self.weights.T, self.inputs @ self.directions.T, self.targets)
-        return Problem(self.objective, rows, self.is_dual)
+    def stack(self) -> Stack:
+        layer = Layer.first(self.inputs @ self.weights.T, self.inputs @ self.directions.T, is_dual=self.is_dual)
+        return Stack([layer], self.objective, self.targets, np.full(len(self.inputs), 1 / len(self.inputs)))
 
     def outputs(self, weights: torch.Tensor) -> torch.Tensor:
         """By torch's own modules."""
@@ -218,15 +216,15 @@ def assert_same_path(found: list[float], expected: list[float]) -> None:
 
 @dataclass(frozen=True)
 class Walked:
-    """A path to its end: its losses, and the last point."""
+    """A path to its end: its losses, and where the layer is then."""
 
     losses: list[float]
-    point: Point
+    layer: Layer
 
 
 def run(case: Case, settings: Settings) -> Walked:
-    path = list(walk(case.problem, settings))
-    return Walked([loss for _, loss in path], path[-1][0])
+    stack = case.stack
+    return Walked([float(losses.mean()) for losses in stack.walk(settings)], stack.layers[0])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -303,7 +301,7 @@ def test_the_primal_form_is_the_dual_one(method: Any, loss: str, anchored: bool)
     dual, primal = run(case, settings), run(replace(case, is_dual=False), settings)
     assert_same_path(primal.losses, dual.losses)
     changes = [
-        walked.point.factors.T @ one.directions for walked, one in ((dual, case), (primal, replace(case, is_dual=False)))
+        walked.layer.factors.T @ one.directions for walked, one in ((dual, case), (primal, replace(case, is_dual=False)))
     ]
     np.testing.assert_allclose(changes[1], changes[0], atol=1e-7)
 
@@ -321,15 +319,15 @@ def test_the_closed_form_is_the_dense_ridge_regression_and_leaves_each_row_out(
     case = replace(case, is_dual=is_dual)
     shares = np.random.default_rng(4).uniform(0.5, 2, num_rows)
     shares /= shares.sum()
-    rows, mu = case.problem.rows, 0.03
-    residual = rows.targets - rows.base
+    layer, mu = case.stack.layers[0], 0.03
+    residual = case.targets - layer.base
     free = case.inputs @ case.kept
 
     def changed(kept: NDArray[np.bool_]) -> NDArray[Any]:
         weighted = free[kept].T * shares[kept]
         return np.linalg.solve(weighted @ free[kept] + mu * np.eye(free.shape[1]), weighted @ residual[kept]).T
 
-    found = Ridge.of(rows.overlap, shares, is_dual=is_dual, num_outputs=NUM_OUTPUTS)
+    found = Ridge.of(layer.overlap, shares, is_dual=is_dual, num_outputs=NUM_OUTPUTS)
     for part in (slice(0, 2), slice(2, None)):  # as it comes in blocks of outputs
         found.add(residual[:, part])
     everything = np.ones(num_rows, bool)
@@ -343,11 +341,11 @@ def test_the_closed_form_is_the_dense_ridge_regression_and_leaves_each_row_out(
 @pytest.mark.parametrize("is_dual", [False, True])
 def test_the_closed_form_judges_rows_that_are_left_out_together(is_dual: bool) -> None:  # noqa: FBT001
     case = replace(make_case("mse", "none", with_head=False, num_rows=30), is_dual=is_dual)
-    rows, mu, tuned, left = case.problem.rows, 0.03, slice(0, 20), slice(20, None)
-    residual, inputs = rows.targets - rows.base, case.inputs
+    layer, mu, tuned, left = case.stack.layers[0], 0.03, slice(0, 20), slice(20, None)
+    residual, inputs = case.targets - layer.base, case.inputs
     shares = np.full(20, 1 / 20)
-    overlap = rows.overlap[tuned, tuned] if is_dual else rows.overlap[tuned]
-    others = rows.overlap[left, tuned] if is_dual else rows.overlap[left]
+    overlap = layer.overlap[tuned, tuned] if is_dual else layer.overlap[tuned]
+    others = layer.overlap[left, tuned] if is_dual else layer.overlap[left]
     found = Ridge.of(overlap, shares, is_dual=is_dual, left_out=others)
     found.add(residual[tuned], residual[left])
     matrix = inputs[tuned].T @ inputs[tuned] / 20 + mu * np.eye(inputs.shape[1])
@@ -358,8 +356,8 @@ def test_the_closed_form_judges_rows_that_are_left_out_together(is_dual: bool) -
 def test_the_weights_are_the_dense_ones_too() -> None:
     case = make_case("cross-entropy", "gelu", with_head=True)
     settings = Settings("gradient-descent", ITERATIONS, rate=0.05, weight_decay=0.01)
-    point = run(case, settings).point
-    made = point.scale * case.weights + point.factors.T @ case.inputs
+    layer = run(case, settings).layer
+    made = layer.scale * case.weights + layer.factors.T @ case.inputs
     loss = case.loss(torch.from_numpy(made)).item()
     assert abs(loss - dense_descent(case, settings)[-1]) <= TOLERANCE * dense_descent(case, settings)[0]
 
@@ -367,8 +365,7 @@ def test_the_weights_are_the_dense_ones_too() -> None:
 def test_anchors_keep_their_pre_activations_to_rounding() -> None:
     case = make_case("mse", "relu", with_head=True, anchored=True)
     assert case.anchors is not None
-    point = run(case, Settings()).point
-    change = point.factors.T @ case.directions
+    change = run(case, Settings()).layer.factors.T @ case.directions
     assert np.linalg.norm(change) > 0.1
     assert np.abs(case.anchors @ change.T).max() < 1e-13
 
@@ -397,7 +394,7 @@ def test_a_rate_found_from_the_curvature_brings_the_loss_down() -> None:
 def test_the_largest_curvature_is_the_largest_eigenvalue_of_the_dense_gauss_newton_matrix() -> None:
     case = make_case("mse", "none", with_head=False)
     expected = 2 / case.targets.size * float(np.linalg.eigvalsh(case.inputs @ case.inputs.T)[-1])
-    assert largest_curvature(case.problem) == pytest.approx(expected, rel=0.05)
+    assert largest_curvature(case.stack) == pytest.approx(expected, rel=0.05)
 
 
 # --- objective -------------------------------------------------------------------------------------------------------
@@ -431,7 +428,7 @@ def test_losses_and_gradients_are_torchs(loss: str, activation: str, with_head: 
     expected.backward()  # type: ignore[no-untyped-call]
     assert weights.grad is not None
     pre = case.inputs @ case.weights.T
-    value, gradient = case.objective.value_and_gradient(pre.copy(), case.targets)
-    assert value == pytest.approx(expected.item(), rel=1e-14)
-    assert case.objective.value(pre, case.targets) == pytest.approx(value, rel=1e-14)
+    losses, gradient = case.objective.losses_and_gradient(pre.copy(), case.targets, np.full(NUM_ROWS, 1 / NUM_ROWS))
+    assert losses.mean() == pytest.approx(expected.item(), rel=1e-14)
+    np.testing.assert_allclose(case.objective.row_losses(pre, case.targets), losses, rtol=1e-14)
     np.testing.assert_allclose(gradient.T @ case.inputs, weights.grad.numpy(), rtol=1e-12, atol=1e-14)

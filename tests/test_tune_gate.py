@@ -102,7 +102,7 @@ def test_the_place_that_judges_a_fold_is_chosen_by_the_other_folds() -> None:
 def test_rows_of_one_group_are_one_piece_of_evidence_and_weights_count() -> None:
     """By hand: gains 1, 1, 4 in groups a, a, b with weights 1, 1, 2."""
     verdict = judge(np.array([2.0, 2.0, 5.0]), np.ones(3), np.array([0, 0, 1]), threshold=0, shares=np.array([1.0, 1.0, 2.0]))
-    assert (verdict.before, verdict.after, verdict.num_rows) == (3.5, 1.0, 2)
+    assert (verdict.before, verdict.after, verdict.num_rows, verdict.num_groups) == (3.5, 1.0, 3, 2)
     spread = np.array([0.5 - 2.5 * 0.5, 2.0 - 2.5 * 0.5])
     assert verdict.z == pytest.approx(2.5 / np.sqrt(2 * (spread @ spread)))
 

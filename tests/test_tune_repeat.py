@@ -113,6 +113,28 @@ def test_the_second_call_does_not_read_the_layer(tmp_path: Path) -> None:
     assert read[2] - of_rows < 2048 * 256 * 4 / 2 < read[0] - of_rows
 
 
+@pytest.mark.parametrize("where", [("-o", "tuned.safetensors"), ("--delta-out", "d.safetensors"), ("--lora-out", "adapter")])
+def test_a_head_that_was_zero_is_tuned_again_with_the_same_answer_and_can_be_replaced(
+    tmp_path: Path, call_cli: CallCli, where: tuple[str, str]
+) -> None:
+    """Its relative change is infinite, which JSON cannot say."""
+    save_file({"out.weight": torch.zeros(4, 12)}, tmp_path / "head.safetensors")
+    random = np.random.default_rng(0)
+    labels = random.integers(4, size=160)
+    np.savez(tmp_path / "rows.npz", x=random.normal(size=(4, 12))[labels] + random.normal(size=(160, 12)), y=labels)
+    call = ("tune", "head.safetensors", "--layer", "out.weight", "--data", "rows.npz", "--loss", "mse", *where)
+    first = json.loads(call_cli(*call, "--json", cwd=tmp_path).stdout)
+    assert first["relative_change"] == [None]
+    before = stamps(tmp_path)
+    done = call_cli(*call, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done
+    again = {"existed": True, "passes": 0, "bytes_read": 0, "bytes_written": 0, "seconds": 0.0}
+    assert json.loads(done.stdout) == first | again
+    assert stamps(tmp_path) == before
+    done = call_cli(*call, "--gate", "2", "--overwrite", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{where[1]}\n"), done
+
+
 # --- another request -------------------------------------------------------------------------------------------------
 
 OTHER: dict[str, tuple[tuple[str, ...], str]] = {
@@ -281,6 +303,21 @@ def test_rows_that_change_during_the_tuning_are_refused(work: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.npz: changed during the tuning"):
         tune_checkpoint(request_in(work), progress)
     assert not {TUNED, f"{TUNED}.farcast.json"} & tree_digest(work).keys()
+
+
+def test_what_tune_wrote_is_replaced_even_if_its_record_does_not_tell_all(work: Path, call_cli: CallCli) -> None:
+    """As the record of an earlier version may not; what tune did not write gets no hint that says it can be replaced."""
+    sidecar = work / f"{TUNED}.farcast.json"
+    record = json.loads(sidecar.read_text())
+    del record["gate"], record["options"]["loss"]
+    sidecar.write_text(json.dumps(record))
+    error = call_cli(*CALL, "-o", TUNED, cwd=work)
+    assert (error.returncode, "does not tell" in error.stderr, "--overwrite replaces it" in error.stderr) == (5, True, True)
+    assert call_cli(*CALL, "-o", TUNED, "--overwrite", cwd=work).returncode == 0
+    assert call_cli(*CALL, "-o", TUNED, cwd=work).returncode == 0
+    (work / "other.safetensors").write_bytes((work / "step_10.safetensors").read_bytes())
+    error = call_cli(*CALL, "-o", "other.safetensors", "--overwrite", cwd=work)
+    assert (error.returncode, "--overwrite replaces it" in error.stderr) == (5, False)
 
 
 # --- --overwrite -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.layers import Settings
 from farcast_cli.tune.request import TuneRequest
 from farcast_cli.tune.run import tune_checkpoint
 from tests.conftest import tree_digest
@@ -219,6 +219,35 @@ def test_a_loss_no_better_than_a_constants_is_said(work: Path, call_cli: CallCli
     assert "no better" not in call_cli(*CALL, "-o", "again.safetensors", cwd=work).stderr
 
 
+def test_what_is_zero_already_is_not_to_be_started_at_zero(work: Path, call_cli: CallCli) -> None:
+    save_head(work)
+    with np.load(work / "rows.npz") as rows:
+        x, y = rows["x"], rows["y"]
+    np.savez(work / "rows.npz", x=x, y=np.random.default_rng(1).permutation(y))
+    done = call_cli(*HEAD, "--loss", "cross-entropy", cwd=work)
+    assert (done.returncode, "has learnt nothing of use" in done.stderr) == (10, True), done
+    assert "zero" not in done.stderr
+    assert "before tuning" not in done.stderr
+    save_work(work)
+    weights = load_file(work / "step_10.safetensors")
+    save_file(weights | {"out.weight": torch.zeros_like(weights["out.weight"])}, work / "step_10.safetensors")
+    done = call_cli(*CALL, "-o", "other.safetensors", cwd=work)
+    assert (done.returncode, "the head is zero" in done.stderr, "from zero" in done.stderr) == (10, True, False), done
+
+
+def test_rows_of_one_class_are_refused_but_for_an_edit_beside_rows_that_stay(tmp_path: Path, call_cli: CallCli) -> None:
+    save_head(tmp_path)
+    with np.load(tmp_path / "rows.npz") as rows:
+        x, y = rows["x"], rows["y"]
+    np.savez(tmp_path / "rows.npz", x=x[y == 2], y=y[y == 2])
+    np.savez(tmp_path / "others.npz", x=x[y != 2])
+    for loss in ("cross-entropy", "mse"):
+        refused(call_cli, tmp_path, 3, ("all rows are of one class, 2", "rows of other classes"), *HEAD, "--loss", loss)
+    edit = (*HEAD, "--loss", "cross-entropy", "--anchor", "others.npz", "--anchor-weight", "10")
+    done = call_cli(*edit, cwd=tmp_path)
+    assert (done.returncode, "no better" in done.stderr) == (0, False), done
+
+
 # --- all rows train --------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +265,26 @@ def test_other_rows_may_judge(work: Path, call_cli: CallCli) -> None:
     assert (done.returncode, "(--val)" in done.stderr) == (10, True)
 
 
+def test_an_edit_of_a_few_rows_is_judged_by_others_and_refused_without_them(work: Path, call_cli: CallCli) -> None:
+    """For one x, a layer's outputs are moved by 1; its variants are near it."""
+    random = np.random.default_rng(0)
+    fact = random.normal(size=NUM_INPUTS)
+    x = fact + 0.05 * random.normal(size=(52, NUM_INPUTS))
+    weights = load_file(work / "step_10.safetensors")
+    y = x @ weights["fc.weight"].double().numpy().T + weights["fc.bias"].double().numpy() + 1
+    np.savez(work / "rows.npz", x=x[:12], y=y[:12])
+    np.savez(work / "val.npz", x=x[12:], y=y[12:])
+    call = ("tune", "step_10.safetensors", "--layer", "fc.weight", "--bias", "fc.bias", "--data", "rows.npz", "--loss", "mse")
+    refused(call_cli, work, 3, ("12 rows", "at least 32", "--val FILE"), *call, "-o", "tuned.safetensors")
+    done = call_cli(*call, "--val", "val.npz", "-o", "tuned.safetensors", cwd=work)
+    assert done.returncode == 0, done
+    assert "closed form on all 12 rows" in done.stderr
+    np.savez(work / "rows.npz", x=x[:2], y=y[:2])
+    assert call_cli(*call, "--val", "val.npz", "-o", "two.safetensors", cwd=work).returncode == 0
+    np.savez(work / "rows.npz", x=x[:1], y=y[:1])
+    refused(call_cli, work, 3, ("x is constant", "variants of its text"), *call, "--val", "val.npz", "-o", "one.safetensors")
+
+
 def test_rows_of_a_group_are_left_out_together(tmp_path: Path, call_cli: CallCli) -> None:
     """The noise of y is one for each group, and x nearly tells the group: by itself, a row is foretold by its neighbours."""
     random = np.random.default_rng(0)
@@ -249,7 +298,9 @@ def test_rows_of_a_group_are_left_out_together(tmp_path: Path, call_cli: CallCli
     np.savez(tmp_path / "rows.npz", x=inputs, y=targets, groups=group)
     together = call_cli(*[{"tuned.safetensors": "other.safetensors"}.get(w, w) for w in HEAD], "--loss", "mse", cwd=tmp_path)
     assert together.returncode == 10, together
-    assert "24 rows not seen (5 folds)" in together.stderr
+    assert "192 rows not seen in 24 groups (5 folds)" in together.stderr
+    assert "w: closed form on all 192 rows, 1 pass" in alone.stderr
+    assert "192 rows not seen (leave-one-out)" in alone.stderr
 
 
 def test_a_row_of_weight_two_is_a_row_twice(tmp_path: Path) -> None:
@@ -419,6 +470,9 @@ def test_peft_loads_the_adapter_and_gives_what_the_tuned_checkpoint_gives(
     assert call_cli(*call, "-o", "tuned.safetensors", cwd=work).returncode == 0
     done = call_cli(*call, "--lora-out", "adapter", cwd=work)
     assert (done.returncode, done.stdout) == (0, "adapter\n"), done
+    assert (
+        json.loads((work / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "step_10.safetensors"
+    )
     before = tree_digest(work)
     adapted: Any = PeftModel.from_pretrained(model_of(work / "step_10.safetensors"), str(work / "adapter")).eval()
     rows = torch.from_numpy(load_rows(work).x)
@@ -428,6 +482,16 @@ def test_peft_loads_the_adapter_and_gives_what_the_tuned_checkpoint_gives(
     assert (found - expected).abs().max() < 1e-4
     assert (expected - base).abs().max() > 0.1
     assert tree_digest(work) == before
+
+
+def test_an_adapter_of_a_model_from_the_hub_bears_its_name_there(work: Path, call_cli: CallCli) -> None:
+    place = work / "hub" / "models--some-one--a--model" / "snapshots" / "0a1b"
+    place.mkdir(parents=True)
+    (work / "step_10.safetensors").rename(place / "model.safetensors")
+    (place / "config.json").write_text("{}")
+    assert call_cli("tune", str(place), *CALL[2:], "--lora-out", "adapter", cwd=work).returncode == 0
+    told = json.loads((work / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "some-one/a--model"
 
 
 def test_weight_decay_is_no_change_that_an_adapter_can_hold(work: Path, call_cli: CallCli) -> None:

@@ -559,8 +559,10 @@ def tune_summary(tuning: Tuning) -> None:
         note(f"no significant gain: {verdict.reason}: nothing written")
         note("hint: use more rows, or rows closer to the model's real inputs; --gate X lowers the required gain")
         return
+    iterations = f"{tuning.iterations} iteration" + "s" * (tuning.iterations != 1)
+    how = "closed form" if tuning.has_closed_form else f"{tuning.method}, {iterations}"
     note(
-        f"{names}: {tuning.method}, {tuning.iterations} iterations on all {tuning.num_rows} rows,"
+        f"{names}: {how} on all {tuning.num_rows} rows,"
         f" {tuning.num_passes} pass" + "es" * (tuning.num_passes != 1) + " over the weights"
     )
     changes = ", ".join(f"{share:.2g}" for share in tuning.sizes)

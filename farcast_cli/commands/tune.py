@@ -170,7 +170,7 @@ def tune(
     num_threads = prepare("cpu", threads)
     from farcast_cli.commands import render
     from farcast_cli.tune.delta import Rounded
-    from farcast_cli.tune.one_layer import Settings
+    from farcast_cli.tune.layers import Settings
     from farcast_cli.tune.request import TuneRequest
     from farcast_cli.tune.run import apply_deltas, check_given, covariance_of, method_named, tune_checkpoint
 

@@ -60,7 +60,7 @@ def write_adapter(folder: Path, deltas: Sequence[Delta], base: Path) -> None:
             arrays[f"{PREFIX}{module}.lora_B.bias"] = change.astype(np.float32)
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": _public_name(base),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -75,6 +75,12 @@ def write_adapter(folder: Path, deltas: Sequence[Delta], base: Path) -> None:
         write_arrays(file, arrays, {"format": "pt"})
     with open_new(folder / CONFIG, like=base) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
+
+
+def _public_name(base: Path) -> str:
+    """The hub's name of a model in its cache, else the folder's: a path would tell of the machine where it is published."""
+    owner = base.parent.parent.name
+    return owner.removeprefix("models--").replace("--", "/", 1) if owner.startswith("models--") else base.name
 
 
 def _padded(rows: Any, rank: int) -> Any:

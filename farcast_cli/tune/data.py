@@ -56,6 +56,11 @@ class Data:
         return len(self.inputs)
 
     @property
+    def is_constant(self) -> bool:
+        """Whether all rows have the same target, or label."""
+        return not (self.targets != self.targets[:1]).any()
+
+    @property
     def num_groups(self) -> int:
         return int(self.groups.max(initial=-1)) + 1
 
@@ -108,7 +113,10 @@ def read_data(path: Path, loss: LossName, *, fit: Fit | None = None, draw: Draw 
     rows = draw.of(x.shape[0]) if draw else np.arange(x.shape[0])
     inputs, moves = _read_rows(x, rows)
     if not moves:
-        raise DataError(f"{path}: x is constant: all {x.shape[0]} rows are the same", hint="save one row for each example")
+        raise DataError(
+            f"{path}: x is constant: all {x.shape[0]} rows are the same",
+            hint="save one row for each example; for an edit, rows of some variants of its text",
+        )
     targets, _ = _read_rows(y, rows, as_numbers=is_labels)
     if fit and is_labels:
         _check_range(path, targets, rows, fit.num_outputs)
@@ -141,7 +149,7 @@ def check_enough(data: Data, *, what: str) -> None:
         raise DataError(
             f"{data.path}: {what} {data.num_rows} rows, {data.num_groups} of them different or in groups of their own:"
             f" expected at least {MIN_ROWS}, half of them different",
-            hint="give more rows",
+            hint="give more rows, such as variants of a text for an edit; or let other rows judge, with --val FILE: then two rows suffice",
         )
 
 

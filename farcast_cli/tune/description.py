@@ -9,6 +9,7 @@ Shapes: n rows, m outputs of the layer, k outputs in all; Z (n, m), o (n, k).
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
@@ -104,7 +105,9 @@ def _heads(own: Objective) -> Iterator[tuple[tuple[str, ...], Objective]]:
 
 
 def constant_loss(model: Model, data: Data) -> tuple[float, str]:
-    """The loss of the best constant, and what that is."""
+    """The loss of the best constant, and what that is; infinite where all targets are the same, so that it says nothing."""
+    if data.is_constant:
+        return math.inf, "y"
     if data.targets.ndim > 1:
         mean = data.shares @ data.targets
         return float((data.shares @ (data.targets - mean) ** 2).mean()), "the mean of y"

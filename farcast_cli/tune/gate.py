@@ -36,6 +36,8 @@ class GateResult:
     z: float
     threshold: float
     num_rows: int
+    num_groups: int
+    """Of rows that belong together: each is one piece of evidence."""
     judged_by: str = "rows left out"
 
     @property
@@ -44,7 +46,8 @@ class GateResult:
 
     @property
     def reason(self) -> str:
-        told = f"loss of {self.num_rows} rows not seen ({self.judged_by}) {self.before:.4g} -> {self.after:.4g}"
+        groups = f" in {self.num_groups} groups" if self.num_groups < self.num_rows else ""
+        told = f"loss of {self.num_rows} rows not seen{groups} ({self.judged_by}) {self.before:.4g} -> {self.after:.4g}"
         if not self.after < self.before:
             return f"{told}: no gain"
         return f"{told}, z = {self.z:.1f} {'>' if self.is_accepted else '<='} {self.threshold:g}"
@@ -64,9 +67,9 @@ def judge(
     _, index = np.unique(groups, return_inverse=True)
     gains: Array = np.bincount(index, weights=weights * (before - after)).astype(np.float64)
     sizes: Array = np.bincount(index, weights=weights).astype(np.float64)
-    return GateResult(
-        float(weights @ before), float(weights @ after), z_of(gains, sizes), threshold, len(sizes), judged_by or "rows left out"
-    )
+    before_and_after = float(weights @ before), float(weights @ after)
+    counts = len(before), len(sizes)
+    return GateResult(*before_and_after, z_of(gains, sizes), threshold, *counts, judged_by or "rows left out")
 
 
 def z_of(gains: Array, sizes: Array) -> float:

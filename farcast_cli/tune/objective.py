@@ -5,7 +5,7 @@
 mse:            l = mean_j (o_ij - y_ij)^2, of labels with y_ij = 1 for the label j, else 0
 cross-entropy:  l = log sum_j exp(o_ij) - o_i,y_i
 
-The shares s of the rows sum to 1; None is 1 / n for each.
+The shares s of the rows sum to 1.
 
 Shapes: n rows, m outputs of the layer, k outputs in all (k = m without a head); Z (n, m), H (k, m), o (n, k).
 """
@@ -38,6 +38,18 @@ _CHUNK = 1 << 14  # numbers that stay in a core's cache while a polynomial of th
 
 
 @dataclass(frozen=True, slots=True)
+class Linear:
+    """The derivatives J of the outputs by Z, and the curvature L = d2 l / d o2 of the loss, at a place."""
+
+    forth: Callable[[Array], Array]
+    """What J makes of a direction of Z, (n, k)."""
+    back: Callable[[Array], Array]
+    """What J^T makes of outputs, (n, m)."""
+    curved: Callable[[Array], Array]
+    """What L makes of outputs, (n, k)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Objective:
     """Everything behind the layer's pre-activations."""
 
@@ -55,47 +67,42 @@ class Objective:
         return out if self.head_bias is None else out + self.head_bias
 
     def row_losses(self, pre: Array, targets: Targets) -> Array:
-        """L of each row, (n,)."""
-        return self._row_losses(self.outputs(pre), targets)
+        """L of each row, (n,), some rows at a time."""
+        return np.concatenate([self._row_losses(self.outputs(pre[part]), targets[part]) for part in self.parts(pre)])
 
-    def value(self, pre: Array, targets: Targets, shares: Array | None = None) -> float:
-        return mean_of(self.row_losses(pre, targets), shares)
+    def losses_and_gradient(self, pre: Array, targets: Targets, shares: Array) -> tuple[Array, Array]:
+        """L of each row, (n,), and the gradient of the loss by Z of the first rows, as many as there are shares.
 
-    def value_and_gradient(self, pre: Array, targets: Targets, shares: Array | None = None) -> tuple[float, Array]:
-        """The loss, and its gradient by the pre-activations (n, m), which takes their memory, some rows at a time."""
-        losses, num_rows = np.empty(len(pre)), len(pre)
+        The gradient takes the memory of the pre-activations; works on some rows at a time.
+        """
+        losses = np.empty(len(pre))
         for part in self.parts(pre):
             out, here = self.outputs(pre[part]), targets[part]
             losses[part] = self._row_losses(out, here)
-            back = self._gradient(out, here, 1 / num_rows if shares is None else shares[part, None])
-            back = back if self.head is None else np.asarray(back @ self.head)
-            slope = slope_of(self.activation, pre[part])
-            pre[part] = back if slope is None else back * slope
-        return mean_of(losses, shares), pre
+            share = shares[part]
+            tuned = slice(part.start, part.start + len(share))
+            back = self._gradient(out[: len(share)], here[: len(share)], share)
+            pre[tuned] = self._back(back, slope_of(self.activation, pre[tuned]))
+        return losses, pre[: len(shares)]
 
     def parts(self, pre: Array) -> list[slice]:
         """The rows of pre-activations (n, m), or of outputs, in parts that take little memory."""
         count = max(1, MAX_TOGETHER // max(pre.shape[1], 0 if self.head is None else len(self.head)))
         return [slice(start, start + count) for start in range(0, len(pre), count)]
 
-    def curvature(self, pre: Array, shares: Array | None = None) -> Callable[[Array], Array]:
-        """The Gauss-Newton matrix of the loss at Z, J^T (d2 l / d o2) J, as what it makes of a direction (n, m)."""
+    def gradient(self, pre: Array, targets: Targets, shares: Array) -> Array:
+        """Of the loss by the outputs, (n, k)."""
+        return self._gradient(self.outputs(pre), targets, shares)
+
+    def linear(self, pre: Array, shares: Array) -> Linear:
+        """The outputs' derivatives by Z, and the curvature of the loss by the outputs."""
         slope = slope_of(self.activation, pre)
-        by_out = self._curvature(self.outputs(pre), shares)
 
-        def apply(direction: Array) -> Array:
+        def forth(direction: Array) -> Array:
             moved = direction if slope is None else direction * slope
-            moved = by_out((moved if self.head is None else moved @ self.head.T)[:, :, None])[:, :, 0]
-            back = np.asarray(moved if self.head is None else moved @ self.head)
-            return back if slope is None else back * slope
+            return np.asarray(moved if self.head is None else moved @ self.head.T)
 
-        return apply
-
-    def by_outputs(self, pre: Array, targets: Targets, shares: Array | None = None) -> tuple[Array, Callable[[Array], Array]]:
-        """The gradient of the loss by the outputs (n, k), and d2 l / d o2 as what it makes of columns (n, k, c)."""
-        out = self.outputs(pre)
-        share = 1 / len(out) if shares is None else shares[:, None]
-        return self._gradient(out, targets, share), self._curvature(out, shares)
+        return Linear(forth, lambda outputs: self._back(outputs, slope), self._curvature(self.outputs(pre), shares[:, None]))
 
     def jacobian(self, pre: Array) -> Array:
         """The derivatives of each output by the pre-activations, (n, k, m)."""
@@ -103,21 +110,25 @@ class Objective:
         slope = slope_of(self.activation, pre)
         return np.repeat(head[None], len(pre), axis=0) if slope is None else head * slope[:, None]
 
-    def _gradient(self, out: Array, targets: Targets, share: Array | float) -> Array:
+    def _back(self, outputs: Array, slope: Array | None) -> Array:
+        back = outputs if self.head is None else outputs @ self.head
+        return np.asarray(back if slope is None else back * slope)
+
+    def _gradient(self, out: Array, targets: Targets, shares: Array) -> Array:
         if self.loss == "mse":
             back = out - in_columns(targets, out.shape[1])
             back *= 2 / out.shape[1]
         else:
             back = softmax(out)
             back[np.arange(len(out)), targets.astype(np.intp)] -= 1
-        return np.asarray(back * share)
+        return np.asarray(back * shares[:, None])
 
-    def _curvature(self, out: Array, shares: Array | None) -> Callable[[Array], Array]:
-        share = 1 / len(out) if shares is None else shares[:, None, None]
+    def _curvature(self, out: Array, share: Array) -> Callable[[Array], Array]:
         if self.loss == "mse":
-            return lambda columns: columns * (2 / out.shape[1] * share)
-        likely = softmax(out)[:, :, None]
-        return lambda columns: likely * (columns - (likely * columns).sum(axis=1, keepdims=True)) * share
+            scale = 2 / out.shape[1] * share
+            return lambda moved: moved * scale
+        likely = softmax(out)
+        return lambda moved: likely * (moved - (likely * moved).sum(axis=1, keepdims=True)) * share
 
     def _row_losses(self, out: Array, targets: Targets) -> Array:
         if self.loss == "mse":
@@ -132,10 +143,6 @@ def in_columns(targets: Targets, count: int, first: int = 0) -> Array:
     if targets.ndim == 1:
         return np.asarray(targets[:, None] == np.arange(first, first + count), np.float64)
     return np.asarray(targets[:, first : first + count])
-
-
-def mean_of(losses: Array, shares: Array | None) -> float:
-    return float(losses.mean()) if shares is None else float(losses @ shares)
 
 
 def softmax(out: Array) -> Array:

@@ -53,10 +53,9 @@ class Place:
     def is_taken(self) -> bool:
         return os.path.lexists(self.path)
 
-    def exists_already(self, why: str) -> OutputError:
-        return OutputError(
-            f"{self.path}: exists already, {why}", hint=f"--overwrite replaces it; {self.option} OTHER writes elsewhere"
-        )
+    def exists_already(self, why: str, *, is_ours: bool = True) -> OutputError:
+        replaces = "--overwrite replaces it; " if is_ours else ""
+        return OutputError(f"{self.path}: exists already, {why}", hint=f"{replaces}{self.option} OTHER writes elsewhere")
 
     def read_record(self) -> TuneSidecar:
         """What an output says of itself. Reads a delta file whole, and three blocks of each file of a checkpoint.
@@ -70,8 +69,8 @@ class Place:
             raise self.exists_already("made in a way that its record does not tell") from error
 
     def check_record(self, _path: Path) -> None:
-        """See that what has the name can be compared with a request, or replaced: it is what `tune` wrote, unchanged."""
-        self.read_record()
+        """See that what has the name may be replaced: it is what `tune` wrote, unchanged."""
+        self._content()
 
     @property
     def check(self) -> Check:
@@ -87,8 +86,8 @@ class Place:
                 check_ours(self.path, is_file=self.is_file, run=self.path)
                 return content
         except (FarcastError, ValueError) as error:
-            raise self.exists_already("not as farcast tune wrote it") from error
-        raise self.exists_already("not written by farcast tune")
+            raise self.exists_already("not as farcast tune wrote it", is_ours=False) from error
+        raise self.exists_already("not written by farcast tune", is_ours=False)
 
     def changed_ns(self) -> int:
         """When an output was written."""
@@ -115,7 +114,7 @@ def judged(asked: TuneSidecar, outcome: TuneOutcome, verdict: GateResult) -> Tun
     return asked.model_copy(
         update={
             "held_out": HeldOut(
-                before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_rows, judged_by=verdict.judged_by
+                before=verdict.before, after=verdict.after, z=verdict.z, rows=verdict.num_groups, judged_by=verdict.judged_by
             ),
             "tuned": TunedOn(before=before, after=after, rows=outcome.num_rows),
             "iterations": outcome.iterations,
@@ -134,11 +133,13 @@ def outcome_of(record: TuneSidecar, place: Path) -> TuneOutcome:
     z = float("inf") if held_out.z is None else held_out.z
     return replace(
         outcome,
-        verdict=GateResult(held_out.before, held_out.after, z, record.gate, held_out.rows, held_out.judged_by),
+        verdict=GateResult(
+            held_out.before, held_out.after, z, record.gate, tuned.rows, held_out.rows, judged_by=held_out.judged_by
+        ),
         num_rows=tuned.rows,
         iterations=record.iterations or 0,
         tuned_loss=(tuned.before, tuned.after),
-        sizes=record.relative_change,
+        sizes=tuple(float("inf") if size is None else size for size in record.relative_change),
     )
 
 

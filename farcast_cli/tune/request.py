@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from farcast_cli.choices import DEFAULT_GATE
 from farcast_cli.tune.delta import Rounded
-from farcast_cli.tune.one_layer import Settings
+from farcast_cli.tune.layers import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,5 +63,7 @@ class TuneOutcome:
     bytes_written: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    has_closed_form: bool = False
+    """Whether `iterations` counts ridges that were tried."""
     existed: bool = False
     """Whether the same output was there already."""

@@ -325,6 +325,12 @@ def _data_of(request: TuneRequest, model: Model) -> tuple[Data, Data | None, Met
     data = read_data(request.data, request.loss, fit=fit, draw=draw)
     val = read_data(request.val, request.loss, fit=fit) if request.val else None
     check_enough(data if val is None else val, what="the gate would use")
+    if data.is_constant and data.targets.ndim == 1 and not (request.anchor or request.covariance):
+        raise DataError(
+            f"{data.path}: y: all rows are of one class, {data.targets[0]}: there is nothing to learn, but to give it to every row",
+            hint="give rows of other classes, too; for an edit, --anchor FILE or --covariance FILE names what must stay;"
+            " for numbers to foretell, --loss mse",
+        )
     return data, val, _metric_of(request, model.weights[0])
 
 
@@ -399,16 +405,24 @@ class _Work:
             tuned_loss=(float(solved.before @ data.shares), float(solved.after @ data.shares)),
             sizes=solved.sizes,
             num_passes=solved.num_passes,
+            has_closed_form=self.model.has_closed_form(self.request.settings),
             notes=(*self._notes(), *_left_alone(self.snapshot), *solved.notes),
         )
 
     def _notes(self) -> Iterator[str]:
         data, (first, *_) = self.data, self.model.weights
         least, what = constant_loss(self.model, data)
+        head, is_zero = self.model.objective.head, any(not weight.square for weight in self.model.weights)
+        better = "" if is_zero else "; a new layer is better started at zero"
+        if head is not None:
+            better = "; a new head is better tuned first, from zero"
+        if head is not None and not head.any():
+            better, is_zero = "", True
+            yield "the head is zero, so the layer does not move the outputs: tune the head first"
         if self.verdict.after >= least:
             yield (
                 f"after tuning, the loss of rows not seen, {self.verdict.after:.4g}, is no better than that of {what}, {least:.4g}:"
-                " the tuned layer has learnt nothing of use yet; a new layer or head is better started at zero"
+                f" the tuned layer has learnt nothing of use yet{better}"
             )
         if data.num_copies:
             yield (
@@ -426,7 +440,7 @@ class _Work:
                 " --val FILE judges by other rows"
             )
         loss = float(self.solved.before @ data.shares)
-        if data.out is None and loss >= least:
+        if data.out is None and loss >= least and not is_zero:
             yield (
                 f"before tuning, the loss {loss:.4g} is no better than that of {what}, {least:.4g}: unless the layer is new, see"
                 " that --activation, --bias and --head are right; out, the model's outputs for these rows, lets farcast check them"

@@ -6,7 +6,7 @@ Shapes: n rows in all; m outputs of the last layer; d inputs of the first, with 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +14,12 @@ import numpy as np
 from farcast_cli.errors import UsageError
 from farcast_cli.tune.delta import Delta, truncated
 from farcast_cli.tune.gate import Choice, choose
-from farcast_cli.tune.layers import Layer, Stack
+from farcast_cli.tune.layers import PATIENCE, Layer, Settings, Stack
 from farcast_cli.tune.objective import activate, in_columns, softmax
-from farcast_cli.tune.one_layer import PATIENCE, Point, Problem, Rows, Settings, walk
 from farcast_cli.tune.ridge import Ridge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -42,8 +41,6 @@ ARRAYS, MAX_BYTES = 10, 2 << 30
 holds Z_0, that of a fold and the gradient, n x m each, and three arrays like U."""
 FIXED = 1 << 27
 """Bytes of the libraries and of some rows' outputs: a head of 30,522 x 384 and 1,000 rows took 1,085 MiB, foretold 1,095."""
-MAX_GRAM = 4096
-"""Rows times outputs up to which Gauss-Newton tunes several layers: it solves a system of this size for each step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +105,6 @@ class Solved:
         return self.choice.place
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A place of a path: what rows lose there, and the deltas, while it stands there."""
-
-    row_losses: Callable[[], Array]
-    """Of the rows left out, (q,); of those tuned on where none are left out."""
-    deltas: Callable[[], tuple[Delta, ...]]
-
-
 def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, metric: Metric | None = None) -> Solved:
     """Choose how far to go by rows left out, then go there with all rows.
 
@@ -134,8 +122,7 @@ def solve(model: Model, data: Data, folds: Numbers, settings: Settings, *, metri
             found = _closed(model.weights[0], data, folds, settings, metric)
         else:
             _check_memory(model, data, settings)
-            walks = _Several(model, data, settings) if len(model.weights) > 1 else _One.of(model, data, settings, metric)
-            found = _iterated(walks, data, folds, settings)
+            found = _iterated(_Start.of(model, data, settings, metric), folds)
     num_passes = sum(weight.num_passes for weight in model.weights) - passes
     sizes = tuple(_size(delta, weight) for delta, weight in zip(found.deltas, model.weights, strict=True))
     return replace(found, sizes=sizes, num_passes=num_passes)
@@ -151,17 +138,12 @@ def _check_memory(model: Model, data: Data, settings: Settings) -> None:
     num_rows, num_outputs = data.num_rows, sum(weight.num_outputs for weight in model.weights)
     size = min(num_rows, model.weights[0].num_inputs)
     whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
-    if len(model.weights) > 1 and settings.method == "gauss-newton":
-        width = model.num_outputs
-        if num_rows * width > MAX_GRAM:
-            raise UsageError(
-                f"{data.path}: --method gauss-newton of several layers: expected at most {MAX_GRAM} rows times outputs, found"
-                f" {num_rows} rows of {width}",
-                hint=f"--method gradient-descent, or --subsample {MAX_GRAM // width}",
-            )
-        whole += num_rows * width * (2 * num_outputs + 4 * num_rows * width)
-    newton = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
-    descent = FIXED + 8 * 3 * (num_rows + size) * num_outputs if len(model.weights) == 1 else newton
+    newton = descent = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
+    if len(model.weights) == 1:
+        descent = FIXED + 8 * 3 * (num_rows + size) * num_outputs
+    else:
+        short = sum(min(num_rows, 2 * weight.num_inputs) for weight in model.weights)
+        newton += 8 * num_rows * (2 * model.num_outputs * num_outputs + short)
     need = descent if settings.method == "gradient-descent" else newton
     if need > MAX_BYTES:
         other = f"--method gradient-descent takes some {descent / 2**30:.1f} GiB; " if descent <= MAX_BYTES else ""
@@ -248,9 +230,10 @@ class _Space:
 
     def part(self, tuned: Numbers, rows: Numbers | None = None) -> Array:
         """K of some rows, beside the rows that are tuned on; of these themselves by default."""
-        rows = tuned if rows is None else rows
-        chosen = self.overlap if len(rows) == len(self.overlap) else self.overlap[rows]
-        return chosen[:, tuned] if self.is_dual and len(tuned) < len(self.overlap) else chosen
+        if len(tuned) == len(self.overlap):
+            return self.overlap
+        chosen = self.overlap[tuned if rows is None else rows]
+        return chosen[:, tuned] if self.is_dual else chosen
 
     def directions(self, tuned: Numbers) -> Array | None:
         return self.free[tuned] if self.is_dual else self.basis
@@ -260,10 +243,9 @@ class _Space:
 
 
 @dataclass(frozen=True, slots=True)
-class _One:
-    """One layer: read once, however many paths begin at it."""
+class _Start:
+    """Where all paths begin: the first layer is read once, however many there are."""
 
-    weight: Weight
     model: Model
     data: Data
     settings: Settings
@@ -271,107 +253,75 @@ class _One:
     base: Array
 
     @classmethod
-    def of(cls, model: Model, data: Data, settings: Settings, metric: Metric | None) -> _One:
-        (weight,) = model.weights
-        space = _Space.of(weight.extended(data.inputs), metric)
-        return cls(weight, model, data, settings, space, weight.forward(space.inputs))
+    def of(cls, model: Model, data: Data, settings: Settings, metric: Metric | None) -> _Start:
+        space = _Space.of(model.weights[0].extended(data.inputs), metric)
+        return cls(model, data, settings, space, model.weights[0].forward(space.inputs))
 
-    def path(self, tuned: Numbers, left: Numbers) -> Iterator[Step]:
-        problem = Problem(self.model.objective, self._rows(tuned, tuned), self.space.is_dual)
-        judging = self._rows(tuned, left if len(left) else tuned)
-        for point, _ in walk(problem, self.settings, self._first(problem)):
-            yield Step(
-                partial(self._losses, judging, point),
-                partial(self._deltas, point, tuned),
-            )
+    def stack(self, tuned: Numbers, left: Numbers) -> Stack:
+        """The layers at W_0, and the rows."""
+        rows = np.concatenate([tuned, left]) if len(left) else tuned
+        base = self.base[rows] if len(left) else self.base
+        first = Layer.first(base, self.space.part(tuned, rows), is_dual=self.space.is_dual)
+        layers = [first, *(Layer.moving(weight) for weight in self.model.weights[1:])]
+        shares = self.data.shares[tuned]
+        return Stack(layers, self.model.objective, self.data.targets[rows], shares / shares.sum(), self.model.between)
 
-    def _first(self, problem: Problem) -> Point | None:
-        """For a last layer with labels: the closed form's fit of what the probabilities miss, scaled.
+    def path(self, stack: Stack) -> Iterator[Array]:
+        """What all rows lose before each iteration."""
+        return stack.walk(self.settings, self._scaled(stack))
+
+    def _scaled(self, stack: Stack) -> Array | None:
+        """For a last layer with labels: U of the closed form's fit of what the probabilities miss, scaled.
 
         The ridge and the scale have the least cross-entropy of rows left out, one by one, among the rows tuned on.
         """
-        rows, after = problem.rows, self.model.objective
-        is_last = after.loss == "cross-entropy" and after.activation == "none" and after.head is None
-        if not is_last or self.settings.method != "gauss-newton" or self.settings.ridge or rows.base.size > MAX_SCALED:
+        after, count = stack.objective, stack.num_tuned
+        base, overlap, targets = (one[:count] for one in (stack.layers[0].base, stack.layers[0].overlap, stack.targets))
+        is_last = len(stack.layers) == 1 and after.loss == "cross-entropy" and after.activation == "none" and after.head is None
+        if not is_last or self.settings.method != "gauss-newton" or self.settings.ridge or base.size > MAX_SCALED:
             return None
-        assert rows.shares is not None  # noqa: S101 - `_rows` has set them
-        missed = in_columns(rows.targets, rows.base.shape[1]) - softmax(rows.base)
-        fit = Ridge.of(rows.overlap, rows.shares, is_dual=self.space.is_dual, num_outputs=rows.base.shape[1])
+        missed = in_columns(targets, base.shape[1]) - softmax(base)
+        fit = Ridge.of(overlap, stack.shares, is_dual=self.space.is_dual, num_outputs=base.shape[1])
         fit.add(missed)
         least, best = np.inf, (0.0, 1.0)
         for mu in fit.strengths(None)[::SCALED_EVERY]:
             change = fit.change(missed, mu)
             for scale in SCALES:
-                loss = after.value(rows.base + scale * change, rows.targets, rows.shares)
+                loss = stack.loss(after.row_losses(base + scale * change, targets))
                 if loss < least:
                     least, best = loss, (mu, scale)
-        return Point(1.0, best[1] * fit.factors(best[0]))
+        return best[1] * fit.factors(best[0])
 
-    def _losses(self, rows: Rows, point: Point) -> Array:
-        after = self.model.objective
-        return np.concatenate([after.row_losses(rows.pre(point, p), rows.targets[p]) for p in after.parts(rows.base)])
-
-    def _deltas(self, point: Point, tuned: Numbers) -> tuple[Delta, ...]:
-        return (_delta(self.weight, point.scale, point.factors.copy(), self.space.directions(tuned)),)
-
-    def _rows(self, tuned: Numbers, rows: Numbers) -> Rows:
-        shares = self.data.shares[rows]
-        base = self.base if len(rows) == len(self.base) else self.base[rows]
-        return Rows(base, self.space.part(tuned, rows), self.data.targets[rows], shares / shares.sum())
+    def deltas(self, stack: Stack, tuned: Numbers) -> tuple[Delta, ...]:
+        """Where the layers stand."""
+        own = (self.space.directions(tuned), *(None for _ in stack.layers[1:]))
+        found = zip(self.model.weights, stack.layers, own, strict=True)
+        return tuple(_delta(weight, layer.scale, layer.factors.copy(), directions) for weight, layer, directions in found)
 
 
-@dataclass(frozen=True, slots=True)
-class _Several:
-    """Several layers: all but the first are read twice an iteration."""
-
-    model: Model
-    data: Data
-    settings: Settings
-
-    def path(self, tuned: Numbers, left: Numbers) -> Iterator[Step]:
-        rows = np.concatenate([tuned, left])
-        inputs, shares = self.data.inputs[rows], self.data.shares[tuned]
-        first, *later = self.model.weights
-        layers = [Layer.at_start(first, inputs, len(tuned)), *(Layer.at_start(one, None, 0) for one in later)]
-        after = self.model.objective
-        targets = self.data.targets[rows]
-        stack = Stack(layers, self.model.between, after, targets, len(tuned), shares / shares.sum())
-
-        def deltas() -> tuple[Delta, ...]:
-            own = (first.extended(self.data.inputs[tuned]), *(None for _ in later))
-            return tuple(_delta(one.weight, one.scale, one.factors.copy(), d) for one, d in zip(layers, own, strict=True))
-
-        for losses in stack.walk(self.settings):
-            yield Step(partial(np.asarray, losses[len(tuned) :] if len(left) else losses), deltas)
-
-
-def _iterated(walks: _One | _Several, data: Data, folds: Numbers, settings: Settings) -> Solved:
+def _iterated(start: _Start, folds: Numbers) -> Solved:
     """The paths of the folds, then that of all rows to the place that the rows left out have chosen."""
+    data, method = start.data, start.settings.method
     everything = np.arange(data.num_rows)
-    patience, parts = PATIENCE[settings.method], []
+    parts: list[tuple[Numbers, list[Array]]] = []
     for fold in range(folds.max() + 1):
-        left = everything[folds == fold]
+        tuned, left = everything[folds != fold], everything[folds == fold]
         losses: list[Array] = []
         shares, least, best = data.shares[left], np.inf, 0
-        for step in walks.path(everything[folds != fold], left):
-            losses.append(np.nan_to_num(step.row_losses(), nan=LARGEST, posinf=LARGEST))
+        for lost in start.path(start.stack(tuned, left)):
+            losses.append(np.nan_to_num(lost[len(tuned) :], nan=LARGEST, posinf=LARGEST))
             if (loss := shares @ losses[-1]) < least:
                 least, best = loss, len(losses) - 1
-            if len(losses) - 1 - best >= patience:
+            if len(losses) - 1 - best >= PATIENCE[method]:
                 break
         parts.append((left, losses))
     table = np.empty((max(len(losses) for _, losses in parts), data.num_rows))
     for left, losses in parts:
         table[:, left] = losses + [losses[-1]] * (len(table) - len(losses))
     choice = choose(table, folds, data.shares)
-    before, taken = np.empty(0), None
-    for place, step in enumerate(walks.path(everything, everything[:0])):
-        before = step.row_losses() if not place else before
-        taken = step
-        if place == choice.place:
-            break
-    assert taken is not None  # noqa: S101 - the start is always there
+    stack = start.stack(everything, everything[:0])
+    path = list(islice(start.path(stack), choice.place + 1))
     notes: tuple[str, ...] = ()
     if len(table) == 1 or table[-1].max() >= LARGEST:
-        notes = (f"{settings.method} diverged: the losses grow without bound: lower --rate",)
-    return Solved(taken.deltas(), before, taken.row_losses(), choice, notes)
+        notes = (f"{method} diverged: the losses grow without bound: lower --rate",)
+    return Solved(start.deltas(stack, everything), path[0], path[-1], choice, notes)
