@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def agreed(
-    snapshots: Iterable[Snapshot], plan: Iterable[str | bytes], *, coefficients: Iterable[str | bytes] = ()
+    snapshots: Iterable[Snapshot], plan: Iterable[str | bytes], *, coefficients: Iterable[str | bytes] = (), engine: str = ""
 ) -> dict[str, str]:
     """Digests by part, as `Team.open` compares them.
 
@@ -28,9 +28,11 @@ def agreed(
     Args:
         plan: what is to be done.
         coefficients: of the forecasts; another processor may round them in another way.
+        engine: what sums up, if sums are shared; the kernel and numpy round them in different ways.
     """
     return {
         "version": __version__,
+        "engine": engine,
         "files": _digest(text for one in snapshots for text in _files_of(one)),
         "coefficients": _digest(coefficients),
         "plan": _digest(plan),

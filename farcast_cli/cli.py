@@ -79,9 +79,9 @@ def _root(
 
 
 def _engine() -> str:
-    from farcast_cli.engine.native import KERNEL
+    from farcast_cli.engine.native import engine
 
-    return " (numpy)" if KERNEL is None else " (native)"
+    return f" ({engine()})"
 
 
 app.command(cls=Grouped, epilog=inspect.EXAMPLES)(inspect.inspect)

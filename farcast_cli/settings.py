@@ -197,7 +197,7 @@ def seat_of(ranks: Ranks) -> Seat:
     found = seat_in(os.environ) if ranks == "env" else Seat()
     if found is None:
         raise UsageError(
-            f"--ranks env: found none of the variables {', '.join(names[0] for names in LAUNCHED)}",
+            f"--ranks env: found no launcher's variables: {', '.join(' and '.join(names) for names in LAUNCHED)}",
             hint="torchrun --nproc-per-node 4 -m farcast_cli predict --ranks env ..., or srun, or mpirun",
         )
     return found

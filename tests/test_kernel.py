@@ -317,6 +317,14 @@ def test_counts_that_no_batch_has_are_refused(kernel: Kernel, counts: tuple[int,
         kernel.combine((raw,), (raw,), (raw.copy(),), bytes(3), zero, zero, segments, weights, None, unchanged, False, False)
 
 
+@pytest.mark.parametrize("count", [1 << 60, 1 << 61, (1 << 63) - 1])
+def test_more_values_than_a_file_can_hold_are_refused(kernel: Kernel, count: int) -> None:
+    """Their bytes overflow 64 bits. The descriptor is no one's: nothing is read."""
+    memory = np.zeros((2, 2)), np.zeros(1), np.zeros(1, np.uint8)
+    with pytest.raises(ValueError, match="too short"):
+        kernel.products(((-1, 8, Path("file")),), bytes(1), count, *memory)
+
+
 BUILT = "native" if find_spec("farcast_cli.engine._kernel") else "numpy"
 
 

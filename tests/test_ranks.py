@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from farcast_cli import system
-from farcast_cli.engine import room
+from farcast_cli.engine import native, room
 from farcast_cli.engine.ranks import Seat, Team, seat_in
 from farcast_cli.engine.room import Room
 from farcast_cli.errors import UsageError
@@ -317,7 +318,9 @@ def test_ranks_that_write_each_for_itself_are_told_how_to_share(work: Path, call
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "found none of the variables RANK"),
+        ({}, "found no launcher's variables: RANK and WORLD_SIZE, "),
+        ({"RANK": "0"}, "found no launcher's variables: RANK and WORLD_SIZE, "),
+        ({"RANK": "0", "WORLD_SIZE": "99999999"}, "RANK=0, WORLD_SIZE=99999999"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
     ],
@@ -435,6 +438,111 @@ def test_ranks_of_which_one_reads_a_sample_and_one_all_are_refused(tmp_path: Pat
     launched.fit(1, 2, run)
     first, _ = launched.ended()
     assert first.errors == ["error: out/fitted.safetensors: rank 1 has other plan than rank 0; nothing was written"]
+
+
+def test_a_fit_refuses_ranks_that_round_in_different_ways(tmp_path: Path, launched: Launched) -> None:
+    if native.KERNEL is None:
+        pytest.skip("no kernel here")
+    run = make_loose_run(tmp_path / "run", shapes=WIDE)
+    launched.fit(0, 2, run, "--full")
+    launched.fit(1, 2, run, "--full", before=lambda: setattr(native, "KERNEL", None))
+    first, second = launched.ended()
+    assert first.errors == ["error: out/fitted.safetensors: rank 1 has other engine than rank 0; nothing was written"]
+    assert (first.returncode, second) == (OUTPUT_ERROR, Done("", "", OUTPUT_ERROR))
+
+
+def test_a_rank_that_came_early_leaves_it_to_rank_0_to_name_who_is_missing(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+
+    def knocks() -> None:
+        let_in = Team._let_in
+
+        def noted(team: Team, *arguments: Any) -> Any:
+            (tmp_path / "knocks").touch()
+            return let_in(team, *arguments)
+
+        Team._let_in = noted  # type: ignore[assignment, method-assign]
+
+    launched.fit(1, 3, run, "--ranks-timeout", 1, before=knocks)
+    wait_until((tmp_path / "knocks").exists, "rank 1 waits")
+    launched.fit(0, 3, run, "--ranks-timeout", 1, before=lambda: time.sleep(0.3))
+    first, second = launched.ended()
+    assert first.errors == ["error: out/fitted.safetensors: rank 2 of 3 did not come within 1 s"]
+    assert second == Done("", "", OUTPUT_ERROR)
+    assert left_in(tmp_path / "out") == []
+
+
+def meeting(folder: Path) -> Callable[[], None]:
+    """A rank that tells when it has met another."""
+
+    def change() -> None:
+        meet = Room.meet
+
+        def after(one: Room, rank: int) -> None:
+            meet(one, rank)
+            (folder / f"met-{os.environ['RANK']}").touch()
+
+        Room.meet = after  # type: ignore[assignment, method-assign]
+
+    return change
+
+
+def test_a_rank_0_that_is_killed_while_others_come_is_missed_at_once(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    launched.fit(0, 3, run)
+    launched.fit(1, 3, run, before=meeting(tmp_path))
+    wait_until((tmp_path / "met-1").exists, "rank 1 has come")
+    launched.processes[0].kill()
+    _, second = launched.ended()
+    assert second.errors == [
+        "error: rank 1: out/fitted.safetensors: rank 0 of 3 ended before the output was whole; nothing was published"
+    ]
+
+
+def test_a_rank_that_is_killed_while_others_come_is_missed_at_once(tmp_path: Path, launched: Launched) -> None:
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    launched.fit(0, 3, run, before=meeting(tmp_path))
+    launched.fit(1, 3, run)
+    wait_until((tmp_path / "met-0").exists, "rank 0 has taken up rank 1")
+    launched.processes[1].kill()
+    first, _ = launched.ended()
+    assert first.errors == [
+        "error: out/fitted.safetensors: rank 1 of 3 ended before the output was whole; nothing was published"
+    ]
+    assert left_in(tmp_path / "out") == []
+
+
+def test_rank_0_tells_its_end_also_to_who_has_just_come(tmp_path: Path) -> None:
+    team, ours, other = Team(Seat(0, 2)), Room.made(tmp_path), Room.within(tmp_path, 1)
+    team._room = ours
+    other.post("hello", {"word": "its own"})
+    other.post("left", {})
+    team.close(UsageError("wrong"))
+    assert other.read(0, "end") == {"code": 2, "words": {"1": "its own"}}
+    ours.close()
+    other.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit of a file's size there")
+def test_a_rank_whose_disk_is_full_when_it_comes_says_so(tmp_path: Path, launched: Launched) -> None:
+    import resource
+
+    run = make_loose_run(tmp_path / "run", shapes=SHAPES)
+    launched.fit(0, 2, run, "--ranks-timeout", 1)
+    limit = 200  # its own error is a shorter file, a hello a longer one
+    launched.fit(1, 2, run, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    first, second = launched.ended()
+    assert second.errors == ["error: rank 1: out/fitted.safetensors: cannot be written: File too large"]
+    assert first.errors == ["error: out/fitted.safetensors: rank 1 of 2 did not come within 1 s"]
+
+
+def test_a_rank_that_waits_long_looks_once_a_second() -> None:
+    found = list(itertools.islice(room.pauses(), 40))
+    assert found[0] < 0.01
+    assert found == sorted(found)
+    assert found[-1] == 1.0
+    assert len([pause for pause in found if pause < 1]) < 15
+    assert max(itertools.islice(room.pauses(0.1), 40)) == 0.1
 
 
 def test_a_rank_that_never_comes_to_a_fit_is_named(work: Path, call_cli: CallCli) -> None:

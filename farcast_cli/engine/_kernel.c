@@ -291,7 +291,7 @@ static int hold(Held *held, PyObject *members, const char *types, Py_ssize_t ste
         int is_long_enough;
         if (PyTuple_Check(member) && flags == PyBUF_SIMPLE) {
             if (!PyArg_ParseTuple(member, "iLO", &file->fd, &file->offset, &file->path)) return 0;
-            is_long_enough = 0 <= file->offset && file->offset <= INT64_MAX - 8 * (int64_t)n;
+            is_long_enough = n <= INT64_MAX / 8 && 0 <= file->offset && file->offset <= INT64_MAX - 8 * (int64_t)n;
         } else {
             if (PyObject_GetBuffer(member, view, flags)) return 0;
             is_long_enough = type >= F32 && type <= F64 && view->len / SIZE[type] >= n;

@@ -118,6 +118,11 @@ def _chosen() -> Kernel | None:
 KERNEL = _chosen()
 
 
+def engine() -> str:
+    """What computes, as `--version -v` and FARCAST_ENGINE name it."""
+    return "numpy" if KERNEL is None else "native"
+
+
 def codes(others: Sequence[DType], origin: DType, output: DType) -> bytes | None:
     """Element types as the kernel takes them, of the others, the origin and the output; None if it does not know them.
 

@@ -24,6 +24,7 @@ Source: torchrun's, Open MPI's, MPICH's and Slurm's variables, from their docume
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from farcast_cli import errors, system
 from farcast_cli.choices import DEFAULT_RANKS_TIMEOUT
-from farcast_cli.engine.room import Room, pauses, wait_a_little
+from farcast_cli.engine.room import LEAVING_S, Room, pauses, wait_a_little
 from farcast_cli.errors import FarcastError, OutputError, RankZeroError, UsageError, listed, visible
 from farcast_cli.files.hidden import marked
 
@@ -54,6 +55,7 @@ _CODE_OF_INTERRUPT = 130
 _WHERE = "start every rank with the same command, in a folder that all machines share; --ranks-timeout waits longer"
 _DIFFERS = {
     "version": "install the same farcast on every machine",
+    "engine": "farcast --version -v names it: install a C compiler on every machine or on none, and set FARCAST_ENGINE alike",
     "files": "the ranks must read the same files, with the same times of change: check for a stale mount or a copy of its own",
     "coefficients": "use one kind of processor, and the same numpy, on every machine",
     "plan": "start every rank with the same command",
@@ -79,7 +81,7 @@ def seat_in(environment: Mapping[str, str]) -> Seat | None:
         texts = [environment.get(name) for name in names]
         if None in texts:
             continue
-        rank, count = (int(text) if text and text.isdecimal() and len(text) < 10 else -1 for text in texts)  # noqa: PLR2004
+        rank, count = (int(text) if text and text.isascii() and text.isdecimal() and len(text) < 7 else -1 for text in texts)  # noqa: PLR2004
         if not 0 <= rank < count:
             told = ", ".join(f"{name}={visible(str(text))}" for name, text in zip(names, texts, strict=True))
             raise UsageError(f"{told}: expected a rank, and a larger number of ranks", hint="--ranks off works alone")
@@ -133,13 +135,15 @@ class Team:
             return
         self._final = str(places[0].parent.parent / places[0].name)
         self._room = room = Room.made(places[0].parent)
-        late, later = time.monotonic() + self._patience_s, pauses()
+        late, later = time.monotonic() + self._patience_s, pauses(self._every_s)
         while missing := [rank for rank in range(1, self.seat.count) if rank not in self._words]:
             names = room.names()
             if came := [rank for rank in missing if f"{rank}.hello" in names]:
                 for rank in came:
                     self._greet(rank, room.read(rank, "hello"), agreed)
                 continue
+            if ended := next((rank for rank in self._words if room.runs(rank) is False), 0):
+                raise self._lost(ended, "ended")
             if time.monotonic() > late:
                 which = f"rank{'s' * (len(missing) > 1)} {listed(missing)} of {self.seat.count}"
                 raise OutputError(f"{self._final}: {which} did not come within {self._patience_s:g} s", hint=_WHERE)
@@ -175,6 +179,10 @@ class Team:
             return
         room, self._room = self._room, None
         with suppress(OSError):
+            names = room.names() if error else set()
+            for rank in range(1, self.seat.count):
+                if f"{rank}.hello" in names and (hello := room.read(rank, "hello")):  # some were not taken up yet
+                    self._words[rank] = str(hello["word"])
             room.post("end", {"code": _code_of(error), "words": self._words})
             wait_a_little(lambda: room.are_gone(self._words))
         if error is None:
@@ -219,12 +227,13 @@ class Team:
         rooms: dict[Path, Room] = {}
         late = time.monotonic() + self._patience_s
         try:
-            for pause in pauses():
+            for pause in pauses(self._every_s):
                 for folder in marked(final):
-                    if folder not in rooms:
-                        with suppress(OSError):  # no room yet, or removed by now
-                            rooms[folder] = Room.within(folder, self.seat.rank)
-                            rooms[folder].post("hello", hello)
+                    if folder not in rooms and (knocked := self._knock(folder, hello)):
+                        rooms[folder] = knocked
+                        late = (
+                            time.monotonic() + self._patience_s + LEAVING_S
+                        )  # rank 0 gives up first, and names who is missing
                 for folder, room in rooms.items():
                     roll, end = room.read(0, "roll"), room.read(0, "end")
                     if end and word in end["words"].values():
@@ -236,6 +245,8 @@ class Team:
                         self._hear_all([0])
                         del rooms[folder]
                         return room, [str(name) for name in roll["folders"]]
+                    if room.runs(0) is False and room.is_there() and not room.read(0, "end"):
+                        raise self._lost(0, "ended")
                 if time.monotonic() > late:
                     raise OutputError(
                         f"{self._final}: rank 0 of {self.seat.count} did not come within {self._patience_s:g} s", hint=_WHERE
@@ -246,13 +257,30 @@ class Team:
                 room.close()
         raise AssertionError
 
+    def _knock(self, folder: Path, hello: Mapping[str, Any]) -> Room | None:
+        """Say hello in the room of a hidden folder; None where there is no room yet, or none by now."""
+        try:
+            room = Room.within(folder, self.seat.rank)
+            try:
+                room.post("hello", hello)
+                room.meet(0)
+            except BaseException:
+                room.close()
+                raise
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ESTALE}:
+                return None
+            raise self._unwritable(error) from error
+        return room
+
     def _worded(self, error: BaseException) -> BaseException:
         """An error of this rank, one of the system in words."""
         assert self._room is not None  # noqa: S101 - inside `joined`
         if not isinstance(error, OSError):
             return error
-        if not self._room.is_there():
-            return self._lost(0, "ended")
+        return self._unwritable(error) if self._room.is_there() else self._lost(0, "ended")
+
+    def _unwritable(self, error: OSError) -> OutputError:
         where = f"{self._final}: cannot be written: {error.strerror or error}"
         return OutputError(where, hint="check the disk, and that every machine sees the folder")
 
@@ -363,7 +391,7 @@ class Team:
         """A message of a rank, once it is there."""
         room = self._room
         assert room is not None  # noqa: S101 - inside a call
-        for pause in pauses():
+        for pause in pauses(self._every_s):
             if (found := room.read(rank, step)) is not None:
                 return found
             try:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LEAVING_S = 10.0  # that ranks wait for one another at the end
 _NAME = ".farcast-ranks"
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
+_FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 1.0  # every look lists the folder, and a filesystem may serve a thousand ranks
 
 
 class Room:
@@ -49,9 +49,9 @@ class Room:
         """A new one, of rank 0."""
         draft = hidden / f"{_NAME}.draft"
         draft.mkdir(mode=0o700)
-        draft.rename(hidden / _NAME)
-        room = cls(hidden / _NAME, 0)
+        room = cls(draft, 0)
         room.post("machine", {"machine": system.machine()})
+        room._folder = draft.rename(hidden / _NAME)
         return room
 
     def _at(self, rank: int, what: str) -> Path:
@@ -184,9 +184,9 @@ def wait_a_little(done: Callable[[], bool]) -> None:
         time.sleep(next(later))
 
 
-def pauses() -> Iterator[float]:
-    """Between two looks, longer and longer."""
+def pauses(longest_s: float = LONGEST_PAUSE_S) -> Iterator[float]:
+    """Between two looks, longer and longer: about a third of what was waited so far."""
     pause = _FIRST_PAUSE_S
     while True:
         yield pause
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
+        pause = min(1.5 * pause, longest_s)

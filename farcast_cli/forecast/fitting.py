@@ -11,6 +11,7 @@ import numpy as np
 
 from farcast_cli.agreement import agreed
 from farcast_cli.choices import DEFAULT_SAMPLE
+from farcast_cli.engine import native
 from farcast_cli.engine.ranks import Team
 from farcast_cli.engine.reader import Resources
 from farcast_cli.errors import MixedRunsError, UsageError
@@ -322,7 +323,8 @@ def _agreed(entering: _Entering, request: FitRequest, leap: Leap | None) -> dict
     """What all ranks must have planned alike."""
     leapt = None if leap is None else (leap.origin_step, leap.valid_step)
     plan = [repr((entering.trajectory.steps, request.num_samples, request.resources.device, leapt))]
-    return agreed(entering.trajectory.snapshots, plan + [tensor.name for tensor in entering.alignment.tensors])
+    plan += [tensor.name for tensor in entering.alignment.tensors]
+    return agreed(entering.trajectory.snapshots, plan, engine=native.engine())
 
 
 def _record(snapshot: Snapshot, trajectory: Trajectory) -> SnapshotRecord:

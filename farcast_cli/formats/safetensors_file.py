@@ -245,7 +245,7 @@ def _header_of(path: Path, raw: bytes) -> tuple[Header, dict[str, str]]:
     behind = hashlib.sha256(memoryview(raw.rstrip(b" "))[found.end() if found else 0 :]).digest()
     known = _KNOWN.get(behind)
     if known is not None:
-        text = found[1] if found else b"{}"
+        text = b" " * found.start(1) + found[1] if found else b"{}"  # where it lies in the header, as an error says
         return known, _metadata(path, _parse(path, text, whole=raw))
     specs = _parse(path, raw, whole=raw)
     has_metadata = "__metadata__" in specs
