@@ -8,6 +8,7 @@ SAMPLES := sample_checkpoints
 MERGEKIT := bench/.venv/bin/mergekit-yaml
 LOWEST := .venv-lowest
 TRAINERS := .venv-trainers
+STORES := .venv-stores
 LOWEST_TESTS := casts cli clock dcp discovery evaluation formats golden ledger publish results rows_file thinning timeline \
 	tune verify writer
 # The oldest safetensors is no oracle for the types that came later.
@@ -16,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start farcast a thousand times: without cached bytecode each start would compile all its modules.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune bench-limits lowest trainers site crash fuzz sample clean
+.PHONY: help setup demo test check format lint types docs bench bench-quick bench-quality bench-quality-quick bench-pretrained bench-tune bench-limits lowest trainers stores site crash fuzz sample clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -89,6 +90,11 @@ trainers: ## resume forecasts in trainers that clash or weigh much: downloads 2 
 	$(TRAINERS)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(TRAINERS)/bin/pip install --quiet --no-deps --requirement tests/trainers_real/requirements.txt
 	HF_HUB_OFFLINE=1 $(TRAINERS)/bin/python -m pytest -rs tests/trainers_real
+
+stores: ## read runs from an S3 server and upload to it, in an environment of its own: 1.8 GB, two minutes
+	$(PYTHON) -m venv --clear $(STORES)
+	$(STORES)/bin/pip install --quiet --constraint constraints.txt --requirement tests/stores.txt --editable '.[remote,test]'
+	$(STORES)/bin/python -m pytest -rs tests/test_remote.py
 
 site: setup ## the documentation as a web site, in site/
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -1,6 +1,6 @@
 """Runs on a remote store: the same answers as for the same run here, few bytes fetched, and nothing taken for zeros.
 
-Most tests use fsspec's own store in memory. Those against an S3 server need s3fs and moto, and are skipped without them.
+Most tests use fsspec's own store in memory. Those against an S3 server need s3fs and moto; `make stores` runs them.
 """
 
 from __future__ import annotations
