@@ -195,7 +195,7 @@ def test_a_command_that_is_killed_by_a_signal_is_an_error_with_its_name(fitted: 
 
 
 def test_a_command_without_a_place_for_the_checkpoint_is_refused(fitted: Path, call_cli: CallCli) -> None:
-    done = _predict(fitted, "python eval.py", call_cli)
+    done = _predict(fitted, "python3 eval.py", call_cli)
     assert done.returncode == 2
     assert "expected {ckpt}" in done.errors[0]
 
@@ -267,7 +267,7 @@ def test_a_path_with_a_command_in_it_never_goes_between_quotes_of_the_users_own(
         Evaluator(command).command_for(tmp_path / "run$(touch marker)")
 
 
-@pytest.mark.parametrize("command", ["cat {ckpt}", 'python -c \'print(1)\' "a\\"b" {ckpt}', "echo it\\'s {ckpt} '{x}'"])
+@pytest.mark.parametrize("command", ["cat {ckpt}", 'python3 -c \'print(1)\' "a\\"b" {ckpt}', "echo it\\'s {ckpt} '{x}'"])
 def test_a_path_with_a_command_in_it_is_quoted_outside_of_quotes(tmp_path: Path, command: str) -> None:
     place = tmp_path / "run$(touch marker)"
     place.mkdir()

@@ -132,7 +132,7 @@ def test_leap_lands_in_a_folder_and_its_next_call_finds_the_landing(run: Path, c
 def test_the_users_command_gets_folders_for_the_origin_and_for_the_forecasts(run: Path, call_cli: CallCli) -> None:
     (run / "score.py").write_text("import pathlib, sys\nprint(len(list(pathlib.Path(sys.argv[1]).glob('ckpt.pt'))))\n")
     words = ("predict", "ckpts", "--horizon", 40, "--even-if-worse", "--place", "ckpt.pt")
-    done = call_cli(*words, "--eval-cmd", "python score.py {ckpt}", "--json", cwd=run)
+    done = call_cli(*words, "--eval-cmd", "python3 score.py {ckpt}", "--json", cwd=run)
     assert [one["value"] for one in json.loads(done.stdout)["evaluations"]] == [1, 1, 1, 1]
 
 
