@@ -64,7 +64,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     folder = tmp_path_factory.mktemp("distributions")
     shutil.copytree(ROOT, folder / "checkout", ignore=NOT_SOURCE)
     with tarfile.open(build("sdist", source=folder / "checkout", output=folder)) as file:
-        file.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)  # from Python 3.11.4 on
+        file.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)  # from Python 3.11.4 on
         file.extractall(folder)  # noqa: S202 - it is our own
     wheel = build("wheel", source=folder / STEM, output=folder, env={"FARCAST_ENGINE": "numpy"})
     return Distributions(source=folder / STEM, wheel=wheel)
