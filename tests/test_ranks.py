@@ -634,26 +634,14 @@ def _in_namespaces() -> list[str]:
 
 
 HOST = _in_namespaces()
+FIT = ("-m", "farcast_cli", "fit", "--full", "-q", "-o", "f.safetensors", "--ranks", "env")
 
 
 @pytest.mark.skipif(not HOST, reason="this system makes no namespaces for this user")
 def test_ranks_on_hosts_of_one_name_without_a_network_share_a_fit(tmp_path: Path) -> None:
     run = make_loose_run(tmp_path / "run", shapes=WIDE)
     environment = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    command = [
-        *HOST,
-        sys.executable,
-        "-m",
-        "farcast_cli",
-        "fit",
-        str(run),
-        "--full",
-        "-q",
-        "-o",
-        "f.safetensors",
-        "--ranks",
-        "env",
-    ]
+    command = [*HOST, sys.executable, *FIT, str(run)]
     started = [
         subprocess.Popen(command, cwd=tmp_path, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -674,22 +662,7 @@ def test_mpirun_starts_the_ranks(tmp_path: Path, call_cli: CallCli) -> None:
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
     done = subprocess.run(
-        [
-            launcher,
-            "-n",
-            "3",
-            sys.executable,
-            "-m",
-            "farcast_cli",
-            "fit",
-            str(run),
-            "--full",
-            "-q",
-            "-o",
-            "f.safetensors",
-            "--ranks",
-            "env",
-        ],
+        [launcher, "-n", "3", sys.executable, *FIT, str(run)],
         cwd=tmp_path,
         env=clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | allowed,
         capture_output=True,

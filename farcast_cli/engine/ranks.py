@@ -231,9 +231,8 @@ class Team:
                 for folder in marked(final):
                     if folder not in rooms and (knocked := self._knock(folder, hello)):
                         rooms[folder] = knocked
-                        late = (
-                            time.monotonic() + self._patience_s + LEAVING_S
-                        )  # rank 0 gives up first, and names who is missing
+                        # rank 0 gives up first, and names who is missing
+                        late = time.monotonic() + self._patience_s + LEAVING_S
                 for folder, room in rooms.items():
                     roll, end = room.read(0, "roll"), room.read(0, "end")
                     if end and word in end["words"].values():

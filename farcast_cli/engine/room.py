@@ -1,7 +1,8 @@
 """The folder in which the ranks of a call meet: small messages, signs of life, and locks that end with their processes.
 
 A message is a file that appears whole, by a rename. Folders are listed to find one, and no name is asked for before it is listed:
-a network filesystem may keep for a minute that a name is not there, while opening a folder makes NFS ask the server. Locks are asked only of processes on this machine: some filesystems keep them on each.
+a network filesystem may keep for a minute that a name is not there, while opening a folder makes NFS ask the server. Locks are
+asked only of processes on this machine: some filesystems keep them on each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 LEAVING_S = 10.0  # that ranks wait for one another at the end
 _NAME = ".farcast-ranks"
-_FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 1.0  # every look lists the folder, and a filesystem may serve a thousand ranks
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 1.0  # every look lists the folder, and a filesystem may serve a thousand ranks
 
 
 class Room:
@@ -184,7 +185,7 @@ def wait_a_little(done: Callable[[], bool]) -> None:
         time.sleep(next(later))
 
 
-def pauses(longest_s: float = LONGEST_PAUSE_S) -> Iterator[float]:
+def pauses(longest_s: float = _LONGEST_PAUSE_S) -> Iterator[float]:
     """Between two looks, longer and longer: about a third of what was waited so far."""
     pause = _FIRST_PAUSE_S
     while True:

@@ -72,10 +72,16 @@ def remove_source(source: Source) -> None:
 
 def source_of(path: Path) -> Source | None:
     """Where a file's bytes come from; None for a file that is here."""
+    found = _on_store(path)
+    return found[0] if found and found[1].startswith(found[0].prefix) else None
+
+
+def _on_store(path: str | Path) -> tuple[Source, str] | None:
+    """Whose folder a path is, or lies in, and the path as its files are called there; None for what is here."""
     for text in (os.fspath(path), os.path.realpath(path)) if _sources else ():
         for source in _sources:
-            if text.startswith(source.prefix) and os.pardir not in Path(text).parts:
-                return source
+            if f"{text}{os.sep}".startswith(source.prefix) and os.pardir not in Path(text).parts:
+                return source, text
     return None
 
 
@@ -178,12 +184,12 @@ def is_address(text: str) -> bool:
 
 def address_for(path: str | Path) -> str | None:
     """The address of what a path stands for; None for what is here."""
-    for text in (os.fspath(path), os.path.realpath(path)) if _sources else ():
-        for source in _sources:
-            if f"{text}{os.sep}".startswith(source.prefix) and os.pardir not in Path(text).parts:
-                folder, inside = source.address.rpartition("/")[0], text[len(source.prefix) :].replace(os.sep, "/")
-                return f"{folder}/{inside}" if inside else folder
-    return None
+    found = _on_store(path)
+    if found is None:
+        return None
+    source, text = found
+    folder, inside = source.address.rpartition("/")[0], text[len(source.prefix) :].replace(os.sep, "/")
+    return f"{folder}/{inside}" if inside else folder
 
 
 def named_for_good(path: str | Path) -> str:
@@ -297,14 +303,8 @@ def ends_early(path: Path, *, expected: int, found: int) -> HalfWrittenError:
 
 def read_bytes(path: Path, offset: int, num_bytes: int) -> bytes:
     """`num_bytes` bytes of a file from byte `offset` on."""
-    fd = open_read_only(path)
-    try:
-        with reading(path):
-            buffer = bytearray(num_bytes)
-            read_into(fd, memoryview(buffer), offset, path)
-            return bytes(buffer)
-    finally:
-        os.close(fd)
+    (found,) = read_stretches([(path, offset, num_bytes)])
+    return found
 
 
 def read_stretches(stretches: Iterable[FileStretch]) -> Iterator[bytes]:

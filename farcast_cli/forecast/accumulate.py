@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,7 +85,7 @@ def accumulate(
     seen = np.zeros(num_tensors)
     bounds = np.concatenate([[0], np.cumsum([min(n, reading.num_kept) for n in reading.counts])]).astype(np.int64)
     values = np.empty((bounds[-1], num_snapshots), np.float32)
-    for task, sums in zip(reading.tasks, chain(_own(reading, team), _of_others(reading, team)), strict=True):
+    for task, sums in zip(reading.tasks, itertools.chain(_own(reading, team), _of_others(reading, team)), strict=True):
         if sums.products is not None:
             products[task.tensors] += sums.products
             seen[task.tensors] += [tensor.count for tensor in task.stretches]

@@ -205,7 +205,7 @@ class Store:
             except FarcastError:
                 raise
             except Exception as error:
-                if wait_s is None or is_final(error):
+                if wait_s is None or _is_final(error):
                     raise self._failed(self.address_in(file.key), error) from error
                 time.sleep(wait_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that not all requests come again at once
         raise AssertionError
@@ -213,7 +213,7 @@ class Store:
     def upload(self, name: str, part_bytes: int) -> Upload:
         """A new file, to be written from its beginning to its end."""
         files, top = self._files()
-        key = f"{_above(top)}/{name}".lstrip("/")
+        key = _key_of(name, top)
         if self.address.startswith("memory://"):
             return Upload(_HeldBack(files, key))
         return Upload(files.open(key, "wb", block_size=part_bytes))
@@ -222,13 +222,13 @@ class Store:
         """Whether something has this name on the store now."""
         files, top = self._files()
         files.invalidate_cache()
-        return bool(files.exists(f"{_above(top)}/{name}".lstrip("/")))
+        return bool(files.exists(_key_of(name, top)))
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing need be there."""
         files, top = self._files()
         with suppress(FileNotFoundError):
-            files.rm_file(f"{_above(top)}/{name}".lstrip("/"))
+            files.rm_file(_key_of(name, top))
 
     def check_sizes(self, num_bytes: Mapping[str, int]) -> None:
         """See that files of these names have so many bytes.
@@ -239,7 +239,7 @@ class Store:
         files, top = self._files()
         files.invalidate_cache()
         for name, expected in num_bytes.items():
-            found = files.info(f"{_above(top)}/{name}".lstrip("/"))["size"]
+            found = files.info(_key_of(name, top))["size"]
             if found != expected:
                 raise UploadError(f"{self.folder}/{name}: expected {expected} bytes after the upload, found {found}")
 
@@ -251,9 +251,9 @@ class Store:
         return UnreadableError(f"{what}: cannot be read: {type(error).__name__}: {error}", hint=hint_for(error))
 
 
-def is_final(error: Exception) -> bool:
+def _is_final(error: Exception) -> bool:
     """Whether it makes no sense to try again: nothing is there, or the store refuses."""
-    return isinstance(error, (FileNotFoundError, PermissionError, ValueError)) or _is_refused(error)
+    return isinstance(error, (FileNotFoundError, ValueError)) or _is_refused(error)
 
 
 def _is_refused(error: Exception) -> bool:
@@ -267,6 +267,11 @@ def hint_for(error: Exception) -> str:
 
 def _above(top: str) -> str:
     return top.rpartition("/")[0]
+
+
+def _key_of(name: str, top: str) -> str:
+    """The path on the store of a name beside or below its top."""
+    return f"{_above(top)}/{name}".lstrip("/")
 
 
 def _name_in(key: str, top: str) -> str:
