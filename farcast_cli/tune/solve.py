@@ -138,7 +138,7 @@ def _check_memory(model: Model, data: Data, settings: Settings) -> None:
     num_rows, num_outputs = data.num_rows, sum(weight.num_outputs for weight in model.weights)
     size = min(num_rows, model.weights[0].num_inputs)
     whole = sum(3 * (weight.num_inputs + 1) * weight.num_outputs for weight in model.weights[1:])
-    newton = descent = 8 * (ARRAYS * max(num_rows, size) * num_outputs + whole)
+    newton = descent = 8 * (ARRAYS * num_rows * num_outputs + whole)
     if len(model.weights) == 1:
         descent = FIXED + 8 * 3 * (num_rows + size) * num_outputs
     else:
